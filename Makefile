@@ -1,0 +1,68 @@
+# make run     train the built-in handwritten digits on 4 ranks          RANKS=8 ARGS="--set train.epochs=3"
+# make test    every test, under Open MPI and MPICH                      ARGS="-k floors"   TORCH=1: against PyTorch, too
+# make check   ruff, ruff format, mypy --strict
+# make bench   the benchmarks, against PyTorch
+# make clean   remove the environments
+#
+# Needs Python 3.11 or newer and make, nothing else: MPI comes from PyPI. Each target makes the environment it needs and
+# makes it anew when pyproject.toml changes. Open MPI and MPICH both install bin/mpirun, so MPICH lives in an environment
+# of its own that holds nothing else.
+
+PYTHON ?= python3
+RANKS ?= 4
+ARGS ?=
+TORCH ?=
+
+VENV := .venv
+MPICH := .venv-mpich
+BIN := $(VENV)/bin
+MPIRUN := $(BIN)/mpirun --oversubscribe
+
+# Open MPI refuses to run as root unless told twice.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+.PHONY: run test check bench clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/.run
+	$(MPIRUN) -n $(RANKS) $(BIN)/python -m nettorrent_mpi.train --output runs/make --overwrite $(ARGS)
+
+test: $(VENV)/.dev $(MPICH)/.made $(if $(TORCH),$(VENV)/.compare)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict nettorrent_mpi
+
+bench: $(VENV)/.dev $(VENV)/.compare
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(MPICH)
+
+define make_venv
+@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; nettorrent_mpi needs 3.11 or newer: make PYTHON=/path/to/python3.12" % v[:2])'
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+endef
+
+$(VENV)/.run: pyproject.toml setup.py
+	$(call make_venv,$(VENV))
+	$(BIN)/python -m pip install --quiet -e '.[mpi]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet -e '.[mpi,plots,images,dev]'
+	touch $@
+
+$(VENV)/.compare: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e '.[compare]'
+	touch $@
+
+$(MPICH)/.made: pyproject.toml
+	$(call make_venv,$(MPICH))
+	$(MPICH)/bin/python -m pip install --quiet 'mpich>=5'
+	touch $@
