@@ -1,0 +1,179 @@
+"""Losses: against finite differences, against PyTorch, in parts, and what they refuse."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.losses import UNKNOWN, check_fit, make_loss
+from nettorrent_mpi.nn.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
+from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
+
+ROWS = 7
+SMOOTHED = CrossEntropy(label_smoothing=0.1)
+CASES = [
+    pytest.param(CrossEntropy(), 5, "labels", id="cross_entropy"),
+    pytest.param(SMOOTHED, 5, "labels", id="smoothed"),
+    pytest.param(BinaryCrossEntropy(), 1, "bits", id="bce-single"),
+    pytest.param(BinaryCrossEntropy(), 1, "bits_column", id="bce-single-column"),
+    pytest.param(BinaryCrossEntropy(), 5, "labels", id="bce-one-hot"),
+    pytest.param(BinaryCrossEntropy(), 3, "fractions", id="bce-several"),
+    pytest.param(MeanSquaredError(), 1, "numbers", id="mse-single"),
+    pytest.param(MeanSquaredError(), 5, "labels", id="mse-one-hot"),
+    pytest.param(MeanSquaredError(), 3, "numbers", id="mse-several"),
+]
+
+
+def make_targets(kind: str, rows: int, outputs: int) -> Array:
+    rng = np.random.default_rng(1)
+    if kind == "labels":
+        return rng.integers(0, outputs, rows).astype(np.uint8)
+    if kind == "bits":
+        return rng.integers(0, 2, rows)
+    if kind == "bits_column":
+        return rng.integers(0, 2, (rows, 1)).astype(np.float32)
+    shape = (rows,) if outputs == 1 else (rows, outputs)
+    return rng.random(shape) if kind == "fractions" else rng.standard_normal(shape)
+
+
+def make_outputs(rows: int, outputs: int) -> Array:
+    return np.random.default_rng(2).standard_normal((rows, outputs)) * 3
+
+
+@pytest.mark.parametrize(("spec", "outputs", "kind"), CASES)
+def test_gradient_is_the_finite_difference(spec: Spec, outputs: int, kind: str) -> None:
+    loss, workspace = make_loss(spec), Workspace(np.float64)
+    x, targets = make_outputs(ROWS, outputs), make_targets(kind, ROWS, outputs)
+    total = 11  # rows of the whole mini-batch, the others held elsewhere
+    dy = loss.forward(x, targets, total, workspace).dy
+    assert dy is not None
+    for place in np.ndindex(x.shape):
+        sums = []
+        for shift in (1e-5, -1e-5):
+            moved = x.copy()
+            moved[place] += shift
+            sums.append(loss.forward(moved, targets, total, workspace, gradient=False).loss_sum)
+        assert dy[place] == pytest.approx((sums[0] - sums[1]) / 2e-5 / total, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(("spec", "outputs", "kind"), CASES)
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_equals_pytorch(spec: Spec, outputs: int, kind: str, scale: float) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch, the reference, is not installed")
+    x, targets = make_outputs(ROWS, outputs) * scale, make_targets(kind, ROWS, outputs)
+    tensor = torch.tensor(x, requires_grad=True)
+    if isinstance(spec, CrossEntropy):
+        wanted = torch.tensor(targets.astype(np.int64))
+        expected = torch.nn.CrossEntropyLoss(label_smoothing=spec.label_smoothing)(tensor, wanted)
+    else:
+        dense = np.eye(outputs)[targets] if kind == "labels" else targets.reshape(x.shape).astype(np.float64)
+        module = torch.nn.BCEWithLogitsLoss() if isinstance(spec, BinaryCrossEntropy) else torch.nn.MSELoss()
+        expected = module(tensor, torch.tensor(dense))
+    expected.backward()
+    result = make_loss(spec).forward(x, targets, ROWS, Workspace(np.float64))
+    assert result.loss_sum / ROWS == pytest.approx(expected.item(), rel=1e-12)
+    np.testing.assert_allclose(result.dy, tensor.grad.numpy(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("spec", "outputs", "kind"), CASES)
+def test_parts_add_up_and_outputs_stay(spec: Spec, outputs: int, kind: str) -> None:
+    loss = make_loss(spec)
+    x, targets = make_outputs(ROWS, outputs), make_targets(kind, ROWS, outputs)
+    before = x.copy()
+    whole = loss.forward(x, targets, ROWS, Workspace(np.float64))
+    cuts = [slice(0, 3), slice(3, 3), slice(3, 7)]
+    parts = [loss.forward(x[cut], targets[cut], ROWS, Workspace(np.float64)) for cut in cuts]
+    assert sum(part.loss_sum for part in parts) == pytest.approx(whole.loss_sum, rel=1e-13)
+    if whole.correct != UNKNOWN:
+        assert sum(part.correct for part in parts) == whole.correct
+    assert parts[1].loss_sum == 0.0 and parts[1].dy is not None and parts[1].dy.shape == (0, outputs)
+    assert whole.dy is not None
+    np.testing.assert_allclose(np.concatenate([p.dy for p in parts if p.dy is not None]), whole.dy, rtol=1e-13)
+    without = loss.forward(x, targets, ROWS, Workspace(np.float64), gradient=False)
+    assert without == (whole.loss_sum, whole.correct, None)
+    np.testing.assert_array_equal(x, before)
+
+
+def test_correct_rows() -> None:
+    x = np.array([[3.0, 1.0, 2.0], [0.0, 1.0, 5.0], [0.0, 1.0, -5.0]])
+    labels = np.array([0, 1, 1])
+    for spec in (CrossEntropy(), BinaryCrossEntropy(), MeanSquaredError()):
+        assert make_loss(spec).forward(x, labels, 3, Workspace(np.float64)).correct == 2
+    logits = np.array([[3.0], [-1.0], [2.0], [-2.0]])
+    bits = np.array([1.0, 0.0, 0.0, 1.0])
+    assert make_loss(BinaryCrossEntropy()).forward(logits, bits, 4, Workspace(np.float64)).correct == 2
+    assert make_loss(BinaryCrossEntropy()).forward(logits, bits.astype(int), 4, Workspace(np.float64)).correct == 2
+    assert make_loss(BinaryCrossEntropy()).forward(x, x * 0, 3, Workspace(np.float64)).correct == UNKNOWN
+    assert make_loss(MeanSquaredError()).forward(logits, bits, 4, Workspace(np.float64)).correct == UNKNOWN
+
+
+@pytest.mark.parametrize(("spec", "outputs", "kind"), CASES)
+def test_float32_stays_float32_and_the_steady_state_allocates_nothing(spec: Spec, outputs: int, kind: str) -> None:
+    loss, workspace, rows = make_loss(spec), Workspace(np.float32), 65536
+    x = make_outputs(rows, outputs).astype(np.float32)
+    targets = make_targets(kind, rows, outputs)
+    first = loss.forward(x, targets, rows, workspace)
+    assert first.dy is not None and first.dy.dtype == np.float32
+    exact = loss.forward(x.astype(np.float64), targets, rows, Workspace(np.float64))
+    assert first.loss_sum == pytest.approx(exact.loss_sum, rel=1e-5)
+    loss.forward(x, targets, rows, workspace, gradient=False)
+    loss.forward(x[:100], targets[:100], rows, workspace)
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    for part in (slice(None), slice(0, 100)):
+        loss.forward(x[part], targets[part], rows, workspace)
+    loss.forward(x, targets, rows, workspace, gradient=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak - before < rows  # less than one byte a row: no array, only NumPy's iteration buffer of 8192 elements
+
+
+@pytest.mark.parametrize(
+    ("spec", "targets", "outputs", "message"),
+    [
+        (CrossEntropy(), np.array([0, 9, 10, 3]), 10, "label of row 2 is 10, but the network has 10 outputs"),
+        (CrossEntropy(), np.array([0, -1]), 10, "label of row 1 is -1"),
+        (CrossEntropy(), np.array([0.0, 1.0]), 10, "needs whole-number labels"),
+        (MeanSquaredError(), np.array([0, 4]), 3, "label of row 1 is 4"),
+        (MeanSquaredError(), np.array([[0.0, 1.0], [np.nan, 1.0]]), 2, "target of row 1"),
+        (MeanSquaredError(), np.array([[0.0, 1.0], [0.0, 1.0]]), 3, "do not fit 3 outputs"),
+        (BinaryCrossEntropy(), np.array([0, 1, 2]), 1, "target of row 2 is 2"),
+    ],
+)
+def test_impossible_targets_are_refused(spec: Spec, targets: Array, outputs: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        make_loss(spec).check_targets(targets, (outputs,))
+
+
+@pytest.mark.parametrize(("spec", "outputs", "kind"), CASES)
+def test_possible_targets_pass(spec: Spec, outputs: int, kind: str) -> None:
+    targets = make_targets(kind, ROWS, outputs)
+    make_loss(spec).check_targets(targets, (outputs,))
+    make_loss(spec).check_targets(targets[:0], (outputs,))
+    classes = {"labels": outputs, "bits": 2}.get(kind)
+    check_fit(spec, "linear3", (outputs,), targets.shape[1:], targets.dtype, classes)
+
+
+def test_a_last_layer_that_does_not_fit_is_refused() -> None:
+    for spec in (CrossEntropy(), BinaryCrossEntropy(), MeanSquaredError()):
+        with pytest.raises(ShapeError, match=r"linear2.* 5 units, but the data has 10 classes: give it 10 units"):
+            check_fit(spec, "linear2", (5,), (), np.uint8, 10)
+    with pytest.raises(ShapeError, match="conv2d4, the last one, gives 8 x 8 x 3"):
+        check_fit(CrossEntropy(), "conv2d4", (8, 8, 3), (), np.uint8, 10)
+    with pytest.raises(ShapeError, match=r"linear2.*needs one whole-number label"):
+        check_fit(CrossEntropy(), "linear2", (5,), (5,), np.float32, None)
+    with pytest.raises(ShapeError, match=r"linear2.* 5 units.* shape \(4,\): give it 4 units"):
+        check_fit(MeanSquaredError(), "linear2", (5,), (4,), np.float32, None)
+    with pytest.raises(ShapeError, match="give it 3 units"):
+        check_fit(BinaryCrossEntropy(), "linear2", (1,), (), np.uint8, 3)
+
+
+def test_label_smoothing_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"label_smoothing: 1\.5"):
+        make_loss(CrossEntropy(label_smoothing=1.5))
