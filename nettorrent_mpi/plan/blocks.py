@@ -1,0 +1,93 @@
+"""Who owns which part of a dimension, and which pieces move when an array changes from one division to another."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """The half-open range [start, stop) of a dimension."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def span(total: int, parts: int, index: int) -> Span:
+    """The part of `total` items that part `index` of `parts` owns: contiguous, sizes differ by at most one,
+    the larger ones first. Nothing ever has to divide evenly; with fewer items than parts the last ones own none."""
+    each, more = divmod(total, parts)
+    start = index * each + min(index, more)
+    return Span(start, start + each + (index < more))
+
+
+def overlap(a: Span, b: Span) -> Span:
+    """What both spans hold; Span(0, 0) where they share nothing."""
+    start, stop = max(a.start, b.start), min(a.stop, b.stop)
+    return Span(start, stop) if start < stop else Span(0, 0)
+
+
+def owner(total: int, parts: int, position: int) -> int:
+    """The part whose span holds `position`: the inverse of `span`."""
+    assert 0 <= position < total, f"position {position} lies outside 0..{total - 1}"
+    each, more = divmod(total, parts)
+    longer = more * (each + 1)
+    return position // (each + 1) if position < longer else more + (position - longer) // each
+
+
+class Grid(NamedTuple):
+    """A team's rows x cols: rows divide the rows of an array, cols its columns. Block (row, col) has the
+    index row * cols + col."""
+
+    rows: int
+    cols: int
+
+
+class Piece(NamedTuple):
+    """A rectangle that block `source` of one grid holds and block `target` of another wants, in global coordinates."""
+
+    source: int
+    target: int
+    rows: Span
+    cols: Span
+
+
+def redistribute(n_rows: int, n_cols: int, source: Grid, target: Grid, *, replicated: bool = False) -> list[Piece]:
+    """What moves when an array of n_rows x n_cols changes from one grid to another.
+
+    Source block (row, col) holds span(n_rows, rows, row) x span(n_cols, cols, col). Target block (row, col) wants the
+    same of its own grid or, with `replicated`, all columns of its rows (a stage's input: every col of a team reads
+    all features). Every element reaches each block that wants it exactly once.
+
+    Sorted by (source, target); at most one piece for such a pair, and none that is empty. As both sides of a link
+    compute the same list, each knows what the other sends.
+
+    The way back is exactly the transpose: the same pieces with source and target exchanged. Where several targets
+    were sent the same element (`replicated`), each returns a partial gradient and the source adds them up.
+    """
+    row_pairs = _overlaps(n_rows, source.rows, target.rows)
+    if replicated:
+        wanted = [(i, j, span(n_cols, source.cols, i)) for i in range(source.cols) for j in range(target.cols)]
+        col_pairs = [pair for pair in wanted if pair[2].size]
+    else:
+        col_pairs = _overlaps(n_cols, source.cols, target.cols)
+    return sorted(
+        Piece(source_row * source.cols + source_col, target_row * target.cols + target_col, rows, cols)
+        for source_row, target_row, rows in row_pairs
+        for source_col, target_col, cols in col_pairs
+    )
+
+
+def _overlaps(total: int, source_parts: int, target_parts: int) -> list[tuple[int, int, Span]]:
+    """(source part, target part, what they share) for all that share something, in order along the dimension."""
+    pairs: list[tuple[int, int, Span]] = []
+    position = 0
+    while position < total:
+        i, j = owner(total, source_parts, position), owner(total, target_parts, position)
+        stop = min(span(total, source_parts, i).stop, span(total, target_parts, j).stop)
+        pairs.append((i, j, Span(position, stop)))
+        position = stop
+    return pairs
