@@ -1,0 +1,1 @@
+"""Floor 1: arrays and their derivatives. No communication, no files."""

@@ -1,0 +1,66 @@
+"""Arrays and the memory they live in."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+Shape: TypeAlias = tuple[int, ...]
+DType: TypeAlias = Any  # whatever numpy.dtype() takes
+
+
+class Workspace:
+    """Arrays that are made once and then handed out again, so that the steady state allocates nothing.
+
+    One workspace belongs to one layer and one micro-batch slot. `keep` gives memory that stays as it is until the same
+    slot is used again (what backward needs); `scratch` gives memory that every layer shares and that is valid only
+    until another layer runs. Asking for a smaller shape under the same name gives a view of the same memory, so the last,
+    smaller batch costs nothing; asking for a larger one makes it anew (once: the first step sees the largest).
+    Contents are undefined when first handed out, and whatever was left there afterwards.
+    """
+
+    def __init__(self, dtype: DType, shared: Workspace | None = None):
+        self.dtype = np.dtype(dtype)
+        self._views: dict[tuple[Any, ...], Array] = {}
+        self._memory: dict[tuple[str, np.dtype[Any]], Array] = {}
+        self._shared = shared if shared is not None else self
+        self._children: dict[str, Workspace] = {}
+
+    def keep(self, name: str, shape: Shape, dtype: DType = None) -> Array:
+        """Memory of this layer and slot: C-contiguous, of `shape`, in the workspace's dtype unless told."""
+        key = (name, shape, dtype)
+        view = self._views.get(key)
+        if view is None:
+            view = self._make(name, shape, self.dtype if dtype is None else np.dtype(dtype))
+            self._views[key] = view
+        return view
+
+    def scratch(self, name: str, shape: Shape, dtype: DType = None) -> Array:
+        """Memory shared by all layers and slots of this rank: valid until another layer runs."""
+        return self._shared.keep(name, shape, dtype)
+
+    def child(self, name: str) -> Workspace:
+        """The workspace of a layer inside this one (of a composite), sharing its scratch memory."""
+        if name not in self._children:
+            self._children[name] = Workspace(self.dtype, self._shared)
+        return self._children[name]
+
+    def _make(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        size = int(np.prod(shape, dtype=np.int64))
+        memory = self._memory.get((name, dtype))
+        if memory is None or memory.size < size:
+            memory = aligned(size, dtype)
+            self._memory[(name, dtype)] = memory
+            self._views = {k: v for k, v in self._views.items() if k[0] != name}
+        return memory[:size].reshape(shape)
+
+
+def aligned(size: int, dtype: DType) -> Array:
+    """An uninitialised flat array of `size` elements that begins on a 64-byte boundary (a cache line)."""
+    dtype = np.dtype(dtype)
+    raw = np.empty(size * dtype.itemsize + 64, dtype=np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size * dtype.itemsize].view(dtype)

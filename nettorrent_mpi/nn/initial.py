@@ -1,0 +1,37 @@
+"""Initial values of parameters: whole arrays, the same for every layout, of which each rank takes its block.
+
+Sources: He et al. 2015 (arXiv:1502.01852), variance 2 / fan in; Glorot and Bengio 2010, 2 / (fan in + fan out); LeCun et
+al. 1998 (Efficient BackProp), 1 / fan in. Gains as in PyTorch's kaiming_ (relu) and xavier_ (1). Uniform ones have the same
+variance as the normal ones, so reach to sqrt(3) standard deviations.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import numpy as np
+
+from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.layer import Parameter
+from nettorrent_mpi.nn.random import generator
+
+
+def resolve(initial: str, follows: str | None) -> str:
+    """`auto` as the name it stands for, given the kind of the activation that follows; other names as they are."""
+    if initial != "auto":
+        return initial
+    return "he_normal" if follows in ("relu", "leaky_relu", "gelu") else "glorot_uniform"
+
+
+def initial_value(parameter: Parameter, seed: int, layer_name: str) -> Array:
+    """The whole array (parameter.shape, float64) that `parameter` of layer `layer_name` begins with."""
+    if parameter.initial in ("zeros", "ones"):
+        return np.full(parameter.shape, float(parameter.initial == "ones"))
+    scheme, distribution = parameter.initial.rsplit("_", 1)
+    fan_in, fan_out = parameter.fans
+    variance = {"he": 2.0 / fan_in, "glorot": 2.0 / (fan_in + fan_out), "lecun": 1.0 / fan_in}[scheme]
+    numbers = generator(seed, "initial", layer_name, parameter.name)
+    if distribution == "normal":
+        return numbers.standard_normal(parameter.shape) * sqrt(variance)
+    bound = sqrt(3.0 * variance)
+    return numbers.uniform(-bound, bound, parameter.shape)

@@ -1,0 +1,175 @@
+"""What a layer is, and what it is told besides its arrays.
+
+Shape legend, for all of nn/: capital letter = the whole dimension, small letter = this rank's part.
+B, b rows of the (micro-)batch; I, i inputs; O, o outputs (neurons or filters); H, W height and width; C, c channels.
+`partial_` = a sum over the cols that is still to be reduced.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from nettorrent_mpi.nn.backend import Array, Shape, Workspace
+from nettorrent_mpi.plan.blocks import Span, span
+
+Params = Mapping[str, Array]  # parameter name -> this rank's block; the same keys for gradients
+
+
+@dataclass(frozen=True)
+class Features:
+    """One row of activations: `shape` is the whole row; this rank holds `part` of its last axis.
+
+    `part` is the whole axis unless a layer before divided its neurons or filters over the cols of the team, in which case
+    `parts` tells over how many: with fewer neurons than cols one part can be the whole axis while the others are empty.
+    """
+
+    shape: Shape
+    part: Span
+    parts: int = 1
+
+    @staticmethod
+    def whole(shape: Shape) -> Features:
+        return Features(shape, Span(0, shape[-1]))
+
+    @staticmethod
+    def divided(shape: Shape, cols: int, col: int) -> Features:
+        return Features(shape, span(shape[-1], cols, col), cols)
+
+    @property
+    def local(self) -> Shape:
+        """The shape of one row here."""
+        return (*self.shape[:-1], self.part.size)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.parts == 1 and self.part.size == self.shape[-1]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array of a layer, in global coordinates. Each rank holds `part` of `axis` (the whole array if axis is None).
+
+    `trainable` is False for running statistics, which no optimizer touches. `replicated_sum` is True where every col
+    holds the whole array but sees only part of its gradient (see `Layer`), so that it is summed over the cols as well.
+    """
+
+    name: str
+    shape: Shape
+    initial: str = "zeros"  # a name that nn.initial knows
+    axis: int | None = None
+    part: Span | None = None
+    trainable: bool = True
+    replicated_sum: bool = False
+    fans: tuple[int, int] = (1, 1)  # (fan in, fan out) for the initial values
+
+    @property
+    def local(self) -> Shape:
+        """The shape of this rank's block."""
+        if self.axis is None or self.part is None:
+            return self.shape
+        return (*self.shape[: self.axis], self.part.size, *self.shape[self.axis + 1 :])
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Where the block lies in the whole array."""
+        if self.axis is None or self.part is None:
+            return (slice(None),) * len(self.shape)
+        return (slice(None),) * self.axis + (slice(*self.part),)
+
+
+class Team(Protocol):
+    """What a layer may ask of the ranks that work on the same stage. Every rank of the team calls alike."""
+
+    cols: int
+    col: int
+
+    def sum_over_rows(self, values: Array) -> None:
+        """Add up `values` in place over all ranks that hold other rows of the same global micro-batch."""
+
+    def sum_over_cols(self, values: Array) -> None:
+        """Add up `values` in place over the cols of the team (the same rows, other neurons)."""
+
+    def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
+        """whole_b..C <- the parts part_b..c of all cols side by side on the last axis."""
+
+    def scatter_cols(self, partial_whole: Array, part: Array, workspace: Workspace) -> None:
+        """part_b..c <- this col's slice of the sum over the cols of partial_whole_b..C (gather_cols' adjoint)."""
+
+
+class Alone:
+    """The team of one rank."""
+
+    cols = 1
+    col = 0
+
+    def sum_over_rows(self, values: Array) -> None:
+        pass
+
+    def sum_over_cols(self, values: Array) -> None:
+        pass
+
+    def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
+        whole[...] = part
+
+    def scatter_cols(self, partial_whole: Array, part: Array, workspace: Workspace) -> None:
+        part[...] = partial_whole
+
+
+@dataclass(slots=True)
+class Pass:
+    """What one micro-batch's forward or backward is told besides its arrays."""
+
+    training: bool = True
+    accumulate: bool = False  # False: this micro-batch's gradients overwrite; True: they are added
+    seed: int = 0
+    step: int = 0
+    rows: Span = Span(0, 0)  # these rows' numbers in the whole mini-batch (for dropout)
+    count: int = 0  # rows of the whole micro-batch, over all ranks that share batch statistics
+    team: Team = field(default_factory=Alone)
+
+
+class Layer(ABC):
+    """A stateless layer of one rank: shapes are fixed when it is made, arrays are handed in.
+
+    The input of a layer with weights is always whole (all features of this rank's rows); its neurons or filters, and so
+    its output, may be divided over the cols of the team. Other layers work on whatever part arrives. Because backward is
+    linear in dy, a layer that stands on whole features before divided weights receives, on each col, only a partial
+    dy, and passes on a partial dx; its parameters' gradients are partial too (`Parameter.replicated_sum`).
+
+    `backward` may overwrite dy, and returns memory that is valid until another layer runs. Neither direction allocates
+    after the first step.
+    """
+
+    # May `forward` write its output over its input (elementwise layers)? The caller says so per layer in `in_place`.
+    elementwise: ClassVar[bool] = False
+    # Does `backward` read the layer's own output, so that nobody may overwrite it?
+    reads_output: ClassVar[bool] = False
+
+    def __init__(self, name: str, inputs: Features, outputs: Features, parameters: tuple[Parameter, ...] = ()):
+        self.name = name
+        self.inputs = inputs
+        self.outputs = outputs
+        self.parameters = parameters
+        self.in_place = False
+        self.needs_dx = True  # False for the first layer of the network: nobody wants its input's gradient
+
+    @abstractmethod
+    def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, Any]:
+        """(y, saved): x has shape (b, *inputs.local), y (b, *outputs.local). Zero rows are allowed.
+
+        `saved` holds what backward needs: arrays of workspace.keep, or x itself, which stays unchanged until then.
+        """
+
+    @abstractmethod
+    def backward(
+        self, params: Params, grads: Params, saved: Any, dy: Array, workspace: Workspace, step: Pass
+    ) -> Array | None:
+        """dx (None where needs_dx is False). Writes (or adds, when step.accumulate) the parameters' gradients."""
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of forward and backward for one row of the whole layer."""
+        return 0.0
