@@ -22,9 +22,9 @@ class LossResult(NamedTuple):
     """What the last stage learns from some rows of a mini-batch.
 
     `loss_sum` is the sum over these rows of the loss of a row, so that the sum over all ranks and micro-batches,
-    divided by the rows of the mini-batch, is its mean loss. `correct` counts the rows that were told right, or is UNKNOWN.
-    `dy` has the shape of the outputs, lies in the workspace until this slot is used again, and is None if it was not
-    asked for.
+    divided by the rows of the mini-batch, is its mean loss. `correct` counts the rows that were told right, or
+    is UNKNOWN. `dy` has the shape of the outputs, lies in the workspace until this slot is used again, and is None if
+    it was not asked for.
     """
 
     loss_sum: float
@@ -70,7 +70,7 @@ def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DTyp
     """Raise ShapeError if the last layer and the data do not fit under the loss `spec`, before anything is trained.
 
     `layer` is the last layer's name and `outputs` the shape of one row of its outputs; `target` is the shape of one
-    row's target (() for labels), `dtype` the targets' type, `classes` how many classes the data has (None: it has none).
+    row's target (() for labels), `dtype` the targets' type, `classes` how many classes the data has (None: none).
     """
     is_label = _are_labels(np.dtype(dtype), 1 + len(target))
     if len(outputs) != 1:

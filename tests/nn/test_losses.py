@@ -75,6 +75,7 @@ def test_equals_pytorch(spec: Spec, outputs: int, kind: str, scale: float) -> No
         expected = module(tensor, torch.tensor(dense))
     expected.backward()
     result = make_loss(spec).forward(x, targets, ROWS, Workspace(np.float64))
+    assert result.dy is not None
     assert result.loss_sum / ROWS == pytest.approx(expected.item(), rel=1e-12)
     np.testing.assert_allclose(result.dy, tensor.grad.numpy(), rtol=1e-12, atol=1e-15)
 
@@ -90,7 +91,9 @@ def test_parts_add_up_and_outputs_stay(spec: Spec, outputs: int, kind: str) -> N
     assert sum(part.loss_sum for part in parts) == pytest.approx(whole.loss_sum, rel=1e-13)
     if whole.correct != UNKNOWN:
         assert sum(part.correct for part in parts) == whole.correct
-    assert parts[1].loss_sum == 0.0 and parts[1].dy is not None and parts[1].dy.shape == (0, outputs)
+    assert parts[1].loss_sum == 0.0
+    assert parts[1].dy is not None
+    assert parts[1].dy.shape == (0, outputs)
     assert whole.dy is not None
     np.testing.assert_allclose(np.concatenate([p.dy for p in parts if p.dy is not None]), whole.dy, rtol=1e-13)
     without = loss.forward(x, targets, ROWS, Workspace(np.float64), gradient=False)
@@ -117,7 +120,8 @@ def test_float32_stays_float32_and_the_steady_state_allocates_nothing(spec: Spec
     x = make_outputs(rows, outputs).astype(np.float32)
     targets = make_targets(kind, rows, outputs)
     first = loss.forward(x, targets, rows, workspace)
-    assert first.dy is not None and first.dy.dtype == np.float32
+    assert first.dy is not None
+    assert first.dy.dtype == np.float32
     exact = loss.forward(x.astype(np.float64), targets, rows, Workspace(np.float64))
     assert first.loss_sum == pytest.approx(exact.loss_sum, rel=1e-5)
     loss.forward(x, targets, rows, workspace, gradient=False)
