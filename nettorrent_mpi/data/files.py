@@ -1,0 +1,74 @@
+"""Opening files so that whatever is wrong with them is told as a DataError: which file, at which byte, what to do."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from nettorrent_mpi.plan.errors import DataError
+
+GZIP_MAGIC = b"\x1f\x8b"
+_CHUNK = 1 << 14  # compressed bytes at a time; deflate makes at most 1032 times as much of it (16 MiB)
+
+
+@contextmanager
+def opening(path: Path, remedy: str) -> Iterator[BinaryIO]:
+    """The file open for reading in binary; an error of the operating system becomes a DataError with `remedy`."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise DataError(f"no such file; {remedy}", file=str(path)) from None
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error}); {remedy}", file=str(path)) from error
+
+
+def size_of(path: Path, remedy: str) -> int:
+    """The file's size in bytes."""
+    with opening(path, remedy) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def gunzip(path: Path, remedy: str) -> Iterator[bytes]:
+    """The decompressed pieces of a gzip file (of one member or several), its checksums verified at the end of each.
+
+    A DataError's offset is the first compressed byte that cannot be right: the exact byte for damage that breaks the
+    deflate stream, the member's trailer where only the CRC-32 or the length disagree, the end of a truncated file.
+    """
+    inflate = zlib.decompressobj(wbits=31)
+    position = 0
+    with opening(path, remedy) as file:
+        while chunk := file.read(_CHUNK):
+            while chunk:
+                if inflate.eof:
+                    if not chunk.strip(b"\0"):  # zeros after the last member are padding (gzip's manual)
+                        position += len(chunk)
+                        break
+                    inflate = zlib.decompressobj(wbits=31)
+                before = inflate.copy()
+                try:
+                    piece = inflate.decompress(chunk)
+                except zlib.error as error:
+                    offset = position + _first_bad(before, chunk)
+                    text = f"corrupt gzip data ({error}); {remedy}"
+                    raise DataError(text, file=str(path), offset=offset) from error
+                if piece:
+                    yield piece
+                position += len(chunk) - len(inflate.unused_data)
+                chunk = inflate.unused_data
+    if not inflate.eof:
+        raise DataError(f"the gzip data ends early: truncated; {remedy}", file=str(path), offset=position)
+
+
+def _first_bad(inflate: zlib._Decompress, chunk: bytes) -> int:
+    """How many bytes of `chunk` the decompressor takes before it fails."""
+    for index in range(len(chunk)):
+        try:
+            inflate.decompress(chunk[index : index + 1])
+        except zlib.error:
+            return index
+    return len(chunk)
