@@ -153,7 +153,7 @@ def partition(weights: Sequence[float], groups: int) -> list[Span]:
 
     def best(cost: Callable[[float], float], join: Callable[[float, float], float]) -> tuple[float, tuple[int, ...]]:
         # heads[j]: the first j items in the groups so far
-        heads = {j: (cost(total[j]), (0,)) for j in range(1, n + 1)}
+        heads: dict[int, tuple[float, tuple[int, ...]]] = {j: (cost(total[j]), (0,)) for j in range(1, n + 1)}
         for _ in range(groups - 1):
             heads = {
                 j: min((join(heads[i][0], cost(total[j] - total[i])), (*heads[i][1], i)) for i in heads if i < j)
@@ -171,8 +171,8 @@ def partition(weights: Sequence[float], groups: int) -> list[Span]:
 def layers_layout(facts: Sequence[LayerFacts], ranks: int, rows: int) -> Topology:
     """`layout: layers`: one swarm per weight layer, one replica, sizes in proportion to the layers' operations.
 
-    `rows` is the rows of a micro-batch. Sizes are rounded by largest remainder, each at least 1; all ranks are used. Each
-    size becomes the rows x cols with the least largest share of the work (in ties the one with more rows), with
+    `rows` is the rows of a micro-batch. Sizes are rounded by largest remainder, each at least 1; all ranks are used.
+    Each size becomes the rows x cols with the least largest share of the work (in ties the one with more rows), with
     cols <= units. A size with more than `rows` rows in every factoring (a large prime) exchanges ranks with other
     stages, so that the sizes deviate least from proportion. Only ranks beyond what the network can use at all stay
     idle. Fewer ranks than layers: neighbouring layers are merged, as evenly as can be, one rank each.

@@ -1,0 +1,76 @@
+"""Every exception of the package, in one tree.
+
+NetTorrentError              exit code 1 unless said otherwise
+├── UserError                a mistake that the user can mend: exit code 2, one line, no traceback
+│   ├── ConfigError          the configuration: names file, key and line
+│   ├── LayoutError          a layout that the network or the rank count cannot have
+│   ├── ShapeError           two layers that do not fit
+│   ├── DataError            a data file that is missing, truncated or corrupt: names file and offset
+│   ├── OutputError          the run folder: another run's results, no space, no permission
+│   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
+├── NonFiniteError           the training diverged: names step, layer and rank
+└── ScheduleError            a schedule that cannot run: names the action that waits
+"""
+
+from __future__ import annotations
+
+
+class NetTorrentError(Exception):
+    """The root. `exit_code` is what the program ends with when it is not caught."""
+
+    exit_code = 1
+
+
+class UserError(NetTorrentError):
+    """A mistake of the user's; its text says what was wrong, where, and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A wrong configuration. `key` is the dotted path, `line` counts from 1."""
+
+    def __init__(self, message: str, *, file: str | None = None, key: str | None = None, line: int | None = None):
+        self.file, self.key, self.line = file, key, line
+        where = ":".join(str(part) for part in (file, line) if part is not None)
+        super().__init__(": ".join(part for part in (where, key, message) if part))
+
+
+class LayoutError(UserError):
+    """A layout that cannot be; the text tells the nearest that can."""
+
+
+class ShapeError(UserError):
+    """Two neighbouring layers whose shapes do not fit; the text names both."""
+
+
+class DataError(UserError):
+    """A data file that cannot be used. `offset` is the byte at which reading failed."""
+
+    def __init__(self, message: str, *, file: str | None = None, offset: int | None = None):
+        self.file, self.offset = file, offset
+        where = f"{file} at byte {offset}" if offset is not None else file
+        super().__init__(": ".join(part for part in (where, message) if part))
+
+
+class OutputError(UserError):
+    """The run folder cannot be written."""
+
+
+class LaunchError(UserError):
+    """The launcher, MPI and the ranks do not agree on what this run is."""
+
+
+class NonFiniteError(NetTorrentError):
+    """A value that is not finite came up in training."""
+
+    def __init__(self, *, step: int, layer: str, rank: int):
+        self.step, self.layer, self.rank = step, layer, rank
+        super().__init__(
+            f"step {step}: the output of layer {layer} is not finite (seen on rank {rank}); "
+            "lower the learning rate, add warm-up, or clip the gradients (train.clip_norm)"
+        )
+
+
+class ScheduleError(NetTorrentError):
+    """A schedule that cannot run to its end."""

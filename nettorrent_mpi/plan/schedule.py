@@ -1,0 +1,188 @@
+"""What each rank does in a step, as data: lists of actions, written, completed with transfers, timed, drawn.
+
+Authors of a schedule write the compute only; `add_transfers` adds what moves between the stages, and `check` proves the
+result. All ranks of a stage have the same list. The actions are told in plan/actions.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nettorrent_mpi.plan.actions import Action, Actions, Kind, parse
+from nettorrent_mpi.plan.checker import check
+from nettorrent_mpi.plan.errors import ScheduleError
+
+__all__ = [
+    "PIPELINES", "Action", "Actions", "Costs", "Event", "Kind", "Timeline", "add_transfers", "build", "check",
+    "forward_only", "gpipe", "one_f_one_b", "parse", "peak_stored", "simulate", "table",
+]  # fmt: skip
+
+Costs = float | Sequence[float]  # seconds: the same for all stages, or one for each
+
+
+def gpipe(stages: int, micro_batches: int) -> list[Actions]:
+    """Compute of each stage: all forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965).
+
+    Backwards go in ascending order, as in 1f1b, so that both add up the gradients in the same order.
+    """
+    return [_compute(s, micro_batches, micro_batches) for s in range(stages)]
+
+
+def one_f_one_b(stages: int, micro_batches: int) -> list[Actions]:
+    """Compute of each stage: a stage begins its backwards as soon as it can, then alternates (PipeDream-flush,
+    Narayanan et al. 2021, arXiv 2006.09503). As long as gpipe, but stage s stores min(micro_batches, stages - s)."""
+    return [_compute(s, micro_batches, min(micro_batches, stages - s)) for s in range(stages)]
+
+
+def forward_only(stages: int, micro_batches: int) -> list[Actions]:
+    """Compute of each stage in evaluation."""
+    return [[Action(s, "F", m) for m in range(micro_batches)] for s in range(stages)]
+
+
+PIPELINES: dict[str, Callable[[int, int], list[Actions]]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
+
+
+def _compute(stage: int, micro_batches: int, ahead: int) -> Actions:
+    """Forwards run `ahead` micro-batches before backwards."""
+    actions = [Action(stage, "F", m) for m in range(ahead)]
+    for m in range(micro_batches):
+        actions.append(Action(stage, "B", m))
+        if m + ahead < micro_batches:
+            actions.append(Action(stage, "F", m + ahead))
+    return actions
+
+
+def add_transfers(lists: Sequence[Actions]) -> list[Actions]:
+    """The lists (one per stage) with their transfers: received right before use, sent as soon as there is a result."""
+    last = len(lists) - 1
+    whole: list[Actions] = []
+    for s, actions in enumerate(lists):
+        full: Actions = []
+        for action in actions:
+            m = action.micro_batch
+            arrives = (action.kind == "F" and s > 0) or (action.kind == "B" and s < last)
+            leaves = (action.kind == "F" and s < last) or (action.kind == "B" and s > 0)
+            if arrives:
+                full.append(Action(s, "RA" if action.kind == "F" else "RG", m))
+            full.append(action)
+            if leaves:
+                full.append(Action(s, "SA" if action.kind == "F" else "SG", m))
+        whole.append(full)
+    return whole
+
+
+def build(pipeline: str, stages: int, micro_batches: int, *, clip: bool = False) -> list[Actions]:
+    """The whole training step of each stage: compute, transfers, R, N (where gradients are clipped), U."""
+    ends: list[Kind] = ["R", "N", "U"] if clip else ["R", "U"]
+    lists = add_transfers(PIPELINES[pipeline](stages, micro_batches))
+    return [actions + [Action(s, kind) for kind in ends] for s, actions in enumerate(lists)]
+
+
+def peak_stored(actions: Sequence[Action]) -> int:
+    """The most micro-batches that lie between their F and the end of their B: whose saved values are held."""
+    backward = {a.micro_batch for a in actions if a.kind == "B"}
+    held = peak = 0
+    for action in actions:
+        held += action.kind == "F" and action.micro_batch in backward
+        peak = max(peak, held)
+        held -= action.kind == "B"
+    return peak
+
+
+class Event(NamedTuple):
+    """An action and when it starts and ends, in seconds from the start of the step."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated step. `bubble` is the part of makespan x stages in which no F or B runs."""
+
+    stages: tuple[tuple[Event, ...], ...]
+    makespan: float
+    bubble: float
+
+
+def simulate(
+    lists: Sequence[Actions], forward: Costs, backward: Costs, transfer: Costs, finish: Costs = 0.0
+) -> Timeline:
+    """Times a step: lists per stage, with or without transfers.
+
+    `forward` and `backward` are the seconds of one micro-batch in a stage, `transfer` those from a stage to the next or
+    back (one for each boundary), `finish` those of a stage's R. A send does not keep its stage; a receive waits for the
+    arrival; N waits for all stages; U takes no time. Raises ScheduleError where the lists wait for ever.
+    """
+    count = len(lists)
+    f, b, t, r = (_each(c, n) for c, n in ((forward, count), (backward, count), (transfer, count - 1), (finish, count)))
+    arrival: dict[Action, float] = {}  # keyed by the F or B that it is for
+    events: list[list[Event]] = [[] for _ in lists]
+    at = [0] * count
+    now = [0.0] * count
+    norm: float | None = None  # when all stages have come to their N
+    moved = True
+    while moved:
+        moved = False
+        for s, actions in enumerate(lists):
+            while at[s] < len(actions):
+                action = actions[at[s]]
+                _, kind, m = action
+                start, there = now[s], 0.0
+                if kind == "N":
+                    if norm is None:
+                        break
+                    there = norm
+                elif (kind in ("F", "RA") and s > 0) or (kind in ("B", "RG") and s < count - 1):
+                    wanted = Action(s, "F" if kind in ("F", "RA") else "B", m)
+                    if wanted not in arrival:
+                        break
+                    there = arrival[wanted]
+                if kind in ("SA", "SG"):
+                    end = start + (t[s] if kind == "SA" else t[s - 1])
+                else:
+                    if kind in ("F", "B"):  # where the lists hold no transfers, the wait is no part of the compute
+                        start = max(start, there)
+                    end = max(start, there) + {"F": f[s], "B": b[s], "R": r[s]}.get(kind, 0.0)
+                    now[s] = end
+                if kind == "F" and s < count - 1:
+                    arrival[Action(s + 1, "F", m)] = end + t[s]
+                if kind == "B" and s > 0:
+                    arrival[Action(s - 1, "B", m)] = end + t[s - 1]
+                events[s].append(Event(action, start, end))
+                at[s] += 1
+                moved = True
+        if norm is None and all(i < len(x) and x[i].kind == "N" for i, x in zip(at, lists, strict=True)):
+            norm, moved = max(now), True
+    stuck = [str(actions[i]) for actions, i in zip(lists, at, strict=True) if i < len(actions)]
+    if stuck:
+        raise ScheduleError(f"the schedule waits for ever at {', '.join(stuck)}")
+    makespan = max(now, default=0.0)
+    busy = sum(e.end - e.start for stage in events for e in stage if e.action.kind in ("F", "B"))
+    bubble = 1 - busy / (makespan * count) if makespan else 0.0
+    return Timeline(tuple(map(tuple, events)), makespan, bubble)
+
+
+def _each(cost: Costs, count: int) -> list[float]:
+    if isinstance(cost, Sequence):
+        assert len(cost) == count, f"{len(cost)} costs for {count}"
+        return list(cost)
+    return [float(cost)] * count
+
+
+def table(lists: Sequence[Actions]) -> str:
+    """The compute of each stage over time, to be printed: stages down, time steps across, every F and B one step."""
+    compute = [[a for a in actions if a.kind in ("F", "B")] for actions in lists]
+    line = simulate(compute, 1.0, 1.0, 0.0)
+    width = max((len(str(a)) - len(str(a.stage)) for actions in compute for a in actions), default=1)
+    label = len(f"stage {max(len(lists) - 1, 0)}")
+    rows = [" ".join(["time".ljust(label), *(str(i).rjust(width) for i in range(round(line.makespan)))])]
+    for s, events in enumerate(line.stages):
+        cells = ["."] * round(line.makespan)
+        for action, start, _ in events:
+            cells[round(start)] = f"{action.kind}{action.micro_batch}"
+        rows.append(" ".join([f"stage {s}".ljust(label), *(cell.rjust(width) for cell in cells)]))
+    return "\n".join(rows)
