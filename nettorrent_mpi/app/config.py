@@ -38,7 +38,7 @@ from nettorrent_mpi.nn.specs import LayerSpec
 from nettorrent_mpi.plan.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
-SYNTHETIC = {"rows": 10_000, "test_rows": 1_000, "shape": [28, 28, 1], "classes": 10}  # unless told
+SYNTHETIC: dict[str, Any] = {"rows": 10_000, "test_rows": 1_000, "shape": (28, 28, 1), "classes": 10}  # unless told
 SHIPPED = "the built-in configuration"  # how messages call DEFAULT
 
 
@@ -62,13 +62,6 @@ class Data(Section):
     shape: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("name") == "synthetic":
-            return {**given, **{k: v for k, v in SYNTHETIC.items() if given.get(k) is None}}
-        return given
-
     @model_validator(mode="after")
     def _fits(self) -> Data:
         built_in = self.name in ("digits", "synthetic")
@@ -77,8 +70,10 @@ class Data(Section):
         if not built_in and self.root is None:
             what = "file" if self.name == "hdf5" else "folder that holds the data"
             raise Mistake(f"{self.name} needs the {what}; add root: ... under data", "root")
-        for option in SYNTHETIC:
-            if getattr(self, option) is not None and self.name != "synthetic":
+        for option, default in SYNTHETIC.items():
+            if self.name == "synthetic" and getattr(self, option) is None:
+                object.__setattr__(self, option, default)  # still being made: nobody has seen it without
+            elif self.name != "synthetic" and getattr(self, option) is not None:
                 raise Mistake(f"is only for synthetic data, not for {self.name}", option)
         if self.transposed and self.name != "letters":
             raise Mistake(f"is only for letters, not for {self.name}", "transposed")
