@@ -1,0 +1,149 @@
+"""The commands: what can be written after `nettorrent`, and who does it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from nettorrent_mpi import __version__
+from nettorrent_mpi.plan.errors import ConfigError, NetTorrentError, UserError
+
+TRAIN = """\
+Trains the network that CONFIG describes on all ranks of the run and writes the results into the output folder:
+
+    mpirun -n 4 python -m nettorrent_mpi.train configs/mnist.yaml
+    mpirun -n 4 python -m nettorrent_mpi.train configs/mnist.yaml --set train.epochs=2 --set layout=auto
+    python -m nettorrent_mpi.train configs/cifar.yaml --dry-run --ranks 64
+
+Without mpirun it runs on one rank, the serial baseline. Without CONFIG it trains on the handwritten digits that come
+with the package."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors are UserErrors, so that they are told once, not by every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="nettorrent", description="Trains neural networks over MPI, one swarm of ranks per layer.")
+    parser.add_argument("--version", action="version", version=f"nettorrent_mpi {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser(
+        "train", help="train a network", description=TRAIN, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, see configs/ (default: the digits)")
+    _add_set(train)
+    train.add_argument("--output", metavar="DIR", help="the run's folder (default: the configuration's `output`)")
+    train.add_argument("--overwrite", action="store_true", help="replace another run's results in that folder")
+    train.add_argument(
+        "--dry-run", action="store_true", help="show layout, schedule, predicted time and memory, and train nothing"
+    )
+    train.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks, not for those there are")
+
+    evaluate = commands.add_parser("evaluate", help="loss and accuracy of a finished run on its test set")
+    evaluate.add_argument("run", metavar="RUN", help="the run's folder")
+    _add_set(evaluate)
+
+    export = commands.add_parser("export", help="a run's weights as a NumPy .npz file")
+    export.add_argument("run", metavar="RUN", help="the run's folder")
+    export.add_argument("target", metavar="FILE.npz", help="the file to write; it must not exist yet")
+
+    data = commands.add_parser("data", help="fetch published data sets, import folders of images")
+    kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    fetch = kinds.add_parser("fetch", help="download a data set from its publisher, and verify it")
+    fetch.add_argument("name", metavar="NAME", help="mnist, fashion_mnist, letters or cifar10")
+    fetch.add_argument("--root", default="data", metavar="DIR", help="where to (default: data)")
+    images = kinds.add_parser("import", help="put a folder of images, one sub-folder per class, into an HDF5 file")
+    images.add_argument("folder", metavar="DIR", help="the folder; each sub-folder is a class")
+    images.add_argument("target", metavar="FILE.h5", help="the file to write")
+    images.add_argument("--size", metavar="HxW", help="scale all images to this size, as 32x32")
+    images.add_argument("--test", type=float, default=0.0, metavar="PART", help="part of each class kept for the test set")
+    images.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    return parser
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
+        help="change one value of the configuration, as train.steps=100 or model.layers.0.conv2d.filters=16; repeatable",
+    )  # fmt: skip
+
+
+def run(arguments: Sequence[str], chosen: str) -> int:
+    """Run the command; gives the exit code. `chosen` says how the environment was set."""
+    command = next((a for a in arguments if not a.startswith("-")), "")
+    if command in ("train", "evaluate") and not {"-h", "--help"} & set(arguments):
+        return _run_on_ranks(arguments, chosen)
+    if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")) != "0":
+        return 0  # help is told once
+    try:
+        args = _parser().parse_args(arguments)
+        _LOCAL[args.command](args)
+    except NetTorrentError as error:
+        sys.stderr.write(f"nettorrent: error: {error}\n")
+        return error.exit_code
+    return 0
+
+
+def _run_on_ranks(arguments: Sequence[str], chosen: str) -> int:
+    from nettorrent_mpi.comm.world import run_main, start  # noqa: PLC0415
+
+    def body() -> int:
+        with world.together():
+            args = _parser().parse_args(arguments)
+        if args.command == "train":
+            from nettorrent_mpi.app.run import train  # noqa: PLC0415
+
+            return train(world, args, chosen)
+        from nettorrent_mpi.app.evaluate import evaluate  # noqa: PLC0415
+
+        return evaluate(world, args)
+
+    try:
+        world = start()
+    except UserError as error:
+        if os.environ.get("SLURM_PROCID", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))) == "0":
+            sys.stderr.write(f"nettorrent: error: {error}\n")
+        return error.exit_code
+    return run_main(world, body)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from nettorrent_mpi.app.evaluate import export  # noqa: PLC0415
+
+    export(args.run, args.target)
+
+
+def _data(args: argparse.Namespace) -> None:
+    from pathlib import Path  # noqa: PLC0415
+
+    if args.action == "fetch":
+        from nettorrent_mpi.data.fetch import fetch  # noqa: PLC0415
+
+        fetch(args.name, Path(args.root), _tell)
+        return
+    from nettorrent_mpi.data.images import import_folder  # noqa: PLC0415
+
+    size = None
+    if args.size:
+        height, _, width = args.size.partition("x")
+        if not (height.isdigit() and width.isdigit()):
+            raise ConfigError(f"--size {args.size}: write height x width, as 32x32")
+        size = (int(height), int(width))
+    import_folder(
+        Path(args.folder), Path(args.target), size=size, test=args.test, overwrite=args.overwrite, progress=_tell
+    )
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+_LOCAL: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "data": _data}

@@ -1,0 +1,247 @@
+"""A training run, from the configuration to the summary."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nettorrent_mpi import __version__
+from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.app.config import Config
+from nettorrent_mpi.app.progress import open_reporter
+from nettorrent_mpi.app.report import dry_run
+from nettorrent_mpi.app.run_folder import RunFolder
+from nettorrent_mpi.app.setup import Setup, set_up
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.engine.engine import Engine, Scores
+from nettorrent_mpi.nn.rates import make_rate
+from nettorrent_mpi.nn.specs import to_plain
+from nettorrent_mpi.plan.errors import ConfigError
+
+WARM_UP = 5  # steps that samples_per_second leaves out
+
+
+def train(world: World, args: argparse.Namespace, chosen: str) -> int:
+    """`nettorrent train`. Every rank calls; gives the exit code."""
+    with world.together():
+        config = configuration.load(args.config, args.changes)
+        if args.output is not None:
+            config = config.model_copy(update={"output": args.output})
+        if args.ranks is not None and not args.dry_run:
+            raise ConfigError("--ranks is for --dry-run; a real run has the ranks that mpirun -n started")
+        if args.ranks is not None and args.ranks < 1:
+            raise ConfigError(f"--ranks {args.ranks}: 1 is the least")
+    world.same("configuration", configuration.digest(config))
+    world.same("version of nettorrent_mpi", __version__)
+    with world.together():
+        setup = set_up(config, args.ranks or world.size)
+    if args.dry_run:
+        hosts = world.comm.gather(world.host)
+        if world.rank == 0:
+            sys.stdout.write(dry_run(setup, hosts if args.ranks is None else None))
+        return 0
+    folder = RunFolder(config.output or "runs/run")
+    with world.together():
+        if world.rank == 0:
+            folder.check(args.overwrite)
+    engine = Engine(world, setup.network, setup.topology, setup.options)
+    with world.together():
+        engine.open_data(setup.dataset, setup.sampler)
+    with world.together():
+        if world.rank == 0:
+            folder.create(configuration.to_yaml(config))
+    Run(world, setup, engine, folder, chosen).run()
+    return 0
+
+
+class Run:
+    """The run loop. Rank 0 tells and writes; all ranks train alike."""
+
+    def __init__(self, world: World, setup: Setup, engine: Engine, folder: RunFolder, chosen: str):
+        self._world, self._setup, self._engine, self._folder = world, setup, engine, folder
+        train = setup.config.train
+        self._epoch_steps = setup.sampler.steps_per_epoch
+        self._steps = train.steps if train.steps is not None else (train.epochs or 1) * self._epoch_steps
+        self._rate = make_rate(train.schedule, train.optimizer.options()["lr"], self._steps, self._epoch_steps)
+        self._clock = Clock()
+        self._samples = 0
+        self._began = time.perf_counter()
+        self._told = world.rank == 0
+        self._reporter = (
+            open_reporter(
+                sys.stdout,
+                layout=setup.layout_line,
+                ranks=world.size,
+                environment=chosen,
+                output=str(folder.path),
+                steps=self._steps,
+                steps_per_epoch=self._epoch_steps,
+            )
+            if self._told
+            else None
+        )
+
+    def run(self) -> None:
+        """Train, evaluate, save, summarise."""
+        stopped_by, loss, scores = self._train()
+        arrays = self._engine.parameters()
+        with self._world.together():
+            if self._told:
+                self._folder.model(arrays, model_json(self._setup.config))
+        if self._engine.trace is not None:
+            places = [self._place(rank) for rank in range(self._world.size)]
+            self._engine.trace.write(self._world, self._folder.path / "trace.json", places)
+        peak = max(self._world.comm.allgather(peak_memory()))
+        with self._world.together():
+            if self._told:
+                self._folder.summary(
+                    {
+                        "world_size": self._world.size,
+                        "layout": self._setup.layout_line,
+                        "steps": self._steps_done,
+                        "train_seconds": round(self._clock.seconds, 3),
+                        "samples_per_second": self._clock.samples_per_second,
+                        "test_accuracy": scores.accuracy if scores else None,
+                        "test_loss": scores.loss if scores else None,
+                        "final_loss": loss,
+                        "stopped_by": stopped_by,
+                        "peak_memory_mb": round(peak / 1e6, 1),
+                        "mpi": self._world.library,
+                        "host": self._world.host,
+                        "commit": commit(),
+                        "version": __version__,
+                    }
+                )
+        self._engine.close()
+        if self._reporter is not None:
+            self._reporter.close()
+
+    def _train(self) -> tuple[str, float | None, Scores | None]:
+        """(what ended the training, last training loss, last scores on the test set)."""
+        train, engine, every = self._setup.config.train, self._engine, self._setup.config.train.report_every
+        loss: float | None = None
+        test: Scores | None = None
+        self._steps_done = 0
+        self._clock.start()
+        for n in range(self._steps):
+            rows = engine.step(n, self._rate(n))
+            self._samples += rows
+            self._steps_done = n + 1
+            self._clock.step(rows)
+            last, turn = n + 1 == self._steps, (n + 1) % self._epoch_steps == 0
+            if not ((n + 1) % every == 0 or turn or last):
+                continue
+            loss = engine.training_loss()
+            self._clock.stop()
+            record = self._record(n, loss)
+            reached = False
+            if last or (turn and (n + 1) // self._epoch_steps % train.evaluate_every == 0):
+                validation, test = engine.evaluate_validation(), engine.evaluate_test()
+                record |= {
+                    "test_loss": test.loss if test else None,
+                    "test_accuracy": test.accuracy if test else None,
+                    "validation_loss": validation.loss if validation else None,
+                    "validation_accuracy": validation.accuracy if validation else None,
+                }
+                reached = self._reached(validation or test)
+            self._tell(record)
+            if reached:
+                return "accuracy", loss, test
+            self._clock.start()
+        return "steps" if train.steps is not None else "epochs", loss, test
+
+    def _reached(self, scores: Scores | None) -> bool:
+        stop = self._setup.config.train.stop_at
+        return stop is not None and scores is not None and (scores.accuracy or 0.0) >= stop.accuracy
+
+    def _record(self, n: int, loss: float) -> dict[str, Any]:
+        return {
+            "step": n + 1,
+            "epoch": round((n + 1) / self._epoch_steps, 4),
+            "samples": self._samples,
+            "time": round(time.perf_counter() - self._began, 3),
+            "train_loss": loss,
+            "learning_rate": self._rate(n),
+            "samples_per_second": self._clock.samples_per_second,
+        }
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        if self._reporter is None:
+            return
+        self._folder.metrics(record)
+        if "test_loss" in record:
+            self._reporter.epoch(record)
+        else:
+            self._reporter.report(record)
+
+    def _place(self, rank: int) -> str:
+        place = self._setup.topology.place(rank)
+        stage = self._setup.topology.stages[place.stage]
+        names = [facts.name for facts in self._setup.network.facts[stage.first : stage.stop]]
+        return f"replica {place.replica}, stage {place.stage} ({' '.join(names)}), row {place.row}, col {place.col}"
+
+
+class Clock:
+    """Training time: without start-up, evaluation and (for the rate) the first steps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+        self._steps = 0
+        self._warm_seconds = 0.0
+        self._rows = self._warm_rows = 0
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Add what has passed since the start."""
+        assert self._since is not None
+        self.seconds += time.perf_counter() - self._since
+        self._since = None
+
+    def step(self, rows: int) -> None:
+        """A step of this many rows is done."""
+        assert self._since is not None
+        self._steps += 1
+        self._rows += rows
+        if self._steps == WARM_UP:
+            self._warm_seconds = self.seconds + time.perf_counter() - self._since
+            self._warm_rows = self._rows
+
+    @property
+    def samples_per_second(self) -> float:
+        """Rows per second, while the clock is stopped; of all steps if there are no more than the warm-up."""
+        seconds, rows = self.seconds - self._warm_seconds, self._rows - self._warm_rows
+        if rows <= 0:
+            seconds, rows = self.seconds, self._rows
+        return round(rows / seconds, 1) if seconds > 0 else 0.0
+
+
+def model_json(config: Config) -> str:
+    """The network's configuration as model.h5 carries it."""
+    loss = config.model.loss
+    model = {"layers": [to_plain(layer) for layer in config.model.layers], "loss": {loss.kind: loss.options()}}
+    return json.dumps(model)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most (of physical memory, shared pages included)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from; None if it runs from elsewhere."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

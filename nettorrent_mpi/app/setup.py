@@ -1,0 +1,88 @@
+"""From a configuration to the parts of a run: data set, network, topology, engine options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nettorrent_mpi.app.config import Config, Layout
+from nettorrent_mpi.data.dataset import Dataset, open_dataset
+from nettorrent_mpi.data.dataset import Options as DataOptions
+from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine.engine import Options
+from nettorrent_mpi.nn.losses import check_fit
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.cost import auto_layout
+from nettorrent_mpi.plan.topology import Topology, given_layout, layers_layout
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every rank makes alike from the configuration, before any of them communicates."""
+
+    config: Config
+    dataset: Dataset
+    sampler: Sampler
+    network: Network
+    topology: Topology
+    options: Options
+
+    @property
+    def layout_line(self) -> str:
+        """The layout in one line."""
+        return self.topology.describe([facts.name for facts in self.network.facts])
+
+
+def set_up(config: Config, ranks: int) -> Setup:
+    """Open the data, build the network and lay it out over `ranks`. Raises UserErrors of all kinds."""
+    data, train = config.data, config.train
+    synthetic = data.name == "synthetic"
+    dataset = open_dataset(
+        data.name,
+        data.root,
+        options=DataOptions(
+            mean=data.mean,
+            std=data.std,
+            transposed=data.transposed,
+            rows=data.rows if synthetic else None,
+            test_rows=data.test_rows if synthetic else None,
+            shape=data.shape if synthetic else None,
+            classes=data.classes if synthetic else None,
+            seed=config.seed if synthetic else None,
+        ),
+    )
+    sampler = Sampler(dataset.train.rows, config.seed, data.validation, train.batch_size)
+    network = Network(config.model.layers, dataset.shape)
+    target = dataset.train.target_shape
+    check_fit(
+        config.model.loss,
+        network.layers[-1].name or network.layers[-1].kind,
+        network.output_shape,
+        target.shape,
+        target.dtype,
+        dataset.classes,
+    )
+    options = Options(
+        loss=config.model.loss,
+        optimizer=train.optimizer,
+        batch_size=train.batch_size,
+        micro_batches=train.micro_batches,
+        pipeline=config.pipeline,
+        clip_norm=train.clip_norm,
+        dtype=config.dtype,
+        seed=config.seed,
+        augment=data.augment,
+        trace=config.trace,
+    )
+    return Setup(config, dataset, sampler, network, lay_out(config, network, ranks), options)
+
+
+def lay_out(config: Config, network: Network, ranks: int) -> Topology:
+    """The topology that the configuration's layout gives on this many ranks. Raises LayoutError."""
+    train, layout = config.train, config.layout
+    if isinstance(layout, Layout):
+        swarms = [(swarm.layers, swarm.rows, swarm.cols) for swarm in layout.swarms]
+        return given_layout(layout.replicas, swarms, network.facts, ranks)
+    if layout == "auto":
+        return auto_layout(network.facts, ranks, train.batch_size, train.micro_batches, config.pipeline)
+    return layers_layout(network.facts, ranks, span(train.batch_size, train.micro_batches, 0).size)

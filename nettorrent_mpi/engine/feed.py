@@ -1,0 +1,53 @@
+"""What a rank reads of a mini-batch: the inputs of its rows on the first stage, their targets on the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from nettorrent_mpi.data.augment import Augment
+from nettorrent_mpi.data.dataset import Allocate, Split
+from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.plan.blocks import Span
+
+
+class Feed:
+    """One data split, seen by one rank. Other ranks than those of the first and last stage hold nothing of it."""
+
+    def __init__(self, split: Split, *, reads_inputs: bool, reads_targets: bool, allocate: Allocate):
+        self._inputs = split.inputs(allocate) if reads_inputs else None
+        self._targets = split.targets() if reads_targets else None
+        self._taken: dict[int, Array] = {}
+        self._augment: Augment | None = None
+        self._key = 0
+        self._rows: Array = np.empty(0, np.int64)
+
+    def choose(self, rows: Array, augment: Augment | None = None, key: int = 0) -> None:
+        """Make `rows` (numbers in the split, in order) the mini-batch. `key` seeds the augmentation."""
+        self._rows, self._augment, self._key = rows, augment, key
+
+    @property
+    def size(self) -> int:
+        """Rows of the mini-batch."""
+        return len(self._rows)
+
+    def check(self, check: Callable[[Array], None]) -> None:
+        """Let `check` look at all targets, where there are any here."""
+        if self._targets is not None:
+            check(self._targets)
+
+    def inputs(self, part: Span, out_bI: Array) -> None:
+        """out_bI <- the inputs of these rows of the mini-batch."""
+        assert self._inputs is not None
+        if part.size:
+            self._inputs.batch(self._rows[slice(*part)], out_bI, self._augment, self._key)
+
+    def targets(self, part: Span) -> Array:
+        """The targets of these rows of the mini-batch, valid until the next call of the same size."""
+        assert self._targets is not None
+        out = self._taken.get(part.size)
+        if out is None:
+            out = np.empty((part.size, *self._targets.shape[1:]), self._targets.dtype)
+            self._taken[part.size] = out
+        return np.take(self._targets, self._rows[slice(*part)], axis=0, out=out)

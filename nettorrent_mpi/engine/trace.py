@@ -1,0 +1,77 @@
+"""The trace: when each rank began and ended each action, as a Chrome / Perfetto trace (chrome://tracing, ui.perfetto.dev)."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.plan.schedule import Action
+
+COLUMNS = 4  # step, number of the action, begin, end (nanoseconds of a clock that the ranks of a host share)
+TAG = 77
+
+
+class Trace:
+    """Spans of one rank, in memory made once; the last `capacity` of them are kept."""
+
+    def __init__(self, capacity: int = 65536):
+        self._spans = np.zeros((capacity, COLUMNS), np.int64)
+        self._count = 0
+        self._numbers: dict[Action, int] = {}
+        self._names: list[str] = []
+
+    @staticmethod
+    def now() -> int:
+        return time.time_ns()
+
+    def add(self, step: int, action: Action, began: int) -> None:
+        """The action ended now."""
+        number = self._numbers.get(action)
+        if number is None:
+            number = self._numbers[action] = len(self._names)
+            self._names.append(str(action))
+        self._spans[self._count % len(self._spans)] = (step, number, began, time.time_ns())
+        self._count += 1
+
+    def spans(self) -> np.ndarray:
+        """(count, COLUMNS), oldest first."""
+        if self._count <= len(self._spans):
+            return self._spans[: self._count]
+        return np.roll(self._spans, -(self._count % len(self._spans)), axis=0)
+
+    def write(self, world: World, path: Path, places: list[str]) -> None:
+        """Rank 0 writes the spans of all ranks; every rank calls. `places` names each rank ("replica 0, stage 2 ...")."""
+        spans = np.ascontiguousarray(self.spans())
+        names = "\n".join(self._names).encode()
+        sizes = world.comm.allgather((len(spans), len(names)))  # once, at the end
+        if world.rank != 0:
+            if len(spans):
+                world.send(spans, 0, TAG)
+                world.send(np.frombuffer(names, np.uint8), 0, TAG)
+            return
+        events: list[dict[str, object]] = []
+        origin: int | None = None
+        for rank, (count, length) in enumerate(sizes):
+            theirs, text = spans, names
+            if rank and count:
+                theirs, letters = np.empty((count, COLUMNS), np.int64), np.empty(length, np.uint8)
+                world.receive(theirs, rank, TAG)
+                world.receive(letters, rank, TAG)
+                text = letters.tobytes()
+            events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}: {places[rank]}"}})
+            if not count:
+                continue
+            labels = text.decode().split("\n")
+            origin = int(theirs[0, 2]) if origin is None else origin
+            events += [
+                {
+                    "ph": "X", "pid": rank, "tid": 0, "name": labels[number], "cat": labels[number].strip("0123456789"),
+                    "ts": (begin - origin) / 1000, "dur": (end - begin) / 1000, "args": {"step": step},
+                }
+                for step, number, begin, end in theirs.tolist()
+            ]  # fmt: skip
+        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -1,0 +1,196 @@
+"""Wiring: groups, links and buffers, derived from (topology, world) and disposable at any step (design rule 3).
+
+A rank's place in the topology decides everything here. Between neighbouring stages of a replica lies a link: going
+forward, each rank of the reading team gets all inputs of its rows (x_bI) from the ranks that own them (y_bo); going
+backward the same pieces travel the other way, as partial sums over the reading team's cols that the owner adds up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nettorrent_mpi.comm.mpi import Group
+from nettorrent_mpi.comm.transfers import Part, Transfer
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.nn.backend import Array, Shape, Workspace, aligned
+from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
+from nettorrent_mpi.plan.topology import Topology
+
+FORWARD, BACKWARD = 0, 1
+
+
+class WiredTeam:
+    """nn.layer.Team over real groups: what layers ask of the ranks that work on the same stage."""
+
+    def __init__(self, statistics: Group, columns: Group):
+        self._statistics = statistics
+        self._columns = columns
+        self.cols = columns.size
+        self.col = columns.index
+
+    def sum_over_rows(self, values: Array) -> None:
+        """Over all ranks of the swarm that hold other rows of the micro-batch: of the team, and of exact replicas."""
+        self._statistics.sum(values)
+
+    def sum_over_cols(self, values: Array) -> None:
+        """Over the cols of the team."""
+        self._columns.sum(values)
+
+    def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
+        """whole_b..C <- part_b..c of all cols: every col's part travels flat and is then put in place."""
+        if self.cols == 1:
+            np.copyto(whole, part)
+            return
+        rest = whole.shape[:-1]
+        size = int(np.prod(rest))
+        counts = [size * span(whole.shape[-1], self.cols, c).size for c in range(self.cols)]
+        flat = workspace.scratch("gather", (sum(counts),))
+        self._columns.allgather(part.reshape(-1), flat, counts)
+        for c, piece in self._slices(flat, counts, rest):
+            np.copyto(whole[..., slice(*c)], piece)
+
+    def scatter_cols(self, partial_whole: Array, part: Array, workspace: Workspace) -> None:
+        """part_b..c <- this col's slice of the sum over cols of partial_whole_b..C."""
+        if self.cols == 1:
+            np.copyto(part, partial_whole)
+            return
+        rest = partial_whole.shape[:-1]
+        size = int(np.prod(rest))
+        counts = [size * span(partial_whole.shape[-1], self.cols, c).size for c in range(self.cols)]
+        flat = workspace.scratch("scatter", (sum(counts),))
+        for c, piece in self._slices(flat, counts, rest):
+            np.copyto(piece, partial_whole[..., slice(*c)])
+        self._columns.reduce_scatter(flat, part.reshape(-1), counts)
+
+    def _slices(self, flat: Array, counts: list[int], rest: Shape) -> list[tuple[Span, Array]]:
+        """(features, the flat array's part for them) of every col."""
+        found, start = [], 0
+        features = sum(counts) // max(int(np.prod(rest)), 1)
+        for c, count in enumerate(counts):
+            own = span(features, self.cols, c)
+            found.append((own, flat[start : start + count].reshape(*rest, own.size)))
+            start += count
+        return found
+
+
+class Wiring:
+    """One rank's groups, links and buffers.
+
+    `inputs` is one row's whole shape of what the stage reads, `outputs` of what it writes; None where there is no
+    neighbour. `most_rows` is the most rows that this rank gets of one micro-batch, `slots` how many micro-batches it
+    holds between their forward and the end of their backward.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        topology: Topology,
+        *,
+        inputs: Shape,
+        outputs: Shape,
+        slots: int,
+        most_rows: int,
+        dtype: Any,
+    ):
+        self.world = world
+        self.topology = topology
+        self.place = topology.place(world.rank)
+        self.slots = slots
+        replica, stage, _, col = self.place
+        self.is_first = stage == 0
+        self.is_last = stage == len(topology.stages) - 1
+        self._inputs, self._outputs = inputs, outputs
+        # Groups are made kind by kind on every rank, so that no two ranks wait for each other in different groups.
+        self.sums = world.group(topology.exact_group(stage, col))
+        self.columns = world.group(topology.col_group(replica, stage, self.place.row))
+        self.swarm = world.group(topology.swarm(stage))
+        self.team = WiredTeam(self.sums, self.columns)
+        # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use.
+        self.ring = slots if self.is_first else slots + 1
+        self._x = [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(self.ring)]
+        local = span(outputs[-1], self.columns.size, col).size
+        sizes = most_rows * int(np.prod(outputs[:-1])) * local
+        self._dy = [] if self.is_last else [aligned(sizes, dtype) for _ in range(2)]
+        self._dx = [] if self.is_first else [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(2)]
+        self._dy_shape = (*outputs[:-1], local)
+        self._transfers: dict[tuple[int, int, int, int, int], Transfer] = {}
+
+    # -- buffers ----------------------------------------------------------------------------------------------------
+
+    def x(self, micro_batch: int, rows: int) -> Array:
+        """The input buffer of a micro-batch: (rows, *inputs)."""
+        return self._view(self._x[micro_batch % self.ring], rows, self._inputs)
+
+    def dy(self, micro_batch: int, rows: int) -> Array:
+        """The buffer for the gradient that the next stage sends: (rows, *local outputs)."""
+        return self._view(self._dy[micro_batch % 2], rows, self._dy_shape)
+
+    def dx(self, micro_batch: int, rows: int) -> Array:
+        """The buffer from which the gradient goes to the stage before: (rows, *inputs)."""
+        return self._view(self._dx[micro_batch % 2], rows, self._inputs)
+
+    @staticmethod
+    def _view(memory: Array, rows: int, shape: Shape) -> Array:
+        return memory[: rows * int(np.prod(shape))].reshape(rows, *shape)
+
+    # -- links ------------------------------------------------------------------------------------------------------
+
+    def receive_x(self, micro_batch: int, rows: int, of: int) -> Transfer:
+        """The transfer that brings the inputs of a micro-batch of `of` rows in this replica."""
+        return self._transfer(FORWARD, micro_batch, self.x(micro_batch, rows), of, sending=False)
+
+    def send_y(self, micro_batch: int, y: Array, of: int) -> Transfer:
+        """The transfer that takes the outputs to the next stage."""
+        return self._transfer(FORWARD, micro_batch, y, of, sending=True)
+
+    def receive_dy(self, micro_batch: int, rows: int, of: int) -> Transfer:
+        """The transfer that brings the outputs' gradient from the next stage."""
+        return self._transfer(BACKWARD, micro_batch, self.dy(micro_batch, rows), of, sending=False)
+
+    def send_dx(self, micro_batch: int, rows: int, of: int) -> Transfer:
+        """The transfer that takes the inputs' gradient to the stage before."""
+        return self._transfer(BACKWARD, micro_batch, self.dx(micro_batch, rows), of, sending=True)
+
+    def _transfer(self, direction: int, micro_batch: int, array: Array, of: int, *, sending: bool) -> Transfer:
+        """Made on first use; afterwards found by what it moves and where that lies."""
+        key = (direction, int(sending), micro_batch, of, array.ctypes.data)
+        transfer = self._transfers.get(key)
+        if transfer is None:
+            tag = 2 * micro_batch + direction
+            parts = self._parts(direction, of, sending)
+            transfer = Transfer(self.world, array, parts, tag, sending=sending)
+            self._transfers[key] = transfer
+        return transfer
+
+    def _parts(self, direction: int, of: int, sending: bool) -> list[Part]:
+        """This rank's messages for one micro-batch of `of` rows in its replica."""
+        upstream = self.place.stage - (1 if (direction == FORWARD) != sending else 0)
+        shape = self._outputs if upstream == self.place.stage else self._inputs
+        writer, reader = self.topology.stages[upstream], self.topology.stages[upstream + 1]
+        source, target = Grid(writer.rows, writer.cols), Grid(reader.rows, reader.cols)
+        mine_is_source = upstream == self.place.stage
+        mine = self.topology.stages[self.place.stage]
+        index = self.place.row * mine.cols + self.place.col
+        own_rows = span(of, mine.rows, self.place.row)
+        own_cols = span(shape[-1], mine.cols, self.place.col) if mine_is_source else Span(0, shape[-1])
+        peers = self.topology.team(self.place.replica, upstream + 1 if mine_is_source else upstream)
+        parts = []
+        for piece in redistribute(of, shape[-1], source, target, replicated=True):
+            here, there = (piece.source, piece.target) if mine_is_source else (piece.target, piece.source)
+            if here == index:
+                adds = mine_is_source and not sending and there % target.cols > 0
+                parts.append(Part(peers[there], _local(piece.rows, own_rows), _local(piece.cols, own_cols), adds))
+        return parts
+
+    def free(self) -> None:
+        """Give all requests and groups back to MPI."""
+        for transfer in self._transfers.values():
+            transfer.free()
+        self._transfers.clear()
+        self.world.free_groups()
+
+
+def _local(part: Span, own: Span) -> Span:
+    return Span(part.start - own.start, part.stop - own.start)

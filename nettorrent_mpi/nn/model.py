@@ -1,0 +1,113 @@
+"""The network: the layers as asked for, with names and shapes, and how they divide into stages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+import numpy as np
+
+from nettorrent_mpi.nn.backend import Shape
+from nettorrent_mpi.nn.layer import Features
+from nettorrent_mpi.nn.layers import Gather
+from nettorrent_mpi.nn.layers.sequence import Sequence
+from nettorrent_mpi.nn.specs import Conv2d, Flatten, LayerSpec, Linear, Residual
+from nettorrent_mpi.plan.errors import ConfigError, ShapeError
+from nettorrent_mpi.plan.topology import LayerFacts
+
+WEIGHT_LAYERS = (Linear, Conv2d, Residual)
+
+
+class Network:
+    """A list of layers applied to rows of `input_shape`.
+
+    Weight layers (linear, conv2d, residual) are counted; each takes along the layers that follow it, except that flatten,
+    and what comes after it, belongs to the weight layer that reads it; what comes before the first belongs to the first.
+    Raises ShapeError where two layers do not fit, ConfigError where there is no weight layer or a name comes twice.
+    """
+
+    def __init__(self, layers: Seq[LayerSpec], input_shape: Shape):
+        self.layers = named(layers)
+        self.input_shape = input_shape
+        self._starts = _starts(self.layers)
+        whole = [Sequence(self.layers, inputs=Features.whole(input_shape), cols=1, col=0)]
+        self.parameters = tuple(whole[0].parameters)
+        self.output_shape = whole[0].outputs.shape
+        self._inputs: list[Shape] = []
+        self.facts: list[LayerFacts] = []
+        shape = input_shape
+        for i in range(len(self._starts)):
+            self._inputs.append(shape)
+            part = Sequence(self.layers[self._slice(i, i + 1)], inputs=Features.whole(shape), cols=1, col=0)
+            shape = part.outputs.shape
+            self.facts.append(_facts(self.layers[self._slice(i, i + 1)], part))
+        self._inputs.append(shape)
+
+    @property
+    def weight_layers(self) -> int:
+        """How many weight layers there are: the most stages that the network can have."""
+        return len(self._starts)
+
+    def _slice(self, first: int, stop: int) -> slice:
+        return slice(self._starts[first], self._starts[stop] if stop < len(self._starts) else len(self.layers))
+
+    def inputs(self, weight_layer: int) -> Shape:
+        """The shape of one row entering this weight layer's part; with weight_layers itself: of the outputs."""
+        return self._inputs[weight_layer]
+
+    def stage(self, first: int, stop: int, cols: int, col: int) -> Sequence:
+        """The layers of weight layers first..stop-1 as col `col` of `cols` holds them.
+
+        At the network's end divided outputs are gathered, since the loss wants whole rows.
+        """
+        specs = self.layers[self._slice(first, stop)]
+        stage = Sequence(specs, inputs=Features.whole(self._inputs[first]), cols=cols, col=col)
+        if stop == self.weight_layers and cols > 1 and stage.divided:
+            stage.append(Gather("gather", stage.outputs, partial=False))
+        stage.layers[0].needs_dx = first > 0
+        return stage
+
+
+def named(layers: Seq[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The layers with default names (kind and count) where none is given."""
+    counts: Counter[str] = Counter()
+    result = []
+    for layer in layers:
+        counts[layer.kind] += 1
+        result.append(layer if layer.name else replace(layer, name=f"{layer.kind}{counts[layer.kind]}"))
+    repeated = [name for name, count in Counter(layer.name for layer in result).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"two layers have the name {repeated[0]!r}; give each its own", key="model.layers")
+    return tuple(result)
+
+
+def _starts(layers: Seq[LayerSpec]) -> list[int]:
+    """Where each weight layer's part begins."""
+    starts: list[int] = []
+    flatten: int | None = None
+    for i, layer in enumerate(layers):
+        if isinstance(layer, Flatten) and flatten is None:
+            flatten = i
+        if isinstance(layer, WEIGHT_LAYERS):
+            starts.append(0 if not starts else i if flatten is None else flatten)
+            flatten = None
+    if not starts:
+        raise ConfigError("the model has no layer with weights (linear, conv2d or residual)", key="model.layers")
+    return starts
+
+
+def _facts(specs: Seq[LayerSpec], part: Sequence) -> LayerFacts:
+    weights = next(spec for spec in specs if isinstance(spec, WEIGHT_LAYERS))
+    return LayerFacts(
+        name=weights.name or weights.kind,
+        operations=part.operations,
+        parameters=sum(int(np.prod(p.shape)) for _, p in part.parameters),
+        units=part.most_cols,
+        inputs=int(np.prod(part.inputs.shape)),
+        outputs=int(np.prod(part.outputs.shape)),
+        stored=sum(int(np.prod(layer.outputs.shape)) for layer in part.layers),
+    )
+
+
+__all__ = ["Network", "ShapeError", "named"]
