@@ -22,8 +22,8 @@ Params = Mapping[str, Array]  # parameter name -> this rank's block; the same ke
 class Features:
     """One row of activations: `shape` is the whole row; this rank holds `part` of its last axis.
 
-    `part` is the whole axis unless a layer before divided its neurons or filters over the cols of the team, in which case
-    `parts` tells over how many: with fewer neurons than cols one part can be the whole axis while the others are empty.
+    `part` is the whole axis unless a layer before divided its neurons or filters over the cols of the team; `parts` tells
+    over how many: with fewer neurons than cols one part can be the whole axis while the others are empty.
     """
 
     shape: Shape
@@ -135,8 +135,8 @@ class Layer(ABC):
     """A stateless layer of one rank: shapes are fixed when it is made, arrays are handed in.
 
     The input of a layer with weights is always whole (all features of this rank's rows); its neurons or filters, and so
-    its output, may be divided over the cols of the team. Other layers work on whatever part arrives. Because backward is
-    linear in dy, a layer that stands on whole features before divided weights receives, on each col, only a partial
+    its output, may be divided over the cols of the team. Other layers work on whatever part arrives. Because backward
+    is linear in dy, a layer that stands on whole features before divided weights receives, on each col, only a partial
     dy, and passes on a partial dx; its parameters' gradients are partial too (`Parameter.replicated_sum`).
 
     `backward` may overwrite dy, and returns memory that is valid until another layer runs. Neither direction allocates

@@ -27,6 +27,7 @@ class Linear(Layer):
                 f"put `flatten` between {site.previous} and {site.name}"
             )
         assert site.inputs.is_whole, f"{site.name} stands on divided features"
+        site.positive("units", spec.units)
         ins, outs = site.inputs.shape[0], spec.units
         part = span(outs, site.cols, site.col)
         initial = resolve(spec.initial, site.follows)
@@ -65,7 +66,7 @@ class Linear(Layer):
 
 
 def add_bias_gradient(db_o: Array, dy_bo: Array, workspace: Workspace, step: Pass) -> None:
-    """db_o <- (or +=, when step.accumulate) the sum of dy_bo over its rows."""
+    """db_o <- (or +=, when step.accumulate) the sum of dy_bo over all but its last axis."""
     if step.accumulate:
         more = workspace.scratch("bias gradient", db_o.shape)
         sum_rows(dy_bo, more, workspace)

@@ -31,7 +31,7 @@ def row_repeats(local: Shape) -> int:
     """
     repeats = 1
     for size in reversed(local[:-1]):
-        if repeats * local[-1] >= 512:
+        if repeats * local[-1] >= 256:
             break
         repeats *= size
     return repeats
@@ -44,14 +44,17 @@ def repeated(values: Array, repeats: int, name: str, workspace: Workspace) -> Ar
     return row
 
 
-def sum_rows(x_nc: Array, total_c: Array, workspace: Workspace) -> None:
-    """total_c <- the sum of x_nc over its rows: block by block, so that rounding grows with the blocks only.
+def sum_rows(x: Array, total_c: Array, workspace: Workspace) -> None:
+    """total_c <- the sum of x over all but its last axis: block by block, so that rounding grows with the blocks only.
 
-    `total_c` may have a wider dtype than `x_nc`; `x_nc` (rows, channels) is C-contiguous.
+    `x` (b, ..., channels) is C-contiguous; `total_c` may have a wider dtype.
     """
-    rows, channels = x_nc.shape
-    total_c[...] = 0
-    part_c = workspace.scratch("sum of a block", (channels,))
-    for block in blocks(rows, max(1, BLOCK // max(channels, 1))):
-        np.add.reduce(x_nc[block], axis=0, out=part_c)
-        total_c += part_c
+    wide = row_repeats(x.shape[1:]) * total_c.size
+    x_nw = x.reshape(x.size // wide if wide else 0, wide)
+    part_w = workspace.scratch("sum of a block", (wide,))
+    total_w = workspace.scratch("sum of blocks", (wide,), total_c.dtype)
+    total_w[...] = 0
+    for block in blocks(x_nw.shape[0], max(8, BLOCK // max(wide, 1))):
+        np.add.reduce(x_nw[block], axis=0, out=part_w)
+        total_w += part_w
+    np.add.reduce(total_w.reshape(-1, total_c.size) if wide else total_w.reshape(0, 0), axis=0, out=total_c)

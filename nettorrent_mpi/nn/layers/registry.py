@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from nettorrent_mpi.nn.layer import Features, Layer
 from nettorrent_mpi.nn.specs import LayerSpec
+from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,29 @@ class Site:
     follows: str | None = None  # the kind of the activation that comes next, for `initial: auto`
     previous: str = "the input"  # what made the input, for error texts
     partial: bool = False  # does the dy that reaches whole features here hold only this col's part of a sum?
+
+    def positive(self, option: str, *values: int) -> None:
+        """Raises ConfigError unless all values of an option are at least 1."""
+        if min(values) < 1:
+            raise ConfigError(f"layer {self.name}: {option} is {min(values)}, but has to be at least 1")
+
+    def image(self, kind: str) -> tuple[int, int, int]:
+        """(height, width, channels) of the input here; raises ShapeError where it is not an image."""
+        if len(self.inputs.shape) != 3:
+            raise ShapeError(
+                f"layer {self.name}: {kind} wants images (height, width, channels), but {self.previous} gives "
+                f"{self.inputs.shape} a row; put {self.name} before the layer that flattens the images"
+            )
+        height, width, channels = self.inputs.local
+        return height, width, channels
+
+    def fits(self, what: str, size: tuple[int, int], image: tuple[int, ...]) -> None:
+        """Raises ShapeError where a window of `size` is larger than the image."""
+        if size[0] > image[0] or size[1] > image[1]:
+            raise ShapeError(
+                f"layer {self.name}: its {what} of {size[0]} x {size[1]} is larger than the {image[0]} x {image[1]} image "
+                f"that {self.previous} gives; make the {what} smaller or leave out a pooling layer before it"
+            )
 
 
 Maker = Callable[[Any, Site], Layer]
