@@ -1,0 +1,285 @@
+"""What a layout costs: predicted seconds and bytes, and the layout that is predicted to be fastest.
+
+Counted for the rank with the most work: spans round up, so a rank's share of rows, units and micro-batches does too.
+The figures rank layouts; they promise no absolute speed. The exchange is taken to be exact, so that replicas and rows
+differ only in how ranks are grouped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nettorrent_mpi.plan.actions import Action
+from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.schedule import PIPELINES, peak_stored, simulate
+from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout, partition
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one rank can do. The defaults are those of one CPU core per rank, float32, messages in shared memory."""
+
+    flops: float = 1e11  # floating-point operations per second of a large matrix product
+    bandwidth: float = 4e9  # bytes per second that one rank moves; its own core copies them, so compute waits meanwhile
+    latency: float = 5e-6  # seconds per message
+    overhead: float = 2e-5  # seconds to call one layer, forward or backward, however little it has to do
+    update: float = 1.5e-9  # seconds for the optimizer to update one parameter
+    itemsize: int = 4  # bytes of an element
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One training step. `compute` and `communication` are a rank's seconds in the step, for each stage."""
+
+    seconds: float
+    compute: tuple[float, ...]
+    communication: tuple[float, ...]
+    bubble: float  # the part of stages x seconds in which a stage waits, the sum of the gradients left out
+    bottleneck: int  # the stage with the most compute and communication
+
+
+def predict(
+    topology: Topology,
+    facts: Sequence[LayerFacts],
+    batch_size: int,
+    micro_batches: int,
+    pipeline: str,
+    machine: Machine | None = None,
+) -> Prediction:
+    """Predicts one training step.
+
+    A stage's work on a micro-batch is its compute, the copying of what it receives and sends (both ranks pay: messages
+    progress only inside MPI calls), and the gathering of columns between its own layers. These times go through the
+    schedule's simulation; then comes the sum of the gradients as reduce-scatter and all-gather over replicas x rows
+    (2 (n-1)/n of the bytes; 2 log2 n messages), between whose halves the optimizer updates each rank's part.
+    """
+    machine = machine or Machine()
+    rows = _most(batch_size, micro_batches, topology.replicas)
+    last = len(topology.stages) - 1
+    steps = []
+    for s, stage in enumerate(topology.stages):
+        held = facts[stage.first : stage.stop]
+        before = topology.stages[s - 1] if s > 0 else None
+        after = topology.stages[s + 1] if s < last else None
+        steps.append(_step(stage, held, rows, before, after, topology.replicas, machine))
+    count = micro_batches
+    lists = [[*a, Action(s, "R")] for s, a in enumerate(PIPELINES[pipeline](len(steps), count))]
+    forward = [t.compute / 3 + t.calls + t.moves for t in steps]
+    backward = [t.compute * 2 / 3 + t.calls + t.moves for t in steps]
+    finish = [t.sum + t.update for t in steps]
+    line = simulate(lists, forward, backward, machine.latency, finish)
+    compute = tuple(count * (t.compute + 2 * t.calls) + t.update for t in steps)
+    communication = tuple(count * 2 * t.moves + t.sum for t in steps)
+    busy = [count * (f + b) + e for f, b, e in zip(forward, backward, finish, strict=True)]
+    bubble = 1 - sum(busy) / (line.makespan * len(busy)) if line.makespan else 0.0
+    return Prediction(line.makespan, compute, communication, bubble, busy.index(max(busy)))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Seconds of one rank: compute of a micro-batch (both ways); calls and moves in each direction; once per step."""
+
+    compute: float
+    calls: float
+    moves: float
+    sum: float
+    update: float
+
+
+def _step(
+    stage: Stage,
+    held: Sequence[LayerFacts],
+    rows: int,
+    before: Stage | None,
+    after: Stage | None,
+    replicas: int,
+    machine: Machine,
+) -> _Step:
+    """`rows` are those of a micro-batch in one replica; `before` and `after` the neighbouring teams."""
+    here, cols = -(-rows // stage.rows), stage.cols
+    work = sum(layer.operations * _part(layer.units, cols) for layer in held)
+    messages = elements = 0.0
+    if before:
+        elements += here * held[0].inputs
+        messages += min(here, _met(stage.rows, before.rows)) * before.cols
+    if after:
+        elements += here * held[-1].outputs * _part(held[-1].units, cols) * after.cols
+        messages += min(here, _met(stage.rows, after.rows)) * after.cols
+    if cols > 1:
+        for layer in held[:-1]:  # the next layer of this stage wants all columns
+            elements += here * layer.outputs * (cols - 1) / cols
+            messages += (cols - 1).bit_length()
+    moves = elements * machine.itemsize / machine.bandwidth + messages * machine.latency
+    sum_, update = _finish(_parameters(held, cols), stage.rows * replicas, machine)
+    return _Step(here * work / machine.flops, machine.overhead * len(held), moves, sum_, update)
+
+
+def _finish(parameters: float, sharers: int, machine: Machine) -> tuple[float, float]:
+    """(seconds to sum gradients of `parameters` over `sharers` ranks, seconds to update them): once per step."""
+    moved = 2 * (sharers - 1) / sharers * parameters * machine.itemsize / machine.bandwidth
+    return moved + 2 * (sharers - 1).bit_length() * machine.latency, parameters / sharers * machine.update
+
+
+def _parameters(held: Sequence[LayerFacts], cols: int) -> float:
+    """The most parameters that one col of a stage has."""
+    return sum(layer.parameters * _part(layer.units, cols) for layer in held)
+
+
+def _most(batch_size: int, micro_batches: int, replicas: int) -> int:
+    """The most rows of a micro-batch in one replica."""
+    micro_batch = -(-batch_size // micro_batches)
+    return -(-micro_batch // replicas)
+
+
+def _part(units: int, cols: int) -> float:
+    """The largest part of a layer that one of its cols has."""
+    return -(-units // cols) / units
+
+
+def _met(mine: int, theirs: int) -> int:
+    """The most of `theirs` spans that one of `mine` spans of the same rows meets (an upper estimate)."""
+    return max(1, -(-theirs // mine)) + (theirs % mine != 0 and mine % theirs != 0)
+
+
+def auto_layout(
+    facts: Sequence[LayerFacts],
+    ranks: int,
+    batch_size: int,
+    micro_batches: int,
+    pipeline: str,
+    machine: Machine | None = None,
+) -> Topology:
+    """`layout: auto`: the least predicted step time among layouts that use all ranks.
+
+    Tries every number of replicas that divides the ranks with every number of stages (cut where the heaviest stage
+    is lightest). The ranks of a replica are divided so that the slowest stage is as fast as can be: a size's rows x
+    cols are its fastest, and the sizes that add up exactly are found by halving the allowed time. The best of these by
+    a closed formula, and `layers_layout`, are then simulated. In ties fewer replicas and fewer stages win.
+    """
+    machine = machine or Machine()
+    found: list[tuple[float, Topology]] = []
+    for replicas in (r for r in range(1, ranks + 1) if ranks % r == 0):
+        team_ranks = ranks // replicas
+        rows = _most(batch_size, micro_batches, replicas)
+        known: dict[Span, list[tuple[float, int, int]]] = {}
+        for count in range(1 if replicas == 1 else 2, min(len(facts), team_ranks) + 1):  # 1 stage: replicas are rows
+            groups = partition([layer.operations for layer in facts], count)
+            for group in groups:
+                if group not in known:
+                    first, last = group.start == 0, group.stop == len(facts)
+                    held = facts[group.start : group.stop]
+                    known[group] = _fastest(held, team_ranks, rows, replicas, micro_batches, first, last, machine)
+            sizes = _divide([[t for t, _, _ in known[group]] for group in groups], team_ranks - count + 1, team_ranks)
+            chosen = [known[group][size] for group, size in zip(groups, sizes, strict=True)]
+            stages = tuple(Stage(*group, rows, cols) for group, (_, rows, cols) in zip(groups, chosen, strict=True))
+            times = [t for t, _, _ in chosen]
+            # all micro-batches through the slowest stage, one through each of the others
+            estimate = max(times) + (sum(times) - max(times)) / micro_batches
+            found.append((estimate, Topology(replicas, stages)))
+    found.sort(key=lambda entry: entry[0])
+    topologies = [topology for _, topology in found[:16]]
+    topologies.append(layers_layout(facts, ranks, -(-batch_size // micro_batches)))
+    return min(
+        topologies,
+        key=lambda t: (
+            predict(t, facts, batch_size, micro_batches, pipeline, machine).seconds, t.replicas, len(t.stages)
+        ),
+    )  # fmt: skip
+
+
+def _fastest(
+    held: Sequence[LayerFacts],
+    ranks: int,
+    rows: int,
+    replicas: int,
+    micro_batches: int,
+    first: bool,
+    last: bool,
+    machine: Machine,
+) -> list[tuple[float, int, int]]:
+    """For each size 0..ranks the best (seconds of all micro-batches, rows, cols); links as if to a team of one col."""
+    infinite = float("inf")
+    best = [(infinite, 0, 0)] * (ranks + 1)
+    one = Stage(0, 1, 1, 1)
+    for cols in range(1, min(ranks, *(layer.units for layer in held)) + 1):
+        grid, parameters = Stage(0, len(held), 1, cols), _parameters(held, cols)
+        before, after = (None if first else one), (None if last else one)
+        # everything but the calls and messages grows with the rows that a rank has
+        some = _step(grid, held, 1, before, after, replicas, machine)
+        more = _step(grid, held, 2, before, after, replicas, machine)
+        slope = more.compute - some.compute + 2 * (more.moves - some.moves)
+        base = some.compute + 2 * some.moves - slope + 2 * some.calls
+        for team_rows in range(1, ranks // cols + 1):
+            seconds = micro_batches * (-(-rows // team_rows) * slope + base)
+            if seconds < best[team_rows * cols][0]:
+                seconds += sum(_finish(parameters, team_rows * replicas, machine))
+                if seconds < best[team_rows * cols][0]:
+                    best[team_rows * cols] = (seconds, team_rows, cols)
+    return best
+
+
+def _divide(times: Sequence[Sequence[float]], most: int, ranks: int) -> list[int]:
+    """Sizes, one for each stage, that add up to `ranks` and whose largest time is the least. times[stage][size]."""
+
+    def sums(limit: float) -> list[int]:
+        """Bit n of entry s: the first s stages can have n ranks together without exceeding the limit."""
+        reach = [1]
+        for stage in times:
+            mask = 0
+            for size in range(1, most + 1):
+                if stage[size] <= limit:
+                    mask |= reach[-1] << size
+            reach.append(mask & ((2 << ranks) - 1))
+        return reach
+
+    limits = sorted({t for stage in times for t in stage[1 : most + 1]})
+    low, high = 0, len(limits) - 1  # the largest limit allows every size
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if sums(limits[middle])[-1] >> ranks & 1 else (middle + 1, high)
+    reach, limit = sums(limits[high]), limits[high]
+    sizes: list[int] = []
+    alone = [stage[1] for stage in times]
+    for s in reversed(range(len(times))):
+        ideal = ranks * alone[s] / sum(alone[: s + 1])
+        fits = [n for n in range(1, min(most, ranks) + 1) if times[s][n] <= limit and reach[s] >> (ranks - n) & 1]
+        sizes.append(min(fits, key=lambda n, ideal=ideal: abs(n - ideal)))  # type: ignore[misc]
+        ranks -= sizes[-1]
+    return sizes[::-1]
+
+
+def memory(
+    topology: Topology,
+    facts: Sequence[LayerFacts],
+    batch_size: int,
+    micro_batches: int,
+    pipeline: str,
+    *,
+    states: int = 0,
+    itemsize: int = 4,
+    base: int = 0,
+) -> list[int]:
+    """Bytes of the largest rank of each stage.
+
+    Parameters and gradients of its neurons; its part of the optimizer's state (`states` arrays per parameter, divided
+    over the ranks that hold the same neurons); the saved values of as many micro-batches as the pipeline keeps at
+    once; what passes between layers; the buffers of the links, both ways. `base` is what the process has anyway.
+    """
+    rows = _most(batch_size, micro_batches, topology.replicas)
+    kept = [peak_stored(actions) for actions in PIPELINES[pipeline](len(topology.stages), micro_batches)]
+    result = []
+    for s, stage in enumerate(topology.stages):
+        held, here = facts[stage.first : stage.stop], -(-rows // stage.rows)
+        parts = [_part(layer.units, stage.cols) for layer in held]
+        parameters = _parameters(held, stage.cols)
+        state = states * parameters / (stage.rows * topology.replicas)
+        # every col keeps the whole input of a layer; the rest is divided with the neurons
+        stored = sum(
+            min(w.inputs, w.stored) + max(w.stored - w.inputs, 0) * p for w, p in zip(held, parts, strict=True)
+        )
+        passing = max(w.inputs + w.outputs * p for w, p in zip(held, parts, strict=True))
+        links = 2 * held[0].inputs * (s > 0) + 2 * held[-1].outputs * parts[-1] * (s < len(kept) - 1)
+        elements = 2 * parameters + state + here * (kept[s] * stored + passing + links)
+        result.append(base + round(elements * itemsize))
+    return result
