@@ -136,7 +136,7 @@ class Train(Section):
             raise Mistake(
                 f"{self.micro_batches} pieces of a mini-batch of {self.batch_size} rows: "
                 "make micro_batches smaller or batch_size larger",
-                "micro_batches",
+                "micro_batches" if "micro_batches" in self.model_fields_set else "batch_size",
             )
         return self
 

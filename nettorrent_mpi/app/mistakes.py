@@ -71,7 +71,9 @@ def _collect(error: ValidationError, data: Any, prefix: Path, known: dict[Path, 
         if isinstance(inner, Mistakes):
             found += _collect(inner.error, data, (*place, *inner.path), known)
         elif isinstance(inner, Mistake):
-            path, _ = _existing(data, (*place, *inner.path))
+            path, skipped = _existing(data, (*place, *inner.path))
+            if skipped and isinstance(_value(data, path), dict):
+                path = (*path, *inner.path[-1:])  # an option that is not given, and should be or has a wrong default
             found.append(Found(path, inner.text))
         else:
             found.append(_one(item, data, place, known))
@@ -109,6 +111,12 @@ def _one(item: Any, data: Any, place: Path, known: dict[Path, list[str]]) -> Fou
         return Found(path, item["msg"][:1].lower() + item["msg"][1:])
     quotes = " (put it in quotes)" if wanted == "a text" and isinstance(given, int | float) else ""
     return Found(path, f"wants {wanted}, not {shown(given)}{quotes}", wanted, skipped)
+
+
+def _value(data: Any, path: Path) -> Any:
+    for part in path:
+        data = data[part]
+    return data
 
 
 def _given(value: Any) -> str:

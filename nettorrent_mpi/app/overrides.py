@@ -56,7 +56,7 @@ def _put(root: Any, path: Path, value: Any, where: Place) -> None:
             here[part] = value
             return
         below = here.get(part) if isinstance(here, dict) else here[part]
-        below = _opened(below, path[: depth + 1], path[depth + 1])
+        below = _opened(below, path[: depth + 1], path[depth + 1], where)
         here[part] = below
         here = below
 
@@ -76,7 +76,7 @@ def _enterable(here: Any, path: Path, part: str | int, where: Place) -> None:
     raise ConfigError(reason, file=where.file, key=dotted(path) or None)
 
 
-def _opened(value: Any, path: Path, inside: str | int) -> Any:
+def _opened(value: Any, path: Path, inside: str | int, where: Place) -> Any:
     """`value` at `path` in the form in which `inside` can be set, whatever short form it is written in.
 
     Where a spec stands, another kind takes the place of the present one: `train.optimizer.sgd.lr=0.1` over
@@ -85,13 +85,14 @@ def _opened(value: Any, path: Path, inside: str | int) -> Any:
     found = options.kinds_at(path)
     if found is not None and isinstance(inside, str):
         kinds, what = found
+        if inside not in kinds:
+            hint = options.nearest(inside, kinds)
+            raise ConfigError(f"unknown {what} {inside!r}; {hint}", file=where.file, key=dotted((*path, inside)))
         try:
             kind, given = options.split(value, kinds, what)
         except options.Mistake:
             kind, given = "", {}
-        if inside in kinds and inside != kind:
-            return {inside: {}}
-        return {kind: dict(given)} if kind else value
+        return {inside: dict(given) if inside == kind else {}}
     if value is None or (path == ("layout",) and isinstance(value, str)):
         return {}
     # An alias shares its list or mapping with other places, which must not change along.

@@ -22,7 +22,7 @@ Path = tuple[str | int, ...]
 MOST_NODES = 100_000  # of one document: aliases of aliases can blow a few lines up to gigabytes
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9_]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _NULL = re.compile(r"(~|null|Null|NULL|)\Z")
 _BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")
 _SCALARS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -97,7 +97,7 @@ def read(text: str, file: str) -> Document:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(
-            f"not valid YAML: the character U+{ord(error.character):04X} is not allowed", file=file, line=line
+            f"not valid YAML: the character U+{error.character:04X} is not allowed", file=file, line=line
         ) from None
     except RecursionError:
         raise ConfigError("nested too deeply", file=file) from None
