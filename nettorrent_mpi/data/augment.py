@@ -62,8 +62,9 @@ class Augment:
                 # Multiply and shift maps 16 random bits onto 0..8 without a division.
                 dy = ((bits >> 8 & 0xFFFF) * (2 * PADDING + 1) >> 16) - PADDING
                 dx = ((bits >> 24 & 0xFFFF) * (2 * PADDING + 1) >> 16) - PADDING
-                top, bottom = max(0, -dy), max(0, min(height, height - dy))
-                left, right = max(0, -dx), max(0, min(width, width - dx))
+                # Where nothing of a small image is left in the part, both ends meet and nothing is copied.
+                top, left = min(height, max(0, -dy)), min(width, max(0, -dx))
+                bottom, right = max(top, min(height, height - dy)), max(left, min(width, width - dx))
                 target[row, top:bottom, left:right] = image[top + dy : bottom + dy, left + dx : right + dx]
             else:
                 target[row] = image

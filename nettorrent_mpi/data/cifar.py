@@ -62,7 +62,7 @@ class CifarFiles:
         for path in self._paths:
             first = 0
             with opening(path, self._remedy) as file:
-                while read := file.readinto(buffer.data):  # type: ignore[attr-defined]
+                while read := file.readinto(buffer.data):
                     if read % _RECORD:
                         offset = first * _RECORD + read
                         raise DataError(f"truncated within a record; {self._remedy}", file=str(path), offset=offset)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from nettorrent_mpi.plan.errors import DataError
 
@@ -16,7 +16,7 @@ _CHUNK = 1 << 14  # compressed bytes at a time; deflate makes at most 1032 times
 
 
 @contextmanager
-def opening(path: Path, remedy: str) -> Iterator[BinaryIO]:
+def opening(path: Path, remedy: str) -> Iterator[io.BufferedReader]:
     """The file open for reading in binary; an error of the operating system becomes a DataError with `remedy`."""
     try:
         with open(path, "rb") as file:

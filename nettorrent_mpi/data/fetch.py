@@ -1,0 +1,289 @@
+"""Downloading data sets from their publishers.
+
+Every download is checked against a SHA-256 sum before it takes its name. The sums are those of the files that the
+publishers' MD5 sums (fashion_mnist, letters, cifar10) or the original distribution (mnist) identify. A download that
+was interrupted goes on where it stopped (HTTP Range, a file with the suffix .part).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeAlias
+
+from nettorrent_mpi.data.dataset import open_dataset
+from nettorrent_mpi.data.files import opening
+from nettorrent_mpi.plan.errors import ConfigError, DataError
+
+Progress: TypeAlias = Callable[[str, int, int | None], None]
+"""progress(file name, bytes done, bytes in all or None where the server does not say)."""
+
+_CHUNK = 1 << 18
+_TIMEOUT = 30.0  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file: its name, the addresses to try in turn, its sum."""
+
+    name: str
+    urls: tuple[str, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to get a data set into ROOT/folder: its files, or one archive and the members to take out of it."""
+
+    folder: str
+    downloads: tuple[Download, ...]
+    members: tuple[str, ...] = ()
+
+
+def _idx(folder: str, bases: tuple[str, ...], sums: tuple[str, str, str, str]) -> Recipe:
+    kinds = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    files = [f"{kind}-ubyte.gz" for kind in kinds]
+    downloads = (
+        Download(file, tuple(base + file for base in bases), sha256) for file, sha256 in zip(files, sums, strict=True)
+    )
+    return Recipe(folder, tuple(downloads))
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "mnist": _idx(
+        "mnist",
+        ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+        (
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
+    ),
+    "fashion_mnist": _idx(
+        "fashion_mnist",
+        (
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        ),
+        (
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ),
+    ),
+    "letters": Recipe(
+        "letters",
+        (
+            Download(
+                "emnist-gzip.zip",
+                ("https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",),
+                "fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
+            ),
+        ),
+        tuple(
+            f"gzip/emnist-letters-{part}-{kind}-ubyte.gz"
+            for part in ("train", "test")
+            for kind in ("images-idx3", "labels-idx1")
+        ),
+    ),
+    "cifar10": Recipe(
+        "cifar-10-batches-bin",
+        (
+            Download(
+                "cifar-10-binary.tar.gz",
+                ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            ),
+        ),
+        tuple(
+            f"cifar-10-batches-bin/{file}"
+            for file in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin", "batches.meta.txt")
+        ),
+    ),
+}
+
+
+def fetch(name: str, root: Path, progress: Progress | None = None, *, recipes: Mapping[str, Recipe] = RECIPES) -> Path:
+    """Sees to it that data set `name` lies under the folder `root`, and returns its folder.
+
+    Files that are there and can be read are left as they are; damaged ones are replaced, each at once and only by a
+    complete download with the right sum. An archive (letters, cifar10) is removed after its members were taken out.
+    EMNIST's own images lie on their sides: see dataset.Options.transposed.
+
+    Raises ConfigError for an unknown name, and DataError where nothing can be reached (it then tells which files to put
+    where), where what came has another sum, and where the disk does not take it.
+    """
+    recipe = recipes.get(name)
+    if recipe is None:
+        raise ConfigError(f"{name!r} cannot be downloaded; there are {', '.join(recipes)}")
+    folder = root / recipe.folder
+    if _complete(name, root):
+        return folder
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for download in recipe.downloads:
+        file = folder / download.name
+        if not file.is_file() or _sha256(file) != download.sha256:
+            _download(download, file, progress, _by_hand(name, root, recipe))
+        if recipe.members:
+            _unpack(file, folder, recipe.members)
+            with _writing(file):
+                file.unlink()
+    return folder
+
+
+def _complete(name: str, root: Path) -> bool:
+    """Whether the data set is there, read to its end."""
+    try:
+        dataset = open_dataset(name, str(root))
+        for split in (dataset.train, dataset.test):
+            if split is not None:
+                split.inputs()
+                split.targets()
+    except DataError:
+        return False
+    return True
+
+
+def _download(download: Download, file: Path, progress: Progress | None, by_hand: str) -> None:
+    """Gets the file from the first address that has it, under its name only when its sum is right."""
+    part = file.with_name(file.name + ".part")
+    failures = []
+    for url in download.urls:
+        if not part.exists() or _sha256(part) != download.sha256:
+            try:
+                _transfer(url, part, download.name, progress)
+            except (OSError, http.client.HTTPException) as error:
+                failures.append(f"{url}: {error}")
+                continue
+            actual = _sha256(part)
+            if actual != download.sha256:
+                part.unlink()
+                failures.append(f"{url}: what came has SHA-256 {actual}, not {download.sha256}")
+                continue
+        with _writing(file):
+            os.replace(part, file)
+        return
+    kept = f" ({part.stat().st_size} bytes are kept: the same command goes on from there)" if part.exists() else ""
+    raise DataError(f"could not be downloaded{kept}: {'; '.join(failures)}. {by_hand}", file=str(file))
+
+
+def _transfer(url: str, part: Path, name: str, progress: Progress | None) -> None:
+    """Appends to `part` what it lacks. Raises OSError or HTTPException for the network, DataError for the disk."""
+    done = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "nettorrent_mpi"} | ({"Range": f"bytes={done}-"} if done else {})
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not done:
+            raise
+        part.unlink()  # longer than the file is: not a beginning of it
+        _transfer(url, part, name, progress)
+        return
+    with response:
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            done = 0  # the server sends it all
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length is not None else None
+        with _creating(part, append=done > 0) as output:
+            while chunk := response.read(_CHUNK):
+                _put(chunk, output, part)
+                done += len(chunk)
+                if progress is not None:
+                    progress(name, done, total)
+    if total is not None and done < total:
+        raise ConnectionError(f"the connection ended after {done} of {total} bytes")
+
+
+def _unpack(archive: Path, folder: Path, members: tuple[str, ...]) -> None:
+    """Takes the members out of a .zip or .tar.gz; they get their last name in `folder`, each at once.
+
+    Names inside the archive only select: where anything is written is decided here, and links are refused.
+    """
+    try:
+        with _reader(archive) as read:
+            for member in members:
+                target = folder / member.rpartition("/")[2]
+                part = target.with_name(target.name + ".part")
+                try:
+                    with read(member) as source, _creating(part) as output:
+                        while chunk := source.read(_CHUNK):
+                            _put(chunk, output, part)
+                    with _writing(target):
+                        os.replace(part, target)
+                finally:
+                    part.unlink(missing_ok=True)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, OSError) as error:
+        text = f"cannot be unpacked ({error}); remove it and fetch it again"
+        raise DataError(text, file=str(archive)) from error
+
+
+@contextmanager
+def _reader(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
+    """A function that opens a member of the archive by its name."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as bundle:
+            yield bundle.open
+        return
+    with tarfile.open(archive, "r:gz") as tar:
+
+        def open_member(member: str) -> IO[bytes]:
+            found = tar.extractfile(tar.getmember(member)) if tar.getmember(member).isreg() else None
+            if found is None:
+                raise tarfile.TarError(f"{member} is not a plain file")
+            return found
+
+        yield open_member
+
+
+def _sha256(path: Path) -> str:
+    with opening(path, "grant access to it or remove it") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _creating(path: Path, *, append: bool = False) -> Iterator[IO[bytes]]:
+    """The file open for writing without a buffer, so that a full disk shows in the write itself."""
+    with _writing(path):
+        file = open(path, "ab" if append else "wb", buffering=0)  # noqa: SIM115  closed below
+    with file:
+        yield file
+
+
+def _put(chunk: bytes, output: IO[bytes], path: Path) -> None:
+    left = memoryview(chunk)
+    with _writing(path):
+        while left:
+            left = left[output.write(left) :]
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        text = f"cannot be written ({error.strerror or error}); free space, or choose another folder"
+        raise DataError(text, file=str(path)) from error
+
+
+def _by_hand(name: str, root: Path, recipe: Recipe) -> str:
+    """What to do where there is no network."""
+    files = ", ".join(f"{download.urls[0]} as {root / recipe.folder / download.name}" for download in recipe.downloads)
+    again = " and run this again (it unpacks them)" if recipe.members else ""
+    return (
+        f"On a machine without network, run `nettorrent data fetch {name}` on one with network and copy "
+        f"{root / recipe.folder}, or put {files}{again}"
+    )
