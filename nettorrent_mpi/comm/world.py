@@ -15,7 +15,6 @@ import mpi4py
 import numpy as np
 
 mpi4py.rc.thread_level = "multiple"
-mpi4py.rc.thread_level_required = False  # type: ignore[attr-defined]
 
 from mpi4py import MPI  # noqa: E402
 
@@ -32,10 +31,10 @@ class AgreedError(UserError):
 
 
 class World(Group):
-    """All ranks of the run: a duplicate of MPI_COMM_WORLD, whose errors are exceptions."""
+    """All ranks of the run: a duplicate of MPI_COMM_WORLD (or of another communicator), whose errors are exceptions."""
 
-    def __init__(self) -> None:
-        comm = MPI.COMM_WORLD.Dup()
+    def __init__(self, parent: MPI.Intracomm | None = None) -> None:
+        comm = (MPI.COMM_WORLD if parent is None else parent).Dup()
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         super().__init__(comm)
         self.host = MPI.Get_processor_name()

@@ -25,7 +25,8 @@ from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.nn.specs import Spec
-from nettorrent_mpi.plan.schedule import add_transfers, build, check, forward_only, peak_stored
+from nettorrent_mpi.plan.checker import check
+from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
 from nettorrent_mpi.plan.topology import Topology
 
 

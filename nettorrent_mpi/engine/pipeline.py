@@ -19,9 +19,9 @@ from nettorrent_mpi.nn.backend import Array, Workspace
 from nettorrent_mpi.nn.layer import Alone, Pass
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.losses import Loss
+from nettorrent_mpi.plan.actions import Action, Kind
 from nettorrent_mpi.plan.blocks import Span, span
 from nettorrent_mpi.plan.errors import NonFiniteError
-from nettorrent_mpi.plan.schedule import Action, Kind
 
 
 class Tally:

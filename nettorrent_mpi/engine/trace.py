@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.plan.schedule import Action
+from nettorrent_mpi.plan.actions import Action
 
 COLUMNS = 4  # step, number of the action, begin, end (nanoseconds of a clock that the ranks of a host share)
 TAG = 77

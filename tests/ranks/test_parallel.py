@@ -1,0 +1,175 @@
+"""Parallel equals serial: any layout and schedule on any number of ranks gives the weights of the serial run.
+
+Every case trains 20 steps on all ranks and compares the whole arrays with those of an engine on one rank: equal to 1e-10
+relative in float64, 1e-4 in float32; the loss of every step and the evaluation too. Row counts divide by nothing: a
+mini-batch of 37 rows in 3 micro-batches, and a last one of 13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.data.dataset import Options as DataOptions
+from nettorrent_mpi.data.dataset import open_dataset
+from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.nn import specs
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.cost import auto_layout
+from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout
+
+STEPS = 20
+SHAPE = (7, 6, 2)
+CLASSES = 5
+
+MLP = (
+    specs.Flatten(),
+    specs.Linear(11, activation="tanh"),
+    specs.LayerNorm(),
+    specs.Linear(13, activation="gelu"),
+    specs.Dropout(0.3),
+    specs.Linear(9, activation="sigmoid"),
+    specs.BatchNorm(),
+    specs.Linear(CLASSES),
+)
+CNN = (
+    specs.Conv2d(5, kernel=3, padding="same", activation="relu"),
+    specs.BatchNorm(),
+    specs.Dropout(0.2),
+    specs.Conv2d(6, kernel=(3, 2), activation="leaky_relu"),
+    specs.MaxPool2d(2),
+    specs.Dropout(0.2),
+    specs.Flatten(),
+    specs.LayerNorm(),
+    specs.Linear(8, activation="relu"),
+    specs.Dropout(0.5),
+    specs.Linear(CLASSES),
+)
+RESNET = (
+    specs.Conv2d(5, padding="same", bias=False),
+    specs.BatchNorm(),
+    specs.Relu(),
+    specs.Residual((specs.Conv2d(5, padding="same"), specs.BatchNorm(), specs.Relu(), specs.Conv2d(5, padding="same"))),
+    specs.Relu(),
+    specs.Residual(
+        (specs.Conv2d(7, stride=2, padding="same"), specs.BatchNorm(), specs.Relu(), specs.Conv2d(7, padding="same")),
+        (specs.Conv2d(7, kernel=1, stride=2), specs.BatchNorm()),
+    ),
+    specs.BatchNorm(),
+    specs.Relu(),
+    specs.GlobalAvgPool2d(),
+    specs.Linear(CLASSES),
+)
+NETWORKS = {"mlp": MLP, "cnn": CNN, "resnet": RESNET}
+
+
+def layouts(ranks: int, network: Network) -> Iterator[Topology]:
+    """All kinds of layouts of this many ranks: rows, cols, stages, replicas, their mixtures, uneven ones."""
+    count = network.weight_layers
+    units = min(facts.units for facts in network.facts)
+    yield Topology(1, (Stage(0, count, ranks, 1),))
+    if 1 < ranks <= units:
+        yield Topology(1, (Stage(0, count, 1, ranks),))
+    if ranks > 1:
+        yield Topology(ranks, (Stage(0, count, 1, 1),))
+        yield layers_layout(network.facts, ranks, 13)
+        yield auto_layout(network.facts, ranks, 37, 3, "1f1b")
+    given: dict[int, list[tuple[int, list[tuple[int, int]]]]] = {  # replicas, (rows, cols) of each stage
+        3: [(1, [(2, 1), (1, 1)]), (1, [(1, 1), (1, 2)])],
+        4: [(1, [(2, 2)]), (2, [(1, 1), (1, 1)]), (1, [(1, 2), (2, 1)]), (1, [(1, 1), (1, 1), (2, 1)])],
+        5: [(1, [(2, 1), (1, 2), (1, 1)]), (1, [(1, 3), (2, 1)]), (1, [(3, 1), (1, 2)])],
+        8: [
+            (2, [(1, 2), (2, 1)]),
+            (1, [(2, 2), (2, 2)]),
+            (2, [(2, 1), (1, 1), (1, 1)]),
+            (1, [(1, 3), (2, 2), (1, 1)]),
+            (4, [(1, 1), (1, 1)]),
+        ],
+    }
+    for replicas, grids in given.get(ranks, []):
+        if len(grids) <= count:
+            cuts = [i * count // len(grids) for i in range(len(grids) + 1)]
+            yield Topology(replicas, tuple(Stage(cuts[i], cuts[i + 1], *grid) for i, grid in enumerate(grids)))
+
+
+def name(topology: Topology) -> str:
+    stages = "|".join(f"{s.layers}:{s.rows}x{s.cols}" for s in topology.stages)
+    return f"{topology.replicas}*[{stages}]"
+
+
+CASES = [
+    pytest.param(network, topology, pipeline, id=f"{network}-{pipeline}-{name(topology)}")
+    for network, specs_ in NETWORKS.items()
+    for i, topology in enumerate(dict.fromkeys(layouts(MPI.COMM_WORLD.size, Network(specs_, SHAPE))))
+    for pipeline in (("gpipe", "1f1b") if len(topology.stages) > 1 else ("1f1b",))
+]
+
+
+class Trained:
+    """The arrays, the loss of each step and the scores of a training of 20 steps."""
+
+    def __init__(self, world: World, layers: Any, topology: Topology, **options: Any):
+        dataset = open_dataset("synthetic", None, options=DataOptions(rows=87 + 9, test_rows=29, shape=SHAPE, classes=CLASSES))
+        sampler = Sampler(dataset.train.rows, seed=3, validation=0.1, batch_size=37)
+        network = Network(layers, SHAPE)
+        arguments = {"optimizer": specs.Adam(lr=0.002), "dtype": "float64", "clip_norm": 1.5, "augment": ("flip",)}
+        engine = Engine(
+            world,
+            network,
+            topology,
+            Options(loss=specs.CrossEntropy(0.1), batch_size=37, micro_batches=3, seed=5, **(arguments | options)),
+        )
+        engine.open_data(dataset, sampler)
+        self.losses = []
+        for n in range(STEPS):
+            engine.step(n, 0.002)
+            self.losses.append(engine.training_loss())
+        test, validation = engine.evaluate_test(), engine.evaluate_validation()
+        assert test is not None
+        assert validation is not None
+        self.scores = [*test, *validation]
+        self.arrays = engine.parameters()
+        engine.close()
+
+
+SERIAL: dict[Any, Trained] = {}
+
+
+def serial(network: str, **options: Any) -> Trained:
+    """The same training on this rank alone."""
+    key = (network, *sorted(options.items()))
+    if key not in SERIAL:
+        layers = NETWORKS[network]
+        topology = Topology(1, (Stage(0, Network(layers, SHAPE).weight_layers, 1, 1),))
+        SERIAL[key] = Trained(World(MPI.COMM_SELF), layers, topology, **options)
+    return SERIAL[key]
+
+
+def compare(mine: Trained, reference: Trained, tolerance: float) -> None:
+    np.testing.assert_allclose(mine.losses, reference.losses, rtol=tolerance)
+    np.testing.assert_allclose(mine.scores, reference.scores, rtol=tolerance)
+    assert mine.arrays.keys() == reference.arrays.keys()
+    for key, array in reference.arrays.items():
+        scale = np.abs(array).max() or 1.0
+        np.testing.assert_allclose(mine.arrays[key] / scale, array / scale, rtol=0, atol=tolerance, err_msg=key)
+
+
+@pytest.mark.parametrize(("network", "topology", "pipeline"), CASES)
+def test_any_layout_gives_the_serial_weights(network: str, topology: Topology, pipeline: str) -> None:
+    mine = Trained(World(), NETWORKS[network], topology, pipeline=pipeline)
+    if MPI.COMM_WORLD.rank == 0:
+        compare(mine, serial(network), 1e-10)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_float32(network: str) -> None:
+    options = {"dtype": "float32", "optimizer": specs.Sgd(momentum=0.9), "clip_norm": None}
+    topology = layers_layout(Network(NETWORKS[network], SHAPE).facts, MPI.COMM_WORLD.size, 13)
+    mine = Trained(World(), NETWORKS[network], topology, **options)
+    if MPI.COMM_WORLD.rank == 0:
+        compare(mine, serial(network, **options), 1e-4)

@@ -1,0 +1,175 @@
+"""Bad input gives one clear error and exit code 2 on all ranks; a rank that raises ends all ranks within 2 s."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shutil
+import struct
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+TRAIN = ["-m", "nettorrent_mpi.train"]
+Run = subprocess.CompletedProcess[str]
+MPIS = ["openmpi", "mpich"]
+
+CONFIG = """\
+data: {{name: {data}}}
+model:
+  layers:
+    - flatten
+    - linear: {{units: 8, activation: relu}}
+    - linear: {{units: 6, activation: relu}}
+    - linear: {{units: {units}}}
+train: {{steps: 3, batch_size: 16, micro_batches: 2, optimizer: {{sgd: {{lr: 0.1}}}}}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.format(data="digits", units=10))
+    return path
+
+
+def told_once(done: Run, code: int, pattern: str) -> None:
+    text = f"\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == code, text
+    errors = re.findall(r"^nettorrent: error: .*$", done.stderr, re.MULTILINE)
+    assert len(errors) == 1, text
+    assert re.search(pattern, errors[0]), text
+    assert "Traceback" not in done.stderr, text
+
+
+BAD = {
+    "unknown key": (["--set", "train.bach_size=3"], r"bach_size.*batch_size"),
+    "wrong type": (["--set", "train.batch_size=many"], r"train\.batch_size.*many"),
+    "unknown option": (["--bogus"], r"--bogus"),
+    "too few ranks": (
+        ["--set", "layout={replicas: 1, swarms: [{layers: 3, rows: 2, cols: 2}]}"], r"needs 4 ranks, the run has 3"
+    ),
+    "more stages than layers": (
+        ["--set", "layout={swarms: [{layers: 1}, {layers: 1}, {layers: 1}, {layers: 1}]}"],
+        r"4 swarms for the network's 3 weight layers",
+    ),
+    "shapes that do not fit": (["--set", "model.layers.0=relu"], r"relu1.*linear1|linear1.*relu1"),
+    "too few units": (["--set", "model.layers.3.linear.units=4"], r"linear3.*10 classes"),
+    "missing data": (["--set", "data.name=mnist", "--set", "data.root=/nonexistent"], r"/nonexistent/mnist.*fetch mnist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("mpi", MPIS)
+def test_mistakes_are_told_once(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mpi: str, case: str) -> None:
+    arguments, pattern = BAD[case]
+    done = mpirun(3, [*TRAIN, config, "--output", tmp_path / "run", *arguments], mpi=mpi, timeout=30)
+    told_once(done, 2, pattern)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_configuration(mpirun: Callable[..., Run], tmp_path: Path) -> None:
+    told_once(mpirun(2, [*TRAIN, tmp_path / "no.yaml"]), 2, r"no\.yaml: there is no such file")
+
+
+def idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    with gzip.open(path, "wb") as file:
+        file.write(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    folder = tmp_path / "data" / "mnist"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, rows in (("train", 64), ("t10k", 32)):
+        idx(folder / f"{name}-images-idx3-ubyte.gz", random.integers(0, 256, (rows, 8, 8)))
+        idx(folder / f"{name}-labels-idx1-ubyte.gz", random.integers(0, 10, rows))
+    return folder
+
+
+@pytest.mark.parametrize("harm", ["truncated", "corrupt", "not gzip"])
+def test_harmed_data_file(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mnist: Path, harm: str) -> None:
+    path = mnist / "train-images-idx3-ubyte.gz"
+    data = bytearray(path.read_bytes())
+    if harm == "truncated":
+        data = data[: len(data) // 2]
+    elif harm == "corrupt":
+        data[len(data) // 2] ^= 0xFF
+    else:
+        data = bytearray(b"<html>not found</html>")
+    path.write_bytes(bytes(data))
+    arguments = ["--set", "data.name=mnist", "--set", f"data.root={tmp_path / 'data'}", "--output", tmp_path / "run"]
+    done = mpirun(3, [*TRAIN, config, *arguments], timeout=30)
+    told_once(done, 2, r"train-images-idx3-ubyte\.gz at byte \d+")
+    assert not (tmp_path / "run").exists()
+
+
+def test_harmed_hdf5_file(mpirun: Callable[..., Run], tmp_path: Path, config: Path) -> None:
+    path = tmp_path / "data.h5"
+    with h5py.File(path, "w") as file:
+        file["x"], file["y"] = np.zeros((50, 8, 8, 1), np.uint8), np.zeros(49, np.int64)
+    arguments = ["--set", "data.name=hdf5", "--set", f"data.root={path}", "--output", tmp_path / "run"]
+    told_once(mpirun(2, [*TRAIN, config, *arguments]), 2, r"data\.h5")
+    path.write_bytes(path.read_bytes()[:700])
+    told_once(mpirun(2, [*TRAIN, config, *arguments]), 2, r"data\.h5")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_runs_folder(mpirun: Callable[..., Run], tmp_path: Path, config: Path) -> None:
+    run = [*TRAIN, config, "--output", tmp_path / "run"]
+    assert mpirun(2, run).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    told_once(mpirun(2, run), 2, r"another run's results.*--overwrite")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert mpirun(2, [*run, "--overwrite"]).returncode == 0
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_divergence(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mpi: str) -> None:
+    arguments = ["--set", "train.optimizer.sgd.lr=1e30", "--set", "train.steps=50", "--output", tmp_path / "run"]
+    done = mpirun(3, [*TRAIN, config, *arguments], mpi=mpi)
+    told_once(done, 1, r"step \d+: the output of layer linear\d.* is not finite \(seen on rank \d\)")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+@pytest.mark.parametrize("size", ["4k", "8k"])
+def test_full_disk(mpirun: Callable[..., Run], tmp_path: Path, config: Path, size: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    try:
+        done = mpirun(2, [*TRAIN, config, "--output", disk / "run"])
+        told_once(done, 2, r"could not be written: the disk is full")
+        assert not list(disk.rglob("*.part"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+PHASES = ["setup", "wiring", "data", "forward", "backward", "reduce", "update", "report", "evaluate", "save", "close"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_raising_rank_ends_all(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mpi: str, phase: str) -> None:
+    run = [config, "--output", tmp_path / "run", "--set", "train.steps=6", "--set", "train.report_every=2"]
+    done = mpirun(3, [HERE / "programs" / "failing.py", phase, "1", *run], mpi=mpi, timeout=60)
+    ended = time.time()
+    text = f"\n{done.stdout}\n{done.stderr}"
+    failed = re.search(r"FAILED AT ([\d.]+)", done.stderr)
+    assert failed, text
+    assert done.returncode not in (0, 2), text
+    assert ended - float(failed[1]) < 2.5, text  # 2 s, and what the launcher takes to clean up
+    assert done.stderr.count("Traceback") == 1, text
+    assert done.stderr.count(f"RuntimeError: made to fail in {phase}") == 1, text
+    assert "rank 1 of 3" in done.stderr, text
