@@ -5,7 +5,8 @@ their outcomes, and the worst one counts on every rank; so one rank's failed ass
 go on to the next test together. Only rank 0 prints, with the tracebacks of all ranks that failed.
 
 A rank that failed may have left the others waiting for its message. It waits a while for their outcome, then prints its
-traceback and ends the run; the others print where they stood.
+traceback and ends the run; under Open MPI the others print where they stood (MPICH kills them without a signal they
+could catch).
 """
 
 from __future__ import annotations

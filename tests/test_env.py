@@ -1,0 +1,147 @@
+"""What `env.prepare` chooses, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from ast import literal_eval
+from collections.abc import Callable
+
+import pytest
+
+from nettorrent_mpi import env
+
+PREPARE = "from nettorrent_mpi.env import prepare; print(prepare())"
+SHOW = "import os; print({k: v for k, v in os.environ.items() if 'NUM_THREADS' in k or 'yield' in k})"
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+CORES = len({env._siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+LAUNCHERS = ("OMPI_", "PMI", "MPI_", "SLURM", "NETTORRENT")
+
+
+def python(code: str, **variables: str) -> list[str]:
+    """The lines that `code` prints, with nothing but `variables` set of what matters here."""
+    bare = {k: v for k, v in os.environ.items() if k not in THREADS and not k.startswith(LAUNCHERS)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**bare, **variables}, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def chosen(threads: int) -> dict[str, str]:
+    return dict.fromkeys(THREADS, str(threads))
+
+
+def several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def test_alone_takes_every_core() -> None:
+    line, variables = python(f"{PREPARE}; {SHOW}")
+    assert line == f"1 rank on {several(CORES, 'core')} of this node; {several(CORES, 'BLAS thread')} each"
+    assert literal_eval(variables) == chosen(CORES)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE"])
+def test_more_ranks_than_cores_yield(name: str) -> None:
+    ranks = CORES + 1
+    line, variables = python(f"{PREPARE}; {SHOW}", **{name: str(ranks)})
+    assert line.endswith("; 1 BLAS thread each; waiting ranks yield")
+    assert literal_eval(variables) == {**chosen(1), "OMPI_MCA_mpi_yield_when_idle": "1"}
+
+
+def test_as_many_ranks_as_cores_do_not_yield() -> None:
+    line, variables = python(f"{PREPARE}; {SHOW}", OMPI_COMM_WORLD_LOCAL_SIZE=str(CORES))
+    assert line.endswith("; 1 BLAS thread each")
+    assert literal_eval(variables) == chosen(1)
+
+
+def test_omp_num_threads_of_the_user_rules_every_blas() -> None:
+    line, variables = python(f"{PREPARE}; {SHOW}", OMP_NUM_THREADS="7")
+    assert line.endswith("; kept from the environment: OMP_NUM_THREADS=7")
+    assert literal_eval(variables) == {"OMP_NUM_THREADS": "7"}
+
+
+def test_what_the_user_set_is_kept() -> None:
+    mine = {"OPENBLAS_NUM_THREADS": "7", "OMPI_MCA_mpi_yield_when_idle": "0"}
+    line, variables = python(f"{PREPARE}; {SHOW}", OMPI_COMM_WORLD_LOCAL_SIZE="999", **mine)
+    assert line.endswith("; kept from the environment: OPENBLAS_NUM_THREADS=7 OMPI_MCA_mpi_yield_when_idle=0")
+    assert literal_eval(variables) == {**chosen(1), **mine}
+
+
+def test_a_second_call_and_a_child_choose_anew() -> None:
+    child = f"import os, subprocess, sys; os.environ['MPI_LOCALNRANKS'] = '999'; {PREPARE}; {SHOW}"
+    code = f"{PREPARE}; {PREPARE}; import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    lines = python(f"import sys; sys.stdout.reconfigure(line_buffering=True); {code}")
+    assert lines[0] == lines[1]
+    assert lines[2].startswith("999 ranks")
+    assert "kept" not in lines[2]
+    assert literal_eval(lines[3])["OMP_NUM_THREADS"] == "1"
+
+
+def test_numpy_that_is_loaded_already_is_told() -> None:
+    assert "too late for NumPy" in python(f"import numpy; {PREPARE}")[0]
+    assert "too late" not in python(f"{PREPARE}; import numpy")[0]
+
+
+def test_a_rank_bound_to_one_core_knows_the_others() -> None:
+    """Its parent, here as under mpirun, is not bound."""
+    bind = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    line = python(f"{bind}; {PREPARE}", OMPI_COMM_WORLD_LOCAL_SIZE="2")[0]
+    assert line.startswith(f"2 ranks on {several(CORES, 'core')} of this node; 1 BLAS thread each")
+    assert python(f"{bind}; {PREPARE}")[0] == "1 rank on 1 core of this node; 1 BLAS thread each"
+
+
+def test_threads_reach_blas() -> None:
+    pools = "import numpy, threadpoolctl; print([p['num_threads'] for p in threadpoolctl.threadpool_info()])"
+    assert literal_eval(python(f"{PREPARE}; {pools}", OMPI_COMM_WORLD_LOCAL_SIZE=str(CORES))[1]) == [1]
+
+
+def test_loads_nothing() -> None:
+    code = "import sys, nettorrent_mpi.env; print(sorted({'numpy', 'mpi4py', 'yaml', 'rich'} & set(sys.modules)))"
+    assert python(code) == ["[]"]
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("4", [4]),
+        ("4(x2),3", [4, 4, 3]),
+        ("1,2(x1),3(x3)", [1, 2, 3, 3, 3]),
+        ("", []),
+        ("4(x2", []),
+        ("four", []),
+    ],
+)
+def test_tasks_per_node(text: str, counts: list[int]) -> None:
+    assert env.tasks_per_node(text) == counts
+
+
+@pytest.mark.parametrize(
+    ("environ", "ranks"),
+    [
+        ({}, 1),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3", "SLURM_STEP_TASKS_PER_NODE": "8"}, 3),
+        ({"MPI_LOCALNRANKS": "5"}, 5),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "1"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, 3),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "9"}, 1),
+        ({"SLURM_TASKS_PER_NODE": "64", "SLURM_NODEID": "0"}, 1),  # in the batch shell, not under srun
+    ],
+)
+def test_ranks_on_node(environ: dict[str, str], ranks: int) -> None:
+    assert env.ranks_on_node(environ) == ranks
+
+
+def test_a_slurm_job_counts_its_own_cpus() -> None:
+    assert env.cores_of_node({"SLURM_CPUS_ON_NODE": "1"}) == 1
+    assert env.cores_of_node({"SLURM_CPUS_ON_NODE": "100000"}) == CORES
+
+
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+def test_under_a_launcher(mpirun: Callable[..., subprocess.CompletedProcess[str]], mpi: str) -> None:
+    unset = dict.fromkeys(THREADS)
+    done = mpirun(CORES + 1, ["-c", PREPARE], mpi=mpi, env=unset)
+    assert done.returncode == 0, done.stderr
+    expected = f"{CORES + 1} ranks on {several(CORES, 'core')} of this node; 1 BLAS thread each; waiting ranks yield"
+    assert done.stdout.splitlines() == [expected] * (CORES + 1)

@@ -1,0 +1,169 @@
+"""The folders of the package are floors: a module imports lower floors, or modules that stand before it in its own."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "nettorrent_mpi"
+NAME = PACKAGE.name
+
+# What each folder may import besides itself. The entry points (train, __main__) stand above all of them.
+BELOW = {
+    "plan": set[str](),
+    "nn": {"plan"},
+    "comm": {"plan"},
+    "data": {"plan"},
+    "engine": {"plan", "nn", "comm", "data"},
+    "app": {"plan", "nn", "comm", "data", "engine"},
+}
+# The order within a folder. Modules that are not listed only have to be free of cycles.
+ORDER = {
+    "plan": ["errors", "blocks", "topology", "schedule", "pairing", "cost"],
+    "nn": ["backend", "layer", "layers", "losses", "optimizers", "initial", "model"],
+    "comm": ["world", "mpi", "nccl", "transfers"],
+    "data": ["readers", "sampler"],
+    "engine": ["wiring", "state", "pipeline", "exchange", "checkpoint", "recovery", "trace"],
+    "app": ["config", "run", "progress", "report", "doctor", "tune", "draw"],
+}
+# Packages that only these parts of the package import.
+ONLY = {
+    "mpi4py": ["comm"],
+    "nccl": ["comm"],
+    "cupy": ["nn.backend", "comm.nccl"],
+    "cupyx": ["nn.backend"],
+    "pydantic": ["app"],
+    "yaml": ["app"],
+    "rich": ["app"],
+    "torch": [],
+}
+STANDARD_LIBRARY_ONLY = ["", "env", "plan"]
+TOP = {"", "env"}  # may be imported from everywhere
+ENTRY_POINTS = {"train", "__main__"}
+
+
+def read() -> dict[str, ast.Module]:
+    """Every module of the package: "plan.blocks" -> its syntax tree; "" is the package itself."""
+    modules = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text(), str(path))
+    return modules
+
+
+def imports_of(module: str, tree: ast.Module, modules: set[str]) -> tuple[set[str], set[str]]:
+    """(modules of the package, other packages) that a module imports, wherever the import stands."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}, line {node.lineno}: write the whole name instead of a relative import"
+            assert node.module is not None
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in inner if name.removeprefix(f"{NAME}.") in modules}
+            names |= submodules or {node.module}
+    own = {name for name in names if name.split(".")[0] == NAME}
+    return {name.removeprefix(NAME).removeprefix(".") for name in own}, {name.split(".")[0] for name in names - own}
+
+
+def inside(module: str, place: str) -> bool:
+    return module == place or (place != "" and module.startswith(f"{place}."))
+
+
+def violations(trees: dict[str, ast.Module]) -> list[str]:
+    modules = set(trees)
+    found: list[str] = []
+    graph: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        own, others = imports_of(module, tree, modules)
+        graph[module] = own - {module}
+        folder = module.split(".")[0]
+        for name in sorted(own):
+            target = name.split(".")[0]
+            if name in TOP or folder in ENTRY_POINTS:
+                continue
+            if target == folder:
+                found += out_of_order(folder, module, name)
+            elif target not in BELOW.get(folder, set()):
+                found.append(f"{module} imports {name}, which is not on a lower floor")
+        for name in sorted(others):
+            if any(inside(module, place) for place in STANDARD_LIBRARY_ONLY) and name not in sys.stdlib_module_names:
+                found.append(f"{module} imports {name}; it may use the standard library only")
+            if name in ONLY and not any(inside(module, place) for place in ONLY[name]):
+                found.append(f"{module} imports {name}, which only {ONLY[name]} may")
+        if folder != "app" and folder not in ENTRY_POINTS:
+            found += [f"{module} prints (line {line}); only app/ does" for line in prints(tree)]
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"modules import each other in a ring: {' <- '.join(error.args[1])}")
+    return found
+
+
+def out_of_order(folder: str, module: str, name: str) -> list[str]:
+    order = ORDER[folder]
+    importing, imported = ((*part.split("."), "")[1] for part in (module, name))
+    if importing in order and imported in order and order.index(imported) > order.index(importing):
+        return [f"{module} imports {name}, which stands after it in its folder's order"]
+    return []
+
+
+def prints(tree: ast.Module) -> list[int]:
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_the_package_keeps_its_floors() -> None:
+    trees = read()
+    assert {"", "env", "plan.errors", "nn.layer"} <= set(trees)
+    assert violations(trees) == []
+
+
+def test_every_folder_has_its_floor() -> None:
+    folders = {module.split(".")[0] for module in read() if "." in module}
+    assert folders == set(BELOW)
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        ({"plan.cost": "import numpy"}, "standard library only"),
+        ({"env": "def f():\n    import numpy"}, "standard library only"),
+        ({"nn.model": "from nettorrent_mpi.comm import world", "comm.world": ""}, "not on a lower floor"),
+        ({"plan.cost": "from nettorrent_mpi import app", "app": ""}, "not on a lower floor"),
+        ({"data.sampler": "from nettorrent_mpi.nn.layer import Pass", "nn.layer": ""}, "not on a lower floor"),
+        ({"plan.blocks": "import nettorrent_mpi.plan.cost", "plan.cost": ""}, "stands after it"),
+        ({"engine.state": "from mpi4py import MPI"}, "only ['comm'] may"),
+        ({"nn.losses": "import cupy as cp"}, "only ['nn.backend', 'comm.nccl'] may"),
+        ({"nn.losses": "import yaml"}, "only ['app'] may"),
+        ({"comm.world": "print('x')"}, "only app/ does"),
+        (
+            {"app.a": "from nettorrent_mpi.app.b import x", "app.b": "from nettorrent_mpi.app import a"},
+            "in a ring",
+        ),
+    ],
+)
+def test_violations_are_found(sources: dict[str, str], told: str) -> None:
+    found = violations({name: ast.parse(source) for name, source in sources.items()})
+    assert len(found) == 1
+    assert told in found[0]
+
+
+def test_what_is_allowed_is_not_told() -> None:
+    sources = {
+        "": "__version__ = '1'",
+        "env": "import os",
+        "plan.errors": "import math",
+        "plan.cost": "from nettorrent_mpi.plan.errors import UserError",
+        "nn.backend": "import cupy",
+        "comm.world": "from mpi4py import MPI\nfrom nettorrent_mpi import __version__",
+        "engine.wiring": "from nettorrent_mpi.comm import world\nfrom nettorrent_mpi.nn import backend",
+        "app.run": "import rich\nfrom nettorrent_mpi.engine.wiring import x\nprint(x)",
+        "train": "from nettorrent_mpi import env\nfrom nettorrent_mpi.app import run\nprint(run)",
+    }
+    assert violations({name: ast.parse(source) for name, source in sources.items()}) == []
