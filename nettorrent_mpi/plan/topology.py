@@ -206,17 +206,18 @@ def factor(size: int, rows: int, layers: Sequence[LayerFacts]) -> tuple[float, i
     """(largest share of the layers' work, rows, cols) of the best rows x cols = size; in ties more rows.
 
     A rank's share is a whole number of the `rows` rows times a whole number of each layer's units, so the largest
-    rounds up. cols are at most the fewest units.
+    rounds up. cols are at most the fewest units; a team has more than `rows` rows only where it cannot have fewer.
     """
     total = sum(layer.operations for layer in layers)
-    best = (math.inf, 0, 0)
+    best = (True, math.inf, 0, 0)
     for cols in range(1, min(size, *(layer.units for layer in layers)) + 1):
         if size % cols == 0:
+            team_rows = size // cols
             work = sum(w.operations * -(-w.units // cols) / w.units for w in layers) / total if total else 1 / cols
-            share = work * -(-rows // (size // cols)) / rows
-            if share < best[0] * (1 - 1e-12):
-                best = (share, size // cols, cols)
-    return best
+            idle, share = team_rows > rows, work * -(-rows // team_rows) / rows
+            if (idle, share) < (best[0], best[1] * (1 - 1e-12)):
+                best = (idle, share, team_rows, cols)
+    return best[1:]
 
 
 @lru_cache(maxsize=100_000)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nettorrent_mpi.plan.blocks import Grid, Piece, Span, overlap, owner, redistribute, span
+
+totals, parts = st.integers(0, 200), st.integers(1, 40)
+grids = st.builds(Grid, st.integers(1, 6), st.integers(1, 6))
+
+
+@given(totals, parts)
+def test_spans_cover_everything_once_and_evenly(total: int, count: int) -> None:
+    spans = [span(total, count, i) for i in range(count)]
+    assert [x for s in spans for x in range(s.start, s.stop)] == list(range(total))
+    assert max(s.size for s in spans) - min(s.size for s in spans) <= 1
+    assert [s.size for s in spans] == sorted((s.size for s in spans), reverse=True)
+
+
+@given(totals.filter(bool), parts)
+def test_owner_is_the_inverse_of_span(total: int, count: int) -> None:
+    for position in range(total):
+        held = span(total, count, owner(total, count, position))
+        assert held.start <= position < held.stop
+
+
+def test_owner_of_nothing() -> None:
+    with pytest.raises(AssertionError, match="outside"):
+        owner(3, 2, 3)
+
+
+@given(*[st.builds(Span, st.integers(0, 30), st.integers(0, 30))] * 2)
+def test_overlap_holds_what_both_hold(a: Span, b: Span) -> None:
+    both = overlap(a, b)
+    assert set(range(*both)) == set(range(*a)) & set(range(*b))
+    assert both == overlap(b, a)
+    assert both.size or both == Span(0, 0)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.integers(0, 17), st.integers(0, 13), grids, grids, st.booleans())
+def test_every_element_moves_once_to_each_place_that_wants_it(
+    n_rows: int, n_cols: int, source: Grid, target: Grid, replicated: bool
+) -> None:
+    pieces = redistribute(n_rows, n_cols, source, target, replicated=replicated)
+    moved: Counter[tuple[int, int, int]] = Counter()
+    for piece in pieces:
+        row, col = divmod(piece.source, source.cols)
+        assert piece.rows.size
+        assert piece.cols.size
+        assert overlap(piece.rows, span(n_rows, source.rows, row)) == piece.rows, "the source holds it"
+        assert overlap(piece.cols, span(n_cols, source.cols, col)) == piece.cols
+        moved.update((piece.target, r, c) for r in range(*piece.rows) for c in range(*piece.cols))
+    wanted = Counter(
+        (row * target.cols + col, r, c)
+        for row in range(target.rows)
+        for col in range(target.cols)
+        for r in range(*span(n_rows, target.rows, row))
+        for c in (range(n_cols) if replicated else range(*span(n_cols, target.cols, col)))
+    )
+    assert moved == wanted
+    assert [piece[:2] for piece in pieces] == sorted({piece[:2] for piece in pieces}), "in order, one for each pair"
+
+
+@given(st.integers(0, 40), st.integers(0, 40), grids, grids)
+def test_the_way_back_is_the_transpose(n_rows: int, n_cols: int, source: Grid, target: Grid) -> None:
+    there = redistribute(n_rows, n_cols, source, target)
+    back = redistribute(n_rows, n_cols, target, source)
+    assert sorted(Piece(p.target, p.source, p.rows, p.cols) for p in back) == there
+
+
+@given(st.integers(0, 40), st.integers(0, 40), grids)
+def test_the_same_grid_keeps_everything_in_place(n_rows: int, n_cols: int, grid: Grid) -> None:
+    assert all(piece.source == piece.target for piece in redistribute(n_rows, n_cols, grid, grid))
+
+
+def test_an_example() -> None:
+    # 5 rows over 2 become 5 rows over 1; 3 columns over 1 are wanted whole by 2 cols
+    assert redistribute(5, 3, Grid(2, 1), Grid(1, 2), replicated=True) == [
+        Piece(0, 0, Span(0, 3), Span(0, 3)),
+        Piece(0, 1, Span(0, 3), Span(0, 3)),
+        Piece(1, 0, Span(3, 5), Span(0, 3)),
+        Piece(1, 1, Span(3, 5), Span(0, 3)),
+    ]
+
+
+def test_large_grids_are_quick() -> None:
+    assert len(redistribute(10**6, 1, Grid(1000, 1), Grid(999, 1))) == 1998

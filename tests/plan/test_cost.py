@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from nettorrent_mpi.plan.cost import Machine, auto_layout, memory, predict
+from nettorrent_mpi.plan.schedule import PIPELINES
+from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout
+
+Networks = dict[str, list[LayerFacts]]
+
+# seconds that can be worked out by hand: one operation a second, everything else free
+PLAIN = Machine(flops=1.0, bandwidth=1e30, latency=0.0, overhead=0.0, update=0.0)
+TWO = [LayerFacts("a", 30.0, 50, 10, 7, 10, 20), LayerFacts("b", 60.0, 44, 4, 10, 4, 14)]
+ALONE = Topology(1, (Stage(0, 2, 1, 1),))
+
+
+@pytest.mark.parametrize("pipeline", sorted(PIPELINES))
+def test_compute_rounds_up(pipeline: str) -> None:
+    assert predict(ALONE, TWO, 8, 2, pipeline, PLAIN).seconds == pytest.approx(8 * 90)
+    # 7 rows in 2 micro-batches: the larger has 4, of which the larger part of 3 rows has 2, of 3 cols 4/10 and 2/4
+    grid = Topology(1, (Stage(0, 2, 3, 3),))
+    assert predict(grid, TWO, 7, 2, pipeline, PLAIN).seconds == pytest.approx(2 * 2 * (30 * 0.4 + 60 * 0.5))
+
+
+def test_a_pipeline_has_its_bubble() -> None:
+    pipe = Topology(1, (Stage(0, 1, 1, 1), Stage(1, 2, 2, 1)))
+    step = predict(pipe, TWO, 8, 4, "1f1b", PLAIN)
+    assert step.seconds == pytest.approx(60 * (4 + 2 - 1))
+    assert step.bubble == pytest.approx(1 / 5)
+    assert step.compute == pytest.approx((240, 240))
+    assert predict(Topology(1, (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))), TWO, 8, 4, "1f1b", PLAIN).bottleneck == 1
+
+
+def test_communication_by_hand() -> None:
+    machine = Machine(flops=1e30, bandwidth=4.0, latency=100.0, overhead=0.0, update=0.0)  # an element a second
+    pipe = Topology(1, (Stage(0, 1, 2, 1), Stage(1, 2, 1, 2)))
+    step = predict(pipe, TWO, 6, 1, "gpipe", machine)
+    # each way 3 rows of 10 to both cols, and 6 rows of 10 from both rows; then the sum of 50 elements over 2 rows
+    assert step.communication == pytest.approx((2 * (60 + 2 * 100) + 50 + 2 * 100, 2 * (60 + 2 * 100)))
+    merged = predict(Topology(1, (Stage(0, 2, 1, 2),)), TWO, 6, 1, "gpipe", machine)
+    assert merged.communication == pytest.approx((2 * (6 * 10 / 2 + 100),)), "gathers half the columns"
+
+
+def test_replicas_are_rows_where_there_is_one_stage(networks: Networks) -> None:
+    facts = networks["cnn"]
+    times = [
+        predict(Topology(r, (Stage(0, len(facts), 12 // r, 2),)), facts, 128, 4, "1f1b").seconds for r in (1, 2, 3, 12)
+    ]
+    assert times == pytest.approx([times[0]] * 4)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
+def test_auto_layout_uses_all_ranks_and_is_never_behind(networks: Networks, name: str) -> None:
+    facts = networks[name]
+    for ranks in [*range(1, 34), 48, 64, 97, 128, 199, 200]:
+        for pipeline, micro_batches in (("1f1b", 4), ("gpipe", 1)):
+            chosen = auto_layout(facts, ranks, 128, micro_batches, pipeline)
+            assert chosen.size == ranks
+            assert chosen.stages[-1].stop == len(facts)
+            for stage in chosen.stages:
+                assert stage.cols <= min(w.units for w in facts[stage.first : stage.stop])
+            seconds = predict(chosen, facts, 128, micro_batches, pipeline).seconds
+            others = [layers_layout(facts, ranks, -(-128 // micro_batches))]
+            others += [Topology(1, (Stage(0, len(facts), ranks, 1),))]
+            for other in others:
+                assert seconds <= predict(other, facts, 128, micro_batches, pipeline).seconds * 1.05
+
+
+@pytest.mark.parametrize("ranks", [840, 997, 1000])
+def test_auto_layout_is_quick(networks: Networks, ranks: int) -> None:
+    start = time.process_time()
+    assert auto_layout(networks["resnet"], ranks, 128, 8, "1f1b").size == ranks
+    assert time.process_time() - start < 3
+
+
+def test_auto_layout_finds_the_obvious() -> None:
+    # communication is free and nothing divides the rows but rows: 8 rows on 8 ranks, without a bubble
+    assert auto_layout(TWO, 8, 8, 1, "1f1b", PLAIN).stages == (Stage(0, 2, 8, 1),)
+    # one row: only cols and stages can help, and the stages of one micro-batch never work at once
+    assert auto_layout(TWO, 2, 1, 1, "1f1b", PLAIN).stages == (Stage(0, 2, 1, 2),)
+    # many micro-batches, and sums of gradients that cost more than a link
+    heavy = [LayerFacts(w.name, 45.0, 10**6, 1, 1, 1, 1) for w in TWO]
+    linked = Machine(flops=1.0, bandwidth=4e4, latency=0.0, overhead=0.0, update=0.0)
+    assert auto_layout(heavy, 2, 8, 8, "1f1b", linked).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
+
+
+def test_memory_by_hand() -> None:
+    # parameters and gradients 2 * 94; state 2 * 94; 4 rows keep 34, pass at most 17 on
+    assert memory(ALONE, TWO, 8, 2, "1f1b", states=2, itemsize=8, base=1000) == [1000 + 8 * (4 * 94 + 4 * (34 + 17))]
+    pipe = Topology(2, (Stage(0, 1, 1, 2), Stage(1, 2, 2, 1)))
+    # stage 0 keeps 2 micro-batches of 2 rows: 7 inputs and half of 13; half the outputs pass and are sent, both ways
+    assert memory(pipe, TWO, 8, 2, "1f1b", states=2, itemsize=1) == [
+        50 + 25 + 2 * (2 * (7 + 6.5) + (7 + 5) + 2 * 5),
+        88 + 22 + 1 * (14 + (10 + 4) + 2 * 10),
+    ]
+
+
+def test_gpipe_stores_more(networks: Networks) -> None:
+    facts = networks["cnn"]
+    topology = layers_layout(facts, 6, 16)
+    stored = {p: memory(topology, facts, 128, 8, p) for p in PIPELINES}
+    assert all(a >= b for a, b in zip(stored["gpipe"], stored["1f1b"], strict=True))
+    assert stored["gpipe"][-1] > stored["1f1b"][-1]
