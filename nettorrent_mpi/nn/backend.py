@@ -17,8 +17,8 @@ class Workspace:
 
     One workspace belongs to one layer and one micro-batch slot. `keep` gives memory that stays as it is until the same
     slot is used again (what backward needs); `scratch` gives memory that every layer shares and that is valid only
-    until another layer runs. Asking for a smaller shape under the same name gives a view of the same memory, so the last,
-    smaller batch costs nothing; asking for a larger one makes it anew (once: the first step sees the largest).
+    until another layer runs. Asking for a smaller shape under the same name gives a view of the same memory, so the
+    last, smaller batch costs nothing; asking for a larger one makes it anew (once: the first step sees the largest).
     Contents are undefined when first handed out, and whatever was left there afterwards.
     """
 

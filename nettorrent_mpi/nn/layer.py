@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 from nettorrent_mpi.nn.backend import Array, Shape, Workspace
 from nettorrent_mpi.plan.blocks import Span, span
 
+NO_ROWS = Span(0, 0)
 Params = Mapping[str, Array]  # parameter name -> this rank's block; the same keys for gradients
 
 
@@ -22,8 +23,8 @@ Params = Mapping[str, Array]  # parameter name -> this rank's block; the same ke
 class Features:
     """One row of activations: `shape` is the whole row; this rank holds `part` of its last axis.
 
-    `part` is the whole axis unless a layer before divided its neurons or filters over the cols of the team; `parts` tells
-    over how many: with fewer neurons than cols one part can be the whole axis while the others are empty.
+    `part` is the whole axis unless a layer before divided its neurons or filters over the cols of the team; `parts`
+    tells over how many: with fewer neurons than cols one part can be the whole axis while the others are empty.
     """
 
     shape: Shape
@@ -126,7 +127,7 @@ class Pass:
     accumulate: bool = False  # False: this micro-batch's gradients overwrite; True: they are added
     seed: int = 0
     step: int = 0
-    rows: Span = Span(0, 0)  # these rows' numbers in the whole mini-batch (for dropout)
+    rows: Span = NO_ROWS  # these rows' numbers in the whole mini-batch (for dropout)
     count: int = 0  # rows of the whole micro-batch, over all ranks that share batch statistics
     team: Team = field(default_factory=Alone)
 
@@ -147,6 +148,8 @@ class Layer(ABC):
     elementwise: ClassVar[bool] = False
     # Does `backward` read the layer's own output, so that nobody may overwrite it?
     reads_output: ClassVar[bool] = False
+    # May `forward` return the memory of its input as its output (flatten; dropout in evaluation)?
+    passes_on: ClassVar[bool] = False
 
     def __init__(self, name: str, inputs: Features, outputs: Features, parameters: tuple[Parameter, ...] = ()):
         self.name = name

@@ -1,6 +1,20 @@
 """The layers: stateless objects with explicit parameters, saved values and a workspace. `make` makes one."""
 
-from nettorrent_mpi.nn.layers import activations, conv, linear
+from nettorrent_mpi.nn.layers import activations, conv, dropout, form, linear, norm, pooling, residual
+from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.registry import make
+from nettorrent_mpi.nn.layers.sequence import Sequence
 
-__all__ = ["activations", "conv", "linear", "make"]
+__all__ = [
+    "Gather",
+    "Sequence",
+    "activations",
+    "conv",
+    "dropout",
+    "form",
+    "linear",
+    "make",
+    "norm",
+    "pooling",
+    "residual",
+]

@@ -9,7 +9,7 @@ from nettorrent_mpi.nn.backend import Array, Workspace
 from nettorrent_mpi.nn.initial import resolve
 from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
 from nettorrent_mpi.nn.layers.linear import add_bias_gradient
-from nettorrent_mpi.nn.layers.memory import gradient, repeated, row_repeats
+from nettorrent_mpi.nn.layers.memory import gradient, repeated, row_repeats, wide_rows
 from nettorrent_mpi.nn.layers.registry import Site, makes
 from nettorrent_mpi.nn.layers.windows import Windows, places
 from nettorrent_mpi.plan.blocks import span
@@ -73,7 +73,7 @@ class Conv2d(Layer):
             y_no = y[images, rows].reshape(-1, filters)
             np.matmul(self.windows.matrix(x, images, rows, workspace), weight, out=y_no)
             if bias is not None:
-                y_nw = y_no.reshape(-1, bias.size)
+                y_nw = wide_rows(y_no, repeats)
                 np.add(y_nw, bias, out=y_nw)
         return y, x
 

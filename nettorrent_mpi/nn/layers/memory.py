@@ -44,17 +44,46 @@ def repeated(values: Array, repeats: int, name: str, workspace: Workspace) -> Ar
     return row
 
 
-def sum_rows(x: Array, total_c: Array, workspace: Workspace) -> None:
-    """total_c <- the sum of x over all but its last axis: block by block, so that rounding grows with the blocks only.
+def wide_rows(x: Array, repeats: int) -> Array:
+    """x (b, ..., channels), C-contiguous, seen as (rows, repeats * channels)."""
+    wide = repeats * x.shape[-1]
+    return x.reshape(x.size // wide if wide else 0, wide)
 
-    `x` (b, ..., channels) is C-contiguous; `total_c` may have a wider dtype.
+
+class RowSum:
+    """A sum over all rows and positions, one number per channel, that grows block by block.
+
+    So rounding errors grow with the number of blocks only, and the total may be wider than the blocks.
     """
-    wide = row_repeats(x.shape[1:]) * total_c.size
-    x_nw = x.reshape(x.size // wide if wide else 0, wide)
-    part_w = workspace.scratch("sum of a block", (wide,))
-    total_w = workspace.scratch("sum of blocks", (wide,), total_c.dtype)
-    total_w[...] = 0
-    for block in blocks(x_nw.shape[0], max(8, BLOCK // max(wide, 1))):
-        np.add.reduce(x_nw[block], axis=0, out=part_w)
-        total_w += part_w
-    np.add.reduce(total_w.reshape(-1, total_c.size) if wide else total_w.reshape(0, 0), axis=0, out=total_c)
+
+    def __init__(self, name: str, repeats: int, total_c: Array, workspace: Workspace):
+        wide = repeats * total_c.size
+        self._total_c = total_c
+        self._part_w = workspace.scratch("sum of a block", (wide,))
+        self._total_w = workspace.scratch(f"sum {name}", (repeats, total_c.size), total_c.dtype)
+        self._total_w[...] = 0
+
+    def add(self, block_nw: Array) -> None:
+        """Add a block whose rows hold `repeats` positions each."""
+        np.add.reduce(block_nw, axis=0, out=self._part_w)
+        total_w = self._total_w.reshape(-1)
+        np.add(total_w, self._part_w, out=total_w)
+
+    def finish(self) -> None:
+        """total_c <- the sum."""
+        np.add.reduce(self._total_w, axis=0, out=self._total_c)
+
+
+def row_block(wide: int) -> int:
+    """How many rows of `wide` elements make a block."""
+    return max(8, BLOCK // max(wide, 1))
+
+
+def sum_rows(x: Array, total_c: Array, workspace: Workspace) -> None:
+    """total_c <- the sum of x (b, ..., channels; C-contiguous) over all but its last axis."""
+    repeats = row_repeats(x.shape[1:])
+    x_nw = wide_rows(x, repeats)
+    total = RowSum("of rows", repeats, total_c, workspace)
+    for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
+        total.add(x_nw[block])
+    total.finish()

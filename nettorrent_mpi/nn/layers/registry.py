@@ -42,8 +42,8 @@ class Site:
         """Raises ShapeError where a window of `size` is larger than the image."""
         if size[0] > image[0] or size[1] > image[1]:
             raise ShapeError(
-                f"layer {self.name}: its {what} of {size[0]} x {size[1]} is larger than the {image[0]} x {image[1]} image "
-                f"that {self.previous} gives; make the {what} smaller or leave out a pooling layer before it"
+                f"layer {self.name}: its {what} of {size[0]} x {size[1]} is larger than the {image[0]} x {image[1]} "
+                f"image that {self.previous} gives; make the {what} smaller or leave out a pooling layer before it"
             )
 
 

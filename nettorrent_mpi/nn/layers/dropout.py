@@ -1,0 +1,59 @@
+"""Dropout whose choice does not depend on who holds which rows and features."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nettorrent_mpi.nn import specs
+from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.layer import Layer, Params, Pass
+from nettorrent_mpi.nn.layers.memory import blocks
+from nettorrent_mpi.nn.layers.registry import Site, makes
+from nettorrent_mpi.nn.random import keep_mask, place_codes
+from nettorrent_mpi.plan import seeds
+from nettorrent_mpi.plan.errors import ConfigError
+
+
+@makes(specs.Dropout)
+class Dropout(Layer):
+    """In training each number is 0 with probability `rate` and otherwise divided by 1 - rate; else the input itself."""
+
+    elementwise = True
+    passes_on = True
+
+    def __init__(self, spec: specs.Dropout, site: Site):
+        if not 0 <= spec.rate < 1:
+            raise ConfigError(f"layer {site.name}: rate is {spec.rate}, but has to be at least 0 and less than 1")
+        super().__init__(site.name, site.inputs, site.inputs)
+        self.rate = spec.rate
+        self._codes = place_codes(site.inputs)
+
+    def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, Array | None]:
+        if not step.training or self.rate == 0:
+            return x, None
+        assert step.rows.size == x.shape[0]
+        keep = workspace.keep("keep", (x.shape[0], self._codes.size), np.bool_)
+        key = seeds.key(step.seed, "dropout", self.name, step.step)
+        keep_mask(keep, self._codes, self.rate, key, step.rows, workspace)
+        y = x if self.in_place else workspace.keep("y", x.shape)
+        self._thin(x.reshape(-1), keep.reshape(-1), y.reshape(-1))
+        return y, keep
+
+    def backward(
+        self, params: Params, grads: Params, saved: Array | None, dy: Array, workspace: Workspace, step: Pass
+    ) -> Array | None:
+        if not self.needs_dx:
+            return None
+        if saved is not None:
+            self._thin(dy.reshape(-1), saved.reshape(-1), dy.reshape(-1))
+        return dy
+
+    def _thin(self, x: Array, keep: Array, y: Array) -> None:
+        scale = 1 / (1 - self.rate)
+        for block in blocks(x.size):
+            np.multiply(x[block], keep[block], out=y[block])
+            np.multiply(y[block], scale, out=y[block])
+
+    @property
+    def operations(self) -> float:
+        return 20.0 * float(np.prod(self.outputs.shape))

@@ -1,0 +1,205 @@
+"""Layers one after the other: what a stage is, and each branch of a residual block."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Any
+
+from nettorrent_mpi.nn import specs
+from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
+from nettorrent_mpi.nn.layers.form import Gather
+from nettorrent_mpi.nn.layers.registry import make
+from nettorrent_mpi.plan.errors import ConfigError
+
+
+class Sequence:
+    """The layers that `layers` describe, as col `col` of a team of `cols` holds them; each spec carries its name.
+
+    `activation:` of a layer becomes a layer of its own, "<layer>.<activation>". Where features are divided and a layer
+    wants whole ones, a `Gather` is put before it. A layer writes over its input where nobody needs that any more.
+    `parameters` are pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these keys.
+    `inputs` are whole. `prefix` goes before the layers' names, not before the keys. `partial` says that, where the last
+    layer's features are whole, each col gets only a part of dy (see `Layer`); `follows` is the kind of the activation
+    that comes after the last layer, `previous` what comes before the first.
+    """
+
+    def __init__(
+        self,
+        layers: Seq[specs.LayerSpec],
+        *,
+        inputs: Features,
+        cols: int = 1,
+        col: int = 0,
+        prefix: str = "",
+        previous: str = "the input",
+        follows: str | None = None,
+        partial: bool = False,
+    ):
+        self.inputs = self.outputs = inputs
+        self.layers: list[Layer] = []
+        self.parameters: tuple[tuple[str, Parameter], ...] = ()
+        self.previous = previous  # after the last layer: what made the outputs
+        self._keys: list[str] = []
+        self._free = False  # may the next layer write over the memory that it is handed?
+        self._needs_dx = True
+        self._specs = expanded(layers)
+        weights = [i for i, spec in enumerate(self._specs) if has_weights(spec)]
+        last = weights[-1] if weights else -1
+        for i, spec in enumerate(self._specs):
+            assert spec.name is not None
+            wants_whole = has_weights(spec) or isinstance(spec, specs.Flatten)
+            if wants_whole and not self.outputs.is_whole:
+                self.append(Gather(f"{prefix}{spec.name}.gather", self.outputs, partial or i <= last))
+            layer = make(
+                spec,
+                prefix + spec.name,
+                self.outputs,
+                cols,
+                col,
+                _activation_after(self._specs, i, follows),
+                previous=self.previous,
+                partial=cols > 1 and (partial or i < last),
+            )
+            self.append(layer, spec.name)
+            self.previous = f"layer {layer.name}"
+
+    def append(self, layer: Layer, key: str | None = None) -> None:
+        """Put a layer after the others; `key` (default: its name) goes before the names of its parameters."""
+        key = layer.name if key is None else key
+        layer.in_place = layer.elementwise and self._free
+        same_memory = layer.in_place or layer.passes_on
+        self._free = not layer.reads_output and (self._free or not same_memory)
+        self.layers.append(layer)
+        self._keys.append(key)
+        self.parameters += tuple((f"{key}/{parameter.name}", parameter) for parameter in layer.parameters)
+        self.outputs = layer.outputs
+
+    @property
+    def divided(self) -> bool:
+        """Are the outputs divided over the cols?"""
+        return not self.outputs.is_whole
+
+    @property
+    def needs_dx(self) -> bool:
+        """Does anybody want the gradient of the inputs?"""
+        return self._needs_dx
+
+    @needs_dx.setter
+    def needs_dx(self, needed: bool) -> None:
+        self._needs_dx = needed
+        for layer in self.layers:  # what comes before the first parameters works for nobody else
+            layer.needs_dx = needed
+            if layer.parameters:
+                break
+
+    @property
+    def most_cols(self) -> int:
+        """The most cols over which every layer with weights gives each at least one neuron or filter."""
+        return min(_units(self._specs), default=1)
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of forward and backward for one row of the whole layers."""
+        return sum(layer.operations for layer in self.layers)
+
+    def with_params(self, params: Params) -> Iterator[tuple[Layer, Params]]:
+        """Each layer with its own parameters."""
+        for layer, key in zip(self.layers, self._keys, strict=True):
+            yield layer, _of(params, key, layer)
+
+    def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, list[Any]]:
+        """(y, saved), as `Layer.forward`."""
+        saved = []
+        for layer, key in zip(self.layers, self._keys, strict=True):
+            x, kept = layer.forward(_of(params, key, layer), x, workspace.child(key), step)
+            saved.append(kept)
+        return x, saved
+
+    def backward(
+        self, params: Params, grads: Params, saved: list[Any], dy: Array, workspace: Workspace, step: Pass
+    ) -> Array | None:
+        """dx, as `Layer.backward`; None where needs_dx is False."""
+        gradient: Array | None = dy
+        for layer, key, kept in zip(reversed(self.layers), reversed(self._keys), reversed(saved), strict=True):
+            if gradient is None:
+                break
+            own, own_grads = _of(params, key, layer), _of(grads, key, layer)
+            gradient = layer.backward(own, own_grads, kept, gradient, workspace.child(key), step)
+        return gradient
+
+
+def named(layers: Seq[specs.LayerSpec], where: str = "model.layers") -> tuple[specs.LayerSpec, ...]:
+    """The layers with default names (kind and count) where none is given. Raises ConfigError where one comes twice."""
+    counts: Counter[str] = Counter()
+    result = []
+    for layer in layers:
+        counts[layer.kind] += 1
+        result.append(layer if layer.name else replace(layer, name=f"{layer.kind}{counts[layer.kind]}"))
+    for name, count in Counter(layer.name for layer in result).items():
+        if count > 1:
+            raise ConfigError(f"two layers have the name {name!r}; give each its own", key=where)
+    return tuple(result)
+
+
+def has_weights(spec: specs.LayerSpec) -> bool:
+    """Is it a layer with weights, whose neurons or filters can be divided? A residual block always has some."""
+    return isinstance(spec, specs.Linear | specs.Conv2d | specs.Residual)
+
+
+def expanded(layers: Seq[specs.LayerSpec]) -> list[specs.LayerSpec]:
+    """The layers with each `activation:` as a layer of its own."""
+    result: list[specs.LayerSpec] = []
+    for spec in layers:
+        result.append(spec)
+        if isinstance(spec, specs.Linear | specs.Conv2d) and spec.activation:
+            result.append(specs.LAYERS[spec.activation](name=f"{spec.name}.{spec.activation}"))
+    return result
+
+
+def _activation_after(layers: Seq[specs.LayerSpec], index: int, end: str | None) -> str | None:
+    """The kind of the first activation behind a layer and before the next weights."""
+    for spec in layers[index + 1 :]:
+        if has_weights(spec):
+            return None
+        if isinstance(spec, specs.Relu | specs.LeakyRelu | specs.Sigmoid | specs.Tanh | specs.Gelu):
+            return spec.kind
+    return end
+
+
+def _units(layers: Seq[specs.LayerSpec]) -> Iterator[int]:
+    """The neurons or filters of all layers with weights."""
+    for spec in layers:
+        if isinstance(spec, specs.Linear):
+            yield spec.units
+        elif isinstance(spec, specs.Conv2d):
+            yield spec.filters
+        elif isinstance(spec, specs.Residual):
+            yield from _units((*spec.layers, *spec.shortcut))
+
+
+_NOTHING: Params = {}
+
+
+def _of(arrays: Params, key: str, layer: Layer) -> Params:
+    """The arrays of one layer, by its own names for them."""
+    return _Under(arrays, f"{key}/", layer) if layer.parameters else _NOTHING
+
+
+class _Under(Mapping[str, Array]):
+    """The arrays whose keys begin with `prefix`, without it: looked up when needed, so nothing is copied."""
+
+    def __init__(self, arrays: Params, prefix: str, layer: Layer):
+        self._arrays, self._prefix, self._layer = arrays, prefix, layer
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (p.name for p in self._layer.parameters if self._prefix + p.name in self._arrays)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
