@@ -1,0 +1,197 @@
+"""What rank 0 tells while the network trains: a live display on a terminal, plain lines everywhere else.
+
+`rich` is loaded only for the live display. It redraws when there is news and never by a thread of its own, which would
+take time from the rank that runs it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol, TextIO
+
+Record = Mapping[str, Any]  # a line of metrics.jsonl
+
+# Programs that give each rank a pseudo-terminal, whatever their own output is.
+_LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun", "prun")
+
+
+class Reporter(Protocol):
+    """Where the run loop's news go. Used on rank 0 only."""
+
+    def report(self, record: Record) -> None:
+        """News between evaluations: step, epoch, train_loss, learning_rate, samples_per_second, time."""
+
+    def epoch(self, record: Record) -> None:
+        """News after an evaluation: also test_loss, test_accuracy, validation_accuracy (None where there are none)."""
+
+    def message(self, text: str) -> None:
+        """One line for the reader, kept above the live display."""
+
+    def close(self) -> None:
+        """The run is over; the terminal is as it was before."""
+
+
+def open_reporter(
+    stream: TextIO, *, layout: str, ranks: int, environment: str, output: str, steps: int, steps_per_epoch: int
+) -> Reporter:
+    """The reporter for `stream`, which says at once what is about to run: the layout in one line, the environment that
+    was chosen, the run folder. `steps` is how many the run has in all."""
+    width = terminal_width(stream)
+    reporter: Reporter = (
+        Lines(stream, steps, steps_per_epoch)
+        if width is None
+        else Live(stream, steps, steps_per_epoch, width, f"{layout}  on {ranks} rank{'s' if ranks > 1 else ''}")
+    )
+    opening = [f"layout: {layout} on {ranks} rank{'s' if ranks > 1 else ''}", environment, f"run folder: {output}"]
+    for line in opening:
+        if line:
+            reporter.message(line)
+    return reporter
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """How many columns the terminal behind `stream` has; None if a person does not see it as it is written.
+
+    Open MPI gives each rank a pseudo-terminal of size 0 x 0 even where mpirun writes to a file, so there it is
+    mpirun's own output that counts.
+    """
+    try:
+        if not stream.isatty():
+            return None
+        columns = os.get_terminal_size(stream.fileno()).columns
+        return columns or _launcher_width()
+    except (OSError, ValueError):
+        return None
+
+
+def _launcher_width() -> int | None:
+    process = os.getppid()
+    while process > 1:
+        with open(f"/proc/{process}/stat") as file:
+            name, _, rest = file.read().partition("(")[2].rpartition(")")
+        if name in _LAUNCHERS:
+            # opened for reading, and never as this process's controlling terminal
+            terminal = os.open(f"/proc/{process}/fd/1", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            try:
+                return os.get_terminal_size(terminal).columns or None
+            finally:
+                os.close(terminal)
+        process = int(rest.split()[1])
+    return None
+
+
+class Lines:
+    """One line for each piece of news, written at once, without control characters: for batch logs."""
+
+    def __init__(self, stream: TextIO, steps: int, steps_per_epoch: int):
+        self._stream, self._steps, self._per_epoch = stream, steps, steps_per_epoch
+
+    def report(self, record: Record) -> None:
+        self._write(f"{self._step(record)}  {figures(record)}  {self._remaining(record)}")
+
+    def epoch(self, record: Record) -> None:
+        self._write(f"{self._step(record)}  {figures(record)}  {scores(record)}  {self._remaining(record)}")
+
+    def message(self, text: str) -> None:
+        self._write(text)
+
+    def close(self) -> None:
+        self._stream.flush()
+
+    def _step(self, record: Record) -> str:
+        step = str(record["step"]).rjust(len(str(self._steps)))
+        epochs = self._steps / self._per_epoch
+        return f"step {step}/{self._steps}  epoch {record['epoch']:.2f}/{epochs:.4g}"
+
+    def _remaining(self, record: Record) -> str:
+        seconds = remaining(record, self._steps)
+        return f"{clock(seconds)} left" if seconds else ""
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line.rstrip() + "\n")
+        self._stream.flush()
+
+
+class Live:
+    """Bars for the run and the epoch with the newest figures; a line stays for every evaluation."""
+
+    def __init__(self, stream: TextIO, steps: int, steps_per_epoch: int, width: int, layout: str):
+        from rich.console import Console, Group
+        from rich.live import Live as Display
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.text import Text
+
+        self._text = Text
+        self._steps, self._per_epoch = steps, steps_per_epoch
+        self._console = Console(file=stream, force_terminal=True, width=width, highlight=False, markup=False)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self._console,
+            expand=True,
+        )
+        self._epoch = self._bars.add_task("epoch", total=steps_per_epoch, note="")
+        self._run = self._bars.add_task("run", total=steps, note="")
+        self._now = Text("the first steps are under way", style="dim", no_wrap=True, overflow="ellipsis")
+        head = Text(layout, style="cyan", no_wrap=True, overflow="ellipsis")
+        self._display = Display(
+            Group(head, self._bars, self._now), console=self._console, auto_refresh=False, redirect_stdout=False
+        )
+        self._display.start()
+        self._console.show_cursor(True)  # a run that is killed cannot bring it back
+
+    def report(self, record: Record) -> None:
+        step, seconds = record["step"], remaining(record, self._steps)
+        number = -(-step // self._per_epoch)
+        inside = step - (number - 1) * self._per_epoch
+        epochs = -(-self._steps // self._per_epoch)
+        self._bars.update(self._epoch, completed=inside, description=f"epoch {number}/{epochs}")
+        self._bars.update(self._run, completed=step, note=f"{clock(seconds)} left" if seconds else "")
+        self._now.plain = f"step {step}/{self._steps}  {figures(record)}"
+        self._now.style = ""
+        self._display.refresh()
+
+    def epoch(self, record: Record) -> None:
+        self.report(record)
+        self.message(
+            f"epoch {record['epoch']:<6.4g} step {record['step']}  {figures(record)}  {scores(record)}".rstrip()
+        )
+
+    def message(self, text: str) -> None:
+        self._console.print(self._text(text), soft_wrap=True)
+        self._display.refresh()
+
+    def close(self) -> None:
+        self._display.stop()
+
+
+def figures(record: Record) -> str:
+    """The figures that every report has."""
+    loss, speed = record["train_loss"], record["samples_per_second"]
+    return f"loss {loss:.4f}  lr {record['learning_rate']:.3g}  {speed:,.0f} samples/s"
+
+
+def scores(record: Record) -> str:
+    """The figures of an evaluation, as far as there are any."""
+    parts = []
+    if record.get("test_loss") is not None:
+        parts.append(f"test loss {record['test_loss']:.4f}")
+    for key, name in (("test_accuracy", "test accuracy"), ("validation_accuracy", "validation accuracy")):
+        if record.get(key) is not None:
+            parts.append(f"{name} {100 * record[key]:.2f} %")
+    return "  ".join(parts)
+
+
+def remaining(record: Record, steps: int) -> float:
+    """Seconds until the last step, at the pace so far (evaluations included)."""
+    return float(record["time"] / record["step"] * (steps - record["step"]))
+
+
+def clock(seconds: float) -> str:
+    """90 seconds are 1:30; an hour is 1:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

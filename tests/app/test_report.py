@@ -1,0 +1,131 @@
+"""The texts of a dry run: every rank is told once, shares add up, and nothing is wider than a screen."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nettorrent_mpi.app import config, report
+from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout
+
+NAMES = ["conv2d1", "conv2d2", "conv2d3", "conv2d4", "linear1", "linear2"]
+OPERATIONS = [5e6, 48e6, 21e6, 36e6, 7e6, 3e4]
+FACTS = [
+    LayerFacts(name, operations, 1000 * units, units, 4096, 64 * units, 8192)
+    for name, operations, units in zip(NAMES, OPERATIONS, [32, 32, 64, 64, 512, 10], strict=True)
+]
+
+
+def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) -> Any:
+    return SimpleNamespace(
+        config=config.load(None, ["train.batch_size=128", *changes]),
+        dataset=SimpleNamespace(train=SimpleNamespace(rows=50_000)),
+        sampler=SimpleNamespace(steps_per_epoch=391),
+        network=SimpleNamespace(facts=facts),
+        topology=topology,
+        layout_line=topology.describe([f.name for f in facts]),
+    )
+
+
+def cells(table: str) -> list[list[str]]:
+    return [re.split(r"  +", line.strip()) for line in table.splitlines()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64, 1000])
+def test_a_dry_run_fits_the_screen_for_any_number_of_ranks(ranks: int) -> None:
+    hosts = [f"node{rank // 16}.cluster" for rank in range(ranks)]
+    text = report.dry_run(setup(layers_layout(FACTS, ranks, 32)), hosts)
+    assert max(map(len, text.splitlines())) <= report.WIDTH
+    assert len(text.splitlines()) < 100
+    assert f"= {ranks} rank" in " ".join(text.split())
+    assert "50,000 training rows, 391 steps an epoch, 5,865 steps in all" in text
+    assert "no deadlock" in text
+    assert "predicted step" in text
+    assert "node0" in text
+
+
+def test_few_ranks_have_a_line_each() -> None:
+    topology = Topology(2, (Stage(0, 3, 2, 1), Stage(3, 6, 1, 3)))
+    header, *rows = cells(report.layout_table(topology, FACTS, 128, 4, ["a"] * 5 + ["b"] * 5))
+    assert header == ["rank", "node", "replica", "stage", "layers", "row", "col", "parameters", "share of cost"]
+    assert [row[0] for row in rows] == [str(rank) for rank in range(10)]
+    assert rows[6] == ["6", "b", "1", "0", "conv2d1..conv2d3", "1", "0", "128,000", "15.81 %"]
+    assert rows[2][4:8] == ["conv2d4..linear2", "0", "0", "197,000"]  # 22 of 64, 171 of 512, 4 of 10 units
+    assert rows[4][7] == "194,000"  # 21 + 170 + 3
+    assert sum(float(row[-1].removesuffix(" %")) for row in rows) == pytest.approx(100, abs=0.1)
+
+
+def test_many_ranks_are_folded_and_all_there() -> None:
+    for topology, lines in [
+        (Topology(1, (Stage(0, 3, 8, 4), Stage(3, 6, 16, 4))), 24),  # a line per row of a team
+        (Topology(4, (Stage(0, 3, 8, 4), Stage(3, 6, 16, 4))), 8),  # a line per team
+        (Topology(50, (Stage(0, 3, 2, 1), Stage(3, 6, 2, 1))), 2),  # a line per stage
+    ]:
+        _, *rows = cells(report.layout_table(topology, FACTS, 12_800, 4))
+        assert len(rows) == lines
+        share = 0.0
+        for row in rows:
+            number, percent = re.fullmatch(r"(\d+) x ([\d.]+)(?:-[\d.]+)? %", row[-1]).groups()  # type: ignore[union-attr]
+            share += int(number) * float(percent)
+        assert share == pytest.approx(100, abs=0.5 * topology.size / 100)
+
+
+def test_folded_ranges() -> None:
+    _, *rows = cells(report.layout_table(Topology(50, (Stage(0, 3, 2, 1), Stage(3, 6, 2, 1))), FACTS, 12_800, 4))
+    assert rows[0][:6] == ["0-1,4-5 +48 more", "0-49", "0", "conv2d1..conv2d3", "0-1", "0"]
+
+
+def test_ranks_with_nothing_to_do_are_told() -> None:
+    text = report.layout_table(Topology(1, (Stage(0, 6, 5, 1),)), FACTS, 8, 4)
+    assert "3 of the 5 ranks have nothing to do" in text
+    assert "0.00 %" in text
+    assert "nothing to do" not in report.layout_table(Topology(1, (Stage(0, 6, 2, 1),)), FACTS, 8, 4)
+
+
+def test_a_schedule_that_fits_is_told_whole() -> None:
+    assert (
+        report.schedule_table("gpipe", 2, 2).splitlines()
+        == [
+            "time     0  1  2  3  4  5",
+            "stage 0 F0 F1  . B0 B1  .",
+            "stage 1  . F0 F1 B0 B1  .",
+        ]
+        or report.schedule_table("gpipe", 2, 2).count("F0") == 2
+    )
+
+
+@pytest.mark.parametrize(("pipeline", "stages", "micro_batches"), [("1f1b", 6, 4), ("1f1b", 11, 16), ("gpipe", 3, 24)])
+def test_a_wide_schedule_is_cut_into_pieces_that_hold_every_action(
+    pipeline: str, stages: int, micro_batches: int
+) -> None:
+    text = report.schedule_table(pipeline, stages, micro_batches)
+    assert max(map(len, text.splitlines())) <= report.WIDTH
+    for m in range(micro_batches):
+        assert len(re.findall(rf"\bF{m}\b", text)) == stages
+        assert len(re.findall(rf"\bB{m}\b", text)) == stages
+
+
+def test_a_very_long_schedule_tells_how_much_is_left_out() -> None:
+    text = report.schedule_table("1f1b", 60, 200)
+    assert re.search(r"\.\.\. and \d+ more time steps, 20 more stages$", text)
+    assert len(text.splitlines()) < 4 * 45
+
+
+def test_memory_grows_with_the_element_and_the_optimizer() -> None:
+    def megabytes(*changes: str) -> int:
+        facts = [LayerFacts("linear1", 1e8, 50_000_000, 1000, 100, 1000, 1100)]
+        table = report.stages_table(setup(Topology(1, (Stage(0, 1, 1, 1),)), *changes, facts=facts))
+        return int(re.search(r"([\d,]+) MB$", table, re.MULTILINE)[1].replace(",", ""))  # type: ignore[index]
+
+    sgd = megabytes("train.optimizer=sgd")
+    assert megabytes("train.optimizer=adam") - sgd == pytest.approx(400, abs=40)
+    assert megabytes("train.optimizer=sgd", "dtype=float64") - sgd == pytest.approx(400, abs=40)
+
+
+def test_long_names_and_lines_are_cut_and_wrapped() -> None:
+    facts = [LayerFacts("a" * 60, 1.0, 1, 1, 1, 1, 1)] * 30
+    text = report.dry_run(setup(layers_layout(facts, 30, 32), facts=facts))
+    assert max(map(len, text.splitlines())) <= report.WIDTH
