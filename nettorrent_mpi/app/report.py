@@ -164,7 +164,20 @@ def stages_table(setup: Setup) -> str:
     states, itemsize = len(make_optimizer(train.optimizer).states), _ITEMSIZE[config.dtype]
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     sizes = memory(*told, states=states, itemsize=itemsize, base=base)
-    header = "stage layers ranks replicas rows cols parameters cost stored compute messages memory".split()
+    header = [
+        "stage",
+        "layers",
+        "ranks",
+        "replicas",
+        "rows",
+        "cols",
+        "parameters",
+        "cost",
+        "stored",
+        "compute",
+        "messages",
+        "memory",
+    ]
     total = sum(layer.operations for layer in facts) or 1.0
     rows = []
     lists = PIPELINES[config.pipeline](len(topology.stages), train.micro_batches)

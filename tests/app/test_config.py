@@ -107,6 +107,7 @@ MISTAKES = [
     ("{name: digits}", "{name: hdf5}", 2, "data.root", ["hdf5 needs the file"]),
     ("- linear: 10", "- residual: {layers: [{linear: {unit: 3}}]}", 8,
      "model.layers[3].residual.layers[0].linear.unit", ["did you mean units?"]),
+    ("- linear: 10", "- residual: {layers: [relu]}", 8, "model.layers[3].residual.layers", ["no layer with weights"]),
     ("- linear: 10", "- residual: {layers: []}", 8, "model.layers[3].residual.layers", ["must not be empty"]),
     ("- linear: 10", "- residual: {layers: [relu], shortcut: [lineer]}", 8,
      "model.layers[3].residual.shortcut[0]", ["did you mean linear?"]),
@@ -386,7 +387,9 @@ LAYER = st.one_of(
     ),
 )
 RESIDUAL = st.builds(
-    specs.Residual, st.lists(LAYER, min_size=1, max_size=3).map(tuple), st.lists(LAYER, max_size=2).map(tuple)
+    specs.Residual,
+    st.lists(LAYER, max_size=2).map(lambda layers: (*layers, specs.Conv2d(4))),
+    st.lists(LAYER, max_size=2).map(tuple),
 )
 NETWORK = st.builds(
     lambda layers, name: (*layers, specs.Linear(10, name=name)),

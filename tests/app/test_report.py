@@ -21,7 +21,7 @@ FACTS = [
 
 def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) -> Any:
     return SimpleNamespace(
-        config=config.load(None, ["train.batch_size=128", *changes]),
+        config=config.load(None, ["train.batch_size=128", "train.epochs=15", *changes]),
         dataset=SimpleNamespace(train=SimpleNamespace(rows=50_000)),
         sampler=SimpleNamespace(steps_per_epoch=391),
         network=SimpleNamespace(facts=facts),
