@@ -191,7 +191,7 @@ def test_the_steady_state_allocates_nothing(root: Path) -> None:
             now, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        # NumPy makes room for 6,144 numbers while it broadcasts factors per channel; the batch, stored, is 98,304 bytes.
+        # NumPy makes room for 6,144 numbers while it broadcasts factors per channel; the stored batch is 98,304 bytes.
         assert peak - before < 32_000
         assert now - before < 2000
 
