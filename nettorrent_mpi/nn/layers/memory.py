@@ -75,8 +75,8 @@ class RowSum:
 
 
 def row_block(wide: int) -> int:
-    """How many rows of `wide` elements make a block."""
-    return max(8, BLOCK // max(wide, 1))
+    """How many rows of `wide` elements make a block: few enough, too, for the rounding of their sum to stay small."""
+    return min(64, max(8, BLOCK // max(wide, 1)))
 
 
 def sum_rows(x: Array, total_c: Array, workspace: Workspace) -> None:
