@@ -38,13 +38,14 @@ def open_reporter(
     """The reporter for `stream`, which says at once what is about to run: the layout in one line, the environment that
     was chosen, the run folder. `steps` is how many the run has in all."""
     width = terminal_width(stream)
-    reporter: Reporter = (
-        Lines(stream, steps, steps_per_epoch)
-        if width is None
-        else Live(stream, steps, steps_per_epoch, width, f"{layout}  on {ranks} rank{'s' if ranks > 1 else ''}")
-    )
-    opening = [f"layout: {layout} on {ranks} rank{'s' if ranks > 1 else ''}", environment, f"run folder: {output}"]
-    for line in opening:
+    where = f"{layout} on {ranks} rank{'s' if ranks > 1 else ''}"
+    reporter: Reporter
+    if width is None:
+        reporter = Lines(stream, steps, steps_per_epoch)
+        reporter.message(f"layout: {where}")
+    else:
+        reporter = Live(stream, steps, steps_per_epoch, width, where)
+    for line in (environment, f"run folder: {output}"):
         if line:
             reporter.message(line)
     return reporter
