@@ -66,7 +66,7 @@ CASES = {
     "residual with shortcut": ([BLOCK], (6, 5, 3)),
     "residual that begins in place": ([s.Linear(4), s.Residual(layers=(s.Dropout(0.5), s.Relu(), s.Linear(4)))], (3,)),
     "residual in a residual": ([s.Residual(layers=(s.Residual(layers=(s.Linear(4), s.Relu())), s.Linear(4)))], (4,)),
-    "relu after flatten after relu": ([s.Conv2d(2, 2), s.Relu(), s.Flatten(), s.LeakyRelu(), s.Sigmoid()], IMAGE),
+    "sigmoid after flatten after tanh": ([s.Conv2d(2, 2), s.Tanh(), s.Flatten(), s.Sigmoid()], IMAGE),
     "dropout after tanh": ([s.Linear(7), s.Tanh(), s.Dropout(0.5), s.Relu()], (3,)),
     "mix": (MIX, (8, 8, 3)),
 }
@@ -239,6 +239,22 @@ def test_sigmoid_keeps_its_digits_in_both_tails_without_overflow(bench):
     with np.errstate(over="raise", divide="raise", invalid="raise"):
         y = bench([s.Sigmoid()], (5,)).forward({}, x, bench([s.Sigmoid()], (5,)).passes(x))
     np.testing.assert_allclose(y[0], [np.exp(-700.0), np.exp(-40.0), 0.5, 1.0, 1.0], rtol=1e-14)
+
+
+def test_dropout_chooses_anew_for_each_step_seed_and_layer(bench):
+    x = np.ones((4, 200))
+
+    def kept(name: str, **more):
+        b = bench([s.Dropout(0.5, name=name)], (200,))
+        step = b.passes(x)
+        for option, value in more.items():
+            setattr(step, option, value)
+        return b.forward({}, x, step) > 0
+
+    first = kept("dropout1")
+    np.testing.assert_array_equal(first, kept("dropout1"))
+    for other in (kept("dropout2"), kept("dropout1", step=6), kept("dropout1", seed=4)):
+        assert 0.4 < (first != other).mean() < 0.6
 
 
 def test_equal_numbers_of_a_window_give_the_gradient_to_the_first(bench):

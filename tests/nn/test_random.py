@@ -90,6 +90,12 @@ def test_another_key_is_another_choice():
     assert (mask((1000,), 0.5, Span(0, 10), key=1) != high).mean() > 0.4
 
 
+def test_the_choice_is_pinned():
+    """A run that is resumed with another version has to go on as it would have."""
+    keep = mask((5, 13), 0.5, Span(3, 5), key=42)
+    assert np.packbits(keep).tobytes().hex() == "d1303aaac7e29f3f6bc3df8960470f12c0"
+
+
 def test_generators_repeat_and_differ_by_purpose_and_number():
     first = generator(1, "initial", "linear1", "weight").random(5)
     np.testing.assert_array_equal(first, generator(1, "initial", "linear1", "weight").random(5))
