@@ -9,7 +9,7 @@
 # 2. The virtual environment, made once on a login node with the same modules:
 #      python3 -m venv .venv && .venv/bin/pip install -e '.[mpi]'     (without [mpi] where a module brings MPI)
 # shellcheck disable=SC1091
-source "${NETTORRENT_VENV:-.venv}/bin/activate"
+source .venv/bin/activate
 
 # 3. How ranks are started.
 #      mpirun   with the mpirun that belongs to the MPI that mpi4py loads

@@ -62,7 +62,9 @@ BAD = {
     ),
     "shapes that do not fit": (["--set", "model.layers.0=relu"], r"relu1.*linear1|linear1.*relu1"),
     "too few units": (["--set", "model.layers.3.linear.units=4"], r"linear3.*10 classes"),
-    "missing data": (["--set", "data.name=mnist", "--set", "data.root=/nonexistent"], r"/nonexistent/mnist.*fetch mnist"),
+    "missing data": (
+        ["--set", "data.name=mnist", "--set", "data.root=/nonexistent"], r"/nonexistent/mnist.*fetch mnist"
+    ),
 }  # fmt: skip
 
 
@@ -145,7 +147,8 @@ def test_divergence(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mp
 def test_full_disk(mpirun: Callable[..., Run], tmp_path: Path, config: Path, size: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, text=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     try:
@@ -161,7 +164,9 @@ PHASES = ["setup", "wiring", "data", "forward", "backward", "reduce", "update", 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("mpi", MPIS)
-def test_a_raising_rank_ends_all(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mpi: str, phase: str) -> None:
+def test_a_raising_rank_ends_all(
+    mpirun: Callable[..., Run], tmp_path: Path, config: Path, mpi: str, phase: str
+) -> None:
     run = [config, "--output", tmp_path / "run", "--set", "train.steps=6", "--set", "train.report_every=2"]
     done = mpirun(3, [HERE / "programs" / "failing.py", phase, "1", *run], mpi=mpi, timeout=60)
     ended = time.time()

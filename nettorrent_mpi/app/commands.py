@@ -44,7 +44,9 @@ def _parser() -> _Parser:
     train.add_argument(
         "--dry-run", action="store_true", help="show layout, schedule, predicted time and memory, and train nothing"
     )
-    train.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks, not for those there are")
+    train.add_argument(
+        "--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks, not for those there are"
+    )
 
     evaluate = commands.add_parser("evaluate", help="loss and accuracy of a finished run on its test set")
     evaluate.add_argument("run", metavar="RUN", help="the run's folder")
@@ -63,7 +65,9 @@ def _parser() -> _Parser:
     images.add_argument("folder", metavar="DIR", help="the folder; each sub-folder is a class")
     images.add_argument("target", metavar="FILE.h5", help="the file to write")
     images.add_argument("--size", metavar="HxW", help="scale all images to this size, as 32x32")
-    images.add_argument("--test", type=float, default=0.0, metavar="PART", help="part of each class kept for the test set")
+    images.add_argument(
+        "--test", type=float, default=0.0, metavar="PART", help="part of each class kept for the test set"
+    )
     images.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     return parser
 
@@ -71,7 +75,7 @@ def _parser() -> _Parser:
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-        help="change one value of the configuration, as train.steps=100 or model.layers.0.conv2d.filters=16; repeatable",
+        help="change one value of the configuration, as train.steps=100 or model.layers.0.dropout=0.1; repeatable",
     )  # fmt: skip
 
 
@@ -80,7 +84,7 @@ def run(arguments: Sequence[str], chosen: str) -> int:
     command = next((a for a in arguments if not a.startswith("-")), "")
     if command in ("train", "evaluate") and not {"-h", "--help"} & set(arguments):
         return _run_on_ranks(arguments, chosen)
-    if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")) != "0":
+    if _launched_rank() != "0":
         return 0  # help is told once
     try:
         args = _parser().parse_args(arguments)
@@ -91,44 +95,51 @@ def run(arguments: Sequence[str], chosen: str) -> int:
     return 0
 
 
+def _launched_rank() -> str:
+    """This process's number as its launcher counts, for what is told once even where MPI cannot be asked."""
+    variables = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in variables if name in os.environ), "0")
+
+
 def _run_on_ranks(arguments: Sequence[str], chosen: str) -> int:
-    from nettorrent_mpi.comm.world import run_main, start  # noqa: PLC0415
+    from nettorrent_mpi.comm.world import run_main, start
 
     def body() -> int:
         with world.together():
             args = _parser().parse_args(arguments)
         if args.command == "train":
-            from nettorrent_mpi.app.run import train  # noqa: PLC0415
+            from nettorrent_mpi.app.run import train
 
             return train(world, args, chosen)
-        from nettorrent_mpi.app.evaluate import evaluate  # noqa: PLC0415
+        from nettorrent_mpi.app.evaluate import evaluate
 
         return evaluate(world, args)
 
     try:
         world = start()
     except UserError as error:
-        if os.environ.get("SLURM_PROCID", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))) == "0":
+        if _launched_rank() == "0":
             sys.stderr.write(f"nettorrent: error: {error}\n")
         return error.exit_code
     return run_main(world, body)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from nettorrent_mpi.app.evaluate import export  # noqa: PLC0415
+    from nettorrent_mpi.app.evaluate import export
 
     export(args.run, args.target)
 
 
 def _data(args: argparse.Namespace) -> None:
-    from pathlib import Path  # noqa: PLC0415
+    from pathlib import Path
 
     if args.action == "fetch":
-        from nettorrent_mpi.data.fetch import fetch  # noqa: PLC0415
+        from nettorrent_mpi.data.fetch import fetch
 
-        fetch(args.name, Path(args.root), _tell)
+        folder = fetch(args.name, Path(args.root), _tell_bytes)
+        sys.stdout.write(f"{args.name} is complete in {folder}\n")
         return
-    from nettorrent_mpi.data.images import import_folder  # noqa: PLC0415
+    from nettorrent_mpi.data.folder import import_folder
 
     size = None
     if args.size:
@@ -136,14 +147,24 @@ def _data(args: argparse.Namespace) -> None:
         if not (height.isdigit() and width.isdigit()):
             raise ConfigError(f"--size {args.size}: write height x width, as 32x32")
         size = (int(height), int(width))
-    import_folder(
-        Path(args.folder), Path(args.target), size=size, test=args.test, overwrite=args.overwrite, progress=_tell
+    made = import_folder(
+        Path(args.folder), Path(args.target), size, test=args.test, overwrite=args.overwrite, progress=_tell_images
+    )
+    sys.stdout.write(
+        f"{args.target}: {made.rows} training rows and {made.test_rows} test rows of shape {made.shape} "
+        f"in {made.classes} classes\n"
     )
 
 
-def _tell(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+def _tell_bytes(name: str, done: int, total: int | None) -> None:
+    if sys.stderr.isatty():
+        of = f" of {total / 1e6:.1f}" if total else ""
+        sys.stderr.write(f"\r{name}: {done / 1e6:.1f}{of} MB\033[K" + ("\n" if done == total else ""))
+
+
+def _tell_images(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{done} of {total} images\033[K" + ("\n" if done == total else ""))
 
 
 _LOCAL: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "data": _data}

@@ -111,7 +111,7 @@ class Train(Section):
     """How the network is trained. `epochs` is None where `steps` is given, and the other way round."""
 
     epochs: Count | None = None
-    steps: Count | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None  # 0: only the initial weights are saved
     batch_size: Count = 128  # rows for one update, whatever the number of ranks
     micro_batches: Count = 4  # pieces of a mini-batch that follow each other through the pipeline
     optimizer: Optimizer = specs.Adam()

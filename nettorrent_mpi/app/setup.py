@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from nettorrent_mpi.app.config import Config, Layout
 from nettorrent_mpi.data.dataset import Dataset, open_dataset
 from nettorrent_mpi.data.dataset import Options as DataOptions
@@ -53,15 +55,8 @@ def set_up(config: Config, ranks: int) -> Setup:
     )
     sampler = Sampler(dataset.train.rows, config.seed, data.validation, train.batch_size)
     network = Network(config.model.layers, dataset.shape)
-    target = dataset.train.target_shape
-    check_fit(
-        config.model.loss,
-        network.layers[-1].name or network.layers[-1].kind,
-        network.output_shape,
-        target.shape,
-        target.dtype,
-        dataset.classes,
-    )
+    if dataset.classes is not None:  # targets that are no labels are looked at when they are read
+        check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
     options = Options(
         loss=config.model.loss,
         optimizer=train.optimizer,

@@ -65,13 +65,13 @@ class Group:
         """
         dtype = np.dtype(dtype)
         if self.size == 1:
-            array = np.empty(shape, dtype)
-            fill(array)
-            return array
+            own: Array = np.empty(shape, dtype)
+            fill(own)
+            return own
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         window = MPI.Win.Allocate_shared(size if self.index == 0 else 0, 1, comm=self.comm)
         memory, _ = window.Shared_query(0)
-        array = np.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize).reshape(shape)
+        array: Array = np.asarray(memory)[:size].view(dtype).reshape(shape)
         problem: Exception | None = None
         if self.index == 0:
             try:
@@ -79,7 +79,7 @@ class Group:
             except Exception as error:  # told to all below
                 problem = error
         problem = self.comm.bcast(problem)  # at start-up only
-        window.Sync()
+        window.Fence()
         if problem is not None:
             raise problem
         return array

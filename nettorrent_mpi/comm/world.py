@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import mpi4py
 import numpy as np
@@ -49,7 +49,7 @@ class World(Group):
         return self.index
 
     def group(self, ranks: Sequence[int]) -> Group:
-        """The group of these ranks, in this order. Its members, and nobody else, call this, in the same order of groups.
+        """The group of these ranks, in this order. Its members, and nobody else, call this, in the same order.
 
         Asking again for the same ranks gives the same group.
         """
@@ -75,14 +75,15 @@ class World(Group):
 
     def node(self, group: Group) -> Group:
         """The members of `group` that share this node's memory. Every member of `group` calls."""
-        return Group(group.comm.Split_type(MPI.COMM_TYPE_SHARED))
+        return Group(cast("MPI.Intracomm", group.comm.Split_type(MPI.COMM_TYPE_SHARED)))
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """What every rank does by itself, and may fail at: an error of one becomes an error of all.
 
-        Every rank enters and leaves; inside there is no communication. The first failing rank's error is raised on all, as an
-        AgreedError with its exit code; what is not a NetTorrentError passes through as it is (and ends the run).
+        Every rank enters and leaves; inside there is no communication that a failing rank would leave waiting. The
+        first failing rank's error is raised on all, as an AgreedError with its exit code; what is not a NetTorrentError
+        passes through as it is (and ends the run).
         """
         problem: tuple[str, int] | None = None
         try:
@@ -143,15 +144,15 @@ def check_launch(size: int, environment: Any) -> None:
         asked = environment.get(variable, "")
         if asked.isdigit() and int(asked) > 1 and size == 1:
             raise LaunchError(
-                f"{launcher} started {asked} ranks ({variable}), but MPI sees 1: this mpirun belongs to another MPI than the "
-                f"library that mpi4py loaded; use the mpirun of the same MPI (the PyPI wheel's lies beside python)"
+                f"{launcher} started {asked} ranks ({variable}), but MPI sees 1: this mpirun belongs to another MPI "
+                "than the library that mpi4py loaded; use the mpirun of the same MPI (the PyPI wheel's lies beside python)"
             )
     if "SLURM_STEP_ID" in environment and size == 1 and not any(environment.get(v) for v, _ in launchers):
         tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
         if tasks.isdigit() and int(tasks) > 1:
             raise LaunchError(
-                f"srun started {tasks} tasks (SLURM_NTASKS), but MPI sees 1 rank: srun and MPI did not find each other; "
-                "try srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list tells which there are), or mpirun inside sbatch"
+                f"srun started {tasks} tasks (SLURM_NTASKS), but MPI sees 1 rank: srun and MPI did not find each "
+                "other; try srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list tells which there are), or mpirun inside sbatch"
             )
 
 

@@ -14,9 +14,7 @@ from nettorrent_mpi.plan.topology import Topology
 TAG = 78
 
 
-def gather(
-    world: World, topology: Topology, network: Network, blocks: Mapping[str, Array]
-) -> dict[str, Array]:
+def gather(world: World, topology: Topology, network: Network, blocks: Mapping[str, Array]) -> dict[str, Array]:
     """On rank 0: the whole arrays "<layer>/<name>" -> array, of replica 0, in the network's order; elsewhere nothing.
 
     Every rank calls with its `blocks`. The holders of replica 0's first row send; a block that every col holds comes

@@ -11,7 +11,7 @@ import numpy as np
 from nettorrent_mpi.comm.mpi import Group
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.dataset import Allocate, Dataset
+from nettorrent_mpi.data.dataset import Allocate, Dataset, Split
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine.blocks import gather
 from nettorrent_mpi.engine.exchange import ExactExchange
@@ -21,7 +21,7 @@ from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.backend import Array
-from nettorrent_mpi.nn.losses import make_loss
+from nettorrent_mpi.nn.losses import check_fit, make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.nn.specs import Spec
@@ -102,23 +102,32 @@ class Engine:
     # -- data -------------------------------------------------------------------------------------------------------
 
     def open_data(self, dataset: Dataset, sampler: Sampler) -> None:
-        """Let this rank hold what it needs of the data set: the inputs on the first stage, in memory that the ranks of a
-        node share, and the targets on the last. Collective over the ranks of the first stage."""
+        """Let this rank hold what it needs of the data set: the inputs on the first stage, in memory that the ranks of
+        a node share, and the targets on the last. Collective over the ranks of the first stage."""
         self.dataset, self.sampler = dataset, sampler
         self._augment = Augment(self.options.augment, dataset.shape) if self.options.augment else None
         allocate = _shared_memory(self.world.node(self.wiring.swarm)) if self.wiring.is_first else _no_memory
-        reads = {"reads_inputs": self.wiring.is_first, "reads_targets": self.wiring.is_last, "allocate": allocate}
-        loss = make_loss(self.options.loss)
-        self._train = Feed(dataset.train, **reads)
-        self._test = Feed(dataset.test, **reads) if dataset.test else None
+
+        def feed_from(split: Split) -> Feed:
+            return Feed(split, reads_inputs=self.wiring.is_first, reads_targets=self.wiring.is_last, allocate=allocate)
+
+        self._train = feed_from(dataset.train)
+        self._test = feed_from(dataset.test) if dataset.test else None
         for feed in (self._train, self._test):
             if feed is not None:
-                feed.check(lambda targets: loss.check_targets(targets, self.network.output_shape))
+                feed.check(self._check_targets)
+
+    def _check_targets(self, targets: Array) -> None:
+        """ShapeError or DataError where the loss cannot have these targets with this network's outputs."""
+        loss, network = self.options.loss, self.network
+        shape = network.output_shape
+        check_fit(loss, network.output_name, shape, targets.shape[1:], targets.dtype, self.dataset.classes)
+        make_loss(loss).check_targets(targets, shape)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
     def step(self, n: int, rate: float) -> int:
-        """Do step n (counted from 0) with this learning rate; gives the rows of its mini-batch. Raises NonFiniteError."""
+        """Do step n (counted from 0) at this learning rate; gives the mini-batch's rows. Raises NonFiniteError."""
         rows = self.sampler.rows(n)
         self._train.choose(rows, self._augment, self.sampler.augment_key(n) if self._augment else 0)
         self.pipeline.run(self._training, self._train, step=n, training=True, rate=rate)

@@ -20,7 +20,7 @@ from nettorrent_mpi.plan.errors import DataError
 
 
 def write_model(path: Path, arrays: Mapping[str, Array], model: str) -> None:
-    """Write the file whole or not at all: under another name first, then renamed. Raises OSError, as for a full disk."""
+    """Write the file whole or not at all: under another name first, then renamed. Raises OSError (a full disk)."""
     part = path.with_name(path.name + ".part")
     try:
         with h5py.File(part, "w") as file:
@@ -45,7 +45,7 @@ def write_model(path: Path, arrays: Mapping[str, Array], model: str) -> None:
 
 
 def read_model(path: Path) -> tuple[dict[str, Array], str]:
-    """(arrays by "<layer>/<name>", the network's configuration as JSON). Raises DataError for a file that is not one."""
+    """(arrays by "<layer>/<name>", the network's configuration as JSON). Raises DataError for any other file."""
     arrays: dict[str, Array] = {}
     try:
         with h5py.File(path, "r", locking=False) as file:

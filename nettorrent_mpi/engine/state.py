@@ -87,11 +87,13 @@ class State:
         ]
 
     def load(self, whole: Mapping[str, Array]) -> None:
-        """Take this rank's blocks from whole arrays "<layer>/<name>". Raises DataError where one is missing or does not fit."""
+        """Take this rank's blocks from whole arrays "<layer>/<name>". Raises DataError where one does not fit."""
         for key, parameter in self.parameters.items():
             if key not in whole or whole[key].shape != parameter.shape:
                 found = f"has shape {whole[key].shape}" if key in whole else "is missing"
-                raise DataError(f"array {key} {found}, the network wants {parameter.shape}; is the model another one's?")
+                raise DataError(
+                    f"array {key} {found}, the network wants {parameter.shape}; is it another network's?"
+                )
         for key, parameter in self.parameters.items():
             self.params[key][...] = whole[key][parameter.index]
 

@@ -1,4 +1,4 @@
-"""The trace: when each rank began and ended each action, as a Chrome / Perfetto trace (chrome://tracing, ui.perfetto.dev)."""
+"""The trace: when each rank began and ended each action, for chrome://tracing or ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Trace:
         return np.roll(self._spans, -(self._count % len(self._spans)), axis=0)
 
     def write(self, world: World, path: Path, places: list[str]) -> None:
-        """Rank 0 writes the spans of all ranks; every rank calls. `places` names each rank ("replica 0, stage 2 ...")."""
+        """Rank 0 writes the spans of all ranks; every rank calls. `places` tells where each rank stands."""
         spans = np.ascontiguousarray(self.spans())
         names = "\n".join(self._names).encode()
         sizes = world.comm.allgather((len(spans), len(names)))  # once, at the end
@@ -62,7 +62,8 @@ class Trace:
                 world.receive(theirs, rank, TAG)
                 world.receive(letters, rank, TAG)
                 text = letters.tobytes()
-            events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}: {places[rank]}"}})
+            name = {"name": f"rank {rank}: {places[rank]}"}
+            events.append({"ph": "M", "pid": rank, "name": "process_name", "args": name})
             if not count:
                 continue
             labels = text.decode().split("\n")

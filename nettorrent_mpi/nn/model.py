@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
 import numpy as np
 
 from nettorrent_mpi.nn.backend import Shape
 from nettorrent_mpi.nn.layer import Features
 from nettorrent_mpi.nn.layers import Gather
-from nettorrent_mpi.nn.layers.sequence import Sequence
-from nettorrent_mpi.nn.specs import Conv2d, Flatten, LayerSpec, Linear, Residual
-from nettorrent_mpi.plan.errors import ConfigError, ShapeError
+from nettorrent_mpi.nn.layers.sequence import Sequence, has_weights, named
+from nettorrent_mpi.nn.specs import Flatten, LayerSpec
+from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.topology import LayerFacts
-
-WEIGHT_LAYERS = (Linear, Conv2d, Residual)
 
 
 class Network:
     """A list of layers applied to rows of `input_shape`.
 
-    Weight layers (linear, conv2d, residual) are counted; each takes along the layers that follow it, except that flatten,
-    and what comes after it, belongs to the weight layer that reads it; what comes before the first belongs to the first.
+    Weight layers (linear, conv2d, residual) are counted; each takes along the layers that follow it, except that
+    flatten, and what comes after it, belongs to the weight layer that reads it; what comes before the first belongs to
+    the first.
     Raises ShapeError where two layers do not fit, ConfigError where there is no weight layer or a name comes twice.
     """
 
@@ -31,15 +28,15 @@ class Network:
         self.layers = named(layers)
         self.input_shape = input_shape
         self._starts = _starts(self.layers)
-        whole = [Sequence(self.layers, inputs=Features.whole(input_shape), cols=1, col=0)]
-        self.parameters = tuple(whole[0].parameters)
-        self.output_shape = whole[0].outputs.shape
+        whole = Sequence(self.layers, inputs=Features.whole(input_shape))
+        self.output_shape = whole.outputs.shape
+        self.output_name = whole.layers[-1].name
         self._inputs: list[Shape] = []
         self.facts: list[LayerFacts] = []
         shape = input_shape
         for i in range(len(self._starts)):
             self._inputs.append(shape)
-            part = Sequence(self.layers[self._slice(i, i + 1)], inputs=Features.whole(shape), cols=1, col=0)
+            part = Sequence(self.layers[self._slice(i, i + 1)], inputs=Features.whole(shape))
             shape = part.outputs.shape
             self.facts.append(_facts(self.layers[self._slice(i, i + 1)], part))
         self._inputs.append(shape)
@@ -65,21 +62,8 @@ class Network:
         stage = Sequence(specs, inputs=Features.whole(self._inputs[first]), cols=cols, col=col)
         if stop == self.weight_layers and cols > 1 and stage.divided:
             stage.append(Gather("gather", stage.outputs, partial=False))
-        stage.layers[0].needs_dx = first > 0
+        stage.needs_dx = first > 0
         return stage
-
-
-def named(layers: Seq[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The layers with default names (kind and count) where none is given."""
-    counts: Counter[str] = Counter()
-    result = []
-    for layer in layers:
-        counts[layer.kind] += 1
-        result.append(layer if layer.name else replace(layer, name=f"{layer.kind}{counts[layer.kind]}"))
-    repeated = [name for name, count in Counter(layer.name for layer in result).items() if count > 1]
-    if repeated:
-        raise ConfigError(f"two layers have the name {repeated[0]!r}; give each its own", key="model.layers")
-    return tuple(result)
 
 
 def _starts(layers: Seq[LayerSpec]) -> list[int]:
@@ -89,7 +73,7 @@ def _starts(layers: Seq[LayerSpec]) -> list[int]:
     for i, layer in enumerate(layers):
         if isinstance(layer, Flatten) and flatten is None:
             flatten = i
-        if isinstance(layer, WEIGHT_LAYERS):
+        if has_weights(layer):
             starts.append(0 if not starts else i if flatten is None else flatten)
             flatten = None
     if not starts:
@@ -98,16 +82,13 @@ def _starts(layers: Seq[LayerSpec]) -> list[int]:
 
 
 def _facts(specs: Seq[LayerSpec], part: Sequence) -> LayerFacts:
-    weights = next(spec for spec in specs if isinstance(spec, WEIGHT_LAYERS))
+    weights = next(spec for spec in specs if has_weights(spec))
     return LayerFacts(
         name=weights.name or weights.kind,
         operations=part.operations,
-        parameters=sum(int(np.prod(p.shape)) for _, p in part.parameters),
+        parameters=sum(int(np.prod(p.shape)) for _, p in part.parameters if p.trainable),
         units=part.most_cols,
         inputs=int(np.prod(part.inputs.shape)),
         outputs=int(np.prod(part.outputs.shape)),
-        stored=sum(int(np.prod(layer.outputs.shape)) for layer in part.layers),
+        stored=int(np.prod(part.inputs.shape)) + sum(int(np.prod(layer.outputs.shape)) for layer in part.layers),
     )
-
-
-__all__ = ["Network", "ShapeError", "named"]

@@ -12,6 +12,7 @@ from nettorrent_mpi import env
 env.prepare()
 
 from mpi4py import MPI  # noqa: E402
+
 from nettorrent_mpi.__main__ import main  # noqa: E402
 from nettorrent_mpi.app import run, setup  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
