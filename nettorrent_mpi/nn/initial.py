@@ -16,13 +16,6 @@ from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.random import generator
 
 
-def resolve(initial: str, follows: str | None) -> str:
-    """`auto` as the name it stands for, given the kind of the activation that follows; other names as they are."""
-    if initial != "auto":
-        return initial
-    return "he_normal" if follows in ("relu", "leaky_relu", "gelu") else "glorot_uniform"
-
-
 def initial_value(parameter: Parameter, seed: int, layer_name: str) -> Array:
     """The whole array (parameter.shape, float64) that `parameter` of layer `layer_name` begins with."""
     if parameter.initial in ("zeros", "ones"):

@@ -6,7 +6,6 @@ import numpy as np
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.initial import resolve
 from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
 from nettorrent_mpi.nn.layers.linear import add_bias_gradient
 from nettorrent_mpi.nn.layers.memory import gradient, repeated, row_repeats, wide_rows
@@ -39,7 +38,7 @@ class Conv2d(Layer):
         weight = Parameter(
             "weight",
             (*kernel, image[2], filters),
-            resolve(spec.initial, site.follows),
+            site.initial(spec.initial),
             axis=3,
             part=part,
             fans=(area * image[2], area * filters),

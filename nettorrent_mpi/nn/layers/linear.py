@@ -8,7 +8,6 @@ import numpy as np
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.initial import resolve
 from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
 from nettorrent_mpi.nn.layers.memory import gradient, sum_rows
 from nettorrent_mpi.nn.layers.registry import Site, makes
@@ -30,8 +29,7 @@ class Linear(Layer):
         site.positive("units", spec.units)
         ins, outs = site.inputs.shape[0], spec.units
         part = span(outs, site.cols, site.col)
-        initial = resolve(spec.initial, site.follows)
-        weight = Parameter("weight", (ins, outs), initial, axis=1, part=part, fans=(ins, outs))
+        weight = Parameter("weight", (ins, outs), site.initial(spec.initial), axis=1, part=part, fans=(ins, outs))
         bias = (Parameter("bias", (outs,), axis=0, part=part),) if spec.bias else ()
         super().__init__(site.name, site.inputs, Features.divided((outs,), site.cols, site.col), (weight, *bias))
         self.bias = spec.bias

@@ -23,6 +23,12 @@ class Site:
     previous: str = "the input"  # what made the input, for error texts
     partial: bool = False  # does the dy that reaches whole features here hold only this col's part of a sum?
 
+    def initial(self, asked: str) -> str:
+        """The initial values that are asked for; `auto` by the activation that follows."""
+        if asked != "auto":
+            return asked
+        return "he_normal" if self.follows in ("relu", "leaky_relu", "gelu") else "glorot_uniform"
+
     def positive(self, option: str, *values: int) -> None:
         """Raises ConfigError unless all values of an option are at least 1."""
         if min(values) < 1:
