@@ -86,7 +86,8 @@ class BatchNorm(Norm):
             squares.finish()
             step.team.sum_over_rows(scale)
             scale /= count
-            self._follow(params, mean, scale, count, workspace)
+            if step.count:
+                self._follow(params, mean, scale, count, workspace)
         else:
             mean[...] = params["running_mean"]
             scale[...] = params["running_var"]
