@@ -23,12 +23,12 @@ BELOW = {
 }
 # The order within a folder. Modules that are not listed only have to be free of cycles.
 ORDER = {
-    "plan": ["errors", "blocks", "topology", "schedule", "pairing", "cost"],
-    "nn": ["backend", "layer", "layers", "losses", "optimizers", "initial", "model"],
-    "comm": ["world", "mpi", "nccl", "transfers"],
-    "data": ["readers", "sampler"],
-    "engine": ["wiring", "state", "pipeline", "exchange", "checkpoint", "recovery", "trace"],
-    "app": ["config", "run", "progress", "report", "doctor", "tune", "draw"],
+    "plan": ["errors", "seeds", "blocks", "topology", "actions", "checker", "schedule", "cost"],
+    "nn": ["backend", "specs", "random", "layer", "initial", "layers", "losses", "optimizers", "rates", "model"],
+    "comm": ["mpi", "world", "transfers"],
+    "data": ["files", "idx", "cifar", "augment", "rows", "hdf5", "synthetic", "dataset", "sampler", "folder", "fetch"],
+    "engine": ["trace", "wiring", "state", "exchange", "feed", "pipeline", "blocks", "model_file", "engine"],
+    "app": ["config", "setup", "progress", "report", "run_folder", "run", "evaluate", "commands"],
 }
 # Packages that only these parts of the package import.
 ONLY = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -114,9 +115,10 @@ class World(Group):
         return [float(value) for value in array]
 
     def abort(self, code: int) -> None:
-        """End every rank of the run at once."""
+        """End every rank of the run at once, with what was written before still to be read."""
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(0.3)  # MPICH's mpirun drops what it has not passed on yet when the ranks end (seen)
         MPI.COMM_WORLD.Abort(code)
 
 
@@ -145,14 +147,14 @@ def check_launch(size: int, environment: Any) -> None:
         if asked.isdigit() and int(asked) > 1 and size == 1:
             raise LaunchError(
                 f"{launcher} started {asked} ranks ({variable}), but MPI sees 1: this mpirun belongs to another MPI "
-                "than the library that mpi4py loaded; use the mpirun of the same MPI (the PyPI wheel's lies beside python)"
+                "than the library that mpi4py loaded; use the same MPI's mpirun (the PyPI wheel's lies beside python)"
             )
     if "SLURM_STEP_ID" in environment and size == 1 and not any(environment.get(v) for v, _ in launchers):
         tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
         if tasks.isdigit() and int(tasks) > 1:
             raise LaunchError(
-                f"srun started {tasks} tasks (SLURM_NTASKS), but MPI sees 1 rank: srun and MPI did not find each "
-                "other; try srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list tells which there are), or mpirun inside sbatch"
+                f"srun started {tasks} tasks (SLURM_NTASKS), but MPI sees 1 rank: srun and MPI did not find "
+                "each other; try srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list tells what there is), or mpirun in sbatch"
             )
 
 

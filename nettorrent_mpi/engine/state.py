@@ -91,9 +91,7 @@ class State:
         for key, parameter in self.parameters.items():
             if key not in whole or whole[key].shape != parameter.shape:
                 found = f"has shape {whole[key].shape}" if key in whole else "is missing"
-                raise DataError(
-                    f"array {key} {found}, the network wants {parameter.shape}; is it another network's?"
-                )
+                raise DataError(f"array {key} {found}, the network wants {parameter.shape}; is it another network's?")
         for key, parameter in self.parameters.items():
             self.params[key][...] = whole[key][parameter.index]
 

@@ -1,8 +1,8 @@
 """Parallel equals serial: any layout and schedule on any number of ranks gives the weights of the serial run.
 
 Every case trains 20 steps on all ranks and compares the whole arrays with those of an engine on one rank: equal to
-1e-10 relative in float64, 1e-4 in float32; the loss of every step and the evaluation too. Row counts divide by nothing: a
-mini-batch of 37 rows in 3 micro-batches, and a last one of 12.
+1e-10 relative in float64, 1e-4 in float32; the loss of every step and the evaluation too. Row counts divide by
+nothing: a mini-batch of 37 rows in 3 micro-batches, and a last one of 12.
 """
 
 from __future__ import annotations
