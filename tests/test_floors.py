@@ -24,7 +24,7 @@ BELOW = {
 # The order within a folder. Modules that are not listed only have to be free of cycles.
 ORDER = {
     "plan": ["errors", "seeds", "blocks", "topology", "actions", "checker", "schedule", "cost"],
-    "nn": ["backend", "specs", "random", "layer", "initial", "layers", "losses", "optimizers", "rates", "model"],
+    "nn": ["backend", "specs", "layer", "random", "initial", "layers", "losses", "optimizers", "rates", "model"],
     "comm": ["mpi", "world", "transfers"],
     "data": ["files", "idx", "cifar", "augment", "rows", "hdf5", "synthetic", "dataset", "sampler", "folder", "fetch"],
     "engine": ["trace", "wiring", "state", "exchange", "feed", "pipeline", "blocks", "model_file", "engine"],

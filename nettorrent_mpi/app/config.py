@@ -103,6 +103,12 @@ class Model(Section):
         return self
 
 
+def _pieces(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise Mistake(f"must be a whole number, at least 1, or auto, not {shown(value)}")
+
+
 class StopAt(Section):
     accuracy: Annotated[float, Field(gt=0, le=1)]
 
@@ -113,7 +119,9 @@ class Train(Section):
     epochs: Count | None = None
     steps: Annotated[int, Field(ge=0)] | None = None  # 0: only the initial weights are saved
     batch_size: Count = 128  # rows for one update, whatever the number of ranks
-    micro_batches: Count = 4  # pieces of a mini-batch that follow each other through the pipeline
+    # Pieces of a mini-batch that follow each other through the pipeline. auto: 4; but 1 where there is a single stage,
+    # so nothing to fill, unless batch norm takes its statistics of one piece.
+    micro_batches: Annotated[int | Literal["auto"], PlainValidator(_pieces)] = "auto"
     optimizer: Optimizer = specs.Adam()
     schedule: Schedule = specs.Constant()
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # longest allowed gradient of the whole network
@@ -132,7 +140,7 @@ class Train(Section):
     def _fits(self) -> Train:
         if self.epochs is not None and self.steps is not None:
             raise Mistake("epochs and steps cannot both be given: leave one out", "steps")
-        if self.micro_batches > self.batch_size:
+        if self.micro_batches != "auto" and self.micro_batches > self.batch_size:
             raise Mistake(
                 f"{self.micro_batches} pieces of a mini-batch of {self.batch_size} rows: "
                 "make micro_batches smaller or batch_size larger",

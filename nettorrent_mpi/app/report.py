@@ -32,7 +32,8 @@ def dry_run(setup: Setup, hosts: Sequence[str] | None = None) -> str:
     """
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     train = config.train
-    lists = build(config.pipeline, len(topology.stages), train.micro_batches, clip=train.clip_norm is not None)
+    micro_batches = setup.options.micro_batches
+    lists = build(config.pipeline, len(topology.stages), micro_batches, clip=train.clip_norm is not None)
     check(topology, lists)
     steps = train.steps if train.steps is not None else (train.epochs or 1) * setup.sampler.steps_per_epoch
     parameters = sum(layer.parameters for layer in facts)
@@ -41,14 +42,14 @@ def dry_run(setup: Setup, hosts: Sequence[str] | None = None) -> str:
     head = [
         f"data      {config.data.name}: {rows:,} training rows, {epoch:,} steps an epoch, {steps:,} steps in all",
         f"network   {len(facts)} weight layers, {parameters:,} parameters, {operations:,.1f} million operations a row",
-        f"step      {train.batch_size} rows in {train.micro_batches} micro-batches",
+        f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
     ]
     proof = f"{config.pipeline}: F forward, B backward; played for all {topology.size} ranks: no deadlock"
     blocks = [
         "\n".join(head),
-        "LAYOUT\n" + layout_table(topology, facts, train.batch_size, train.micro_batches, hosts),
-        f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline, len(topology.stages), train.micro_batches),
+        "LAYOUT\n" + layout_table(topology, facts, train.batch_size, micro_batches, hosts),
+        f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline, len(topology.stages), micro_batches),
         "STAGES\n" + stages_table(setup),
     ]
     return "\n\n".join(blocks) + "\n"
@@ -159,7 +160,8 @@ def stages_table(setup: Setup) -> str:
     """What each stage costs: predicted seconds of a step, micro-batches stored at once, memory of its largest rank."""
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     train = config.train
-    told = (topology, facts, train.batch_size, train.micro_batches, config.pipeline)
+    micro_batches = setup.options.micro_batches
+    told = (topology, facts, train.batch_size, micro_batches, config.pipeline)
     step = predict(*told)
     states, itemsize = len(make_optimizer(train.optimizer).states), _ITEMSIZE[config.dtype]
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -180,7 +182,7 @@ def stages_table(setup: Setup) -> str:
     ]
     total = sum(layer.operations for layer in facts) or 1.0
     rows = []
-    lists = PIPELINES[config.pipeline](len(topology.stages), train.micro_batches)
+    lists = PIPELINES[config.pipeline](len(topology.stages), micro_batches)
     for s, stage in enumerate(topology.stages[:MOST_LINES]):
         held = facts[stage.first : stage.stop]
         rows.append([

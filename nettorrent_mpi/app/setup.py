@@ -17,6 +17,8 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import auto_layout
 from nettorrent_mpi.plan.topology import Topology, given_layout, layers_layout
 
+MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -57,11 +59,12 @@ def set_up(config: Config, ranks: int) -> Setup:
     network = Network(config.model.layers, dataset.shape)
     if dataset.classes is not None:  # targets that are no labels are looked at when they are read
         check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
+    topology = lay_out(config, network, ranks)
     options = Options(
         loss=config.model.loss,
         optimizer=train.optimizer,
         batch_size=train.batch_size,
-        micro_batches=train.micro_batches,
+        micro_batches=micro_batches(config, network, topology),
         pipeline=config.pipeline,
         clip_norm=train.clip_norm,
         dtype=config.dtype,
@@ -69,7 +72,7 @@ def set_up(config: Config, ranks: int) -> Setup:
         augment=data.augment,
         trace=config.trace,
     )
-    return Setup(config, dataset, sampler, network, lay_out(config, network, ranks), options)
+    return Setup(config, dataset, sampler, network, topology, options)
 
 
 def lay_out(config: Config, network: Network, ranks: int) -> Topology:
@@ -78,6 +81,18 @@ def lay_out(config: Config, network: Network, ranks: int) -> Topology:
     if isinstance(layout, Layout):
         swarms = [(swarm.layers, swarm.rows, swarm.cols) for swarm in layout.swarms]
         return given_layout(layout.replicas, swarms, network.facts, ranks)
+    pieces = _pieces(config, MICRO_BATCHES)
     if layout == "auto":
-        return auto_layout(network.facts, ranks, train.batch_size, train.micro_batches, config.pipeline)
-    return layers_layout(network.facts, ranks, span(train.batch_size, train.micro_batches, 0).size)
+        return auto_layout(network.facts, ranks, train.batch_size, pieces, config.pipeline)
+    return layers_layout(network.facts, ranks, span(train.batch_size, pieces, 0).size)
+
+
+def micro_batches(config: Config, network: Network, topology: Topology) -> int:
+    """How many micro-batches a mini-batch has. With batch norm never a matter of the layout: its statistics are of
+    one micro-batch and parallel has to equal serial."""
+    return _pieces(config, 1 if len(topology.stages) == 1 and not network.has_batch_norm else MICRO_BATCHES)
+
+
+def _pieces(config: Config, automatic: int) -> int:
+    train = config.train
+    return min(automatic, train.batch_size) if train.micro_batches == "auto" else train.micro_batches

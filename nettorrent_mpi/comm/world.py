@@ -154,7 +154,7 @@ def check_launch(size: int, environment: Any) -> None:
         if tasks.isdigit() and int(tasks) > 1:
             raise LaunchError(
                 f"srun started {tasks} tasks (SLURM_NTASKS), but MPI sees 1 rank: srun and MPI did not find "
-                "each other; try srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list tells what there is), or mpirun in sbatch"
+                "each other; try srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list tells), or mpirun in sbatch"
             )
 
 

@@ -10,7 +10,7 @@ from nettorrent_mpi.nn.backend import Shape
 from nettorrent_mpi.nn.layer import Features
 from nettorrent_mpi.nn.layers import Gather
 from nettorrent_mpi.nn.layers.sequence import Sequence, has_weights, named
-from nettorrent_mpi.nn.specs import Flatten, LayerSpec
+from nettorrent_mpi.nn.specs import BatchNorm, Flatten, LayerSpec, flat
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.topology import LayerFacts
 
@@ -40,6 +40,11 @@ class Network:
             shape = part.outputs.shape
             self.facts.append(_facts(self.layers[self._slice(i, i + 1)], part))
         self._inputs.append(shape)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Does a row's output depend on the other rows of its micro-batch?"""
+        return any(isinstance(layer, BatchNorm) for layer in flat(self.layers))
 
     @property
     def weight_layers(self) -> int:

@@ -6,6 +6,7 @@ may be given alone (`dropout: 0.25`). Formulas and defaults are PyTorch's where 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -258,6 +259,14 @@ SCHEDULES: dict[str, type[Spec]] = {s.kind: s for s in (Constant, Step, Exponent
 def first_field(spec: type[Spec]) -> str | None:
     """The option that may be given alone, without its name; None where there is no option."""
     return next((f.name for f in fields(spec) if f.name != "name"), None)
+
+
+def flat(layers: Iterable[LayerSpec]) -> Iterator[LayerSpec]:
+    """All layers, those inside residual blocks too."""
+    for layer in layers:
+        yield layer
+        if isinstance(layer, Residual):
+            yield from flat((*layer.layers, *layer.shortcut))
 
 
 def to_plain(layer: LayerSpec) -> dict[str, Any]:

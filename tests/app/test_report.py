@@ -26,6 +26,7 @@ def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) ->
         sampler=SimpleNamespace(steps_per_epoch=391),
         network=SimpleNamespace(facts=facts),
         topology=topology,
+        options=SimpleNamespace(micro_batches=4),
         layout_line=topology.describe([f.name for f in facts]),
     )
 
