@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.plan.errors import ConfigError, NetTorrentError, UserError
@@ -23,7 +23,11 @@ with the package."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument errors are UserErrors, so that they are told once, not by every rank."""
+    """Argument errors are UserErrors, so that they are told once, not by every rank. No option may be shortened: a part
+    of --help would not be known for it before the ranks meet, and every rank would tell it."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

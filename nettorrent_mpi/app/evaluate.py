@@ -26,6 +26,12 @@ def evaluate(world: World, args: argparse.Namespace) -> int:
         arrays, _ = read_model(folder / "model.h5")
         config = _any_ranks(config)
         setup = set_up(config, world.size)
+        if setup.dataset.test is None and not len(setup.sampler.validation_rows):
+            raise DataError(
+                "has no test set (x_test, y_test), and the run held back no validation rows: there is nothing to "
+                "evaluate the network on; add a test set",
+                file=config.data.root or config.data.name,
+            )
     engine = Engine(world, setup.network, setup.topology, setup.options)
     with world.together():
         engine.state.load(arrays)

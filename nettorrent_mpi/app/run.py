@@ -96,7 +96,10 @@ class Run:
                 self._folder.model(arrays, model_json(self._setup.config))
         if self._engine.trace is not None:
             places = [self._place(rank) for rank in range(self._world.size)]
-            self._engine.trace.write(self._world, self._folder.path / "trace.json", places)
+            trace = self._engine.trace.gather(self._world, places)
+            with self._world.together():
+                if trace is not None:
+                    self._folder.trace(trace)
         peak = max(self._world.comm.allgather(peak_memory()))
         with self._world.together():
             if self._told:

@@ -58,17 +58,29 @@ class RunFolder:
         """model.h5."""
         self._guard(lambda: write_model(self.path / "model.h5", arrays, model), "model.h5")
 
+    def trace(self, trace: str) -> None:
+        """trace.json."""
+        self._guard(lambda: self._write("trace.json", trace), "trace.json")
+
     def summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json, the last file of a run: when it is there, the run is complete."""
 
         def body() -> None:
-            part = self.path / "summary.json.part"
-            part.write_text(json.dumps(summary, indent=2) + "\n")
-            part.replace(self.path / "summary.json")
+            self._write("summary.json", json.dumps(summary, indent=2) + "\n")
             if self._metrics is not None:
                 self._metrics.close()
 
         self._guard(body, "summary.json")
+
+    def _write(self, name: str, text: str) -> None:
+        """Write the file whole or not at all."""
+        part = self.path / f"{name}.part"
+        try:
+            part.write_text(text)
+            part.replace(self.path / name)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
     def _guard(self, body: Callable[[], None], name: str) -> None:
         try:

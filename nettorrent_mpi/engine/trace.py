@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -43,19 +42,21 @@ class Trace:
             return self._spans[: self._count]
         return np.roll(self._spans, -(self._count % len(self._spans)), axis=0)
 
-    def write(self, world: World, path: Path, places: list[str]) -> None:
-        """Rank 0 writes the spans of all ranks; every rank calls. `places` tells where each rank stands."""
+    def gather(self, world: World, places: list[str]) -> str | None:
+        """On rank 0: the spans of all ranks as the text of a Chrome trace, whose time begins with the earliest of them;
+        elsewhere None. Every rank calls. `places` tells where each rank stands."""
         spans = np.ascontiguousarray(self.spans())
         names = "\n".join(self._names).encode()
-        sizes = world.comm.allgather((len(spans), len(names)))  # once, at the end
+        first = int(spans[:, 2].min()) if len(spans) else time.time_ns()
+        told = world.comm.allgather((len(spans), len(names), first))  # once, at the end
+        origin = min(first for _, _, first in told)
         if world.rank != 0:
             if len(spans):
                 world.send(spans, 0, TAG)
                 world.send(np.frombuffer(names, np.uint8), 0, TAG)
-            return
+            return None
         events: list[dict[str, object]] = []
-        origin: int | None = None
-        for rank, (count, length) in enumerate(sizes):
+        for rank, (count, length, _) in enumerate(told):
             theirs, text = spans, names
             if rank and count:
                 theirs, letters = np.empty((count, COLUMNS), np.int64), np.empty(length, np.uint8)
@@ -67,7 +68,6 @@ class Trace:
             if not count:
                 continue
             labels = text.decode().split("\n")
-            origin = int(theirs[0, 2]) if origin is None else origin
             events += [
                 {
                     "ph": "X", "pid": rank, "tid": 0, "name": labels[number], "cat": labels[number].strip("0123456789"),
@@ -75,4 +75,4 @@ class Trace:
                 }
                 for step, number, begin, end in theirs.tolist()
             ]  # fmt: skip
-        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
