@@ -190,7 +190,7 @@ def prepare(folder: Path, config: dict[str, Any]) -> tuple[list[str], list[str]]
 
 
 def train_with_torch(*folders: Path) -> None:
-    program = [sys.executable, HERE / "programs" / "train_with_torch.py", *folders]
+    program = [sys.executable, str(HERE / "programs" / "train_with_torch.py"), *map(str, folders)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -25,6 +25,7 @@ from nettorrent_mpi.nn.losses import check_fit, make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.nn.specs import Spec
+from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
 from nettorrent_mpi.plan.topology import Topology
@@ -64,9 +65,7 @@ class Engine:
             options.pipeline, len(topology.stages), options.micro_batches, clip=options.clip_norm is not None
         )
         check(topology, actions)
-        scoring = add_transfers(forward_only(len(topology.stages), options.micro_batches))
-        check(topology, scoring)
-        self._training, self._scoring = actions[self.place.stage], scoring[self.place.stage]
+        self._training = actions[self.place.stage]
         self.layers = network.stage(stage.first, stage.stop, stage.cols, self.place.col)
         self.wiring = Wiring(
             world,
@@ -94,7 +93,6 @@ class Engine:
             self.state,
             exchange,
             make_loss(options.loss),
-            micro_batches=options.micro_batches,
             seed=options.seed,
             trace=self.trace,
         )
@@ -130,7 +128,14 @@ class Engine:
         """Do step n (counted from 0) at this learning rate; gives the mini-batch's rows. Raises NonFiniteError."""
         rows = self.sampler.rows(n)
         self._train.choose(rows, self._augment, self.sampler.augment_key(n) if self._augment else 0)
-        self.pipeline.run(self._training, self._train, step=n, training=True, rate=rate)
+        self.pipeline.run(
+            self._training,
+            self._train,
+            micro_batches=self.options.micro_batches,
+            training=True,
+            step=n,
+            rate=rate,
+        )
         return len(rows)
 
     def training_loss(self) -> float:
@@ -150,10 +155,12 @@ class Engine:
         return self._evaluate(self._train, self.sampler.validation_rows)
 
     def _evaluate(self, feed: Feed, rows: Array) -> Scores:
+        """All rows in one stream of micro-batches as large as those of training, so that the pipeline fills once."""
         before = self.pipeline.tally.take()
-        for start in range(0, len(rows), self.options.batch_size):
-            feed.choose(rows[start : start + self.options.batch_size])
-            self.pipeline.run(self._scoring, feed, step=0, training=False)
+        pieces = -(-len(rows) // span(self.options.batch_size, self.options.micro_batches, 0).size)
+        actions = add_transfers(forward_only(len(self.topology.stages), pieces))[self.place.stage]
+        feed.choose(rows)
+        self.pipeline.run(actions, feed, micro_batches=pieces, training=False)
         scores = self._scores()
         self.pipeline.tally.add(*before)
         return scores

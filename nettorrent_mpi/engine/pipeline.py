@@ -58,12 +58,10 @@ class Pipeline:
         exchange: ExactExchange,
         loss: Loss,
         *,
-        micro_batches: int,
         seed: int,
         trace: Trace | None,
     ):
         self._wiring, self._layers, self._state, self._exchange, self._loss = wiring, layers, state, exchange, loss
-        self._micro_batches = micro_batches
         self._trace = trace
         self._pass = Pass(seed=seed, team=wiring.team)
         shared = Workspace(state.dtype)
@@ -87,9 +85,19 @@ class Pipeline:
             "U": self._update,
         }
 
-    def run(self, actions: Sequence[Action], feed: Feed, *, step: int, training: bool, rate: float = 0.0) -> None:
-        """Execute the list for the mini-batch that `feed` holds. `step` counts from 0."""
+    def run(
+        self,
+        actions: Sequence[Action],
+        feed: Feed,
+        *,
+        micro_batches: int,
+        training: bool,
+        step: int = 0,
+        rate: float = 0.0,
+    ) -> None:
+        """Execute the list for the rows that `feed` holds, cut into micro-batches. `step` counts from 0."""
         self._feed, self._size, self._rate = feed, feed.size, rate
+        self._micro_batches = micro_batches
         self._pass.training, self._pass.step = training, step
         self._posted_x = self._posted_dy = 0
         self._post_x(self._wiring.ring)
@@ -178,7 +186,7 @@ class Pipeline:
         slot = m % self._wiring.slots
         y = self._y[slot]
         assert y is not None
-        transfer = self._wiring.send_y(m, y, self._rows(m)[1])
+        transfer = self._wiring.send_y(y, self._rows(m)[1])
         transfer.start()
         self._sending_y[slot] = transfer
 

@@ -115,7 +115,7 @@ class Wiring:
         self._dy = [] if self.is_last else [aligned(sizes, dtype) for _ in range(2)]
         self._dx = [] if self.is_first else [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(2)]
         self._dy_shape = (*outputs[:-1], local)
-        self._transfers: dict[tuple[int, int, int, int, int], Transfer] = {}
+        self._transfers: dict[tuple[int, bool, int, int], Transfer] = {}
 
     # -- buffers ----------------------------------------------------------------------------------------------------
 
@@ -139,28 +139,31 @@ class Wiring:
 
     def receive_x(self, micro_batch: int, rows: int, of: int) -> Transfer:
         """The transfer that brings the inputs of a micro-batch of `of` rows in this replica."""
-        return self._transfer(FORWARD, micro_batch, self.x(micro_batch, rows), of, sending=False)
+        return self._transfer(FORWARD, self.x(micro_batch, rows), of, sending=False)
 
-    def send_y(self, micro_batch: int, y: Array, of: int) -> Transfer:
+    def send_y(self, y: Array, of: int) -> Transfer:
         """The transfer that takes the outputs to the next stage."""
-        return self._transfer(FORWARD, micro_batch, y, of, sending=True)
+        return self._transfer(FORWARD, y, of, sending=True)
 
     def receive_dy(self, micro_batch: int, rows: int, of: int) -> Transfer:
         """The transfer that brings the outputs' gradient from the next stage."""
-        return self._transfer(BACKWARD, micro_batch, self.dy(micro_batch, rows), of, sending=False)
+        return self._transfer(BACKWARD, self.dy(micro_batch, rows), of, sending=False)
 
     def send_dx(self, micro_batch: int, rows: int, of: int) -> Transfer:
         """The transfer that takes the inputs' gradient to the stage before."""
-        return self._transfer(BACKWARD, micro_batch, self.dx(micro_batch, rows), of, sending=True)
+        return self._transfer(BACKWARD, self.dx(micro_batch, rows), of, sending=True)
 
-    def _transfer(self, direction: int, micro_batch: int, array: Array, of: int, *, sending: bool) -> Transfer:
-        """Made on first use; afterwards found by what it moves and where that lies."""
-        key = (direction, int(sending), micro_batch, of, array.ctypes.data)
+    def _transfer(self, direction: int, array: Array, of: int, *, sending: bool) -> Transfer:
+        """Made on first use; afterwards found by what it moves and where that lies.
+
+        The direction is tag enough: between two ranks lies at most one link, both go through the micro-batches in the
+        same order, and MPI keeps the order of messages.
+        """
+        key = (direction, sending, of, array.ctypes.data)
         transfer = self._transfers.get(key)
         if transfer is None:
-            tag = 2 * micro_batch + direction
             parts = self._parts(direction, of, sending)
-            transfer = Transfer(self.world, array, parts, tag, sending=sending)
+            transfer = Transfer(self.world, array, parts, direction, sending=sending)
             self._transfers[key] = transfer
         return transfer
 

@@ -20,6 +20,8 @@ def run(arguments: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         try:
             code = main(arguments)
+        except SystemExit as end:  # argparse, after the help
+            code = int(end.code or 0)
         except Exception:
             code = 1
             traceback.print_exc()

@@ -51,7 +51,7 @@ class Net(nn.Module):
     def _made(self, kind: str, o: dict[str, Any], x: Any, name: str) -> list[Any]:
         module: Any
         if kind == "linear":
-            module = nn.Linear(x.shape[1], o.get("units", o.get("alone")), bias=o.get("bias", True))
+            module = nn.Linear(x.shape[1], o["units"] if "units" in o else o["alone"], bias=o.get("bias", True))
         elif kind == "conv2d":
             kernel, stride = o.get("kernel", 3), o.get("stride", 1)
             high, wide = (kernel, kernel) if isinstance(kernel, int) else kernel
