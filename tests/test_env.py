@@ -13,11 +13,12 @@ import pytest
 from nettorrent_mpi import env
 
 PREPARE = "from nettorrent_mpi.env import prepare; print(prepare())"
-SHOW = "import os; print({k: v for k, v in os.environ.items() if 'NUM_THREADS' in k or 'yield' in k})"
+SHOW = "import os; print({k: v for k, v in os.environ.items() if 'NUM_THREADS' in k or 'yield' in k.lower()})"
+YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CORES = len({env._siblings(cpu) for cpu in os.sched_getaffinity(0)})
 
-LAUNCHERS = ("OMPI_", "PMI", "MPI_", "SLURM", "NETTORRENT")
+LAUNCHERS = ("OMPI_", "PMI", "MPI_", "MPIR_", "SLURM", "NETTORRENT")
 
 
 def python(code: str, **variables: str) -> list[str]:
@@ -47,7 +48,7 @@ def test_more_ranks_than_cores_yield(name: str) -> None:
     ranks = CORES + 1
     line, variables = python(f"{PREPARE}; {SHOW}", **{name: str(ranks)})
     assert line.endswith("; 1 BLAS thread each; waiting ranks yield")
-    assert literal_eval(variables) == {**chosen(1), "OMPI_MCA_mpi_yield_when_idle": "1"}
+    assert literal_eval(variables) == {**chosen(1), **YIELD}
 
 
 def test_as_many_ranks_as_cores_do_not_yield() -> None:
@@ -65,8 +66,8 @@ def test_omp_num_threads_of_the_user_rules_every_blas() -> None:
 def test_what_the_user_set_is_kept() -> None:
     mine = {"OPENBLAS_NUM_THREADS": "7", "OMPI_MCA_mpi_yield_when_idle": "0"}
     line, variables = python(f"{PREPARE}; {SHOW}", OMPI_COMM_WORLD_LOCAL_SIZE="999", **mine)
-    assert line.endswith("; kept from the environment: OPENBLAS_NUM_THREADS=7 OMPI_MCA_mpi_yield_when_idle=0")
-    assert literal_eval(variables) == {**chosen(1), **mine}
+    assert line.endswith("yield; kept from the environment: OPENBLAS_NUM_THREADS=7 OMPI_MCA_mpi_yield_when_idle=0")
+    assert literal_eval(variables) == {**chosen(1), **YIELD, **mine}
 
 
 def test_a_second_call_and_a_child_choose_anew() -> None:

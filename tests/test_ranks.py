@@ -25,6 +25,7 @@ def run_tests(
     # cores are scarce while tests run: waiting ranks always yield
     environment = {
         "OMPI_MCA_mpi_yield_when_idle": "1",
+        "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",
         "RANK_TESTS_PATIENCE": "3" if folder != HERE / "ranks" else "10",
     }
     options = ["--color=no", "-p", "no:cacheprovider", f"--basetemp={temporary}", f"--rootdir={HERE.parent}"]
