@@ -1,0 +1,185 @@
+"""Groups, transfers and agreement between ranks, over real MPI."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from nettorrent_mpi.comm import mpi, world
+from nettorrent_mpi.comm.transfers import Part, Transfer
+from nettorrent_mpi.comm.world import AgreedError, World
+from nettorrent_mpi.engine.wiring import WiredTeam
+from nettorrent_mpi.nn.backend import Workspace
+from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
+from nettorrent_mpi.plan.errors import DataError, LaunchError
+
+SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
+
+
+@pytest.fixture
+def ours() -> Iterator[World]:
+    made = World()
+    yield made
+    made.free_groups()
+    made.comm.Free()
+
+
+def test_sums_and_gathers(ours: World) -> None:
+    values = np.arange(101.0) * (RANK + 1)
+    factor = SIZE * (SIZE + 1) / 2
+    summed = values.copy()
+    ours.sum(summed)
+    np.testing.assert_allclose(summed, np.arange(101.0) * factor)
+    counts = [span(101, SIZE, i).size for i in range(SIZE)]
+    part = np.empty(counts[RANK])
+    ours.reduce_scatter(values, part, counts)
+    np.testing.assert_allclose(part, (np.arange(101.0) * factor)[slice(*span(101, SIZE, RANK))])
+    whole = np.empty(101)
+    ours.allgather(part, whole, counts)
+    np.testing.assert_allclose(whole, np.arange(101.0) * factor)
+    in_place = np.zeros(101)
+    own = in_place[slice(*span(101, SIZE, RANK))]
+    own[...] = part
+    ours.allgather(own, in_place, counts)
+    np.testing.assert_array_equal(in_place, whole)
+    assert ours.sum_numbers(1.0, RANK) == [SIZE, SIZE * (SIZE - 1) / 2]
+
+
+def test_groups_are_ordered_as_asked_and_made_once(ours: World) -> None:
+    ranks = list(reversed(range(RANK % 2, SIZE, 2)))
+    group = ours.group(ranks)
+    assert (group.size, ranks[group.index]) == (len(ranks), RANK)
+    assert ours.group(ranks) is group
+    assert ours.group(range(SIZE)) is ours
+    assert ours.group([RANK]).size == 1
+
+
+@pytest.mark.parametrize("largest", [mpi.LARGEST_MESSAGE, 24])
+@pytest.mark.parametrize("cols", [1, 2, 3])
+def test_what_travels_between_grids_arrives_and_comes_back_summed(
+    ours: World, monkeypatch: pytest.MonkeyPatch, largest: int, cols: int
+) -> None:
+    """All ranks hold a part of a 13 x 4 x 7 array as writers, and all columns of some rows as readers."""
+    monkeypatch.setattr(mpi, "LARGEST_MESSAGE", largest)  # short messages stand for those over 2 GiB
+    if SIZE % cols:
+        pytest.skip(f"{SIZE} ranks do not make {cols} cols")
+    writers, readers = Grid(SIZE, 1), Grid(SIZE // cols, cols)
+    pieces = redistribute(13, 7, writers, readers, replicated=True)
+    whole = np.arange(13 * 4 * 7.0).reshape(13, 4, 7)
+    mine, here = span(13, SIZE, RANK), span(13, SIZE // cols, RANK // cols)
+    y, x = whole[slice(*mine)].copy(), np.full((here.size, 4, 7), -1.0)
+    out = [Part(p.target, shifted(p.rows, mine), p.cols) for p in pieces if p.source == RANK]
+    into = [Part(p.source, shifted(p.rows, here), p.cols) for p in pieces if p.target == RANK]
+    receive, send = Transfer(ours, x, into, 0, sending=False), Transfer(ours, y, out, 0, sending=True)
+    back = [part._replace(add=part.peer % cols > 0) for part in out]
+    dy, dx = np.full_like(y, -1.0), x
+    receive_back = Transfer(ours, dy, back, 1, sending=False)
+    send_back = Transfer(ours, dx, into, 1, sending=True)
+    for step in range(3):  # persistent: the same transfers again and again
+        y[...] = whole[slice(*mine)] + step
+        receive.start()
+        send.start()
+        receive.finish()
+        send.finish()
+        np.testing.assert_array_equal(x, whole[slice(*here)] + step)
+        receive_back.start()
+        send_back.start()
+        receive_back.finish()
+        send_back.finish()
+        np.testing.assert_array_equal(dy, cols * (whole[slice(*mine)] + step))
+    for transfer in (receive, send, receive_back, send_back):
+        assert not transfer.active
+        transfer.free()
+
+
+def shifted(part: Span, own: Span) -> Span:
+    return Span(part.start - own.start, part.stop - own.start)
+
+
+def test_long_arrays_are_cut() -> None:
+    array = np.arange(10, dtype=np.int32)
+    cut = mpi.chunks(array, 12)
+    assert [c.nbytes for c in cut] == [12, 12, 12, 4]
+    cut[1][...] = 0
+    np.testing.assert_array_equal(array, [0, 1, 2, 0, 0, 0, 6, 7, 8, 9])
+
+
+def test_cols_gather_and_scatter(ours: World) -> None:
+    team, workspace = WiredTeam(ours.group([RANK]), ours), Workspace(np.float64)
+    whole = np.arange(3 * 2 * 11.0).reshape(3, 2, 11)
+    own = slice(*span(11, SIZE, RANK))
+    gathered = np.empty_like(whole)
+    team.gather_cols(np.ascontiguousarray(whole[..., own]), gathered, workspace)
+    np.testing.assert_array_equal(gathered, whole)
+    part = np.empty_like(whole[..., own])
+    team.scatter_cols(whole * (RANK + 1), part, workspace)
+    np.testing.assert_allclose(part, whole[..., own] * SIZE * (SIZE + 1) / 2)
+
+
+def test_shared_memory_is_one(ours: World) -> None:
+    calls = []
+
+    def fill(array: Any) -> None:
+        calls.append(1)
+        array[...] = np.arange(24).reshape(4, 6)
+
+    node = ours.node(ours)
+    array = node.share((4, 6), np.uint8, fill)
+    np.testing.assert_array_equal(array, np.arange(24).reshape(4, 6))
+    assert len(calls) == (node.index == 0)
+    ours.barrier()
+    if node.index == node.size - 1:
+        array[3, 5] = 99
+    ours.barrier()
+    assert array[3, 5] == 99
+
+
+def test_what_filling_raises_is_raised_by_all(ours: World) -> None:
+    def fill(array: Any) -> None:
+        raise DataError("broken", file="x", offset=3)
+
+    with pytest.raises(DataError, match="x at byte 3: broken"):
+        ours.node(ours).share((4,), np.uint8, fill)
+
+
+def test_one_ranks_mistake_becomes_everyones(ours: World) -> None:
+    def alone() -> None:
+        with ours.together():
+            if RANK == SIZE - 1:
+                raise DataError("only here")
+
+    with pytest.raises(AgreedError, match="only here") as caught:
+        alone()
+    assert caught.value.exit_code == 2
+    assert ("(on rank" in str(caught.value)) == (SIZE > 1)
+    with ours.together():
+        pass
+
+
+def test_all_ranks_must_hold_the_same(ours: World) -> None:
+    ours.same("thing", "a")
+    if SIZE > 1:
+        with pytest.raises(AgreedError, match=f"rank {SIZE - 1} has another thing"):
+            ours.same("thing", "b" if RANK == SIZE - 1 else "a")
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(
+    ("environment", "remedy"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "same MPI's mpirun"),
+        ({"PMI_SIZE": "4"}, "same MPI's mpirun"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, "--mpi=pmi2"),
+    ],
+)
+def test_many_runs_of_one_rank_are_noticed(environment: dict[str, str], remedy: str) -> None:
+    with pytest.raises(LaunchError, match=remedy):
+        world.check_launch(1, environment)
+    world.check_launch(4, environment)
+    world.check_launch(1, {"SLURM_NTASKS": "4"})  # the batch shell itself: no step of srun
+    assert "mpi4py" in sys.modules
