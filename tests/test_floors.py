@@ -25,7 +25,7 @@ BELOW = {
 ORDER = {
     "plan": ["errors", "seeds", "blocks", "topology", "actions", "checker", "schedule", "cost"],
     "nn": ["backend", "specs", "layer", "random", "initial", "layers", "losses", "optimizers", "rates", "model"],
-    "comm": ["mpi", "world", "transfers"],
+    "comm": ["mpi", "shared", "world", "transfers"],
     "data": ["files", "idx", "cifar", "augment", "rows", "hdf5", "synthetic", "dataset", "sampler", "folder", "fetch"],
     "engine": ["trace", "wiring", "state", "exchange", "feed", "pipeline", "blocks", "model_file", "engine"],
     "app": ["config", "setup", "progress", "report", "run_folder", "run", "evaluate", "commands"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,32 +57,6 @@ class Group:
         """The other end of `send`."""
         for chunk in chunks(values):
             self.comm.Recv(chunk, source=source, tag=tag)
-
-    def share(self, shape: tuple[int, ...], dtype: Any, fill: Callable[[Array], None]) -> Array:
-        """One array for all members, which must be on one node, in shared memory. Member 0 fills it.
-
-        What `fill` raises there is raised by all. The memory lives as long as the run.
-        """
-        dtype = np.dtype(dtype)
-        if self.size == 1:
-            own: Array = np.empty(shape, dtype)
-            fill(own)
-            return own
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        window = MPI.Win.Allocate_shared(size if self.index == 0 else 0, 1, comm=self.comm)
-        memory, _ = window.Shared_query(0)
-        array: Array = np.asarray(memory)[:size].view(dtype).reshape(shape)
-        problem: Exception | None = None
-        if self.index == 0:
-            try:
-                fill(array)
-            except Exception as error:  # told to all below
-                problem = error
-        problem = self.comm.bcast(problem)  # at start-up only
-        window.Fence()
-        if problem is not None:
-            raise problem
-        return array
 
 
 LARGEST_MESSAGE = 1 << 30  # bytes; MPI counts are C ints, and some transports fail at 2 GiB

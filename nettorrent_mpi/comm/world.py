@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import mpi4py
 import numpy as np
@@ -73,10 +73,6 @@ class World(Group):
             if group is not self:
                 group.comm.Free()
         self._groups.clear()
-
-    def node(self, group: Group) -> Group:
-        """The members of `group` that share this node's memory. Every member of `group` calls."""
-        return Group(cast("MPI.Intracomm", group.comm.Split_type(MPI.COMM_TYPE_SHARED)))
 
     @contextmanager
     def together(self) -> Iterator[None]:

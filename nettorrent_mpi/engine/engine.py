@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nettorrent_mpi.comm.mpi import Group
+from nettorrent_mpi.comm.shared import node_of, share
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Allocate, Dataset, Split
@@ -104,7 +105,7 @@ class Engine:
         a node share, and the targets on the last. Collective over the ranks of the first stage."""
         self.dataset, self.sampler = dataset, sampler
         self._augment = Augment(self.options.augment, dataset.shape) if self.options.augment else None
-        allocate = _shared_memory(self.world.node(self.wiring.swarm)) if self.wiring.is_first else _no_memory
+        allocate = _shared_memory(node_of(self.wiring.swarm)) if self.wiring.is_first else _no_memory
 
         def feed_from(split: Split) -> Feed:
             return Feed(split, reads_inputs=self.wiring.is_first, reads_targets=self.wiring.is_last, allocate=allocate)
@@ -180,12 +181,13 @@ class Engine:
         """Finish what is under way and give everything back to MPI. Collective over all ranks."""
         self.pipeline.drain()
         self.world.barrier()
+        self.state.free()
         self.wiring.free()
 
 
 def _shared_memory(node: Group) -> Allocate:
     def allocate(shape: tuple[int, ...], dtype: Any, fill: Any) -> Array:
-        return node.share(shape, dtype, fill)
+        return share(node, shape, dtype, fill)
 
     return allocate
 

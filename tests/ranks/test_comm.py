@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from nettorrent_mpi.comm import mpi, world
+from nettorrent_mpi.comm import mpi, shared, world
+from nettorrent_mpi.comm.shared import SharedMemory, fits, node_of, share, whole_on_one_node
 from nettorrent_mpi.comm.transfers import Part, Transfer
 from nettorrent_mpi.comm.world import AgreedError, World
 from nettorrent_mpi.engine.wiring import WiredTeam
@@ -128,8 +129,8 @@ def test_shared_memory_is_one(ours: World) -> None:
         calls.append(1)
         array[...] = np.arange(24).reshape(4, 6)
 
-    node = ours.node(ours)
-    array = node.share((4, 6), np.uint8, fill)
+    node = node_of(ours)
+    array = share(node, (4, 6), np.uint8, fill)
     np.testing.assert_array_equal(array, np.arange(24).reshape(4, 6))
     assert len(calls) == (node.index == 0)
     ours.barrier()
@@ -139,12 +140,36 @@ def test_shared_memory_is_one(ours: World) -> None:
     assert array[3, 5] == 99
 
 
+def test_shared_memory_of_all_is_seen_by_all(ours: World) -> None:
+    assert whole_on_one_node(ours)
+    assert fits(ours, 1000)
+    assert not fits(ours, 1 << 60)
+    memory = SharedMemory(ours, [5 + i for i in range(SIZE)], np.float32)
+    for turn in range(3):
+        memory.parts[RANK][...] = RANK + turn
+        memory.meet()
+        for rank, part in enumerate(memory.parts):
+            assert part.shape == (5 + rank,)
+            assert SIZE == 1 or part.ctypes.data % 64 == 0
+            np.testing.assert_array_equal(part, rank + turn)
+        memory.meet()
+    memory.free()
+
+
+def test_without_room_for_shared_memory_each_has_its_own(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "SPARE", 1 << 60)
+    array = share(node_of(ours), (4,), np.float64, lambda array: array.fill(3))
+    array += RANK
+    ours.barrier()
+    np.testing.assert_array_equal(array, 3 + RANK)
+
+
 def test_what_filling_raises_is_raised_by_all(ours: World) -> None:
     def fill(array: Any) -> None:
         raise DataError("broken", file="x", offset=3)
 
     with pytest.raises(DataError, match="x at byte 3: broken"):
-        ours.node(ours).share((4,), np.uint8, fill)
+        share(node_of(ours), (4,), np.uint8, fill)
 
 
 def test_one_ranks_mistake_becomes_everyones(ours: World) -> None:

@@ -96,19 +96,16 @@ class LeakyRelu(Activation):
 
 @makes(specs.Sigmoid)
 class Sigmoid(Activation):
-    """1 / (1 + exp(-x)), computed with exp(-|x|), which cannot overflow: 1 / (1 + e) or e / (1 + e)."""
+    """1 / (1 + exp(-x)). Where exp overflows to infinity, the result is 0, as it should be."""
 
     def apply(self, x: Array, y: Array, workspace: Workspace, step: Pass) -> Array:
-        for block in blocks(x.size):
-            positive = workspace.scratch("positive", x[block].shape, np.bool_)
-            e = workspace.scratch("exponential", x[block].shape)
-            np.greater_equal(x[block], 0, out=positive)
-            np.abs(x[block], out=e)
-            np.negative(e, out=e)
-            np.exp(e, out=e)
-            np.maximum(e, positive, out=y[block])
-            e += 1
-            np.divide(y[block], e, out=y[block])
+        with np.errstate(over="ignore"):
+            for block in blocks(x.size):
+                part = y[block]
+                np.negative(x[block], out=part)
+                np.exp(part, out=part)
+                np.add(part, 1, out=part)
+                np.reciprocal(part, out=part)
         return y
 
     def differentiate(self, saved: Array, dy: Array, workspace: Workspace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
@@ -45,6 +45,7 @@ class Sequence:
         self.previous = previous  # after the last layer: what made the outputs
         self._keys: list[str] = []
         self._free = False  # may the next layer write over the memory that it is handed?
+        self._of: list[tuple[Params, list[Params]]] = []  # mappings seen so far, and each layer's share of them
         self._needs_dx = True
         self._specs = expanded(layers)
         weights = [i for i, spec in enumerate(self._specs) if has_weights(spec)]
@@ -108,14 +109,25 @@ class Sequence:
 
     def with_params(self, params: Params) -> Iterator[tuple[Layer, Params]]:
         """Each layer with its own parameters."""
-        for layer, key in zip(self.layers, self._keys, strict=True):
-            yield layer, _of(params, key, layer)
+        return zip(self.layers, self._shares(params), strict=True)
+
+    def _shares(self, arrays: Params) -> list[Params]:
+        """The arrays of each layer, by its own names for them: made once for a mapping, whose arrays stay the same."""
+        for seen, shares in self._of:
+            if seen is arrays:
+                return shares
+        shares = [
+            {p.name: arrays[f"{key}/{p.name}"] for p in layer.parameters if f"{key}/{p.name}" in arrays}
+            for layer, key in zip(self.layers, self._keys, strict=True)
+        ]
+        self._of.append((arrays, shares))
+        return shares
 
     def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, list[Any]]:
         """(y, saved), as `Layer.forward`."""
         saved = []
-        for layer, key in zip(self.layers, self._keys, strict=True):
-            x, kept = layer.forward(_of(params, key, layer), x, workspace.child(key), step)
+        for layer, key, own in zip(self.layers, self._keys, self._shares(params), strict=True):
+            x, kept = layer.forward(own, x, workspace.child(key), step)
             saved.append(kept)
         return x, saved
 
@@ -124,11 +136,12 @@ class Sequence:
     ) -> Array | None:
         """dx, as `Layer.backward`; None where needs_dx is False."""
         gradient: Array | None = dy
-        for layer, key, kept in zip(reversed(self.layers), reversed(self._keys), reversed(saved), strict=True):
+        own, own_grads = self._shares(params), self._shares(grads)
+        for i in range(len(self.layers) - 1, -1, -1):
             if gradient is None:
                 break
-            own, own_grads = _of(params, key, layer), _of(grads, key, layer)
-            gradient = layer.backward(own, own_grads, kept, gradient, workspace.child(key), step)
+            inner = workspace.child(self._keys[i])
+            gradient = self.layers[i].backward(own[i], own_grads[i], saved[i], gradient, inner, step)
         return gradient
 
 
@@ -179,27 +192,3 @@ def _units(layers: Seq[specs.LayerSpec]) -> Iterator[int]:
             yield spec.filters
         elif isinstance(spec, specs.Residual):
             yield from _units((*spec.layers, *spec.shortcut))
-
-
-_NOTHING: Params = {}
-
-
-def _of(arrays: Params, key: str, layer: Layer) -> Params:
-    """The arrays of one layer, by its own names for them."""
-    return _Under(arrays, f"{key}/", layer) if layer.parameters else _NOTHING
-
-
-class _Under(Mapping[str, Array]):
-    """The arrays whose keys begin with `prefix`, without it: looked up when needed, so nothing is copied."""
-
-    def __init__(self, arrays: Params, prefix: str, layer: Layer):
-        self._arrays, self._prefix, self._layer = arrays, prefix, layer
-
-    def __getitem__(self, name: str) -> Array:
-        return self._arrays[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (p.name for p in self._layer.parameters if self._prefix + p.name in self._arrays)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
