@@ -14,6 +14,8 @@ from pathlib import Path
 # OpenBLAS and MKL read their own variable first, then OpenMP's.
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _YIELD = ("OMPI_MCA_mpi_yield_when_idle", "MPIR_CVAR_ENABLE_HEAVY_YIELD")  # of Open MPI and of MPICH
+# Open MPI 5.0.11 prints an error of its UCX component whenever shared memory is made, which another component does.
+_QUIET = {"OMPI_MCA_osc": "^ucx"}
 # What an earlier call chose, as NAME=VALUE words: a process that this one starts must not take it for the user's wish.
 _CHOSEN = "NETTORRENT_MPI_CHOSEN"
 
@@ -38,7 +40,7 @@ def prepare() -> str:
     cores = cores_of_node(os.environ)
     threads = max(1, min(cores // ranks, _count_cores(_allowed(0))))
 
-    wanted: dict[str, str] = {}
+    wanted = dict(_QUIET)
     if "OMP_NUM_THREADS" not in os.environ:
         wanted.update({name: str(threads) for name in _THREADS})
     if ranks > cores:

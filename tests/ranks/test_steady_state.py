@@ -1,0 +1,102 @@
+"""The steady state allocates no arrays, pickles nothing and does not grow; the batch data is held once a node."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import tracemalloc
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.data.dataset import Options as DataOptions
+from nettorrent_mpi.data.dataset import open_dataset
+from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.nn import specs
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout
+
+SIZE = MPI.COMM_WORLD.size
+LAYERS = (
+    specs.Conv2d(16, padding="same", activation="relu"),
+    specs.BatchNorm(),
+    specs.MaxPool2d(2),
+    specs.Conv2d(16, activation="relu"),
+    specs.Dropout(0.3),
+    specs.Flatten(),
+    specs.Linear(64, activation="relu"),
+    specs.LayerNorm(),
+    specs.Linear(10),
+)
+SHAPE = (16, 16, 3)
+
+
+def engine(topology: Topology, network: Network, **options: Any) -> Engine:
+    dataset = open_dataset("synthetic", None, options=DataOptions(rows=640, test_rows=64, shape=SHAPE, classes=10))
+    made = Engine(
+        World(),
+        network,
+        topology,
+        Options(loss=specs.CrossEntropy(), optimizer=specs.Adam(), batch_size=64, micro_batches=4, **options),
+    )
+    made.open_data(dataset, Sampler(640, 1, 0.0, 64))
+    return made
+
+
+def layouts() -> list[Topology]:
+    network = Network(LAYERS, SHAPE)
+    found = [layers_layout(network.facts, SIZE, 16), Topology(1, (Stage(0, 4, SIZE, 1),))]
+    if 1 < SIZE <= 10:
+        found.append(Topology(1, (Stage(0, 4, 1, SIZE),)))
+    return found
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_step_neither_allocates_nor_pickles(number: int) -> None:
+    if number >= len(layouts()):
+        pytest.skip("no such layout of so few ranks")
+    made = engine(layouts()[number], Network(LAYERS, SHAPE), clip_norm=1.0)
+    for n in range(12):  # one epoch and two steps
+        made.step(n, 0.001)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the steady state pickles")
+
+    MPI.pickle.__init__(refuse, refuse)  # what every lower-case call of mpi4py uses
+    try:
+        with pytest.raises(AssertionError, match="pickles"):
+            MPI.COMM_SELF.allgather(1)
+        gc.collect()
+        tracemalloc.start()
+        for n in range(12, 19):
+            made.step(n, 0.001)
+        held, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    finally:
+        MPI.pickle.__init__()
+    # A micro-batch of the first layer's outputs is 16 x 16 x 16 x 16 x 4 = 262,144 bytes. NumPy's iterators take some
+    # tens of KiB for a moment.
+    assert held < 30_000, held
+    assert peak < 262_144, peak
+    made.close()
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_thousand_steps_do_not_grow() -> None:
+    layers = (specs.Flatten(), specs.Linear(32, activation="relu"), specs.Dropout(0.1), specs.Linear(10))
+    network = Network(layers, SHAPE)
+    made = engine(layers_layout(network.facts, SIZE, 16), network)
+    for n in range(100):
+        made.step(n, 0.001)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for n in range(100, 1100):
+        made.step(n, 0.001)
+        if n % 100 == 0:
+            made.training_loss()
+            made.evaluate_test()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 1024, f"{grown} KiB more after 1000 steps"
+    made.close()
