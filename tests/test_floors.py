@@ -27,8 +27,19 @@ ORDER = {
     "nn": ["backend", "specs", "layer", "random", "initial", "layers", "losses", "optimizers", "rates", "model"],
     "comm": ["mpi", "shared", "world", "transfers"],
     "data": ["files", "idx", "cifar", "augment", "rows", "hdf5", "synthetic", "dataset", "sampler", "folder", "fetch"],
-    "engine": ["trace", "wiring", "state", "exchange", "feed", "pipeline", "blocks", "model_file", "engine"],
-    "app": ["config", "setup", "progress", "report", "run_folder", "run", "evaluate", "commands"],
+    "engine": [
+        "trace",
+        "wiring",
+        "state",
+        "exchange",
+        "feed",
+        "pipeline",
+        "blocks",
+        "model_file",
+        "engine",
+        "checkpoint",
+    ],
+    "app": ["config", "setup", "progress", "report", "run_folder", "stop", "run", "evaluate", "commands"],
 }
 # Packages that only these parts of the package import.
 ONLY = {

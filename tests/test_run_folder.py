@@ -197,7 +197,7 @@ def test_export(done: Done, tmp_path: Path, mpirun: Mpirun) -> None:
     assert second[0] == third[0] == fourth[0] == 2
     assert re.search(r"model\.npz exists; choose another name", second[1])
     assert re.search(r"model\.txt: .* \.npz", third[1])
-    assert re.search(r"model\.h5: there is no trained model", fourth[1])
+    assert re.search(r"model\.h5: there is no such file", fourth[1])
     assert {path.name for path in tmp_path.iterdir()} == {"commands", "commands.done", "model.npz"}
 
 

@@ -46,6 +46,11 @@ def _parser() -> _Parser:
     train.add_argument("--output", metavar="DIR", help="the run's folder (default: the configuration's `output`)")
     train.add_argument("--overwrite", action="store_true", help="replace another run's results in that folder")
     train.add_argument(
+        "--resume", nargs="?", const="", metavar="PATH",
+        help="go on from the newest checkpoint of the output folder, or from PATH (a run's folder or a checkpoint), "
+        "with any layout and number of ranks",
+    )  # fmt: skip
+    train.add_argument(
         "--dry-run", action="store_true", help="show layout, schedule, predicted time and memory, and train nothing"
     )
     train.add_argument(

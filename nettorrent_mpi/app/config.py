@@ -128,6 +128,7 @@ class Train(Section):
     stop_at: StopAt | None = None
     report_every: Count = 50  # steps
     evaluate_every: Count = 1  # epochs
+    checkpoint_every: Count = 1  # epochs; there is one at the end, too, and when a signal stops the run
 
     @model_validator(mode="before")
     @classmethod

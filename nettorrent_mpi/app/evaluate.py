@@ -13,8 +13,9 @@ from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.config import Config
 from nettorrent_mpi.app.setup import set_up
 from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.engine.checkpoint import restore_parameters
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.model_file import read_model
+from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.plan.errors import DataError, OutputError
 
 
@@ -23,7 +24,6 @@ def evaluate(world: World, args: argparse.Namespace) -> int:
     with world.together():
         folder = Path(args.run)
         config = configuration.load(str(folder / "config.yaml"), args.changes)
-        arrays, _ = read_model(folder / "model.h5")
         config = _any_ranks(config)
         setup = set_up(config, world.size)
         if setup.dataset.test is None and not len(setup.sampler.validation_rows):
@@ -34,8 +34,9 @@ def evaluate(world: World, args: argparse.Namespace) -> int:
             )
     engine = Engine(world, setup.network, setup.topology, setup.options)
     with world.together():
-        engine.state.load(arrays)
+        restore_parameters(engine, folder / "model.h5")
         engine.open_data(setup.dataset, setup.sampler)
+    engine.state.meet()
     for name, scores in (("validation", engine.evaluate_validation()), ("test", engine.evaluate_test())):
         if scores is not None and world.rank == 0:
             accuracy = "" if scores.accuracy is None else f", accuracy {100 * scores.accuracy:.2f} %"
@@ -53,7 +54,7 @@ def export(run: str, target: str) -> None:
     """Write RUN's arrays into a new .npz file, one array "<layer>/<name>" each."""
     if not target.endswith(".npz"):
         raise OutputError(f"{target}: the file's name must end in .npz")
-    arrays, _ = read_model(Path(run) / "model.h5")
+    arrays = read_arrays(Path(run) / "model.h5")
     if not arrays:
         raise DataError("holds no arrays; train again", file=str(Path(run) / "model.h5"))
     path, part = Path(target), Path(target + ".part")

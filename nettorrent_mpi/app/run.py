@@ -14,17 +14,21 @@ from typing import Any
 from nettorrent_mpi import __version__
 from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.config import Config
-from nettorrent_mpi.app.progress import open_reporter
+from nettorrent_mpi.app.progress import Reporter, open_reporter
 from nettorrent_mpi.app.report import dry_run
 from nettorrent_mpi.app.run_folder import RunFolder
 from nettorrent_mpi.app.setup import Setup, set_up
+from nettorrent_mpi.app.stop import Stop
 from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.engine.checkpoint import collect, latest, restore
 from nettorrent_mpi.engine.engine import Engine, Scores
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.nn.specs import to_plain
-from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.errors import ConfigError, OutputError
 
 WARM_UP = 5  # steps that samples_per_second leaves out
+STOPPED = "signal"
+SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TEMPFAIL of sysexits.h)
 
 
 def train(world: World, args: argparse.Namespace, chosen: str) -> int:
@@ -48,16 +52,51 @@ def train(world: World, args: argparse.Namespace, chosen: str) -> int:
         return 0
     folder = RunFolder(config.output or "runs/run")
     with world.together():
-        if world.rank == 0:
+        checkpoint = find_checkpoint(folder, args.resume) if args.resume is not None else None
+        if world.rank == 0 and checkpoint is None:
             folder.check(args.overwrite)
     engine = Engine(world, setup.network, setup.topology, setup.options)
     with world.together():
         engine.open_data(setup.dataset, setup.sampler)
-    with world.together():
-        if world.rank == 0:
-            folder.create(configuration.to_yaml(config))
-    Run(world, setup, engine, folder, chosen).run()
-    return 0
+    run = Run(world, setup, engine, folder, chosen)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    return run.run()
+
+
+def find_checkpoint(folder: RunFolder, given: str) -> Path:
+    """The checkpoint to go on from: the file `given`, or the newest in that run folder, or ("") in the output folder.
+
+    Raises OutputError where there is none.
+    """
+    path = Path(given) if given else folder.path
+    if path.is_file():
+        return path
+    found = latest(path / "checkpoints") or latest(path)
+    if found is None:
+        raise OutputError(f"{path} holds no checkpoint to resume from; start the run without --resume")
+    return found
+
+
+# Whatever decides what a step computes: a run can only go on with the same.
+DECISIVE = ("seed", "dtype", "data", "model", "train.batch_size", "train.optimizer")
+
+
+def must_match(before: Config, now: Config, path: Path) -> None:
+    """ConfigError where a decisive value is another one than in the checkpoint's configuration."""
+    for key in DECISIVE:
+        values = []
+        for config in (before, now):
+            value: Any = configuration.to_plain(config)
+            for part in key.split("."):
+                value = value[part]
+            values.append({k: v for k, v in value.items() if k != "root"} if key == "data" else value)
+        if values[0] != values[1]:
+            raise ConfigError(
+                f"{json.dumps(values[1])[:80]} is not what the checkpoint {path} was made with "
+                f"({json.dumps(values[0])[:80]}); resume with the same, or start anew without --resume",
+                key=key,
+            )
 
 
 class Run:
@@ -70,26 +109,52 @@ class Run:
         self._steps = train.steps if train.steps is not None else (train.epochs or 1) * self._epoch_steps
         self._rate = make_rate(train.schedule, train.optimizer.options()["lr"], self._steps, self._epoch_steps)
         self._clock = Clock()
-        self._samples = 0
+        self._stop = Stop(world)
+        self._steps_done = self._samples = 0
+        self._resumed = False
         self._began = time.perf_counter()
+        self._chosen = chosen
         self._told = world.rank == 0
-        self._reporter = (
-            open_reporter(
-                sys.stdout,
-                layout=setup.layout_line,
-                ranks=world.size,
-                environment=chosen,
-                output=str(folder.path),
-                steps=self._steps,
-                steps_per_epoch=self._epoch_steps,
-            )
-            if self._told
-            else None
+        self._reporter: Reporter | None = None
+
+    def _open_reporter(self) -> Reporter | None:
+        """On rank 0 the one that tells; nobody tells elsewhere."""
+        if not self._told:
+            return None
+        return open_reporter(
+            sys.stdout,
+            layout=self._setup.layout_line,
+            ranks=self._world.size,
+            environment=self._chosen,
+            output=str(self._folder.path),
+            steps=self._steps,
+            steps_per_epoch=self._epoch_steps,
         )
 
-    def run(self) -> None:
-        """Train, evaluate, save, summarise."""
+    def _say(self, text: str) -> None:
+        if self._reporter is not None:
+            self._reporter.message(text)
+
+    def run(self) -> int:
+        """Train, evaluate, save, summarise; gives the exit code."""
+        with self._world.together():
+            if self._told:
+                resumed = self._steps_done if self._resumed else None
+                self._folder.create(configuration.to_yaml(self._setup.config), resumed)
+        self._reporter = self._open_reporter()
         stopped_by, loss, scores = self._train()
+        if stopped_by == STOPPED:
+            self._say(f"stopped by a signal after step {self._steps_done}; go on with --resume")
+        else:
+            self._finish(stopped_by, loss, scores)
+        self._stop.close()
+        self._engine.close()
+        if self._reporter is not None:
+            self._reporter.close()
+        return SIGNALLED if stopped_by == STOPPED else 0
+
+    def _finish(self, stopped_by: str, loss: float | None, scores: Scores | None) -> None:
+        """model.h5, trace.json, summary.json."""
         arrays = self._engine.parameters()
         with self._world.together():
             if self._told:
@@ -121,30 +186,31 @@ class Run:
                         "version": __version__,
                     }
                 )
-        self._engine.close()
-        if self._reporter is not None:
-            self._reporter.close()
 
     def _train(self) -> tuple[str, float | None, Scores | None]:
         """(what ended the training, last training loss, last scores on the test set)."""
-        train, engine, every = self._setup.config.train, self._engine, self._setup.config.train.report_every
+        train, engine = self._setup.config.train, self._engine
         loss: float | None = None
         test: Scores | None = None
-        self._steps_done = 0
+        told_at = self._steps_done
         self._clock.start()
-        for n in range(self._steps):
+        for n in range(self._steps_done, self._steps):
             rows = engine.step(n, self._rate(n))
+            done = self._steps_done = n + 1
             self._samples += rows
-            self._steps_done = n + 1
             self._clock.step(rows)
-            last, turn = n + 1 == self._steps, (n + 1) % self._epoch_steps == 0
-            if not ((n + 1) % every == 0 or turn or last):
+            last, epochs = done == self._steps, done // self._epoch_steps if done % self._epoch_steps == 0 else 0
+            due = last or epochs > 0 or done % train.report_every == 0
+            asked = self._stop.asked(done, due)
+            if not (asked or due):
                 continue
             loss = engine.training_loss()
-            self._clock.stop()
+            seconds = self._clock.stop()
+            self._stop.pace(seconds / (done - told_at))
+            told_at = done
             record = self._record(n, loss)
             reached = False
-            if last or (turn and (n + 1) // self._epoch_steps % train.evaluate_every == 0):
+            if last or (epochs and epochs % train.evaluate_every == 0):
                 validation, test = engine.evaluate_validation(), engine.evaluate_test()
                 record |= {
                     "test_loss": test.loss if test else None,
@@ -154,10 +220,41 @@ class Run:
                 }
                 reached = self._reached(validation or test)
             self._tell(record)
+            if asked or last or reached or (epochs and epochs % train.checkpoint_every == 0):
+                self._checkpoint()
+            if asked and not last:
+                return STOPPED, loss, test
             if reached:
                 return "accuracy", loss, test
             self._clock.start()
         return "steps" if train.steps is not None else "epochs", loss, test
+
+    def _checkpoint(self) -> None:
+        """Collective over all ranks."""
+        groups = collect(self._engine)
+        with self._world.together():
+            if self._told:
+                self._folder.checkpoint(
+                    groups,
+                    {
+                        "model": model_json(self._setup.config),
+                        "config": configuration.to_yaml(self._setup.config),
+                        "step": self._steps_done,
+                        "samples": self._samples,
+                        "time": time.perf_counter() - self._began,
+                    },
+                )
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint, made with any layout on any number of ranks. Collective over all ranks."""
+        with self._world.together():
+            attributes = restore(self._engine, path)
+            must_match(configuration.loads(str(attributes["config"]), str(path)), self._setup.config, path)
+        self._engine.state.meet()
+        self._resumed = True
+        self._steps_done = int(attributes["step"])
+        self._samples = int(attributes["samples"])
+        self._began -= float(attributes["time"])
 
     def _reached(self, scores: Scores | None) -> bool:
         stop = self._setup.config.train.stop_at
@@ -203,11 +300,13 @@ class Clock:
     def start(self) -> None:
         self._since = time.perf_counter()
 
-    def stop(self) -> None:
-        """Add what has passed since the start."""
+    def stop(self) -> float:
+        """Add what has passed since the start, and give it."""
         assert self._since is not None
-        self.seconds += time.perf_counter() - self._since
+        passed = time.perf_counter() - self._since
+        self.seconds += passed
         self._since = None
+        return passed
 
     def step(self, rows: int) -> None:
         """A step of this many rows is done."""

@@ -1,18 +1,21 @@
-"""The run folder: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json. Rank 0 writes it."""
+"""The run folder: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json, checkpoints/. Rank 0 writes it."""
 
 from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from nettorrent_mpi.engine.model_file import write_model
+from nettorrent_mpi.engine.checkpoint import file_name
+from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
 from nettorrent_mpi.nn.backend import Array
 from nettorrent_mpi.plan.errors import OutputError
 
 OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
+KEPT = 2  # checkpoints: the last one, and the one before for the case that the last cannot be read
 
 
 class RunFolder:
@@ -26,22 +29,35 @@ class RunFolder:
         """OutputError if the folder holds another run's results, or cannot be a folder at all."""
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file, not a folder; choose another with --output DIR")
-        there = [name for name in OURS if (self.path / name).exists()]
+        there = [name for name in (*OURS, "checkpoints") if (self.path / name).exists()]
         if there and not overwrite:
             raise OutputError(
                 f"{self.path} holds another run's results ({', '.join(there)}); "
-                "choose another folder with --output DIR, or replace them with --overwrite"
+                "choose another folder with --output DIR, replace them with --overwrite, or go on with --resume"
             )
 
-    def create(self, config: str) -> None:
-        """Make the folder, remove an earlier run's files, write config.yaml and open metrics.jsonl."""
+    def create(self, config: str, after: int | None = None) -> None:
+        """Make the folder, write config.yaml and open metrics.jsonl.
+
+        A new run removes an earlier one's files; one that goes on after step `after` keeps them, and of metrics.jsonl
+        what was told up to that step.
+        """
 
         def body() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
+            metrics = self.path / "metrics.jsonl"
+            told = metrics.read_text().splitlines(keepends=True) if after is not None and metrics.exists() else []
             for name in OURS:
                 (self.path / name).unlink(missing_ok=True)
+            if after is None and (self.path / "checkpoints").is_dir():
+                for path in (self.path / "checkpoints").glob("step-*.h5"):
+                    path.unlink()
+                shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
             (self.path / "config.yaml").write_text(config)
-            self._metrics = (self.path / "metrics.jsonl").open("w", buffering=1)
+            self._metrics = metrics.open("w", buffering=1)
+            self._metrics.writelines(
+                line for line in told if line.endswith("\n") and json.loads(line)["step"] <= (after or 0)
+            )
 
         self._guard(body, "config.yaml")
 
@@ -56,7 +72,20 @@ class RunFolder:
 
     def model(self, arrays: Mapping[str, Array], model: str) -> None:
         """model.h5."""
-        self._guard(lambda: write_model(self.path / "model.h5", arrays, model), "model.h5")
+        self._guard(lambda: write_arrays(self.path / "model.h5", {PARAMETERS: arrays}, {"model": model}), "model.h5")
+
+    def checkpoint(self, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]) -> None:
+        """checkpoints/step-N.h5; all but the last ones are removed."""
+        folder = self.path / "checkpoints"
+        name = file_name(int(attributes["step"]))
+
+        def body() -> None:
+            folder.mkdir(exist_ok=True)
+            write_arrays(folder / name, groups, attributes)
+            for old in sorted(folder.glob("step-*.h5"))[:-KEPT]:
+                old.unlink()
+
+        self._guard(body, f"checkpoints/{name}")
 
     def trace(self, trace: str) -> None:
         """trace.json."""

@@ -14,11 +14,13 @@ from nettorrent_mpi.plan.topology import Topology
 TAG = 78
 
 
-def gather(world: World, topology: Topology, network: Network, blocks: Mapping[str, Array]) -> dict[str, Array]:
+def gather(
+    world: World, topology: Topology, network: Network, blocks: Mapping[str, Array], *, trainable: bool = False
+) -> dict[str, Array]:
     """On rank 0: the whole arrays "<layer>/<name>" -> array, of replica 0, in the network's order; elsewhere nothing.
 
     Every rank calls with its `blocks`. The holders of replica 0's first row send; a block that every col holds comes
-    from the first.
+    from the first. `trainable` leaves out running statistics.
     """
     whole: dict[str, Array] = {}
     for s, stage in enumerate(topology.stages):
@@ -27,7 +29,7 @@ def gather(world: World, topology: Topology, network: Network, blocks: Mapping[s
             if world.rank not in (0, holder):
                 continue
             for key, parameter in network.stage(stage.first, stage.stop, stage.cols, col).parameters:
-                if col > 0 and parameter.axis is None:
+                if (col > 0 and parameter.axis is None) or (trainable and not parameter.trainable):
                     continue
                 if world.rank == holder and world.rank != 0:
                     world.send(np.ascontiguousarray(blocks[key]), 0, TAG)

@@ -1,7 +1,8 @@
-"""model.h5: the network's arrays, whole, whatever the layout that trained them.
+"""Files of whole arrays, whatever the layout that made them: model.h5 and checkpoints.
 
-    /parameters/<layer>/<name>     linear weight (in, out), conv weight (kh, kw, in, out), ...
-    attribute `model`              the network's configuration as JSON
+    /parameters/<layer>/<name>             linear weight (in, out), conv weight (kh, kw, in, out), ...
+    /optimizer/<state>/<layer>/<name>      checkpoints only: the optimizer's memory of that array
+    attribute `model`                      the network's configuration as JSON
 
 Chunked with checksums (fletcher32), so that a flipped bit is an error when read and not a wrong weight.
 """
@@ -9,28 +10,32 @@ Chunked with checksums (fletcher32), so that a flipped bit is an error when read
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.plan.errors import DataError
 
+PARAMETERS, OPTIMIZER = "parameters", "optimizer"
+Attribute = str | int | float
 
-def write_model(path: Path, arrays: Mapping[str, Array], model: str) -> None:
-    """Write the file whole or not at all: under another name first, then renamed. Raises OSError (a full disk)."""
+
+def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]) -> None:
+    """Write a file whole or not at all: under another name first, then renamed. Raises OSError (a full disk)."""
     part = path.with_name(path.name + ".part")
     try:
         with h5py.File(part, "w") as file:
-            file.attrs["model"] = model
-            parameters = file.create_group("parameters")
-            for key, array in arrays.items():
-                if array.size:
-                    parameters.create_dataset(key, data=array, chunks=True, fletcher32=True)
-                else:
-                    parameters.create_dataset(key, data=array)
+            file.attrs.update(attributes)
+            for name, arrays in groups.items():
+                group = file.create_group(name)
+                for key, array in arrays.items():
+                    checked = {"chunks": True, "fletcher32": True} if array.size else {}
+                    group.create_dataset(key, data=array, **checked)
         with part.open("rb") as done:
             os.fsync(done.fileno())
         part.replace(path)
@@ -44,20 +49,37 @@ def write_model(path: Path, arrays: Mapping[str, Array], model: str) -> None:
         raise OSError(getattr(error, "errno", None), str(error)) from error
 
 
-def read_model(path: Path) -> tuple[dict[str, Array], str]:
-    """(arrays by "<layer>/<name>", the network's configuration as JSON). Raises DataError for any other file."""
+def read_arrays(path: Path) -> dict[str, Array]:
+    """The parameters, "<layer>/<name>" -> whole array. Raises DataError for a missing or damaged file."""
     arrays: dict[str, Array] = {}
+
+    def visit(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            arrays[name] = np.asarray(item)
+
+    with opened(path) as file:
+        file[PARAMETERS].visititems(visit)
+    return arrays
+
+
+def read_block(file: h5py.File, group: str, key: str, parameter: Parameter, out: Array) -> None:
+    """out <- this rank's block of one array; no more of it is read. Raises DataError if it does not fit."""
+    name = f"{group}/{key}"
+    if name not in file or file[name].shape != parameter.shape:
+        found = f"has shape {file[name].shape}" if name in file else "is missing"
+        raise DataError(
+            f"array {name} {found}, the network wants {parameter.shape}; is it another network's?", file=file.filename
+        )
+    out[...] = file[name][parameter.index]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[h5py.File]:
+    """The file, for reading. Raises DataError where it, or what is read from it inside, is missing or damaged."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            model = str(file.attrs["model"])
-
-            def visit(name: str, item: object) -> None:
-                if isinstance(item, h5py.Dataset):
-                    arrays[name] = np.asarray(item)
-
-            file["parameters"].visititems(visit)
+            yield file
     except FileNotFoundError:
-        raise DataError("there is no trained model here; has the run come to its end?", file=str(path)) from None
+        raise DataError("there is no such file; has the run come that far?", file=str(path)) from None
     except (OSError, KeyError, RuntimeError) as error:
-        raise DataError(f"is not a whole model file of nettorrent_mpi ({error}); train again", file=str(path)) from None
-    return arrays, model
+        raise DataError(f"is not a whole file of nettorrent_mpi ({error}); train again", file=str(path)) from None

@@ -13,7 +13,7 @@ each other's gradients there: nothing is sent or copied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.errors import DataError
 
 LINE = 16  # blocks begin at multiples of this many elements: a cache line of float32
 
@@ -40,6 +39,7 @@ class Segment:
 
     def __init__(self, group: Group, size: int, optimizer: Optimizer, dtype: Any):
         self.group = group
+        self.places: dict[str, slice] = {}  # "<layer>/<name>" -> where the block lies
         self.counts = [LINE * span(size // LINE, group.size, i).size for i in range(group.size)]
         start = sum(self.counts[: group.index])
         self.shard = slice(start, start + self.counts[group.index])
@@ -104,6 +104,7 @@ class State:
             places[key] = slice(size, size + length)
             size += -(-length // LINE) * LINE
         segment = Segment(group, size, optimizer, self.dtype)
+        segment.places = places
         segment.meet()
         for key, parameter in blocks:
             self.params[key] = segment.params[places[key]].reshape(parameter.local)
@@ -113,14 +114,8 @@ class State:
         segment.meet()
         self.segments.append(segment)
 
-    def load(self, whole: Mapping[str, Array]) -> None:
-        """Take this rank's blocks from whole arrays "<layer>/<name>". Raises DataError where one does not fit."""
-        for key, parameter in self.parameters.items():
-            if key not in whole or whole[key].shape != parameter.shape:
-                found = f"has shape {whole[key].shape}" if key in whole else "is missing"
-                raise DataError(f"array {key} {found}, the network wants {parameter.shape}; is it another network's?")
-        for key, parameter in self.parameters.items():
-            self.params[key][...] = whole[key][parameter.index]
+    def meet(self) -> None:
+        """Wait for all who hold the same blocks, after arrays were written by hand. Every holder calls."""
         for segment in self.segments:
             segment.meet()
 
