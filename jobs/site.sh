@@ -23,6 +23,9 @@ SRUN_MPI=${SRUN_MPI:-pmix}
 if ((${SLURM_CPUS_PER_TASK:-1} > 1)); then binding=none; else binding=core:overload-allowed; fi
 export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy:-$binding}
 
+# Open MPI refuses to start ranks as root, as in a container, unless told twice.
+if ((EUID == 0)); then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+
 # launch RANKS COMMAND [ARG ...]
 launch() {
   local ranks=$1
