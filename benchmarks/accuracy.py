@@ -62,11 +62,11 @@ def to_markdown(report: dict[str, Any]) -> str:
         "| configuration | ranks | epochs | test accuracy | training, s | samples/s | peak memory a rank, MB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for r in report["runs"]:
-        lines.append(
-            f"| {r['case']} | {r['ranks']} | {r['epochs']:g} | {100 * r['test_accuracy']:.2f} % | {r['train_seconds']:.0f} "
-            f"| {r['samples_per_second']:,.0f} | {r['peak_memory_mb']:.0f} |"
-        )
+    lines += [
+        f"| {r['case']} | {r['ranks']} | {r['epochs']:g} | {100 * r['test_accuracy']:.2f} % "
+        f"| {r['train_seconds']:.0f} | {r['samples_per_second']:,.0f} | {r['peak_memory_mb']:.0f} |"
+        for r in report["runs"]
+    ]
     lines += ["", "Data (SHA-256 of a file of each set):", ""]
     lines += [f"- `{name}`: `{digest}`" for name, digest in report["data"].items()]
     return "\n".join(lines) + "\n"
