@@ -39,7 +39,19 @@ ORDER = {
         "engine",
         "checkpoint",
     ],
-    "app": ["config", "setup", "progress", "report", "run_folder", "stop", "run", "evaluate", "commands"],
+    "app": [
+        "config",
+        "setup",
+        "progress",
+        "report",
+        "clock",
+        "run_folder",
+        "resume",
+        "stop",
+        "run",
+        "evaluate",
+        "commands",
+    ],
 }
 # Packages that only these parts of the package import.
 ONLY = {

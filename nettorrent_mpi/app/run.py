@@ -13,20 +13,21 @@ from typing import Any
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.app.clock import Clock
 from nettorrent_mpi.app.config import Config
 from nettorrent_mpi.app.progress import Reporter, open_reporter
 from nettorrent_mpi.app.report import dry_run
+from nettorrent_mpi.app.resume import find_checkpoint, must_match
 from nettorrent_mpi.app.run_folder import RunFolder
 from nettorrent_mpi.app.setup import Setup, set_up
 from nettorrent_mpi.app.stop import Stop
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.engine.checkpoint import collect, latest, restore
+from nettorrent_mpi.engine.checkpoint import collect, restore
 from nettorrent_mpi.engine.engine import Engine, Scores
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.nn.specs import to_plain
-from nettorrent_mpi.plan.errors import ConfigError, OutputError
+from nettorrent_mpi.plan.errors import ConfigError
 
-WARM_UP = 5  # steps that samples_per_second leaves out
 STOPPED = "signal"
 SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TEMPFAIL of sysexits.h)
 
@@ -62,41 +63,6 @@ def train(world: World, args: argparse.Namespace, chosen: str) -> int:
     if checkpoint is not None:
         run.resume(checkpoint)
     return run.run()
-
-
-def find_checkpoint(folder: RunFolder, given: str) -> Path:
-    """The checkpoint to go on from: the file `given`, or the newest in that run folder, or ("") in the output folder.
-
-    Raises OutputError where there is none.
-    """
-    path = Path(given) if given else folder.path
-    if path.is_file():
-        return path
-    found = latest(path / "checkpoints") or latest(path)
-    if found is None:
-        raise OutputError(f"{path} holds no checkpoint to resume from; start the run without --resume")
-    return found
-
-
-# Whatever decides what a step computes: a run can only go on with the same.
-DECISIVE = ("seed", "dtype", "data", "model", "train.batch_size", "train.optimizer")
-
-
-def must_match(before: Config, now: Config, path: Path) -> None:
-    """ConfigError where a decisive value is another one than in the checkpoint's configuration."""
-    for key in DECISIVE:
-        values = []
-        for config in (before, now):
-            value: Any = configuration.to_plain(config)
-            for part in key.split("."):
-                value = value[part]
-            values.append({k: v for k, v in value.items() if k != "root"} if key == "data" else value)
-        if values[0] != values[1]:
-            raise ConfigError(
-                f"{json.dumps(values[1])[:80]} is not what the checkpoint {path} was made with "
-                f"({json.dumps(values[0])[:80]}); resume with the same, or start anew without --resume",
-                key=key,
-            )
 
 
 class Run:
@@ -181,6 +147,7 @@ class Run:
                         "stopped_by": stopped_by,
                         "peak_memory_mb": round(peak / 1e6, 1),
                         "mpi": self._world.library,
+                        "mpi_threads": self._world.threads,
                         "host": self._world.host,
                         "commit": commit(),
                         "version": __version__,
@@ -285,45 +252,6 @@ class Run:
         stage = self._setup.topology.stages[place.stage]
         names = [facts.name for facts in self._setup.network.facts[stage.first : stage.stop]]
         return f"replica {place.replica}, stage {place.stage} ({' '.join(names)}), row {place.row}, col {place.col}"
-
-
-class Clock:
-    """Training time: without start-up, evaluation and (for the rate) the first steps."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._since: float | None = None
-        self._steps = 0
-        self._warm_seconds = 0.0
-        self._rows = self._warm_rows = 0
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def stop(self) -> float:
-        """Add what has passed since the start, and give it."""
-        assert self._since is not None
-        passed = time.perf_counter() - self._since
-        self.seconds += passed
-        self._since = None
-        return passed
-
-    def step(self, rows: int) -> None:
-        """A step of this many rows is done."""
-        assert self._since is not None
-        self._steps += 1
-        self._rows += rows
-        if self._steps == WARM_UP:
-            self._warm_seconds = self.seconds + time.perf_counter() - self._since
-            self._warm_rows = self._rows
-
-    @property
-    def samples_per_second(self) -> float:
-        """Rows per second, while the clock is stopped; of all steps if there are no more than the warm-up."""
-        seconds, rows = self.seconds - self._warm_seconds, self._rows - self._warm_rows
-        if rows <= 0:
-            seconds, rows = self.seconds, self._rows
-        return round(rows / seconds, 1) if seconds > 0 else 0.0
 
 
 def model_json(config: Config) -> str:

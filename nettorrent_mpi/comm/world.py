@@ -42,7 +42,13 @@ class World(Group):
         self.library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
         if self.library.startswith("MPICH Version:"):
             self.library = "MPICH " + self.library.split(":")[1].strip()
-        self.threads = MPI.Query_thread()
+        levels = {
+            MPI.THREAD_SINGLE: "single",
+            MPI.THREAD_FUNNELED: "funneled",
+            MPI.THREAD_SERIALIZED: "serialized",
+            MPI.THREAD_MULTIPLE: "multiple",
+        }
+        self.threads = levels[MPI.Query_thread()]  # what MPI allows threads to do
         self._groups: dict[tuple[int, ...], Group] = {}
 
     @property

@@ -119,10 +119,6 @@ class Topology:
         """All ranks that hold the same neurons, over replicas, then rows: whose gradients an exact exchange sums."""
         return [rank for replica in range(self.replicas) for rank in self.row_group(replica, stage, col)]
 
-    def exact_team(self, stage: int) -> list[int]:
-        """All ranks that an exact exchange makes one team: the swarm. Its cols stay neighbours, in order."""
-        return self.swarm(stage)
-
     def batch_rows(self, place: Place, batch_size: int, micro_batches: int, micro_batch: int) -> Span:
         """The rows of the mini-batch (0..batch_size-1) that this place has in a micro-batch; may be empty.
 

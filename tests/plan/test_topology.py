@@ -64,7 +64,6 @@ def test_every_kind_of_group_divides_the_ranks(topology: Topology) -> None:
         "row_group": [t.row_group(r, s, j) for r in replicas for s, x in numbered for j in range(x.cols)],
         "col_group": [t.col_group(r, s, i) for r in replicas for s, x in numbered for i in range(x.rows)],
         "exact_group": [t.exact_group(s, j) for s, x in numbered for j in range(x.cols)],
-        "exact_team": [t.exact_team(s) for s, _ in numbered],
     }
     for kind, groups in kinds.items():
         assert sorted(itertools.chain(*groups)) == everywhere(t), kind

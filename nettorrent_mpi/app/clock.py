@@ -1,0 +1,46 @@
+"""How long training takes."""
+
+from __future__ import annotations
+
+import time
+
+WARM_UP = 5  # steps that samples_per_second leaves out
+
+
+class Clock:
+    """Training time: without start-up, evaluation and (for the rate) the first steps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+        self._steps = 0
+        self._warm_seconds = 0.0
+        self._rows = self._warm_rows = 0
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> float:
+        """Add what has passed since the start, and give it."""
+        assert self._since is not None
+        passed = time.perf_counter() - self._since
+        self.seconds += passed
+        self._since = None
+        return passed
+
+    def step(self, rows: int) -> None:
+        """A step of this many rows is done."""
+        assert self._since is not None
+        self._steps += 1
+        self._rows += rows
+        if self._steps == WARM_UP:
+            self._warm_seconds = self.seconds + time.perf_counter() - self._since
+            self._warm_rows = self._rows
+
+    @property
+    def samples_per_second(self) -> float:
+        """Rows per second, while the clock is stopped; of all steps if there are no more than the warm-up."""
+        seconds, rows = self.seconds - self._warm_seconds, self._rows - self._warm_rows
+        if rows <= 0:
+            seconds, rows = self.seconds, self._rows
+        return round(rows / seconds, 1) if seconds > 0 else 0.0
