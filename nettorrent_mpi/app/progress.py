@@ -138,8 +138,9 @@ class Live:
         self._run = self._bars.add_task("run", total=steps, note="")
         self._now = Text("the first steps are under way", style="dim", no_wrap=True, overflow="ellipsis")
         head = Text(layout, style="cyan", no_wrap=True, overflow="ellipsis")
+        end = Text("")  # mpirun passes a line on when it ends, so the last one would stay behind
         self._display = Display(
-            Group(head, self._bars, self._now), console=self._console, auto_refresh=False, redirect_stdout=False
+            Group(head, self._bars, self._now, end), console=self._console, auto_refresh=False, redirect_stdout=False
         )
         self._display.start()
         self._console.show_cursor(True)  # a run that is killed cannot bring it back
