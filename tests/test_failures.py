@@ -140,6 +140,7 @@ def test_divergence(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mp
     arguments = ["--set", "train.optimizer.sgd.lr=1e30", "--set", "train.steps=50", "--output", tmp_path / "run"]
     done = mpirun(3, [*TRAIN, config, *arguments], mpi=mpi)
     told_once(done, 1, r"step \d+: the output of layer linear\d.* is not finite \(seen on rank \d\)")
+    assert "Warning" not in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")

@@ -22,6 +22,8 @@ from mpi4py import MPI  # noqa: E402
 from nettorrent_mpi.comm.mpi import Group  # noqa: E402
 from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, UserError  # noqa: E402
 
+INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
+
 
 class AgreedError(UserError):
     """An error that every rank knows of and raises; rank 0 tells it."""
@@ -192,3 +194,8 @@ def run_main(world: World, body: Callable[[], int]) -> int:
         sys.stderr.write(f"nettorrent: error: {error}\n")
         world.abort(error.exit_code)
         return error.exit_code
+    except KeyboardInterrupt:
+        if world.rank == 0:
+            sys.stderr.write("nettorrent: interrupted\n")
+        world.abort(INTERRUPTED)
+        return INTERRUPTED

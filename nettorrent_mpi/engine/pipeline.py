@@ -104,14 +104,15 @@ class Pipeline:
         if training:
             self._post_dy(2)
         trace, methods = self._trace, self._methods
-        if trace is None:
-            for action in actions:
-                methods[action.kind](action.micro_batch or 0)
-        else:
-            for action in actions:
-                began = trace.now()
-                methods[action.kind](action.micro_batch or 0)
-                trace.add(step, action, began)
+        with np.errstate(all="ignore"):  # what is not finite is looked for, and told once
+            if trace is None:
+                for action in actions:
+                    methods[action.kind](action.micro_batch or 0)
+            else:
+                for action in actions:
+                    began = trace.now()
+                    methods[action.kind](action.micro_batch or 0)
+                    trace.add(step, action, began)
 
     def drain(self) -> None:
         """Finish every send that is still under way."""
