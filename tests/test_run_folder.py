@@ -354,3 +354,28 @@ def check_dry_run(text: str, ranks: int) -> None:
     stages = text.split("\nSTAGES\n")[1].splitlines()
     assert stages[0].split()[:3] == ["stage", "layers", "ranks"]
     assert sum(int(line.split()[2]) for line in stages[1:] if re.match(r" *\d+  ", line)) == ranks, text
+
+
+SHARES = """
+from nettorrent_mpi import env; env.prepare()
+from nettorrent_mpi.comm.shared import SharedMemory, node_of, share
+from nettorrent_mpi.comm.world import AgreedError, run_main, start
+import sys
+world = start()
+def body():
+    for _ in range(5):  # several groups, of which each rank is in others
+        share(node_of(world), (100,), 'f', lambda array: array.fill(1))
+        pair = world.group([world.rank // 2 * 2, world.rank // 2 * 2 + 1])
+        SharedMemory(pair, [10, 10], 'f')
+        odd = world.group(list(range(world.rank % 2, 4, 2)))
+        SharedMemory(odd, [10, 10], 'd')
+    raise AgreedError('told to all', 2)
+sys.exit(run_main(world, body))
+"""
+
+
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+def test_shared_memory_does_not_keep_mpi_from_ending(mpirun: Mpirun, mpi: str) -> None:
+    for _ in range(5):
+        done = mpirun(4, ["-c", SHARES], mpi=mpi, timeout=30)
+        assert (done.returncode, done.stderr.count("told to all")) == (2, 1), done.stderr

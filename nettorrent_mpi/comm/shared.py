@@ -15,6 +15,12 @@ BACKING = "/dev/shm"  # where Open MPI and MPICH keep shared windows on Linux
 SPARE = 16 << 20  # bytes that are left free there for MPI's own use
 
 
+# All shared memory of this process that was not given back, in the order in which it was made. Open MPI's MPI_Finalize
+# gives back what is left, waiting for the other members each time, but in an order of its own on every rank: with
+# several groups it then hangs now and then (seen with 4 ranks). So nothing may be left: see `free_all`.
+_open: list[SharedMemory] = []
+
+
 class SharedMemory:
     """One flat array per member, which all members see. All members call everything here together.
 
@@ -32,6 +38,7 @@ class SharedMemory:
         for member, size in enumerate(sizes):
             memory, _ = self._window.Shared_query(member)
             self.parts.append(np.asarray(memory)[: size * dtype.itemsize].view(dtype))
+        _open.append(self)
 
     def meet(self) -> None:
         """Wait for all members; what each wrote before is seen by all afterwards."""
@@ -41,9 +48,19 @@ class SharedMemory:
 
     def free(self) -> None:
         """Give the memory back; nobody may use the arrays any more."""
+        _open.remove(self)
         self.parts.clear()
         self._window.Unlock_all()
         self._window.Free()
+
+
+def free_all() -> None:
+    """Give all shared memory back, before MPI ends. Every rank calls; nobody may use any such array any more.
+
+    The order is that of making, which all members of a group have in common with regard to their groups.
+    """
+    while _open:
+        _open[0].free()
 
 
 def node_of(group: Group) -> Group:
@@ -78,7 +95,7 @@ def fits(group: Group, size: int) -> bool:
 def share(node: Group, shape: tuple[int, ...], dtype: Any, fill: Callable[[Array], None]) -> Array:
     """One array for all members of `node`, filled by the first. Private ones where shared memory has no room.
 
-    What `fill` raises is raised by all. The memory lives as long as the run.
+    What `fill` raises is raised by all. The memory lives until `free_all`.
     """
     size = int(np.prod(shape, dtype=np.int64))
     if node.size == 1 or not fits(node, size * np.dtype(dtype).itemsize):

@@ -20,6 +20,7 @@ mpi4py.rc.thread_level = "multiple"
 from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.comm.mpi import Group  # noqa: E402
+from nettorrent_mpi.comm.shared import free_all  # noqa: E402
 from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, UserError  # noqa: E402
 
 INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
@@ -185,11 +186,11 @@ def run_main(world: World, body: Callable[[], int]) -> int:
     both end all ranks at once.
     """
     try:
-        return body()
+        code = body()
     except AgreedError as error:
         if world.rank == 0:
             sys.stderr.write(f"nettorrent: error: {error}\n")
-        return error.exit_code
+        code = error.exit_code
     except NetTorrentError as error:
         sys.stderr.write(f"nettorrent: error: {error}\n")
         world.abort(error.exit_code)
@@ -199,3 +200,5 @@ def run_main(world: World, body: Callable[[], int]) -> int:
             sys.stderr.write("nettorrent: interrupted\n")
         world.abort(INTERRUPTED)
         return INTERRUPTED
+    free_all()
+    return code

@@ -105,6 +105,14 @@ def text_of(report: pytest.TestReport) -> str:
     return "\n".join([report.longreprtext, *(f"{title}:\n{text}" for title, text in report.sections)])
 
 
+def pytest_sessionfinish() -> None:
+    """What tests left of shared memory: MPI's end would hang on it."""
+    from nettorrent_mpi.comm.shared import free_all
+
+    verdicts.Barrier()
+    free_all()
+
+
 @pytest.fixture
 def world() -> Generator[MPI.Intracomm, None, None]:
     """A communicator of all ranks for one test."""
