@@ -358,19 +358,27 @@ def check_dry_run(text: str, ranks: int) -> None:
 
 SHARES = """
 from nettorrent_mpi import env; env.prepare()
+from nettorrent_mpi.comm import shared
 from nettorrent_mpi.comm.shared import SharedMemory, node_of, share
 from nettorrent_mpi.comm.world import AgreedError, run_main, start
 import sys
 world = start()
 def body():
-    for _ in range(5):  # several groups, of which each rank is in others
-        share(node_of(world), (100,), 'f', lambda array: array.fill(1))
-        pair = world.group([world.rank // 2 * 2, world.rank // 2 * 2 + 1])
-        SharedMemory(pair, [10, 10], 'f')
-        odd = world.group(list(range(world.rank % 2, 4, 2)))
-        SharedMemory(odd, [10, 10], 'd')
+    # Several groups, of which each rank is in others; and MPI's numbers of what is left differ from rank to rank, since
+    # the numbers of what was given back are used again.
+    pair = world.group([world.rank // 2 * 2, world.rank // 2 * 2 + 1])
+    first = [SharedMemory(pair, [10, 10], 'f') for _ in range(4)]
+    for memory in first if world.rank < 2 else []:
+        memory.free()
+    share(node_of(world), (100,), 'f', lambda array: array.fill(1))
+    odd = world.group(list(range(world.rank % 2, 4, 2)))
+    SharedMemory(odd, [10, 10], 'd')
+    SharedMemory(pair, [10, 10], 'd')
+    share(node_of(world), (100,), 'f', lambda array: array.fill(1))
     raise AgreedError('told to all', 2)
-sys.exit(run_main(world, body))
+code = run_main(world, body)
+assert not shared._open  # what is left hangs MPI's end only now and then
+sys.exit(code)
 """
 
 
