@@ -18,6 +18,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine import state
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.model import Network
@@ -185,3 +186,18 @@ def test_float32(network: str) -> None:
     mine = Trained(World(), network, topology, **options)
     if MPI.COMM_WORLD.rank == 0:
         compare(mine, serial(network, **options), 1e-4)
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_without_shared_memory(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between nodes gradients and weights travel in messages; here, because shared memory is said to have no room."""
+    monkeypatch.setattr(state, "fits", lambda *_: False)
+    ranks = MPI.COMM_WORLD.size
+    grids = [Topology(1, (Stage(0, 4, ranks, 1),)), Topology(ranks, (Stage(0, 4, 1, 1),))]
+    if ranks == 4:
+        grids.append(Topology(2, (Stage(0, 4, 1, 2),)))
+    for topology in grids:
+        mine = Trained(World(), network, topology)
+        if MPI.COMM_WORLD.rank == 0:
+            compare(mine, serial(network), 1e-10)
