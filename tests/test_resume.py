@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -113,3 +114,23 @@ def test_what_cannot_be_resumed(mpirun: Callable[..., Run], tmp_path: Path) -> N
     assert "harmed.h5" in refused("--resume", harmed)
     assert mpirun(2, [*run, "--resume"]).returncode == 0  # nothing left to do, and nothing lost
     assert mpirun(2, [*run, "--overwrite"]).returncode == 0
+
+
+def test_a_flipped_bit_of_the_model_seen_by_some_ranks_only(mpirun: Callable[..., Run], tmp_path: Path) -> None:
+    """Ranks of the other stage read sound arrays; they must not wait for those that fail."""
+    config = config_file(tmp_path)
+    run = tmp_path / "run"
+    assert mpirun(2, [*TRAIN, config, "--output", run, "--set", "train.steps=1"]).returncode == 0
+    with h5py.File(run / "model.h5") as file:
+        place = file["parameters/linear2/weight"].id.get_chunk_info(0).byte_offset
+    with (run / "model.h5").open("r+b") as raw:
+        raw.seek(place)
+        byte = raw.read(1)[0]
+        raw.seek(place)
+        raw.write(bytes([byte ^ 1]))
+    layout = "layout={replicas: 1, swarms: [{layers: 1, rows: 2}, {layers: 2, rows: 1}]}"
+    for mpi in ("openmpi", "mpich"):
+        done = mpirun(3, ["-m", "nettorrent_mpi", "evaluate", run, "--set", layout], mpi=mpi, timeout=30)
+        assert done.returncode == 2, f"{done.stdout}\n{done.stderr}"
+        assert done.stderr.count("nettorrent: error: ") == 1
+        assert "model.h5: is not a whole file" in done.stderr

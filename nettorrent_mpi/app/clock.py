@@ -1,7 +1,9 @@
-"""How long training takes."""
+"""What a run takes: time and memory."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 
 WARM_UP = 5  # steps that samples_per_second leaves out
@@ -44,3 +46,8 @@ class Clock:
         if rows <= 0:
             seconds, rows = self.seconds, self._rows
         return round(rows / seconds, 1) if seconds > 0 else 0.0
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most (of physical memory, shared pages included)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -35,6 +35,7 @@ def evaluate(world: World, args: argparse.Namespace) -> int:
     engine = Engine(world, setup.network, setup.topology, setup.options)
     with world.together():
         restore_parameters(engine, folder / "model.h5")
+    with world.together():
         engine.open_data(setup.dataset, setup.sampler)
     engine.state.meet()
     for name, scores in (("validation", engine.evaluate_validation()), ("test", engine.evaluate_test())):

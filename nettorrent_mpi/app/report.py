@@ -5,11 +5,10 @@ Plain text of at most WIDTH columns, the same on a terminal and in a file.
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from nettorrent_mpi.app.clock import peak_memory
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
@@ -164,7 +163,7 @@ def stages_table(setup: Setup) -> str:
     told = (topology, facts, train.batch_size, micro_batches, config.pipeline)
     step = predict(*told)
     states, itemsize = len(make_optimizer(train.optimizer).states), _ITEMSIZE[config.dtype]
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    base = peak_memory()
     sizes = memory(*told, states=states, itemsize=itemsize, base=base)
     header = [
         "stage",

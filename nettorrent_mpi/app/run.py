@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.clock import Clock
+from nettorrent_mpi.app.clock import Clock, peak_memory
 from nettorrent_mpi.app.config import Config
 from nettorrent_mpi.app.progress import Reporter, open_reporter
 from nettorrent_mpi.app.report import dry_run
@@ -259,11 +258,6 @@ def model_json(config: Config) -> str:
     loss = config.model.loss
     model = {"layers": [to_plain(layer) for layer in config.model.layers], "loss": {loss.kind: loss.options()}}
     return json.dumps(model)
-
-
-def peak_memory() -> int:
-    """Bytes that this process has held at most (of physical memory, shared pages included)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def commit() -> str | None:

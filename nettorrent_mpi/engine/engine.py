@@ -114,7 +114,7 @@ class Engine:
         self._test = feed_from(dataset.test) if dataset.test else None
         for feed in (self._train, self._test):
             if feed is not None:
-                feed.check(self._check_targets)
+                feed.read_targets(self._check_targets)
 
     def _check_targets(self, targets: Array) -> None:
         """ShapeError or DataError where the loss cannot have these targets with this network's outputs."""

@@ -13,11 +13,16 @@ from nettorrent_mpi.plan.blocks import Span
 
 
 class Feed:
-    """One data split, seen by one rank. Other ranks than those of the first and last stage hold nothing of it."""
+    """One data split, seen by one rank. Other ranks than those of the first and last stage hold nothing of it.
+
+    Making one is collective over the ranks that share its inputs; targets are read apart from that (`read_targets`), so
+    that a rank that fails to read its targets leaves nobody waiting.
+    """
 
     def __init__(self, split: Split, *, reads_inputs: bool, reads_targets: bool, allocate: Allocate):
         self._inputs = split.inputs(allocate) if reads_inputs else None
-        self._targets = split.targets() if reads_targets else None
+        self._read_targets = split.targets if reads_targets else None
+        self._targets: Array | None = None
         self._taken: dict[int, Array] = {}
         self._augment: Augment | None = None
         self._key = 0
@@ -32,9 +37,10 @@ class Feed:
         """Rows of the mini-batch."""
         return len(self._rows)
 
-    def check(self, check: Callable[[Array], None]) -> None:
-        """Let `check` look at all targets, where there are any here."""
-        if self._targets is not None:
+    def read_targets(self, check: Callable[[Array], None]) -> None:
+        """Read the targets, if this rank needs them, and let `check` look at all of them. Not collective."""
+        if self._read_targets is not None:
+            self._targets = self._read_targets()
             check(self._targets)
 
     def inputs(self, part: Span, out_bI: Array) -> None:
