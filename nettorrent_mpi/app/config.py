@@ -21,11 +21,13 @@ from nettorrent_mpi.app import yaml_lines
 from nettorrent_mpi.app.mistakes import explain
 from nettorrent_mpi.app.options import (
     WEIGHTED,
+    Exchange,
     Layer,
     Loss,
     Mistake,
     Mistakes,
     Optimizer,
+    Pipeline,
     Schedule,
     nearest,
     plain,
@@ -33,6 +35,7 @@ from nettorrent_mpi.app.options import (
     strictly,
 )  # fmt: skip
 from nettorrent_mpi.app.yaml_lines import Document, Path
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.specs import LayerSpec
 from nettorrent_mpi.plan.errors import ConfigError
@@ -53,7 +56,7 @@ class Data(Section):
     root: str | None = None  # the folder that holds mnist/ and so on; the file, for hdf5
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the part of the training rows that is held back
     augment: tuple[Literal["flip", "crop"], ...] = ()
-    partition: Literal["shared"] = "shared"
+    partition: Literal["shared", "disjoint"] = "shared"  # disjoint: each replica trains on its own part of the rows
     mean: float | tuple[float, ...] | None = None  # taken away from the pixels, one for all or one per channel
     std: float | tuple[float, ...] | None = None  # the pixels are divided by it
     transposed: bool = False  # the letters are stored column by column, as EMNIST publishes them
@@ -159,15 +162,17 @@ class Swarm(Section):
 
 
 class Layout(Section):
+    """Without swarms each replica has one swarm per layer, sized by cost, as in `layout: layers`."""
+
     replicas: Count = 1
-    swarms: Annotated[tuple[Swarm, ...], Field(min_length=1)]
+    swarms: Annotated[tuple[Swarm, ...], Field(min_length=1)] | None = None
 
 
 def _layout(value: Any) -> Any:
     if isinstance(value, Layout) or value in ("layers", "auto"):
         return value
     if not isinstance(value, dict):
-        raise Mistake(f"must be layers, auto or a mapping with replicas and swarms, not {shown(value)}")
+        raise Mistake(f"must be layers, auto or a mapping with replicas, swarms or both, not {shown(value)}")
     try:
         return strictly(TypeAdapter(Layout), value)
     except ValidationError as error:
@@ -184,13 +189,31 @@ class Config(Section):
     model: Model
     train: Train = Train(epochs=10)
     layout: Annotated[Literal["layers", "auto"] | Layout, PlainValidator(_layout)] = "layers"
-    pipeline: Literal["1f1b", "gpipe"] = "1f1b"
-    exchange: Literal["allreduce"] = "allreduce"
+    pipeline: Pipeline = choices.OneFOneB()
+    exchange: Exchange = choices.Allreduce()
     output: str | None = None  # the run folder; `load` fills it in
     trace: bool = False
 
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if isinstance(self.exchange, choices.Elite) and self.data.validation == 0:
+            raise Mistake(
+                "exchange elite needs it: the best replica is chosen on validation rows, never on the test set; "
+                "add data.validation: 0.1",
+                "data",
+                "validation",
+            )
+        if isinstance(self.pipeline, choices.Async) and self.train.clip_norm is not None:
+            raise Mistake(
+                "cannot be had with pipeline async: the norm of all stages' gradients is never there at one time; "
+                "leave it out, or choose pipeline: 1f1b",
+                "train",
+                "clip_norm",
+            )
+        return self
 
-# Every key of every section by its path, for the hints after an unknown key.
+
+# Every key of every section by its path, for the hints after an unknown key; options.py knows those of specs.
 _KNOWN: dict[Path, list[str]] = {
     (): list(Config.model_fields),
     ("data",): list(Data.model_fields),
@@ -199,11 +222,7 @@ _KNOWN: dict[Path, list[str]] = {
     ("train", "stop_at"): list(StopAt.model_fields),
     ("layout",): list(Layout.model_fields),
     ("layout", "swarms", "*"): list(Swarm.model_fields),
-    **{
-        ("spec", kind): [f.name for f in fields(spec)]
-        for kinds in (specs.LAYERS, specs.LOSSES, specs.OPTIMIZERS, specs.SCHEDULES)
-        for kind, spec in kinds.items()
-    },
+    ("exchange", "gossip", "consensus"): [f.name for f in fields(choices.Consensus)],
 }
 
 # What `train` runs without a CONFIG; configs/digits.yaml is the same text.
@@ -294,6 +313,8 @@ def to_plain(config: Config) -> dict[str, Any]:
         for option in SYNTHETIC:
             del data["data"][option]
     del data["train"]["steps" if config.train.steps is None else "epochs"]
+    if isinstance(config.layout, Layout) and config.layout.swarms is None:
+        del data["layout"]["swarms"]
     return data
 
 

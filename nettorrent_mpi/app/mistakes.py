@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from nettorrent_mpi.app.options import Mistake, Mistakes, nearest, shown
+from nettorrent_mpi.app.options import Mistake, Mistakes, nearest, options_at, shown
 from nettorrent_mpi.app.yaml_lines import Path
 
 _WANTED = {
@@ -23,6 +24,7 @@ _WANTED = {
     "dataclass_type": "a mapping (key: value)",
 }
 _UNKNOWN, _MISSING = "unknown key", "is missing"
+_HINT = re.compile(r"; did you mean \S+\?\Z")
 _BOUNDS = {
     "greater_than": ("more than", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -59,7 +61,9 @@ def explain(error: ValidationError, data: Any, known: dict[Path, list[str]]) -> 
             told[f.path] = f
         elif before.wanted and f.wanted and f.wanted not in before.wanted:
             wanted = f"{before.wanted} or {f.wanted}"
-            told[f.path] = before._replace(wanted=wanted, text=before.text.replace(before.wanted, wanted, 1))
+            text = before.text.replace(before.wanted, wanted, 1)
+            hint = _HINT.search(f.text)
+            told[f.path] = before._replace(wanted=wanted, text=text + (hint[0] if hint else ""))
     return list(told.values())
 
 
@@ -143,9 +147,9 @@ def _hint(path: Path, known: dict[Path, list[str]]) -> str:
     """What was probably meant by the unknown key at the end of `path`."""
     word = str(path[-1])
     section = tuple("*" if isinstance(part, int) else part for part in path[:-1])
-    here = known.get(section) or known.get(("spec", *section[-1:])) or []
+    here = known.get(section) or options_at(path[:-1])
     hint = nearest(word, here) if here else "it has no options"
     if hint.startswith("did"):
         return hint
-    elsewhere = [".".join((*map(str, s), word)) for s, keys in known.items() if word in keys and s[:1] != ("spec",)]
+    elsewhere = [".".join((*map(str, s), word)) for s, keys in known.items() if word in keys]
     return f"did you mean {elsewhere[0]}?" if elsewhere else hint

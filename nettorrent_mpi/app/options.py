@@ -1,4 +1,4 @@
-"""Layers, losses, optimizers and schedules as they are written ("a name, or a name with its options") become specs.
+"""Layers, losses, optimizers, exchanges, ... as they are written ("a name, or a name with its options") become specs.
 
     flatten            {dropout: 0.25}            {conv2d: {filters: 32, kernel: 3}}
 
@@ -12,11 +12,12 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, PlainValidator, TypeAdapter, ValidationError
 
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.specs import LayerSpec, Spec
 
@@ -69,6 +70,8 @@ _COUNT: Rule = (lambda n: n >= 1, "at least 1")
 _POSITIVE: Rule = (lambda x: x > 0, "more than 0")
 _NOT_NEGATIVE: Rule = (lambda x: x >= 0, "at least 0")
 _BELOW_ONE: Rule = (lambda x: 0 <= x < 1, "at least 0 and less than 1")
+_ABOVE_ZERO: Rule = (lambda x: 0 < x <= 1, "more than 0 and at most 1")
+_BETWEEN: Rule = (lambda x: 0 < x < 1, "more than 0 and less than 1")
 _FRACTION: Rule = (lambda x: 0 <= x <= 1, "between 0 and 1")
 _RULES: dict[str | tuple[str, str], Rule] = {
     **dict.fromkeys(("units", "filters", "kernel", "stride", "size", "every"), _COUNT),
@@ -76,6 +79,14 @@ _RULES: dict[str | tuple[str, str], Rule] = {
     **dict.fromkeys(("weight_decay", "lr_decay", "initial_accumulator", "warmup_steps"), _NOT_NEGATIVE),
     **dict.fromkeys(("rate", "label_smoothing", "betas", "alpha", "momentum"), _BELOW_ONE),
     **dict.fromkeys(("dampening", "final", ("batch_norm", "momentum")), _FRACTION),
+    # exchanges
+    **dict.fromkeys(("exact_every", "every_samples", ("linear", "target")), _COUNT),
+    **dict.fromkeys(("deadline", ("consensus", "max"), ("loss_divergence", "target")), _POSITIVE),
+    **dict.fromkeys(("probability", "part"), _ABOVE_ZERO),
+    **dict.fromkeys(("fraction", "gamma"), _BETWEEN),
+    **dict.fromkeys(("value", "start", "end"), _FRACTION),
+    "divergence_threshold": _NOT_NEGATIVE,
+    "slow_momentum": _BELOW_ONE,
 }
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*\Z")
 
@@ -83,11 +94,17 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*\Z")
 def _check_ranges(spec: Spec) -> None:
     for option in (f.name for f in fields(spec)):
         value = getattr(spec, option)
+        if isinstance(value, Spec):
+            try:
+                _check_ranges(value)
+            except Mistake as mistake:
+                kind = () if isinstance(value, choices.Consensus) else (value.kind,)
+                raise Mistake(mistake.text, option, *kind, *mistake.path) from None
         rule = _RULES.get((spec.kind, option)) or _RULES.get(option)
         if rule is None or value is None:
             continue
         for number in value if isinstance(value, tuple) else (value,):
-            if not rule[0](number):
+            if not isinstance(number, str) and not rule[0](number):  # a text is a word like auto
                 raise Mistake(f"must be {rule[1]}, not {number}", option)
     if isinstance(spec, specs.Sgd) and spec.nesterov and (spec.momentum == 0 or spec.dampening != 0):
         raise Mistake("needs a momentum above 0 and no dampening", "nesterov")
@@ -95,6 +112,34 @@ def _check_ranges(spec: Spec) -> None:
         raise Mistake("has no layer with weights; add a linear or conv2d layer", "layers")
     if isinstance(spec, LayerSpec) and spec.name is not None and not _NAME.match(spec.name):
         raise Mistake("must begin with a letter and go on with letters, digits, _ and -", "name")
+    if isinstance(spec, choices.Gossip):
+        _check_gossip(spec)
+
+
+def _check_gossip(gossip: choices.Gossip) -> None:
+    """What does not go together in it."""
+    if "parameters" not in gossip.average:
+        raise Mistake("must hold parameters: write [parameters] or [parameters, optimizer]", "average")
+    if len(set(gossip.average)) < len(gossip.average):
+        raise Mistake("names the same thing twice", "average")
+    if gossip.slow_momentum > 0 and gossip.exact_every is None:
+        raise Mistake("acts at exact averages only, and there are none: add exact_every", "slow_momentum")
+    if isinstance(gossip.compress, choices.Whole):
+        if gossip.gamma is not None:
+            raise Mistake("is the step towards neighbours whose messages are compressed: add compress", "gamma")
+        return
+    small = gossip.compress.kind
+    if gossip.mix != choices.Constant():
+        raise Mistake(
+            f"{small} goes with the pairing's own weights only: leave out mix (constant, without a value) or compress",
+            "compress",
+        )
+    if gossip.pairing == "random":
+        raise Mistake(
+            f"{small} sends what changed since the neighbours' last message, and pairing random has other neighbours "
+            "in every round: choose another pairing, or compress: none",
+            "compress",
+        )
 
 
 # ---- reading one spec ----------------------------------------------------------------------------
@@ -107,7 +152,8 @@ def split(value: Any, kinds: Mapping[str, type[Spec]], what: str) -> tuple[str, 
     elif isinstance(value, dict) and value:
         raise Mistake(f"wants one {what}, not {' and '.join(map(str, value))} together (is the indentation right?)")
     else:
-        raise Mistake(f"wants the name of a {what}, or a name with its options, not {shown(value)}")
+        a = "an" if what[0] in "aeiou" else "a"
+        raise Mistake(f"wants the name of {a} {what}, or a name with its options, not {shown(value)}")
     if kind not in kinds:
         path = (kind,) if isinstance(value, dict) else ()
         raise Mistake(f"unknown {what} {kind!r}; {nearest(kind, kinds)}", *path)
@@ -117,7 +163,8 @@ def split(value: Any, kinds: Mapping[str, type[Spec]], what: str) -> tuple[str, 
         return kind, options
     alone = specs.first_field(kinds[kind])
     if alone is None:
-        raise Mistake(f"{kind} has no options besides name", kind)
+        besides = " besides name" if issubclass(kinds[kind], LayerSpec) else ""
+        raise Mistake(f"{kind} has no options{besides}", kind)
     return kind, {alone: options}
 
 
@@ -125,13 +172,14 @@ def parse(value: Any, kinds: Mapping[str, type[S]], what: str) -> S:
     """The spec that `value` asks for. Raises Mistake or Mistakes, whose paths begin below `value`."""
     if isinstance(value, Spec):
         if type(value) not in kinds.values():
-            raise Mistake(f"wants a {what}, not a {value.kind}")
+            raise Mistake(f"wants one of {', '.join(kinds)}, not {value.kind}")
         _check_ranges(value)
         return cast("S", value)
     kind, options = split(value, kinds, what)
     try:
-        checked = strictly(_adapter(kinds[kind]), options)
-        spec = specs.Residual(**dict(checked)) if isinstance(checked, _Residual) else checked
+        spec = strictly(_adapter(kinds[kind]), options)
+        if kinds[kind] in _WRITTEN:
+            spec = kinds[kind](**{f.name: getattr(spec, f.name) for f in fields(kinds[kind])})
         _check_ranges(spec)
     except Mistake as mistake:
         raise Mistake(mistake.text, kind, *mistake.path) from None
@@ -140,36 +188,54 @@ def parse(value: Any, kinds: Mapping[str, type[S]], what: str) -> S:
     return cast("S", spec)
 
 
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def _adapter(kind: type[Spec]) -> TypeAdapter[Any]:
     if kind not in _adapters:
-        _adapters[kind] = TypeAdapter(_Residual if kind is specs.Residual else kind)
+        _adapters[kind] = TypeAdapter(_WRITTEN.get(kind, kind))
     return _adapters[kind]
 
 
-_adapters: dict[type[Any], TypeAdapter[Any]] = {}  # building one takes about a millisecond
+_adapters: dict[type[Spec], TypeAdapter[Any]] = {}  # building one takes about a millisecond
 
 Layer = Annotated[LayerSpec, PlainValidator(lambda value: parse(value, specs.LAYERS, "layer"))]
 Loss = Annotated[Spec, PlainValidator(lambda value: parse(value, specs.LOSSES, "loss"))]
 Optimizer = Annotated[Spec, PlainValidator(lambda value: parse(value, specs.OPTIMIZERS, "optimizer"))]
 Schedule = Annotated[Spec, PlainValidator(lambda value: parse(value, specs.SCHEDULES, "schedule"))]
+Pipeline = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.PIPELINES, "pipeline"))]
+Exchange = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.EXCHANGES, "exchange"))]
+Mix = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.MIXES, "mix"))]
+Compression = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.COMPRESSIONS, "compression"))]
 
 
-class _Residual(BaseModel):
+@dataclass(frozen=True)
+class _Residual(specs.Residual):
     """specs.Residual as it is written: its layers are again names with options."""
 
-    model_config = ConfigDict(extra="forbid")
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     shortcut: tuple[Layer, ...] = ()
-    name: str | None = None
 
 
-# ---- where specs stand, for --set ----------------------------------------------------------------
+@dataclass(frozen=True)
+class _Gossip(choices.Gossip):
+    """choices.Gossip as it is written: mix and compress are again names with options."""
+
+    mix: Mix = field(default_factory=choices.Constant)
+    compress: Compression = field(default_factory=choices.Whole)
+
+
+_WRITTEN: dict[type[Spec], type[Spec]] = {specs.Residual: _Residual, choices.Gossip: _Gossip}
+
+
+# ---- where specs stand: for --set, and for the hints after an unknown key ------------------------
 def kinds_at(path: tuple[str | int, ...]) -> tuple[Mapping[str, type[Spec]], str] | None:
     """(the kinds that may be asked for, what they are) where a spec stands at `path` of a configuration, else None."""
     fixed: dict[tuple[str | int, ...], tuple[Mapping[str, type[Spec]], str]] = {
         ("model", "loss"): (specs.LOSSES, "loss"),
         ("train", "optimizer"): (specs.OPTIMIZERS, "optimizer"),
         ("train", "schedule"): (specs.SCHEDULES, "schedule"),
+        ("pipeline",): (choices.PIPELINES, "pipeline"),
+        ("exchange",): (choices.EXCHANGES, "exchange"),
+        ("exchange", "gossip", "mix"): (choices.MIXES, "mix"),
+        ("exchange", "gossip", "compress"): (choices.COMPRESSIONS, "compression"),
     }
     if path in fixed:
         return fixed[path]
@@ -178,13 +244,21 @@ def kinds_at(path: tuple[str | int, ...]) -> tuple[Mapping[str, type[Spec]], str
     return None
 
 
+def options_at(path: tuple[str | int, ...]) -> list[str] | None:
+    """The names of the options at `path`, where the options of a spec stand: `("train", "optimizer", "adam")`."""
+    found = kinds_at(path[:-1])
+    kind = found[0].get(str(path[-1])) if found and path else None
+    return None if kind is None else [f.name for f in fields(kind)]
+
+
 # ---- writing -------------------------------------------------------------------------------------
 def plain(value: Any) -> Any:
     """`value` with lists for tuples and {kind: options} for specs: what YAML and JSON can hold."""
     if isinstance(value, LayerSpec):
         return plain(specs.to_plain(value))
     if isinstance(value, Spec):
-        return {value.kind: plain(value.options())}
+        options = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return options if isinstance(value, choices.Consensus) else {value.kind: options}
     if isinstance(value, BaseModel):
         return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, Mapping):

@@ -32,7 +32,7 @@ def dry_run(setup: Setup, hosts: Sequence[str] | None = None) -> str:
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     train = config.train
     micro_batches = setup.options.micro_batches
-    lists = build(config.pipeline, len(topology.stages), micro_batches, clip=train.clip_norm is not None)
+    lists = build(config.pipeline.kind, len(topology.stages), micro_batches, clip=train.clip_norm is not None)
     check(topology, lists)
     steps = train.steps if train.steps is not None else (train.epochs or 1) * setup.sampler.steps_per_epoch
     parameters = sum(layer.parameters for layer in facts)
@@ -44,11 +44,11 @@ def dry_run(setup: Setup, hosts: Sequence[str] | None = None) -> str:
         f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
     ]
-    proof = f"{config.pipeline}: F forward, B backward; played for all {topology.size} ranks: no deadlock"
+    proof = f"{config.pipeline.kind}: F forward, B backward; played for all {topology.size} ranks: no deadlock"
     blocks = [
         "\n".join(head),
         "LAYOUT\n" + layout_table(topology, facts, train.batch_size, micro_batches, hosts),
-        f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline, len(topology.stages), micro_batches),
+        f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline.kind, len(topology.stages), micro_batches),
         "STAGES\n" + stages_table(setup),
     ]
     return "\n\n".join(blocks) + "\n"
@@ -160,7 +160,7 @@ def stages_table(setup: Setup) -> str:
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     train = config.train
     micro_batches = setup.options.micro_batches
-    told = (topology, facts, train.batch_size, micro_batches, config.pipeline)
+    told = (topology, facts, train.batch_size, micro_batches, config.pipeline.kind)
     step = predict(*told)
     states, itemsize = len(make_optimizer(train.optimizer).states), _ITEMSIZE[config.dtype]
     base = peak_memory()
@@ -181,7 +181,7 @@ def stages_table(setup: Setup) -> str:
     ]
     total = sum(layer.operations for layer in facts) or 1.0
     rows = []
-    lists = PIPELINES[config.pipeline](len(topology.stages), micro_batches)
+    lists = PIPELINES[config.pipeline.kind](len(topology.stages), micro_batches)
     for s, stage in enumerate(topology.stages[:MOST_LINES]):
         held = facts[stage.first : stage.stop]
         rows.append([

@@ -10,11 +10,13 @@ from nettorrent_mpi.app.config import Config, Layout
 from nettorrent_mpi.data.dataset import Dataset, open_dataset
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine.choices import Async, Elite, Gossip
 from nettorrent_mpi.engine.engine import Options
 from nettorrent_mpi.nn.losses import check_fit
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import auto_layout
+from nettorrent_mpi.plan.errors import ConfigError, LayoutError
 from nettorrent_mpi.plan.topology import Topology, given_layout, layers_layout
 
 MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
@@ -55,17 +57,27 @@ def set_up(config: Config, ranks: int) -> Setup:
             seed=config.seed if synthetic else None,
         ),
     )
-    sampler = Sampler(dataset.train.rows, config.seed, data.validation, train.batch_size)
     network = Network(config.model.layers, dataset.shape)
     if dataset.classes is not None:  # targets that are no labels are looked at when they are read
         check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
     topology = lay_out(config, network, ranks)
+    pieces = micro_batches(config, network, topology)
+    sampler = Sampler(
+        dataset.train.rows,
+        config.seed,
+        data.validation,
+        train.batch_size,
+        replicas=topology.replicas,
+        micro_batches=pieces,
+        partition=data.partition,
+    )
+    _check_exchange(config, topology)
     options = Options(
         loss=config.model.loss,
         optimizer=train.optimizer,
         batch_size=train.batch_size,
-        micro_batches=micro_batches(config, network, topology),
-        pipeline=config.pipeline,
+        micro_batches=pieces,
+        pipeline=config.pipeline.kind,
         clip_norm=train.clip_norm,
         dtype=config.dtype,
         seed=config.seed,
@@ -77,22 +89,51 @@ def set_up(config: Config, ranks: int) -> Setup:
 
 def lay_out(config: Config, network: Network, ranks: int) -> Topology:
     """The topology that the configuration's layout gives on this many ranks. Raises LayoutError."""
-    train, layout = config.train, config.layout
-    if isinstance(layout, Layout):
+    train, layout, facts = config.train, config.layout, network.facts
+    if isinstance(layout, Layout) and layout.swarms is not None:
         swarms = [(swarm.layers, swarm.rows, swarm.cols) for swarm in layout.swarms]
-        return given_layout(layout.replicas, swarms, network.facts, ranks)
+        return given_layout(layout.replicas, swarms, facts, ranks)
     pieces = _pieces(config, MICRO_BATCHES)
     if layout == "auto":
-        return auto_layout(network.facts, ranks, train.batch_size, pieces, config.pipeline)
-    return layers_layout(network.facts, ranks, span(train.batch_size, pieces, 0).size)
+        return auto_layout(facts, ranks, train.batch_size, pieces, config.pipeline.kind)
+    replicas = layout.replicas if isinstance(layout, Layout) else 1
+    if ranks % replicas:
+        fewer, more = ranks // replicas * replicas, (ranks // replicas + 1) * replicas
+        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        near = min(divisors, key=lambda n: (abs(n - replicas), n))
+        raise LayoutError(
+            f"layout.replicas: {replicas} replicas of equal size cannot be made of {ranks} ranks: start "
+            f"{f'{fewer} or {more}' if fewer else more} ranks, or write layout: {{replicas: {near}}}"
+        )
+    rows = span(span(train.batch_size, pieces, 0).size, replicas, 0).size  # of a micro-batch, in one replica
+    return Topology(replicas, layers_layout(facts, ranks // replicas, rows).stages)
 
 
 def micro_batches(config: Config, network: Network, topology: Topology) -> int:
     """How many micro-batches a mini-batch has. With batch norm never a matter of the layout: its statistics are of
-    one micro-batch and parallel has to equal serial."""
-    return _pieces(config, 1 if len(topology.stages) == 1 and not network.has_batch_norm else MICRO_BATCHES)
+    one micro-batch and parallel has to equal serial. An asynchronous pipeline wants as many as it has stages, so that
+    two versions of the weights do, as long as every replica has a row of each."""
+    automatic, stages = MICRO_BATCHES, len(topology.stages)
+    if not network.has_batch_norm:
+        if stages == 1:
+            automatic = 1
+        elif isinstance(config.pipeline, Async):
+            automatic = max(automatic, min(stages, config.train.batch_size // topology.replicas))
+    return _pieces(config, automatic)
 
 
 def _pieces(config: Config, automatic: int) -> int:
     train = config.train
     return min(automatic, train.batch_size) if train.micro_batches == "auto" else train.micro_batches
+
+
+def _check_exchange(config: Config, topology: Topology) -> None:
+    """ConfigError where the replicas cannot be exchanged between in the way that the configuration asks for."""
+    exchange = config.exchange
+    if topology.replicas == 1 and isinstance(exchange, Elite | Gossip):
+        nobody = "take weights from" if isinstance(exchange, Elite) else "average with"
+        raise ConfigError(
+            f"changes nothing with 1 replica: there is nobody to {nobody}; "
+            "give layout: {replicas: N} or exchange: allreduce",
+            key=f"exchange.{exchange.kind}",
+        )

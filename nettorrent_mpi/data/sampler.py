@@ -1,8 +1,10 @@
-"""Which rows are for training, and in which order: a function of the seed and the epoch, never of the ranks."""
+"""Which rows are for training, and in which order: a function of the seed and the epoch, never of the ranks; where
+every replica has its own part of the rows, of the replicas and micro-batches, too."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,24 @@ class Sampler:
 
     `validation` is the fraction kept back, rounded to whole rows, drawn by the seed alone: the same on
     every rank. Raises ConfigError where no row would be left for training or a number is out of its range.
+
+    With `partition="disjoint"` each of the `replicas` has a part of the training rows, drawn once, and never trains on
+    another's. Who has which rows of a mini-batch is decided by their position in it: `span` divides them over
+    `micro_batches`, and each of these over the replicas (plan.topology's `batch_rows`). So a part is as large as its
+    replica has positions in an epoch, and every epoch puts the part's rows, shuffled anew, at these positions.
     """
 
-    def __init__(self, rows: int, seed: int, validation: float, batch_size: int):
+    def __init__(
+        self,
+        rows: int,
+        seed: int,
+        validation: float,
+        batch_size: int,
+        *,
+        replicas: int = 1,
+        micro_batches: int = 1,
+        partition: Literal["shared", "disjoint"] = "shared",
+    ):
         if not 0.0 <= validation < 1.0:
             raise ConfigError(f"a fraction, at least 0 and below 1, not {validation}", key="data.validation")
         if batch_size < 1:
@@ -30,7 +47,11 @@ class Sampler:
             text = f"{validation} of {rows} rows leaves none for training; lower it or use a larger data set"
             raise ConfigError(text, key="data.validation")
         shuffled = _generator(seed, "validation").permutation(rows)
+        assert replicas >= 1
+        assert micro_batches >= 1
         self.seed, self.batch_size = seed, batch_size
+        self.replicas, self.micro_batches = replicas, micro_batches
+        self.partition: Literal["shared", "disjoint"] = partition
         self.validation_rows: Array = np.sort(shuffled[:kept])
         self.training_rows: Array = np.sort(shuffled[kept:])
         self.steps_per_epoch = -(-len(self.training_rows) // batch_size)
@@ -44,7 +65,10 @@ class Sampler:
         """The training rows in the epoch's order; read-only. Two epochs are kept: steps may overlap at the turn."""
         order = self._orders.get(epoch)
         if order is None:
-            order = _generator(self.seed, "order", epoch).permutation(self.training_rows)
+            if self.partition == "disjoint" and self.replicas > 1:
+                order = self._in_parts(epoch)
+            else:
+                order = _generator(self.seed, "order", epoch).permutation(self.training_rows)
             order.flags.writeable = False
             while len(self._orders) > 1:
                 self._orders.pop(min(self._orders))
@@ -56,9 +80,38 @@ class Sampler:
         epoch, batch = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
+    def _in_parts(self, epoch: int) -> Array:
+        """The epoch's order in which every replica finds the rows of its own part, and no others, at its positions."""
+        order = np.empty_like(self.training_rows)
+        for replica, (part, positions) in enumerate(self._parts):
+            order[positions] = _generator(self.seed, "order", epoch, replica).permutation(part)
+        return order
+
+    @cached_property
+    def _parts(self) -> list[tuple[Array, Array]]:
+        """For each replica (its part of the training rows, its positions in the order of an epoch), of one length."""
+        full, last = divmod(len(self.training_rows), self.batch_size)
+        replicas = np.concatenate([np.tile(self._owners(self.batch_size), full), self._owners(last)])
+        cuts = np.cumsum(np.bincount(replicas, minlength=self.replicas))[:-1]
+        shuffled = _generator(self.seed, "partition").permutation(self.training_rows)
+        positions = np.argsort(replicas, kind="stable")
+        return list(zip(np.split(shuffled, cuts), np.split(positions, cuts), strict=True))
+
+    def _owners(self, size: int) -> Array:
+        """The replica that has each position of a mini-batch of `size` rows."""
+        pieces = _spans(np.array(size), self.micro_batches)  # the rows of each micro-batch
+        sizes = _spans(pieces, self.replicas)  # [micro-batch, replica]
+        return np.repeat(np.tile(np.arange(self.replicas), self.micro_batches), sizes.ravel())
+
     def augment_key(self, step: int) -> int:
         """The key that Inputs.batch takes for the random changes of this step's epoch."""
         return key(self.seed, "augment", self.epoch(step))
+
+
+def _spans(totals: Array, parts: int) -> Array:
+    """The sizes of plan.blocks' `span` for all `parts` of every total, in a last dimension of their own."""
+    each, more = np.divmod(totals[..., np.newaxis], parts)
+    return each + (np.arange(parts) < more)
 
 
 def _generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from nettorrent_mpi.app import config
 from nettorrent_mpi.app.config import Config, Layout, Swarm
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.plan.errors import ConfigError
 
@@ -74,13 +77,21 @@ MISTAKES = [
     ("loss: cross_entropy", "loss: crossentropy", 9, "model.loss", ["unknown loss", "did you mean cross_entropy?"]),
     ("name: digits", "name: digit", 2, "data.name", ["one of digits, mnist", "did you mean digits?"]),
     # values that are not to be had
-    ("seed: 1", "exchange: gossip", 1, "exchange", ["must be allreduce", "not gossip"]),
-    ("seed: 1", "exchange: {gossip: {}}", 1, "exchange", ["must be allreduce", "not a mapping"]),
-    ("seed: 1", "pipeline: async", 1, "pipeline", ["one of 1f1b, gpipe", "not async"]),
+    ("seed: 1", "exchange: gosip", 1, "exchange", ["unknown exchange 'gosip'", "did you mean gossip?"]),
+    ("seed: 1", "exchange: zzz", 1, "exchange", ["possible: allreduce, none, gossip, elite"]),
+    ("seed: 1", "exchange:", 1, "exchange", ["the name of an exchange", "nothing"]),
+    ("seed: 1", "exchange: {allreduce: 1}", 1, "exchange.allreduce", ["allreduce has no options"]),
+    ("seed: 1", "exchange: {none: {every: 1}}", 1, "exchange.none.every", ["unknown key; it has no options"]),
+    ("seed: 1", "pipeline: asynk", 1, "pipeline", ["unknown pipeline 'asynk'", "did you mean async?"]),
+    ("seed: 1", "pipeline: 4", 1, "pipeline", ["the name of a pipeline", "not 4"]),
+    ("seed: 1", "pipeline: {gpipe: {x: 1}}", 1, "pipeline.gpipe.x", ["it has no options"]),
+    ("seed: 1", "pipeline: {async: {staleness: true}}", 1, "pipeline.async.staleness", ["staleness_aware?"]),
+    ("seed: 1", "pipeline: {async: 1}", 1, "pipeline.async", ["true or false"]),
     ("seed: 1", "device: gpu", 1, "device", ["one of auto, cpu"]),
     ("seed: 1", "dtype: float16", 1, "dtype", ["one of float32, float64"]),
-    ("seed: 1", "layout: layer", 1, "layout", ["layers, auto or a mapping with replicas and swarms"]),
-    ("name: digits", "name: digits, partition: disjoint", 2, "data.partition", ["must be shared"]),
+    ("seed: 1", "layout: layer", 1, "layout", ["layers, auto or a mapping with replicas, swarms or both"]),
+    ("seed: 1", "layout: {replica: 2}", 1, "layout.replica", ["did you mean replicas?"]),
+    ("name: digits", "name: digits, partition: split", 2, "data.partition", ["one of shared, disjoint", "not split"]),
     ("name: digits", "name: digits, augment: [flop]", 2, "data.augment[0]", ["one of flip, crop"]),
     # wrong types
     ("epochs: 3", "epochs: yes", 11, "train.epochs", ["a whole number", "'yes'"]),
@@ -96,7 +107,7 @@ MISTAKES = [
     ("kernel: 3", "kernel: [3, a]", 5, "model.layers[0].conv2d.kernel[1]", ["a whole number", "'a'"]),
     ("{name: digits}", "digits", 2, "data", ["a mapping", "'digits'"]),
     ("{name: digits}", "{name: digits, augment: flip}", 2, "data.augment", ["a list", "'flip'"]),
-    ("optimizer: adam", "optimizer: [adam]", 12, "train.optimizer", ["name of a optimizer", "a list"]),
+    ("optimizer: adam", "optimizer: [adam]", 12, "train.optimizer", ["name of an optimizer", "a list"]),
     ("optimizer: adam", "optimizer: {adam: {}, sgd: {}}", 12, "train.optimizer", ["one optimizer", "adam and sgd"]),
     ("optimizer: adam", "optimizer: {adam: {betas: [1]}}", 12, "train.optimizer.adam.betas", ["two numbers"]),
     # what is missing
@@ -139,8 +150,16 @@ MISTAKES = [
      "train.schedule.cosine.warmup_steps", ["at least 0"]),
     ("seed: 1", "layout: {swarms: []}", 1, "layout.swarms", ["must not be empty"]),
     ("seed: 1", "layout: {replicas: 0, swarms: [{}]}", 1, "layout.replicas", ["at least 1"]),
+    # ranges of exchanges
+    ("seed: 1", "exchange: {elite: 0}", 1, "exchange.elite", ["at least 1"]),
+    ("seed: 1", "exchange: {elite: {metric: test_loss}}", 1, "exchange.elite.metric",
+     ["one of validation_loss, validation_accuracy"]),
+    ("seed: 1", "exchange: {elite: {mode: worst}}", 1, "exchange.elite.mode", ["one of best, tournament"]),
     # what does not go together
     ("epochs: 3", "epochs: 3\n  steps: 5", 12, "train.steps", ["cannot both be given"]),
+    ("seed: 1", "exchange: elite", 2, "data.validation", ["never on the test set", "add data.validation: 0.1"]),
+    ("name: digits}", "name: digits, validation: 0}\nexchange: elite", 2, "data.validation", ["elite needs it"]),
+    ("optimizer: adam", "clip_norm: 1\npipeline: async", 12, "train.clip_norm", ["pipeline async", "never there"]),
     ("name: digits", "name: digits, root: x", 2, "data.root", ["needs no files"]),
     ("name: digits", "name: digits, rows: 5", 2, "data.rows", ["only for synthetic"]),
     ("name: digits", "name: digits, transposed: true", 2, "data.transposed", ["only for letters"]),
@@ -159,6 +178,78 @@ MISTAKES = [
     ("seed: 1", "seed: \x07", 1, None, ["U+0007"]),
     ("seed: 1", "--- a\n--- b", 2, None, ["not valid YAML"]),
 ]  # fmt: skip
+
+
+# (options of gossip as YAML, key below exchange.gossip, words of the message)
+GOSSIP = [
+    ("pairing: rnig", "pairing", ["one of ring, exponential, hypercube", "did you mean ring?"]),
+    ("paring: ring", "paring", ["unknown key", "did you mean pairing?"]),
+    ("every: 0", "every", ["at least 1", "not 0"]),
+    ("every: 1.5", "every", ["a whole number", "1.5"]),
+    ("exact_every: 0", "exact_every", ["at least 1"]),
+    ("probability: 0", "probability", ["more than 0 and at most 1", "not 0"]),
+    ("probability: 1.1", "probability", ["more than 0 and at most 1", "not 1.1"]),
+    ("part: 0", "part", ["more than 0 and at most 1"]),
+    ("part: 1.5", "part", ["more than 0 and at most 1"]),
+    ("part: all", "part", ["a number or auto", "'all'"]),
+    ("part: auot", "part", ["a number or auto", "did you mean auto?"]),
+    ("deadline: 0", "deadline", ["more than 0"]),
+    ("deadline: -3", "deadline", ["more than 0"]),
+    ("deadline: never", "deadline", ["a number or one of auto, none", "'never'"]),
+    ("deadline: autoo", "deadline", ["did you mean auto?"]),
+    ("divergence_threshold: -1", "divergence_threshold", ["at least 0"]),
+    ("overlap: 1", "overlap", ["true or false"]),
+    ("mix: {constant: 1.5}", "mix.constant", ["between 0 and 1", "not 1.5"]),
+    ("mix: {constant: {value: -0.5}}", "mix.constant.value", ["between 0 and 1"]),
+    ("mix: {linear: {start: 2}}", "mix.linear.start", ["between 0 and 1"]),
+    ("mix: {linear: {end: -1}}", "mix.linear.end", ["between 0 and 1"]),
+    ("mix: {linear: {target: 0}}", "mix.linear.target", ["at least 1"]),
+    ("mix: {linear: {target: 0.5}}", "mix.linear.target", ["a whole number"]),
+    ("mix: {linear: {unit: 1}}", "mix.linear.unit", ["possible: start, end, target"]),  # not those of the layer linear
+    ("mix: {constant: {warmup_steps: 1}}", "mix.constant.warmup_steps", ["unknown key; possible: value"]),
+    ("mix: {loss_divergence: 0}", "mix.loss_divergence", ["more than 0"]),
+    ("mix: {loss_divergence: {target: -1}}", "mix.loss_divergence.target", ["more than 0"]),
+    ("mix: clok", "mix", ["unknown mix 'clok'", "did you mean clock?"]),
+    ("mix: {clok: {}}", "mix.clok", ["unknown mix 'clok'", "did you mean clock?"]),
+    ("mix: {clock: 1}", "mix.clock", ["clock has no options"]),
+    ("mix: 3", "mix", ["the name of a mix", "not 3"]),
+    ("mix: {clock: {}, loss: {}}", "mix", ["one mix", "clock and loss"]),
+    ("compress: {topk: 0}", "compress.topk", ["more than 0 and less than 1"]),
+    ("compress: {topk: 1}", "compress.topk", ["more than 0 and less than 1"]),
+    ("compress: {topk: {fraction: 1.5}}", "compress.topk.fraction", ["more than 0 and less than 1"]),
+    ("compress: {topk: {fractoin: 0.5}}", "compress.topk.fractoin", ["unknown key", "did you mean fraction?"]),
+    ("compress: top", "compress", ["unknown compression 'top'", "did you mean topk?"]),
+    ("compress: {topk: x}", "compress.topk", ["a number", "'x'"]),
+    ("compress: sign, gamma: 0", "gamma", ["more than 0 and less than 1"]),
+    ("compress: sign, gamma: 1", "gamma", ["more than 0 and less than 1"]),
+    ("gamma: 0.5", "gamma", ["add compress"]),
+    ("exact_every: 2, slow_momentum: 1", "slow_momentum", ["at least 0 and less than 1"]),
+    ("slow_momentum: 0.5", "slow_momentum", ["add exact_every"]),
+    ("compress: topk, mix: clock", "compress", ["topk", "leave out mix"]),
+    ("compress: int8, mix: {constant: 0.5}", "compress", ["int8", "the pairing's own weights only"]),
+    ("compress: float16, mix: push_sum", "compress", ["float16", "the pairing's own weights only"]),
+    ("compress: sign, pairing: random", "compress", ["sign", "choose another pairing"]),
+    ("average: [optimizer]", "average", ["must hold parameters"]),
+    ("average: []", "average", ["must hold parameters"]),
+    ("average: [parameters, parameters]", "average", ["twice"]),
+    ("average: [parameter]", "average[0]", ["one of parameters, optimizer", "did you mean parameters?"]),
+    ("average: parameters", "average", ["a list", "'parameters'"]),
+    ("consensus: {max: 0}", "consensus.max", ["more than 0"]),
+    ("consensus: {mix: 0.1}", "consensus.mix", ["unknown key", "did you mean max?"]),
+    ("consensus: 0.1", "consensus", ["a mapping", "0.1"]),
+]
+
+
+@pytest.mark.parametrize(("options", "key", "words"), GOSSIP, ids=[row[0] for row in GOSSIP])
+def test_a_mistake_in_gossip_is_told_with_line_and_key(options: str, key: str, words: list[str]) -> None:
+    texts = (edited("seed: 1", f"seed: 1\nexchange: {{gossip: {{{options}}}}}"), BASE)
+    for text, override in zip(texts, ((), (f"exchange.gossip={{{options}}}",)), strict=True):
+        error = told(text, *override)
+        assert error.key == f"exchange.gossip.{key}"
+        assert (error.file, error.line) == ((f"--set {override[0]}", None) if override else ("f.yaml", 2))
+        for word in words:
+            assert word in str(error)
+        assert "more mistake" not in str(error)
 
 
 @pytest.mark.parametrize(("old", "new", "line", "key", "words"), MISTAKES, ids=[f"{m[1]}"[:40] for m in MISTAKES])
@@ -245,7 +336,8 @@ def test_defaults() -> None:
     assert (train.epochs, train.steps, train.batch_size, train.micro_batches) == (10, None, 128, "auto")
     assert (train.optimizer, train.schedule, train.report_every) == (specs.Adam(), specs.Constant(), 50)
     assert (made.data.rows, made.data.test_rows, made.data.shape, made.data.classes) == (10_000, 1_000, (28, 28, 1), 10)
-    assert (made.layout, made.pipeline, made.exchange, made.trace) == ("layers", "1f1b", "allreduce", False)
+    assert (made.layout, made.trace, made.data.partition) == ("layers", False, "shared")
+    assert (made.pipeline, made.exchange) == (choices.OneFOneB(), choices.Allreduce())
 
 
 def test_output_is_named_after_the_file(tmp_path: Path) -> None:
@@ -294,6 +386,57 @@ def test_set_options_of_layers_and_optimizers() -> None:
     assert made.layout == Layout(replicas=2, swarms=(Swarm(layers=2, rows=3),))
 
 
+def test_set_options_of_exchanges_and_pipelines() -> None:
+    assert loads(BASE, "exchange=gossip").exchange == choices.Gossip()
+    assert loads(BASE, "exchange=none").exchange == choices.Nothing()
+    assert loads(BASE, "exchange.gossip.pairing=ring").exchange == choices.Gossip("ring")
+    assert loads(BASE, "data.validation=0.1", "exchange.elite.mode=tournament").exchange == choices.Elite(
+        mode="tournament"
+    )
+    text = edited("seed: 1", "exchange: {gossip: ring}")
+    assert loads(text, "exchange.gossip.every=2").exchange == choices.Gossip("ring", every=2)
+    assert loads(text, "exchange.allreduce={}").exchange == choices.Allreduce()
+    top = choices.Gossip("ring", compress=choices.TopK(0.1))
+    for value in ("compress.topk.fraction=0.1", "compress.topk=0.1", "compress={topk: 0.1}"):
+        assert loads(text, f"exchange.gossip.{value}").exchange == top
+    text = edited("seed: 1", "exchange: {gossip: {mix: {linear: {start: 0.7}}, consensus: {max: 0.3}}}")
+    made = loads(text, "exchange.gossip.mix.linear.target=7", "exchange.gossip.consensus.max=0.1").exchange
+    assert made == choices.Gossip(mix=choices.Linear(0.7, target=7), consensus=choices.Consensus(0.1))
+    assert loads(text, "exchange.gossip.mix.constant.value=0.5").exchange.mix == choices.Constant(0.5)
+    assert loads(text, "exchange.gossip.mix=clock", "exchange.gossip.consensus=null").exchange == choices.Gossip(
+        mix=choices.Clock()
+    )
+    assert loads(BASE, "exchange.gossip.consensus.max=0.1").exchange.consensus == choices.Consensus(0.1)
+    assert loads(BASE, "pipeline=async").pipeline == choices.Async()
+    assert loads(BASE, "pipeline.async.staleness_aware=true").pipeline == choices.Async(staleness_aware=True)
+    assert loads(edited("seed: 1", "pipeline: {async: true}")).pipeline == choices.Async(staleness_aware=True)
+    assert loads(edited("seed: 1", "pipeline: async"), "pipeline=gpipe").pipeline == choices.Gpipe()
+
+
+def test_what_goes_together() -> None:
+    assert loads(BASE, "data.validation=0.1", "exchange=elite").exchange == choices.Elite()
+    assert loads(BASE, "train.clip_norm=1", "pipeline=gpipe").train.clip_norm == 1
+    disjoint = loads(BASE, "data.partition=disjoint")
+    assert (disjoint.data.partition, disjoint.exchange) == ("disjoint", choices.Allreduce())
+    for options in (
+        "{compress: topk, gamma: 0.3, average: [parameters, optimizer]}",
+        "{compress: topk, mix: constant}",
+        "{pairing: random, mix: push_sum, consensus: {max: 0.1}}",
+        "{mix: loss}",
+        "{exact_every: 5, slow_momentum: 0.5}",
+        "{deadline: none, part: 1}",
+        "{deadline: 2, part: auto, probability: 1}",
+    ):
+        assert isinstance(loads(BASE, f"exchange.gossip={options}").exchange, choices.Gossip)
+
+
+def test_replicas_without_swarms() -> None:
+    for made in (loads(BASE, "layout={replicas: 4}"), loads(BASE, "layout.replicas=4")):
+        assert made.layout == Layout(replicas=4)
+        assert "swarms" not in config.to_plain(made)["layout"]
+        assert config.loads(config.to_yaml(made), "again.yaml") == made
+
+
 def test_set_changes_one_place_of_a_shared_anchor() -> None:
     text = edited("- flatten", "- &r {residual: {layers: [{linear: 8}]}}\n    - *r")
     made = loads(text, "model.layers.2.residual.layers.0.linear.units=9")
@@ -308,6 +451,10 @@ def test_set_changes_one_place_of_a_shared_anchor() -> None:
         ("train.batch_size=x", "train.batch_size", "a whole number"),
         ("train.optimizer.sgd.lr=-1", "train.optimizer.sgd.lr", "more than 0"),
         ("train.optimizer.sgdd.lr=1", "train.optimizer.sgdd", "did you mean sgd?"),
+        ("exchange.gosip.every=2", "exchange.gosip", "did you mean gossip?"),
+        ("exchange.gossip.mix.linaer.start=1", "exchange.gossip.mix.linaer", "did you mean linear?"),
+        ("exchange.gossip.compress.topk.fraction=2", "exchange.gossip.compress.topk.fraction", "less than 1"),
+        ("pipeline.async.staleness=2", "pipeline.async.staleness", "did you mean staleness_aware?"),
         ("model.layers.9.dropout=2", "model.layers", "4 entries"),
         ("model.layers.x=2", "model.layers", "a position is wanted"),
         ("seed.x=2", "seed", "nothing called 'x'"),
@@ -412,11 +559,49 @@ SCHEDULE = st.one_of(
 SCALING = st.none() | POSITIVE | st.lists(POSITIVE, min_size=1, max_size=3)
 DATA = st.one_of(
     st.fixed_dictionaries({"name": st.sampled_from(["mnist", "letters", "cifar10", "hdf5"]), "root": TEXT},
-                          optional={"validation": unit(), "augment": st.sampled_from([["flip"], ["flip", "crop"]]),
+                          optional={"validation": unit(), "partition": st.sampled_from(["shared", "disjoint"]),
+                                    "augment": st.sampled_from([["flip"], ["flip", "crop"]]),
                                     "mean": SCALING, "std": SCALING}),
     st.fixed_dictionaries({"name": st.just("synthetic")},
                           optional={"rows": COUNT, "shape": st.lists(COUNT, min_size=1, max_size=3)}),
 )  # fmt: skip
+ABOVE_ZERO = st.floats(0, 1, exclude_min=True)
+BETWEEN = st.floats(0, 1, exclude_min=True, exclude_max=True)
+PAIRING = st.sampled_from(get_args(choices.Pairing))
+AVERAGE = st.sampled_from([("parameters",), ("parameters", "optimizer"), ("optimizer", "parameters")])
+MIX = st.one_of(
+    st.builds(choices.Constant, st.none() | st.floats(0, 1)),
+    st.builds(choices.Linear, st.floats(0, 1), st.floats(0, 1), COUNT),
+    st.builds(choices.LossDivergence, POSITIVE),
+    st.sampled_from([choices.Clock(), choices.Loss(), choices.PushSum()]),
+)
+COMPRESS = st.builds(choices.TopK, BETWEEN) | st.sampled_from([choices.Float16(), choices.Int8(), choices.Sign()])
+COMMON = {
+    "every": COUNT,
+    "probability": ABOVE_ZERO,
+    "part": st.just("auto") | ABOVE_ZERO,
+    "divergence_threshold": st.floats(0, 1e300),
+    "exact_every": COUNT,
+    "slow_momentum": unit(),
+    "average": AVERAGE,
+    "overlap": st.booleans(),
+    "deadline": st.sampled_from(["auto", "none"]) | POSITIVE,
+    "consensus": st.none() | st.builds(choices.Consensus, POSITIVE),
+}
+EXCHANGE = st.one_of(
+    st.just(choices.Allreduce()),
+    st.just(choices.Nothing()),
+    st.builds(choices.Elite, COUNT, st.sampled_from(["best", "tournament"]), st.just("validation_accuracy")),
+    st.builds(choices.Gossip, PAIRING, MIX, **COMMON),
+    st.builds(
+        choices.Gossip,
+        PAIRING.filter(lambda p: p != "random"),
+        compress=COMPRESS,
+        gamma=st.none() | BETWEEN,
+        **COMMON,
+    ),
+)
+PIPELINE = st.builds(choices.Async, st.booleans()) | st.sampled_from([choices.OneFOneB(), choices.Gpipe()])
 SWARMS = st.lists(
     st.fixed_dictionaries({}, optional={"layers": COUNT, "rows": COUNT, "cols": COUNT}), min_size=1, max_size=3
 )
@@ -433,11 +618,19 @@ SWARMS = st.lists(
         optional={"clip_norm": POSITIVE, "stop_at": st.just({"accuracy": 0.5}), "report_every": COUNT},
     ),
     layout=st.sampled_from(["layers", "auto"])
-    | st.fixed_dictionaries({"swarms": SWARMS}, optional={"replicas": COUNT}),
+    | st.fixed_dictionaries({}, optional={"swarms": SWARMS, "replicas": COUNT}),
+    exchange=EXCHANGE,
+    pipeline=PIPELINE,
     output=TEXT,
     seed=st.integers(0, 2**80),
 )
-def test_what_is_written_reads_back_equal(data, layers, loss, length, train, layout, output, seed) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_written_reads_back_equal(  # type: ignore[no-untyped-def]
+    data, layers, loss, length, train, layout, exchange, pipeline, output, seed
+) -> None:
+    if isinstance(exchange, choices.Elite):
+        data = {**data, "validation": 0.25}
+    if isinstance(pipeline, choices.Async):
+        train = {name: value for name, value in train.items() if name != "clip_norm"}
     made = config.from_plain(
         {
             "seed": seed,
@@ -445,9 +638,12 @@ def test_what_is_written_reads_back_equal(data, layers, loss, length, train, lay
             "model": {"layers": config.plain(layers), "loss": config.plain(loss)},
             "train": {length: 7, **config.plain(train)},
             "layout": layout,
+            "exchange": config.plain(exchange),
+            "pipeline": config.plain(pipeline),
             "output": output,
         }
     )
+    assert (made.exchange, made.pipeline) == (exchange, pipeline)
     assert made.model.layers == layers
     assert made.train.optimizer == train["optimizer"]
     again = config.loads(config.to_yaml(made), "again.yaml")
@@ -458,7 +654,16 @@ def test_what_is_written_reads_back_equal(data, layers, loss, length, train, lay
 
 def test_the_digest_tells_configurations_apart_but_not_outputs() -> None:
     assert config.digest(loads(BASE, "output=elsewhere")) == config.digest(loads())
-    changes = ["seed=2", "train.batch_size=64", "model.layers.2.dropout=0.3", "layout=auto", "train.optimizer=sgd"]
+    changes = [
+        *("seed=2", "train.batch_size=64", "model.layers.2.dropout=0.3", "layout=auto", "train.optimizer=sgd"),
+        *(
+            "exchange=gossip",
+            "exchange.gossip.mix=clock",
+            "pipeline=async",
+            "layout.replicas=2",
+            "data.partition=disjoint",
+        ),
+    ]
     digests = {config.digest(loads(BASE, change)) for change in changes} | {config.digest(loads())}
     assert len(digests) == len(changes) + 1
 
@@ -469,10 +674,16 @@ def test_every_option_of_every_spec_is_accepted() -> None:
         (specs.OPTIMIZERS, "train.optimizer"),
         (specs.SCHEDULES, "train.schedule"),
         (specs.LOSSES, "model.loss"),
+        (choices.PIPELINES, "pipeline"),
+        (choices.EXCHANGES, "exchange"),
+        (choices.MIXES, "exchange.gossip.mix"),
+        (choices.COMPRESSIONS, "exchange.gossip.compress"),
     ):
         for kind, spec in kinds.items():
             required = {"every": 3, "factor": 0.5}
             made = spec(**{f.name: required[f.name] for f in fields(spec) if f.name in required and kind != "constant"})
-            section, name = at.split(".")
-            read = getattr(getattr(loads(BASE, f"{at}={config.plain(made)}"), section), name)
+            read: Any = loads(BASE, f"{at}={json.dumps(config.plain(made))}", "data.validation=0.1")
+            for part in at.replace(".gossip", "").split("."):
+                read = getattr(read, part)
             assert read == made
+            assert type(read) is spec
