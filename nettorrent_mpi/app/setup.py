@@ -17,6 +17,7 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import auto_layout
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError
+from nettorrent_mpi.plan.pairing import make_pairing
 from nettorrent_mpi.plan.topology import Topology, given_layout, layers_layout
 
 MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
@@ -77,7 +78,8 @@ def set_up(config: Config, ranks: int) -> Setup:
         optimizer=train.optimizer,
         batch_size=train.batch_size,
         micro_batches=pieces,
-        pipeline=config.pipeline.kind,
+        pipeline=config.pipeline,
+        exchange=config.exchange,
         clip_norm=train.clip_norm,
         dtype=config.dtype,
         seed=config.seed,
@@ -128,7 +130,7 @@ def _pieces(config: Config, automatic: int) -> int:
 
 
 def _check_exchange(config: Config, topology: Topology) -> None:
-    """ConfigError where the replicas cannot be exchanged between in the way that the configuration asks for."""
+    """ConfigError where so many replicas cannot have the exchange that the configuration asks for."""
     exchange = config.exchange
     if topology.replicas == 1 and isinstance(exchange, Elite | Gossip):
         nobody = "take weights from" if isinstance(exchange, Elite) else "average with"
@@ -137,3 +139,5 @@ def _check_exchange(config: Config, topology: Topology) -> None:
             "give layout: {replicas: N} or exchange: allreduce",
             key=f"exchange.{exchange.kind}",
         )
+    if isinstance(exchange, Gossip):
+        make_pairing(exchange.pairing, topology.replicas, config.seed)
