@@ -1,0 +1,48 @@
+"""The networks of torch_models.py under DistributedDataParallel over gloo, one process per MPI rank, so that the same
+launcher and the same network carry both sides of a comparison.
+
+    benchmarks/hosts -n 4 -r 200mbit -- python -m benchmarks.ddp_slow --model mnist_wide --batch 512 --steps 30
+
+takes the options of torch_models.py; rank 0 prints its line of JSON. Rank and size are those that mpirun (Open MPI or
+MPICH) tells; the processes meet at MASTER_ADDR:MASTER_PORT (127.0.0.1:29500), and gloo takes the interface that
+GLOO_SOCKET_IFNAME names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+
+import torch.distributed as dist
+
+from benchmarks.torch_models import parse, train
+
+LAUNCHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+
+
+def placed(environ: Mapping[str, str]) -> tuple[int, int]:
+    """(rank, number of ranks) as the launcher tells them; (0, 1) without one."""
+    for rank, size in LAUNCHERS:
+        if rank in environ and size in environ:
+            return int(environ[rank]), int(environ[size])
+    return 0, 1
+
+
+def main() -> None:
+    rank, size = placed(os.environ)
+    options = parse([*sys.argv[1:], "--processes", str(size)])
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        measured = train(options, rank)
+    finally:
+        dist.destroy_process_group()
+    if rank == 0:
+        print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()
