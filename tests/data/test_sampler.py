@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.topology import Place, Stage, Topology
 
 
 @given(st.integers(1, 300), st.integers(0, 2**31), st.floats(0, 0.9), st.integers(1, 350), st.integers(0, 3))
@@ -63,6 +64,79 @@ def test_augment_key_changes_with_the_epoch_only() -> None:
     assert sampler.augment_key(0) == sampler.augment_key(9)
     assert sampler.augment_key(10) != sampler.augment_key(9)
     assert sampler.augment_key(0) != Sampler(100, 2, 0.0, 10).augment_key(0)
+
+
+# ---- a part of the rows for each replica ----------------------------------------------------------------------------
+
+
+def rows_of(sampler: Sampler, step: int, replica: int) -> list[int]:
+    """What the engine lets a replica train on: by position in the mini-batch."""
+    topology = Topology(sampler.replicas, (Stage(0, 1, 1, 1),))
+    batch = sampler.rows(step)
+    spans = [
+        topology.batch_rows(Place(replica, 0, 0, 0), len(batch), sampler.micro_batches, m)
+        for m in range(sampler.micro_batches)
+    ]
+    return [int(row) for span in spans for row in batch[span.start : span.stop]]
+
+
+@given(
+    rows=st.integers(1, 120),
+    seed=st.integers(0, 2**31),
+    validation=st.sampled_from([0.0, 0.1, 0.33]),
+    batch_size=st.integers(1, 50),
+    replicas=st.integers(1, 7),
+    micro_batches=st.integers(1, 6),
+)
+def test_a_replica_trains_on_all_of_its_own_rows_every_epoch_and_on_no_others(
+    rows: int, seed: int, validation: float, batch_size: int, replicas: int, micro_batches: int
+) -> None:
+    if round(rows * validation) >= rows:
+        return
+    sampler = Sampler(
+        rows, seed, validation, batch_size, replicas=replicas, micro_batches=micro_batches, partition="disjoint"
+    )
+    parts = []
+    for epoch in range(2):
+        np.testing.assert_array_equal(np.sort(sampler.order(epoch)), sampler.training_rows)
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        parts.append([sorted(row for n in steps for row in rows_of(sampler, n, r)) for r in range(replicas)])
+    assert parts[0] == parts[1]
+    assert sorted(row for part in parts[0] for row in part) == sampler.training_rows.tolist()
+    shared = Sampler(rows, seed, validation, batch_size)
+    np.testing.assert_array_equal(sampler.validation_rows, shared.validation_rows)
+    assert sampler.steps_per_epoch == shared.steps_per_epoch
+
+
+def test_parts_are_fixed_and_shuffled_anew_each_epoch() -> None:
+    sampler = Sampler(1000, 5, 0.1, 64, replicas=3, micro_batches=4, partition="disjoint")
+    again = Sampler(1000, 5, 0.1, 64, replicas=3, micro_batches=4, partition="disjoint")
+    np.testing.assert_array_equal(again.order(3), sampler.order(3))  # asked in another sequence
+    for replica in range(3):
+        first, second = ([row for n in range(15) for row in rows_of(sampler, 15 * e + n, replica)] for e in (0, 1))
+        assert len(first) == [14 * 24 + 4, 14 * 20, 14 * 20][replica]  # 16 rows are 6 + 5 + 5; the last batch is 4 x 1
+        assert first != second
+        assert first != sorted(first)
+    other = Sampler(1000, 6, 0.1, 64, replicas=3, micro_batches=4, partition="disjoint")
+    assert sorted(rows_of(other, 0, 0)) != sorted(rows_of(sampler, 0, 0))
+    assert sampler.order(0).dtype == sampler.training_rows.dtype
+    with pytest.raises(ValueError, match="read-only"):
+        sampler.rows(3)[0] = 1
+
+
+def test_a_part_is_no_run_of_neighbouring_rows() -> None:
+    sampler = Sampler(10_000, 1, 0.0, 100, replicas=2, partition="disjoint")
+    means = [np.mean([row for n in range(100) for row in rows_of(sampler, n, replica)]) for replica in range(2)]
+    assert all(abs(mean - 5000) < 200 for mean in means)
+
+
+def test_one_replica_and_shared_rows_have_the_common_order() -> None:
+    plain = Sampler(103, 1, 0.1, 10)
+    one = Sampler(103, 1, 0.1, 10, replicas=1, micro_batches=3, partition="disjoint")
+    shared = Sampler(103, 1, 0.1, 10, replicas=4, micro_batches=3)
+    for epoch in range(2):
+        np.testing.assert_array_equal(one.order(epoch), plain.order(epoch))
+        np.testing.assert_array_equal(shared.order(epoch), plain.order(epoch))
 
 
 def test_mistakes() -> None:
