@@ -3,24 +3,27 @@
     F forward                 SA, RA  send, receive activations         R  sum the gradients over the swarm
     B backward                SG, RG  send, receive gradients           N  global norm, for clipping, over all ranks
                                                                         U  optimizer update
-An action prints and parses as stage, kind, micro-batch: `2F0`, `2SA0`, `2R` (notation after
-torch.distributed.pipelining). R, N and U are done once per step.
+An action prints and parses as stage, kind, number: `2F0`, `2SA0`, `2R` (notation after torch.distributed.pipelining).
+The number is the micro-batch's. R, N and U are done once per step and have none in the list of one step; in lists of
+several mini-batches it is the mini-batch's: `2R0`, `2U1`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, cast
 
 from nettorrent_mpi.plan.errors import ScheduleError
 
 Kind = Literal["F", "B", "SA", "RA", "SG", "RG", "R", "N", "U"]
+ONCE: tuple[Kind, ...] = ("R", "N", "U")  # once per step, in this order
 
-_FORM = re.compile(r"(\d+)(?:(F|B|SA|RA|SG|RG)(\d+)|(R|N|U))")
+_FORM = re.compile(r"(\d+)(?:(F|B|SA|RA|SG|RG)(\d+)|(R|N|U)(\d*))")
 
 
 class Action(NamedTuple):
-    """One thing that a rank of `stage` does; `micro_batch` is None for what is done once per step."""
+    """One thing that a rank of `stage` does. `micro_batch` is the number: of R, N and U None, or their mini-batch's."""
 
     stage: int
     kind: Kind
@@ -37,6 +40,20 @@ def parse(text: str) -> Action:
     """The action that prints as `text`. Raises ScheduleError for any other text."""
     match = _FORM.fullmatch(text)
     if not match:
-        raise ScheduleError(f"{text!r} is no action; actions look like 2F0, 2SA0 or 2R")
-    stage, kind, micro_batch, once = match.groups()
-    return Action(int(stage), cast("Kind", kind or once), int(micro_batch) if micro_batch else None)
+        raise ScheduleError(f"{text!r} is no action; actions look like 2F0, 2SA0, 2R or 2R0")
+    stage, kind, micro_batch, once, step = match.groups()
+    number = micro_batch or step
+    return Action(int(stage), cast("Kind", kind or once), int(number) if number else None)
+
+
+def with_transfers(actions: Iterable[Action], stages: int) -> Actions:
+    """One stage's actions with its transfers: received right before use, sent as soon as there is a result."""
+    full: Actions = []
+    for action in actions:
+        s, kind, m = action
+        if (kind == "F" and s > 0) or (kind == "B" and s < stages - 1):
+            full.append(Action(s, "RA" if kind == "F" else "RG", m))
+        full.append(action)
+        if (kind == "F" and s < stages - 1) or (kind == "B" and s > 0):
+            full.append(Action(s, "SA" if kind == "F" else "SG", m))
+    return full

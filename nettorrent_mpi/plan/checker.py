@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from nettorrent_mpi.plan.actions import Action, Actions, Kind
+from nettorrent_mpi.plan.actions import ONCE, Action, Actions, Kind
 from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.topology import Topology
 
@@ -19,6 +19,11 @@ def check(topology: Topology, lists: Sequence[Actions], capacity: int = 1) -> No
     needs fewer than `capacity` of its messages in that direction still to be received by any rank of that team. What
     can move under these rules can always move later, so the order of play does not matter.
 
+    Lists in which R and U have numbers are those of several mini-batches of as many micro-batches each, from one drain
+    to the next (plan/stream.py). In these, too, a mini-batch's backwards come before its R, that before its U, and U
+    before the next mini-batch's backwards; stage s of S has at most S - s micro-batches in flight; and all ranks of a
+    swarm do a micro-batch's forward after as many updates.
+
     Raises ScheduleError, which names the ranks, the actions that wait and what they wait for, or the action that is
     missing, doubled or out of order.
     """
@@ -28,8 +33,10 @@ def check(topology: Topology, lists: Sequence[Actions], capacity: int = 1) -> No
     game = _Game(topology, actors, capacity)
     game.play()
     training = any(action.kind in ("B", "R", "U") for actor in actors for action in actor.actions)
+    steps = _mini_batches(actors)
     for actor in actors:
-        _check_order(actor, len(topology.stages), training)
+        _check_order(actor, len(topology.stages), training, steps)
+    _check_versions(actors)
 
 
 @dataclass
@@ -168,19 +175,46 @@ def _check_stage(actor: _Actor, stages: int) -> None:
         seen.add(action)
 
 
-def _check_order(actor: _Actor, stages: int, training: bool) -> None:
+def _mini_batches(actors: Sequence[_Actor]) -> list[range] | None:
+    """The micro-batches of each mini-batch where R and U have numbers; None where the lists are those of one step."""
+    actions = [(action, actor) for actor in actors for action in actor.actions]
+    numbers = {action.micro_batch for action, _ in actions if action.kind in ONCE}
+    if numbers <= {None}:
+        return None
+    for action, actor in actions:
+        if action.micro_batch is None:
+            raise ScheduleError(
+                f"{action} of {actor} has no number, and elsewhere R or U has: of which mini-batch is it?"
+            )
+    steps = 1 + max(n for n in numbers if n is not None)
+    count = 1 + max((a.micro_batch or 0 for a, _ in actions if a.kind not in ONCE), default=-1)
+    if count % steps:
+        raise ScheduleError(f"{steps} mini-batches cannot have as many micro-batches each: there are {count}")
+    each = count // steps
+    return [range(n * each, (n + 1) * each) for n in range(steps)]
+
+
+def _check_order(actor: _Actor, stages: int, training: bool, steps: list[range] | None) -> None:
     """Everything that a micro-batch and a step need is there, and after what it needs."""
-    s, last = actor.stage, actor.stage == stages - 1
+    s, last, flying = actor.stage, actor.stage == stages - 1, stages - actor.stage
     index = {action: i for i, action in enumerate(actor.actions)}
-    forward: list[Kind] = ["RA", "F", "SA"]
-    backward: list[Kind] = ["RG", "B", "SG"] if training else []
+    passes: list[Kind] = ["RA", "F", "SA", "RG", "B", "SG"] if training else ["RA", "F", "SA"]
     absent = ({"RA", "SG"} if s == 0 else set()) | ({"SA", "RG"} if last else set())
-    ends: list[Kind] = [k for k in ("R", "N", "U") if k != "N" or Action(s, "N") in index] if training else []
-    chains: list[list[Action]] = [[Action(s, kind) for kind in ends]]
-    for m in sorted({a.micro_batch for a in actor.actions if a.micro_batch is not None}):
-        chains.append([Action(s, kind, m) for kind in [*forward, *backward] if kind not in absent])
-        if training:
-            chains.append([Action(s, "B", m), Action(s, "R")])
+    passes = [kind for kind in passes if kind not in absent]
+    norm = any(action.kind == "N" for action in actor.actions)
+    ends = [kind for kind in ONCE if kind != "N" or norm] if training else []
+    here = sorted({a.micro_batch for a in actor.actions if a.kind not in ONCE and a.micro_batch is not None})
+    chains: list[list[Action]] = []
+    for n, micro_batches in [(None, here)] if steps is None else enumerate(steps):
+        chains.append([Action(s, kind, n) for kind in ends])
+        for m in micro_batches:
+            chains.append([Action(s, kind, m) for kind in passes])
+            if training:
+                chains.append([Action(s, "B", m), Action(s, "R", n)])
+            if n is not None and m >= flying:
+                chains.append([Action(s, "B", m - flying), Action(s, "F", m)])
+            if n:
+                chains.append([Action(s, "U", n - 1), Action(s, "B", m)])
     for chain in chains:
         for action in chain:
             if action not in index:
@@ -188,5 +222,19 @@ def _check_order(actor: _Actor, stages: int, training: bool) -> None:
         for before, after in pairwise(chain):
             if index[before] > index[after]:
                 raise ScheduleError(f"{after} of {actor} comes before {before}")
-    if training and actor.actions[-1].kind != "U":
-        raise ScheduleError(f"{actor.actions[-1]} of {actor} comes after {Action(s, 'U')}")
+    end = Action(s, "U", None if steps is None else len(steps) - 1)
+    if training and actor.actions[-1] != end:
+        raise ScheduleError(f"{actor.actions[-1]} of {actor} comes after {end}")
+
+
+def _check_versions(actors: Sequence[_Actor]) -> None:
+    """All ranks of a swarm use the same weights for a micro-batch: as many updates come before its forward."""
+    known: dict[Action, tuple[int, _Actor]] = {}
+    for actor in actors:
+        updates = 0
+        for action in actor.actions:
+            updates += action.kind == "U"
+            if action.kind == "F":
+                others, other = known.setdefault(action, (updates, actor))
+                if others != updates:
+                    raise ScheduleError(f"{action} of {actor} comes after {updates} updates, of {other} after {others}")

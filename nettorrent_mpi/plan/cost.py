@@ -1,8 +1,9 @@
 """What a layout costs: predicted seconds and bytes, and the layout that is predicted to be fastest.
 
 Counted for the rank with the most work: spans round up, so a rank's share of rows, units and micro-batches does too.
-The figures rank layouts; they promise no absolute speed. The exchange is taken to be exact, so that replicas and rows
-differ only in how ranks are grouped.
+The figures rank layouts; they promise no absolute speed. With an exact exchange replicas and rows differ only in how
+ranks are grouped: all of them sum their gradients and share the optimizer's work. With another (`exact=False`) the rows
+of each team do so on their own; what replicas send each other then travels beside the compute and is not counted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 from nettorrent_mpi.plan.actions import Action
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.schedule import PIPELINES, peak_stored, simulate
+from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, peak_stored, simulate, steady_seconds
+from nettorrent_mpi.plan.stream import versions
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout, partition
 
 
@@ -46,15 +48,19 @@ def predict(
     micro_batches: int,
     pipeline: str,
     machine: Machine | None = None,
+    *,
+    exact: bool = True,
 ) -> Prediction:
-    """Predicts one training step.
+    """Predicts one training step; where the pipeline does not flush, one more among many.
 
     A stage's work on a micro-batch is its compute, the copying of what it receives and sends (both ranks pay: messages
     progress only inside MPI calls), and the gathering of columns between its own layers. These times go through the
     schedule's simulation; then comes the sum of the gradients as reduce-scatter and all-gather over replicas x rows
-    (2 (n-1)/n of the bytes; 2 log2 n messages), between whose halves the optimizer updates each rank's part.
+    (with `exact=False` over rows only; 2 (n-1)/n of the bytes; 2 log2 n messages), between whose halves the optimizer
+    updates each rank's part.
     """
     machine = machine or Machine()
+    alike = topology.replicas if exact else 1
     rows = _most(batch_size, micro_batches, topology.replicas)
     last = len(topology.stages) - 1
     steps = []
@@ -62,18 +68,21 @@ def predict(
         held = facts[stage.first : stage.stop]
         before = topology.stages[s - 1] if s > 0 else None
         after = topology.stages[s + 1] if s < last else None
-        steps.append(_step(stage, held, rows, before, after, topology.replicas, machine))
+        steps.append(_step(stage, held, rows, before, after, alike, machine))
     count = micro_batches
-    lists = [[*a, Action(s, "R")] for s, a in enumerate(PIPELINES[pipeline](len(steps), count))]
     forward = [t.compute / 3 + t.calls + t.moves for t in steps]
     backward = [t.compute * 2 / 3 + t.calls + t.moves for t in steps]
     finish = [t.sum + t.update for t in steps]
-    line = simulate(lists, forward, backward, machine.latency, finish)
+    if pipeline in STREAMS:
+        seconds = steady_seconds(len(steps), count, forward, backward, machine.latency, finish)
+    else:
+        lists = [[*a, Action(s, "R")] for s, a in enumerate(PIPELINES[pipeline](len(steps), count))]
+        seconds = simulate(lists, forward, backward, machine.latency, finish).makespan
     compute = tuple(count * (t.compute + 2 * t.calls) + t.update for t in steps)
     communication = tuple(count * 2 * t.moves + t.sum for t in steps)
     busy = [count * (f + b) + e for f, b, e in zip(forward, backward, finish, strict=True)]
-    bubble = 1 - sum(busy) / (line.makespan * len(busy)) if line.makespan else 0.0
-    return Prediction(line.makespan, compute, communication, bubble, busy.index(max(busy)))
+    bubble = 1 - sum(busy) / (seconds * len(busy)) if seconds else 0.0
+    return Prediction(seconds, compute, communication, bubble, busy.index(max(busy)))
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,11 @@ def _step(
     rows: int,
     before: Stage | None,
     after: Stage | None,
-    replicas: int,
+    alike: int,
     machine: Machine,
 ) -> _Step:
-    """`rows` are those of a micro-batch in one replica; `before` and `after` the neighbouring teams."""
+    """`rows` are those of a micro-batch in one replica; `before` and `after` the neighbouring teams; `alike` how many
+    replicas sum their gradients."""
     here, cols = -(-rows // stage.rows), stage.cols
     work = sum(layer.operations * _part(layer.units, cols) for layer in held)
     messages = elements = 0.0
@@ -111,7 +121,7 @@ def _step(
             elements += here * layer.outputs * (cols - 1) / cols
             messages += (cols - 1).bit_length()
     moves = elements * machine.itemsize / machine.bandwidth + messages * machine.latency
-    sum_, update = _finish(_parameters(held, cols), stage.rows * replicas, machine)
+    sum_, update = _finish(_parameters(held, cols), stage.rows * alike, machine)
     return _Step(here * work / machine.flops, machine.overhead * len(held), moves, sum_, update)
 
 
@@ -149,6 +159,8 @@ def auto_layout(
     micro_batches: int,
     pipeline: str,
     machine: Machine | None = None,
+    *,
+    exact: bool = True,
 ) -> Topology:
     """`layout: auto`: the least predicted step time among layouts that use all ranks.
 
@@ -163,27 +175,30 @@ def auto_layout(
         team_ranks = ranks // replicas
         rows = _most(batch_size, micro_batches, replicas)
         known: dict[Span, list[tuple[float, int, int]]] = {}
-        for count in range(1 if replicas == 1 else 2, min(len(facts), team_ranks) + 1):  # 1 stage: replicas are rows
+        alike = replicas if exact else 1
+        for count in range(1 if alike == 1 else 2, min(len(facts), team_ranks) + 1):  # 1 stage: alike are rows, too
             groups = partition([layer.operations for layer in facts], count)
             for group in groups:
                 if group not in known:
                     first, last = group.start == 0, group.stop == len(facts)
                     held = facts[group.start : group.stop]
-                    known[group] = _fastest(held, team_ranks, rows, replicas, micro_batches, first, last, machine)
+                    known[group] = _fastest(held, team_ranks, rows, alike, micro_batches, first, last, machine)
             sizes = _divide([[t for t, _, _ in known[group]] for group in groups], team_ranks - count + 1, team_ranks)
             chosen = [known[group][size] for group, size in zip(groups, sizes, strict=True)]
             stages = tuple(Stage(*group, rows, cols) for group, (_, rows, cols) in zip(groups, chosen, strict=True))
             times = [t for t, _, _ in chosen]
-            # all micro-batches through the slowest stage, one through each of the others
-            estimate = max(times) + (sum(times) - max(times)) / micro_batches
-            found.append((estimate, Topology(replicas, stages)))
+            # all micro-batches through the slowest stage; one through each of the others where the pipeline flushes
+            others = 0.0 if pipeline in STREAMS else sum(times) - max(times)
+            found.append((max(times) + others / micro_batches, Topology(replicas, stages)))
     found.sort(key=lambda entry: entry[0])
     topologies = [topology for _, topology in found[:16]]
     topologies.append(layers_layout(facts, ranks, -(-batch_size // micro_batches)))
     return min(
         topologies,
         key=lambda t: (
-            predict(t, facts, batch_size, micro_batches, pipeline, machine).seconds, t.replicas, len(t.stages)
+            predict(t, facts, batch_size, micro_batches, pipeline, machine, exact=exact).seconds,
+            t.replicas,
+            len(t.stages),
         ),
     )  # fmt: skip
 
@@ -192,7 +207,7 @@ def _fastest(
     held: Sequence[LayerFacts],
     ranks: int,
     rows: int,
-    replicas: int,
+    alike: int,
     micro_batches: int,
     first: bool,
     last: bool,
@@ -206,14 +221,14 @@ def _fastest(
         grid, parameters = Stage(0, len(held), 1, cols), _parameters(held, cols)
         before, after = (None if first else one), (None if last else one)
         # everything but the calls and messages grows with the rows that a rank has
-        some = _step(grid, held, 1, before, after, replicas, machine)
-        more = _step(grid, held, 2, before, after, replicas, machine)
+        some = _step(grid, held, 1, before, after, alike, machine)
+        more = _step(grid, held, 2, before, after, alike, machine)
         slope = more.compute - some.compute + 2 * (more.moves - some.moves)
         base = some.compute + 2 * some.moves - slope + 2 * some.calls
         for team_rows in range(1, ranks // cols + 1):
             seconds = micro_batches * (-(-rows // team_rows) * slope + base)
             if seconds < best[team_rows * cols][0]:
-                seconds += sum(_finish(parameters, team_rows * replicas, machine))
+                seconds += sum(_finish(parameters, team_rows * alike, machine))
                 if seconds < best[team_rows * cols][0]:
                     best[team_rows * cols] = (seconds, team_rows, cols)
     return best
@@ -259,12 +274,14 @@ def memory(
     states: int = 0,
     itemsize: int = 4,
     base: int = 0,
+    exact: bool = True,
 ) -> list[int]:
     """Bytes of the largest rank of each stage.
 
-    Parameters and gradients of its neurons; its part of the optimizer's state (`states` arrays per parameter, divided
-    over the ranks that hold the same neurons); the saved values of as many micro-batches as the pipeline keeps at
-    once; what passes between layers; the buffers of the links, both ways. `base` is what the process has anyway.
+    Parameters of its neurons, in as many versions as the pipeline needs, and their gradients; its part of the
+    optimizer's state (`states` arrays per parameter, divided over the ranks that hold the same neurons, with
+    `exact=False` in the same replica); the saved values of as many micro-batches as the pipeline keeps at once; what
+    passes between layers; the buffers of the links, both ways. `base` is what the process has anyway.
     """
     rows = _most(batch_size, micro_batches, topology.replicas)
     kept = [peak_stored(actions) for actions in PIPELINES[pipeline](len(topology.stages), micro_batches)]
@@ -273,13 +290,14 @@ def memory(
         held, here = facts[stage.first : stage.stop], -(-rows // stage.rows)
         parts = [_part(layer.units, stage.cols) for layer in held]
         parameters = _parameters(held, stage.cols)
-        state = states * parameters / (stage.rows * topology.replicas)
+        state = states * parameters / (stage.rows * (topology.replicas if exact else 1))
+        kinds = versions(len(kept), micro_batches, s) if pipeline in STREAMS else 1
         # every col keeps the whole input of a layer; the rest is divided with the neurons
         stored = sum(
             min(w.inputs, w.stored) + max(w.stored - w.inputs, 0) * p for w, p in zip(held, parts, strict=True)
         )
         passing = max(w.inputs + w.outputs * p for w, p in zip(held, parts, strict=True))
         links = 2 * held[0].inputs * (s > 0) + 2 * held[-1].outputs * parts[-1] * (s < len(kept) - 1)
-        elements = 2 * parameters + state + here * (kept[s] * stored + passing + links)
+        elements = (kinds + 1) * parameters + state + here * (kept[s] * stored + passing + links)
         result.append(base + round(elements * itemsize))
     return result

@@ -1,7 +1,8 @@
 """What each rank does in a step, as data: lists of actions, written, completed with transfers, timed, drawn.
 
 Authors of a schedule write the compute only; `add_transfers` adds what moves between the stages, and `check` proves the
-result. All ranks of a stage have the same list. The actions are told in plan/actions.py.
+result. All ranks of a stage have the same list. The actions are told in plan/actions.py, the pipeline without flush in
+plan/stream.py.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nettorrent_mpi.plan.actions import Action, Actions, Kind, parse
+from nettorrent_mpi.plan.actions import ONCE, Action, Actions, Kind, parse, with_transfers
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.errors import ScheduleError
+from nettorrent_mpi.plan.stream import staleness_bound, stream, window, window_steps
 
 __all__ = [
-    "PIPELINES", "Action", "Actions", "Costs", "Event", "Kind", "Timeline", "add_transfers", "build", "check",
-    "forward_only", "gpipe", "one_f_one_b", "parse", "peak_stored", "simulate", "table",
+    "PIPELINES", "STREAMS", "Action", "Actions", "Costs", "Event", "Kind", "Timeline", "add_transfers", "build",
+    "check", "forward_only", "gpipe", "one_f_one_b", "parse", "peak_stored", "simulate", "steady_bubble",
+    "steady_seconds", "table",
 ]  # fmt: skip
 
 Costs = float | Sequence[float]  # seconds: the same for all stages, or one for each
@@ -41,7 +44,10 @@ def forward_only(stages: int, micro_batches: int) -> list[Actions]:
     return [[Action(s, "F", m) for m in range(micro_batches)] for s in range(stages)]
 
 
-PIPELINES: dict[str, Callable[[int, int], list[Actions]]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
+# (stages, micro-batches of a mini-batch) -> compute of each stage from one drain to the next: a step where the pipeline
+# flushes, and of STREAMS, which do not, a window of several
+PIPELINES: dict[str, Callable[[int, int], list[Actions]]] = {"gpipe": gpipe, "1f1b": one_f_one_b, "async": window}
+STREAMS = frozenset({"async"})
 
 
 def _compute(stage: int, micro_batches: int, ahead: int) -> Actions:
@@ -56,27 +62,18 @@ def _compute(stage: int, micro_batches: int, ahead: int) -> Actions:
 
 def add_transfers(lists: Sequence[Actions]) -> list[Actions]:
     """The lists (one per stage) with their transfers: received right before use, sent as soon as there is a result."""
-    last = len(lists) - 1
-    whole: list[Actions] = []
-    for s, actions in enumerate(lists):
-        full: Actions = []
-        for action in actions:
-            m = action.micro_batch
-            arrives = (action.kind == "F" and s > 0) or (action.kind == "B" and s < last)
-            leaves = (action.kind == "F" and s < last) or (action.kind == "B" and s > 0)
-            if arrives:
-                full.append(Action(s, "RA" if action.kind == "F" else "RG", m))
-            full.append(action)
-            if leaves:
-                full.append(Action(s, "SA" if action.kind == "F" else "SG", m))
-        whole.append(full)
-    return whole
+    return [with_transfers(actions, len(lists)) for actions in lists]
 
 
 def build(pipeline: str, stages: int, micro_batches: int, *, clip: bool = False) -> list[Actions]:
-    """The whole training step of each stage: compute, transfers, R, N (where gradients are clipped), U."""
-    ends: list[Kind] = ["R", "N", "U"] if clip else ["R", "U"]
+    """The whole training step of each stage: compute, transfers, R, N (where gradients are clipped), U.
+
+    Of STREAMS the whole window of several mini-batches, for proofs and tables; their single steps are `stream_step`'s.
+    """
+    if pipeline in STREAMS:
+        return stream(stages, micro_batches, window_steps(stages, micro_batches), clip=clip)
     lists = add_transfers(PIPELINES[pipeline](stages, micro_batches))
+    ends = [kind for kind in ONCE if kind != "N" or clip]
     return [actions + [Action(s, kind) for kind in ends] for s, actions in enumerate(lists)]
 
 
@@ -101,7 +98,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """A simulated step. `bubble` is the part of makespan x stages in which no F or B runs."""
+    """A simulated step, or several. `bubble` is the part of makespan x stages in which no F or B runs."""
 
     stages: tuple[tuple[Event, ...], ...]
     makespan: float
@@ -111,7 +108,7 @@ class Timeline:
 def simulate(
     lists: Sequence[Actions], forward: Costs, backward: Costs, transfer: Costs, finish: Costs = 0.0
 ) -> Timeline:
-    """Times a step: lists per stage, with or without transfers.
+    """Times a step or a window of several: lists per stage, with or without transfers.
 
     `forward` and `backward` are the seconds of one micro-batch in a stage, `transfer` those from a stage to the next or
     back (one for each boundary), `finish` those of a stage's R. A send does not keep its stage; a receive waits for the
@@ -123,7 +120,7 @@ def simulate(
     events: list[list[Event]] = [[] for _ in lists]
     at = [0] * count
     now = [0.0] * count
-    norm: float | None = None  # when all stages have come to their N
+    norms: dict[int | None, float] = {}  # when all stages have come to an N
     moved = True
     while moved:
         moved = False
@@ -133,9 +130,9 @@ def simulate(
                 _, kind, m = action
                 start, there = now[s], 0.0
                 if kind == "N":
-                    if norm is None:
+                    if m not in norms:
                         break
-                    there = norm
+                    there = norms[m]
                 elif (kind in ("F", "RA") and s > 0) or (kind in ("B", "RG") and s < count - 1):
                     wanted = Action(s, "F" if kind in ("F", "RA") else "B", m)
                     if wanted not in arrival:
@@ -155,8 +152,9 @@ def simulate(
                 events[s].append(Event(action, start, end))
                 at[s] += 1
                 moved = True
-        if norm is None and all(i < len(x) and x[i].kind == "N" for i, x in zip(at, lists, strict=True)):
-            norm, moved = max(now), True
+        met = {actions[i][1:] if i < len(actions) else None for actions, i in zip(lists, at, strict=True)}
+        if not moved and len(met) == 1 and (one := met.pop()) and one[0] == "N":
+            norms[one[1]], moved = max(now), True
     stuck = [str(actions[i]) for actions, i in zip(lists, at, strict=True) if i < len(actions)]
     if stuck:
         raise ScheduleError(f"the schedule waits for ever at {', '.join(stuck)}")
@@ -164,6 +162,37 @@ def simulate(
     busy = sum(e.end - e.start for stage in events for e in stage if e.action.kind in ("F", "B"))
     bubble = 1 - busy / (makespan * count) if makespan else 0.0
     return Timeline(tuple(map(tuple, events)), makespan, bubble)
+
+
+def steady_bubble(line: Timeline) -> float:
+    """The part of the time in which no F or B runs between warm-up and drain: from when the last stage to do so begins
+    its first B until the first stage to do so has ended its last F. Raises ScheduleError where there is no such time.
+    """
+    compute = [[event for event in events if event.action.kind in ("F", "B")] for events in line.stages]
+    begin = max(min(e.start for e in events if e.action.kind == "B") for events in compute)
+    end = min(max(e.end for e in events if e.action.kind == "F") for events in compute)
+    if end <= begin:
+        raise ScheduleError("the drain begins before the warm-up ends: only more micro-batches have a steady state")
+    busy = sum(max(0.0, min(e.end, end) - max(e.start, begin)) for events in compute for e in events)
+    return max(0.0, 1 - busy / ((end - begin) * len(compute)))
+
+
+def steady_seconds(
+    stages: int, micro_batches: int, forward: Costs, backward: Costs, transfer: Costs, finish: Costs = 0.0
+) -> float:
+    """Seconds that one more mini-batch takes in the middle of a stream; costs as in `simulate`.
+
+    The mean over so many mini-batches that bursts of micro-batches, as long as what is in flight, do not count.
+    """
+    f, b, r = (_each(cost, stages) for cost in (forward, backward, finish))
+    slowest = max(range(stages), key=lambda s: micro_batches * (f[s] + b[s]) + r[s])
+    late = staleness_bound(stages, micro_batches, 0)
+    begin = 2 * late + 1  # the pipeline is full after `late` steps; in as many it draws level with the slowest stage
+    end = begin + stages
+    # what the last `late` steps leave out comes after what is measured
+    line = simulate(stream(stages, micro_batches, end + late + 1, transfers=False), f, b, transfer, r)
+    times = {e.action.micro_batch: e.end for e in line.stages[slowest] if e.action.kind == "R"}
+    return (times[end] - times[begin]) / stages
 
 
 def _each(cost: Costs, count: int) -> list[float]:
@@ -174,15 +203,27 @@ def _each(cost: Costs, count: int) -> list[float]:
 
 
 def table(lists: Sequence[Actions]) -> str:
-    """The compute of each stage over time, to be printed: stages down, time steps across, every F and B one step."""
-    compute = [[a for a in actions if a.kind in ("F", "B")] for actions in lists]
+    """The compute of each stage over time, to be printed: stages down, time steps across, every F and B one step.
+
+    In lists of several mini-batches a U stands behind what comes before an update: `B3U`.
+    """
+    compute: list[Actions] = []
+    names: dict[Action, str] = {}
+    for actions in lists:
+        compute.append([])
+        for action in actions:
+            if action.kind in ("F", "B"):
+                compute[-1].append(action)
+                names[action] = f"{action.kind}{action.micro_batch}"
+            elif action.kind == "U" and action.micro_batch is not None and compute[-1]:
+                names[compute[-1][-1]] += "U"
     line = simulate(compute, 1.0, 1.0, 0.0)
-    width = max((len(str(a)) - len(str(a.stage)) for actions in compute for a in actions), default=1)
+    width = max(map(len, names.values()), default=1)
     label = len(f"stage {max(len(lists) - 1, 0)}")
     rows = [" ".join(["time".ljust(label), *(str(i).rjust(width) for i in range(round(line.makespan)))])]
     for s, events in enumerate(line.stages):
         cells = ["."] * round(line.makespan)
         for action, start, _ in events:
-            cells[round(start)] = f"{action.kind}{action.micro_batch}"
+            cells[round(start)] = names[action]
         rows.append(" ".join([f"stage {s}".ljust(label), *(cell.rjust(width) for cell in cells)]))
     return "\n".join(rows)

@@ -1,0 +1,94 @@
+"""The pipeline that never flushes: 1F1B over mini-batches that follow each other without a gap.
+
+PipeDream (Narayanan et al. 2019, SOSP, section 3.3): every backward uses the weights that its forward used, which the
+stage keeps until then. Here a mini-batch has M micro-batches and one update, as in PipeDream-2BW (Narayanan et al.
+2021, arXiv 2006.09503), and two versions of the weights suffice wherever a stage has at most M + 1 micro-batches in
+flight; unlike there, a forward always uses the newest weights, so that gradients are no later than they must be.
+
+Stage s of S has d = S - s micro-batches in flight, so that the stages behind it are never without work: in every step
+its forwards are d - 1 micro-batches ahead of its backwards. F(m + d - 1) of step n uses the weights after n updates,
+and floor((m + d - 1) / M) more are made before its gradient's own. All steps are alike but the first after a drain,
+which fills the pipeline, and the last ones before a drain, which have no forwards left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nettorrent_mpi.plan.actions import ONCE, Action, Actions, with_transfers
+
+
+def stream_step(
+    stages: int,
+    micro_batches: int,
+    stage: int,
+    *,
+    first: bool,
+    left: int,
+    transfers: bool = True,
+    clip: bool = False,
+) -> Actions:
+    """What `stage` does in one step: [F0 .. F(d-2) if `first`], then F(m+d-1), B(m) for every m; R, (N if `clip`,) U.
+
+    Micro-batches are numbered from the step's own mini-batch on: m >= micro_batches is one of a later mini-batch.
+    `first` is for the first step after a drain; `left` >= 1 says how many mini-batches are still to be done until the
+    next drain, this one included: forwards beyond them are left out. For every `left` greater than
+    `staleness_bound(stages, micro_batches, stage)` the list is the same. N lets all stages wait for each other.
+    """
+    assert 0 <= stage < stages
+    assert micro_batches >= 1
+    assert left >= 1
+    ahead, end = stages - stage - 1, micro_batches * left
+    compute = [Action(stage, "F", m) for m in range(min(ahead, end))] if first else []
+    for m in range(micro_batches):
+        if m + ahead < end:
+            compute.append(Action(stage, "F", m + ahead))
+        compute.append(Action(stage, "B", m))
+    actions = with_transfers(compute, stages) if transfers else compute
+    return actions + [Action(stage, kind) for kind in ONCE if kind != "N" or clip]
+
+
+def stream(stages: int, micro_batches: int, steps: int, *, transfers: bool = True, clip: bool = False) -> list[Actions]:
+    """The lists of all stages for `steps` mini-batches from one drain to the next: the steps of `stream_step`, with
+    micro-batches counted on over the mini-batches, and R, N and U numbered by mini-batch."""
+    lists: list[Actions] = []
+    for s in range(stages):
+        lists.append([])
+        for n in range(steps):
+            step = stream_step(stages, micro_batches, s, first=n == 0, left=steps - n, transfers=transfers, clip=clip)
+            lists[s] += counted_on(step, micro_batches, n)
+    return lists
+
+
+def counted_on(actions: Iterable[Action], micro_batches: int, step: int) -> Actions:
+    """The actions of one step as they are numbered in a list of several, in which it is number `step` (from 0 on)."""
+    return [Action(s, kind, step if m is None else m + step * micro_batches) for s, kind, m in actions]
+
+
+def window(stages: int, micro_batches: int) -> list[Actions]:
+    """The compute of each stage in the shortest stream in which every stage has had as many micro-batches in flight,
+    and gradients as late, as they can be. It ends with a drain."""
+    lists = stream(stages, micro_batches, window_steps(stages, micro_batches), transfers=False)
+    return [[action for action in actions if action.kind not in ONCE] for actions in lists]
+
+
+def window_steps(stages: int, micro_batches: int) -> int:
+    """Mini-batches of a `window`."""
+    return staleness_bound(stages, micro_batches, 0) + 1
+
+
+def staleness_bound(stages: int, micro_batches: int, stage: int) -> int:
+    """The most updates between the weights that a micro-batch's forward uses and those that its gradient is applied
+    to: ceil((d - 1) / M). The last stage is never late."""
+    return -(-(stages - stage - 1) // micro_batches)
+
+
+def mean_staleness(stages: int, micro_batches: int, stage: int) -> float:
+    """The mean of these updates over the micro-batches of a mini-batch, once the pipeline is full: (d - 1) / M."""
+    return (stages - stage - 1) / micro_batches
+
+
+def versions(stages: int, micro_batches: int, stage: int) -> int:
+    """How many versions of its weights a stage holds at most: the newest, and those that its micro-batches in flight
+    have still to use."""
+    return staleness_bound(stages, micro_batches, stage) + 1
