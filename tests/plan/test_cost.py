@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -31,6 +32,31 @@ def test_a_pipeline_has_its_bubble() -> None:
     assert step.bubble == pytest.approx(1 / 5)
     assert step.compute == pytest.approx((240, 240))
     assert predict(Topology(1, (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))), TWO, 8, 4, "1f1b", PLAIN).bottleneck == 1
+
+
+def test_a_pipeline_without_flush_has_none() -> None:
+    even = Topology(1, (Stage(0, 1, 1, 1), Stage(1, 2, 2, 1)))
+    step = predict(even, TWO, 8, 4, "async", PLAIN)
+    assert step.seconds == pytest.approx(60 * 4)
+    assert step.bubble == pytest.approx(0)
+    assert step.compute == predict(even, TWO, 8, 4, "1f1b", PLAIN).compute
+    # only the slowest stage counts, with what it does once a step
+    uneven = Topology(1, (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1)))
+    step = predict(uneven, TWO, 8, 4, "async", Machine(1.0, 1e30, 0.0, 0.0, 1.0))
+    assert step.seconds == pytest.approx(8 * 60 + 44)
+    assert step.bottleneck == 1
+    assert step.bubble == pytest.approx(1 - (8 * 30 + 50 + 8 * 60 + 44) / (2 * step.seconds))
+
+
+def test_replicas_that_are_not_alike_sum_nothing() -> None:
+    machine = Machine(flops=1e30, bandwidth=4.0, latency=0.0, overhead=0.0, update=100.0)  # an element a second
+    topology = Topology(2, (Stage(0, 2, 2, 1),))
+    for pipeline in PIPELINES:
+        exact = predict(topology, TWO, 8, 2, pipeline, machine)
+        assert exact.seconds == pytest.approx(2 * 3 / 4 * 94 + 100 * 94 / 4)
+        apart = predict(topology, TWO, 8, 2, pipeline, machine, exact=False)
+        assert apart.seconds == pytest.approx(2 * 1 / 2 * 94 + 100 * 94 / 2)
+        assert apart.communication == pytest.approx((94,))
 
 
 def test_communication_by_hand() -> None:
@@ -68,10 +94,23 @@ def test_auto_layout_uses_all_ranks_and_is_never_behind(networks: Networks, name
                 assert seconds <= predict(other, facts, 128, micro_batches, pipeline).seconds * 1.05
 
 
-@pytest.mark.parametrize("ranks", [840, 997, 1000])
-def test_auto_layout_is_quick(networks: Networks, ranks: int) -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_auto_layout_of_other_pipelines_and_exchanges(networks: Networks, exact: bool) -> None:
+    for name, ranks in itertools.product(("mlp", "cnn"), (1, 5, 12, 64)):
+        facts = networks[name]
+        chosen = auto_layout(facts, ranks, 128, 4, "async", exact=exact)
+        assert chosen.size == ranks
+        seconds = predict(chosen, facts, 128, 4, "async", exact=exact).seconds
+        others = [layers_layout(facts, ranks, 32)]
+        others += [Topology(r, (Stage(0, len(facts), ranks // r, 1),)) for r in range(1, ranks + 1) if ranks % r == 0]
+        for other in others:
+            assert seconds <= predict(other, facts, 128, 4, "async", exact=exact).seconds * 1.05
+
+
+@pytest.mark.parametrize(("ranks", "pipeline"), [(840, "1f1b"), (997, "1f1b"), (1000, "1f1b"), (840, "async")])
+def test_auto_layout_is_quick(networks: Networks, ranks: int, pipeline: str) -> None:
     start = time.process_time()
-    assert auto_layout(networks["resnet"], ranks, 128, 8, "1f1b").size == ranks
+    assert auto_layout(networks["resnet"], ranks, 128, 8, pipeline).size == ranks
     assert time.process_time() - start < 3
 
 
@@ -84,6 +123,11 @@ def test_auto_layout_finds_the_obvious() -> None:
     heavy = [LayerFacts(w.name, 45.0, 10**6, 1, 1, 1, 1) for w in TWO]
     linked = Machine(flops=1.0, bandwidth=4e4, latency=0.0, overhead=0.0, update=0.0)
     assert auto_layout(heavy, 2, 8, 8, "1f1b", linked).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
+    # where replicas need not be alike, they have no sums to wait for
+    assert auto_layout(heavy, 2, 16, 8, "1f1b", linked, exact=False) == Topology(2, (Stage(0, 2, 1, 1),))
+    # one micro-batch fills two stages only where the pipeline does not flush
+    assert auto_layout(heavy, 2, 8, 1, "1f1b", linked).stages == (Stage(0, 2, 2, 1),)
+    assert auto_layout(heavy, 2, 8, 1, "async", linked).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
 
 
 def test_memory_by_hand() -> None:
@@ -94,6 +138,16 @@ def test_memory_by_hand() -> None:
     assert memory(pipe, TWO, 8, 2, "1f1b", states=2, itemsize=1) == [
         50 + 25 + 2 * (2 * (7 + 6.5) + (7 + 5) + 2 * 5),
         88 + 22 + 1 * (14 + (10 + 4) + 2 * 10),
+    ]
+    # replicas that are not alike have the whole state each
+    assert memory(pipe, TWO, 8, 2, "1f1b", states=2, itemsize=1, exact=False) == [
+        50 + 50 + 2 * (2 * (7 + 6.5) + (7 + 5) + 2 * 5),
+        88 + 44 + 1 * (14 + (10 + 4) + 2 * 10),
+    ]
+    # without flush stage 0 keeps two micro-batches and two versions of its 25 parameters, however short a mini-batch is
+    assert memory(pipe, TWO, 4, 1, "async", itemsize=1) == [
+        75 + 2 * (2 * (7 + 6.5) + (7 + 5) + 2 * 5),
+        88 + 1 * (14 + (10 + 4) + 2 * 10),
     ]
 
 
