@@ -194,6 +194,11 @@ class Config(Section):
     output: str | None = None  # the run folder; `load` fills it in
     trace: bool = False
 
+    @property
+    def exact(self) -> bool:
+        """Do all replicas have the same weights after every step?"""
+        return isinstance(self.exchange, choices.Allreduce)
+
     @model_validator(mode="after")
     def _fits(self) -> Config:
         if isinstance(self.exchange, choices.Elite) and self.data.validation == 0:

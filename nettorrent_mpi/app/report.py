@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from nettorrent_mpi.app.clock import peak_memory
+from nettorrent_mpi.app.exchange_report import exchange_block, stream_block
+from nettorrent_mpi.app.tables import MOST_LINES, WIDTH, aligned, wrapped
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.cost import memory, predict
-from nettorrent_mpi.plan.schedule import PIPELINES, build, peak_stored, table
+from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, build, peak_stored, table
+from nettorrent_mpi.plan.stream import window_steps
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 if TYPE_CHECKING:  # a report needs neither engine nor MPI
     from nettorrent_mpi.app.setup import Setup
 
-WIDTH = 120
-MOST_LINES = 40  # of the layout table: more ranks are folded
 _ITEMSIZE = {"float32": 4, "float64": 8}
 
 
@@ -44,14 +45,20 @@ def dry_run(setup: Setup, hosts: Sequence[str] | None = None) -> str:
         f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
     ]
-    proof = f"{config.pipeline.kind}: F forward, B backward; played for all {topology.size} ranks: no deadlock"
+    letters = "F forward, B backward"
+    if config.pipeline.kind in STREAMS:
+        whole = window_steps(len(topology.stages), micro_batches)
+        letters += f", U update; {whole} mini-batches up to a drain" if whole > 1 else ", U update"
+    proof = f"{config.pipeline.kind}: {letters}; played for all {topology.size} ranks: no deadlock"
     blocks = [
         "\n".join(head),
         "LAYOUT\n" + layout_table(topology, facts, train.batch_size, micro_batches, hosts),
         f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline.kind, len(topology.stages), micro_batches),
         "STAGES\n" + stages_table(setup),
+        stream_block(setup),
+        exchange_block(setup),
     ]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(block for block in blocks if block is not None) + "\n"
 
 
 def layout_table(
@@ -137,7 +144,7 @@ class _Shares:
 
 def schedule_table(pipeline: str, stages: int, micro_batches: int) -> str:
     """plan.schedule's table, cut into pieces that fit the width; of a very long one only the beginning."""
-    lines = table(PIPELINES[pipeline](stages, micro_batches)).splitlines()
+    lines = table(build(pipeline, stages, micro_batches)).splitlines()
     label = len(f"stage {stages - 1}")
     steps = len(lines[0][label:].split())
     cell = (len(lines[0]) - label) // steps
@@ -161,10 +168,10 @@ def stages_table(setup: Setup) -> str:
     train = config.train
     micro_batches = setup.options.micro_batches
     told = (topology, facts, train.batch_size, micro_batches, config.pipeline.kind)
-    step = predict(*told)
+    step = predict(*told, exact=config.exact)
     states, itemsize = len(make_optimizer(train.optimizer).states), _ITEMSIZE[config.dtype]
     base = peak_memory()
-    sizes = memory(*told, states=states, itemsize=itemsize, base=base)
+    sizes = memory(*told, states=states, itemsize=itemsize, base=base, exact=config.exact)
     header = [
         "stage",
         "layers",
@@ -201,7 +208,7 @@ def stages_table(setup: Setup) -> str:
     lines = [aligned(header, rows, left=("layers",))]
     if len(topology.stages) > MOST_LINES:
         lines.append(f"... and {len(topology.stages) - MOST_LINES} more stages")
-    speed, waiting = train.batch_size / step.seconds, 100 * step.bubble
+    speed, waiting = train.batch_size / step.seconds, 100 * max(step.bubble, 0.0)
     lines += [
         f"predicted step: {1e3 * step.seconds:.3g} ms, {speed:,.0f} samples/s, {waiting:.0f} % of the time waiting",
         f"stored: micro-batches kept at once for backward. memory: of the largest rank, {base / 1e6:,.0f} MB of it",
@@ -215,26 +222,6 @@ def layers(stage: Stage, facts: Sequence[LayerFacts]) -> str:
     first, last = facts[stage.first].name, facts[stage.stop - 1].name
     name = first if stage.layers == 1 else f"{first}..{last}"
     return name if len(name) <= 28 else name[:25] + "..."
-
-
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
-    """A table: numbers to the right, columns named in `left` to the left."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    sides = [str.ljust if name in left else str.rjust for name in header]
-    return "\n".join(
-        "  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    )
-
-
-def wrapped(label: str, text: str) -> list[str]:
-    """`text` on as many lines as it takes, broken at spaces; the first begins with the label."""
-    lines = [label]
-    for word in text.split(" "):
-        if len(lines[-1]) + 1 + len(word) > WIDTH and lines[-1].strip():
-            lines.append(" " * len(label))
-        lines[-1] += word if len(lines[-1]) == len(label) else " " + word
-    return lines
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -97,7 +97,7 @@ def lay_out(config: Config, network: Network, ranks: int) -> Topology:
         return given_layout(layout.replicas, swarms, facts, ranks)
     pieces = _pieces(config, MICRO_BATCHES)
     if layout == "auto":
-        return auto_layout(facts, ranks, train.batch_size, pieces, config.pipeline.kind)
+        return auto_layout(facts, ranks, train.batch_size, pieces, config.pipeline.kind, exact=config.exact)
     replicas = layout.replicas if isinstance(layout, Layout) else 1
     if ranks % replicas:
         fewer, more = ranks // replicas * replicas, (ranks // replicas + 1) * replicas
