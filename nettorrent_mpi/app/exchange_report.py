@@ -71,7 +71,7 @@ def stream_block(setup: Setup) -> str | None:
     bubble = f"{100 * steady_bubble(line):.0f} %"
     lines.append(f"once the pipeline is full, {bubble} of the time is a bubble (simulated with stages of equal cost)")
     if pipeline.staleness_aware:
-        lines.append("the learning rate of a stage is divided by 1 + its staleness")
+        lines.append("the learning rate of a stage is divided by 1 + its staleness on average")
     return "\n".join(lines)
 
 

@@ -82,8 +82,8 @@ _RULES: dict[str | tuple[str, str], Rule] = {
     # exchanges
     **dict.fromkeys(("exact_every", "every_samples", ("linear", "target")), _COUNT),
     **dict.fromkeys(("deadline", ("consensus", "max"), ("loss_divergence", "target")), _POSITIVE),
-    **dict.fromkeys(("probability", "part"), _ABOVE_ZERO),
-    **dict.fromkeys(("fraction", "gamma"), _BETWEEN),
+    **dict.fromkeys(("probability", "part", "gamma"), _ABOVE_ZERO),
+    "fraction": _BETWEEN,
     **dict.fromkeys(("value", "start", "end"), _FRACTION),
     "divergence_threshold": _NOT_NEGATIVE,
     "slow_momentum": _BELOW_ONE,

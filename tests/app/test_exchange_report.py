@@ -192,7 +192,7 @@ def test_staleness_and_versions_of_every_stage() -> None:
         ["1", "1.00", "2"],
         ["0", "0.00", "1"],
     ]
-    assert one.endswith("the learning rate of a stage is divided by 1 + its staleness")
+    assert one.endswith("the learning rate of a stage is divided by 1 + its staleness on average")
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 1), (2, 7), (60, 1), (60, 16)])
