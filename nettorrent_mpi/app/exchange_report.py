@@ -96,7 +96,8 @@ def _elite(setup: Setup, elite: Elite) -> list[str]:
     return [
         *wrapped("elite     ", f"{setup.topology.replicas} replicas are compared by {what}: {who} ({elite.mode})"),
         f"round     every {elite.every_samples:,} rows of all replicas together, {often}; on {rows:,} validation rows",
-        f"sends     a rank receives at most {_bytes(_vector(setup) * _itemsize(setup))} a comparison",
+        f"sends     a rank receives at most {_bytes(_vector(setup, states=True) * _itemsize(setup))} at a comparison: "
+        "parameters and optimizer states",
     ]
 
 
@@ -104,8 +105,12 @@ def _gossip(setup: Setup, gossip: Gossip) -> list[str]:
     pairing = make_pairing(gossip.pairing, setup.topology.replicas, setup.config.seed)
     period = "drawn anew each round" if pairing.period is None else f"repeats after {_count(pairing.period, 'round')}"
     rounds = rounds_to_consensus(pairing, AGREED)
+    parts = _parts(setup, gossip)
     until = f"more than {MOST_ROUNDS:,} rounds" if rounds is None else _count(rounds, "round")
-    in_steps = f" ({rounds * gossip.every:,} steps)" if rounds is not None and gossip.every > 1 else ""
+    if gossip.part == "auto" or parts > 1:
+        until += " of each part" if gossip.part == "auto" else f" of each of {parts} parts"
+    steps = (rounds or 0) * parts * gossip.every
+    in_steps = f" ({steps:,} steps)" if rounds and gossip.part != "auto" and steps > rounds else ""
     own = "" if isinstance(gossip.mix, PushSum) or gossip.mix == Constant() else ", with the pairing's own weights"
     agreement = (
         f"spectral gap {spectral_gap(pairing):.3g}; {until}{in_steps} until the replicas' distance is {AGREED:g} "
@@ -152,19 +157,16 @@ def _average(pairing: Pairing, gossip: Gossip) -> str:
 def _fewer(gossip: Gossip) -> str:
     """What makes a round do less than the pairing's figures say."""
     less = [
-        *(["part"] if gossip.part not in (1.0, "auto") else []),
-        *(["probability"] if gossip.probability < 1 else []),
+        *(["this probability"] if gossip.probability < 1 else []),
         *(["compression"] if not isinstance(gossip.compress, Whole) else []),
     ]
-    return f"; more with this {' and '.join(less)}" if less else ""
+    return f"; with {' and '.join(less)} more" if less else ""
 
 
 def _sends(setup: Setup, gossip: Gossip, pairing: Pairing) -> str:
     """What the rank with most sends in a round."""
-    states = len(make_optimizer(setup.config.train.optimizer).states) if "optimizer" in gossip.average else 0
-    vector, dtype = _vector(setup, 1 + states), np.dtype(setup.config.dtype)
-    part = 1.0 if gossip.part == "auto" else gossip.part
-    elements = min(vector, int(np.ceil(part * vector)))
+    dtype, parts = np.dtype(setup.config.dtype), _parts(setup, gossip)
+    elements = span(_vector(setup, states="optimizer" in gossip.average), parts, 0).size
     whole, compress = elements * dtype.itemsize, gossip.compress
     size, smaller = whole, ""
     if not isinstance(compress, Whole):
@@ -174,17 +176,27 @@ def _sends(setup: Setup, gossip: Gossip, pairing: Pairing) -> str:
     rounds, everybody = range(pairing.period or 1), range(pairing.replicas)
     most = max(len(pairing.sends(number, replica)) for number in rounds for replica in everybody)
     what = " and ".join(name if name == "parameters" else "optimizer states" for name in gossip.average)
-    told = {"auto": " (part: auto)"}.get(str(gossip.part), f", {part:g} of {vector:,}" if part < 1 else "")
-    return (
-        f"a rank sends at most {_count(most, 'message')} of {_bytes(size)} a round: {elements:,} elements{told} of its "
-        f"{what}{smaller}"
-    )
+    if gossip.part == "auto":
+        what += ", or as many as a step's compute hides (part: auto)"
+    elif parts > 1:
+        what += f", one of {parts} parts that take turns"
+    messages = f"{_count(most, 'message')} of {_bytes(size)}"
+    return f"a rank sends at most {messages} a round: {elements:,} elements of its {what}{smaller}"
 
 
-def _vector(setup: Setup, arrays: int = 1) -> int:
-    """The most elements that a rank exchanges: of the stage with most, its part of what its col holds."""
+def _vector(setup: Setup, *, states: bool) -> int:
+    """The most elements that a rank exchanges: of the stage with most, its part of what its col holds, and with
+    `states` the optimizer's of the same."""
     stages = setup.topology.stages
+    arrays = 1 + states * len(make_optimizer(setup.config.train.optimizer).states)
     return max(-(-_parameters(setup, index) // stage.rows) for index, stage in enumerate(stages)) * arrays
+
+
+def _parts(setup: Setup, gossip: Gossip) -> int:
+    """Into how many parts, which take turns, the vector is divided; 1 where that is measured later."""
+    if gossip.part == "auto":
+        return 1
+    return max(min(round(1 / gossip.part), _vector(setup, states="optimizer" in gossip.average)), 1)
 
 
 def _parameters(setup: Setup, stage: int) -> int:

@@ -64,11 +64,11 @@ def test_elite_tells_how_often_on_what_and_how_much() -> None:
     text = told(4, "data.validation=0.1", "exchange=elite")
     assert "4 replicas are compared by validation loss: all take over the best one's weights" in text
     assert "every 1,000 rows of all replicas together, about every 8 steps; on 143 validation rows" in text
-    assert "at most 16 kB a comparison" in text
+    assert "at most 48 kB at a comparison: parameters and optimizer states" in text
     text = told(4, "data.validation=0.1", "exchange={elite: {every_samples: 5, mode: tournament}}", "dtype=float64")
     assert "of two, the worse takes over the better (tournament)" in text
     assert "together, every step" in text
-    assert "at most 32 kB" in text
+    assert "at most 96 kB" in text
 
 
 @pytest.mark.parametrize("pairing", get_args(choices.Pairing))
@@ -77,18 +77,24 @@ def test_every_pairing_is_told(pairing: str) -> None:
         if pairing in possible(count):
             text = told(count, f"exchange.gossip.pairing={pairing}")
             assert f"gossip {pairing} over {count} replicas" in text
-            assert re.search(r"spectral gap [\d.e-]+; [\d,]+ rounds? until the replicas' distance is 0.001", text)
+            assert re.search(
+                r"spectral gap [\d.e-]+; [\d,]+ rounds? of each part until the replicas' distance is 0.001", text
+            )
 
 
 def test_agreement_of_known_pairings() -> None:
     text = told(8, "exchange=gossip")
     assert "exponential over 8 replicas, repeats after 3 rounds; keeps the average" in text
-    assert "spectral gap 1; 3 rounds until" in text
-    text = told(6, "exchange={gossip: {pairing: ring, every: 10}}")
+    assert "spectral gap 1; 3 rounds of each part until" in text
+    text = told(6, "exchange={gossip: {pairing: ring, every: 10, part: 1}}")
     assert "spectral gap 0.333" in text  # the second largest eigenvalue of (1 1 1 0 0 0)/3, circulant: (1 + 2 cos 60)/3
     rounds, steps = re.search(r"; (\d+) rounds \((\d+) steps\) until", text).groups()  # type: ignore[union-attr]
     assert int(steps) == 10 * int(rounds)
     assert "round every 10 steps" in text
+    text = told(8, "exchange={gossip: {part: 0.25, every: 2}}")
+    assert "3 rounds of each of 4 parts (24 steps) until" in text
+    assert "3 rounds of each part until" in told(8, "exchange={gossip: {every: 2}}")
+    assert "3 rounds until" in told(8, "exchange={gossip: {part: 1}}")
     assert "shuffle over 6 replicas, drawn anew each round" in told(6, "exchange.gossip.pairing=shuffle")
 
 
@@ -113,12 +119,10 @@ def test_does_the_average_stay(options: str, average: str) -> None:
     ("changes", "sends"),
     [
         # stage 0 has most: 4000 parameters on one rank; stage 1: 10,000 over 5 cols x 2 rows
-        (["{}"], "1 message of 16 kB a round: 4,000 elements (part: auto) of its parameters rows"),
+        (["{}"], "1 message of 16 kB a round: 4,000 elements of its parameters, or as many as a step's"),
         (["{part: 1}"], "1 message of 16 kB a round: 4,000 elements of its parameters rows"),
-        (
-            ["{part: 0.3, pairing: ring}"],
-            "2 messages of 4.8 kB a round: 1,200 elements, 0.3 of 4,000 of its parameters",
-        ),
+        (["{part: 0.3, pairing: ring}"], "2 messages of 5.34 kB a round: 1,334 elements of its parameters, one of 3"),
+        (["{part: 0.7}"], "1 message of 16 kB a round: 4,000 elements of its parameters rows"),
         (["{pairing: complete}"], "5 messages of 16 kB a round"),
         (["{}", "dtype=float64"], "1 message of 32 kB a round"),
         (["{average: [parameters, optimizer]}"], "1 message of 48 kB a round: 12,000 elements"),  # Adam has two states
@@ -161,13 +165,13 @@ def test_rounds_exact_averages_and_mixes() -> None:
         "exact_every: 5, slow_momentum: 0.3, consensus: {max: 0.1}}}",
     )
     assert "mix linear, start 0.7, end 0.1, target 1000" in text
-    assert "with the pairing's own weights; more with this part and probability" in text
+    assert "with the pairing's own weights; with this probability more" in text
     assert "each pair with probability 0.25; the step waits for the messages; deadline 2.5 ms" in text
     assert (
         "exactly every 5 rounds, with slow momentum 0.3; and whenever the replicas' relative distance is above 0.1"
         in text
     )
-    assert "more with this compression" in told(4, "exchange.gossip.compress=sign")
+    assert "with compression more" in told(4, "exchange.gossip.compress=sign")
 
 
 # ---- pipelines without flush ----------------------------------------------------------------------------------------
