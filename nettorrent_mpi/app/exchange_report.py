@@ -92,12 +92,12 @@ def _elite(setup: Setup, elite: Elite) -> list[str]:
     steps = -(-elite.every_samples // setup.config.train.batch_size)
     what = elite.metric.replace("_", " ")
     who = "all take over the best one's weights" if elite.mode == "best" else "of two, the worse takes over the better"
+    moved = _bytes(_vector(setup, states=True) * _itemsize(setup))
     often = f"about every {steps:,} steps" if steps > 1 else "every step"
     return [
         *wrapped("elite     ", f"{setup.topology.replicas} replicas are compared by {what}: {who} ({elite.mode})"),
         f"round     every {elite.every_samples:,} rows of all replicas together, {often}; on {rows:,} validation rows",
-        f"sends     a rank receives at most {_bytes(_vector(setup, states=True) * _itemsize(setup))} at a comparison: "
-        "parameters and optimizer states",
+        f"sends     a rank receives at most {moved} at a comparison: parameters and optimizer states",
     ]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nettorrent_mpi.app import config
 from nettorrent_mpi.app.config import Config, Layout, Swarm
+from nettorrent_mpi.app.default import DEFAULT
 from nettorrent_mpi.engine import choices
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.plan.errors import ConfigError
@@ -488,7 +489,7 @@ def test_shipped_configurations_load(path: Path) -> None:
 
 def test_the_default_is_the_digits_file() -> None:
     digits = next(p for p in CONFIGS if p.stem == "digits")
-    assert digits.read_text() == config.DEFAULT
+    assert digits.read_text() == DEFAULT
     assert config.load(None) == config.load(str(digits))
 
 
