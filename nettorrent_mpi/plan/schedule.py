@@ -182,17 +182,17 @@ def steady_seconds(
 ) -> float:
     """Seconds that one more mini-batch takes in the middle of a stream; costs as in `simulate`.
 
-    The mean over so many mini-batches that bursts of micro-batches, as long as what is in flight, do not count.
+    The mean over eight mini-batches or more, a multiple of S: where transfers are slow, S micro-batches go in bursts.
     """
     f, b, r = (_each(cost, stages) for cost in (forward, backward, finish))
     slowest = max(range(stages), key=lambda s: micro_batches * (f[s] + b[s]) + r[s])
     late = staleness_bound(stages, micro_batches, 0)
     begin = 2 * late + 1  # the pipeline is full after `late` steps; in as many it draws level with the slowest stage
-    end = begin + stages
+    end = begin + stages * -(-8 // stages)
     # what the last `late` steps leave out comes after what is measured
     line = simulate(stream(stages, micro_batches, end + late + 1, transfers=False), f, b, transfer, r)
     times = {e.action.micro_batch: e.end for e in line.stages[slowest] if e.action.kind == "R"}
-    return (times[end] - times[begin]) / stages
+    return (times[end] - times[begin]) / (end - begin)
 
 
 def _each(cost: Costs, count: int) -> list[float]:
