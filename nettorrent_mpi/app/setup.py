@@ -72,7 +72,10 @@ def set_up(config: Config, ranks: int) -> Setup:
         micro_batches=pieces,
         partition=data.partition,
     )
-    _check_exchange(config, topology)
+    _check_exchange(config, topology, pieces)
+    if isinstance(config.exchange, Elite) and not len(sampler.validation_rows):
+        text = f"{data.validation} of {dataset.train.rows} rows leaves none to choose the best replica by; raise it"
+        raise ConfigError(text, key="data.validation")
     options = Options(
         loss=config.model.loss,
         optimizer=train.optimizer,
@@ -129,10 +132,11 @@ def _pieces(config: Config, automatic: int) -> int:
     return min(automatic, train.batch_size) if train.micro_batches == "auto" else train.micro_batches
 
 
-def _check_exchange(config: Config, topology: Topology) -> None:
-    """ConfigError where so many replicas cannot have the exchange that the configuration asks for."""
-    exchange = config.exchange
-    if topology.replicas == 1 and isinstance(exchange, Elite | Gossip):
+def _check_exchange(config: Config, topology: Topology, pieces: int) -> None:
+    """ConfigError where so many replicas cannot have the exchange that the configuration asks for, or one that trains
+    on its own rows alone would have none."""
+    exchange, replicas, batch_size = config.exchange, topology.replicas, config.train.batch_size
+    if replicas == 1 and isinstance(exchange, Elite | Gossip):
         nobody = "take weights from" if isinstance(exchange, Elite) else "average with"
         raise ConfigError(
             f"changes nothing with 1 replica: there is nobody to {nobody}; "
@@ -140,4 +144,12 @@ def _check_exchange(config: Config, topology: Topology) -> None:
             key=f"exchange.{exchange.kind}",
         )
     if isinstance(exchange, Gossip):
-        make_pairing(exchange.pairing, topology.replicas, config.seed)
+        make_pairing(exchange.pairing, replicas, config.seed)
+    most = span(batch_size, pieces, 0).size  # rows of a micro-batch: a replica beyond them never has any
+    if not config.exact and most < replicas:
+        raise ConfigError(
+            f"{batch_size} rows in {pieces} micro-batch{'es' if pieces > 1 else ''} leave {replicas - most} of the "
+            f"{replicas} replicas nothing to train on: take at least {pieces * (replicas - 1) + 1} rows"
+            + (", or fewer micro_batches" if pieces > 1 else ""),
+            key="train.batch_size",
+        )

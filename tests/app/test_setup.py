@@ -125,6 +125,31 @@ def test_a_pairing_that_the_replicas_cannot_have() -> None:
     assert set_up(load("exchange.gossip.pairing=hypercube", "layout={replicas: 8}"), 8).topology.replicas == 8
 
 
+def test_a_replica_of_its_own_without_rows_is_refused() -> None:
+    layout = "layout={replicas: 4, swarms: [{layers: 2}, {layers: 2}]}"
+    for exchange in ("none", "gossip", "elite"):
+        changes = (layout, f"exchange={exchange}", "data.validation=0.1")
+        with pytest.raises(ConfigError) as caught:
+            set_up(load("train.batch_size=12", *changes), 8)
+        assert caught.value.key == "train.batch_size"
+        assert "12 rows in 4 micro-batches leave 1 of the 4 replicas nothing to train on" in str(caught.value)
+        assert "at least 13 rows, or fewer micro_batches" in str(caught.value)
+        for enough in ("train.batch_size=13", "train={batch_size: 12, micro_batches: 3}"):
+            setup = set_up(load(enough, *changes), 8)
+            pieces, size = setup.options.micro_batches, setup.options.batch_size
+            for rank in range(8):
+                place = setup.topology.place(rank)
+                assert sum(setup.topology.batch_rows(place, size, pieces, m).size for m in range(pieces)) > 0
+    assert set_up(load("train.batch_size=12", layout), 8).config.exact
+
+
+def test_validation_rows_that_round_to_none_choose_no_elite() -> None:
+    with pytest.raises(ConfigError) as caught:
+        set_up(load("exchange=elite", "data.validation=0.0001", "layout={replicas: 2}"), 2)
+    assert caught.value.key == "data.validation"
+    assert "0.0001 of 1438 rows leaves none" in str(caught.value)
+
+
 def test_the_engine_and_the_sampler_are_given_what_was_asked_for() -> None:
     made = load("exchange.gossip.every=3", "pipeline={async: true}", "layout={replicas: 2}", "data.partition=disjoint")
     setup = set_up(made, 8)
