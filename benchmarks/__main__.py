@@ -1,5 +1,28 @@
-"""`python -m benchmarks`: what `make bench` runs."""
+"""`python -m benchmarks [NAME] [options]`: what `make bench` runs. Without a name it is speed.
 
-from benchmarks.speed import main
+    speed      training speed against PyTorch, and of two ranks against one
+    accuracy   the shipped configurations on real data
+    exchange   gossip, elite and the pipeline without flush against the exact exchange: accuracy, slow links, bubbles
+
+`NAME --help` tells the options.
+"""
+
+import sys
+from importlib import import_module
+
+NAMES = ("speed", "accuracy", "exchange")
+
+
+def main() -> None:
+    given = sys.argv[1:]
+    if given[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    name = given.pop(0) if given and not given[0].startswith("-") else NAMES[0]
+    if name not in NAMES:
+        sys.exit(f"no benchmark {name!r}: there are {', '.join(NAMES)}")
+    sys.argv = [f"benchmarks/{name}.py", *given]
+    import_module(f"benchmarks.{name}").main()
+
 
 main()

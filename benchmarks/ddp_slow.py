@@ -15,10 +15,6 @@ import os
 import sys
 from collections.abc import Mapping
 
-import torch.distributed as dist
-
-from benchmarks.torch_models import parse, train
-
 LAUNCHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 
 
@@ -31,6 +27,10 @@ def placed(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def main() -> None:
+    import torch.distributed as dist
+
+    from benchmarks.torch_models import parse, train
+
     rank, size = placed(os.environ)
     options = parse([*sys.argv[1:], "--processes", str(size)])
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

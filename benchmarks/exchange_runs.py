@@ -1,0 +1,118 @@
+"""Trainings as the benchmarks of exchanges start them: on this machine, or on hosts joined by links of a given rate."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.speed import run
+
+HOSTS = "benchmarks/hosts"
+
+
+@dataclass(frozen=True)
+class Here:
+    """Ranks on this machine, which find each other in its memory."""
+
+    mpirun: str
+
+    def words(self, ranks: int, sent: str) -> list[str]:
+        """What comes before the command; `sent` is for launchers that count bytes."""
+        more = ["--oversubscribe"] if ranks > (os.cpu_count() or 1) else []
+        return [self.mpirun, *more, "-n", str(ranks)]
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """A host for each rank; `rate` is its link's, None as fast as the machine is. Needs root."""
+
+    mpirun: str
+    rate: str | None
+
+    def words(self, ranks: int, sent: str) -> list[str]:
+        limit = ["-r", self.rate] if self.rate else []
+        return [HOSTS, "-n", str(ranks), *limit, "-b", sent, "-m", self.mpirun, "--"]
+
+
+Launcher = Here | Hosts
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left in its run folder, and the bytes that each host sent over its link (none without links)."""
+
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    trace: str | None
+    sent: list[int]
+
+    @property
+    def by_epoch(self) -> list[tuple[float, float]]:
+        """(epoch, accuracy on the test rows) wherever it was measured."""
+        return [
+            (record["epoch"], record["test_accuracy"])
+            for record in self.metrics
+            if record.get("test_accuracy") is not None
+        ]
+
+
+def train(config: str, settings: Mapping[str, str], ranks: int, launcher: Launcher) -> Trained:
+    """One training with the settings laid over a configuration; ends the program if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, sent = Path(folder, "run"), Path(folder, "sent")
+        command = [*launcher.words(ranks, str(sent)), *training(config, settings, str(output))]
+        run(command)
+        trace = output / "trace.json"
+        return Trained(
+            json.loads((output / "summary.json").read_text()),
+            [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()],
+            trace.read_text() if trace.exists() else None,
+            read_sent(sent),
+        )
+
+
+def training(config: str, settings: Mapping[str, str], output: str) -> list[str]:
+    """The training command of this package, without its launcher."""
+    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "nettorrent_mpi.train", config, "--output", output, "--overwrite", *sets]
+
+
+def program(words: Sequence[str], ranks: int, launcher: Launcher) -> tuple[str, list[int]]:
+    """(standard output, bytes that each host sent) of another command."""
+    with tempfile.TemporaryDirectory() as folder:
+        sent = Path(folder, "sent")
+        output = run([*launcher.words(ranks, str(sent)), *words])
+        return output, read_sent(sent)
+
+
+def read_sent(path: Path) -> list[int]:
+    """Bytes of each host from the file that benchmarks/hosts wrote."""
+    return [int(line.split()[1]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def layout(replicas: int, layers: int) -> str:
+    """Replicas of one rank each, for a network of so many weight layers."""
+    return f"{{replicas: {replicas}, swarms: [{{layers: {layers}, rows: 1, cols: 1}}]}}"
+
+
+def in_turns(sides: Mapping[str, Callable[[], float]], repeats: int, unit: str) -> dict[str, dict[str, Any]]:
+    """Every side measured `repeats` times, taking turns: what else the machine does hits them alike."""
+    figures: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats):
+        for name, measure in sides.items():
+            figures[name].append(measure())
+            print(f"turn {turn + 1}  {name}: {figures[name][-1]:,.2f} {unit}", flush=True)
+    return {name: summarize(values) for name, values in figures.items()}
+
+
+def summarize(figures: list[float]) -> dict[str, Any]:
+    """`spread` is (largest - smallest) / median."""
+    middle = median(figures)
+    return {"figures": figures, "median": middle, "spread": (max(figures) - min(figures)) / middle}
