@@ -13,7 +13,7 @@ class Clock:
     """Training time: without start-up, evaluation and (for the rate) the first steps."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._since: float | None = None
         self._steps = 0
         self._warm_seconds = 0.0
@@ -22,13 +22,14 @@ class Clock:
     def start(self) -> None:
         self._since = time.perf_counter()
 
-    def stop(self) -> float:
-        """Add what has passed since the start, and give it."""
-        assert self._since is not None
-        passed = time.perf_counter() - self._since
-        self.seconds += passed
+    def stop(self) -> None:
+        self._seconds = self.seconds
         self._since = None
-        return passed
+
+    @property
+    def seconds(self) -> float:
+        """Of training until now."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def step(self, rows: int) -> None:
         """A step of this many rows is done."""
@@ -36,12 +37,17 @@ class Clock:
         self._steps += 1
         self._rows += rows
         if self._steps == WARM_UP:
-            self._warm_seconds = self.seconds + time.perf_counter() - self._since
+            self._warm_seconds = self.seconds
             self._warm_rows = self._rows
 
     @property
+    def seconds_per_step(self) -> float:
+        """Mean of all steps."""
+        return self.seconds / max(self._steps, 1)
+
+    @property
     def samples_per_second(self) -> float:
-        """Rows per second, while the clock is stopped; of all steps if there are no more than the warm-up."""
+        """Rows per second; of all steps if there are no more than the warm-up."""
         seconds, rows = self.seconds - self._warm_seconds, self._rows - self._warm_rows
         if rows <= 0:
             seconds, rows = self.seconds, self._rows

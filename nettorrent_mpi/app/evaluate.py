@@ -13,6 +13,7 @@ from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.config import Config
 from nettorrent_mpi.app.setup import set_up
 from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.checkpoint import restore_parameters
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import read_arrays
@@ -47,8 +48,9 @@ def evaluate(world: World, args: argparse.Namespace) -> int:
 
 
 def _any_ranks(config: Config) -> Config:
-    """The configuration with a layout that every number of ranks can have."""
-    return config if isinstance(config.layout, str) else config.model_copy(update={"layout": "layers"})
+    """The configuration of one network, with a layout that every number of ranks can have."""
+    plain = {"exchange": choices.Allreduce(), "pipeline": choices.OneFOneB()}
+    return config.model_copy(update=plain | ({} if isinstance(config.layout, str) else {"layout": "layers"}))
 
 
 def export(run: str, target: str) -> None:

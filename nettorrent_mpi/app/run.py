@@ -14,6 +14,7 @@ from nettorrent_mpi import __version__
 from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.clock import Clock, peak_memory
 from nettorrent_mpi.app.config import Config
+from nettorrent_mpi.app.judge import Judge
 from nettorrent_mpi.app.progress import Reporter, open_reporter
 from nettorrent_mpi.app.report import dry_run
 from nettorrent_mpi.app.resume import find_checkpoint, must_match
@@ -21,8 +22,11 @@ from nettorrent_mpi.app.run_folder import RunFolder
 from nettorrent_mpi.app.setup import Setup, set_up
 from nettorrent_mpi.app.stop import Stop
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.engine.checkpoint import collect, restore
+from nettorrent_mpi.engine import choices
+from nettorrent_mpi.engine.checkpoint import collect, restore, restore_replica
+from nettorrent_mpi.engine.elite import compare, steps_between
 from nettorrent_mpi.engine.engine import Engine, Scores
+from nettorrent_mpi.engine.reports import Report, Reports
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.nn.specs import to_plain
 from nettorrent_mpi.plan.errors import ConfigError
@@ -75,6 +79,10 @@ class Run:
         self._rate = make_rate(train.schedule, train.optimizer.options()["lr"], self._steps, self._epoch_steps)
         self._clock = Clock()
         self._stop = Stop(world)
+        self._reports: Reports[dict[str, Any] | None] = Reports(engine)
+        self._judge = Judge(engine)
+        self._loss: float | None = None
+        self._losses: list[float] = []
         self._steps_done = self._samples = 0
         self._resumed = False
         self._began = time.perf_counter()
@@ -107,19 +115,22 @@ class Run:
                 resumed = self._steps_done if self._resumed else None
                 self._folder.create(configuration.to_yaml(self._setup.config), resumed)
         self._reporter = self._open_reporter()
-        stopped_by, loss, scores = self._train()
+        stopped_by, loss, figures = self._train()
         if stopped_by == STOPPED:
             self._say(f"stopped by a signal after step {self._steps_done}; go on with --resume")
         else:
-            self._finish(stopped_by, loss, scores)
+            self._finish(stopped_by, loss, figures)
         self._stop.close()
+        self._reports.close()
         self._engine.close()
         if self._reporter is not None:
             self._reporter.close()
         return SIGNALLED if stopped_by == STOPPED else 0
 
-    def _finish(self, stopped_by: str, loss: float | None, scores: Scores | None) -> None:
+    def _finish(self, stopped_by: str, loss: float | None, figures: dict[str, Any]) -> None:
         """model.h5, trace.json, summary.json."""
+        figures = {"test_accuracy": None, "test_loss": None, **figures, **self._judge.end(self._losses)}
+        exchange = self._engine.exchange_figures(self._steps_done)
         arrays = self._engine.parameters()
         with self._world.together():
             if self._told:
@@ -140,10 +151,11 @@ class Run:
                         "steps": self._steps_done,
                         "train_seconds": round(self._clock.seconds, 3),
                         "samples_per_second": self._clock.samples_per_second,
-                        "test_accuracy": scores.accuracy if scores else None,
-                        "test_loss": scores.loss if scores else None,
+                        **{name: figures.pop(name) for name in ("test_accuracy", "test_loss")},
                         "final_loss": loss,
                         "stopped_by": stopped_by,
+                        **{name: figures[name] for name in ("average", "best_replica") if name in figures},
+                        "exchange": exchange,
                         "peak_memory_mb": round(peak / 1e6, 1),
                         "mpi": self._world.library,
                         "mpi_threads": self._world.threads,
@@ -153,47 +165,102 @@ class Run:
                     }
                 )
 
-    def _train(self) -> tuple[str, float | None, Scores | None]:
-        """(what ended the training, last training loss, last scores on the test set)."""
+    def _train(self) -> tuple[str, float | None, dict[str, Any]]:
+        """(what ended the training, last training loss, figures of the last evaluation).
+
+        Ranks train on without waiting for each other until they come to rest: where something is evaluated, saved or
+        decided. Reports in between are sums that nobody waits for.
+        """
         train, engine = self._setup.config.train, self._engine
-        loss: float | None = None
-        test: Scores | None = None
-        told_at = self._steps_done
+        figures: dict[str, Any] = {}
+        stop: int | None = None
         self._clock.start()
-        for n in range(self._steps_done, self._steps):
-            rows = engine.step(n, self._rate(n))
+        while self._steps_done < self._steps:
+            n = self._steps_done
+            rest = self._rest(n) if stop is None else stop
+            rows = engine.step(n, self._rate(n), rest - n)
             done = self._steps_done = n + 1
             self._samples += rows
             self._clock.step(rows)
-            last, epochs = done == self._steps, done // self._epoch_steps if done % self._epoch_steps == 0 else 0
-            due = last or epochs > 0 or done % train.report_every == 0
-            asked = self._stop.asked(done, due)
-            if not (asked or due):
+            epochs = done // self._epoch_steps if done % self._epoch_steps == 0 else 0
+            if done == rest or epochs or done % train.report_every == 0:
+                self._reports.start(self._record(n), self._stop.told)
+            elif self._stop.due(done):
+                self._reports.start(None, self._stop.told, figures=False)
+            if done == 2:
+                self._stop.pace(self._clock.seconds_per_step)
+            if done < rest:
+                if self._take_reports() and stop is None:
+                    stop = min(rest, self._stop.last_step(done + 1 + engine.ahead))
                 continue
-            loss = engine.training_loss()
-            seconds = self._clock.stop()
-            self._stop.pace(seconds / (done - told_at))
-            told_at = done
-            record = self._record(n, loss)
-            reached = False
+            last = done == self._steps
+            told = self._take_reports(wait=True) or stop is not None
+            self._clock.stop()
+            report = self._reports.ready(wait=True)[-1]
+            asked = told or report.flag
+            if asked and stop is None:
+                self._stop.last_step(done)  # together with ranks that heard of it before they came to rest
+            record, reached = self._filled(report), self._come_together(done, report)
             if last or (epochs and epochs % train.evaluate_every == 0):
-                validation, test = engine.evaluate_validation(), engine.evaluate_test()
-                record |= {
-                    "test_loss": test.loss if test else None,
-                    "test_accuracy": test.accuracy if test else None,
-                    "validation_loss": validation.loss if validation else None,
-                    "validation_accuracy": validation.accuracy if validation else None,
-                }
-                reached = self._reached(validation or test)
-            self._tell(record)
+                figures, scores = self._judge.now(self._losses)
+                record |= figures
+                reached = reached or self._reached(scores)
+            if last or epochs or done % train.report_every == 0:
+                self._tell(record)
             if asked or last or reached or (epochs and epochs % train.checkpoint_every == 0):
                 self._checkpoint()
             if asked and not last:
-                return STOPPED, loss, test
+                return STOPPED, self._loss, figures
             if reached:
-                return "accuracy", loss, test
+                return "accuracy", self._loss, figures
+            self._stop.pace(self._clock.seconds_per_step)
             self._clock.start()
-        return "steps" if train.steps is not None else "epochs", loss, test
+        return "steps" if train.steps is not None else "epochs", self._loss, figures
+
+    def _rest(self, n: int) -> int:
+        """After how many steps in all the ranks come to rest next, step n being the next one."""
+        train, exchange = self._setup.config.train, self._setup.options.exchange
+        epochs = (train.evaluate_every, train.checkpoint_every)
+        found = [self._steps, *(_next(n, every * self._epoch_steps) for every in epochs)]
+        if self._engine.replicas.count > 1:
+            if isinstance(exchange, choices.Elite):
+                found.append(_next(n, steps_between(exchange, train.batch_size)))
+            if isinstance(exchange, choices.Gossip) and exchange.consensus is not None:
+                found.append(_next(n, train.report_every))
+        return min(found)
+
+    def _come_together(self, done: int, report: Report[Any]) -> bool:
+        """What the replicas do at rest, if it is time: has the accuracy been reached that the user wants?"""
+        exchange, engine = self._setup.options.exchange, self._engine
+        if engine.replicas.count == 1:
+            return False
+        if isinstance(exchange, choices.Elite):
+            number, rest = divmod(done, steps_between(exchange, engine.options.batch_size))
+            return rest == 0 and self._reached(compare(engine, exchange, number))
+        limit = exchange.consensus if isinstance(exchange, choices.Gossip) else None
+        if limit is not None and report.distance is not None and report.distance > limit.max:
+            engine.replicas.become()
+        return False
+
+    def _take_reports(self, wait: bool = False) -> bool:
+        """Tell what the ranks have reported; was any of them told to stop? `wait`: for all reports but the last, which
+        is told together with what happens at rest."""
+        told = False
+        for report in self._reports.ready(wait=wait, but=1):
+            if report.tag is not None:
+                self._tell(self._filled(report))
+            told = told or report.flag
+        return told
+
+    def _filled(self, report: Report[dict[str, Any] | None]) -> dict[str, Any]:
+        """The line of metrics.jsonl that a report completes."""
+        self._loss = report.training.loss
+        self._losses = report.replicas
+        assert report.tag is not None
+        record = {**report.tag, "train_loss": self._loss}
+        if report.distance is not None:
+            record["consensus_distance"] = report.distance
+        return record
 
     def _checkpoint(self) -> None:
         """Collective over all ranks."""
@@ -217,6 +284,10 @@ class Run:
             attributes = restore(self._engine, path)
             must_match(configuration.loads(str(attributes["config"]), str(path)), self._setup.config, path)
         self._engine.state.meet()
+        self._engine.exchange.averaged()
+        with self._world.together():
+            restore_replica(self._engine, path)
+        self._engine.state.meet()
         self._resumed = True
         self._steps_done = int(attributes["step"])
         self._samples = int(attributes["samples"])
@@ -226,13 +297,13 @@ class Run:
         stop = self._setup.config.train.stop_at
         return stop is not None and scores is not None and (scores.accuracy or 0.0) >= stop.accuracy
 
-    def _record(self, n: int, loss: float) -> dict[str, Any]:
+    def _record(self, n: int) -> dict[str, Any]:
         return {
             "step": n + 1,
             "epoch": round((n + 1) / self._epoch_steps, 4),
             "samples": self._samples,
             "time": round(time.perf_counter() - self._began, 3),
-            "train_loss": loss,
+            "train_loss": None,
             "learning_rate": self._rate(n),
             "samples_per_second": self._clock.samples_per_second,
         }
@@ -251,6 +322,11 @@ class Run:
         stage = self._setup.topology.stages[place.stage]
         names = [facts.name for facts in self._setup.network.facts[stage.first : stage.stop]]
         return f"replica {place.replica}, stage {place.stage} ({' '.join(names)}), row {place.row}, col {place.col}"
+
+
+def _next(n: int, every: int) -> int:
+    """The first multiple of `every` after n."""
+    return (n // every + 1) * every
 
 
 def model_json(config: Config) -> str:

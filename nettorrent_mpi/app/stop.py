@@ -8,32 +8,34 @@ from types import FrameType
 from nettorrent_mpi.comm.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # USR2: what Slurm's --signal=B:USR2@90 usually sends
-PATIENCE = 2.0  # seconds between two times that the ranks ask each other
+PATIENCE = 2.0  # seconds between two times that the ranks tell each other
 
 
 class Stop:
-    """Asks now and then whether some rank was told to stop; the answer is the same on all ranks.
-
-    Asking waits for all ranks, so it is done about every PATIENCE seconds only: `pace` tells how long a step takes.
-    """
+    """Listens for signals. `told` is this rank's flag, which the run's reports carry to the others; `due` says after
+    which steps they have to, besides those that do anyway: about every PATIENCE seconds."""
 
     def __init__(self, world: World):
         self._world = world
-        self._told = False
+        self.told = False
         self._every = 10
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+        self.told = True
 
-    def asked(self, step: int, due: bool) -> bool:
-        """Was any rank told to stop? Every rank calls after every step (they count from 1); `due`: ask now."""
-        return (due or step % self._every == 0) and self._world.sum_numbers(self._told)[0] > 0
+    def due(self, step: int) -> bool:
+        """Has this step (counted from 1) to be followed by a report? The same on all ranks."""
+        return step % self._every == 0
 
     def pace(self, seconds_per_step: float) -> None:
-        """Every rank calls at the same steps with how long its steps take."""
+        """Every rank calls after the same step with how long its steps take. Waits for all."""
         mean = self._world.sum_numbers(seconds_per_step)[0] / self._world.size
         self._every = max(1, min(1000, round(PATIENCE / mean))) if mean > 0 else 10
+
+    def last_step(self, begun: int) -> int:
+        """After which step all stop, when some rank was told to: every rank says how many it has `begun`."""
+        return int(max(self._world.comm.allgather(begun)))
 
     def close(self) -> None:
         """Give the signals back."""

@@ -48,6 +48,28 @@ class Group:
         elif whole.ctypes.data != part.ctypes.data:
             np.copyto(whole, part)
 
+    def broadcast(self, values: Array, source: int) -> None:
+        """values <- those of member `source`, everywhere."""
+        if self.size > 1:
+            for chunk in chunks(values):
+                self.comm.Bcast(chunk, root=source)
+
+    def maximum(self, values: Array) -> None:
+        """The largest of everyone's values, in place."""
+        if self.size > 1:
+            self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.MAX)
+
+    def pass_on(self, values: Array, into: Array) -> None:
+        """Send `values` to the next member and receive the one before's: all members at once."""
+        to, source = (self.index + 1) % self.size, (self.index - 1) % self.size
+        self.comm.Sendrecv(values, to, recvbuf=into, source=source)
+
+    def duplicate(self) -> Group:
+        """The same members, with messages of their own: what is under way here and there is never confused."""
+        comm = self.comm.Dup()
+        comm.Set_errhandler(MPI.ERRORS_RETURN)
+        return Group(comm)
+
     def send(self, values: Array, to: int, tag: int) -> None:
         """A blocking send of a contiguous array, for what happens once (saving, loading)."""
         for chunk in chunks(values):

@@ -15,17 +15,23 @@ TAG = 78
 
 
 def gather(
-    world: World, topology: Topology, network: Network, blocks: Mapping[str, Array], *, trainable: bool = False
+    world: World,
+    topology: Topology,
+    network: Network,
+    blocks: Mapping[str, Array],
+    *,
+    trainable: bool = False,
+    replica: int = 0,
 ) -> dict[str, Array]:
-    """On rank 0: the whole arrays "<layer>/<name>" -> array, of replica 0, in the network's order; elsewhere nothing.
+    """On rank 0: the whole arrays "<layer>/<name>" -> array, of one replica, in the network's order; elsewhere nothing.
 
-    Every rank calls with its `blocks`. The holders of replica 0's first row send; a block that every col holds comes
+    Every rank calls with its `blocks`. The holders of the replica's first row send; a block that every col holds comes
     from the first. `trainable` leaves out running statistics.
     """
     whole: dict[str, Array] = {}
     for s, stage in enumerate(topology.stages):
         for col in range(stage.cols):
-            holder = topology.rank(0, s, 0, col)
+            holder = topology.rank(replica, s, 0, col)
             if world.rank not in (0, holder):
                 continue
             for key, parameter in network.stage(stage.first, stage.stop, stage.cols, col).parameters:

@@ -1,17 +1,21 @@
 """Checkpoints: all that a run needs to go on, in global coordinates, so that it goes on with any layout and rank count.
 
-Random numbers are functions of the step, so the step's number stands for all of them.
+Random numbers are functions of the step, so the step's number stands for all of them. Replicas that differ are all
+saved, besides their average, which is what another number of replicas begins with. Nothing is under way between
+replicas when a checkpoint is made; estimates of compressed messages begin anew from the average.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from nettorrent_mpi.engine.blocks import gather
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.model_file import OPTIMIZER, PARAMETERS, Attribute, opened, read_block
+from nettorrent_mpi.engine.model_file import OPTIMIZER, PARAMETERS, REPLICAS, Attribute, opened, read_block
 from nettorrent_mpi.nn.backend import Array, aligned
 from nettorrent_mpi.plan.errors import DataError
 
@@ -20,33 +24,56 @@ Groups = dict[str, dict[str, Array]]
 
 def collect(engine: Engine) -> Groups:
     """On rank 0: everything, as `model_file.write_arrays` takes it; elsewhere empty. Collective over all ranks."""
-    world, topology, network, state = engine.world, engine.topology, engine.network, engine.state
-    groups: Groups = {PARAMETERS: gather(world, topology, network, state.params)}
-    for name in engine.optimizer.states:
-        blocks: dict[str, Array] = {}
-        for segment in state.segments:
-            whole = aligned(sum(segment.counts), state.dtype)
-            segment.group.allgather(segment.optimizer[name], whole, segment.counts)
-            for key, place in segment.places.items():
-                blocks[key] = whole[place].reshape(state.params[key].shape)
-        groups[f"{OPTIMIZER}/{name}"] = gather(world, topology, network, blocks, trainable=True)
+    count = engine.replicas.count
+    groups: Groups = {}
+    with engine.replicas.shown():  # the average of replicas that differ
+        groups[PARAMETERS] = _gather(engine, 0, engine.state.params)
+    if count > 1:
+        for r in range(count):
+            groups[f"{REPLICAS}/{r}/{PARAMETERS}"] = _gather(engine, r, engine.state.params)
+    for name, shards in _memories(engine).items():
+        blocks = _blocks(engine, shards)
+        found = [_gather(engine, r, blocks, trainable=True) for r in range(count)]
+        if count > 1:
+            groups |= {f"{REPLICAS}/{r}/{name}": whole for r, whole in enumerate(found)}
+        groups[name] = {key: np.mean([whole[key] for whole in found], axis=0) for key in found[0]}
     return groups
 
 
-def restore_parameters(engine: Engine, path: Path) -> None:
+def _gather(engine: Engine, replica: int, blocks: Mapping[str, Array], *, trainable: bool = False) -> dict[str, Array]:
+    return gather(engine.world, engine.topology, engine.network, blocks, trainable=trainable, replica=replica)
+
+
+def _memories(engine: Engine) -> dict[str, list[Array]]:
+    """What is remembered of every parameter, by name: the shards of each segment."""
+    segments = engine.state.segments
+    found = {f"{OPTIMIZER}/{name}": [s.optimizer[name] for s in segments] for name in engine.optimizer.states}
+    return found | {f"exchange/{name}": shards for name, shards in engine.exchange.memories().items()}
+
+
+def _blocks(engine: Engine, shards: Sequence[Array]) -> dict[str, Array]:
+    """This rank's blocks, from all holders' shards."""
+    blocks: dict[str, Array] = {}
+    for segment, shard in zip(engine.state.segments, shards, strict=True):
+        whole = aligned(segment.size, engine.state.dtype)
+        segment.group.allgather(shard, whole, segment.counts)
+        blocks |= segment.blocks(engine.state.parameters, whole)
+    return blocks
+
+
+def restore_parameters(engine: Engine, path: Path, group: str = PARAMETERS) -> None:
     """Let this rank take its blocks of the parameters from model.h5 or a checkpoint. Raises DataError.
 
     Every rank calls. Holders of the same block write the same values, and have to `State.meet` afterwards.
     """
     with opened(path) as file:
         for key, parameter in engine.state.parameters.items():
-            read_block(file, PARAMETERS, key, parameter, engine.state.params[key])
+            read_block(file, group, key, parameter, engine.state.params[key])
 
 
 def restore(engine: Engine, path: Path) -> dict[str, Attribute]:
     """`restore_parameters`, and this rank's part of the optimizer's state; gives the file's attributes."""
     restore_parameters(engine, path)
-    state = engine.state
     with opened(path) as file:
         for name in engine.optimizer.states:
             if f"{OPTIMIZER}/{name}" not in file:
@@ -54,13 +81,33 @@ def restore(engine: Engine, path: Path) -> dict[str, Attribute]:
                     f"holds no state {name!r} of the optimizer; resume with the optimizer it was made with",
                     file=str(path),
                 )
-            for segment in state.segments:
-                whole = np.zeros(sum(segment.counts), state.dtype)
-                for key, place in segment.places.items():
-                    block = whole[place].reshape(state.params[key].shape)
-                    read_block(file, f"{OPTIMIZER}/{name}", key, state.parameters[key], block)
-                segment.optimizer[name][...] = whole[segment.shard]
+        _restore_memories(engine, file, "")
         return dict(file.attrs)
+
+
+def restore_replica(engine: Engine, path: Path) -> None:
+    """Where the checkpoint holds as many replicas as there are, let each take its own; otherwise they go on from the
+    average, which `restore` gave them. Called as `restore_parameters`."""
+    count, own = engine.replicas.count, f"{REPLICAS}/{engine.place.replica}/"
+    with opened(path) as file:
+        if count == 1 or REPLICAS not in file or len(file[REPLICAS]) != count:
+            return
+        _restore_memories(engine, file, own)
+    restore_parameters(engine, path, own + PARAMETERS)
+    engine.exchange.recall()
+
+
+def _restore_memories(engine: Engine, file: h5py.File, prefix: str) -> None:
+    """What the file does not hold stays as it is."""
+    state = engine.state
+    for name, shards in _memories(engine).items():
+        if prefix + name not in file:
+            continue
+        for segment, shard in zip(state.segments, shards, strict=True):
+            whole = np.zeros(segment.size, state.dtype)
+            for key, block in segment.blocks(state.parameters, whole).items():
+                read_block(file, prefix + name, key, state.parameters[key], block)
+            shard[...] = whole[segment.shard]
 
 
 def latest(folder: Path) -> Path | None:

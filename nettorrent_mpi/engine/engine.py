@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +15,15 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Allocate, Dataset, Split
 from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.blocks import gather
-from nettorrent_mpi.engine.exchange import ExactExchange
-from nettorrent_mpi.engine.feed import Feed
+from nettorrent_mpi.engine.exchange import Exchange
+from nettorrent_mpi.engine.feed import Feed, Once, Training
+from nettorrent_mpi.engine.gossip import Gossip
 from nettorrent_mpi.engine.pipeline import Pipeline
+from nettorrent_mpi.engine.replicas import Replicas
 from nettorrent_mpi.engine.state import State
+from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.backend import Array
@@ -26,9 +31,11 @@ from nettorrent_mpi.nn.losses import check_fit, make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.nn.specs import Spec
+from nettorrent_mpi.plan.actions import Actions
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
+from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream, stream_step, window_steps
 from nettorrent_mpi.plan.topology import Topology
 
 
@@ -40,7 +47,8 @@ class Options:
     optimizer: Spec
     batch_size: int = 128
     micro_batches: int = 4
-    pipeline: str = "1f1b"
+    pipeline: Spec = field(default_factory=choices.OneFOneB)
+    exchange: Spec = field(default_factory=choices.Allreduce)
     clip_norm: float | None = None
     dtype: Any = "float32"
     seed: int = 1
@@ -56,26 +64,39 @@ class Scores(NamedTuple):
 
 
 class Engine:
-    """One rank's part of the training. Every rank makes one, of the same arguments, and calls the same methods."""
+    """One rank's part of the training. Every rank makes one, of the same arguments, and calls the same methods.
+
+    With the exact exchange (`exact`) all replicas are the same; otherwise each has its own weights, `replicas` says
+    what they have in common, and an evaluation is of what the replicas are at that time (see `Replicas.shown`).
+    """
 
     def __init__(self, world: World, network: Network, topology: Topology, options: Options):
         self.world, self.network, self.topology, self.options = world, network, topology, options
         self.place = topology.place(world.rank)
+        self.exact = isinstance(options.exchange, choices.Allreduce) or topology.replicas == 1
         stage = topology.stages[self.place.stage]
-        actions = build(
-            options.pipeline, len(topology.stages), options.micro_batches, clip=options.clip_norm is not None
-        )
-        check(topology, actions)
-        self._training = actions[self.place.stage]
+        stages = len(topology.stages)
+        self._actions = _async_actions if isinstance(options.pipeline, choices.Async) and stages > 1 else _flush_actions
+        self.asynchronous = self._actions is _async_actions
+        self._clip = options.clip_norm is not None
+        slots = self._prove()
+        late = staleness_bound(stages, options.micro_batches, self.place.stage) if self.asynchronous else 0
+        self._slow = 1.0
+        if isinstance(options.pipeline, choices.Async) and options.pipeline.staleness_aware and self.asynchronous:
+            self._slow = 1 / (1 + mean_staleness(stages, options.micro_batches, self.place.stage))
+        # Mini-batches that are begun before the present one is done.
+        self.ahead = staleness_bound(stages, options.micro_batches, 0) if self.asynchronous else 0
+        self._empty = True
         self.layers = network.stage(stage.first, stage.stop, stage.cols, self.place.col)
         self.wiring = Wiring(
             world,
             topology,
             inputs=network.inputs(stage.first),
             outputs=network.inputs(stage.stop),
-            slots=peak_stored(self._training),
+            slots=slots,
             most_rows=topology.batch_rows(self.place, options.batch_size, options.micro_batches, 0).size,
             dtype=options.dtype,
+            exact=self.exact,
         )
         self.optimizer = make_optimizer(options.optimizer)
         self.state = State(
@@ -84,19 +105,40 @@ class Engine:
             dtype=options.dtype,
             seed=options.seed,
             sums=self.wiring.sums,
-            swarm=self.wiring.swarm,
+            whole=self.wiring.whole,
+            stashes=late,
         )
-        exchange = ExactExchange(world, self.state, self.optimizer, options.clip_norm)
+        self.tally = Tally()
+        self.exchange = self._exchange()
+        self.replicas = Replicas(self.wiring, self.state, self.exchange)
         self.trace = Trace() if options.trace else None
         self.pipeline = Pipeline(
             self.wiring,
             self.layers,
             self.state,
-            exchange,
+            self.exchange,
             make_loss(options.loss),
+            self.tally,
             seed=options.seed,
             trace=self.trace,
         )
+
+    def _prove(self) -> int:
+        """Check the schedule of all ranks; the micro-batches that this rank's stage holds at once."""
+        stages, options = len(self.topology.stages), self.options
+        if self.asynchronous:
+            lists = stream(stages, options.micro_batches, window_steps(stages, options.micro_batches), clip=self._clip)
+        else:
+            lists = build(options.pipeline.kind, stages, options.micro_batches, clip=self._clip)
+        check(self.topology, lists)
+        return peak_stored(lists[self.place.stage])
+
+    def _exchange(self) -> Exchange:
+        options, wiring = self.options, self.wiring
+        common = (wiring.replica, self.state, self.optimizer, options.clip_norm)
+        if self.exact or not isinstance(options.exchange, choices.Gossip):
+            return Exchange(*common)
+        return Gossip(*common, options.exchange, wiring.column, self.tally, options.seed)
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -104,7 +146,8 @@ class Engine:
         """Let this rank hold what it needs of the data set: the inputs on the first stage, in memory that the ranks of
         a node share, and the targets on the last. Collective over the ranks of the first stage."""
         self.dataset, self.sampler = dataset, sampler
-        self._augment = Augment(self.options.augment, dataset.shape) if self.options.augment else None
+        augment = Augment(self.options.augment, dataset.shape) if self.options.augment else None
+        self._batches = Training(sampler, augment)
         allocate = _shared_memory(node_of(self.wiring.swarm)) if self.wiring.is_first else _no_memory
 
         def feed_from(split: Split) -> Feed:
@@ -125,64 +168,129 @@ class Engine:
 
     # -- training ---------------------------------------------------------------------------------------------------
 
-    def step(self, n: int, rate: float) -> int:
-        """Do step n (counted from 0) at this learning rate; gives the mini-batch's rows. Raises NonFiniteError."""
-        rows = self.sampler.rows(n)
-        self._train.choose(rows, self._augment, self.sampler.augment_key(n) if self._augment else 0)
+    def step(self, n: int, rate: float, left: int = 1) -> int:
+        """Do step n (counted from 0) at this learning rate; gives the mini-batch's rows. Raises NonFiniteError.
+
+        `left` >= 1 says how many steps will be done until the ranks come to rest, this one included; an asynchronous
+        pipeline runs up to `ahead` mini-batches ahead until then. It may shrink from step to step by more than one, but
+        not below what was begun.
+        """
+        micro_batches = self.options.micro_batches
+        left = left if self.asynchronous else 1
+        self._batches.step = n
+        name, stages = self.options.pipeline.kind, len(self.topology.stages)
+        actions = self._actions(
+            name, stages, micro_batches, self.place.stage, self._empty, min(left, self.ahead + 1), self._clip
+        )
         self.pipeline.run(
-            self._training,
+            actions,
             self._train,
-            micro_batches=self.options.micro_batches,
+            self._batches,
+            micro_batches=micro_batches,
             training=True,
             step=n,
-            rate=rate,
+            rate=rate * self._slow,
+            first=self._empty,
+            left=left,
         )
-        return len(rows)
+        self._empty = left == 1
+        return self._batches.size(0)
 
-    def training_loss(self) -> float:
-        """The mean loss of the rows trained on since the last call. Collective over all ranks."""
-        return self._scores().loss
+    # -- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate_test(self) -> Scores | None:
-        """Loss and accuracy on the test set, None without one. Collective over all ranks."""
+        """Loss and accuracy on the test set, None without one. Collective over all ranks, which are at rest.
+
+        The replicas divide the rows, so they have to be the same (`Replicas.shown`).
+        """
         if self._test is None or self.dataset.test is None:
             return None
-        return self._evaluate(self._test, np.arange(self.dataset.test.rows))
+        return self._evaluate(self._test, np.arange(self.dataset.test.rows))[0]
 
     def evaluate_validation(self) -> Scores | None:
-        """Loss and accuracy on the validation rows, None without any. Collective over all ranks."""
+        """Loss and accuracy on the validation rows, None without any; otherwise as `evaluate_test`."""
         if not len(self.sampler.validation_rows):
             return None
-        return self._evaluate(self._train, self.sampler.validation_rows)
+        return self._evaluate(self._train, self.sampler.validation_rows)[0]
 
-    def _evaluate(self, feed: Feed, rows: Array) -> Scores:
-        """All rows in one stream of micro-batches as large as those of training, so that the pipeline fills once."""
-        before = self.pipeline.tally.take()
-        pieces = -(-len(rows) // span(self.options.batch_size, self.options.micro_batches, 0).size)
+    def compare_replicas(self) -> list[Scores] | None:
+        """Each replica's loss and accuracy on all validation rows, None without any. Collective over all ranks."""
+        if not len(self.sampler.validation_rows):
+            return None
+        return self._evaluate(self._train, self.sampler.validation_rows, alone=True)
+
+    def _evaluate(self, feed: Feed, rows: Array, *, alone: bool = False) -> list[Scores]:
+        """All rows in one stream of micro-batches as large as those of training, so that the pipeline fills once.
+
+        `alone`: by each replica for itself, giving the scores of each; else together.
+        """
+        assert self._empty
+        before = self.tally.take()
+        most = span(self.options.batch_size, self.options.micro_batches, 0).size
+        if alone:
+            most = max(span(most, self.topology.replicas, 0).size, 1)
+        pieces = -(-len(rows) // most)
         actions = add_transfers(forward_only(len(self.topology.stages), pieces))[self.place.stage]
-        feed.choose(rows)
-        self.pipeline.run(actions, feed, micro_batches=pieces, training=False)
-        scores = self._scores()
-        self.pipeline.tally.add(*before)
-        return scores
-
-    def _scores(self) -> Scores:
-        loss, correct, rows, unknown = self.world.sum_numbers(*self.pipeline.tally.numbers())
-        self.pipeline.tally.take()
-        return Scores(loss / max(rows, 1), None if unknown else correct / max(rows, 1))
+        self.pipeline.run(actions, feed, Once(rows), micro_batches=pieces, training=False, alone=alone)
+        sums = np.zeros((self.topology.replicas, 4))
+        sums[self.place.replica if alone else 0] = self.tally.take()
+        self.world.sum(sums)
+        self.tally.add(*before)
+        self.tally.recent = (0.0, 0.0)
+        return [scores(*replica) for replica in (sums if alone else sums[:1])]
 
     # -- the model --------------------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, Array]:
-        """On rank 0: the whole network's arrays, "<layer>/<name>"; elsewhere nothing. Collective over all ranks."""
+        """On rank 0: the first replica's arrays, "<layer>/<name>"; elsewhere nothing. Collective over all ranks."""
         return gather(self.world, self.topology, self.network, self.state.params)
+
+    def exchange_figures(self, steps: int) -> dict[str, Any]:
+        """What all ranks together did to agree in so many steps, for people. Collective over all ranks."""
+        found: dict[str, Any] = {"kind": self.options.exchange.kind}
+        if not isinstance(self.exchange, Gossip):
+            return found
+        own = np.array(self.exchange.figures(), np.float64)
+        self.world.sum(own)
+        rounds, parts, merged, late, skipped, held_back, waited, sent = (own / self.world.size).tolist()
+        return found | {
+            "rounds": round(rounds),
+            "parts": round(parts, 1),  # here and below: mean of a rank
+            "merged": round(merged, 1),
+            "late": round(late, 1),
+            "skipped": round(skipped, 1),
+            "held_back": round(held_back, 1),
+            "waited_seconds": round(waited, 3),
+            "bytes_per_step": round(sent / max(steps, 1)),
+        }
 
     def close(self) -> None:
         """Finish what is under way and give everything back to MPI. Collective over all ranks."""
+        self.exchange.settle()
         self.pipeline.drain()
         self.world.barrier()
+        self.exchange.close()
         self.state.free()
         self.wiring.free()
+
+
+def scores(loss: float, correct: float, rows: float, unknown: float) -> Scores:
+    """From a tally's sums."""
+    return Scores(float(loss) / max(rows, 1), None if unknown else float(correct) / max(rows, 1))
+
+
+@lru_cache(maxsize=64)
+def _flush_actions(
+    name: str, stages: int, micro_batches: int, stage: int, first: bool, left: int, clip: bool
+) -> Actions:
+    return build(name, stages, micro_batches, clip=clip)[stage]
+
+
+@lru_cache(maxsize=64)
+def _async_actions(
+    name: str, stages: int, micro_batches: int, stage: int, first: bool, left: int, clip: bool
+) -> Actions:
+    return stream_step(stages, micro_batches, stage, first=first, left=left, clip=clip)
 
 
 def _shared_memory(node: Group) -> Allocate:

@@ -1,28 +1,36 @@
-"""Exact exchange: after every step all ranks that hold the same block agree on the sum of their gradients.
+"""The end of a step: gradients are summed over all who hold the same block, and every holder updates its part.
 
 Each holder sums its shard of the gradients, updates its shard of the parameters, and all give each other the result:
 the bytes of one all-reduce, but the optimizer's work and state are divided among the holders. On one node the shards
 are read and written where they lie, in shared memory; between nodes it is a reduce-scatter and an all-gather.
+
+Who holds the same block is the wiring's matter: with the exact exchange the rows of all replicas, otherwise those of
+one team. `Exchange.agree` is where replicas that differ come nearer to each other: what a rank does there to the shard
+that it owns reaches the whole team, so that the rows of a team stay bitwise alike.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.comm.mpi import Group
 from nettorrent_mpi.engine.state import State
+from nettorrent_mpi.nn.backend import Array
 from nettorrent_mpi.nn.optimizers import Optimizer, clip_scale, sum_of_squares
 
 
-class ExactExchange:
-    """Sums gradients over the rows of a team and over the replicas, and updates every holder alike."""
+class Exchange:
+    """Sums gradients and updates every holder alike; replicas that hold their own blocks train apart."""
 
-    def __init__(self, world: World, state: State, optimizer: Optimizer, clip_norm: float | None):
-        self._world = world
-        self._state = state
-        self._optimizer = optimizer
+    # What lets messages move while this rank computes: called between actions and between layers.
+    progress: Callable[[], None] | None = None
+
+    def __init__(self, everyone: Group, state: State, optimizer: Optimizer, clip_norm: float | None):
+        """`everyone`: the ranks that hold the whole network once, and its gradients: all, or those of a replica."""
+        self._everyone, self._state, self._optimizer = everyone, state, optimizer
         self._clip_norm = clip_norm
         self._scale = 1.0
         self._squares = np.zeros(1)
@@ -40,10 +48,10 @@ class ExactExchange:
                 segment.group.reduce_scatter(segment.grads, segment.sums, segment.counts)
 
     def norm(self) -> None:
-        """The global norm over all stages, for clipping (all ranks take part): ||g|| over every parameter once."""
+        """The global norm over all stages, for clipping (all of them take part): ||g|| over every parameter once."""
         assert self._clip_norm is not None
         self._squares[0] = sum(sum_of_squares(segment.sums) for segment in self._state.segments)
-        self._world.sum(self._squares)
+        self._everyone.sum(self._squares)
         self._scale = clip_scale(math.sqrt(self._squares[0]), self._clip_norm)
 
     def update(self, rate: float, step: int) -> None:
@@ -51,7 +59,33 @@ class ExactExchange:
         for segment in self._state.segments:
             part = segment.params[segment.shard]
             self._optimizer.update(part, segment.sums, segment.optimizer, rate, step, scale=self._scale)
-            if segment.shared is not None:
-                segment.meet()  # everyone's shard is updated, and nobody reads gradients any more
-            elif segment.group.size > 1:
-                segment.group.allgather(part, segment.params, segment.counts)
+        self.agree(rate, step)
+        for segment in self._state.segments:
+            segment.share()  # everyone's shard is updated, and nobody reads gradients any more
+
+    def agree(self, rate: float, step: int) -> None:
+        """Come nearer to the other replicas: change this rank's shards, and share what statistics were changed."""
+
+    def settle(self) -> None:
+        """Wait until nothing is under way between replicas. All ranks call, after the same step."""
+
+    def average(self, column: Group) -> None:
+        """This rank's shards <- their mean over all replicas. Every member of `column` calls, settled."""
+        for flat in self._state.flats:
+            part = flat.params[flat.shard]
+            column.sum(part)
+            part *= 1 / column.size
+
+    def averaged(self) -> None:
+        """The replicas are the same from now on, with the present parameters."""
+
+    def memories(self) -> dict[str, list[Array]]:
+        """What a checkpoint has to hold besides parameters and optimizer state: for each name this rank's shards, which
+        a restored run writes. Settled."""
+        return {}
+
+    def recall(self) -> None:
+        """`memories` and the parameters of this replica were restored."""
+
+    def close(self) -> None:
+        """Give everything back to MPI. All ranks call, settled."""

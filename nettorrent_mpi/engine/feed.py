@@ -3,13 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Allocate, Split
+from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.nn.backend import Array
 from nettorrent_mpi.plan.blocks import Span
+
+
+class Batches(Protocol):
+    """The mini-batches that follow each other, counted from the present one, which is 0."""
+
+    def size(self, number: int) -> int:
+        """Rows of a mini-batch."""
+
+    def choose(self, number: int, feed: Feed) -> None:
+        """Make it the one that `feed` reads."""
+
+
+class Training:
+    """The mini-batches of steps n, n + 1, ..., augmented."""
+
+    def __init__(self, sampler: Sampler, augment: Augment | None):
+        self._sampler, self._augment = sampler, augment
+        self.step = 0
+
+    def size(self, number: int) -> int:
+        sampler = self._sampler
+        batch = (self.step + number) % sampler.steps_per_epoch
+        return min(sampler.batch_size, len(sampler.training_rows) - batch * sampler.batch_size)
+
+    def choose(self, number: int, feed: Feed) -> None:
+        step = self.step + number
+        feed.choose(self._sampler.rows(step), self._augment, self._sampler.augment_key(step) if self._augment else 0)
+
+
+class Once:
+    """A single mini-batch: rows as they are."""
+
+    def __init__(self, rows: Array):
+        self._rows = rows
+
+    def size(self, number: int) -> int:
+        assert number == 0
+        return len(self._rows)
+
+    def choose(self, number: int, feed: Feed) -> None:
+        feed.choose(self._rows)
 
 
 class Feed:
@@ -31,11 +74,6 @@ class Feed:
     def choose(self, rows: Array, augment: Augment | None = None, key: int = 0) -> None:
         """Make `rows` (numbers in the split, in order) the mini-batch. `key` seeds the augmentation."""
         self._rows, self._augment, self._key = rows, augment, key
-
-    @property
-    def size(self) -> int:
-        """Rows of the mini-batch."""
-        return len(self._rows)
 
     def read_targets(self, check: Callable[[Array], None]) -> None:
         """Read the targets, if this rank needs them, and let `check` look at all of them. Not collective."""

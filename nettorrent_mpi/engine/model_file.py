@@ -2,6 +2,8 @@
 
     /parameters/<layer>/<name>             linear weight (in, out), conv weight (kh, kw, in, out), ...
     /optimizer/<state>/<layer>/<name>      checkpoints only: the optimizer's memory of that array
+    /exchange/<state>/<layer>/<name>       checkpoints only: what gossip remembers of that array
+    /replicas/<number>/...                 checkpoints only, where replicas differ: each of them (above: their mean)
     attribute `model`                      the network's configuration as JSON
 
 Chunked with checksums (fletcher32), so that a flipped bit is an error when read and not a wrong weight.
@@ -21,7 +23,7 @@ from nettorrent_mpi.nn.backend import Array
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.plan.errors import DataError
 
-PARAMETERS, OPTIMIZER = "parameters", "optimizer"
+PARAMETERS, OPTIMIZER, REPLICAS = "parameters", "optimizer", "replicas"
 Attribute = str | int | float
 
 

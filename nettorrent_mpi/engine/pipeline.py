@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nettorrent_mpi.comm.transfers import Transfer
-from nettorrent_mpi.engine.exchange import ExactExchange
-from nettorrent_mpi.engine.feed import Feed
+from nettorrent_mpi.engine.exchange import Exchange
+from nettorrent_mpi.engine.feed import Batches, Feed
 from nettorrent_mpi.engine.state import State
+from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.layer import Alone, Pass
+from nettorrent_mpi.nn.layer import Alone, Params, Pass
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.losses import Loss
 from nettorrent_mpi.plan.actions import Action, Kind
@@ -24,55 +25,51 @@ from nettorrent_mpi.plan.blocks import Span, span
 from nettorrent_mpi.plan.errors import NonFiniteError
 
 
-class Tally:
-    """Sums over the rows that this rank saw: of the loss, of right answers, of rows; and whether right is not defined.
+class _Rows(NamedTuple):
+    """The rows of a micro-batch: this rank's, as numbers in the mini-batch; how many there are in this replica; how
+    many share batch statistics."""
 
-    Only ranks of the last stage count, and of a team's cols only the first, so that sums over all ranks are right.
-    """
-
-    def __init__(self) -> None:
-        self._numbers = (0.0, 0.0, 0.0, 0.0)
-
-    def add(self, loss: float, correct: float, rows: float, unknown: float = 0.0) -> None:
-        a, b, c, d = self._numbers
-        self._numbers = (a + loss, b + max(correct, 0), c + rows, d + unknown + (correct < 0))
-
-    def numbers(self) -> tuple[float, float, float, float]:
-        """(loss, right answers, rows, times that right was not defined)."""
-        return self._numbers
-
-    def take(self) -> tuple[float, float, float, float]:
-        """The numbers, which begin anew."""
-        taken, self._numbers = self._numbers, (0.0, 0.0, 0.0, 0.0)
-        return taken
+    mine: Span
+    whole: int
+    sharing: int
 
 
 class Pipeline:
-    """Runs forward and backward of this rank's stage for the micro-batches of a mini-batch."""
+    """Runs forward and backward of this rank's stage for the micro-batches of a mini-batch.
+
+    Micro-batches are numbered from the present mini-batch on: number >= micro_batches is one of a following mini-batch
+    (an asynchronous pipeline runs forward ahead). Buffers are rings: the number since the pipeline was last empty
+    (`_base` + number) tells the place in them.
+    """
 
     def __init__(
         self,
         wiring: Wiring,
         layers: Layers,
         state: State,
-        exchange: ExactExchange,
+        exchange: Exchange,
         loss: Loss,
+        tally: Tally,
         *,
         seed: int,
         trace: Trace | None,
     ):
         self._wiring, self._layers, self._state, self._exchange, self._loss = wiring, layers, state, exchange, loss
         self._trace = trace
-        self._pass = Pass(seed=seed, team=wiring.team)
+        self._pass = Pass(seed=seed, team=wiring.team, progress=exchange.progress)
         shared = Workspace(state.dtype)
-        self._workspaces = [Workspace(state.dtype, shared) for _ in range(wiring.slots)]
-        self._loss_workspaces = [Workspace(state.dtype, shared) for _ in range(wiring.slots)]
-        self._saved: list[Any] = [None] * wiring.slots
-        self._dy: list[Array | None] = [None] * wiring.slots
-        self._y: list[Array | None] = [None] * wiring.slots
-        self._sending_y: list[Transfer | None] = [None] * wiring.slots
+        slots = wiring.slots
+        self._workspaces = [Workspace(state.dtype, shared) for _ in range(slots)]
+        self._loss_workspaces = [Workspace(state.dtype, shared) for _ in range(slots)]
+        self._saved: list[Any] = [None] * slots
+        self._dy: list[Array | None] = [None] * slots
+        self._y: list[Array | None] = [None] * slots
+        self._params: list[Params | None] = [None] * slots  # the version that the slot's forward used, until backward
+        self._sending_y: list[Transfer | None] = [None] * slots
         self._sending_dx: list[Transfer | None] = [None, None]
-        self.tally = Tally()
+        self._base = self._stashed = 0
+        self._known_rows: dict[tuple[int, int, bool], _Rows] = {}
+        self.tally = tally
         self._methods: dict[Kind, Callable[[int], None]] = {
             "RA": self._receive_x,
             "F": self._forward,
@@ -89,30 +86,41 @@ class Pipeline:
         self,
         actions: Sequence[Action],
         feed: Feed,
+        batches: Batches,
         *,
         micro_batches: int,
         training: bool,
         step: int = 0,
         rate: float = 0.0,
+        first: bool = True,
+        left: int = 1,
+        alone: bool = False,
     ) -> None:
-        """Execute the list for the rows that `feed` holds, cut into micro-batches. `step` counts from 0."""
-        self._feed, self._size, self._rate = feed, feed.size, rate
-        self._micro_batches = micro_batches
-        self._pass.training, self._pass.step = training, step
-        self._posted_x = self._posted_dy = 0
-        self._post_x(self._wiring.ring)
+        """Execute the list for the present mini-batch of `batches`, cut into micro-batches. `step` counts from 0.
+
+        `first` says that the pipeline is empty before, `left` how many mini-batches are still to be done until it is
+        empty again, this one included. `alone`: this replica has all rows, instead of its part of them.
+        """
+        self._feed, self._batches, self._rate, self._step = feed, batches, rate, step
+        self._micro_batches, self._alone = micro_batches, alone
+        self._pass.training = training
+        self._chosen = -1
+        if first:
+            self._base = self._posted_x = self._posted_dy = 0
+        self._limit = self._base + micro_batches * left
+        self._post_x(self._base + self._wiring.ring)
         if training:
-            self._post_dy(2)
-        trace, methods = self._trace, self._methods
+            self._post_dy(self._base + 2)
+        trace, methods, progress = self._trace, self._methods, self._exchange.progress
         with np.errstate(all="ignore"):  # what is not finite is looked for, and told once
-            if trace is None:
-                for action in actions:
-                    methods[action.kind](action.micro_batch or 0)
-            else:
-                for action in actions:
-                    began = trace.now()
-                    methods[action.kind](action.micro_batch or 0)
+            for action in actions:
+                began = trace.now() if trace else 0
+                methods[action.kind](action.micro_batch or 0)
+                if trace:
                     trace.add(step, action, began)
+                if progress:
+                    progress()
+        self._base += micro_batches
 
     def drain(self) -> None:
         """Finish every send that is still under way."""
@@ -122,61 +130,85 @@ class Pipeline:
 
     # -- which rows -------------------------------------------------------------------------------------------------
 
-    def _rows(self, micro_batch: int) -> tuple[Span, int, int]:
-        """(this rank's rows of the mini-batch, rows of the micro-batch in this replica, and over all replicas)."""
-        place, topology = self._wiring.place, self._wiring.topology
-        whole = span(self._size, self._micro_batches, micro_batch)
-        replica = span(whole.size, topology.replicas, place.replica)
-        return topology.batch_rows(place, self._size, self._micro_batches, micro_batch), replica.size, whole.size
+    def _rows(self, m: int) -> _Rows:
+        number, piece = divmod(m, self._micro_batches)
+        size = self._batches.size(number)
+        key = (size, piece, self._alone)
+        known = self._known_rows.get(key) if self._pass.training else None
+        if known is None:
+            place, replicas = self._wiring.place, self._wiring.topology.replicas
+            whole = span(size, self._micro_batches, piece)
+            replica = Span(0, whole.size) if self._alone else span(whole.size, replicas, place.replica)
+            mine = span(replica.size, self._wiring.topology.stages[place.stage].rows, place.row)
+            start = whole.start + replica.start + mine.start
+            exact = self._wiring.exact
+            known = _Rows(Span(start, start + mine.size), replica.size, whole.size if exact else replica.size)
+            if self._pass.training:
+                self._known_rows[key] = known
+        return known
+
+    def _size(self, m: int) -> int:
+        """Rows of the mini-batch over which the loss is averaged: all, or this replica's where it trains apart."""
+        number = m // self._micro_batches
+        if self._wiring.exact:
+            return self._batches.size(number)
+        pieces = range(number * self._micro_batches, (number + 1) * self._micro_batches)
+        return max(sum(self._rows(m).whole for m in pieces), 1)
 
     # -- receives are posted before they are needed -----------------------------------------------------------------
 
     def _post_x(self, until: int) -> None:
         if self._wiring.is_first:
             return
-        for m in range(self._posted_x, min(until, self._micro_batches)):
-            rows, of, _ = self._rows(m)
-            self._wiring.receive_x(m, rows.size, of).start()
-        self._posted_x = max(self._posted_x, min(until, self._micro_batches))
+        for g in range(self._posted_x, min(until, self._limit)):
+            rows = self._rows(g - self._base)
+            self._wiring.receive_x(g, rows.mine.size, rows.whole).start()
+        self._posted_x = max(self._posted_x, min(until, self._limit))
 
     def _post_dy(self, until: int) -> None:
         if self._wiring.is_last:
             return
-        for m in range(self._posted_dy, min(until, self._micro_batches)):
-            rows, of, _ = self._rows(m)
-            self._wiring.receive_dy(m, rows.size, of).start()
-        self._posted_dy = max(self._posted_dy, min(until, self._micro_batches))
+        for g in range(self._posted_dy, min(until, self._limit)):
+            rows = self._rows(g - self._base)
+            self._wiring.receive_dy(g, rows.mine.size, rows.whole).start()
+        self._posted_dy = max(self._posted_dy, min(until, self._limit))
 
     # -- actions ----------------------------------------------------------------------------------------------------
 
     def _receive_x(self, m: int) -> None:
-        rows, of, _ = self._rows(m)
-        self._wiring.receive_x(m, rows.size, of).finish()
+        rows = self._rows(m)
+        self._wiring.receive_x(self._base + m, rows.mine.size, rows.whole).finish()
 
     def _forward(self, m: int) -> None:
-        wiring, slot = self._wiring, m % self._wiring.slots
-        rows, _, count = self._rows(m)
-        x = wiring.x(m, rows.size)
+        wiring, g = self._wiring, self._base + m
+        slot, rows = g % wiring.slots, self._rows(m)
+        number = m // self._micro_batches
+        if number != self._chosen and (wiring.is_first or wiring.is_last):
+            self._batches.choose(number, self._feed)
+            self._chosen = number
+        x = wiring.x(g, rows.mine.size)
         if wiring.is_first:
-            self._feed.inputs(rows, x)
+            self._feed.inputs(rows.mine, x)
         sending = self._sending_y[slot]
         if sending is not None:  # the slot's last output may still be on its way
             sending.finish()
-        self._pass.rows, self._pass.count = rows, count
-        y, self._saved[slot] = self._layers.forward(self._state.params, x, self._workspaces[slot], self._pass)
+        self._pass.rows, self._pass.count, self._pass.step = rows.mine, rows.sharing, self._step + number
+        params = self._state.params
+        self._params[slot] = params if self._pass.training else None
+        y, self._saved[slot] = self._layers.forward(params, x, self._workspaces[slot], self._pass)
         self._y[slot] = y
         if wiring.is_last:
-            self._score(x, y, rows, slot)
+            self._score(x, y, m, slot)
         elif not math.isfinite(float(np.add.reduce(y, axis=None))):
             self._diverged(x)
         if not self._pass.training:
-            self._post_x(m + 1 + wiring.ring)
+            self._post_x(g + 1 + wiring.ring)
 
-    def _score(self, x: Array, y: Array, rows: Span, slot: int) -> None:
+    def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """The loss of this micro-batch, and its gradient for the backward to come."""
-        result = self._loss.forward(
-            y, self._feed.targets(rows), self._size, self._loss_workspaces[slot], gradient=self._pass.training
-        )
+        rows, training = self._rows(m).mine, self._pass.training
+        targets, size = self._feed.targets(rows), self._size(m) if training else 1
+        result = self._loss.forward(y, targets, size, self._loss_workspaces[slot], gradient=training)
         self._dy[slot] = result.dy
         if self._wiring.place.col == 0:
             self.tally.add(result.loss_sum, result.correct, rows.size)
@@ -184,40 +216,41 @@ class Pipeline:
             self._diverged(x)
 
     def _send_y(self, m: int) -> None:
-        slot = m % self._wiring.slots
+        slot = (self._base + m) % self._wiring.slots
         y = self._y[slot]
         assert y is not None
-        transfer = self._wiring.send_y(y, self._rows(m)[1])
+        transfer = self._wiring.send_y(y, self._rows(m).whole)
         transfer.start()
         self._sending_y[slot] = transfer
 
     def _receive_dy(self, m: int) -> None:
-        rows, of, _ = self._rows(m)
-        self._wiring.receive_dy(m, rows.size, of).finish()
+        rows = self._rows(m)
+        self._wiring.receive_dy(self._base + m, rows.mine.size, rows.whole).finish()
 
     def _backward(self, m: int) -> None:
-        wiring, slot = self._wiring, m % self._wiring.slots
-        rows, _, count = self._rows(m)
-        self._pass.rows, self._pass.count, self._pass.accumulate = rows, count, m > 0
-        dy = self._dy[slot] if wiring.is_last else wiring.dy(m, rows.size)
+        wiring, g = self._wiring, self._base + m
+        slot, rows = g % wiring.slots, self._rows(m)
+        self._pass.rows, self._pass.count, self._pass.accumulate = rows.mine, rows.sharing, m > 0
+        self._pass.step = self._step
+        dy = self._dy[slot] if wiring.is_last else wiring.dy(g, rows.mine.size)
+        params, self._params[slot] = self._params[slot], None
         assert dy is not None
-        dx = self._layers.backward(
-            self._state.params, self._state.grads, self._saved[slot], dy, self._workspaces[slot], self._pass
-        )
+        assert params is not None
+        dx = self._layers.backward(params, self._state.grads, self._saved[slot], dy, self._workspaces[slot], self._pass)
         if not wiring.is_first:
             assert dx is not None
-            sending = self._sending_dx[m % 2]
+            sending = self._sending_dx[g % 2]
             if sending is not None:
                 sending.finish()
-            np.copyto(wiring.dx(m, rows.size), dx)
-        self._post_x(m + 1 + wiring.ring)
-        self._post_dy(m + 1 + 2)
+            np.copyto(wiring.dx(g, rows.mine.size), dx)
+        self._post_x(g + 1 + wiring.ring)
+        self._post_dy(g + 1 + 2)
 
     def _send_dx(self, m: int) -> None:
-        rows, of, _ = self._rows(m)
-        transfer = self._wiring.send_dx(m, rows.size, of)
+        rows, g = self._rows(m), self._base + m
+        transfer = self._wiring.send_dx(g, rows.mine.size, rows.whole)
         transfer.start()
-        self._sending_dx[m % 2] = transfer
+        self._sending_dx[g % 2] = transfer
 
     def _reduce(self, _: int) -> None:
         self._exchange.reduce()
@@ -226,7 +259,16 @@ class Pipeline:
         self._exchange.norm()
 
     def _update(self, _: int) -> None:
-        self._exchange.update(self._rate, self._pass.step + 1)
+        """Where micro-batches are between forward and backward, their version of the weights is kept for them."""
+        state = self._state
+        under_way = [slot for slot, params in enumerate(self._params) if params is state.params]
+        if under_way:
+            self._stashed = (self._stashed + 1) % len(state.stashed)
+            for segment in state.segments:
+                segment.stash(self._stashed)
+            for slot in under_way:
+                self._params[slot] = state.stashed[self._stashed]
+        self._exchange.update(self._rate, self._step + 1)
 
     # -- divergence -------------------------------------------------------------------------------------------------
 

@@ -2,18 +2,20 @@
 
 All trainable blocks of a rank lie in segments, by who holds the same block: with cols = 1 there is one segment, held
 alike by all ranks of the swarm; with more, the blocks that are divided over the cols are held by the ranks of the same
-col, and the few that are not (`Parameter.replicated_sum`) by the whole swarm. A segment is one flat array of
-parameters and one of gradients, so that sums and updates are single passes over memory.
+col, and the few that are not (`Parameter.replicated_sum`) by the whole swarm. (Where the exchange is not exact,
+replicas differ: then the holders are of one team.) A segment is one flat array of parameters and one of gradients, so
+that sums and updates are single passes over memory. Running statistics lie in flat arrays of their own.
 
 Inside a segment each holder updates one part (a shard) of the elements and keeps the optimizer's state for these
 alone; the holders then give each other their parts (ZeRO stage 1, Rajbhandari et al. 2020). An optimizer works element
 by element, so this is the serial result. Holders on one node keep one array of parameters in shared memory and read
-each other's gradients there: nothing is sent or copied.
+each other's gradients there: nothing is sent or copied. As every element has one owner, what its owner alone does to it
+(an average with other replicas) leaves all holders bitwise alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,45 +31,105 @@ from nettorrent_mpi.plan.blocks import span
 LINE = 16  # blocks begin at multiples of this many elements: a cache line of float32
 
 
-class Segment:
-    """Blocks that all members of `group` hold alike, one after another.
+class Flat:
+    """Blocks that all members of `group` hold alike, one after another in the flat array `params`.
 
-    `params` and `grads` are flat; `counts` of their elements are each member's shard, `shard` is this rank's. `sums`
-    is for the summed gradients of the shard, `optimizer` holds its state. In shared memory (`shared` is not None) there
-    is one `params` for all members, and `all_grads` holds everyone's gradients.
+    `counts` of its elements are each member's own, `shard` is this rank's, `places` tells where each block
+    "<layer>/<name>" lies.
     """
 
-    def __init__(self, group: Group, size: int, optimizer: Optimizer, dtype: Any):
-        self.group = group
-        self.places: dict[str, slice] = {}  # "<layer>/<name>" -> where the block lies
+    def __init__(self, group: Group, blocks: Mapping[str, Parameter], dtype: Any, *, own: bool = True):
+        self.group, self.dtype = group, np.dtype(dtype)
+        self.places: dict[str, slice] = {}
+        size = 0
+        for key, parameter in blocks.items():
+            length = int(np.prod(parameter.local, dtype=np.int64))
+            self.places[key] = slice(size, size + length)
+            size += -(-length // LINE) * LINE
+        self.size = size
         self.counts = [LINE * span(size // LINE, group.size, i).size for i in range(group.size)]
         start = sum(self.counts[: group.index])
         self.shard = slice(start, start + self.counts[group.index])
-        self.optimizer = optimizer.init(self.counts[group.index], dtype)
-        self.shared: SharedMemory | None = None
-        if group.size > 1 and whole_on_one_node(group) and fits(group, (group.size + 1) * size * dtype.itemsize):
-            self.shared = SharedMemory(group, [2 * size, *[size] * (group.size - 1)], dtype)
-            self.params = self.shared.parts[0][size:]
-            self.all_grads = [part[:size] for part in self.shared.parts]
-        else:
-            self.params = aligned(size, dtype)
-            self.all_grads = []
-        self.grads = self.all_grads[group.index] if self.all_grads else aligned(size, dtype)
-        self.sums = aligned(self.counts[group.index], dtype) if group.size > 1 else self.grads
-        self.grads[...] = 0
-        self.params[self.shard] = 0  # the gaps between the blocks, too
+        self.params = self.memory() if own else np.empty(0, dtype)
+
+    def memory(self) -> Array:
+        """A flat array like `params`; zeros."""
+        array = aligned(self.size, self.dtype)
+        array[...] = 0  # the gaps between the blocks, too
+        return array
+
+    def blocks(self, parameters: Mapping[str, Parameter], flat: Array) -> dict[str, Array]:
+        """The blocks in `flat`, as views of their shapes."""
+        return {key: flat[place].reshape(parameters[key].local) for key, place in self.places.items()}
+
+    def share(self) -> None:
+        """Give everyone's own part to all members. All call."""
+        if self.group.size > 1:
+            self.group.allgather(self.params[self.shard], self.params, self.counts)
 
     def meet(self) -> None:
         """Wait until all members have come here, where they share memory."""
+
+    def free(self) -> None:
+        """Give shared memory back. All call."""
+
+
+class Segment(Flat):
+    """Trainable blocks: besides `params` there are `grads`; `sums` is for the summed gradients of the shard, and
+    `optimizer` holds its state. In shared memory (`shared` is not None) there is one `params` for all members, and
+    `all_grads` holds everyone's gradients. `stashes` has room for earlier versions of `params`.
+    """
+
+    def __init__(self, group: Group, blocks: Mapping[str, Parameter], optimizer: Optimizer, dtype: Any, stashes: int):
+        self.shared: SharedMemory | None = None
+        super().__init__(group, blocks, dtype, own=False)
+        self.optimizer = optimizer.init(self.counts[group.index], dtype)
+        self.stashes: list[Array]
+        size, copies = self.size, 1 + stashes  # of params
+        if (
+            group.size > 1
+            and whole_on_one_node(group)
+            and fits(group, (group.size + copies) * size * self.dtype.itemsize)
+        ):
+            self.shared = SharedMemory(group, [(1 + copies) * size, *[size] * (group.size - 1)], dtype)
+            self.params, *self.stashes = (self.shared.parts[0][(1 + i) * size : (2 + i) * size] for i in range(copies))
+            self.all_grads = [part[:size] for part in self.shared.parts]
+            self.grads = self.all_grads[group.index]
+            self.params[self.shard] = 0
+        else:
+            self.params, *self.stashes = (self.memory() for _ in range(copies))
+            self.all_grads = []
+            self.grads = self.memory()
+        self.sums = aligned(self.counts[group.index], dtype) if group.size > 1 else self.grads
+        self.grads[...] = 0
+
+    def stash(self, number: int) -> None:
+        """stashes[number] <- params. All members call, before any of them changes its part."""
+        part = self.shard if self.shared is not None else slice(None)
+        np.copyto(self.stashes[number][part], self.params[part])
+
+    def share(self) -> None:
         if self.shared is not None:
             self.shared.meet()
+        else:
+            super().share()
+
+    def meet(self) -> None:
+        if self.shared is not None:
+            self.shared.meet()
+
+    def free(self) -> None:
+        if self.shared is not None:
+            self.shared.free()
 
 
 class State:
     """Parameters, gradients, running statistics and optimizer state of one rank's stage.
 
-    `params` and `grads` map "<layer>/<name>" to this rank's blocks: views of the segments' arrays (running statistics
-    are arrays of their own, not in `grads`). Every holder makes one at the same time.
+    `params` and `grads` map "<layer>/<name>" to this rank's blocks: views of the flat arrays (running statistics are
+    not in `grads`). `stashed[i]` maps to the blocks of an earlier version. `flats` are all flat arrays: `segments` and
+    `statistics`. Every holder makes one at the same time. `sums` holds the blocks that are divided over the cols alike,
+    `whole` those that are not.
     """
 
     def __init__(
@@ -78,41 +140,42 @@ class State:
         dtype: Any,
         seed: int,
         sums: Group,
-        swarm: Group,
+        whole: Group,
+        stashes: int = 0,
     ):
         self.parameters = dict(parameters)
         self.dtype = np.dtype(dtype)
         self.params: dict[str, Array] = {}
         self.grads: dict[str, Array] = {}
-        trainable = [(key, p) for key, p in parameters if p.trainable]
-        divided = [(key, p) for key, p in trainable if not p.replicated_sum]
-        replicated = [(key, p) for key, p in trainable if p.replicated_sum]
         self.segments: list[Segment] = []
-        for group, blocks in ((sums, divided), (swarm, replicated)):
-            if blocks:
-                self._add(group, blocks, optimizer, seed)
-        for key, parameter in parameters:
-            if not parameter.trainable:
-                self.params[key] = _first_block(key, parameter, seed).astype(self.dtype)
+        self.statistics: list[Flat] = []
+        for group, replicated in ((sums, False), (whole, True)):
+            trainable = {key: p for key, p in parameters if p.trainable and p.replicated_sum == replicated}
+            others = {key: p for key, p in parameters if not p.trainable and (p.axis is None) == replicated}
+            if trainable:
+                self.segments.append(Segment(group, trainable, optimizer, self.dtype, stashes))
+            if others:
+                self.statistics.append(Flat(group, others, self.dtype))
+        for flat in self.flats:
+            self.params |= flat.blocks(self.parameters, flat.params)
+        for segment in self.segments:
+            self.grads |= segment.blocks(self.parameters, segment.grads)
+        self.meet()
+        for flat in self.flats:
+            if not isinstance(flat, Segment) or flat.shared is None or flat.group.index == 0:
+                for key in flat.places:
+                    self.params[key][...] = _first_block(key, self.parameters[key], seed)
+        self.meet()
+        self.stashed: list[dict[str, Array]] = []
+        for i in range(stashes):
+            blocks = dict(self.params)
+            for segment in self.segments:
+                blocks |= segment.blocks(self.parameters, segment.stashes[i])
+            self.stashed.append(blocks)
 
-    def _add(self, group: Group, blocks: Sequence[tuple[str, Parameter]], optimizer: Optimizer, seed: int) -> None:
-        """Lay the blocks out in a new segment and give them their initial values."""
-        places: dict[str, slice] = {}
-        size = 0
-        for key, parameter in blocks:
-            length = int(np.prod(parameter.local, dtype=np.int64))
-            places[key] = slice(size, size + length)
-            size += -(-length // LINE) * LINE
-        segment = Segment(group, size, optimizer, self.dtype)
-        segment.places = places
-        segment.meet()
-        for key, parameter in blocks:
-            self.params[key] = segment.params[places[key]].reshape(parameter.local)
-            self.grads[key] = segment.grads[places[key]].reshape(parameter.local)
-            if segment.shared is None or group.index == 0:
-                self.params[key][...] = _first_block(key, parameter, seed)
-        segment.meet()
-        self.segments.append(segment)
+    @property
+    def flats(self) -> list[Flat]:
+        return [*self.segments, *self.statistics]
 
     def meet(self) -> None:
         """Wait for all who hold the same blocks, after arrays were written by hand. Every holder calls."""
@@ -123,9 +186,9 @@ class State:
         """Give shared memory back. Every holder calls; the arrays may not be used any more."""
         self.params.clear()
         self.grads.clear()
+        self.stashed.clear()
         for segment in self.segments:
-            if segment.shared is not None:
-                segment.shared.free()
+            segment.free()
         self.segments.clear()
 
 

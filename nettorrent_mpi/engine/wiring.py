@@ -31,7 +31,7 @@ class WiredTeam:
         self.col = columns.index
 
     def sum_over_rows(self, values: Array) -> None:
-        """Over all ranks of the swarm that hold other rows of the micro-batch: of the team, and of exact replicas."""
+        """Over all ranks that hold other rows of the micro-batch: of the team, and of replicas where they are exact."""
         self._statistics.sum(values)
 
     def sum_over_cols(self, values: Array) -> None:
@@ -78,6 +78,11 @@ class WiredTeam:
 class Wiring:
     """One rank's groups, links and buffers.
 
+    The groups: `sums` are those that hold the same neurons and keep the same weights: the rows of the team, over all
+    replicas where the exchange is exact; `whole` the same for blocks that every col holds; `columns` the cols of this
+    row; `swarm` all ranks of the stage; `column` the same place in every replica; `replica`
+    all ranks among which the network is held once and every gradient is summed.
+
     `inputs` is one row's whole shape of what the stage reads, `outputs` of what it writes; None where there is no
     neighbour. `most_rows` is the most rows that this rank gets of one micro-batch, `slots` how many micro-batches it
     holds between their forward and the end of their backward.
@@ -93,19 +98,23 @@ class Wiring:
         slots: int,
         most_rows: int,
         dtype: Any,
+        exact: bool = True,
     ):
         self.world = world
         self.topology = topology
         self.place = topology.place(world.rank)
-        self.slots = slots
-        replica, stage, _, col = self.place
+        self.slots, self.exact = slots, exact
+        replica, stage, row, col = self.place
         self.is_first = stage == 0
         self.is_last = stage == len(topology.stages) - 1
         self._inputs, self._outputs = inputs, outputs
         # Groups are made kind by kind on every rank, so that no two ranks wait for each other in different groups.
-        self.sums = world.group(topology.exact_group(stage, col))
-        self.columns = world.group(topology.col_group(replica, stage, self.place.row))
         self.swarm = world.group(topology.swarm(stage))
+        self.sums = world.group(topology.exact_group(stage, col) if exact else topology.row_group(replica, stage, col))
+        self.whole = self.swarm if exact else world.group(topology.team(replica, stage))
+        self.columns = world.group(topology.col_group(replica, stage, row))
+        self.replica = world if exact else world.group(topology.replica(replica))
+        self.column = world.group(topology.column(stage, row, col))
         self.team = WiredTeam(self.sums, self.columns)
         # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use.
         self.ring = slots if self.is_first else slots + 1

@@ -8,7 +8,7 @@ B, b rows of the (micro-)batch; I, i inputs; O, o outputs (neurons or filters); 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -130,6 +130,7 @@ class Pass:
     rows: Span = NO_ROWS  # these rows' numbers in the whole mini-batch (for dropout)
     count: int = 0  # rows of the whole micro-batch, over all ranks that share batch statistics
     team: Team = field(default_factory=Alone)
+    progress: Callable[[], None] | None = None  # called between layers, so that messages move while this rank computes
 
 
 class Layer(ABC):

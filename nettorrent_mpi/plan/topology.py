@@ -99,6 +99,11 @@ class Topology:
         first = self.rank(replica, stage, 0, 0)
         return list(range(first, first + self.stages[stage].size))
 
+    def replica(self, replica: int) -> list[int]:
+        """All ranks of a replica."""
+        first = self.rank(replica, 0, 0, 0)
+        return list(range(first, first + self._offsets[-1]))
+
     def swarm(self, stage: int) -> list[int]:
         """All ranks of a stage, over all replicas: replicas in order, each team in its order."""
         return [rank for replica in range(self.replicas) for rank in self.team(replica, stage)]

@@ -16,8 +16,9 @@ from mpi4py import MPI  # noqa: E402
 from nettorrent_mpi.__main__ import main  # noqa: E402
 from nettorrent_mpi.app import run, setup  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
-from nettorrent_mpi.engine.exchange import ExactExchange  # noqa: E402
+from nettorrent_mpi.engine.exchange import Exchange  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
+from nettorrent_mpi.engine.reports import Reports  # noqa: E402
 
 PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "setup": (run, "set_up", 1),
@@ -25,9 +26,9 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "data": (Engine, "open_data", 1),
     "forward": (Pipeline, "_forward", 9),
     "backward": (Pipeline, "_backward", 9),
-    "reduce": (ExactExchange, "reduce", 3),
-    "update": (ExactExchange, "update", 3),
-    "report": (Engine, "training_loss", 2),
+    "reduce": (Exchange, "reduce", 3),
+    "update": (Exchange, "update", 3),
+    "report": (Reports, "start", 2),
     "evaluate": (Engine, "evaluate_test", 1),
     "save": (Engine, "parameters", 1),
     "close": (Engine, "close", 1),

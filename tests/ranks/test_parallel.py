@@ -18,7 +18,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import state
+from nettorrent_mpi.engine import choices, state
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.model import Network
@@ -125,7 +125,7 @@ CASES = [
 class Trained:
     """The arrays, the loss of each step and the scores of a training of 20 steps."""
 
-    def __init__(self, world: World, name: str, topology: Topology, **options: Any):
+    def __init__(self, world: World, name: str, topology: Topology, rate: float | None = None, **options: Any):
         dataset = open_dataset(
             "synthetic", None, options=DataOptions(rows=87 + 9, test_rows=29, shape=SHAPE, classes=CLASSES)
         )
@@ -141,14 +141,20 @@ class Trained:
         engine.open_data(dataset, sampler)
         self.losses = []
         for n in range(STEPS):
-            engine.step(n, 0.002 if name == "mlp" else 0.02)
-            self.losses.append(engine.training_loss())
+            engine.step(n, rate or (0.002 if name == "mlp" else 0.02))
+            self.losses.append(loss_of(engine))
         test, validation = engine.evaluate_test(), engine.evaluate_validation()
         assert test is not None
         assert validation is not None
         self.scores = [*test, *validation]
         self.arrays = engine.parameters()
         engine.close()
+
+
+def loss_of(engine: Engine) -> float:
+    """The mean loss of the rows trained on since the last call."""
+    loss, _, rows, _ = engine.world.sum_numbers(*engine.tally.take())
+    return loss / rows
 
 
 SERIAL: dict[Any, Trained] = {}
@@ -174,14 +180,14 @@ def compare(mine: Trained, reference: Trained, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("network", "topology", "pipeline"), CASES)
 def test_any_layout_gives_the_serial_weights(network: str, topology: Topology, pipeline: str) -> None:
-    mine = Trained(World(), network, topology, pipeline=pipeline)
+    mine = Trained(World(), network, topology, pipeline=choices.PIPELINES[pipeline]())
     if MPI.COMM_WORLD.rank == 0:
         compare(mine, serial(network), 1e-10)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_float32(network: str) -> None:
-    options = {"dtype": "float32", "optimizer": specs.Sgd(momentum=0.9), "clip_norm": None}
+    options = {"dtype": "float32", "optimizer": specs.Sgd(momentum=0.9), "clip_norm": None, "rate": 0.005}
     topology = layers_layout(Network(NETWORKS[network], SHAPE).facts, MPI.COMM_WORLD.size, 13)
     mine = Trained(World(), network, topology, **options)
     if MPI.COMM_WORLD.rank == 0:

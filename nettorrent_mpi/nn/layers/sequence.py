@@ -129,6 +129,8 @@ class Sequence:
         for layer, key, own in zip(self.layers, self._keys, self._shares(params), strict=True):
             x, kept = layer.forward(own, x, workspace.child(key), step)
             saved.append(kept)
+            if step.progress is not None:
+                step.progress()
         return x, saved
 
     def backward(
@@ -142,6 +144,8 @@ class Sequence:
                 break
             inner = workspace.child(self._keys[i])
             gradient = self.layers[i].backward(own[i], own_grads[i], saved[i], gradient, inner, step)
+            if step.progress is not None:
+                step.progress()
         return gradient
 
 

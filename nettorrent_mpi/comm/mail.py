@@ -1,0 +1,184 @@
+"""Mail: messages between the members of a group that nobody waits for.
+
+A message is sent synchronously in MPI's sense (Issend): it is under way until its receiver has begun to take it. So a
+sender knows which members lag behind, and never has more than one message on its way to each; nothing piles up in MPI's
+memory at a member that sleeps. Receives for any sender are posted in advance. Messages of one sender arrive in order.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from nettorrent_mpi.comm.mpi import Array, Group
+
+HEADER = 8  # numbers (float64) at the head of every message
+_HEAD = 8 * HEADER  # bytes
+
+
+class Letter:
+    """A buffer for one message: `head`, HEADER numbers, and `body`, the bytes after them."""
+
+    def __init__(self, size: int):
+        memory = np.zeros(_HEAD + size + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        self.whole: Array = memory[start : start + _HEAD + size]
+        self.head: Array = self.whole[:_HEAD].view(np.float64)
+        self.body: Array = self.whole[_HEAD:]
+        self.length = size  # bytes of the body that are sent, or have arrived
+        self.under_way = 0  # sends that are not finished
+
+
+class Arrived(NamedTuple):
+    """A message and who sent it. Hand the letter back with `Mail.release`."""
+
+    source: int
+    letter: Letter
+    when: float  # time.perf_counter() when it was seen
+
+
+class Mail:
+    """The mail of one member. `size` is the most bytes of a body; `receives` messages can arrive before one is read."""
+
+    def __init__(self, group: Group, size: int, receives: int, tag: int):
+        assert _HEAD + size < 1 << 31, "larger messages than MPI counts; send parts"
+        self.group, self.size, self._tag = group, size, tag
+        self.sent: list[int] = [0] * group.size  # messages to each member so far
+        self.received: list[int] = [0] * group.size  # messages from each member
+        self.bytes = 0  # sent so far
+        self._free: list[Letter] = []
+        self._sending: dict[int, tuple[MPI.Request, Letter]] = {}
+        self._inbox = [Letter(size) for _ in range(receives)]
+        self._posted: list[tuple[MPI.Prequest, Letter]] = []
+        self._made: dict[int, MPI.Prequest] = {}
+        self._arrived: list[Arrived] = []
+        self._status = MPI.Status()
+        for letter in self._inbox:
+            request = group.comm.Recv_init(letter.whole, MPI.ANY_SOURCE, tag)
+            self._made[id(letter)] = request
+            request.Start()
+            self._posted.append((request, letter))
+
+    def letter(self) -> Letter:
+        """A buffer to fill, whose sends have all finished."""
+        self._poll()
+        for i, letter in enumerate(self._free):
+            if not letter.under_way:
+                return self._free.pop(i)
+        return Letter(self.size)
+
+    def put_back(self, letter: Letter) -> None:
+        """The caller is done with a letter of its own; the buffer is used again once its sends are finished."""
+        self._free.append(letter)
+
+    def can_send(self, to: int) -> bool:
+        """Has the last message to this member been taken?"""
+        if to in self._sending:
+            self._poll()
+        return to not in self._sending
+
+    def send(self, letter: Letter, to: int) -> None:
+        """Begin to send; the letter may not be changed until it is handed out again. `can_send` has said yes."""
+        assert to not in self._sending
+        message = letter.whole[: _HEAD + letter.length]
+        self._sending[to] = (self.group.comm.Issend(message, to, self._tag), letter)
+        letter.under_way += 1
+        self.sent[to] += 1
+        self.bytes += message.nbytes
+
+    def progress(self) -> None:
+        """Let messages move: one call into MPI, for those who compute meanwhile. Does not wait."""
+        if self._posted:
+            self._look(self._posted[0])
+
+    def _look(self, posted: tuple[MPI.Prequest, Letter]) -> None:
+        request, letter = posted
+        if request.Test(self._status):
+            self._posted.remove(posted)
+            source = self._status.Get_source()
+            letter.length = self._status.Get_count(MPI.BYTE) - _HEAD
+            self.received[source] += 1
+            self._arrived.append(Arrived(source, letter, time.perf_counter()))
+
+    def _poll(self) -> None:
+        """Take in what has arrived, and what was sent."""
+        for posted in tuple(self._posted):  # in the order of matching, so that one sender's messages keep theirs
+            self._look(posted)
+        done = [to for to, (request, _) in self._sending.items() if request.Test()]
+        for to in done:
+            self._sending.pop(to)[1].under_way -= 1
+
+    def take(self) -> list[Arrived]:
+        """What has arrived since the last call, in order of arrival."""
+        self._poll()
+        taken, self._arrived = self._arrived, []
+        return taken
+
+    def release(self, arrived: Arrived) -> None:
+        """The message was read: its buffer waits for another one."""
+        request = self._made.get(id(arrived.letter))
+        if request is not None:  # not a copy of `settle`
+            request.Start()
+            self._posted.append((request, arrived.letter))
+
+    @property
+    def is_full(self) -> bool:
+        """Has everybody to wait until a message is released?"""
+        return not self._posted
+
+    def settle(self) -> list[Arrived]:
+        """Wait until every message that anybody sent has arrived; gives those that were not read yet. All call.
+
+        More can arrive than receives are posted: messages are copied aside, so that their buffers take the others.
+        """
+        told = np.array(self.sent, np.int64)
+        expected = np.empty_like(told)
+        self.group.comm.Alltoall(told, expected)
+        kept: list[Arrived] = []
+        while True:
+            for arrived in self.take():
+                copy = Letter(self.size)
+                copy.whole[: _HEAD + arrived.letter.length] = arrived.letter.whole[: _HEAD + arrived.letter.length]
+                copy.length = arrived.letter.length
+                kept.append(arrived._replace(letter=copy))
+                self.release(arrived)
+            if not self._sending and all(a >= b for a, b in zip(self.received, expected, strict=True)):
+                return kept
+            os.sched_yield()
+
+    def close(self) -> None:
+        """Give the requests back. All call, after `settle`."""
+        assert not self._sending
+        for request, _ in self._posted:
+            request.Cancel()
+            request.Wait()
+        for request in self._made.values():
+            request.Free()
+        self._posted.clear()
+        self._made.clear()
+
+
+class Pending:
+    """A sum over a group that is under way (Iallreduce): started by all members in the same order, waited for later."""
+
+    def __init__(self, group: Group, values: Sequence[float] | Array):
+        self._sums = np.array(values, np.float64)
+        self._request = group.comm.Iallreduce(MPI.IN_PLACE, self._sums) if group.size > 1 else None
+
+    def done(self) -> bool:
+        """Are the sums there? Does not wait."""
+        if self._request is not None and self._request.Test():
+            self._request = None
+        return self._request is None
+
+    def sums(self) -> Array:
+        """The sums, which it waits for."""
+        if self._request is not None:
+            self._request.Wait()
+            self._request = None
+        return self._sums

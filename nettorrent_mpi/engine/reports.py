@@ -1,0 +1,112 @@
+"""Reports: figures of all ranks, summed while everybody goes on.
+
+A report is one nonblocking sum over all ranks. Whoever comes first starts its part and trains on; the sums are there
+when the last one has come. So no rank waits for another one only because people want to read how far they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from nettorrent_mpi.comm.mail import Pending
+from nettorrent_mpi.engine.engine import Engine, Scores, scores
+
+MOST = 128  # reports under way at once; then the oldest is waited for
+SAMPLE = 4096  # parameters of a replica of which the consensus distance is measured
+
+Tag = TypeVar("Tag")
+
+
+class Report(NamedTuple, Generic[Tag]):
+    """What the ranks said. `tag` is what this rank gave when it started the report."""
+
+    tag: Tag
+    flag: bool  # did any rank raise its flag?
+    training: Scores  # of the rows trained on since the last report
+    replicas: list[float]  # the training loss of each replica
+    distance: float | None  # root mean square distance of the replicas from their mean, relative to it; None for one
+
+
+class Reports(Generic[Tag]):
+    """The reports of a run. All ranks start the same ones in the same order, each at its own time."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._group = engine.world.duplicate()
+        topology, place = engine.topology, engine.place
+        self._replicas = topology.replicas
+        self._apart = engine.replicas.count > 1
+        places = topology.size // topology.replicas
+        each = max(SAMPLE // places, 8) if self._apart else 0
+        inside = engine.world.rank - topology.rank(place.replica, 0, 0, 0)
+        self._shards = [segment.params[segment.shard] for segment in engine.state.segments]
+        count = sum(shard.size for shard in self._shards)
+        self._stride = max(1, count // each) if each else 1
+        head = 2 + 4 * self._replicas
+        self._sample = slice(head + inside * each, head + (inside + 1) * each)
+        self._values = np.zeros(head + places * each)
+        self._head, self._each = head, each
+        self._under_way: deque[tuple[Tag, Pending]] = deque()
+
+    def start(self, tag: Tag, flag: bool, *, figures: bool = True) -> None:
+        """Start a report; without `figures` it is about the flag only."""
+        if len(self._under_way) == MOST:
+            self._under_way[0][1].sums()
+        values = self._values
+        values[...] = 0
+        values[0] = flag
+        if figures:
+            place = 2 + 4 * self._engine.place.replica
+            values[place : place + 4] = self._engine.tally.take()
+            if self._apart:
+                self._add_sample(values)
+        self._under_way.append((tag, Pending(self._group, values)))
+
+    def _add_sample(self, values: np.ndarray) -> None:
+        """Every stride-th parameter of this rank's, at a place that it shares with its column; and their squares."""
+        at = self._sample.start
+        for shard in self._shards:
+            part = shard[:: self._stride][: self._sample.stop - at]
+            values[at : at + part.size] = part
+            at += part.size
+        own = values[self._sample]
+        values[1] = np.dot(own, own)
+
+    def ready(self, *, wait: bool = False, but: int = 0) -> list[Report[Tag]]:
+        """The reports that are complete, the oldest first; with `wait` all that were started but the last `but`."""
+        found = []
+        while len(self._under_way) > (but if wait else 0) and (wait or self._under_way[0][1].done()):
+            tag, pending = self._under_way.popleft()
+            found.append(self._read(tag, pending.sums()))
+        return found
+
+    def _read(self, tag: Tag, sums: np.ndarray) -> Report[Tag]:
+        tallies = sums[2 : self._head].reshape(self._replicas, 4)
+        distance = None
+        if self._each:
+            mean = sums[self._head :] / self._replicas
+            norm = float(np.dot(mean, mean))
+            spread = max(float(sums[1]) / self._replicas - norm, 0.0)
+            distance = math.sqrt(spread / norm) if norm > 0 else 0.0
+        losses = [scores(*tally).loss if tally[2] else math.nan for tally in tallies]
+        return Report(tag, bool(sums[0] > 0), scores(*tallies.sum(axis=0)), losses, distance)
+
+    def close(self) -> None:
+        """Give everything back. All ranks call, when no report is under way."""
+        assert not self._under_way
+        self._group.comm.Free()
+
+
+def best_of(found: Sequence[Scores], metric: str) -> int:
+    """The replica with the best validation_loss or validation_accuracy (of equals the first); nan is worst."""
+
+    def badness(r: int) -> float:
+        value = -(found[r].accuracy or 0.0) if metric == "validation_accuracy" else found[r].loss
+        return value if math.isfinite(value) else math.inf
+
+    return min(range(len(found)), key=badness)
