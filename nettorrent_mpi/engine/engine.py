@@ -228,7 +228,7 @@ class Engine:
         before = self.tally.take()
         most = span(self.options.batch_size, self.options.micro_batches, 0).size
         if alone:
-            most = max(most // self.topology.replicas, 1)  # the last replica trains on so many, and has room for no more
+            most = max(most // self.topology.replicas, 1)  # the last one trains on so many, and has no more room
         pieces = -(-len(rows) // most)
         actions = add_transfers(forward_only(len(self.topology.stages), pieces))[self.place.stage]
         self.pipeline.run(actions, feed, Once(rows), micro_batches=pieces, training=False, alone=alone)
