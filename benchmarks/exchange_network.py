@@ -18,6 +18,7 @@ from benchmarks.speed import MNIST, UNTIMED_STEPS
 WIDE, WIDE_LAYERS = "configs/mnist_wide.yaml", 4
 ROWS = 128  # of a replica in a step
 WARM_UP = 10  # steps that DDP's rate leaves out
+NEVER = "1000000"
 LIMITED, UNLIMITED = "limited", "unlimited"
 
 
@@ -29,7 +30,9 @@ def settings_of(exchange: str, replicas: int, layers: int, steps: int) -> dict[s
         "train.batch_size": str(ROWS * replicas),
         "train.micro_batches": "1",  # there is no pipeline to fill
         "train.schedule": "constant",
-        "train.report_every": "1000",
+        "train.report_every": NEVER,
+        "train.evaluate_every": NEVER,
+        "train.checkpoint_every": NEVER,  # there is one at the end
         "layout": layout(replicas, layers),
         "exchange": exchange,
     }
@@ -161,7 +164,7 @@ def measure_accuracy(rate: str, hosts: int, epochs: int, root: Path, mpirun: str
             "train.epochs": str(epochs),
             "train.batch_size": str(ROWS * hosts),
             "train.micro_batches": "1",
-            "train.checkpoint_every": "1000000",  # weights of all replicas over slow links: only at the end
+            "train.checkpoint_every": NEVER,  # weights of all replicas over slow links: only at the end
             "layout": layout(hosts, WIDE_LAYERS),
             "exchange": str(SIDES[name].exchange),
         }

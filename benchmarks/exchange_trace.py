@@ -20,7 +20,10 @@ from nettorrent_mpi.plan.stream import counted_on, stream
 
 PIPELINES = ("1f1b", "async")
 MICRO_BATCHES = 4
-UNITS, ROWS, LAYERS = 512, 512, 4  # of a layer; of a mini-batch; of a stage
+# Of a layer; of a mini-batch; of a stage. The more layers a stage has, the less it matters that the first stage needs
+# no gradients of its inputs and the last one has the classes.
+UNITS, ROWS, LAYERS = 512, 512, 8
+CLASSES = 10
 STEPS, SKIPPED = 60, 10  # in the first ones buffers are touched for the first time
 DRAWN = 3  # steps in the picture
 GROUPS = {
@@ -114,11 +117,13 @@ def costs_of(spans: Sequence[Span], first: int, stop: int) -> list[tuple[float, 
 
 
 def settings_of(pipeline: str, ranks: int, steps: int) -> dict[str, str]:
-    """An even network: every stage has as many equal layers."""
-    layers = [f"{{linear: {{units: {UNITS}, activation: relu}}}}"] * (LAYERS * ranks - 1) + [f"{{linear: {UNITS}}}"]
-    swarms = ", ".join([f"{{layers: {LAYERS}, rows: 1, cols: 1}}"] * ranks)
+    """An even network: every stage has as many equal layers, and the last one a small one more."""
+    layers = [f"{{linear: {{units: {UNITS}, activation: relu}}}}"] * (LAYERS * ranks) + [f"{{linear: {CLASSES}}}"]
+    counts = [LAYERS] * (ranks - 1) + [LAYERS + 1]
+    swarms = ", ".join(f"{{layers: {count}, rows: 1, cols: 1}}" for count in counts)
     return {
-        "data": f"{{name: synthetic, rows: 4096, test_rows: 0, shape: [{UNITS}], classes: {UNITS}}}",
+        # One epoch: where an epoch ends, the pipeline is drained and a checkpoint written.
+        "data": f"{{name: synthetic, rows: {steps * ROWS}, test_rows: 0, shape: [{UNITS}], classes: {CLASSES}}}",
         "model": f"{{layers: [{', '.join(layers)}], loss: cross_entropy}}",
         "train.steps": str(steps),
         "train.batch_size": str(ROWS),

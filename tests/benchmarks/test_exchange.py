@@ -82,7 +82,7 @@ def test_what_is_traced(pipeline: str, ranks: int) -> None:
     assert made.pipeline.kind == pipeline
     assert isinstance(made.layout, config.Layout)
     assert made.layout.swarms is not None
-    assert weight_layers(made) == sum(swarm.layers for swarm in made.layout.swarms) == ranks * trace.LAYERS
+    assert weight_layers(made) == sum(swarm.layers for swarm in made.layout.swarms) == ranks * trace.LAYERS + 1
 
 
 def test_launchers() -> None:
