@@ -18,6 +18,7 @@ from nettorrent_mpi.engine.engine import Engine, Scores, scores
 
 MOST = 128  # reports under way at once; then the oldest is waited for
 SAMPLE = 4096  # parameters of a replica of which the consensus distance is measured
+ROUNDING = 1e-14  # what is left, relative to the squares, where equal replicas' squares are taken from each other
 
 Tag = TypeVar("Tag")
 
@@ -91,8 +92,8 @@ class Reports(Generic[Tag]):
         if self._each:
             mean = sums[self._head :] / self._replicas
             norm = float(np.dot(mean, mean))
-            spread = max(float(sums[1]) / self._replicas - norm, 0.0)
-            distance = math.sqrt(spread / norm) if norm > 0 else 0.0
+            spread = float(sums[1]) / self._replicas - norm
+            distance = 0.0 if norm == 0 or spread <= ROUNDING * norm else math.sqrt(spread / norm)
         losses = [scores(*tally).loss if tally[2] else math.nan for tally in tallies]
         return Report(tag, bool(sums[0] > 0), scores(*tallies.sum(axis=0)), losses, distance)
 
@@ -103,10 +104,15 @@ class Reports(Generic[Tag]):
 
 
 def best_of(found: Sequence[Scores], metric: str) -> int:
-    """The replica with the best validation_loss or validation_accuracy (of equals the first); nan is worst."""
+    """The replica with the best validation_loss or validation_accuracy (of equals the first).
+
+    One whose loss is not finite is worst by either: what it tells right it tells by chance.
+    """
 
     def badness(r: int) -> float:
-        value = -(found[r].accuracy or 0.0) if metric == "validation_accuracy" else found[r].loss
-        return value if math.isfinite(value) else math.inf
+        loss, accuracy = found[r]
+        if not math.isfinite(loss):
+            return math.inf
+        return -(accuracy or 0.0) if metric == "validation_accuracy" else loss
 
     return min(range(len(found)), key=badness)
