@@ -11,7 +11,7 @@ With the pairing's own weights for g and everything in time, the sum over the re
 when steps were done in between (adding what was received, instead of moving by the difference, would lose a part of
 these steps). Nobody waits for a partner longer than the deadline; messages that come later are merged with less weight.
 
-Sources. dpwa: the factors (engine/merging.py). Push-sum: Kempe, Dobra, Gehrke 2003; Assran et al. 2019 (stochastic
+Sources. dpwa: the factors (engine/mixing.py). Push-sum: Kempe, Dobra, Gehrke 2003; Assran et al. 2019 (stochastic
 gradient push), here in a form for overlap: with mass w, mass sent m and masses received m_j,
     w' = w - m + sum m_j,   w' x' = w x - m * (mine at the time of sending) + sum m_j x_j.
 Compression: CHOCO-SGD (Koloskova, Stich, Jaggi 2019), with an estimate for each direction of each pair, which both ends
@@ -33,7 +33,7 @@ from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.calibration import parts_that_hide
 from nettorrent_mpi.engine.estimates import Estimates
 from nettorrent_mpi.engine.exchange import Exchange
-from nettorrent_mpi.engine.merging import Deadline, FlowControl, Peer, factor, merged_clock
+from nettorrent_mpi.engine.mixing import Deadline, FlowControl, Peer, factor, merged_clock, told_loss
 from nettorrent_mpi.engine.slow_momentum import SlowMomentum
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
@@ -114,6 +114,7 @@ class Gossip(Exchange):
         self._round: _Round | None = None
         self._held: list[Arrived] = []  # from those who are ahead, until a round expects them
         self._owed = [0] * self._count  # rounds that were closed without a message of this source, since its last one
+        self._missed = [0.0] * self._count  # when the first of these began
         self._flow = FlowControl(self._count)
         self._deadline = Deadline(choice.deadline)
         self._remembered: list[Array] = []  # masses, on their way from a checkpoint
@@ -145,7 +146,9 @@ class Gossip(Exchange):
         if self._mail is not None:
             self.counts.bytes += self._mail.bytes
             self._mail.close()
-        self._mail = Mail(self._column, -(-length // 8) * 8, len(sources) + 3, TAG)
+        # Each source can be in the open round and one ahead. Where partners are drawn, more than a few seldom meet.
+        receives = 2 * len(sources) + 1 if self.pairing.period is not None else min(2 * self._count, 8)
+        self._mail = Mail(self._column, -(-length // 8) * 8, receives, TAG)
         self._masses = np.ones(self.parts)
 
     # -- a step's end -----------------------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ class Gossip(Exchange):
         if self._pending is not None:
             loss, rows = self._pending.sums()
             if rows:
-                self._loss = float(loss / rows)
+                self._loss = told_loss(float(loss / rows))
         self._pending = Pending(self._losses, self._tally.recent)
         self._tally.recent = (0.0, 0.0)
 
@@ -233,7 +236,7 @@ class Gossip(Exchange):
             os.sched_yield()
         if self.mail.can_send(to):
             return to
-        self._flow.failed(to)
+        self._flow.timed_out(to)
         if self.pairing.kind == "random" and self._count > 2:
             other = draw_target(self._seed, turn, self._me, self._count, self._flow.scores)
             if other != to and self.mail.can_send(other):
@@ -305,6 +308,8 @@ class Gossip(Exchange):
                 self._owed[source] = 0
                 continue
             if self._owed[source] or (this is not None and number <= now):
+                if self._owed[source]:  # the time that it took in the end: rounds may have become slower for good
+                    self._deadline.add(message.when - self._missed[source])
                 self._merge_late(message, max(self._owed[source], 1))
                 self._owed[source] = 0
             else:
@@ -328,14 +333,16 @@ class Gossip(Exchange):
         for source in sorted(this.got):
             message, weight = this.got[source], this.expected[source]
             self._merge(message, weight, weight / total, this, 0)
-            self._deadline.add(message.when - this.began)
+            self._deadline.add(max(message.when - this.began, 0.0))  # it may have come before the round began
             self._flow.succeeded(source)
             self.counts.merged += 1
             self.mail.release(message)
         for source in this.expected:
             if source not in this.got:
+                if not self._owed[source]:
+                    self._missed[source] = this.began
                 self._owed[source] += 1
-                self._flow.failed(source)
+                self._flow.timed_out(source)
                 self.counts.skipped += 1
         if this.own is not None:
             self.mail.put_back(this.own)
@@ -365,13 +372,12 @@ class Gossip(Exchange):
         own = this.own if this is not None and same else None
         clock = self.clock if own is None else float(own.head[CLOCK])
         theirs = Peer(float(head[LOSS]), float(head[CLOCK]))
-        merge = factor(self._choice.mix, self._choice.divergence_threshold, Peer(self._loss, clock), theirs)
-        if merge.f is not None:
-            g = merge.f * share
-        elif self.pairing.doubly_stochastic or this is None:
-            g = weight * merge.scale
-        else:  # random: those that arrived and this rank's own count alike
-            g = merge.scale / (len(this.got) + 1)
+        mix = self._choice.mix
+        if this is not None and not self.pairing.doubly_stochastic:  # those that arrived and this rank's own are alike
+            weight = 1 / (len(this.got) + 1)
+        g = factor(mix, self._choice.divergence_threshold, Peer(self._loss, clock), theirs, weight)
+        if not isinstance(mix, choices.Constant) or mix.value is not None:  # f is for all sources together
+            g *= share
         behind = max(clock - theirs.clock, 0.0) / self._choice.every
         g /= 1 + max(age, behind if behind > 1 else 0)
         self._vector.move(where, g, self._values(message.letter), None if own is None else self._values(own))

@@ -1,0 +1,408 @@
+"""What gossip promises: the average is kept, replicas come together, nobody's rows fall apart, nobody is waited for.
+
+Most tests do without the steps themselves: replicas begin with values that differ, and only exchange.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from nettorrent_mpi.comm.mail import Mail
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.data.dataset import Options as DataOptions
+from nettorrent_mpi.data.dataset import open_dataset
+from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine import choices
+from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.engine.gossip import Gossip
+from nettorrent_mpi.nn import specs
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.pairing import possible
+from nettorrent_mpi.plan.topology import Stage, Topology
+
+SIZE = MPI.COMM_WORLD.size
+LAYERS = (
+    specs.Linear(7, activation="tanh"),
+    specs.BatchNorm(),
+    specs.Linear(5, activation="relu"),
+    specs.Linear(3),
+)
+PATIENT: dict[str, Any] = {"deadline": "none"}  # nothing depends on how fast this machine is
+
+
+def alone(replicas: int = SIZE) -> Topology:
+    return Topology(replicas, (Stage(0, 3, 1, 1),))
+
+
+def make(topology: Topology, dtype: str = "float64", optimizer: Any = None, **gossip: Any) -> tuple[Engine, Gossip]:
+    """An engine whose replicas gossip."""
+    dataset = open_dataset("synthetic", None, options=DataOptions(rows=96, test_rows=8, shape=(6,), classes=3))
+    engine = Engine(
+        World(),
+        Network(LAYERS, (6,)),
+        topology,
+        Options(
+            loss=specs.CrossEntropy(),
+            optimizer=optimizer or specs.Sgd(),
+            batch_size=37,
+            micro_batches=2,
+            exchange=choices.Gossip(**gossip),
+            dtype=dtype,
+        ),
+    )
+    engine.open_data(dataset, Sampler(96, 1, 0.0, 37))
+    assert isinstance(engine.exchange, Gossip)
+    return engine, engine.exchange
+
+
+def own(engine: Engine) -> np.ndarray:
+    """What this rank owns, parameters only."""
+    return np.concatenate([s.params[s.shard] for s in engine.state.segments])
+
+
+def scatter(engine: Engine, seed: int = 0) -> np.ndarray:
+    """Give every replica other parameters; gives this column's mean over the replicas."""
+    for segment in engine.state.segments:
+        part = segment.params[segment.shard]
+        generator = np.random.default_rng([seed, engine.world.rank])
+        part[...] = generator.normal(size=part.size) + 0.1 * engine.place.replica
+    for flat in engine.state.flats:
+        flat.share()
+    return column(engine).mean(axis=0)
+
+
+def column(engine: Engine) -> np.ndarray:
+    """(replica, element) of what this rank's column owns."""
+    return np.array(engine.wiring.column.comm.allgather(own(engine)))
+
+
+def spread(engine: Engine) -> float:
+    """The largest distance from the mean."""
+    values = column(engine)
+    return float(np.abs(values - values.mean(axis=0)).max())
+
+
+def steps(engine: Engine, first: int, count: int, rate: float = 0.0) -> None:
+    """Steps, or at rate 0 only what happens at their ends."""
+    for n in range(first, first + count):
+        if rate:
+            engine.step(n, rate)
+        else:
+            engine.exchange.agree(rate, n + 1)
+
+
+several = pytest.mark.skipif(SIZE == 1, reason="one rank has nobody to exchange with")
+
+
+@several
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("pairing", [kind for kind in possible(SIZE) if kind != "random"] if SIZE > 1 else [])
+def test_the_average_is_kept_and_the_replicas_come_together(pairing: str, overlap: bool) -> None:
+    engine, gossip = make(alone(), pairing=pairing, overlap=overlap, part=0.4, **PATIENT)
+    mean, before = scatter(engine), spread(engine)
+    steps(engine, 0, 60)
+    engine.exchange.settle()
+    np.testing.assert_allclose(column(engine).mean(axis=0), mean, rtol=0, atol=1e-14)
+    assert gossip.parts == 2
+    assert spread(engine) < 0.2 * before
+    assert gossip.counts.late == gossip.counts.skipped == 0
+    engine.close()
+
+
+@several
+def test_exchanging_late_loses_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average moves by the average of all updates, also of those done while messages travelled."""
+    engine, gossip = make(alone(), part=1.0, **PATIENT)
+    mean = scatter(engine)
+    updates = np.zeros_like(mean)
+    before = own(engine)
+    original = gossip.agree
+
+    def agree(rate: float, step: int) -> None:
+        nonlocal updates
+        updates += own(engine) - before
+        original(rate, step)
+
+    monkeypatch.setattr(gossip, "agree", agree)
+    for n in range(20):
+        before = own(engine)
+        engine.step(n, 0.1)
+    engine.exchange.settle()
+    total = np.array(engine.wiring.column.comm.allgather(updates)).mean(axis=0)
+    assert np.abs(total).max() > 1e-3
+    np.testing.assert_allclose(column(engine).mean(axis=0), mean + total, rtol=0, atol=1e-13)
+    engine.close()
+
+
+@several
+def test_finite_is_the_exact_average_after_a_period() -> None:
+    engine, gossip = make(alone(), pairing="finite", overlap=False, part=0.5, **PATIENT)
+    mean = scatter(engine)
+    assert gossip.pairing.period is not None
+    steps(engine, 0, gossip.pairing.period * gossip.parts)
+    np.testing.assert_allclose(own(engine), mean, rtol=0, atol=1e-14)
+    engine.close()
+
+
+@several
+def test_parts_take_turns() -> None:
+    """Every round moves another part, and after as many rounds as there are parts each was moved once."""
+    engine, gossip = make(alone(), pairing="complete", overlap=False, part=0.25, **PATIENT)
+    mean = scatter(engine)
+    assert gossip.parts == 4
+    done = np.zeros(mean.size, bool)
+    for n in range(4):
+        before = own(engine)
+        steps(engine, n, 1)
+        moved = own(engine) != before
+        assert moved.any()
+        assert not (moved & done).any()
+        done |= moved
+    np.testing.assert_allclose(own(engine), mean, rtol=0, atol=1e-14)
+    engine.close()
+
+
+@several
+def test_every_and_probability() -> None:
+    engine, gossip = make(alone(), pairing="complete", every=3, overlap=False, part=1.0, **PATIENT)
+    scatter(engine)
+    before = own(engine)
+    steps(engine, 0, 2)
+    np.testing.assert_array_equal(own(engine), before)
+    steps(engine, 2, 1)
+    assert (own(engine) != before).any()
+    engine.close()
+    engine, gossip = make(alone(), pairing="ring", probability=0.3, overlap=False, part=1.0, **PATIENT)
+    mean = scatter(engine)
+    steps(engine, 0, 100)
+    np.testing.assert_allclose(column(engine).mean(axis=0), mean, rtol=0, atol=1e-14)
+    sent = sum(gossip.mail.sent) / (100 * len(gossip.pairing.sends(0, engine.place.replica)))
+    assert 0.1 < sent < 0.55
+    engine.close()
+
+
+# -- merge formulas against numbers by hand: of two replicas the second has all values 1 higher -----------------------
+
+HAND = [  # mix, divergence_threshold, (loss, clock) of replica 0 and of replica 1, f of replica 0
+    (choices.Constant(0.25), 0.0, (1.0, 5.0), (1.0, 5.0), 0.25),
+    (choices.Constant(), 0.0, (1.0, 5.0), (1.0, 5.0), 0.5),
+    (choices.Clock(), 0.0, (1.0, 3.0), (1.0, 9.0), 0.75),
+    (choices.Loss(), 0.0, (3.0, 5.0), (1.0, 5.0), 0.75),
+    (choices.Linear(0.6, 0.2, 10), 0.0, (1.0, 5.0), (1.0, 5.0), 0.4),
+    (choices.LossDivergence(4.0), 0.0, (2.0, 5.0), (1.0, 5.0), 0.8 * 0.5),
+    (choices.Loss(), 6.0, (3.0, 5.0), (1.0, 5.0), 0.75 * 0.5),
+]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(("mix", "threshold", "first", "second", "f"), HAND)
+def test_merge_formulas(mix: Any, threshold: float, first: Any, second: Any, f: float, overlap: bool) -> None:
+    engine, gossip = make(
+        alone(), pairing="hypercube", mix=mix, divergence_threshold=threshold, overlap=overlap, part=1.0, **PATIENT
+    )
+    scatter(engine)
+    for segment in engine.state.segments:
+        segment.params[...] = engine.place.replica
+    loss, clock = (first, second)[engine.place.replica]
+    gossip._loss, gossip.clock = loss, clock - 1  # a step adds one
+    gossip._learn_loss = lambda: None  # type: ignore[method-assign]
+    steps(engine, 0, 1)
+    engine.exchange.settle()
+    if engine.place.replica == 0:
+        np.testing.assert_allclose(own(engine), f, rtol=1e-12)
+        assert gossip.clock == pytest.approx(f * second[1] + (1 - f) * first[1])
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_the_loss_of_the_step_before_is_what_counts() -> None:
+    """Each replica's own, also where only its last stage knows it."""
+    engine, gossip = make(alone(), pairing="hypercube", mix=choices.Loss(), part=1.0, **PATIENT)
+    scatter(engine)
+    steps(engine, 0, 1, 0.01)
+    told = engine.tally.numbers()
+    steps(engine, 1, 1, 0.01)
+    assert gossip._loss == pytest.approx(told[0] / told[2])
+    engine.close()
+
+
+# -- push-sum ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(3, 4, 5, 8)
+@pytest.mark.parametrize("pairing", ["random", "exponential", "ring"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_push_sum_is_unbiased_when_messages_are_dropped(
+    pairing: str, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """30 % of the messages are not sent, those of replica 0 more often: what the values weigh stays what it was."""
+    draws = np.random.default_rng([7, MPI.COMM_WORLD.rank])
+    drop = 0.6 if MPI.COMM_WORLD.rank == 0 else 0.3
+    original = Mail.can_send
+    monkeypatch.setattr(Mail, "can_send", lambda mail, to: original(mail, to) and draws.random() >= drop)
+    ends = {}
+    for mix in (choices.PushSum(), choices.Constant()):
+        engine, _ = make(alone(), pairing=pairing, mix=mix, overlap=overlap, part=0.5, deadline=0.5)
+        mean = scatter(engine)
+        steps(engine, 0, 250)
+        engine.exchange.settle()
+        engine.world.barrier()
+        ends[mix.kind] = np.abs(own(engine) - mean).max()
+        engine.close()
+    worst = {kind: max(MPI.COMM_WORLD.allgather(end)) for kind, end in ends.items()}
+    assert worst["push_sum"] < 1e-7
+    assert worst["constant"] > 1e-3
+
+
+@several
+def test_push_sum_keeps_the_weighted_mean_at_every_time() -> None:
+    engine, _ = make(alone(), pairing="exponential", mix=choices.PushSum(), part=0.3, deadline=0.01)
+    mean = scatter(engine)
+    for n in range(30):
+        if engine.place.replica == 0 and n % 7 == 3:
+            time.sleep(0.02)  # late for everybody
+        steps(engine, n, 1)
+    with engine.replicas.shown():
+        np.testing.assert_allclose(own(engine), mean, rtol=0, atol=1e-13)
+    engine.close()
+
+
+# -- compression -------------------------------------------------------------------------------------------------------
+
+
+@several
+@pytest.mark.parametrize(
+    "compress", [choices.Float16(), choices.Int8(), choices.Sign(), choices.TopK(0.1)], ids=lambda c: c.kind
+)
+@pytest.mark.parametrize("pairing", ["ring", "exponential", "finite"])
+def test_error_feedback_recovers_what_compression_loses(compress: Any, pairing: str) -> None:
+    engine, gossip = make(alone(), pairing=pairing, compress=compress, part=0.5, overlap=False, **PATIENT)
+    mean, before = scatter(engine), spread(engine)
+    steps(engine, 0, 300)
+    np.testing.assert_allclose(column(engine).mean(axis=0), mean, rtol=0, atol=1e-12)
+    assert spread(engine) < 0.1 * before
+    sent = gossip.mail.bytes / sum(gossip.mail.sent)
+    assert sent < 64 + 8 * own(engine).size * 0.4
+    engine.close()
+
+
+# -- all together ------------------------------------------------------------------------------------------------------
+
+
+@several
+def test_exact_every() -> None:
+    slowly = choices.Constant(0.1)
+    engine, _ = make(alone(), pairing="ring", mix=slowly, exact_every=4, part=0.5, **PATIENT)
+    mean = scatter(engine)
+    steps(engine, 0, 3)
+    assert spread(engine) > 1e-3
+    steps(engine, 3, 1)
+    np.testing.assert_allclose(own(engine), mean, rtol=0, atol=1e-14)
+    engine.close()
+
+
+@several
+def test_slow_momentum() -> None:
+    """u = beta u + (x0 - x) / rate; x = x0 - rate u, on averages (Wang et al. 2020)."""
+    beta, rate = 0.6, 0.05
+    engine, gossip = make(alone(), pairing="ring", exact_every=2, slow_momentum=beta, part=1.0, **PATIENT)
+    x0, u = own(engine), 0.0
+    original = gossip.average
+    seen: list[np.ndarray] = []
+
+    def average(group: Any) -> None:
+        original(group)
+        seen.append(own(engine))
+
+    gossip.average = average  # type: ignore[method-assign]
+    for n in range(0, 8, 2):
+        steps(engine, n, 2, rate)
+        u = beta * u + (x0 - seen[-1]) / rate
+        x0 = x0 - rate * u
+        np.testing.assert_allclose(own(engine), x0, rtol=0, atol=1e-12)
+        assert spread(engine) == 0
+    engine.close()
+
+
+@several
+def test_the_optimizers_state_is_averaged_where_asked_for() -> None:
+    for average, alike in ((("parameters",), False), (("parameters", "optimizer"), True)):
+        engine, _ = make(
+            alone(), optimizer=specs.Adam(), pairing="complete", average=average, overlap=False, part=1.0, **PATIENT
+        )
+        scatter(engine)
+        steps(engine, 0, 3, 0.01)
+        for segment in engine.state.segments:
+            values = np.array(engine.wiring.column.comm.allgather(segment.optimizer["m"]))
+            assert (np.abs(values - values[0]).max() < 1e-14) == alike
+        engine.close()
+
+
+@several
+def test_batch_norm_statistics_are_exchanged() -> None:
+    engine, _ = make(alone(), pairing="complete", overlap=False, part=1.0, **PATIENT)
+    steps(engine, 0, 2, 0.01)
+    for flat in engine.state.statistics:
+        values = np.array(engine.wiring.column.comm.allgather(flat.params))
+        assert np.abs(values).max() > 0
+        assert np.abs(values - values[0]).max() < 1e-14
+    engine.close()
+
+
+# -- teams, time -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(4, 8)
+@pytest.mark.parametrize("stages", [(Stage(0, 3, 2, 1),), (Stage(0, 1, 1, 1), Stage(1, 3, 1, 1)), (Stage(0, 3, 1, 2),)])
+def test_rows_stay_bitwise_alike_whatever_arrives_when(stages: tuple[Stage, ...]) -> None:
+    """Ranks are late at random; deadlines pass; what arrives differs from rank to rank."""
+    engine, _ = make(Topology(SIZE // 2, stages), dtype="float32", part=0.5, deadline=0.05)
+    generator = np.random.default_rng(engine.world.rank)
+    scatter(engine)
+    for n in range(25):
+        time.sleep(float(generator.random()) * 0.002)
+        steps(engine, n, 1, 0.05)
+        for flat in engine.state.flats:
+            held = np.array(flat.group.comm.allgather(flat.params.tobytes()))
+            assert (held == held[0]).all()
+    engine.close()
+
+
+@several
+def test_a_late_partner_is_not_waited_for() -> None:
+    """Replica 0 sleeps; the others go on, what they sent it waits, what it sent is merged late."""
+    engine, gossip = make(alone(), pairing="ring", part=1.0, deadline=1.0)
+    mean = scatter(engine)
+    slowest = 0.0
+    for n in range(60):
+        if engine.place.replica == 0 and n == 30:
+            time.sleep(0.6)
+        began = time.perf_counter()
+        steps(engine, n, 1)
+        if n >= 5 and engine.place.replica != 0:
+            slowest = max(slowest, time.perf_counter() - began)
+    engine.exchange.settle()
+    assert slowest < 0.4
+    skipped = engine.world.comm.allgather(gossip.counts.skipped)
+    late = engine.world.comm.allgather(gossip.counts.late)
+    assert sum(skipped) > 0
+    assert sum(late) > 0
+    assert np.abs(column(engine).mean(axis=0) - mean).max() < 0.5  # not exact any more, but no nonsense
+    assert np.isfinite(own(engine)).all()
+    engine.close()
+
+
+@several
+def test_the_part_is_chosen_by_measurement() -> None:
+    engine, gossip = make(alone(), part="auto", **PATIENT)
+    scatter(engine)
+    steps(engine, 0, 12, 0.01)
+    assert len(set(engine.world.comm.allgather(gossip.parts))) == 1
+    assert gossip.counts.rounds == 12
+    engine.close()
