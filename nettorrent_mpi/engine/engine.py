@@ -86,7 +86,7 @@ class Engine:
             self._slow = 1 / (1 + mean_staleness(stages, options.micro_batches, self.place.stage))
         # Mini-batches that are begun before the present one is done.
         self.ahead = staleness_bound(stages, options.micro_batches, 0) if self.asynchronous else 0
-        self._empty = True
+        self._left = 0  # steps still planned until the ranks come to rest; 0: they are
         self.layers = network.stage(stage.first, stage.stop, stage.cols, self.place.col)
         self.wiring = Wiring(
             world,
@@ -172,15 +172,16 @@ class Engine:
         """Do step n (counted from 0) at this learning rate; gives the mini-batch's rows. Raises NonFiniteError.
 
         `left` >= 1 says how many steps will be done until the ranks come to rest, this one included; an asynchronous
-        pipeline runs up to `ahead` mini-batches ahead until then. It may shrink from step to step by more than one, but
-        not below what was begun.
+        pipeline runs up to `ahead` mini-batches ahead until then. While it is above `ahead`, the next step may be given
+        any number above `ahead`, not just one less: receives are posted for one micro-batch more than were begun.
         """
         micro_batches = self.options.micro_batches
-        left = left if self.asynchronous else 1
+        left, first = left if self.asynchronous else 1, self._left == 0
+        assert first or left == self._left or min(left, self._left + 1) > self.ahead, (left, self._left)
         self._batches.step = n
         name, stages = self.options.pipeline.kind, len(self.topology.stages)
         actions = self._actions(
-            name, stages, micro_batches, self.place.stage, self._empty, min(left, self.ahead + 1), self._clip
+            name, stages, micro_batches, self.place.stage, first, min(left, self.ahead + 1), self._clip
         )
         self.pipeline.run(
             actions,
@@ -190,10 +191,10 @@ class Engine:
             training=True,
             step=n,
             rate=rate * self._slow,
-            first=self._empty,
+            first=first,
             left=left,
         )
-        self._empty = left == 1
+        self._left = left - 1
         return self._batches.size(0)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ class Engine:
 
         `alone`: by each replica for itself, giving the scores of each; else together.
         """
-        assert self._empty
+        assert self._left == 0
         before = self.tally.take()
         most = span(self.options.batch_size, self.options.micro_batches, 0).size
         if alone:
