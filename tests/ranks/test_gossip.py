@@ -378,7 +378,7 @@ def test_rows_stay_bitwise_alike_whatever_arrives_when(stages: tuple[Stage, ...]
 def test_a_late_partner_is_not_waited_for() -> None:
     """Replica 0 sleeps; the others go on, what they sent it waits, what it sent is merged late."""
     engine, gossip = make(alone(), pairing="ring", part=1.0, deadline=1.0)
-    mean = scatter(engine)
+    mean, before = scatter(engine), spread(engine)
     slowest = 0.0
     for n in range(60):
         if engine.place.replica == 0 and n == 30:
@@ -393,8 +393,7 @@ def test_a_late_partner_is_not_waited_for() -> None:
     late = engine.world.comm.allgather(gossip.counts.late)
     assert sum(skipped) > 0
     assert sum(late) > 0
-    assert np.abs(column(engine).mean(axis=0) - mean).max() < 0.5  # not exact any more, but no nonsense
-    assert np.isfinite(own(engine)).all()
+    assert np.abs(own(engine) - mean).max() < before  # the mean is not exact any more, but nobody went astray
     engine.close()
 
 
