@@ -58,7 +58,7 @@ ORDER = {
         "vector",
         "wiring",
         "state",
-        "mixing",
+        "merging",
         "estimates",
         "slow_momentum",
         "calibration",

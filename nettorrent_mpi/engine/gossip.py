@@ -11,7 +11,7 @@ With the pairing's own weights for g and everything in time, the sum over the re
 when steps were done in between (adding what was received, instead of moving by the difference, would lose a part of
 these steps). Nobody waits for a partner longer than the deadline; messages that come later are merged with less weight.
 
-Sources. dpwa: the factors (engine/mixing.py). Push-sum: Kempe, Dobra, Gehrke 2003; Assran et al. 2019 (stochastic
+Sources. dpwa: the factors (engine/merging.py). Push-sum: Kempe, Dobra, Gehrke 2003; Assran et al. 2019 (stochastic
 gradient push), here in a form for overlap: with mass w, mass sent m and masses received m_j,
     w' = w - m + sum m_j,   w' x' = w x - m * (mine at the time of sending) + sum m_j x_j.
 Compression: CHOCO-SGD (Koloskova, Stich, Jaggi 2019), with an estimate for each direction of each pair, which both ends
@@ -33,7 +33,7 @@ from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.calibration import parts_that_hide
 from nettorrent_mpi.engine.estimates import Estimates
 from nettorrent_mpi.engine.exchange import Exchange
-from nettorrent_mpi.engine.mixing import Deadline, FlowControl, Peer, factor, merged_clock, told_loss
+from nettorrent_mpi.engine.merging import Deadline, FlowControl, Peer, factor, merged_clock, told_loss
 from nettorrent_mpi.engine.slow_momentum import SlowMomentum
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally

@@ -11,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nettorrent_mpi.engine.choices import Clock, Constant, Linear, Loss, LossDivergence, PushSum
-from nettorrent_mpi.engine.mixing import (
+from nettorrent_mpi.engine.merging import (
     DEVIATIONS,
     LEAST_ROUNDS,
     WINDOW,
     Deadline,
     FlowControl,
     Peer,
-    check_mix,
     factor,
     merged_clock,
     told_loss,
@@ -131,33 +130,6 @@ def test_merged_clocks() -> None:
     assert merged_clock(0.25, 10, 30) == 15
     assert merged_clock(0.0, 10, 30) == 10
     assert merged_clock(1.0, 10, 30) == 30
-
-
-@pytest.mark.parametrize(
-    ("mix", "threshold", "key"),
-    [
-        (Constant(1.5), 0.0, "mix.constant.value"),
-        (Constant(-0.1), 0.0, "mix.constant.value"),
-        (Constant(math.nan), 0.0, "mix.constant.value"),
-        (Linear(start=2.0), 0.0, "mix.linear.start"),
-        (Linear(end=-1.0), 0.0, "mix.linear.end"),
-        (Linear(target=0), 0.0, "mix.linear.target"),
-        (LossDivergence(0.0), 0.0, "mix.loss_divergence.target"),
-        (LossDivergence(math.inf), 0.0, "mix.loss_divergence.target"),
-        (Loss(), -1.0, "divergence_threshold"),
-        (Loss(), math.nan, "divergence_threshold"),
-    ],
-)
-def test_options_out_of_range_are_refused(mix: Spec, threshold: float, key: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_mix(mix, threshold)
-    assert caught.value.key == f"exchange.gossip.{key}"
-
-
-@pytest.mark.parametrize("mix", [*MIXES, PushSum(), Constant(0.0), Constant(1.0)])
-def test_options_within_range_are_not(mix: Spec) -> None:
-    check_mix(mix, 0.0)
-    check_mix(mix, 3.5)
 
 
 # -- flow control -----------------------------------------------------------------------------------------------------

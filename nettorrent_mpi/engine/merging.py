@@ -41,23 +41,6 @@ def told_loss(loss: float | None) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def check_mix(mix: Spec, divergence_threshold: float) -> None:
-    """Raise ConfigError for options of exchange.gossip.mix, or a threshold, with which the formulas make no sense."""
-    parts = {Constant: ("value",), Linear: ("start", "end")}.get(type(mix), ())
-    options = mix.options()
-    for option in parts:
-        if options[option] is not None and not 0.0 <= options[option] <= 1.0:
-            _refuse(options[option], "a part, from 0 to 1, of what is taken", f"mix.{mix.kind}.{option}")
-    if "target" in options and not 0.0 < options["target"] < math.inf:
-        _refuse(options["target"], "a number above 0", f"mix.{mix.kind}.target")
-    if not 0.0 <= divergence_threshold < math.inf:
-        _refuse(divergence_threshold, "a loss of at least 0 (0: no threshold)", "divergence_threshold")
-
-
-def _refuse(value: float, wanted: str, option: str) -> None:
-    raise ConfigError(f"{value} is not {wanted}", key=f"exchange.gossip.{option}")
-
-
 def factor(mix: Spec, divergence_threshold: float, own: Peer, peer: Peer, weight: float) -> float:
     """The f, from 0 to 1, with which a replica merges a peer: param <- f * peer's + (1 - f) * param.
 
