@@ -172,8 +172,9 @@ class Live:
 
 def figures(record: Record) -> str:
     """The figures that every report has."""
-    loss, speed = record["train_loss"], record["samples_per_second"]
-    return f"loss {loss:.4f}  lr {record['learning_rate']:.3g}  {speed:,.0f} samples/s"
+    loss, speed, distance = record["train_loss"], record["samples_per_second"], record.get("consensus_distance")
+    apart = "" if distance is None else f"  replicas {100 * distance:.2g} % apart"
+    return f"loss {loss:.4f}  lr {record['learning_rate']:.3g}  {speed:,.0f} samples/s{apart}"
 
 
 def scores(record: Record) -> str:

@@ -47,6 +47,7 @@ from nettorrent_mpi.plan.seeds import key
 TAG = 5
 WARM_UP = 8  # rounds with small parts, before `part: auto` measures
 SMALL = 1 << 14  # elements of these parts
+FIRST_DEADLINE = 5.0  # seconds, before there are enough rounds to tell one
 LARGEST = 1 << 28  # bytes of a message, at most
 NUMBER, START, STOP, CLOCK, LOSS, MASS = range(6)  # the places in a message's head
 
@@ -289,9 +290,10 @@ class Gossip(Exchange):
         self.counts.waited += time.perf_counter() - began
 
     def _too_late(self, this: _Round, missing: list[int]) -> bool:
-        limit = self._deadline.seconds
-        if limit is None:
+        if self._choice.deadline == "none":
             return False
+        limit = self._deadline.seconds  # not for ever where it is not known yet: a sender may have left a round out
+        limit = FIRST_DEADLINE if limit is None else limit
         return time.perf_counter() >= this.began + limit * max(self._flow.patience(source) for source in missing)
 
     def _sort(self, arrived: list[Arrived]) -> None:
