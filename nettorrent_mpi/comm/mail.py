@@ -126,6 +126,15 @@ class Mail:
             request.Start()
             self._posted.append((request, arrived.letter))
 
+    def aside(self, arrived: Arrived) -> Arrived:
+        """The message in memory of its own; its buffer waits for another one."""
+        if id(arrived.letter) not in self._made:
+            return arrived
+        copy = Letter(arrived.letter.length)
+        copy.whole[...] = arrived.letter.whole[: copy.whole.size]
+        self.release(arrived)
+        return arrived._replace(letter=copy)
+
     @property
     def is_full(self) -> bool:
         """Has everybody to wait until a message is released?"""
@@ -141,18 +150,13 @@ class Mail:
         self.group.comm.Alltoall(told, expected)
         kept: list[Arrived] = []
         while True:
-            for arrived in self.take():
-                copy = Letter(self.size)
-                copy.whole[: _HEAD + arrived.letter.length] = arrived.letter.whole[: _HEAD + arrived.letter.length]
-                copy.length = arrived.letter.length
-                kept.append(arrived._replace(letter=copy))
-                self.release(arrived)
+            kept += [self.aside(arrived) for arrived in self.take()]
             if not self._sending and all(a >= b for a, b in zip(self.received, expected, strict=True)):
                 return kept
             os.sched_yield()
 
     def close(self) -> None:
-        """Give the requests back. All call, after `settle`."""
+        """Give the requests back. All call, after `settle`; when the last one has, another mail may use the tag."""
         assert not self._sending
         for request, _ in self._posted:
             request.Cancel()
@@ -161,6 +165,8 @@ class Mail:
             request.Free()
         self._posted.clear()
         self._made.clear()
+        self.group.barrier()  # or a message for that other mail could meet a receive of this one
+        self.group.barrier()  # or a receive not yet taken back would swallow a message of the next Mail
 
 
 class Pending:
