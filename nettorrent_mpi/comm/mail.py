@@ -166,7 +166,6 @@ class Mail:
         self._posted.clear()
         self._made.clear()
         self.group.barrier()  # or a message for that other mail could meet a receive of this one
-        self.group.barrier()  # or a receive not yet taken back would swallow a message of the next Mail
 
 
 class Pending:
