@@ -113,6 +113,7 @@ class Gossip(Exchange):
         self.clock, self._loss = 0.0, float("nan")
         self._pending: Pending | None = None
         self._round: _Round | None = None
+        self._patient = choice.deadline == "none"  # every message is merged in the round that expects it
         self._held: list[Arrived] = []  # from those who are ahead, until a round expects them
         self._owed = [0] * self._count  # rounds that were closed without a message of this source, since its last one
         self._missed = [0.0] * self._count  # when the first of these began
@@ -232,8 +233,8 @@ class Gossip(Exchange):
 
     def _free_target(self, to: int, turn: int) -> int | None:
         """`to`, if it has taken the last message; with random pairing otherwise another one that has."""
-        while self._choice.deadline == "none" and not self.mail.can_send(to):
-            self._make_room()
+        while self._patient and not self.mail.can_send(to):
+            self._sort(self.mail.take())
             os.sched_yield()
         if self.mail.can_send(to):
             return to
@@ -290,7 +291,7 @@ class Gossip(Exchange):
         self.counts.waited += time.perf_counter() - began
 
     def _too_late(self, this: _Round, missing: list[int]) -> bool:
-        if self._choice.deadline == "none":
+        if self._patient:
             return False
         limit = self._deadline.seconds  # not for ever where it is not known yet: a sender may have left a round out
         limit = FIRST_DEADLINE if limit is None else limit
@@ -305,7 +306,8 @@ class Gossip(Exchange):
             source, number = message.source, message.letter.head[NUMBER]
             now = this.number if this is not None else -1
             wanted = this is not None and source in this.expected and source not in this.got
-            if this is not None and wanted and (not self._owed[source] or number >= now):
+            in_time = number == now if self._patient else number >= now or not self._owed[source]
+            if this is not None and wanted and in_time:
                 this.got[source] = message
                 self._owed[source] = 0
                 continue
@@ -315,8 +317,8 @@ class Gossip(Exchange):
                 self._merge_late(message, max(self._owed[source], 1))
                 self._owed[source] = 0
             else:
-                before = [m for m in self._held if m.source == source]
-                for older in before:  # at most one is kept
+                before = [] if self._patient else [m for m in self._held if m.source == source]
+                for older in before:  # of who is far ahead one is kept
                     self._held.remove(older)
                     self._merge_late(older, 0)
                 self._held.append(message)
@@ -324,8 +326,12 @@ class Gossip(Exchange):
 
     def _make_room(self) -> None:
         """There is always a receive posted, or members could wait for each other."""
-        while self.mail.is_full and self._held:
+        while self.mail.is_full and self._held and not self._patient:
             self._merge_late(self._held.pop(0), 0)
+        if self.mail.is_full:
+            self._held = [self.mail.aside(message) for message in self._held]
+        if self.mail.is_full and self._round is not None:
+            self._round.got = {source: self.mail.aside(message) for source, message in self._round.got.items()}
 
     def _finish(self, this: _Round) -> None:
         """Merge what the round has brought, in an order that does not depend on what came first."""
