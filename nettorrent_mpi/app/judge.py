@@ -57,6 +57,8 @@ class Judge:
         found = self._engine.compare_replicas()
         if found is not None:
             return best_of(found, self._metric), self._metric
+        if not losses:  # nothing was trained, or nothing was left to do: all are as good as known
+            return 0, "train_loss"
         return best_of([Scores(loss, None) for loss in losses], "train_loss"), "train_loss"
 
 
