@@ -83,6 +83,7 @@ _RULES: dict[str | tuple[str, str], Rule] = {
     **dict.fromkeys(("exact_every", "every_samples", ("linear", "target")), _COUNT),
     **dict.fromkeys(("deadline", ("consensus", "max"), ("loss_divergence", "target")), _POSITIVE),
     **dict.fromkeys(("probability", "part", "gamma"), _ABOVE_ZERO),
+    "rate_factor": _POSITIVE,
     "fraction": _BETWEEN,
     **dict.fromkeys(("value", "start", "end"), _FRACTION),
     "divergence_threshold": _NOT_NEGATIVE,

@@ -162,6 +162,8 @@ class Gossip(Spec):
     exact_every: int | None = None  # rounds from one exact average to the next
     slow_momentum: float = 0.0  # SlowMo, at exact averages
     average: tuple[Literal["parameters", "optimizer"], ...] = ("parameters",)
+    # What the learning rate is multiplied by; auto: see engine.gossip.rate_factor.
+    rate_factor: float | Literal["auto"] = "auto"
     overlap: bool = True  # messages travel while the next step computes
     deadline: float | Literal["auto", "none"] = "auto"  # milliseconds that a round may take
     consensus: Consensus | None = None

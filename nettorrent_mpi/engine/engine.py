@@ -19,7 +19,7 @@ from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.blocks import gather
 from nettorrent_mpi.engine.exchange import Exchange
 from nettorrent_mpi.engine.feed import Feed, Once, Training
-from nettorrent_mpi.engine.gossip import Gossip
+from nettorrent_mpi.engine.gossip import Gossip, rate_factor
 from nettorrent_mpi.engine.pipeline import Pipeline
 from nettorrent_mpi.engine.replicas import Replicas
 from nettorrent_mpi.engine.state import State
@@ -81,12 +81,14 @@ class Engine:
         self._clip = options.clip_norm is not None
         slots = self._prove()
         late = staleness_bound(stages, options.micro_batches, self.place.stage) if self.asynchronous else 0
-        self._slow = 1.0
+        self._rate_factor = 1.0
         if isinstance(options.pipeline, choices.Async) and options.pipeline.staleness_aware and self.asynchronous:
-            self._slow = 1 / (1 + mean_staleness(stages, options.micro_batches, self.place.stage))
+            self._rate_factor = 1 / (1 + mean_staleness(stages, options.micro_batches, self.place.stage))
         # Mini-batches that are begun before the present one is done.
         self.ahead = staleness_bound(stages, options.micro_batches, 0) if self.asynchronous else 0
         self._left = 0  # steps still planned until the ranks come to rest; 0: they are
+        if not self.exact and isinstance(options.exchange, choices.Gossip):
+            self._rate_factor *= rate_factor(options.exchange, options.optimizer, topology.replicas)
         self.layers = network.stage(stage.first, stage.stop, stage.cols, self.place.col)
         self.wiring = Wiring(
             world,
@@ -190,7 +192,7 @@ class Engine:
             micro_batches=micro_batches,
             training=True,
             step=n,
-            rate=rate * self._slow,
+            rate=rate * self._rate_factor,
             first=first,
             left=left,
         )

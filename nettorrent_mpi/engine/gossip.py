@@ -20,6 +20,7 @@ hold alike. SlowMo: Wang et al. 2020 (arXiv 1910.00643).
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -40,6 +41,7 @@ from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.vector import Vector
 from nettorrent_mpi.nn.backend import Array
 from nettorrent_mpi.nn.optimizers import Optimizer
+from nettorrent_mpi.nn.specs import Sgd, Spec
 from nettorrent_mpi.plan.blocks import Span, owner, span
 from nettorrent_mpi.plan.pairing import draw_target, make_pairing
 from nettorrent_mpi.plan.seeds import key
@@ -50,6 +52,19 @@ SMALL = 1 << 14  # elements of these parts
 FIRST_DEADLINE = 5.0  # seconds, before there are enough rounds to tell one
 LARGEST = 1 << 28  # bytes of a message, at most
 NUMBER, START, STOP, CLOCK, LOSS, MASS = range(6)  # the places in a message's head
+
+
+def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int) -> float:
+    """What a replica multiplies the learning rate by, which is meant for the whole mini-batch.
+
+    Adam and its kin divide a step by the size of the gradients, most of which is noise, and a replica's part of the
+    mini-batch has sqrt(replicas) times the noise of the whole. Averaged steps become as long, and as noisy, as those of
+    the exact exchange when they are multiplied by that (the square-root rule of Malladi, Lyu, Panigrahi, Arora 2022,
+    arXiv 2205.10287). Steps of SGD are as they should be without.
+    """
+    if choice.rate_factor != "auto":
+        return choice.rate_factor
+    return 1.0 if isinstance(optimizer, Sgd) else math.sqrt(replicas)
 
 
 @dataclass
@@ -116,7 +131,7 @@ class Gossip(Exchange):
         self._patient = choice.deadline == "none"  # every message is merged in the round that expects it
         self._held: list[Arrived] = []  # from those who are ahead, until a round expects them
         self._owed = [0] * self._count  # rounds that were closed without a message of this source, since its last one
-        self._missed = [0.0] * self._count  # when the first of these began
+        self._missed: dict[int, _Round] = {}  # the first of these, by source
         self._flow = FlowControl(self._count)
         self._deadline = Deadline(choice.deadline)
         self._remembered: list[Array] = []  # masses, on their way from a checkpoint
@@ -309,13 +324,14 @@ class Gossip(Exchange):
             in_time = number == now if self._patient else number >= now or not self._owed[source]
             if this is not None and wanted and in_time:
                 this.got[source] = message
-                self._owed[source] = 0
+                if self._owed[source]:  # its sender left out what this rank went on without
+                    self._owed[source] = 0
+                    self._drop(self._missed.pop(source))
                 continue
-            if self._owed[source] or (this is not None and number <= now):
-                if self._owed[source]:  # the time that it took in the end: rounds may have become slower for good
-                    self._deadline.add(message.when - self._missed[source])
-                self._merge_late(message, max(self._owed[source], 1))
-                self._owed[source] = 0
+            if self._owed[source]:
+                self._merge_owed(message)
+            elif this is not None and number <= now:
+                self._merge_late(message, 1)
             else:
                 before = [] if self._patient else [m for m in self._held if m.source == source]
                 for older in before:  # of who is far ahead one is kept
@@ -337,24 +353,47 @@ class Gossip(Exchange):
         """Merge what the round has brought, in an order that does not depend on what came first."""
         if self._push_sum and this.targets:
             self._part_with_mass(this)
+        if len(this.got) == len(this.expected):  # what was late tells its time when it comes
+            self._deadline.add(time.perf_counter() - this.began)
         total = sum(this.expected.values())
         for source in sorted(this.got):
             message, weight = this.got[source], this.expected[source]
             self._merge(message, weight, weight / total, this, 0)
-            self._deadline.add(max(message.when - this.began, 0.0))  # it may have come before the round began
             self._flow.succeeded(source)
             self.counts.merged += 1
             self.mail.release(message)
         for source in this.expected:
             if source not in this.got:
                 if not self._owed[source]:
-                    self._missed[source] = this.began
+                    self._missed[source] = this
                 self._owed[source] += 1
                 self._flow.timed_out(source)
                 self.counts.skipped += 1
-        if this.own is not None:
-            self.mail.put_back(this.own)
         self._round = None
+        self._drop(this)
+
+    def _drop(self, this: _Round) -> None:
+        """A closed round's snapshot is needed no longer than it may be asked for."""
+        if this.own is not None and all(missed is not this for missed in self._missed.values()):
+            self.mail.put_back(this.own)
+
+    def _merge_owed(self, message: Arrived) -> None:
+        """From someone whose message a round went on without: as if it had come in time, if it is that message and the
+        part was not exchanged again in the meantime; otherwise with less weight."""
+        source = message.source
+        owed, self._owed[source] = self._owed[source], 0
+        missed = self._missed.pop(source)
+        self._deadline.add(message.when - missed.began)  # what it took in the end: rounds may be slower for good
+        if owed == 1:
+            self._flow.came_late(source)
+        if message.letter.head[NUMBER] == missed.number and owed < self.parts:
+            weight = missed.expected[source]
+            self._merge(message, weight, weight / sum(missed.expected.values()), missed, 0)
+            self.counts.late += 1
+            self.mail.release(message)
+        else:
+            self._merge_late(message, owed)
+        self._drop(missed)
 
     def _merge_late(self, message: Arrived, age: int) -> None:
         """What no open round expects: with less weight the older it is; but mass is mass, and estimates are kept up."""
@@ -416,6 +455,9 @@ class Gossip(Exchange):
         for message in self._held:
             self._merge_late(message, 0)
         self._held = []
+        for source in list(self._missed):  # what has not come was never sent
+            self._owed[source] = 0
+            self._drop(self._missed.pop(source))
         for flat in self._state.flats:
             flat.share()
         self._last = 0.0

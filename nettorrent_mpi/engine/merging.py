@@ -116,6 +116,11 @@ class FlowControl:
         """The peer's message did not come before the deadline."""
         self._change(peer, TIMEOUT)
 
+    def came_late(self, peer: int) -> None:
+        """The message came after the deadline, but before the next one was due: the peer is there, only not in step. It
+        gets back what it lost."""
+        self._change(peer, -TIMEOUT)
+
     def patience(self, peer: int) -> float:
         """The part of the deadline that is worth waiting for this peer: 0 with the lowest score, 1 with the highest."""
         return (self.scores[peer] - LOWEST_SCORE) / (HIGHEST_SCORE - LOWEST_SCORE)
