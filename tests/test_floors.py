@@ -60,6 +60,8 @@ ORDER = {
         "state",
         "merging",
         "estimates",
+        "mixer",
+        "rounds",
         "slow_momentum",
         "calibration",
         "exchange",

@@ -108,9 +108,9 @@ def test_the_average_is_kept_and_the_replicas_come_together(pairing: str, overla
     steps(engine, 0, 60)
     engine.exchange.settle()
     np.testing.assert_allclose(column(engine).mean(axis=0), mean, rtol=0, atol=1e-14)
-    assert gossip.parts == 2
+    assert gossip.mixer.parts == 2
     assert spread(engine) < 0.2 * before
-    assert gossip.counts.late == gossip.counts.skipped == 0
+    assert gossip.rounds.counts.late == gossip.rounds.counts.skipped == 0
     engine.close()
 
 
@@ -144,7 +144,7 @@ def test_finite_is_the_exact_average_after_a_period() -> None:
     engine, gossip = make(alone(), pairing="finite", overlap=False, part=0.5, **PATIENT)
     mean = scatter(engine)
     assert gossip.pairing.period is not None
-    steps(engine, 0, gossip.pairing.period * gossip.parts)
+    steps(engine, 0, gossip.pairing.period * gossip.mixer.parts)
     np.testing.assert_allclose(own(engine), mean, rtol=0, atol=1e-14)
     engine.close()
 
@@ -154,7 +154,7 @@ def test_parts_take_turns() -> None:
     """Every round moves another part, and after as many rounds as there are parts each was moved once."""
     engine, gossip = make(alone(), pairing="complete", overlap=False, part=0.25, **PATIENT)
     mean = scatter(engine)
-    assert gossip.parts == 4
+    assert gossip.mixer.parts == 4
     done = np.zeros(mean.size, bool)
     for n in range(4):
         before = own(engine)
@@ -181,7 +181,7 @@ def test_every_and_probability() -> None:
     mean = scatter(engine)
     steps(engine, 0, 100)
     np.testing.assert_allclose(column(engine).mean(axis=0), mean, rtol=0, atol=1e-14)
-    sent = sum(gossip.mail.sent) / (100 * len(gossip.pairing.sends(0, engine.place.replica)))
+    sent = sum(gossip.rounds.mail.sent) / (100 * len(gossip.pairing.sends(0, engine.place.replica)))
     assert 0.1 < sent < 0.55
     engine.close()
 
@@ -210,13 +210,13 @@ def test_merge_formulas(mix: Any, threshold: float, first: Any, second: Any, f: 
     for segment in engine.state.segments:
         segment.params[...] = engine.place.replica
     loss, clock = (first, second)[engine.place.replica]
-    gossip._loss, gossip.clock = loss, clock - 1  # a step adds one
+    gossip.mixer.loss, gossip.mixer.clock = loss, clock - 1  # a step adds one
     gossip._learn_loss = lambda: None  # type: ignore[method-assign]
     steps(engine, 0, 1)
     engine.exchange.settle()
     if engine.place.replica == 0:
         np.testing.assert_allclose(own(engine), f, rtol=1e-12)
-        assert gossip.clock == pytest.approx(f * second[1] + (1 - f) * first[1])
+        assert gossip.mixer.clock == pytest.approx(f * second[1] + (1 - f) * first[1])
     engine.close()
 
 
@@ -228,7 +228,7 @@ def test_the_loss_of_the_step_before_is_what_counts() -> None:
     steps(engine, 0, 1, 0.01)
     told = engine.tally.numbers()
     steps(engine, 1, 1, 0.01)
-    assert gossip._loss == pytest.approx(told[0] / told[2])
+    assert gossip.mixer.loss == pytest.approx(told[0] / told[2])
     engine.close()
 
 
@@ -290,7 +290,7 @@ def test_error_feedback_recovers_what_compression_loses(compress: Any, pairing: 
     steps(engine, 0, 300)
     np.testing.assert_allclose(column(engine).mean(axis=0), mean, rtol=0, atol=1e-12)
     assert spread(engine) < 0.1 * before
-    sent = gossip.mail.bytes / sum(gossip.mail.sent)
+    sent = gossip.rounds.mail.bytes / sum(gossip.rounds.mail.sent)
     assert sent < 64 + 8 * own(engine).size * 0.4
     engine.close()
 
@@ -392,8 +392,8 @@ def test_a_late_partner_is_not_waited_for() -> None:
             slowest = max(slowest, time.perf_counter() - began)
     engine.exchange.settle()
     assert slowest < 0.4
-    skipped = engine.world.comm.allgather(gossip.counts.skipped)
-    late = engine.world.comm.allgather(gossip.counts.late)
+    skipped = engine.world.comm.allgather(gossip.rounds.counts.skipped)
+    late = engine.world.comm.allgather(gossip.rounds.counts.late)
     assert sum(skipped) > 0
     assert sum(late) > 0
     assert np.abs(own(engine) - mean).max() < before  # the mean is not exact any more, but nobody went astray
@@ -405,6 +405,6 @@ def test_the_part_is_chosen_by_measurement() -> None:
     engine, gossip = make(alone(), part="auto", **PATIENT)
     scatter(engine)
     steps(engine, 0, 12, 0.01)
-    assert len(set(engine.world.comm.allgather(gossip.parts))) == 1
-    assert gossip.counts.rounds == 12
+    assert len(set(engine.world.comm.allgather(gossip.mixer.parts))) == 1
+    assert gossip.rounds.counts.rounds == 12
     engine.close()

@@ -1,0 +1,174 @@
+"""What a gossip message does to the vector that this rank owns.
+
+    x += g * (theirs - mine at the time of sending)
+
+With the pairing's own weights for g and everything in time, the sum over the replicas stays as it was to rounding, also
+when steps were done in between (adding what was received, instead of moving by the difference, would lose a part of
+these steps).
+
+Sources. dpwa: the factors (engine/merging.py). Push-sum: Kempe, Dobra, Gehrke 2003; Assran et al. 2019 (stochastic
+gradient push), here in a form for overlap: with mass w, mass sent m and masses received m_j,
+    w' = w - m + sum m_j,   w' x' = w x - m * (mine at the time of sending) + sum m_j x_j.
+Compression: CHOCO-SGD (engine/estimates.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nettorrent_mpi.comm.mail import Arrived, Letter
+from nettorrent_mpi.comm.mpi import Group
+from nettorrent_mpi.engine import choices
+from nettorrent_mpi.engine.estimates import Estimates
+from nettorrent_mpi.engine.merging import Peer, factor, merged_clock
+from nettorrent_mpi.engine.vector import Vector
+from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.plan.blocks import Span, owner, span
+from nettorrent_mpi.plan.pairing import Pairing
+
+NUMBER, START, STOP, CLOCK, LOSS, MASS = range(6)  # the places in a message's head
+
+
+@dataclass
+class Round:
+    """A round that is open: which part, what was sent, from whom messages are expected, which have come."""
+
+    number: int
+    part: int
+    where: Span
+    began: float
+    expected: dict[int, float]  # source -> weight
+    targets: dict[int, float]  # to -> weight, of those that were sent to
+    got: dict[int, Arrived] = field(default_factory=dict)
+    own: Letter | None = None  # the snapshot; none with compression
+
+
+class Mixer:
+    """The vector, its parts, their masses, and the loss and age of this replica's model."""
+
+    def __init__(self, choice: choices.Gossip, pairing: Pairing, vector: Vector):
+        self._choice, self._pairing, self.vector = choice, pairing, vector
+        self.push_sum = isinstance(choice.mix, choices.PushSum)
+        self._estimates: Estimates | None = None
+        if not isinstance(choice.compress, choices.Whole):
+            self._estimates = Estimates(choice.compress, choice.gamma, vector)
+        self.clock, self.loss = 0.0, float("nan")
+        self.divide(1)
+
+    def divide(self, parts: int) -> None:
+        """Exchange so many parts in turn from now on; masses are equal then."""
+        self.parts = max(min(parts, self.vector.size), 1)
+        self.masses = np.ones(self.parts)
+
+    def where(self, part: int) -> Span:
+        """The elements of a part."""
+        return span(self.vector.size, self.parts, part)
+
+    def length(self, elements: int) -> int:
+        """Bytes of a message about so many elements."""
+        dtype = self.vector.dtype
+        return self._estimates.codec.bytes(elements, dtype) if self._estimates else elements * dtype.itemsize
+
+    @property
+    def compresses(self) -> bool:
+        """Is a message different for each target?"""
+        return self._estimates is not None
+
+    # -- a message is written ---------------------------------------------------------------------------------------
+
+    def write(self, letter: Letter, this: Round, to: int | None) -> None:
+        """letter <- what this round sends to everybody, or where messages are compressed, to `to`."""
+        weights = set(this.targets.values())
+        assert len(weights) <= 1, "all messages of a round carry the same mass"
+        mass = self.masses[this.part] * max(weights, default=0.0)
+        letter.head[:6] = (this.number, *this.where, self.clock, self.loss, mass)
+        letter.length = self.length(this.where.size)
+        if self._estimates is None:
+            self.vector.read(this.where, self._values(letter))
+        else:
+            assert to is not None
+            self._estimates.write(to, this.where, letter.body[: letter.length])
+
+    def _values(self, letter: Letter) -> Array:
+        return letter.body[: letter.length].view(self.vector.dtype)
+
+    # -- a message is merged ----------------------------------------------------------------------------------------
+
+    def merge(self, message: Arrived, weight: float, share: float, this: Round | None, age: int) -> None:
+        """Merge one message: `weight` is the pairing's, `share` this source's among those of the round."""
+        head, source = message.letter.head, message.source
+        where = Span(int(head[START]), int(head[STOP]))
+        same = this is not None and where == this.where
+        if self._estimates is not None:
+            self._estimates.read(source, where, message.letter.body[: message.letter.length])
+            if this is not None and same:
+                out = source if source in this.targets else next(iter(this.targets), None)
+                self._estimates.approach(source, out, weight, where)
+            return
+        values = self._values(message.letter)
+        if self.push_sum:
+            self._take_mass(where, float(head[MASS]), values)
+            return
+        own = this.own if this is not None and same else None
+        clock = self.clock if own is None else float(own.head[CLOCK])
+        theirs = Peer(float(head[LOSS]), float(head[CLOCK]))
+        mix = self._choice.mix
+        if this is not None and not self._pairing.doubly_stochastic:  # those that arrived and this rank's own are alike
+            weight = 1 / (len(this.got) + 1)
+        g = factor(mix, self._choice.divergence_threshold, Peer(self.loss, clock), theirs, weight)
+        if not isinstance(mix, choices.Constant) or mix.value is not None:  # f is for all sources together
+            g *= share
+        behind = max(clock - theirs.clock, 0.0) / self._choice.every
+        g /= 1 + max(age, behind if behind > 1 else 0)
+        self.vector.move(where, g, self._values(message.letter), None if own is None else self._values(own))
+        self.clock = merged_clock(g * where.size / self.vector.size, self.clock, self.clock + theirs.clock - clock)
+
+    def part_with_mass(self, this: Round) -> None:
+        """Push-sum: what was sent away is not here any more. w x - m own = (w - m) x - m (own - x)."""
+        assert this.own is not None
+        sent = float(this.own.head[MASS]) * len(this.targets)
+        left = float(self.masses[this.part]) - sent
+        self.vector.move(this.where, -sent / left, self._values(this.own))
+        self.masses[this.part] = left
+
+    def _take_mass(self, where: Span, mass: float, values: Array) -> None:
+        part = owner(self.vector.size, self.parts, where.start)
+        total = float(self.masses[part]) + mass
+        self.vector.move(where, mass / total, values)
+        self.masses[part] = total
+
+    # -- all replicas together --------------------------------------------------------------------------------------
+
+    def average(self, column: Group, shards: Sequence[Array]) -> None:
+        """The vector's first parts, `shards`, <- their mean over the replicas; with push-sum of what they weigh, which
+        exchanges do not change. Every member of `column` calls, settled."""
+        totals = self.masses.copy()
+        column.sum(totals)
+        size = sum(shard.size for shard in shards)
+        for part in range(self.parts):
+            start, stop = self.where(part)
+            self.vector.scale(Span(start, min(stop, size)), float(self.masses[part] / totals[part]))
+        for shard in shards:
+            column.sum(shard)
+
+    def averaged(self) -> None:
+        """All replicas are the same now."""
+        self.masses[...] = 1
+        if self._estimates is not None:
+            self._estimates.begin()
+
+    def mass_of_elements(self) -> Array:
+        """The mass of each element: as many values as there are parts."""
+        whole = np.empty(self.vector.size, self.vector.dtype)
+        for part in range(self.parts):
+            whole[slice(*self.where(part))] = self.masses[part]
+        return whole
+
+    def weigh(self, whole: Array) -> None:
+        """Each part gets the mean mass of its first elements, which may be fewer than the vector has."""
+        for part in range(self.parts):
+            inside = whole[slice(*self.where(part))]
+            self.masses[part] = inside.mean() if inside.size else 1.0
