@@ -320,8 +320,10 @@ def wrong_in(folder: Path, run: Run) -> str | None:
     steps = run.config["train"].get("steps")
     if not math.isfinite(summary["final_loss"]):
         return f"the loss is {summary['final_loss']}"
-    if lines[-1]["step"] != summary["steps"] or (summary["stopped_by"] == "steps" and summary["steps"] != steps):
-        return f"{summary['steps']} steps, of which the last told is {lines[-1]['step']}"
+    if not lines or lines[-1]["step"] != summary["steps"]:
+        return f"ended by {summary['stopped_by']} after {summary['steps']} steps, which metrics.jsonl does not tell"
+    if summary["stopped_by"] == "steps" and summary["steps"] != steps:
+        return f"{summary['steps']} steps, not {steps}"
     if [line["step"] for line in lines] != sorted({line["step"] for line in lines}):
         return f"told after steps {[line['step'] for line in lines]}"
     if run.config["data"]["test_rows"] and not math.isfinite(summary["test_loss"]):

@@ -28,12 +28,12 @@ folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 rank = MPI.COMM_WORLD.rank
 log = os.open(folder / f"steps.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 original = Engine.step
-last = 0.0
-missed = 0
+first = last = 0.0
+done = missed = 0
 
 
 def step(self: Engine, *args: Any) -> int:
-    global last, missed
+    global first, last, done, missed
     rows = original(self, *args)
     if missed:
         missed -= 1
@@ -41,8 +41,8 @@ def step(self: Engine, *args: Any) -> int:
         time.sleep(pause)
     now = time.monotonic()
     if last and now - last > 2:
-        missed = int((now - last) / pause)
-    last = now
+        missed = int((now - last) / (last - first) * done)
+    done, last, first = done + 1, now, first or now
     os.write(log, struct.pack("d", now))
     return rows
 
