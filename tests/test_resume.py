@@ -34,7 +34,11 @@ model:
 train: {epochs: 3, batch_size: 32, micro_batches: 3, optimizer: OPTIMIZER, report_every: 4}
 """
 OPTIMIZERS = ["{adam: {lr: 0.002}}", "{sgd: {lr: 0.05, momentum: 0.9}}", "{rmsprop: {lr: 0.001, centered: true}}"]
+MIXED4 = "{replicas: 1, swarms: [{layers: 1, rows: 1, cols: 2}, {layers: 2, rows: 2, cols: 1}]}"
 MIXED = "layout={replicas: 1, swarms: [{layers: 1, rows: 1, cols: 2}, {layers: 2, rows: 1, cols: 1}]}"
+
+
+GOSSIP = "deadline: none, part: 0.25"  # nothing depends on how fast this machine is
 
 
 def trained(folder: Path) -> dict[str, np.ndarray]:
@@ -51,6 +55,23 @@ def config_file(tmp_path: Path, optimizer: str = OPTIMIZERS[0]) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.replace("OPTIMIZER", optimizer))
     return path
+
+
+def series(mpirun: Callable[..., Run], n: int, folder: Path, commands: list[list[str]], mpi: str = "openmpi") -> None:
+    """Run commands of `nettorrent` one after another on the same ranks."""
+    file = folder / "series"
+    file.write_text(json.dumps(commands))
+    done = mpirun(n, [HERE / "programs" / "series.py", file], mpi=mpi, timeout=100)
+    told = json.loads((folder / "series.done").read_text()) if done.returncode == 0 else []
+    assert len(told) == len(commands), f"{told[-1:]}\n{done.stdout}\n{done.stderr}"
+    for command, (code, text) in zip(commands, told, strict=True):
+        assert code == 0, f"{command}\n{text}"
+
+
+def command(config: Path, output: Path, *arguments: str | Path, **changes: object) -> list[str]:
+    """`train`; `changes` are keys with __ for the dots."""
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
+    return ["train", str(config), "--output", str(output), *map(str, arguments), *sets]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -135,3 +156,101 @@ def test_a_flipped_bit_of_the_model_seen_by_some_ranks_only(mpirun: Callable[...
         assert done.returncode == 2, f"{done.stdout}\n{done.stderr}"
         assert done.stderr.count("nettorrent: error: ") == 1
         assert "model.h5: is not a whole file" in done.stderr
+
+
+REPLICAS = {
+    2: [
+        ("{replicas: 2, swarms: [{layers: 3}]}", "1f1b", exchange)
+        for exchange in (
+            "none",
+            "{elite: 96}",
+            "{elite: {every_samples: 96, mode: tournament, metric: validation_accuracy}}",
+            f"{{gossip: {{{GOSSIP}}}}}",
+            f"{{gossip: {{{GOSSIP}, exact_every: 5, slow_momentum: 0.5}}}}",
+            f"{{gossip: {{{GOSSIP}, average: [parameters, optimizer]}}}}",
+        )
+    ],
+    4: [
+        ("{replicas: 4, swarms: [{layers: 3}]}", "1f1b", f"{{gossip: {{{GOSSIP}, pairing: ring}}}}"),
+        ("{replicas: 2, swarms: [{layers: 3, rows: 2}]}", "1f1b", f"{{gossip: {{{GOSSIP}}}}}"),
+        ("{replicas: 2, swarms: [{layers: 1}, {layers: 2}]}", "async", f"{{gossip: {{{GOSSIP}}}}}"),
+        ("{replicas: 1, swarms: [{layers: 1}, {layers: 1, rows: 2}, {layers: 1}]}", "async", "allreduce"),
+    ],
+}
+
+
+@pytest.mark.parametrize("ranks", REPLICAS)
+def test_each_replica_goes_on(mpirun: Callable[..., Run], tmp_path: Path, ranks: int) -> None:
+    """To the same weights as if it had not stopped, where the layout is the same."""
+    config, commands = config_file(tmp_path), []
+    for i, (layout, pipeline, exchange) in enumerate(REPLICAS[ranks]):
+        how = {"layout": layout, "pipeline": pipeline, "exchange": exchange}
+        whole, parts = tmp_path / f"whole{i}", tmp_path / f"parts{i}"
+        commands.append(command(config, whole, **how))
+        if i == ranks // 2 + 2:  # all that stopping does
+            commands.append(command(config, parts, **how, train__epochs=2))
+            commands.append(command(config, parts, "--resume", **how))
+        else:
+            commands.append(command(config, parts, "--resume", whole / "checkpoints" / "step-0000000020.h5", **how))
+    series(mpirun, ranks, tmp_path, commands, mpi="openmpi" if ranks == 2 else "mpich")
+    for i, case in enumerate(REPLICAS[ranks]):
+        whole, parts = (arrays_of_checkpoint(tmp_path / f"{name}{i}") for name in ("whole", "parts"))
+        same(whole, parts)
+        same(trained(tmp_path / f"parts{i}"), trained(tmp_path / f"whole{i}"))
+        if case[2] != "allreduce":
+            assert any(key.startswith("replicas/1/optimizer/m/") for key in whole), case
+
+
+def arrays_of_checkpoint(run: Path) -> dict[str, np.ndarray]:
+    """Everything in the newest one."""
+    found: dict[str, np.ndarray] = {}
+
+    def visit(key: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[key] = item[...]
+
+    with h5py.File(max((run / "checkpoints").iterdir())) as file:
+        file.visititems(visit)
+    return found
+
+
+def test_replicas_go_on_as_others(mpirun: Callable[..., Run], tmp_path: Path) -> None:
+    """With another number of replicas, or as one network, a run goes on from the average; and one network's run goes on
+    as several replicas. Estimates of compressed messages begin anew: so it need not be the same run, but a good one."""
+    config = config_file(tmp_path)
+    two, four = "{replicas: 2, swarms: [{layers: 3, rows: 2}]}", "{replicas: 4, swarms: [{layers: 3}]}"
+    apart = {"layout": two, "exchange": f"{{gossip: {{{GOSSIP}, probability: 0.2}}}}"}
+    exact = {"layout": two, "exchange": "allreduce"}
+    packed = {"layout": four, "exchange": "{gossip: {compress: int8, pairing: ring, deadline: none}}"}
+    gossip = {"layout": four, "exchange": f"{{gossip: {{{GOSSIP}, pairing: hypercube}}}}"}
+    begun = {"apart": apart, "exact": exact, "packed": packed}
+    after = [
+        ("apart", "gossip", gossip),
+        ("apart", "allreduce", {"layout": MIXED4, "exchange": "allreduce"}),
+        ("apart", "elite", {"layout": four, "exchange": "{elite: 64}"}),
+        ("exact", "gossip", gossip),
+        ("packed", "packed", packed),
+        ("packed", "none", {"layout": two, "exchange": "none"}),
+    ]
+    commands = [command(config, tmp_path / name, **how, train__epochs=2) for name, how in begun.items()]
+    for name, to, how in after:
+        run, still = tmp_path / f"{name}-{to}", tmp_path / f"{name}-{to}-still"
+        commands.append(command(config, run, "--resume", tmp_path / name, **how))
+        commands.append(command(config, still, "--resume", tmp_path / name, **how, train__epochs=2))
+    series(mpirun, 4, tmp_path, commands)
+    for name, to, _ in after:
+        saved = arrays_of_checkpoint(tmp_path / name)
+        average = {key.removeprefix("parameters/"): a for key, a in saved.items() if key.startswith("parameters/")}
+        if name != "exact":
+            replicas = sorted({key.split("/")[1] for key in saved if key.startswith("replicas/")})
+            each = {key: [saved[f"replicas/{r}/parameters/{key}"] for r in replicas] for key in average}
+            assert any(not np.array_equal(arrays[0], arrays[1]) for arrays in each.values())
+            for key, array in average.items():
+                np.testing.assert_allclose(array, np.mean(each[key], axis=0), rtol=0, atol=1e-14, err_msg=key)
+        still = trained(tmp_path / f"{name}-{to}-still")
+        for key, array in average.items():  # nothing was left to do: the weights are what was restored
+            np.testing.assert_allclose(still[key], array, rtol=0, atol=1e-14, err_msg=key)
+        before, now = (json.loads((tmp_path / run / "summary.json").read_text()) for run in (name, f"{name}-{to}"))
+        assert now["steps"] == 30
+        assert now["final_loss"] < before["final_loss"], (name, to)
+        assert now["test_loss"] < before["test_loss"] * 1.1, (name, to)
