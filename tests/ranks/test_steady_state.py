@@ -14,6 +14,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.model import Network
@@ -54,11 +55,29 @@ def layouts() -> list[Topology]:
     return found
 
 
+GOSSIP = (
+    choices.Gossip(part=0.5, deadline="none"),
+    choices.Gossip(pairing="ring", part=0.5, deadline="none", mix=choices.Loss()),
+    choices.Gossip(pairing="finite", part=0.5, deadline="none", compress=choices.Int8()),
+)
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize("exchange", GOSSIP, ids=["plain", "loss", "int8"])
+def test_a_step_of_gossip_neither_allocates_nor_pickles(exchange: choices.Gossip) -> None:
+    steady(Topology(SIZE, (Stage(0, 4, 1, 1),)), exchange=exchange)
+
+
 @pytest.mark.parametrize("number", range(3))
 def test_a_step_neither_allocates_nor_pickles(number: int) -> None:
     if number >= len(layouts()):
         pytest.skip("no such layout of so few ranks")
-    made = engine(layouts()[number], Network(LAYERS, SHAPE), clip_norm=1.0)
+    steady(layouts()[number])
+
+
+def steady(topology: Topology, **options: Any) -> None:
+    """Nothing of the size of a layer's outputs is allocated after the first steps, and nothing is pickled."""
+    made = engine(topology, Network(LAYERS, SHAPE), clip_norm=1.0, **options)
     for n in range(12):  # one epoch and two steps
         made.step(n, 0.001)
 
