@@ -112,6 +112,28 @@ def test_stopped_by_a_signal(mpirun: Callable[..., Run], tmp_path: Path, mpi: st
     same(trained(tmp_path / "run"), trained(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+def test_replicas_and_a_pipeline_without_flush_are_stopped_by_a_signal(
+    mpirun: Callable[..., Run], tmp_path: Path, mpi: str
+) -> None:
+    """All ranks stop after the same step, though they hear of it while they are in different ones."""
+    config = config_file(tmp_path)
+    how = ["--set", "layout={replicas: 2, swarms: [{layers: 1}, {layers: 2}]}", "--set", "pipeline=async"]
+    run = [config, "--output", tmp_path / "run", *how, "--set", "exchange=gossip", "--set", "train.evaluate_every=3"]
+    stopped = mpirun(4, [HERE / "programs" / "signalled.py", "12", "1", *run], mpi=mpi)
+    assert stopped.returncode == 75, f"{stopped.stdout}\n{stopped.stderr}"
+    told = re.search(r"stopped by a signal after step (\d+); go on with --resume", stopped.stdout)
+    assert told, stopped.stdout
+    assert 13 <= int(told[1]) < 30
+    saved = arrays_of_checkpoint(tmp_path / "run")
+    assert {key.split("/")[1] for key in saved if key.startswith("replicas/")} == {"0", "1"}
+    done = mpirun(4, [*TRAIN, *run, "--resume"], mpi=mpi)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 30
+
+
 def test_what_cannot_be_resumed(mpirun: Callable[..., Run], tmp_path: Path) -> None:
     config = config_file(tmp_path)
     run = [*TRAIN, config, "--output", tmp_path / "run", "--set", "train.epochs=1"]
@@ -166,13 +188,16 @@ REPLICAS = {
             "{elite: 96}",
             "{elite: {every_samples: 96, mode: tournament, metric: validation_accuracy}}",
             f"{{gossip: {{{GOSSIP}}}}}",
-            f"{{gossip: {{{GOSSIP}, exact_every: 5, slow_momentum: 0.5}}}}",
+            f"{{gossip: {{{GOSSIP}, mix: push_sum, probability: 0.7}}}}",
+            f"{{gossip: {{{GOSSIP}, exact_every: 3, slow_momentum: 0.5}}}}",
             f"{{gossip: {{{GOSSIP}, average: [parameters, optimizer]}}}}",
+            f"{{gossip: {{{GOSSIP}, mix: {{linear: {{target: 40}}}}}}}}",
         )
     ],
     4: [
         ("{replicas: 4, swarms: [{layers: 3}]}", "1f1b", f"{{gossip: {{{GOSSIP}, pairing: ring}}}}"),
-        ("{replicas: 2, swarms: [{layers: 3, rows: 2}]}", "1f1b", f"{{gossip: {{{GOSSIP}}}}}"),
+        ("{replicas: 4, swarms: [{layers: 3}]}", "1f1b", f"{{gossip: {{{GOSSIP}, pairing: random, mix: push_sum}}}}"),
+        ("{replicas: 2, swarms: [{layers: 3, rows: 2}]}", "1f1b", f"{{gossip: {{{GOSSIP}, mix: push_sum}}}}"),
         ("{replicas: 2, swarms: [{layers: 1}, {layers: 2}]}", "async", f"{{gossip: {{{GOSSIP}}}}}"),
         ("{replicas: 1, swarms: [{layers: 1}, {layers: 1, rows: 2}, {layers: 1}]}", "async", "allreduce"),
     ],

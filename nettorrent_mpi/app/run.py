@@ -78,7 +78,7 @@ class Run:
         self._steps = train.steps if train.steps is not None else (train.epochs or 1) * self._epoch_steps
         self._rate = make_rate(train.schedule, train.optimizer.options()["lr"], self._steps, self._epoch_steps)
         self._clock = Clock()
-        self._stop = Stop(world)
+        self._stop = Stop(world, engine.bound)
         self._reports: Reports[dict[str, Any] | None] = Reports(engine)
         self._judge = Judge(engine)
         self._loss: float | None = None
@@ -174,6 +174,7 @@ class Run:
         train, engine = self._setup.config.train, self._engine
         figures: dict[str, Any] = {}
         stop: int | None = None
+        reported = False
         self._clock.start()
         while self._steps_done < self._steps:
             n = self._steps_done
@@ -183,23 +184,26 @@ class Run:
             self._samples += rows
             self._clock.step(rows)
             epochs = done // self._epoch_steps if done % self._epoch_steps == 0 else 0
-            if done == rest or epochs or done % train.report_every == 0:
+            ask = reported and done < rest  # one step after a report has begun it may have arrived
+            reported = done == rest or bool(epochs) or done % train.report_every == 0
+            if reported:
                 self._reports.start(self._record(n), self._stop.told)
             elif self._stop.due(done):
                 self._reports.start(None, self._stop.told, figures=False)
+                reported = True
             if done == 2:
                 self._stop.pace(self._clock.seconds_per_step)
+            self._take_reports(wait=done == rest, to_flag=True)
+            know = self._stop.all_know(ask=ask) or (done == rest and self._stop.heard)
+            if know and stop is None:  # others may be before this one's rest, and wait there
+                stop = min(rest, self._stop.last_step(done + 1 + engine.ahead))
             if done < rest:
-                if self._take_reports() and stop is None:
-                    stop = min(rest, self._stop.last_step(done + 1 + engine.ahead))
                 continue
             last = done == self._steps
-            told = self._take_reports(wait=True) or stop is not None
+            self._take_reports(wait=True)
             self._clock.stop()
             report = self._reports.ready(wait=True)[-1]
-            asked = told or report.flag
-            if asked and stop is None:
-                self._stop.last_step(done)  # together with ranks that heard of it before they came to rest
+            asked = self._stop.heard or report.flag
             record, reached = self._filled(report), self._come_together(done, report)
             if last or (epochs and epochs % train.evaluate_every == 0):
                 figures, scores = self._judge.now(self._losses)
@@ -242,15 +246,14 @@ class Run:
             engine.replicas.become()
         return False
 
-    def _take_reports(self, wait: bool = False) -> bool:
-        """Tell what the ranks have reported; was any of them told to stop? `wait`: for all reports but the last, which
-        is told together with what happens at rest."""
-        told = False
-        for report in self._reports.ready(wait=wait, but=1):
+    def _take_reports(self, *, wait: bool, to_flag: bool = False) -> None:
+        """Tell what the ranks have reported. `wait`: for all reports but the last, which is told together with what
+        happens at rest; `to_flag`: but not beyond one that says that some rank was told to stop, because ranks that
+        have heard of it may start no more before all know."""
+        for report in self._reports.ready(wait=wait, but=1, to_flag=to_flag):
             if report.tag is not None:
                 self._tell(self._filled(report))
-            told = told or report.flag
-        return told
+            self._stop.hear(report.flag)
 
     def _filled(self, report: Report[dict[str, Any] | None]) -> dict[str, Any]:
         """The line of metrics.jsonl that a report completes."""

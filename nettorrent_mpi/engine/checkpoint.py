@@ -90,11 +90,13 @@ def restore_replica(engine: Engine, path: Path) -> None:
     average, which `restore` gave them. Called as `restore_parameters`."""
     count, own = engine.replicas.count, f"{REPLICAS}/{engine.place.replica}/"
     with opened(path) as file:
-        if count == 1 or REPLICAS not in file or len(file[REPLICAS]) != count:
-            return
-        _restore_memories(engine, file, own)
-    restore_parameters(engine, path, own + PARAMETERS)
-    engine.exchange.recall()
+        step = int(file.attrs["step"])
+        as_many = count > 1 and REPLICAS in file and len(file[REPLICAS]) == count
+        if as_many:
+            _restore_memories(engine, file, own)
+    if as_many:
+        restore_parameters(engine, path, own + PARAMETERS)
+    engine.exchange.recall(step)
 
 
 def _restore_memories(engine: Engine, file: h5py.File, prefix: str) -> None:

@@ -142,6 +142,13 @@ class Engine:
             return Exchange(*common)
         return Gossip(*common, options.exchange, wiring.column, self.tally, options.seed)
 
+    @property
+    def bound(self) -> Group:
+        """The ranks that wait for each other inside a step."""
+        choice = self.options.exchange
+        patient = isinstance(choice, choices.Gossip) and choice.deadline == "none"
+        return self.world if patient else self.wiring.replica
+
     # -- data -------------------------------------------------------------------------------------------------------
 
     def open_data(self, dataset: Dataset, sampler: Sampler) -> None:

@@ -84,8 +84,9 @@ class Exchange:
         a restored run writes. Settled."""
         return {}
 
-    def recall(self) -> None:
-        """`memories` and the parameters of this replica were restored."""
+    def recall(self, step: int) -> None:
+        """The run goes on after so many steps; this replica's parameters and `memories` were restored, or all replicas
+        are the same (`averaged`)."""
 
     def close(self) -> None:
         """Give everything back to MPI. All ranks call, settled."""

@@ -156,21 +156,25 @@ class Gossip(Exchange):
             self._column.sum(array)
             np.multiply(array, 1 / self._column.size, out=array)
         self.mixer.averaged()
+        self._remembered = []
         if self._slow is not None:
             self._slow.begin()
 
     def memories(self) -> dict[str, list[Array]]:
-        """SlowMo's momenta; with push-sum the mass of every parameter."""
-        found = {"slow_momentum": self._slow.momenta} if self._slow is not None else {}
+        """SlowMo's momenta and what the last average led to; with push-sum the mass of every parameter."""
+        slow = self._slow
+        found = {"slow_momentum": slow.momenta, "slow_before": slow.before} if slow is not None else {}
         if self.mixer.push_sum:
             sizes = np.cumsum([segment.counts[segment.group.index] for segment in self._state.segments])
             self._remembered = np.split(self.mixer.mass_of_elements()[: sizes[-1]], sizes[:-1])
             found["mass"] = self._remembered
         return found
 
-    def recall(self) -> None:
-        if self.mixer.push_sum:
+    def recall(self, step: int) -> None:
+        self.mixer.clock = float(step)
+        if self._remembered:
             self.mixer.weigh(np.concatenate(self._remembered))
+            self._remembered = []
 
     def figures(self) -> tuple[float, ...]:
         """Rounds, parts, messages merged in time and late, partners skipped, sends held back, seconds waited, bytes."""

@@ -168,7 +168,8 @@ class Mixer:
         return whole
 
     def weigh(self, whole: Array) -> None:
-        """Each part gets the mean mass of its first elements, which may be fewer than the vector has."""
+        """Each part gets the mass of its elements. `whole` may be shorter than the vector: the parts that hold nothing
+        of it get the mean mass. It has zeros in the gaps between arrays."""
         for part in range(self.parts):
             inside = whole[slice(*self.where(part))]
-            self.masses[part] = inside.mean() if inside.size else 1.0
+            self.masses[part] = inside.max(initial=0.0) or 1.0

@@ -78,12 +78,15 @@ class Reports(Generic[Tag]):
         own = values[self._sample]
         values[1] = np.dot(own, own)
 
-    def ready(self, *, wait: bool = False, but: int = 0) -> list[Report[Tag]]:
-        """The reports that are complete, the oldest first; with `wait` all that were started but the last `but`."""
+    def ready(self, *, wait: bool = False, but: int = 0, to_flag: bool = False) -> list[Report[Tag]]:
+        """The reports that are complete, the oldest first; with `wait` all that were started but the last `but`;
+        `to_flag`: none after the first whose flag is up."""
         found = []
         while len(self._under_way) > (but if wait else 0) and (wait or self._under_way[0][1].done()):
             tag, pending = self._under_way.popleft()
             found.append(self._read(tag, pending.sums()))
+            if to_flag and found[-1].flag:
+                break
         return found
 
     def _read(self, tag: Tag, sums: np.ndarray) -> Report[Tag]:
