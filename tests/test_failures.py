@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import shutil
@@ -161,6 +162,19 @@ def test_full_disk(mpirun: Callable[..., Run], tmp_path: Path, config: Path, siz
 
 
 PHASES = ["setup", "wiring", "data", "forward", "backward", "reduce", "update", "report", "evaluate", "save", "close"]
+SHORT = ["--set", "train.steps=12", "--set", "train.report_every=2"]
+
+
+def ended_together(done: Run, phase: str, ended: float, ranks: int = 3) -> None:
+    """Everything ended within 2 s, with one traceback."""
+    text = f"\n{done.stdout}\n{done.stderr}"
+    failed = re.search(r"FAILED AT ([\d.]+)", done.stderr)
+    assert failed, text
+    assert done.returncode == 1, text
+    assert ended - float(failed[1]) < 2.5, text  # 2 s, and what the launcher takes to clean up
+    assert done.stderr.count("Traceback") == 1, text
+    assert done.stderr.count(f"RuntimeError: made to fail in {phase}") == 1, text
+    assert f"rank 1 of {ranks}" in done.stderr, text
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -168,14 +182,107 @@ PHASES = ["setup", "wiring", "data", "forward", "backward", "reduce", "update", 
 def test_a_raising_rank_ends_all(
     mpirun: Callable[..., Run], tmp_path: Path, config: Path, mpi: str, phase: str
 ) -> None:
-    run = [config, "--output", tmp_path / "run", "--set", "train.steps=6", "--set", "train.report_every=2"]
+    run = [config, "--output", tmp_path / "run", *SHORT]
     done = mpirun(3, [HERE / "programs" / "failing.py", phase, "1", *run], mpi=mpi, timeout=60)
-    ended = time.time()
-    text = f"\n{done.stdout}\n{done.stderr}"
+    ended_together(done, phase, time.time())
+
+
+# Four ranks: two replicas of two stages, or a pipeline of two stages of two rows, which is not flushed.
+REPLICAS = "layout={replicas: 2, swarms: [{layers: 2}, {layers: 1}]}"
+APART = {
+    **{
+        f"gossip, overlap {overlap}, deadline {deadline}": [
+            f"exchange={{gossip: {{overlap: {overlap}, deadline: {deadline}, exact_every: 2, mix: loss}}}}",
+            REPLICAS,
+        ]
+        for overlap in ("true", "false")
+        for deadline in ("auto", "none")
+    },
+    "elite": ["exchange={elite: {every_samples: 32}}", "data.validation=0.05", REPLICAS],
+    "tournament": [
+        "exchange={elite: {every_samples: 32, mode: tournament}}",
+        "data.validation=0.05",
+        "layout={replicas: 4}",
+    ],
+    "none": ["exchange=none", REPLICAS],
+    "async": ["pipeline=async", "layout={swarms: [{layers: 2, rows: 2}, {layers: 1, rows: 2}]}"],
+}
+GOSSIP = [name for name in APART if name.startswith("gossip")]
+EVERYWHERE = ["forward", "agree", "open", "merge", "finish", "settle", "average", "shown", "become", "collect"]
+WHERE = {
+    **dict.fromkeys(GOSSIP[1:], EVERYWHERE),
+    GOSSIP[0]: [*EVERYWHERE, "divide"],
+    "elite": ["compare", "become", "evaluate", "collect"],
+    "tournament": ["adopt", "reports"],
+    "none": ["update", "report", "reports", "shown", "become", "collect"],
+    "async": ["forward", "backward", "update", "reports", "evaluate"],
+}
+ALL = [(mode, phase, mpi) for mode, phases in WHERE.items() for phase in phases for mpi in MPIS]
+SOME = [
+    (GOSSIP[0], "open", "mpich"), (GOSSIP[0], "finish", "openmpi"), (GOSSIP[1], "agree", "openmpi"),
+    (GOSSIP[2], "settle", "openmpi"), (GOSSIP[3], "merge", "mpich"), (GOSSIP[3], "average", "openmpi"),
+    ("elite", "compare", "mpich"), ("elite", "become", "openmpi"), ("tournament", "adopt", "openmpi"),
+    ("none", "shown", "openmpi"), ("none", "reports", "mpich"), ("async", "forward", "openmpi"),
+    ("async", "backward", "mpich"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "phase", "mpi"), ALL if "NETTORRENT_EVERY_FAILURE" in os.environ else SOME)
+def test_a_raising_rank_ends_replicas_that_wait_for_nobody(
+    mpirun: Callable[..., Run], tmp_path: Path, config: Path, mode: str, phase: str, mpi: str
+) -> None:
+    """NETTORRENT_EVERY_FAILURE=1 tries them all."""
+    changes = [word for change in APART[mode] for word in ("--set", change)]
+    run = [config, "--output", tmp_path / "run", *SHORT, *changes]
+    done = mpirun(4, [HERE / "programs" / "failing.py", phase, "1", *run], mpi=mpi, timeout=60)
+    ended_together(done, phase, time.time(), 4)
+
+
+# What a rank may do other than raise an error, and the exit code of all.
+EARLY = {"exit": 3, "interrupt": 130, "kill": None}
+
+
+@pytest.mark.parametrize(
+    ("how", "mpi"), [("exit", "openmpi"), ("exit", "mpich"), ("interrupt", "openmpi"), ("kill", "mpich")]
+)
+def test_a_rank_that_ends_early_ends_all(
+    mpirun: Callable[..., Run], tmp_path: Path, config: Path, how: str, mpi: str
+) -> None:
+    changes = [word for change in APART[GOSSIP[0]] for word in ("--set", change)]
+    run = [config, "--output", tmp_path / "run", *SHORT, *changes]
+    done = mpirun(4, [HERE / "programs" / "failing.py", f"step:{how}", "1", *run], mpi=mpi, timeout=30)
+    ended, text = time.time(), f"\n{done.stdout}\n{done.stderr}"
     failed = re.search(r"FAILED AT ([\d.]+)", done.stderr)
     assert failed, text
-    assert done.returncode not in (0, 2), text
-    assert ended - float(failed[1]) < 2.5, text  # 2 s, and what the launcher takes to clean up
-    assert done.stderr.count("Traceback") == 1, text
-    assert done.stderr.count(f"RuntimeError: made to fail in {phase}") == 1, text
-    assert "rank 1 of 3" in done.stderr, text
+    assert ended - float(failed[1]) < 2.5, text
+    assert done.returncode == EARLY[how] or (how == "kill" and done.returncode != 0), text
+    assert "Traceback" not in done.stderr, text
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "mpi"), [(GOSSIP[0], "openmpi"), (GOSSIP[3], "mpich"), ("async", "openmpi"), ("async", "mpich")]
+)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(
+    mpirun: Callable[..., Run], tmp_path: Path, config: Path, mode: str, mpi: str
+) -> None:
+    changes = [word for change in APART[mode] for word in ("--set", change)]
+    run = [config, "--output", tmp_path / "run", *changes, "--set", "train.steps=80", "--set", "train.report_every=7"]
+    stopped = mpirun(4, [HERE / "programs" / "failing.py", "step:term", "1", *run], mpi=mpi)
+    text = f"\n{stopped.stdout}\n{stopped.stderr}"
+    assert stopped.returncode == 75, text
+    assert "Traceback" not in stopped.stderr, text
+    found = re.search(r"stopped by a signal after step (\d+); go on with --resume", stopped.stdout)
+    assert found, text
+    step = int(found[1])
+    assert 4 <= step < 80
+    assert re.findall(r"STEPS (\d+)", stopped.stderr) == [str(step)] * 4, text
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:010d}.h5"]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    resumed = mpirun(4, [*TRAIN, *run, "--resume"], mpi=mpi)
+    assert resumed.returncode == 0, resumed.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (summary["steps"], summary["stopped_by"]) == (80, "steps")
+    assert [line["step"] for line in lines if line["step"] > step] == [n for n in (*range(7, 80, 7), 80) if n > step]
+    assert summary["final_loss"] < 0.9 * lines[0]["train_loss"]

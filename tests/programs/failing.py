@@ -1,8 +1,13 @@
-"""failing.py PHASE RANK [ARGUMENTS...]: `nettorrent train ARGUMENTS` in which RANK raises in PHASE, telling when."""
+"""failing.py PHASE[:HOW] RANK [ARGUMENTS...]: `nettorrent train ARGUMENTS` in which RANK fails in PHASE, telling when.
+
+HOW is what happens there: `raise` (the default), `exit` (sys.exit), `interrupt` (KeyboardInterrupt), `kill` (SIGKILL),
+or `term` (SIGTERM, after which it goes on). At its end every rank tells how many steps it has done.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -15,28 +20,50 @@ from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.__main__ import main  # noqa: E402
 from nettorrent_mpi.app import run, setup  # noqa: E402
+from nettorrent_mpi.engine import checkpoint, gossip  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
 from nettorrent_mpi.engine.exchange import Exchange  # noqa: E402
+from nettorrent_mpi.engine.gossip import Gossip  # noqa: E402
+from nettorrent_mpi.engine.mixer import Mixer  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
+from nettorrent_mpi.engine.replicas import Replicas  # noqa: E402
 from nettorrent_mpi.engine.reports import Reports  # noqa: E402
+from nettorrent_mpi.engine.rounds import Rounds  # noqa: E402
 
 PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "setup": (run, "set_up", 1),
     "wiring": (Engine, "__init__", 1),
     "data": (Engine, "open_data", 1),
+    "step": (Engine, "step", 4),
     "forward": (Pipeline, "_forward", 9),
     "backward": (Pipeline, "_backward", 9),
     "reduce": (Exchange, "reduce", 3),
     "update": (Exchange, "update", 3),
     "report": (Reports, "start", 2),
+    "reports": (Reports, "ready", 2),
     "evaluate": (Engine, "evaluate_test", 1),
     "save": (Engine, "parameters", 1),
     "close": (Engine, "close", 1),
+    # of replicas that differ
+    "agree": (Gossip, "agree", 3),
+    "open": (Rounds, "open", 3),
+    "merge": (Mixer, "merge", 3),
+    "finish": (Rounds, "_finish", 3),
+    "divide": (gossip, "parts_that_hide", 1),
+    "settle": (Gossip, "settle", 2),
+    "average": (Gossip, "average", 2),
+    "compare": (run, "compare", 1),
+    "shown": (Replicas, "shown", 2),
+    "become": (Replicas, "become", 1),
+    "adopt": (Replicas, "adopt", 1),
+    "collect": (checkpoint, "_gather", 2),
 }
 assert setup is not None
+steps = 0
+original_step = Engine.step
 
 
-def fail_in(phase: str) -> None:
+def fail_in(phase: str, how: str) -> None:
     holder, name, turn = PHASES[phase]
     original = getattr(holder, name)
     calls = 0
@@ -46,13 +73,33 @@ def fail_in(phase: str) -> None:
         calls += 1
         if calls == turn:
             os.write(2, f"FAILED AT {time.time()}\n".encode())
-            raise RuntimeError(f"made to fail in {phase}")
+            fail(phase, how)
         return original(*args, **kwargs)
 
     setattr(holder, name, failing)
 
 
-phase, rank = sys.argv[1], int(sys.argv[2])
+def fail(phase: str, how: str) -> None:
+    if how == "raise":
+        raise RuntimeError(f"made to fail in {phase}")
+    if how == "exit":
+        sys.exit(3)
+    if how == "interrupt":
+        raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
+
+
+def step(self: Engine, *args: Any, **kwargs: Any) -> int:
+    global steps
+    steps += 1
+    return original_step(self, *args, **kwargs)
+
+
+Engine.step = step  # type: ignore[method-assign]
+phase, _, how = sys.argv[1].partition(":")
+rank = int(sys.argv[2])
 if rank == MPI.COMM_WORLD.rank:
-    fail_in(phase)
-sys.exit(main(["train", *sys.argv[3:]]))
+    fail_in(phase, how or "raise")
+code = main(["train", *sys.argv[3:]])
+os.write(2, f"STEPS {steps}\n".encode())
+sys.exit(code)
