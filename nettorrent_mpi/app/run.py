@@ -205,11 +205,11 @@ class Run:
             report = self._reports.ready(wait=True)[-1]
             asked = self._stop.heard or report.flag
             record, reached = self._filled(report), self._come_together(done, report)
-            if last or (epochs and epochs % train.evaluate_every == 0):
+            if last or reached or (epochs and epochs % train.evaluate_every == 0):
                 figures, scores = self._judge.now(self._losses)
                 record |= figures
                 reached = reached or self._reached(scores)
-            if last or epochs or done % train.report_every == 0:
+            if last or reached or epochs or done % train.report_every == 0:
                 self._tell(record)
             if asked or last or reached or (epochs and epochs % train.checkpoint_every == 0):
                 self._checkpoint()
