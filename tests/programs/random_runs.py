@@ -13,7 +13,6 @@ import contextlib
 import faulthandler
 import io
 import json
-import math
 import random
 import shutil
 import sys
@@ -30,6 +29,7 @@ from nettorrent_mpi.plan.pairing import possible
 
 RANKS = 8
 PATIENCE = 40.0  # seconds that a run may take on a busy machine; it needs less than one
+LARGE = 100.0  # no loss here begins with more than 3
 MICRO_BATCHES = 4  # the most of `micro_batches: auto`, where there are not more stages
 
 Plain = dict[str, Any]
@@ -318,15 +318,15 @@ def wrong_in(folder: Path, run: Run) -> str | None:
     summary = json.loads((folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = run.config["train"].get("steps")
-    if not math.isfinite(summary["final_loss"]):
-        return f"the loss is {summary['final_loss']}"
+    if not summary["final_loss"] < LARGE or not (summary["test_loss"] or 0.0) < LARGE:
+        return f"the loss is {summary['final_loss']}, the test loss {summary['test_loss']}"
     if not lines or lines[-1]["step"] != summary["steps"]:
         return f"ended by {summary['stopped_by']} after {summary['steps']} steps, which metrics.jsonl does not tell"
     if summary["stopped_by"] == "steps" and summary["steps"] != steps:
         return f"{summary['steps']} steps, not {steps}"
     if [line["step"] for line in lines] != sorted({line["step"] for line in lines}):
         return f"told after steps {[line['step'] for line in lines]}"
-    if run.config["data"]["test_rows"] and not math.isfinite(summary["test_loss"]):
+    if (summary["test_loss"] is None) != (run.config["data"]["test_rows"] == 0):
         return f"the test loss is {summary['test_loss']}"
     bad = [key for key, array in read_arrays(folder / "model.h5").items() if not np.isfinite(array).all()]
     return f"not finite: {', '.join(bad)}" if bad else None
