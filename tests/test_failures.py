@@ -219,11 +219,9 @@ WHERE = {
 }
 ALL = [(mode, phase, mpi) for mode, phases in WHERE.items() for phase in phases for mpi in MPIS]
 SOME = [
-    (GOSSIP[0], "open", "mpich"), (GOSSIP[0], "finish", "openmpi"), (GOSSIP[1], "agree", "openmpi"),
-    (GOSSIP[2], "settle", "openmpi"), (GOSSIP[3], "merge", "mpich"), (GOSSIP[3], "average", "openmpi"),
-    ("elite", "compare", "mpich"), ("elite", "become", "openmpi"), ("tournament", "adopt", "openmpi"),
-    ("none", "shown", "openmpi"), ("none", "reports", "mpich"), ("async", "forward", "openmpi"),
-    ("async", "backward", "mpich"),
+    (GOSSIP[0], "open", "mpich"), (GOSSIP[1], "finish", "openmpi"), (GOSSIP[2], "settle", "mpich"),
+    (GOSSIP[3], "merge", "mpich"), ("elite", "compare", "mpich"), ("tournament", "adopt", "openmpi"),
+    ("none", "shown", "mpich"), ("async", "backward", "mpich"),
 ]  # fmt: skip
 
 
@@ -239,12 +237,10 @@ def test_a_raising_rank_ends_replicas_that_wait_for_nobody(
 
 
 # What a rank may do other than raise an error, and the exit code of all.
-EARLY = {"exit": 3, "interrupt": 130, "kill": None}
+EARLY = {"exit": 3, "kill": None}
 
 
-@pytest.mark.parametrize(
-    ("how", "mpi"), [("exit", "openmpi"), ("exit", "mpich"), ("interrupt", "openmpi"), ("kill", "mpich")]
-)
+@pytest.mark.parametrize(("how", "mpi"), [("exit", "openmpi"), ("exit", "mpich"), ("kill", "mpich")])
 def test_a_rank_that_ends_early_ends_all(
     mpirun: Callable[..., Run], tmp_path: Path, config: Path, how: str, mpi: str
 ) -> None:
@@ -260,9 +256,7 @@ def test_a_rank_that_ends_early_ends_all(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("mode", "mpi"), [(GOSSIP[0], "openmpi"), (GOSSIP[3], "mpich"), ("async", "openmpi"), ("async", "mpich")]
-)
+@pytest.mark.parametrize(("mode", "mpi"), [(GOSSIP[0], "openmpi"), (GOSSIP[3], "mpich"), ("async", "mpich")])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     mpirun: Callable[..., Run], tmp_path: Path, config: Path, mode: str, mpi: str
 ) -> None:

@@ -19,8 +19,8 @@ Run = subprocess.CompletedProcess[str]
 
 RANKS, STOPPED = 4, 3
 PAUSE = 0.004  # seconds of a step besides its compute
-STEPS = 2200  # about 11 s
-BEFORE, STANDSTILL, WINDOW = 2.5, 5.0, 0.25  # seconds
+STEPS = 2000  # about 10 s
+BEFORE, STANDSTILL, WINDOW = 2.0, 5.0, 0.25  # seconds
 TRIES = 3  # other programs disturb the rates
 
 CONFIG = f"""\

@@ -23,7 +23,7 @@ from nettorrent_mpi.engine import choices
 from nettorrent_mpi.plan import pairing
 
 PROGRAM = Path(__file__).resolve().parent / "programs" / "random_runs.py"
-COUNT = int(os.environ.get("NETTORRENT_RANDOM_RUNS", "12"))
+COUNT = int(os.environ.get("NETTORRENT_RANDOM_RUNS", "8"))
 Run = subprocess.CompletedProcess[str]
 
 
