@@ -348,7 +348,7 @@ def test_push_sum_is_averaged_by_mass() -> None:
     mass = 1.0 + RANK
     for array in engine.exchange.memories()["mass"]:
         array[...] = mass
-    engine.exchange.recall()
+    engine.exchange.recall(0)
     before = blocks(engine)
     weighed = [{key: array * mass for key, array in before.items()}]
     weighed = [each for (each,) in engine.world.comm.allgather(weighed)]
