@@ -79,7 +79,7 @@ def run_with_a_standstill(mpirun: Callable[..., Run], folder: Path, mpi: str) ->
 
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
 def test_a_rank_that_is_stopped(mpirun: Callable[..., Run], tmp_path: Path, mpi: str) -> None:
-    rates = []
+    seen = []
     for number in range(TRIES):
         folder = tmp_path / str(number)
         began, ended = run_with_a_standstill(mpirun, folder, mpi)
@@ -87,14 +87,15 @@ def test_a_rank_that_is_stopped(mpirun: Callable[..., Run], tmp_path: Path, mpi:
         assert [len(found) for found in times] == [STEPS] * RANKS
         assert max(np.diff(times[STOPPED])) > STANDSTILL - 0.5  # it did stand still
         others = times[:STOPPED]
-        for rank, found in enumerate(others):
-            assert found[-1] > ended + 0.5, "the run is too short to see anything"
-            assert max(np.diff(found[100:])) < 1.0, f"rank {rank} waited"
+        assert min(found[-1] for found in others) > ended + 0.5, "the run is too short to see anything"
         everyone = np.sort(np.concatenate(others))
-        rates.append((rate(everyone, began - BEFORE, began), rate(everyone, began, ended)))
-        if rates[-1][1] > 0.9 * rates[-1][0]:
+        before, during = rate(everyone, began - BEFORE, began), rate(everyone, began, ended)
+        longest = max(float(max(np.diff(found[100:]))) for found in others)
+        seen.append(f"{before:.0f} steps/s before the standstill, {during:.0f} in it, the longest one {longest:.2f} s")
+        well = during > 0.9 * before and longest < 1.0
+        if well:
             break
-    assert rates[-1][1] > 0.9 * rates[-1][0], f"steps/s of the others before and during the standstill: {rates}"
+    assert well, seen
 
     summary = json.loads((folder / "run" / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
