@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import io
 import json
+import math
 import random
 import shutil
 import sys
@@ -319,7 +320,7 @@ def wrong_in(folder: Path, run: Run) -> str | None:
     summary = json.loads((folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = run.config["train"].get("steps")
-    if not summary["final_loss"] < LARGE or not (summary["test_loss"] or 0.0) < LARGE:
+    if not summary["final_loss"] < LARGE or not math.isfinite(summary["test_loss"] or 0.0):
         return f"the loss is {summary['final_loss']}, the test loss {summary['test_loss']}"
     if not lines or lines[-1]["step"] != summary["steps"]:
         return f"ended by {summary['stopped_by']} after {summary['steps']} steps, which metrics.jsonl does not tell"
