@@ -12,7 +12,7 @@ import pytest
 
 from nettorrent_mpi import env
 
-PREPARE = "from nettorrent_mpi.env import prepare; print(prepare())"
+PREPARE = "import sys; from nettorrent_mpi.env import prepare; sys.stdout.write(prepare() + '\\n')"
 SHOW = "import os; print({k: v for k, v in os.environ.items() if 'NUM_THREADS' in k or 'yield' in k.lower()})"
 YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")

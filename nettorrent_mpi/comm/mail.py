@@ -19,6 +19,7 @@ from nettorrent_mpi.comm.mpi import Array, Group
 
 HEADER = 8  # numbers (float64) at the head of every message
 _HEAD = 8 * HEADER  # bytes
+SPARE = 4  # letters to send that there are at once: sends of several rounds overlap
 
 
 class Letter:
@@ -51,7 +52,7 @@ class Mail:
         self.sent: list[int] = [0] * group.size  # messages to each member so far
         self.received: list[int] = [0] * group.size  # messages from each member
         self.bytes = 0  # sent so far
-        self._free: list[Letter] = []
+        self._free = [Letter(size) for _ in range(SPARE)]
         self._sending: dict[int, tuple[MPI.Request, Letter]] = {}
         self._inbox = [Letter(size) for _ in range(receives)]
         self._posted: list[tuple[MPI.Prequest, Letter]] = []

@@ -195,6 +195,10 @@ def run_main(world: World, body: Callable[[], int]) -> int:
         sys.stderr.write(f"nettorrent: error: {error}\n")
         world.abort(error.exit_code)
         return error.exit_code
+    except SystemExit as error:  # one rank leaves in the middle of what all do together: the others would wait for it
+        code = error.code if isinstance(error.code, int) else 1
+        world.abort(code)
+        return code
     except KeyboardInterrupt:
         if world.rank == 0:
             sys.stderr.write("nettorrent: interrupted\n")
