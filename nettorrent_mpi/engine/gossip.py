@@ -66,15 +66,14 @@ class Gossip(Exchange):
         self._losses = everyone.duplicate() if isinstance(choice.mix, choices.Loss | choices.LossDivergence) else None
         self._pending: Pending | None = None
         self.pairing = make_pairing(choice.pairing, column.size, seed)
-        self._shards = [flat.params[flat.shard] for flat in state.flats]
+        self._shards = [segment.params[segment.shard] for segment in state.segments]
         memories = [array for segment in state.segments for array in segment.optimizer.values()]
         self._memories = memories if "optimizer" in choice.average else []
         vector = Vector([*self._shards, *self._memories])
         self.mixer = Mixer(choice, self.pairing, vector)
         parts = -(-vector.size // SMALL) if choice.part == "auto" else round(1 / choice.part)
         self.rounds = Rounds(choice, self.pairing, self._column, self.mixer, seed, parts)
-        weights = [segment.params[segment.shard] for segment in state.segments]
-        self._slow = SlowMomentum(choice.slow_momentum, weights) if choice.slow_momentum else None
+        self._slow = SlowMomentum(choice.slow_momentum, self._shards) if choice.slow_momentum else None
         self._remembered: list[Array] = []  # masses, on their way from a checkpoint
         self._warming = choice.part == "auto"
         self._steps: list[float] = []  # seconds from boundary to boundary, while warming up
@@ -98,8 +97,6 @@ class Gossip(Exchange):
             self._do_round(number - 1, rate)
         elif self.rounds.is_open:
             self.rounds.close(wait=False)
-        for flat in self._state.statistics:
-            flat.share()
         self._last = time.perf_counter()
 
     def _do_round(self, number: int, rate: float) -> None:
@@ -149,7 +146,13 @@ class Gossip(Exchange):
         self._last = 0.0
 
     def average(self, column: Group) -> None:
+        """Running statistics, too: training does not read them, and a variance must not be merged by differences."""
         self.mixer.average(column, self._shards)
+        for flat in self._state.statistics:
+            part = flat.params[flat.shard]
+            column.sum(part)
+            np.multiply(part, 1 / column.size, out=part)
+            flat.share()
 
     def averaged(self) -> None:
         for array in self._memories:
