@@ -273,6 +273,7 @@ def test_no_steps_gives_the_initial_weights(tmp_path: Path, mpirun: Mpirun) -> N
         summary = done.summary()
         assert (summary["steps"], summary["stopped_by"], summary["world_size"]) == (0, "steps", ranks)
         assert summary["final_loss"] is None
+        assert summary["train_seconds"] == 0  # evaluation and files at the end are no training
         assert json.loads((output / "trace.json").read_text())["traceEvents"]
         arrays.append(done.arrays())
     one, four = arrays

@@ -19,8 +19,10 @@ class Clock:
         self._warm_seconds = 0.0
         self._rows = self._warm_rows = 0
 
-    def start(self) -> None:
-        self._since = time.perf_counter()
+    def go_on(self) -> None:
+        """Start, or start again; nothing while it runs."""
+        if self._since is None:
+            self._since = time.perf_counter()
 
     def stop(self) -> None:
         self._seconds = self.seconds

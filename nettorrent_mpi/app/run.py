@@ -175,8 +175,8 @@ class Run:
         figures: dict[str, Any] = {}
         stop: int | None = None
         reported = False
-        self._clock.start()
         while self._steps_done < self._steps:
+            self._clock.go_on()
             n = self._steps_done
             rest = self._rest(n) if stop is None else stop
             rows = engine.step(n, self._rate(n), rest - n)
@@ -218,7 +218,6 @@ class Run:
             if reached:
                 return "accuracy", self._loss, figures
             self._stop.pace(self._clock.seconds_per_step)
-            self._clock.start()
         return "steps" if train.steps is not None else "epochs", self._loss, figures
 
     def _rest(self, n: int) -> int:
