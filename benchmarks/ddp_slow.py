@@ -10,7 +10,6 @@ GLOO_SOCKET_IFNAME names.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -27,21 +26,12 @@ def placed(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def main() -> None:
-    import torch.distributed as dist
-
-    from benchmarks.torch_models import parse, train
+    from benchmarks.torch_models import parse, train_one_of_many
 
     rank, size = placed(os.environ)
     options = parse([*sys.argv[1:], "--processes", str(size)])
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    try:
-        measured = train(options, rank)
-    finally:
-        dist.destroy_process_group()
-    if rank == 0:
-        print(json.dumps(measured))
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    train_one_of_many(rank, options, f"tcp://{host}:{port}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -145,8 +144,8 @@ def train(options: argparse.Namespace, rank: int) -> dict[str, object]:
 
 
 def train_one_of_many(rank: int, options: argparse.Namespace, meeting_point: str) -> None:
-    """One process of DistributedDataParallel over gloo; process 0 prints."""
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=options.processes)
+    """One process of DistributedDataParallel over gloo; process 0 prints. The meeting point is a URL of PyTorch's."""
+    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=options.processes)
     try:
         measured = train(options, rank)
     finally:
@@ -183,7 +182,7 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        meeting_point = str(Path(folder) / "meeting_point")
+        meeting_point = f"file://{folder}/meeting_point"
         spawn(train_one_of_many, (options, meeting_point), nprocs=options.processes)  # type: ignore[no-untyped-call]
 
 

@@ -130,6 +130,12 @@ def _check_gossip(gossip: choices.Gossip) -> None:
             raise Mistake("is the step towards neighbours whose messages are compressed: add compress", "gamma")
         return
     small = gossip.compress.kind
+    if "optimizer" in gossip.average:
+        raise Mistake(
+            f"{small} would spoil the optimizer's state, which has to stay positive: leave optimizer out of average "
+            "or compress out",
+            "compress",
+        )
     if gossip.mix != choices.Constant():
         raise Mistake(
             f"{small} goes with the pairing's own weights only: leave out mix (constant, without a value) or compress",

@@ -73,6 +73,7 @@ def set_up(config: Config, ranks: int) -> Setup:
         partition=data.partition,
     )
     _check_exchange(config, topology, pieces)
+    _check_batch_norm(config, network, topology, pieces)
     if isinstance(config.exchange, Elite) and not len(sampler.validation_rows):
         text = f"{data.validation} of {dataset.train.rows} rows leaves none to choose the best replica by; raise it"
         raise ConfigError(text, key="data.validation")
@@ -130,6 +131,20 @@ def micro_batches(config: Config, network: Network, topology: Topology) -> int:
 def _pieces(config: Config, automatic: int) -> int:
     train = config.train
     return min(automatic, train.batch_size) if train.micro_batches == "auto" else train.micro_batches
+
+
+def _check_batch_norm(config: Config, network: Network, topology: Topology, pieces: int) -> None:
+    """ConfigError where a batch norm would see one row at a time: less its mean that is 0, whatever the row."""
+    together = 1 if config.exact else topology.replicas  # that divide a micro-batch and know their own rows only
+    rows = span(config.train.batch_size, pieces, pieces - 1).size // together
+    if network.batch_norms_of_vectors and rows <= 1:
+        name, apart = network.batch_norms_of_vectors[0], f" of each of the {together} replicas" if together > 1 else ""
+        raise ConfigError(
+            f"{config.train.batch_size} rows in {pieces} micro-batch{'es' if pieces > 1 else ''} leave "
+            f"{name} a single row{apart} at a time, and a row less its mean is 0: take at least "
+            f"{2 * pieces * together} rows" + (", or fewer micro_batches" if pieces > 1 else ""),
+            key="train.batch_size",
+        )
 
 
 def _check_exchange(config: Config, topology: Topology, pieces: int) -> None:

@@ -54,12 +54,12 @@ class Mail:
         self.bytes = 0  # sent so far
         self._free = [Letter(size) for _ in range(SPARE)]
         self._sending: dict[int, tuple[MPI.Request, Letter]] = {}
-        self._inbox = [Letter(size) for _ in range(receives)]
         self._posted: list[tuple[MPI.Prequest, Letter]] = []
         self._made: dict[int, MPI.Prequest] = {}
         self._arrived: list[Arrived] = []
         self._status = MPI.Status()
-        for letter in self._inbox:
+        for _ in range(receives):
+            letter = Letter(size)
             request = group.comm.Recv_init(letter.whole, MPI.ANY_SOURCE, tag)
             self._made[id(letter)] = request
             request.Start()
@@ -123,7 +123,7 @@ class Mail:
     def release(self, arrived: Arrived) -> None:
         """The message was read: its buffer waits for another one."""
         request = self._made.get(id(arrived.letter))
-        if request is not None:  # not a copy of `settle`
+        if request is not None:  # not a copy of `aside`
             request.Start()
             self._posted.append((request, arrived.letter))
 

@@ -32,6 +32,12 @@ class Group:
         if self.size > 1:
             self.comm.Allreduce(MPI.IN_PLACE, values)
 
+    def mean(self, values: Array) -> None:
+        """The mean of everyone's values, in place; bitwise the same for every member."""
+        if self.size > 1:
+            self.sum(values)
+            np.multiply(values, 1 / self.size, out=values)
+
     def reduce_scatter(self, values: Array, part: Array, counts: Sequence[int]) -> None:
         """part <- this member's part of the sum of everyone's `values` (flat, divided as counts tell)."""
         if self.size > 1:

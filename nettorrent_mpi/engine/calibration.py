@@ -23,7 +23,7 @@ def parts_that_hide(column: Group, vector: Vector, seconds: float, messages: int
     `messages` are sent by each member in a round. All members of the column call and get the same answer, the most that
     any of them needs. All send at once, so what they share of the network is shared in the measurement, too.
     """
-    size = vector.size * vector.dtype.itemsize
+    size = vector.size * vector.bytes_per_element
     probe = np.zeros(min(PROBE, max(size, 1024)), np.uint8)
     into = np.empty_like(probe)
     link = 0.0
@@ -32,11 +32,12 @@ def parts_that_hide(column: Group, vector: Vector, seconds: float, messages: int
         began = time.perf_counter()
         column.pass_on(probe, into)
         link = (time.perf_counter() - began) / probe.size
-    values = aligned(min(vector.size, 1 << 18), vector.dtype)
-    where = Span(0, values.size)
+    where = Span(0, min(vector.size, 1 << 18))
+    values = aligned(where.size * len(vector.layers), vector.dtype)
     began = time.perf_counter()
     vector.read(where, values)
     vector.move(where, 0.0, values, values)
+    vector.mix(where, 0.0, values)
     touch = (time.perf_counter() - began) / max(values.nbytes, 1)
     travels = TRAVEL * seconds / (link * messages)
     works = WORK * seconds / (touch + COPIES * messages)

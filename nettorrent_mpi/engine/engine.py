@@ -35,7 +35,7 @@ from nettorrent_mpi.plan.actions import Actions
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
-from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream, stream_step, window_steps
+from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream_step
 from nettorrent_mpi.plan.topology import Topology
 
 
@@ -128,10 +128,7 @@ class Engine:
     def _prove(self) -> int:
         """Check the schedule of all ranks; the micro-batches that this rank's stage holds at once."""
         stages, options = len(self.topology.stages), self.options
-        if self.asynchronous:
-            lists = stream(stages, options.micro_batches, window_steps(stages, options.micro_batches), clip=self._clip)
-        else:
-            lists = build(options.pipeline.kind, stages, options.micro_batches, clip=self._clip)
+        lists = build(options.pipeline.kind, stages, options.micro_batches, clip=self._clip)
         check(self.topology, lists)
         return peak_stored(lists[self.place.stage])
 

@@ -64,7 +64,7 @@ class Exchange:
             segment.share()  # everyone's shard is updated, and nobody reads gradients any more
 
     def agree(self, rate: float, step: int) -> None:
-        """Come nearer to the other replicas: change this rank's shards, and share what statistics were changed."""
+        """Come nearer to the other replicas: change this rank's shards."""
 
     def settle(self) -> None:
         """Wait until nothing is under way between replicas. All ranks call, after the same step."""
@@ -72,9 +72,7 @@ class Exchange:
     def average(self, column: Group) -> None:
         """This rank's shards <- their mean over all replicas. Every member of `column` calls, settled."""
         for flat in self._state.flats:
-            part = flat.params[flat.shard]
-            column.sum(part)
-            part *= 1 / column.size
+            column.mean(flat.params[flat.shard])
 
     def averaged(self) -> None:
         """The replicas are the same from now on, with the present parameters."""

@@ -7,6 +7,7 @@ same sequence of partners. engine/rounds.py sends and waits, engine/mixer.py mer
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 
@@ -67,9 +68,9 @@ class Gossip(Exchange):
         self._pending: Pending | None = None
         self.pairing = make_pairing(choice.pairing, column.size, seed)
         self._shards = [segment.params[segment.shard] for segment in state.segments]
-        memories = [array for segment in state.segments for array in segment.optimizer.values()]
-        self._memories = memories if "optimizer" in choice.average else []
-        vector = Vector([*self._shards, *self._memories])
+        memories = optimizer.states if "optimizer" in choice.average else ()
+        self._memories = [[segment.optimizer[name] for segment in state.segments] for name in memories]
+        vector = Vector(self._shards, self._memories)
         self.mixer = Mixer(choice, self.pairing, vector)
         parts = -(-vector.size // SMALL) if choice.part == "auto" else round(1 / choice.part)
         self.rounds = Rounds(choice, self.pairing, self._column, self.mixer, seed, parts)
@@ -95,7 +96,7 @@ class Gossip(Exchange):
         number, rest = divmod(step, self._choice.every)
         if rest == 0:
             self._do_round(number - 1, rate)
-        elif self.rounds.is_open:
+        elif self.rounds.is_open and self._choice.deadline != "none":  # which makes runs repeatable
             self.rounds.close(wait=False)
         self._last = time.perf_counter()
 
@@ -147,17 +148,14 @@ class Gossip(Exchange):
 
     def average(self, column: Group) -> None:
         """Running statistics, too: training does not read them, and a variance must not be merged by differences."""
-        self.mixer.average(column, self._shards)
+        self.mixer.average(column)
         for flat in self._state.statistics:
-            part = flat.params[flat.shard]
-            column.sum(part)
-            np.multiply(part, 1 / column.size, out=part)
+            column.mean(flat.params[flat.shard])
             flat.share()
 
     def averaged(self) -> None:
-        for array in self._memories:
-            self._column.sum(array)
-            np.multiply(array, 1 / self._column.size, out=array)
+        for array in itertools.chain.from_iterable(self._memories):
+            self._column.mean(array)
         self.mixer.averaged()
         self._remembered = []
         if self._slow is not None:

@@ -4,7 +4,7 @@
 
 With the pairing's own weights for g and everything in time, the sum over the replicas stays as it was to rounding, also
 when steps were done in between (adding what was received, instead of moving by the difference, would lose a part of
-these steps).
+these steps). Memories (the optimizer's) move towards theirs from what they are now, so that squares stay positive.
 
 Sources. dpwa: the factors (engine/merging.py). Push-sum: Kempe, Dobra, Gehrke 2003; Assran et al. 2019 (stochastic
 gradient push), here in a form for overlap: with mass w, mass sent m and masses received m_j,
@@ -14,7 +14,6 @@ Compression: CHOCO-SGD (engine/estimates.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,8 +68,9 @@ class Mixer:
 
     def length(self, elements: int) -> int:
         """Bytes of a message about so many elements."""
-        dtype = self.vector.dtype
-        return self._estimates.codec.bytes(elements, dtype) if self._estimates else elements * dtype.itemsize
+        if self._estimates is not None:
+            return self._estimates.codec.bytes(elements, self.vector.dtype)
+        return elements * self.vector.bytes_per_element
 
     @property
     def compresses(self) -> bool:
@@ -95,38 +95,66 @@ class Mixer:
     def _values(self, letter: Letter) -> Array:
         return letter.body[: letter.length].view(self.vector.dtype)
 
-    # -- a message is merged ----------------------------------------------------------------------------------------
+    # -- messages are merged ----------------------------------------------------------------------------------------
 
-    def merge(self, message: Arrived, weight: float, share: float, this: Round | None, age: int) -> None:
-        """Merge one message: `weight` is the pairing's, `share` this source's among those of the round."""
-        head, source = message.letter.head, message.source
-        where = Span(int(head[START]), int(head[STOP]))
-        same = this is not None and where == this.where
-        if self._estimates is not None:
-            self._estimates.read(source, where, message.letter.body[: message.letter.length])
-            if this is not None and same:
-                out = source if source in this.targets else next(iter(this.targets), None)
-                self._estimates.approach(source, out, weight, where)
-            return
-        values = self._values(message.letter)
-        if self.push_sum:
-            self._take_mass(where, float(head[MASS]), values)
-            return
-        own = this.own if this is not None and same else None
+    def merge(self, this: Round) -> None:
+        """Merge what a round has brought, in an order that does not depend on what came first."""
+        if self.push_sum and this.targets:
+            self._part_with_mass(this)
+        messages = [this.got[source] for source in sorted(this.got)]
+        shares = [self._share(message, this, 0) for message in messages]
+        for i, message in enumerate(messages):
+            self._merge(message, shares[i], sum(shares[i + 1 :]), this)
+
+    def merge_late(self, message: Arrived, this: Round | None, age: int) -> None:
+        """Merge one message, with less weight if it is older; `this` is the round that it belongs to, if the part was
+        not exchanged since then."""
+        self._merge(message, self._share(message, this, age), 0.0, this)
+
+    def _share(self, message: Arrived, this: Round | None, age: int) -> float:
+        """How much is taken of what a message tells, compared with what this rank has."""
+        weight, of_round = (0.5, 0.5) if this is None else (this.expected[message.source], sum(this.expected.values()))
+        if self.push_sum or self._estimates is not None:
+            return weight
+        head = message.letter.head
+        own = None if this is None else this.own
         clock = self.clock if own is None else float(own.head[CLOCK])
         theirs = Peer(float(head[LOSS]), float(head[CLOCK]))
         mix = self._choice.mix
+        share = weight / of_round
         if this is not None and not self._pairing.doubly_stochastic:  # those that arrived and this rank's own are alike
             weight = 1 / (len(this.got) + 1)
         g = factor(mix, self._choice.divergence_threshold, Peer(self.loss, clock), theirs, weight)
         if not isinstance(mix, choices.Constant) or mix.value is not None:  # f is for all sources together
             g *= share
-        behind = max(clock - theirs.clock, 0.0) / self._choice.every
-        g /= 1 + max(age, behind if behind > 1 else 0)
-        self.vector.move(where, g, self._values(message.letter), None if own is None else self._values(own))
-        self.clock = merged_clock(g * where.size / self.vector.size, self.clock, self.clock + theirs.clock - clock)
+        behind = 0 if this is None else this.number - int(head[NUMBER])  # rounds
+        return g / (1 + max(age, behind if behind > 1 else 0))
 
-    def part_with_mass(self, this: Round) -> None:
+    def _merge(self, message: Arrived, g: float, others: float, this: Round | None) -> None:
+        """Take g of a message's values; `others` is taken of messages that are merged after it."""
+        letter, head, source = message.letter, message.letter.head, message.source
+        where = Span(int(head[START]), int(head[STOP]))
+        same = this is not None and where == this.where
+        if self._estimates is not None:
+            self._estimates.read(source, where, letter.body[: letter.length])
+            if this is not None and same:
+                out = source if source in this.targets else next(iter(this.targets), None)
+                self._estimates.approach(source, out, g, where)
+            return
+        values = self._values(letter)
+        if self.push_sum:
+            self._take_mass(where, float(head[MASS]), values)
+            return
+        own = this.own if this is not None and same else None
+        self.vector.move(where, g, values, None if own is None else self._values(own))
+        # Those that are merged after it leave 1 - others of this one.
+        self.vector.mix(where, min(g / (1 - others), 1.0) if others < 1 else 0.0, values)
+        # What it is older than this one was when it was sent: so the mean age of two that exchange stays as it was.
+        clock = self.clock if own is None else float(own.head[CLOCK])
+        part = where.size / self.vector.size
+        self.clock = merged_clock(g * part, self.clock, self.clock + float(head[CLOCK]) - clock)
+
+    def _part_with_mass(self, this: Round) -> None:
         """Push-sum: what was sent away is not here any more. w x - m own = (w - m) x - m (own - x)."""
         assert this.own is not None
         sent = float(this.own.head[MASS]) * len(this.targets)
@@ -138,20 +166,19 @@ class Mixer:
         part = owner(self.vector.size, self.parts, where.start)
         total = float(self.masses[part]) + mass
         self.vector.move(where, mass / total, values)
+        self.vector.mix(where, mass / total, values)
         self.masses[part] = total
 
     # -- all replicas together --------------------------------------------------------------------------------------
 
-    def average(self, column: Group, shards: Sequence[Array]) -> None:
-        """The vector's first parts, `shards`, <- their mean over the replicas; with push-sum of what they weigh, which
-        exchanges do not change. Every member of `column` calls, settled."""
+    def average(self, column: Group) -> None:
+        """The parameters <- their mean over the replicas; with push-sum of what they weigh, which exchanges do not
+        change. Every member of `column` calls, settled."""
         totals = self.masses.copy()
         column.sum(totals)
-        size = sum(shard.size for shard in shards)
         for part in range(self.parts):
-            start, stop = self.where(part)
-            self.vector.scale(Span(start, min(stop, size)), float(self.masses[part] / totals[part]))
-        for shard in shards:
+            self.vector.scale(self.where(part), float(self.masses[part] / totals[part]))
+        for shard in self.vector.layers[0]:
             column.sum(shard)
 
     def averaged(self) -> None:
@@ -161,15 +188,15 @@ class Mixer:
             self._estimates.begin()
 
     def mass_of_elements(self) -> Array:
-        """The mass of each element: as many values as there are parts."""
+        """The mass of each element: that of its part."""
         whole = np.empty(self.vector.size, self.vector.dtype)
         for part in range(self.parts):
             whole[slice(*self.where(part))] = self.masses[part]
         return whole
 
     def weigh(self, whole: Array) -> None:
-        """Each part gets the mass of its elements. `whole` may be shorter than the vector: the parts that hold nothing
-        of it get the mean mass. It has zeros in the gaps between arrays."""
+        """Each part gets the mass of its elements; `whole` has zeros in the gaps between arrays. Masses of a run with
+        other parts give a part the largest of its elements'."""
         for part in range(self.parts):
             inside = whole[slice(*self.where(part))]
             self.masses[part] = inside.max(initial=0.0) or 1.0

@@ -49,6 +49,7 @@ class Rounds:
         self._round: Round | None = None
         self._patient = choice.deadline == "none"  # every message is merged in the round that expects it
         self._held: list[Arrived] = []  # from those who are ahead, until a round expects them
+        self._seen = [-1] * self._count  # the round of the last message of each source
         self._owed = [0] * self._count  # rounds that were closed without a message of this source, since its last one
         self._missed: dict[int, Round] = {}  # the first of these, by source
         self._flow = FlowControl(self._count)
@@ -146,7 +147,7 @@ class Rounds:
             this = self._round
             if this is None:
                 break
-            missing = [source for source in this.expected if source not in this.got]
+            missing = [source for source in this.expected if self._may_come(source, this)]
             if not missing or (wait and self._too_late(this, missing)):
                 self._finish(this)
                 break
@@ -154,6 +155,12 @@ class Rounds:
                 break
             os.sched_yield()
         self.counts.waited += time.perf_counter() - began
+
+    def _may_come(self, source: int, this: Round) -> bool:
+        """Is this round's message of a source to be waited for? One source's messages come in the order of its rounds:
+        whoever was seen in this round or a later one is ahead, and sends nothing more for it. This lets a rank that has
+        fallen behind catch up."""
+        return source not in this.got and self._seen[source] < this.number
 
     def _too_late(self, this: Round, missing: list[int]) -> bool:
         if self._patient:
@@ -168,7 +175,8 @@ class Rounds:
         this, waiting = self._round, self._held
         self._held = []
         for message in waiting:
-            source, number = message.source, message.letter.head[NUMBER]
+            source, number = message.source, int(message.letter.head[NUMBER])
+            self._seen[source] = max(self._seen[source], number)
             now = this.number if this is not None else -1
             wanted = this is not None and source in this.expected and source not in this.got
             in_time = number == now if self._patient else number >= now or not self._owed[source]
@@ -201,19 +209,15 @@ class Rounds:
 
     def _finish(self, this: Round) -> None:
         """Merge what the round has brought, in an order that does not depend on what came first."""
-        if self._mixer.push_sum and this.targets:
-            self._mixer.part_with_mass(this)
         if len(this.got) == len(this.expected):  # what was late tells its time when it comes
             self._deadline.add(time.perf_counter() - this.began)
-        total = sum(this.expected.values())
-        for source in sorted(this.got):
-            message, weight = this.got[source], this.expected[source]
-            self._mixer.merge(message, weight, weight / total, this, 0)
+        self._mixer.merge(this)
+        for source, message in this.got.items():
             self._flow.succeeded(source)
             self.counts.merged += 1
             self.mail.release(message)
         for source in this.expected:
-            if source not in this.got:
+            if self._may_come(source, this):
                 if not self._owed[source]:
                     self._missed[source] = this
                 self._owed[source] += 1
@@ -237,17 +241,14 @@ class Rounds:
         if owed == 1:
             self._flow.came_late(source)
         if message.letter.head[NUMBER] == missed.number and owed < self._mixer.parts:
-            weight = missed.expected[source]
-            self._mixer.merge(message, weight, weight / sum(missed.expected.values()), missed, 0)
-            self.counts.late += 1
-            self.mail.release(message)
+            self._merge_late(message, 0, missed)
         else:
             self._merge_late(message, owed)
         self._drop(missed)
 
-    def _merge_late(self, message: Arrived, age: int) -> None:
+    def _merge_late(self, message: Arrived, age: int, this: Round | None = None) -> None:
         """What no open round expects: with less weight the older it is; but mass is mass, and estimates are kept up."""
-        self._mixer.merge(message, 0.5, 1.0, None, age)
+        self._mixer.merge_late(message, this, age)
         self.counts.late += 1
         self.mail.release(message)
 

@@ -13,19 +13,29 @@ BLOCK = 1 << 15  # elements worked on together: they stay in the second-level ca
 
 
 class Vector:
-    """Flat arrays of one type, one after the other. The same elements have the same numbers in every replica."""
+    """Flat arrays of one type, one after the other. The same elements have the same numbers in every replica.
 
-    def __init__(self, parts: Sequence[Array]):
-        self.parts = [part for part in parts if part.size]
-        self.dtype = parts[0].dtype
-        self.size = sum(part.size for part in self.parts)
+    Each element is a parameter and what is remembered about it: `parameters` are the arrays of the former, and each of
+    `memories` (the optimizer's m, then its v, ...) is a sequence of arrays of the same sizes. They come and go
+    together, because they are right only together. The values of n elements are n parameters, then n of each memory.
+    """
+
+    def __init__(self, parameters: Sequence[Array], memories: Sequence[Sequence[Array]] = ()):
+        self.layers = [[part for part in layer if part.size] for layer in (parameters, *memories)]
+        self.dtype = parameters[0].dtype
+        self.size = sum(part.size for part in parameters)
+        assert all(sum(part.size for part in layer) == self.size for layer in self.layers)
         self._work = aligned(BLOCK, self.dtype)
 
-    def _pieces(self, where: Span) -> Iterator[tuple[Array, slice]]:
+    @property
+    def bytes_per_element(self) -> int:
+        return len(self.layers) * self.dtype.itemsize
+
+    def _pieces(self, where: Span, layer: int = 0) -> Iterator[tuple[Array, slice]]:
         """(view of a part, which of the elements `where` these are), in blocks."""
         start, stop = where
         begin = 0
-        for part in self.parts:
+        for part in self.layers[layer]:
             low, high = max(start, begin), min(stop, begin + part.size)
             for at in range(low, high, BLOCK):
                 end = min(at + BLOCK, high)
@@ -33,29 +43,35 @@ class Vector:
             begin += part.size
 
     def read(self, where: Span, out: Array) -> None:
-        """out <- the elements `where`."""
-        for piece, place in self._pieces(where):
-            np.copyto(out[place], piece)
-
-    def write(self, where: Span, values: Array) -> None:
-        """The elements start..stop-1 <- values."""
-        for piece, place in self._pieces(where):
-            np.copyto(piece, values[place])
+        """out <- the values of the elements `where`."""
+        for layer, into in enumerate(np.split(out, len(self.layers))):
+            for piece, place in self._pieces(where, layer):
+                np.copyto(into[place], piece)
 
     def move(self, where: Span, share: float, towards: Array, origin: Array | None = None) -> None:
-        """Add share * (towards - origin) to the elements `where`; without origin: to what they are now."""
-        for piece, place in self._pieces(where):
+        """Add share * (towards - origin) to the parameters `where`; without origin: to what they are now."""
+        self._move(where, 0, share, towards, origin)
+
+    def mix(self, where: Span, share: float, towards: Array) -> None:
+        """Add share * (towards - what they are now) to the memories `where`: unlike by differences of older values,
+        what was positive remains so. `towards` holds values of parameters, too."""
+        if len(self.layers) > 1:
+            for layer, values in enumerate(np.split(towards, len(self.layers))[1:], start=1):
+                self._move(where, layer, share, values, None)
+
+    def _move(self, where: Span, layer: int, share: float, towards: Array, origin: Array | None) -> None:
+        for piece, place in self._pieces(where, layer):
             work = self._work[: piece.size]
             np.subtract(towards[place], piece if origin is None else origin[place], out=work)
             np.multiply(work, share, out=work)
             np.add(piece, work, out=piece)
 
     def scale(self, where: Span, factor: float) -> None:
-        """Multiply the elements `where`."""
+        """Multiply the parameters `where`."""
         for piece, _ in self._pieces(where):
             np.multiply(piece, factor, out=piece)
 
     def difference(self, where: Span, minus: Array, out: Array) -> None:
-        """out <- the elements `where` minus `minus`."""
+        """out <- the parameters `where` minus `minus`."""
         for piece, place in self._pieces(where):
             np.subtract(piece, minus[place], out=out[place])

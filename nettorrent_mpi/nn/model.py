@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from nettorrent_mpi.nn.backend import Shape
-from nettorrent_mpi.nn.layer import Features
+from nettorrent_mpi.nn.layer import Features, Layer
 from nettorrent_mpi.nn.layers import Gather
+from nettorrent_mpi.nn.layers.norm import BatchNorm as BatchNormLayer
+from nettorrent_mpi.nn.layers.residual import Residual
 from nettorrent_mpi.nn.layers.sequence import Sequence, has_weights, named
 from nettorrent_mpi.nn.specs import BatchNorm, Flatten, LayerSpec, flat
 from nettorrent_mpi.plan.errors import ConfigError
@@ -31,6 +34,9 @@ class Network:
         whole = Sequence(self.layers, inputs=Features.whole(input_shape))
         self.output_shape = whole.outputs.shape
         self.output_name = whole.layers[-1].name
+        norms = (layer for layer in _all_layers(whole) if isinstance(layer, BatchNormLayer))
+        # The batch norms to which a row brings a single value of each feature: they cannot work on one row.
+        self.batch_norms_of_vectors = [layer.name for layer in norms if len(layer.outputs.shape) == 1]
         self._inputs: list[Shape] = []
         self.facts: list[LayerFacts] = []
         shape = input_shape
@@ -69,6 +75,15 @@ class Network:
             stage.append(Gather("gather", stage.outputs, partial=False))
         stage.needs_dx = first > 0
         return stage
+
+
+def _all_layers(sequence: Sequence) -> Iterator[Layer]:
+    """The layers of a sequence and those inside them."""
+    for layer in sequence.layers:
+        yield layer
+        if isinstance(layer, Residual):
+            yield from _all_layers(layer.body)
+            yield from _all_layers(layer.shortcut)
 
 
 def _starts(layers: Seq[LayerSpec]) -> list[int]:

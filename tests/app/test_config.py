@@ -230,6 +230,7 @@ GOSSIP = [
     ("compress: int8, mix: {constant: 0.5}", "compress", ["int8", "the pairing's own weights only"]),
     ("compress: float16, mix: push_sum", "compress", ["float16", "the pairing's own weights only"]),
     ("compress: sign, pairing: random", "compress", ["sign", "choose another pairing"]),
+    ("compress: int8, average: [parameters, optimizer]", "compress", ["int8", "leave optimizer out of average"]),
     ("average: [optimizer]", "average", ["must hold parameters"]),
     ("average: []", "average", ["must hold parameters"]),
     ("average: [parameters, parameters]", "average", ["twice"]),
@@ -420,7 +421,8 @@ def test_what_goes_together() -> None:
     disjoint = loads(BASE, "data.partition=disjoint")
     assert (disjoint.data.partition, disjoint.exchange) == ("disjoint", choices.Allreduce())
     for options in (
-        "{compress: topk, gamma: 0.3, average: [parameters, optimizer]}",
+        "{compress: topk, gamma: 0.3}",
+        "{mix: push_sum, average: [parameters, optimizer]}",
         "{compress: topk, mix: constant}",
         "{pairing: random, mix: push_sum, consensus: {max: 0.1}}",
         "{mix: loss}",
@@ -584,7 +586,6 @@ COMMON = {
     "divergence_threshold": st.floats(0, 1e300),
     "exact_every": COUNT,
     "slow_momentum": unit(),
-    "average": AVERAGE,
     "overlap": st.booleans(),
     "deadline": st.sampled_from(["auto", "none"]) | POSITIVE,
     "consensus": st.none() | st.builds(choices.Consensus, POSITIVE),
@@ -593,7 +594,7 @@ EXCHANGE = st.one_of(
     st.just(choices.Allreduce()),
     st.just(choices.Nothing()),
     st.builds(choices.Elite, COUNT, st.sampled_from(["best", "tournament"]), st.just("validation_accuracy")),
-    st.builds(choices.Gossip, PAIRING, MIX, **COMMON),
+    st.builds(choices.Gossip, PAIRING, MIX, average=AVERAGE, **COMMON),
     st.builds(
         choices.Gossip,
         PAIRING.filter(lambda p: p != "random"),

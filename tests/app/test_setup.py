@@ -143,6 +143,37 @@ def test_a_replica_of_its_own_without_rows_is_refused() -> None:
     assert set_up(load("train.batch_size=12", layout), 8).config.exact
 
 
+@pytest.mark.parametrize(
+    ("layers", "exchange", "replicas", "enough", "said"),
+    [
+        (
+            "[flatten, {linear: 8}, batch_norm, {linear: 10}]",
+            "gossip",
+            4,
+            32,
+            "batch_norm1 a single row of each of the 4 replicas",
+        ),
+        ("[flatten, {linear: 8}, batch_norm, {linear: 10}]", "allreduce", 4, 8, "batch_norm1 a single row at a time"),
+        ("[flatten, {linear: 8}, {residual: [{linear: 8}, batch_norm]}, {linear: 10}]", "none", 2, 16, "residual1/"),
+    ],
+)
+def test_a_batch_norm_of_single_rows_is_refused(
+    layers: str, exchange: str, replicas: int, enough: int, said: str
+) -> None:
+    changes = (f"model.layers={layers}", f"exchange={exchange}", f"layout={{replicas: {replicas}}}")
+    with pytest.raises(ConfigError) as caught:
+        set_up(load(f"train.batch_size={enough - 1}", *changes), replicas)
+    assert caught.value.key == "train.batch_size"
+    assert said in str(caught.value)
+    assert f"at least {enough} rows, or fewer micro_batches" in str(caught.value)
+    set_up(load(f"train.batch_size={enough}", *changes), replicas)
+
+
+def test_a_batch_norm_of_images_takes_single_rows() -> None:
+    layers = "[{conv2d: 4}, batch_norm, flatten, {linear: 10}]"
+    set_up(load(f"model.layers={layers}", "train={batch_size: 4, micro_batches: 4}"), 1)
+
+
 def test_validation_rows_that_round_to_none_choose_no_elite() -> None:
     with pytest.raises(ConfigError) as caught:
         set_up(load("exchange=elite", "data.validation=0.0001", "layout={replicas: 2}"), 2)

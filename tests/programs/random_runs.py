@@ -69,6 +69,8 @@ def draw(seed: int, number: int) -> list[Run]:
     fewest = max(MICRO_BATCHES, layers) if pieces == "auto" else pieces
     # every replica needs a row of a micro-batch; a resumed run has no more replicas than this one
     batch_size = fewest * (replicas - 1) + dice.randint(1, 24) if replicas > 1 else fewest + dice.randint(0, 24)
+    if "batch_norm" in model["layers"]:  # two rows
+        batch_size += fewest * (replicas + 1)
     train = {
         "batch_size": batch_size,
         "micro_batches": pieces,

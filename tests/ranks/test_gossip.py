@@ -348,6 +348,55 @@ def test_the_optimizers_state_is_averaged_where_asked_for() -> None:
 
 
 @several
+@pytest.mark.parametrize("mix", [choices.Constant(), choices.PushSum()])
+def test_an_element_and_what_the_optimizer_remembers_of_it_travel_together(mix: Any) -> None:
+    engine, _ = make(
+        alone(),
+        optimizer=specs.Adam(),
+        mix=mix,
+        pairing="complete",
+        average=("parameters", "optimizer"),
+        overlap=False,
+        part=0.5,
+        **PATIENT,
+    )
+    scatter(engine)
+    steps(engine, 0, 1, 0.01)  # a round over half of the elements
+    alike = {}
+    for name in ("params", "m", "v"):
+        arrays = [s.params[s.shard] if name == "params" else s.optimizer[name] for s in engine.state.segments]
+        values = np.array(engine.wiring.column.comm.allgather(np.concatenate(arrays)))
+        alike[name] = np.ptp(values, axis=0) < 1e-14
+    assert 0.4 < alike["params"].mean() < 0.6
+    for name in ("m", "v"):
+        assert alike[name][alike["params"]].all()
+        assert not alike[name][~alike["params"]].all()
+    engine.close()
+
+
+@several
+@pytest.mark.parametrize("overlap", [True, False])
+def test_merges_leave_squares_positive(overlap: bool) -> None:
+    """Taking everything of others, rounds late: differences of old values would make v negative."""
+    engine, gossip = make(
+        alone(),
+        optimizer=specs.Adam(betas=(0.9, 0.5)),
+        mix=choices.Constant(1.0),
+        average=("parameters", "optimizer"),
+        every=3,
+        overlap=overlap,
+        part=0.5,
+        **PATIENT,
+    )
+    scatter(engine)
+    for n in range(30):
+        engine.step(n, 0.01 if n % 7 else 0.3)
+        assert all((segment.optimizer["v"] >= 0).all() for segment in engine.state.segments)
+    assert gossip.rounds.counts.merged > 0
+    engine.close()
+
+
+@several
 def test_batch_norm_statistics_are_averaged() -> None:
     engine, _ = make(alone(), pairing="complete", overlap=False, part=1.0, **PATIENT)
     steps(engine, 0, 2, 0.01)
@@ -398,6 +447,31 @@ def test_a_late_partner_is_not_waited_for() -> None:
     assert sum(skipped) > 0
     assert sum(late) > 0
     assert np.abs(own(engine) - mean).max() < before  # the mean is not exact any more, but nobody went astray
+    engine.close()
+
+
+@pytest.mark.ranks(2, 3)
+def test_who_is_ahead_is_not_waited_for() -> None:
+    """A replica that has fallen behind merges what it finds and catches up."""
+    engine, gossip = make(alone(), pairing="ring", part=1.0, deadline=60000.0)
+    rounds = gossip.rounds
+    behind = engine.world.rank == 1
+    scatter(engine)
+    if not behind:
+        rounds.open(7)
+        while not all(rounds.mail.can_send(to) for to in range(SIZE)):
+            time.sleep(0.001)  # until those messages are taken
+    else:
+        while len(rounds.mail.received) - rounds.mail.received.count(0) < SIZE - 1:
+            rounds.mail.progress()
+        began = time.perf_counter()
+        for number in range(2, 6):
+            rounds.open(number)
+            rounds.close(wait=True)
+            assert not rounds.is_open
+        assert time.perf_counter() - began < 30
+        assert (rounds.counts.merged, rounds.counts.skipped) == (SIZE - 1, 0)
+    engine.exchange.settle()
     engine.close()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import resource
 import tracemalloc
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices
+from nettorrent_mpi.engine import choices, state
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.model import Network
@@ -35,13 +37,24 @@ LAYERS = (
 SHAPE = (16, 16, 3)
 
 
-def engine(topology: Topology, network: Network, **options: Any) -> Engine:
+STREAM = {  # rows and cols of the stages of a pipeline without flush, by ranks
+    2: ((1, 1), (1, 1)),
+    3: ((1, 1), (1, 1), (1, 1)),
+    4: ((1, 2), (2, 1)),
+    5: ((2, 1), (1, 1), (1, 1), (1, 1)),
+}
+
+
+def engine(topology: Topology, network: Network, *, micro_batches: int = 4, **options: Any) -> Engine:
+    """An engine that trains on synthetic rows, 640 in batches of 64."""
     dataset = open_dataset("synthetic", None, options=DataOptions(rows=640, test_rows=64, shape=SHAPE, classes=10))
     made = Engine(
         World(),
         network,
         topology,
-        Options(loss=specs.CrossEntropy(), optimizer=specs.Adam(), batch_size=64, micro_batches=4, **options),
+        Options(
+            loss=specs.CrossEntropy(), optimizer=specs.Adam(), batch_size=64, micro_batches=micro_batches, **options
+        ),
     )
     made.open_data(dataset, Sampler(640, 1, 0.0, 64))
     return made
@@ -65,21 +78,37 @@ GOSSIP = (
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("exchange", GOSSIP, ids=["plain", "loss", "int8"])
 def test_a_step_of_gossip_neither_allocates_nor_pickles(exchange: choices.Gossip) -> None:
-    steady(Topology(SIZE, (Stage(0, 4, 1, 1),)), exchange=exchange)
+    steady(Topology(SIZE, (Stage(0, 4, 1, 1),)), exchange=exchange, clip_norm=1.0)
+
+
+@pytest.mark.ranks(*STREAM)
+@pytest.mark.parametrize(("micro_batches", "shared"), [(4, True), (1, False)])
+def test_a_step_without_flush_neither_allocates_nor_pickles(
+    micro_batches: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it fills the pipeline, keeps it full or drains it."""
+    if not shared:
+        monkeypatch.setattr(state, "fits", lambda *_: False)
+    grids = STREAM[SIZE]
+    cuts = [i * 4 // len(grids) for i in range(len(grids) + 1)]
+    stages = tuple(Stage(*layers, *grid) for layers, grid in zip(pairwise(cuts), grids, strict=True))
+    pipeline = choices.Async()
+    steady(Topology(1, stages), left=[6, 5, 4, 3, 2, 1, 3, 2, 1], micro_batches=micro_batches, pipeline=pipeline)
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_a_step_neither_allocates_nor_pickles(number: int) -> None:
     if number >= len(layouts()):
         pytest.skip("no such layout of so few ranks")
-    steady(layouts()[number])
+    steady(layouts()[number], clip_norm=1.0)
 
 
-def steady(topology: Topology, **options: Any) -> None:
-    """Nothing of the size of a layer's outputs is allocated after the first steps, and nothing is pickled."""
-    made = engine(topology, Network(LAYERS, SHAPE), clip_norm=1.0, **options)
-    for n in range(12):  # one epoch and two steps
-        made.step(n, 0.001)
+def steady(topology: Topology, *, left: Sequence[int] = (1,) * 7, **options: Any) -> None:
+    """Nothing of the size of a layer's outputs is allocated after the first steps, and nothing is pickled. `left` are
+    the steps left until the pipeline is drained, in each step looked at."""
+    made = engine(topology, Network(LAYERS, SHAPE), **options)
+    for n, more in enumerate([*range(8, 0, -1), *range(4, 0, -1)]):  # one epoch and two steps
+        made.step(n, 0.001, more)
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("the steady state pickles")
@@ -90,14 +119,14 @@ def steady(topology: Topology, **options: Any) -> None:
             MPI.COMM_SELF.allgather(1)
         gc.collect()
         tracemalloc.start()
-        for n in range(12, 19):
-            made.step(n, 0.001)
+        for n, more in enumerate(left, start=12):
+            made.step(n, 0.001, more)
         held, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     finally:
         MPI.pickle.__init__()
-    # A micro-batch of the first layer's outputs is 16 x 16 x 16 x 16 x 4 = 262,144 bytes. NumPy's iterators take some
-    # tens of KiB for a moment.
+    # A micro-batch of the first layer's outputs is 16 x 16 x 16 x 16 x 4 = 262,144 bytes, or more. NumPy's iterators
+    # take some tens of KiB for a moment.
     assert held < 30_000, held
     assert peak < 262_144, peak
     made.close()
