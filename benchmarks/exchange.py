@@ -1,10 +1,11 @@
 """What exchanges other than the exact one, and the pipeline without flush, bring and cost.
 
-    python -m benchmarks.exchange --root DIR --letters-upright [--only accuracy network fast trace]
+    python -m benchmarks.exchange --root DIR --letters-upright [--only accuracy network progress fast trace]
 
     accuracy   exact, gossip, elite and async on real data: MNIST, letters, CIFAR-10
     network    step rates over slow links between hosts, against the exact exchange and PyTorch's DDP, and the accuracy
                of gossip there; needs root (see benchmarks/hosts) and PyTorch
+    progress   step rates of gossip over slow links by who lets messages move: the rank itself, or a thread; needs root
     fast       step rates of gossip and the exact exchange on one machine
     trace      the bubble of the pipelines 1f1b and async
 
@@ -24,14 +25,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import exchange_accuracy, exchange_network, exchange_trace
+from benchmarks import exchange_accuracy, exchange_network, exchange_progress, exchange_trace
 from benchmarks.speed import RESULTS, describe_host, find_mpirun
 
-PARTS = ("accuracy", "network", "fast", "trace")
+PARTS = ("accuracy", "network", "progress", "fast", "trace")
 TITLES = {  # of the sections of the report
     "accuracy": "Accuracy on real data",
     "network": "Over slow links",
     "network_accuracy": "Accuracy over slow links",
+    "progress": "Who lets messages move",
     "fast": "On one machine",
     "trace": "The bubble of the pipelines",
 }
@@ -54,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cases, sides = exchange_accuracy.CASES, exchange_accuracy.SIDES
     parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases), help="accuracy: configurations")
     parser.add_argument("--sides", nargs="+", choices=sides, default=list(sides), help="accuracy: ways of training")
-    parser.add_argument("--rate", default="200mbit", help="network: of each host's link")
+    parser.add_argument("--rate", default="200mbit", help="network, progress: of each host's link")
     parser.add_argument("--hosts", type=int, default=4, help="network: how many")
     fast = exchange_network.FAST
     parser.add_argument("--fast-cases", nargs="+", choices=fast, default=list(fast), help="fast: networks and replicas")
@@ -71,10 +73,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} has to be at least {least}")
     if options.root is None and {"accuracy", "network"} & set(options.only):
         parser.error("accuracy and network train on real data: name its folder with --root")
-    if "network" in options.only and os.geteuid() != 0:
-        parser.error(
-            "network makes hosts of network namespaces, which only root may: run it as root, or without network"
-        )
+    for part in ("network", "progress"):
+        if part in options.only and os.geteuid() != 0:
+            parser.error(
+                f"{part} makes hosts of network namespaces, which only root may: run it as root, or without {part}"
+            )
     unknown = {case for case, _ in options.epochs} - {None, "network", *cases}
     if unknown:
         parser.error(f"--epochs {unknown.pop()}=...: there are {', '.join(cases)} and network")
@@ -112,6 +115,8 @@ def measure(options: argparse.Namespace, mpirun: str) -> Iterator[Report]:
         epochs = epochs_of("network", options.epochs)
         trained = exchange_network.measure_accuracy(rate, hosts, epochs, root, mpirun)
         yield {"network_accuracy": {**trained, "data": exchange_accuracy.digest(root, ["mnist"])}}
+    if "progress" in options.only:
+        yield {"progress": exchange_progress.measure(options.rate, options.repeats, options.factor, mpirun)}
     if "fast" in options.only:
         for case in options.fast_cases:
             yield {
@@ -146,6 +151,7 @@ def to_markdown(report: Report) -> str:
         "accuracy": exchange_accuracy.to_markdown,
         "network": exchange_network.to_markdown,
         "network_accuracy": lambda section: exchange_network.accuracy_to_markdown(section, rates),
+        "progress": exchange_progress.to_markdown,
         "fast": exchange_network.fast_to_markdown,
         "trace": exchange_trace.to_markdown,
     }

@@ -63,11 +63,17 @@ class Trained:
         ]
 
 
-def train(config: str, settings: Mapping[str, str], ranks: int, launcher: Launcher) -> Trained:
-    """One training with the settings laid over a configuration; ends the program if it fails."""
+TRAIN = ("nettorrent_mpi.train",)
+
+
+def train(
+    config: str, settings: Mapping[str, str], ranks: int, launcher: Launcher, module: Sequence[str] = TRAIN
+) -> Trained:
+    """One training with the settings laid over a configuration; ends the program if it fails. `module` takes what
+    nettorrent_mpi.train takes, after words of its own."""
     with tempfile.TemporaryDirectory() as folder:
         output, sent = Path(folder, "run"), Path(folder, "sent")
-        command = [*launcher.words(ranks, str(sent)), *training(config, settings, str(output))]
+        command = [*launcher.words(ranks, str(sent)), *training(config, settings, str(output), module)]
         run(command)
         trace = output / "trace.json"
         return Trained(
@@ -78,10 +84,10 @@ def train(config: str, settings: Mapping[str, str], ranks: int, launcher: Launch
         )
 
 
-def training(config: str, settings: Mapping[str, str], output: str) -> list[str]:
+def training(config: str, settings: Mapping[str, str], output: str, module: Sequence[str] = TRAIN) -> list[str]:
     """The training command of this package, without its launcher."""
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return [sys.executable, "-m", "nettorrent_mpi.train", config, "--output", output, "--overwrite", *sets]
+    return [sys.executable, "-m", *module, config, "--output", output, "--overwrite", *sets]
 
 
 def program(words: Sequence[str], ranks: int, launcher: Launcher) -> tuple[str, list[int]]:

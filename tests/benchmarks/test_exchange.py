@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
     sys.path.append(str(ROOT))
 
-exchange, accuracy, network, runs, trace = (
-    importlib.import_module(f"benchmarks.exchange{part}") for part in ("", "_accuracy", "_network", "_runs", "_trace")
+exchange, accuracy, network, progress, runs, trace = (
+    importlib.import_module(f"benchmarks.exchange{part}")
+    for part in ("", "_accuracy", "_network", "_progress", "_runs", "_trace")
 )
 
 
@@ -112,6 +113,17 @@ def test_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_the_command_names_no_folders() -> None:
     told = exchange.command_line(["--root", "/home/me/data", "--only", "fast", "--results=/tmp/x"])
     assert told == "python -m benchmarks.exchange --root DIR --only fast --results=DIR"
+
+
+@pytest.mark.parametrize("who", ["boundary", "thread"])
+def test_whoever_lets_messages_move(who: str, tmp_path: Path, mpirun: Any) -> None:
+    settings = progress.settings_of("gossip", 2, 4, 10) | {"model.layers": "[flatten, {linear: 10}]"}
+    settings["layout"] = "{replicas: 2}"
+    command = runs.training(network.WIDE, settings, str(tmp_path / "run"), ("benchmarks.exchange_progress", who))
+    done = mpirun(2, command[1:])
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["exchange"]["rounds"] == 10
 
 
 def test_bytes_of_a_step() -> None:
@@ -261,6 +273,12 @@ def report(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         }
         return runs.Trained(summary, [{"epoch": 1.0, "test_accuracy": score}], None, [])
 
+    def moved(file: str, settings: dict[str, str], ranks: int, launcher: Any, module: tuple[str, ...]) -> Any:
+        assert settings["exchange.gossip.part"] == "0.0625"
+        told = {"merged": 90.0, "late": 10.0, "waited_seconds": 0.5}
+        speed = 12.5 * network.ROWS * ranks
+        return runs.Trained({"samples_per_second": speed, "exchange": told}, [], None, [])
+
     def traced(file: str, settings: dict[str, str], ranks: int, launcher: Any) -> Any:
         played = trace.simulated(settings["pipeline"], ranks, trace.MICRO_BATCHES, 30, [(1.0, 2.0, 0.5)] * ranks)
         return runs.Trained({"samples_per_second": 512.0}, [], chrome(played), [])
@@ -270,6 +288,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(network, "train_side", train_side)
     monkeypatch.setattr(network, "train", train)
+    monkeypatch.setattr(progress, "train", moved)
     monkeypatch.setattr(trace, "train", traced)
     monkeypatch.setattr(accuracy, "measure", measured)
     monkeypatch.setattr(accuracy, "digest", lambda root, names: dict.fromkeys(names, "abc"))
@@ -296,6 +315,7 @@ def test_a_whole_report(report: dict[str, Any], tmp_path: Path) -> None:
         "| gossip, 200mbit / gossip, unlimited | 0.50 |",
         "| gossip | 97.00 % | -1.00 |  | 50 |",
         "| exact | 98.00 % |  |  | 1,170 |",
+        "| by a thread | 12.50 | 0% | 90.00 % | 5.0 |",
         "| mnist_wide | 2 | 30.0 | 20.0 | 40.0 | 1.50 | 0% |",
         "| 1f1b | 1.0 | 22.58 % | 3.23 % | 0.00 % | 19.35 % | 22.58 % | 20.00 % |",
         "| async | 1.0 | 4.00 % | 4.00 % | 0.00 % | 0.00 % | 4.00 % | 0.00 % |",
