@@ -222,11 +222,13 @@ def test_trace(done: Done) -> None:
         steps: list[list[str]] = [[] for _ in range(78)]
         for span in own:
             steps[span["args"]["step"]].append(span["name"])
-        assert steps[1:] == [lists[rank]] * 77
-        first, rest = steps[0][: len(lists[rank])], steps[0][len(lists[rank]) :]  # evaluations count as step 0
-        assert first == lists[rank]
-        assert {name.strip("0123456789") for name in rest} <= {"RA", "F", "SA"}
-        assert sum("F" in name for name in rest) >= 3 * (3 + 8)  # 3 times 144 and 359 rows, at most 50 at once
+        length = len(lists[rank])
+        assert [step[:length] for step in steps] == [lists[rank]] * 78
+        for n, step in enumerate(steps):  # evaluations count as the step before, the last one of an epoch
+            rest = step[length:]
+            assert {name.strip("0123456789") for name in rest} <= {"RA", "F", "SA"}
+            passes = sum("F" in name for name in rest)
+            assert passes >= 3 + 8 if n % 26 == 25 else passes == 0  # 144 and 359 rows, at most 50 at once
 
 
 def test_the_log_has_every_report(done: Done) -> None:

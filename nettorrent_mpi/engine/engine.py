@@ -238,7 +238,8 @@ class Engine:
             most = max(most // self.topology.replicas, 1)  # the last one trains on so many, and has no more room
         pieces = -(-len(rows) // most)
         actions = add_transfers(forward_only(len(self.topology.stages), pieces))[self.place.stage]
-        self.pipeline.run(actions, feed, Once(rows), micro_batches=pieces, training=False, alone=alone)
+        step = self._batches.step  # the last one trained, for the trace
+        self.pipeline.run(actions, feed, Once(rows), micro_batches=pieces, training=False, step=step, alone=alone)
         sums = np.zeros((self.topology.replicas, 4))
         sums[self.place.replica if alone else 0] = self.tally.take()
         self.world.sum(sums)
