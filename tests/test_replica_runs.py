@@ -25,6 +25,7 @@ layout: {replicas: 2, swarms: [{layers: 2}]}
 """
 GOSSIP = "deadline: none, part: 0.5"
 NEVER = "deadline: none, probability: 0.0000001"  # nobody exchanges anything
+ADAM = {"train.optimizer": "{adam: 0.01}", "train.schedule": "constant", "train.report_every": 1}
 RUNS: dict[str, dict[str, Any]] = {
     "gossip": {"exchange": f"{{gossip: {{{GOSSIP}}}}}", "train.checkpoint_every": 2},
     "without test rows": {"exchange": f"{{gossip: {{{GOSSIP}}}}}", "data.test_rows": 0, "train.steps": 3},
@@ -38,6 +39,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "no bound": {"exchange": f"{{gossip: {{{NEVER}, consensus: {{max: 1000000}}}}}}", "train.report_every": 1},
     "tight": {"exchange": f"{{gossip: {{{NEVER}, consensus: {{max: 0.0000001}}}}}}", "train.report_every": 1},
     "exact": {"exchange": "allreduce", "train.report_every": 1},
+    "adam": {"exchange": f"{{gossip: {{{NEVER}}}}}", **ADAM},
+    "slower": {"exchange": f"{{gossip: {{{NEVER}, rate_factor: 0.5}}}}", **ADAM},
+    "sgd": {"exchange": f"{{gossip: {{{NEVER}}}}}", **ADAM, "train.optimizer": "{sgd: 0.01}"},
 }
 
 
@@ -168,3 +172,14 @@ def test_averaging_after_every_step_is_the_exact_exchange(runs: dict[str, Done])
         np.testing.assert_allclose(runs["tight"].arrays[key], array, rtol=0, atol=1e-12, err_msg=key)
     tight = runs["tight"].summary
     assert tight["average"].items() <= tight["best_replica"].items()
+
+
+def test_replicas_have_rates_of_their_own(runs: dict[str, Done]) -> None:
+    """With Adam up to sqrt(2) times the rate, for two replicas, after 30 % of the run; none with SGD."""
+    rates = {name: [record["learning_rate"] for record in runs[name].metrics] for name in ("adam", "slower", "sgd")}
+    steps = len(rates["adam"])
+    assert steps == runs["adam"].summary["steps"] > 10
+    factors = [1 + (2**0.5 - 1) * min(n / steps / 0.3, 1) for n in range(steps)]
+    assert rates["adam"] == pytest.approx([0.01 * factor for factor in factors])
+    assert rates["slower"] == pytest.approx([0.005] * steps)
+    assert rates["sgd"] == pytest.approx([0.01] * steps)

@@ -26,6 +26,7 @@ from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.checkpoint import collect, restore, restore_replica
 from nettorrent_mpi.engine.elite import compare, steps_between
 from nettorrent_mpi.engine.engine import Engine, Scores
+from nettorrent_mpi.engine.gossip import rate_factor
 from nettorrent_mpi.engine.reports import Report, Reports
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.nn.specs import to_plain
@@ -76,7 +77,7 @@ class Run:
         train = setup.config.train
         self._epoch_steps = setup.sampler.steps_per_epoch
         self._steps = train.steps if train.steps is not None else (train.epochs or 1) * self._epoch_steps
-        self._rate = make_rate(train.schedule, train.optimizer.options()["lr"], self._steps, self._epoch_steps)
+        self._schedule = make_rate(train.schedule, train.optimizer.options()["lr"], self._steps, self._epoch_steps)
         self._clock = Clock()
         self._stop = Stop(world, engine.bound)
         self._reports: Reports[dict[str, Any] | None] = Reports(engine)
@@ -219,6 +220,13 @@ class Run:
                 return "accuracy", self._loss, figures
             self._stop.pace(self._clock.seconds_per_step)
         return "steps" if train.steps is not None else "epochs", self._loss, figures
+
+    def _rate(self, n: int) -> float:
+        """The learning rate of step n."""
+        rate, exchange, engine = self._schedule(n), self._setup.options.exchange, self._engine
+        if isinstance(exchange, choices.Gossip) and not engine.exact:
+            rate *= rate_factor(exchange, engine.options.optimizer, engine.topology.replicas, n / self._steps)
+        return rate
 
     def _rest(self, n: int) -> int:
         """After how many steps in all the ranks come to rest next, step n being the next one."""

@@ -19,7 +19,7 @@ from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.blocks import gather
 from nettorrent_mpi.engine.exchange import Exchange
 from nettorrent_mpi.engine.feed import Feed, Once, Training
-from nettorrent_mpi.engine.gossip import Gossip, rate_factor
+from nettorrent_mpi.engine.gossip import Gossip
 from nettorrent_mpi.engine.pipeline import Pipeline
 from nettorrent_mpi.engine.replicas import Replicas
 from nettorrent_mpi.engine.state import State
@@ -87,8 +87,6 @@ class Engine:
         # Mini-batches that are begun before the present one is done.
         self.ahead = staleness_bound(stages, options.micro_batches, 0) if self.asynchronous else 0
         self._left = 0  # steps still planned until the ranks come to rest; 0: they are
-        if not self.exact and isinstance(options.exchange, choices.Gossip):
-            self._rate_factor *= rate_factor(options.exchange, options.optimizer, topology.replicas)
         self.layers = network.stage(stage.first, stage.stop, stage.cols, self.place.col)
         self.wiring = Wiring(
             world,

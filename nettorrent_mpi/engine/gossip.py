@@ -32,19 +32,24 @@ from nettorrent_mpi.plan.pairing import make_pairing
 
 WARM_UP = 8  # rounds with small parts, before `part: auto` measures
 SMALL = 1 << 14  # elements of these parts
+GROWTH = 0.3  # of a run
 
 
-def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int) -> float:
-    """What a replica multiplies the learning rate by, which is meant for the whole mini-batch.
+def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int, done: float) -> float:
+    """What a replica multiplies the learning rate by, which is meant for the whole mini-batch. `done` is the part of
+    the run that is done, from 0 to 1.
 
     Adam and its kin divide a step by the size of the gradients, most of which is noise, and a replica's part of the
     mini-batch has sqrt(replicas) times the noise of the whole. Averaged steps become as long, and as noisy, as those of
     the exact exchange when they are multiplied by that (the square-root rule of Malladi, Lyu, Panigrahi, Arora 2022,
-    arXiv 2205.10287). Steps of SGD are as they should be without.
+    arXiv 2205.10287). In the beginning gradients are less noise than direction, and steps that are too long do lasting
+    harm: the factor grows from 1 over the first part of a run, GROWTH (gradual warm-up: Goyal et al. 2017,
+    arXiv 1706.02677). Steps of SGD are as they should be without.
     """
     if choice.rate_factor != "auto":
         return choice.rate_factor
-    return 1.0 if isinstance(optimizer, Sgd) else math.sqrt(replicas)
+    whole = 1.0 if isinstance(optimizer, Sgd) else math.sqrt(replicas)
+    return 1.0 + (whole - 1.0) * min(done / GROWTH, 1.0)
 
 
 class Gossip(Exchange):
