@@ -88,6 +88,8 @@ class Gossip(Exchange):
             self.progress = self._progress
 
     def _progress(self) -> None:
+        """Between actions and layers. A thread for it was within 3 % (benchmarks/results/exchange.md), and would take a
+        core that computes."""
         self.rounds.mail.progress()
 
     # -- a step's end -----------------------------------------------------------------------------------------------
