@@ -116,9 +116,7 @@ class Mixer:
         weight, of_round = (0.5, 0.5) if this is None else (this.expected[message.source], sum(this.expected.values()))
         if self.push_sum or self._estimates is not None:
             return weight
-        head = message.letter.head
-        own = None if this is None else this.own
-        clock = self.clock if own is None else float(own.head[CLOCK])
+        head, clock = message.letter.head, self._clock_then(self._own(message, this))
         theirs = Peer(float(head[LOSS]), float(head[CLOCK]))
         mix = self._choice.mix
         share = weight / of_round
@@ -134,10 +132,9 @@ class Mixer:
         """Take g of a message's values; `others` is taken of messages that are merged after it."""
         letter, head, source = message.letter, message.letter.head, message.source
         where = Span(int(head[START]), int(head[STOP]))
-        same = this is not None and where == this.where
         if self._estimates is not None:
             self._estimates.read(source, where, letter.body[: letter.length])
-            if this is not None and same:
+            if this is not None and where == this.where:
                 out = source if source in this.targets else next(iter(this.targets), None)
                 self._estimates.approach(source, out, g, where)
             return
@@ -145,14 +142,22 @@ class Mixer:
         if self.push_sum:
             self._take_mass(where, float(head[MASS]), values)
             return
-        own = this.own if this is not None and same else None
+        own = self._own(message, this)
         self.vector.move(where, g, values, None if own is None else self._values(own))
         # Those that are merged after it leave 1 - others of this one.
         self.vector.mix(where, min(g / (1 - others), 1.0) if others < 1 else 0.0, values)
         # What it is older than this one was when it was sent: so the mean age of two that exchange stays as it was.
-        clock = self.clock if own is None else float(own.head[CLOCK])
         part = where.size / self.vector.size
-        self.clock = merged_clock(g * part, self.clock, self.clock + float(head[CLOCK]) - clock)
+        self.clock = merged_clock(g * part, self.clock, self.clock + float(head[CLOCK]) - self._clock_then(own))
+
+    def _own(self, message: Arrived, this: Round | None) -> Letter | None:
+        """What this rank sent in the same round, if the message is about the same part."""
+        start, stop = message.letter.head[START : STOP + 1]
+        return this.own if this is not None and (start, stop) == this.where else None
+
+    def _clock_then(self, own: Letter | None) -> float:
+        """This replica's age when it sent `own`, or now."""
+        return self.clock if own is None else float(own.head[CLOCK])
 
     def _part_with_mass(self, this: Round) -> None:
         """Push-sum: what was sent away is not here any more. w x - m own = (w - m) x - m (own - x)."""
