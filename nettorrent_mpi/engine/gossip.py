@@ -7,7 +7,6 @@ same sequence of partners. engine/rounds.py sends and waits, engine/mixer.py mer
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 
@@ -73,9 +72,8 @@ class Gossip(Exchange):
         self._pending: Pending | None = None
         self.pairing = make_pairing(choice.pairing, column.size, seed)
         self._shards = [segment.params[segment.shard] for segment in state.segments]
-        memories = optimizer.states if "optimizer" in choice.average else ()
-        self._memories = [[segment.optimizer[name] for segment in state.segments] for name in memories]
-        vector = Vector(self._shards, self._memories)
+        names = optimizer.states if "optimizer" in choice.average else ()
+        vector = Vector(self._shards, [[segment.optimizer[name] for segment in state.segments] for name in names])
         self.mixer = Mixer(choice, self.pairing, vector)
         parts = -(-vector.size // SMALL) if choice.part == "auto" else round(1 / choice.part)
         self.rounds = Rounds(choice, self.pairing, self._column, self.mixer, seed, parts)
@@ -161,8 +159,9 @@ class Gossip(Exchange):
             flat.share()
 
     def averaged(self) -> None:
-        for array in itertools.chain.from_iterable(self._memories):
-            self._column.mean(array)
+        for memories in self.mixer.vector.layers[1:]:
+            for array in memories:
+                self._column.mean(array)
         self.mixer.averaged()
         self._remembered = []
         if self._slow is not None:
