@@ -88,6 +88,7 @@ _RULES: dict[str | tuple[str, str], Rule] = {
     **dict.fromkeys(("value", "start", "end"), _FRACTION),
     "divergence_threshold": _NOT_NEGATIVE,
     "slow_momentum": _BELOW_ONE,
+    "withhold": _BELOW_ONE,
 }
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*\Z")
 

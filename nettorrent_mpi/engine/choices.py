@@ -164,6 +164,8 @@ class Gossip(Spec):
     average: tuple[Literal["parameters", "optimizer"], ...] = ("parameters",)
     # What the learning rate is multiplied by; auto: see engine.gossip.rate_factor.
     rate_factor: float | Literal["auto"] = "auto"
+    # The part of its own latest steps that a replica does not compute with yet; auto: see engine.gossip.withholding.
+    withhold: float | Literal["auto"] = "auto"
     overlap: bool = True  # messages travel while the next step computes
     deadline: float | Literal["auto", "none"] = "auto"  # milliseconds that a round may take
     consensus: Consensus | None = None

@@ -34,6 +34,8 @@ class Exchange:
         self._clip_norm = clip_norm
         self._scale = 1.0
         self._squares = np.zeros(1)
+        self._withhold = 0.0  # a part of each change is added to these arrays, where there are, and not made yet
+        self._withheld: list[Array | None] = [None] * len(state.segments)
 
     def reduce(self) -> None:
         """Sum the gradients: each holder gets the sum of its shard, added up in the order of the holders."""
@@ -56,15 +58,28 @@ class Exchange:
 
     def update(self, rate: float, step: int) -> None:
         """One optimizer step on this rank's shard, then everyone's shards for everyone. `step` counts from 1."""
-        for segment in self._state.segments:
+        self.hear(step)
+        for segment, withheld in zip(self._state.segments, self._withheld, strict=True):
             part = segment.params[segment.shard]
-            self._optimizer.update(part, segment.sums, segment.optimizer, rate, step, scale=self._scale)
+            self._optimizer.update(
+                part,
+                segment.sums,
+                segment.optimizer,
+                rate,
+                step,
+                scale=self._scale,
+                withheld=withheld,
+                withhold=self._withhold,
+            )
         self.agree(rate, step)
         for segment in self._state.segments:
             segment.share()  # everyone's shard is updated, and nobody reads gradients any more
 
+    def hear(self, step: int) -> None:
+        """Before the optimizer's step: merge what other replicas have sent into this rank's shards."""
+
     def agree(self, rate: float, step: int) -> None:
-        """Come nearer to the other replicas: change this rank's shards."""
+        """After it: come nearer to the other replicas, change this rank's shards."""
 
     def settle(self) -> None:
         """Wait until nothing is under way between replicas. All ranks call, after the same step."""

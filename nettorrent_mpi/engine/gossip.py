@@ -24,14 +24,16 @@ from nettorrent_mpi.engine.slow_momentum import SlowMomentum
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.vector import Vector
-from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.backend import Array, aligned
 from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.nn.specs import Sgd, Spec
+from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.pairing import make_pairing
 
 WARM_UP = 8  # rounds with small parts, before `part: auto` measures
 SMALL = 1 << 14  # elements of these parts
 GROWTH = 0.3  # of a run
+LEAST = 0.05  # of a step to withhold
 
 
 def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int, done: float) -> float:
@@ -49,6 +51,25 @@ def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int, done: fl
         return choice.rate_factor
     whole = 1.0 if isinstance(optimizer, Sgd) else math.sqrt(replicas)
     return 1.0 + (whole - 1.0) * min(done / GROWTH, 1.0)
+
+
+def withholding(choice: choices.Gossip, replicas: int, period: int) -> float:
+    """The part of its own steps that a replica does not compute with until others know them; an element is exchanged
+    every `period` steps.
+
+    Until they are averaged, a replica stands beside the others' mean by its own steps, which have sqrt(replicas) times
+    the noise of the mean's, and it finds its gradients there. With 1/sqrt(replicas) of the latest step it stands where
+    that is no noisier than a step of the exact exchange; with 1/replicas it would be nearest to the mean, but lag
+    behind it in what all steps have in common, and steps that are large for the curvature do not bear that. Where
+    an element is exchanged seldom the sum of what is withheld is limited to the same, so that the mean does not run
+    ahead of what the gradients tell. Too little is not worth the memory traffic.
+    """
+    if choice.withhold != "auto":
+        return choice.withhold
+    if not choice.overlap and period == 1:  # all is exchanged at once
+        return 0.0
+    part = (1 - 1 / math.sqrt(replicas)) * 2 / (period + 1)
+    return part if part >= LEAST else 0.0
 
 
 class Gossip(Exchange):
@@ -73,10 +94,16 @@ class Gossip(Exchange):
         self.pairing = make_pairing(choice.pairing, column.size, seed)
         self._shards = [segment.params[segment.shard] for segment in state.segments]
         names = optimizer.states if "optimizer" in choice.average else ()
-        vector = Vector(self._shards, [[segment.optimizer[name] for segment in state.segments] for name in names])
+        memories = [[segment.optimizer[name] for segment in state.segments] for name in names]
+        kept = [aligned(shard.size, shard.dtype) for shard in self._shards] if choice.withhold != 0 else []
+        for array in kept:
+            array.fill(0)
+        vector = Vector(self._shards, memories, kept)
         self.mixer = Mixer(choice, self.pairing, vector)
         parts = -(-vector.size // SMALL) if choice.part == "auto" else round(1 / choice.part)
         self.rounds = Rounds(choice, self.pairing, self._column, self.mixer, seed, parts)
+        self._kept = kept
+        self._decide_what_to_withhold()
         self._slow = SlowMomentum(choice.slow_momentum, self._shards) if choice.slow_momentum else None
         self._remembered: list[Array] = []  # masses, on their way from a checkpoint
         self._warming = choice.part == "auto"
@@ -92,23 +119,27 @@ class Gossip(Exchange):
 
     # -- a step's end -----------------------------------------------------------------------------------------------
 
-    def agree(self, rate: float, step: int) -> None:
+    def hear(self, step: int) -> None:
         if self._warming and self._last:
             self._steps.append(time.perf_counter() - self._last)
         self.mixer.clock += 1
         if self._losses is not None:
             self._learn_loss()
+        if not self._choice.overlap:  # or every round was closed when it was opened
+            return
+        if step % self._choice.every == 0:
+            self.rounds.close(wait=True)
+        elif self.rounds.is_open and self._choice.deadline != "none":  # which makes runs repeatable
+            self.rounds.close(wait=False)
+
+    def agree(self, rate: float, step: int) -> None:
         number, rest = divmod(step, self._choice.every)
         if rest == 0:
             self._do_round(number - 1, rate)
-        elif self.rounds.is_open and self._choice.deadline != "none":  # which makes runs repeatable
-            self.rounds.close(wait=False)
         self._last = time.perf_counter()
 
     def _do_round(self, number: int, rate: float) -> None:
         rounds = self.rounds
-        if self._choice.overlap:
-            rounds.close(wait=True)
         rounds.open(number)
         if not self._choice.overlap:
             rounds.close(wait=True)
@@ -132,6 +163,11 @@ class Gossip(Exchange):
         seconds = sorted(self._steps)[len(self._steps) // 2] if self._steps else 0.0
         degree = max(len(self.pairing.sends(0, self._column.index)), 1)
         self.rounds.divide(parts_that_hide(self._column, self.mixer.vector, seconds * self._choice.every, degree))
+        self._decide_what_to_withhold()
+
+    def _decide_what_to_withhold(self) -> None:
+        self._withhold = withholding(self._choice, self._column.size, self.mixer.parts * self._choice.every)
+        self._withheld = list(self._kept) if self._withhold else [None] * len(self._shards)
 
     def _learn_loss(self) -> None:
         """The loss of this replica's rows in the step before. Only its last stage knows it, so it is summed up."""
@@ -147,6 +183,7 @@ class Gossip(Exchange):
 
     def settle(self) -> None:
         self.rounds.settle()
+        self.mixer.vector.release(Span(0, self.mixer.vector.size))
         for flat in self._state.flats:
             flat.share()
         self._last = 0.0

@@ -98,7 +98,9 @@ class Mixer:
     # -- messages are merged ----------------------------------------------------------------------------------------
 
     def merge(self, this: Round) -> None:
-        """Merge what a round has brought, in an order that does not depend on what came first."""
+        """Merge what a round has brought, in an order that does not depend on what came first. Others have been told of
+        this rank's steps, so that nothing of them is withheld any more."""
+        self.vector.release(this.where)
         if self.push_sum and this.targets:
             self._part_with_mass(this)
         messages = [this.got[source] for source in sorted(this.got)]
@@ -132,6 +134,8 @@ class Mixer:
         """Take g of a message's values; `others` is taken of messages that are merged after it."""
         letter, head, source = message.letter, message.letter.head, message.source
         where = Span(int(head[START]), int(head[STOP]))
+        if self._own(message, this) is None:  # moved towards the message from where the vector is now
+            self.vector.release(where)
         if self._estimates is not None:
             self._estimates.read(source, where, letter.body[: letter.length])
             if this is not None and where == this.where:

@@ -18,10 +18,19 @@ class Vector:
     Each element is a parameter and what is remembered about it: `parameters` are the arrays of the former, and each of
     `memories` (the optimizer's m, then its v, ...) is a sequence of arrays of the same sizes. They come and go
     together, because they are right only together. The values of n elements are n parameters, then n of each memory.
+
+    `withheld` are arrays like the parameters: changes that were made to the vector, but not yet to `parameters`. The
+    vector's values have them; `release` makes them to the parameters, too.
     """
 
-    def __init__(self, parameters: Sequence[Array], memories: Sequence[Sequence[Array]] = ()):
+    def __init__(
+        self,
+        parameters: Sequence[Array],
+        memories: Sequence[Sequence[Array]] = (),
+        withheld: Sequence[Array] = (),
+    ):
         self.layers = [[part for part in layer if part.size] for layer in (parameters, *memories)]
+        self.withheld = [part for part in withheld if part.size]
         self.dtype = parameters[0].dtype
         self.size = sum(part.size for part in parameters)
         assert all(sum(part.size for part in layer) == self.size for layer in self.layers)
@@ -31,11 +40,11 @@ class Vector:
     def bytes_per_element(self) -> int:
         return len(self.layers) * self.dtype.itemsize
 
-    def _pieces(self, where: Span, layer: int = 0) -> Iterator[tuple[Array, slice]]:
+    def _pieces(self, where: Span, parts: Sequence[Array]) -> Iterator[tuple[Array, slice]]:
         """(view of a part, which of the elements `where` these are), in blocks."""
         start, stop = where
         begin = 0
-        for part in self.layers[layer]:
+        for part in parts:
             low, high = max(start, begin), min(stop, begin + part.size)
             for at in range(low, high, BLOCK):
                 end = min(at + BLOCK, high)
@@ -45,8 +54,18 @@ class Vector:
     def read(self, where: Span, out: Array) -> None:
         """out <- the values of the elements `where`."""
         for layer, into in enumerate(np.split(out, len(self.layers))):
-            for piece, place in self._pieces(where, layer):
+            for piece, place in self._pieces(where, self.layers[layer]):
                 np.copyto(into[place], piece)
+        for piece, place in self._pieces(where, self.withheld):
+            np.add(out[place], piece, out=out[place])
+
+    def release(self, where: Span) -> None:
+        """The parameters `where` <- the vector's values: nothing is withheld there any more."""
+        if self.withheld:
+            both = zip(self._pieces(where, self.layers[0]), self._pieces(where, self.withheld), strict=True)
+            for (piece, _), (kept, _) in both:
+                np.add(piece, kept, out=piece)
+                kept.fill(0)
 
     def move(self, where: Span, share: float, towards: Array, origin: Array | None = None) -> None:
         """Add share * (towards - origin) to the parameters `where`; without origin: to what they are now."""
@@ -60,7 +79,7 @@ class Vector:
                 self._move(where, layer, share, values, None)
 
     def _move(self, where: Span, layer: int, share: float, towards: Array, origin: Array | None) -> None:
-        for piece, place in self._pieces(where, layer):
+        for piece, place in self._pieces(where, self.layers[layer]):
             work = self._work[: piece.size]
             np.subtract(towards[place], piece if origin is None else origin[place], out=work)
             np.multiply(work, share, out=work)
@@ -68,10 +87,12 @@ class Vector:
 
     def scale(self, where: Span, factor: float) -> None:
         """Multiply the parameters `where`."""
-        for piece, _ in self._pieces(where):
+        for piece, _ in self._pieces(where, self.layers[0]):
             np.multiply(piece, factor, out=piece)
 
     def difference(self, where: Span, minus: Array, out: Array) -> None:
-        """out <- the parameters `where` minus `minus`."""
-        for piece, place in self._pieces(where):
+        """out <- the parameters `where`, with what is withheld, minus `minus`."""
+        for piece, place in self._pieces(where, self.layers[0]):
             np.subtract(piece, minus[place], out=out[place])
+        for piece, place in self._pieces(where, self.withheld):
+            np.add(out[place], piece, out=out[place])

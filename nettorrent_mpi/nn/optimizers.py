@@ -40,7 +40,7 @@ class Optimizer(ABC):
     def __init__(self, states: tuple[str, ...], weight_decay: float):
         self.states = states
         self._weight_decay = weight_decay  # added to the gradients, times the parameters
-        self._scratch: dict[np.dtype[np.generic], tuple[Array, Array]] = {}
+        self._scratch: dict[np.dtype[np.generic], tuple[Array, Array, Array]] = {}
 
     def init(self, size: int, dtype: DType) -> State:
         """The state before the first step, for `size` parameters of `dtype`."""
@@ -50,13 +50,25 @@ class Optimizer(ABC):
         self._blocks(np.dtype(dtype))
         return state
 
-    def update(self, params: Array, grads: Array, state: State, lr: float, step: int, *, scale: float = 1.0) -> None:
+    def update(
+        self,
+        params: Array,
+        grads: Array,
+        state: State,
+        lr: float,
+        step: int,
+        *,
+        scale: float = 1.0,
+        withheld: Array | None = None,
+        withhold: float = 0.0,
+    ) -> None:
         """Change `params` and `state` in place by one step with the gradients `scale` * `grads`, which stay unchanged.
 
         All are flat arrays of equal length and type. `step` counts from 1. `scale` serves clipping (see `clip_scale`).
+        The part `withhold` of the change of the parameters is not made, but added to `withheld`.
         Allocates nothing.
         """
-        work, decayed = self._blocks(params.dtype)
+        work, decayed, before = self._blocks(params.dtype)
         rule = self._rule(lr, step)
         states = [state[name] for name in self.states]
         decay = self._weight_decay
@@ -69,12 +81,21 @@ class Optimizer(ABC):
             if decay:
                 w = np.multiply(p, decay, out=work[: len(p)])
                 g = np.add(g, w, out=decayed[: len(p)])
+            if withheld is None:
+                rule(p, g, [values[part] for values in states], work[: len(p)])
+                continue
+            change, kept = before[: len(p)], withheld[part]
+            np.copyto(change, p)
             rule(p, g, [values[part] for values in states], work[: len(p)])
+            np.subtract(p, change, out=change)
+            np.multiply(change, withhold, out=change)
+            np.subtract(p, change, out=p)
+            np.add(kept, change, out=kept)
 
-    def _blocks(self, dtype: np.dtype[np.generic]) -> tuple[Array, Array]:
+    def _blocks(self, dtype: np.dtype[np.generic]) -> tuple[Array, Array, Array]:
         if dtype not in self._scratch:
             size = BLOCK_BYTES // dtype.itemsize
-            self._scratch[dtype] = (aligned(size, dtype), aligned(size, dtype))
+            self._scratch[dtype] = (aligned(size, dtype), aligned(size, dtype), aligned(size, dtype))
         return self._scratch[dtype]
 
     @abstractmethod

@@ -106,6 +106,25 @@ def test_any_division_gives_the_same_bits(spec: Spec, dtype: Any) -> None:
 
 
 @every_spec
+def test_what_is_withheld_is_the_rest_of_the_change(spec: Spec) -> None:
+    start = np.random.default_rng(6).standard_normal(BLOCK64 + 5)
+    params, whole = start.copy(), start.copy()
+    optimizer = make_optimizer(spec)
+    state, whole_state = (optimizer.init(len(start), np.float64) for _ in range(2))
+    for step in (1, 2, 3):
+        withheld = np.full(len(start), 7.0)
+        before, grads = params.copy(), gradient(params, step)
+        whole[...] = params
+        optimizer.update(params, grads, state, 0.1, step, scale=0.7, withheld=withheld, withhold=0.3)
+        optimizer.update(whole, grads, whole_state, 0.1, step, scale=0.7)
+        np.testing.assert_allclose(params - before, 0.7 * (whole - before), rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(withheld - 7, 0.3 * (whole - before), rtol=0, atol=1e-14)
+        for name, values in state.items():
+            np.testing.assert_array_equal(values, whole_state[name])
+    assert np.abs(params - start).max() > 1e-3
+
+
+@every_spec
 def test_float32_follows_float64(spec: Spec) -> None:
     start = np.random.default_rng(5).standard_normal(500).astype(np.float32)
     params32, state32 = train(spec, start, 20)
@@ -119,11 +138,12 @@ def test_update_allocates_nothing(spec: Spec) -> None:
     size = 4 * BLOCK_BYTES // 4
     params, grads = np.zeros(size, np.float32), np.ones(size, np.float32)
     optimizer = make_optimizer(spec)
-    state = optimizer.init(size, np.float32)
+    state, withheld = optimizer.init(size, np.float32), np.zeros(size, np.float32)
     gc.collect()
     tracemalloc.start()
     for step in (1, 2, 3):
         optimizer.update(params, grads, state, 0.1, step, scale=0.5)
+        optimizer.update(params, grads, state, 0.1, step, scale=0.5, withheld=withheld, withhold=0.5)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8192  # a block has 131,072 bytes

@@ -22,6 +22,7 @@ from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.engine.gossip import Gossip
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.pairing import possible
 from nettorrent_mpi.plan.topology import Stage, Topology
 
@@ -93,6 +94,7 @@ def steps(engine: Engine, first: int, count: int, rate: float = 0.0) -> None:
         if rate:
             engine.step(n, rate)
         else:
+            engine.exchange.hear(n + 1)
             engine.exchange.agree(rate, n + 1)
 
 
@@ -120,19 +122,33 @@ def test_exchanging_late_loses_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, gossip = make(alone(), part=1.0, **PATIENT)
     mean = scatter(engine)
     updates = np.zeros_like(mean)
-    before = own(engine)
-    original = gossip.agree
+    before = np.zeros_like(mean)
+    withheld = 0.0
+    hear, agree = gossip.hear, gossip.agree
 
-    def agree(rate: float, step: int) -> None:
-        nonlocal updates
-        updates += own(engine) - before
-        original(rate, step)
+    def values() -> np.ndarray:
+        vector = gossip.mixer.vector
+        vector.read(Span(0, vector.size), out := np.empty(vector.size))
+        return out
 
-    monkeypatch.setattr(gossip, "agree", agree)
+    def hear_first(step: int) -> None:
+        nonlocal before
+        hear(step)
+        before = values()
+
+    def agree_then(rate: float, step: int) -> None:
+        nonlocal updates, withheld
+        updates += values() - before
+        withheld = max(withheld, np.abs(values() - own(engine)).max())
+        agree(rate, step)
+
+    monkeypatch.setattr(gossip, "hear", hear_first)
+    monkeypatch.setattr(gossip, "agree", agree_then)
     for n in range(20):
-        before = own(engine)
         engine.step(n, 0.1)
+    assert withheld > 1e-4
     engine.exchange.settle()
+    np.testing.assert_array_equal(values(), own(engine))
     total = np.array(engine.wiring.column.comm.allgather(updates)).mean(axis=0)
     assert np.abs(total).max() > 1e-3
     np.testing.assert_allclose(column(engine).mean(axis=0), mean + total, rtol=0, atol=1e-13)
