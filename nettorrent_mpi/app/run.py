@@ -225,7 +225,10 @@ class Run:
         """The learning rate of step n."""
         rate, exchange, engine = self._schedule(n), self._setup.options.exchange, self._engine
         if isinstance(exchange, choices.Gossip) and not engine.exact:
-            rate *= rate_factor(exchange, engine.options.optimizer, engine.topology.replicas, n / self._steps)
+            train = self._setup.config.train
+            warm = n >= train.schedule.options()["warmup_steps"]
+            decay = rate / train.optimizer.options()["lr"] if warm and rate else 1.0
+            rate *= rate_factor(exchange, train.optimizer, engine.topology.replicas, n / self._steps, decay)
         return rate
 
     def _rest(self, n: int) -> int:

@@ -36,20 +36,25 @@ GROWTH = 0.3  # of a run
 LEAST = 0.05  # of a step to withhold
 
 
-def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int, done: float) -> float:
+def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int, done: float, decay: float) -> float:
     """What a replica multiplies the learning rate by, which is meant for the whole mini-batch. `done` is the part of
-    the run that is done, from 0 to 1.
+    the run that is done, from 0 to 1; `decay` what the schedule has made of the learning rate, from 1 to 0.
 
     Adam and its kin divide a step by the size of the gradients, most of which is noise, and a replica's part of the
     mini-batch has sqrt(replicas) times the noise of the whole. Averaged steps become as long, and as noisy, as those of
     the exact exchange when they are multiplied by that (the square-root rule of Malladi, Lyu, Panigrahi, Arora 2022,
     arXiv 2205.10287). In the beginning gradients are less noise than direction, and steps that are too long do lasting
     harm: the factor grows from 1 over the first part of a run, GROWTH (gradual warm-up: Goyal et al. 2017,
-    arXiv 1706.02677). Steps of SGD are as they should be without.
+    arXiv 1706.02677). While steps are long, replicas also learn more slowly, because they find their gradients apart
+    from each other; this goes with the square of the steps. When the schedule makes them shorter, they catch up: the
+    square falls as the rate does, not faster, until the factor is that of replicas' gradients that are added up.
+    Steps of SGD are as they should be without.
     """
     if choice.rate_factor != "auto":
         return choice.rate_factor
-    whole = 1.0 if isinstance(optimizer, Sgd) else math.sqrt(replicas)
+    if isinstance(optimizer, Sgd):
+        return 1.0
+    whole = min(math.sqrt(replicas / decay), replicas) if decay > 0 else replicas
     return 1.0 + (whole - 1.0) * min(done / GROWTH, 1.0)
 
 
@@ -61,14 +66,14 @@ def withholding(choice: choices.Gossip, replicas: int, period: int) -> float:
     the noise of the mean's, and it finds its gradients there. With 1/sqrt(replicas) of the latest step it stands where
     that is no noisier than a step of the exact exchange; with 1/replicas it would be nearest to the mean, but lag
     behind it in what all steps have in common, and steps that are large for the curvature do not bear that. Where
-    an element is exchanged seldom the sum of what is withheld is limited to the same, so that the mean does not run
-    ahead of what the gradients tell. Too little is not worth the memory traffic.
+    an element is exchanged seldom the sum of what is withheld is limited to that of two steps, so that the mean does
+    not run ahead of what the gradients tell. Too little is not worth the memory traffic.
     """
     if choice.withhold != "auto":
         return choice.withhold
     if not choice.overlap and period == 1:  # all is exchanged at once
         return 0.0
-    part = (1 - 1 / math.sqrt(replicas)) * 2 / (period + 1)
+    part = (1 - 1 / math.sqrt(replicas)) * min(2 / period, 1)
     return part if part >= LEAST else 0.0
 
 
