@@ -32,7 +32,7 @@ from nettorrent_mpi.plan.pairing import make_pairing
 
 WARM_UP = 8  # rounds with small parts, before `part: auto` measures
 SMALL = 1 << 14  # elements of these parts
-GROWTH = 0.3  # of a run
+GROWTH = 0.5  # of a run
 LEAST = 0.05  # of a step to withhold
 
 
