@@ -8,6 +8,7 @@ import numpy as np
 
 from nettorrent_mpi.app.tables import MOST_LINES, aligned, wrapped
 from nettorrent_mpi.engine.choices import Async, Constant, Elite, Gossip, Nothing, PushSum, TopK, Whole
+from nettorrent_mpi.engine.gossip import withholding
 from nettorrent_mpi.nn.compression import make_codec
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.nn.specs import Spec
@@ -120,6 +121,10 @@ def _gossip(setup: Setup, gossip: Gossip) -> list[str]:
     if gossip.probability < 1:
         when.append(f"each pair with probability {gossip.probability:g}")
     when.append("messages travel while the next step computes" if gossip.overlap else "the step waits for the messages")
+    kept = withholding(gossip, pairing.replicas, parts * gossip.every)
+    if kept:
+        most = "up to " if gossip.part == "auto" and gossip.withhold == "auto" else ""
+        when.append(f"{most}{kept:.0%} of a replica's own step is withheld until others know it")
     when.append(f"deadline {gossip.deadline if isinstance(gossip.deadline, str) else f'{gossip.deadline:g} ms'}")
     lines = [
         *wrapped(

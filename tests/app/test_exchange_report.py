@@ -157,7 +157,10 @@ def test_the_largest_shard_counts_not_the_largest_stage() -> None:
 def test_rounds_exact_averages_and_mixes() -> None:
     text = told(4, "exchange=gossip")
     assert "mix the pairing's own weights" in text
-    assert "round every step; messages travel while the next step computes; deadline auto" in text
+    assert "round every step; messages travel while the next step computes; up to 50% of a replica's own step" in text
+    assert "is withheld until others know it; deadline auto" in text
+    assert "withheld" not in told(4, "exchange={gossip: {withhold: 0}}")
+    assert "computes; 20% of a replica's own step" in told(4, "exchange={gossip: {withhold: 0.2}}")
     assert "averaged exactly" not in text
     text = told(
         4,
@@ -166,7 +169,8 @@ def test_rounds_exact_averages_and_mixes() -> None:
     )
     assert "mix linear, start 0.7, end 0.1, target 1000" in text
     assert "with the pairing's own weights; with this probability more" in text
-    assert "each pair with probability 0.25; the step waits for the messages; deadline 2.5 ms" in text
+    assert "each pair with probability 0.25; the step waits for the messages; 50% of a replica's own step" in text
+    assert "deadline 2.5 ms" in text
     assert (
         "exactly every 5 rounds, with slow momentum 0.3; and whenever the replicas' relative distance is above 0.1"
         in text

@@ -54,3 +54,29 @@ def test_without_memories_there_is_nothing_to_mix(layers: list[list[np.ndarray]]
     before = flat(layers[0]).copy()
     vector.mix(Span(0, vector.size), 1.0, np.zeros(vector.size))
     np.testing.assert_array_equal(flat(layers[0]), before)
+
+
+def test_what_is_withheld_belongs_to_the_vector_until_it_is_released(layers: list[list[np.ndarray]]) -> None:
+    vector = Vector(layers[0], layers[1:2], layers[2])
+    parameters, withheld = flat(layers[0]).copy(), flat(layers[2]).copy()
+    whole, where = Span(0, vector.size), Span(4, BLOCK + 9)
+    assert vector.bytes_per_element == 2 * 8
+
+    def read() -> np.ndarray:
+        vector.read(whole, out := np.empty(2 * vector.size))
+        np.testing.assert_array_equal(out[vector.size :], flat(layers[1]))
+        return out[: vector.size]
+
+    def difference() -> np.ndarray:
+        vector.difference(where, np.ones(where.size), out := np.empty(where.size))
+        return out
+
+    np.testing.assert_array_equal(read(), parameters + withheld)
+    np.testing.assert_allclose(difference(), (parameters + withheld)[slice(*where)] - 1, rtol=0, atol=1e-15)
+    vector.release(where)
+    np.testing.assert_array_equal(read(), parameters + withheld)
+    np.testing.assert_allclose(difference(), (parameters + withheld)[slice(*where)] - 1, rtol=0, atol=1e-15)
+    parameters[slice(*where)] += withheld[slice(*where)]
+    withheld[slice(*where)] = 0
+    np.testing.assert_array_equal(flat(layers[0]), parameters)
+    np.testing.assert_array_equal(flat(layers[2]), withheld)

@@ -201,6 +201,7 @@ def _gossip(dice: random.Random, replicas: int) -> Plain:
         "deadline": dice.choice(["auto", "none", 0.3, 20.0]),
         "divergence_threshold": dice.choice([0.0, 0.0, 2.0]),
         "rate_factor": dice.choice(["auto", "auto", 0.5, 2.0]),
+        "withhold": dice.choice(["auto", "auto", 0.0, 0.6]),
     }
     if dice.random() < 0.4 and options["pairing"] != "random":
         options["compress"] = dice.choice(["float16", "int8", "sign", {"topk": 0.05}, {"topk": 0.5}])

@@ -117,9 +117,15 @@ def test_the_average_is_kept_and_the_replicas_come_together(pairing: str, overla
 
 
 @several
-def test_exchanging_late_loses_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The average moves by the average of all updates, also of those done while messages travelled."""
-    engine, gossip = make(alone(), part=1.0, **PATIENT)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"part": 0.4}, {"mix": choices.PushSum()}, {"compress": choices.Int8()}, {"overlap": False, "part": 0.4}],
+    ids=str,
+)
+def test_exchanging_late_loses_no_step(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average moves by the average of all updates, also of those done while messages travelled, and of what a
+    replica did not compute with yet."""
+    engine, gossip = make(alone(), **{"part": 1.0, **options}, **PATIENT)
     mean = scatter(engine)
     updates = np.zeros_like(mean)
     before = np.zeros_like(mean)
