@@ -19,7 +19,7 @@ def test_the_factor_grows_to_the_root_of_the_replicas_and_on_as_the_rate_falls(o
     assert factor(0.0, 1.0) == 1
     assert factor(GROWTH / 2, 1.0) == pytest.approx(2)
     assert factor(GROWTH, 1.0) == factor(1.0, 1.0) == pytest.approx(3)  # a rate that stays as it is
-    assert factor(1.0, 0.25) == pytest.approx(6)  # the square as the rate
+    assert factor(1.0, 0.25) == pytest.approx(3 * math.sqrt(2))
     assert factor(1.0, 0.01) == factor(1.0, 0.0) == 9
 
 
