@@ -81,7 +81,8 @@ class Trace:
             events += [
                 {
                     "ph": "X", "pid": rank, "tid": 0, "name": labels[number], "cat": labels[number].strip("0123456789"),
-                    "ts": (begin - origin) / 1000, "dur": (end - begin) / 1000, "args": {"step": step, "together": shared / 1000},
+                    "ts": (begin - origin) / 1000, "dur": (end - begin) / 1000,
+                    "args": {"step": step, "together": shared / 1000},
                 }
                 for step, number, begin, end, shared in theirs.tolist()
             ]  # fmt: skip

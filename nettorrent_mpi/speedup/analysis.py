@@ -35,8 +35,8 @@ def overloaded(results: Results) -> str:
         return ""
     return (
         f"**{_listed(beyond)} ranks exceed the {_cores(cores)} of this machine.** There they take turns on a core, so "
-        f"no speedup beyond {cores} is possible, and time that a rank spends without a core looks like communication or "
-        "waiting. Such figures tell how the modes bear overload, nothing of a machine with as many cores as ranks."
+        f"no speedup beyond {cores} is possible, and time that a rank spends without a core looks like communication "
+        "or waiting. Such figures tell how the modes bear overload, nothing of a machine with as many cores as ranks."
     )
 
 
