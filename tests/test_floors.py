@@ -52,7 +52,7 @@ ORDER = {
         "rates",
         "model",
     ],
-    "comm": ["mpi", "shared", "world", "transfers", "mail"],
+    "comm": ["offline", "mpi", "shared", "world", "transfers", "mail"],
     "data": ["files", "idx", "cifar", "augment", "rows", "hdf5", "synthetic", "dataset", "sampler", "folder", "fetch"],
     "engine": [
         "choices",

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nettorrent_mpi.comm import offline  # noqa: F401
+
+# isort: split
 from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.clock import WARM_UP
 from nettorrent_mpi.app.config import Config

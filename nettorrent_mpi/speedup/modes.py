@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nettorrent_mpi.comm import offline  # noqa: F401
+
+# isort: split
 from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.config import Config
 from nettorrent_mpi.app.options import plain as plain_of

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from nettorrent_mpi.comm import offline  # noqa: F401
+
+# isort: split
 from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.setup import Setup, set_up
 from nettorrent_mpi.data.augment import Augment
@@ -216,13 +220,14 @@ def train(options: argparse.Namespace, rank: int) -> dict[str, Any]:
 def train_one_of_many(rank: int, options: argparse.Namespace, meeting_point: str) -> None:
     """One process of DistributedDataParallel over gloo; process 0 tells. The meeting point is a URL of PyTorch's."""
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=options.processes)
-    try:
-        measured = train(options, rank)
-    finally:
-        dist.destroy_process_group()
+    measured = train(options, rank)
+    dist.barrier()
     if rank == 0:
         sys.stdout.write(json.dumps(measured) + "\n")
-        sys.stdout.flush()
+    sys.stdout.flush()
+    # A thread of gloo's that still waits for the interpreter while it is taken down ends the process by SIGABRT (seen
+    # now and then with PyTorch 2.13, process group destroyed or not). There is nothing left to take down.
+    os._exit(0)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
