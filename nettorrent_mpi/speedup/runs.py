@@ -102,7 +102,8 @@ def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, f
     looks at, or of the test set where none are kept back."""
     found = []
     for record in metrics:
-        accuracy = record.get("validation_accuracy", record.get("test_accuracy"))
+        accuracy = record.get("validation_accuracy")
+        accuracy = record.get("test_accuracy") if accuracy is None else accuracy
         if accuracy is not None:
             found.append((record["time"], record["epoch"], accuracy))
     return found

@@ -18,17 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 Installed = Callable[[str], tuple[list[str], dict[str, str]]]
-# Two epochs whose result does not depend on who computes it.
-EXACT = [
-    "--set",
-    "dtype=float64",
-    "--set",
-    "model.layers.6.dropout=0",
-    "--set",
-    "train.epochs=2",
-    "--accuracy",
-    "0.999",
-]
+# An epoch whose result does not depend on who computes it.
+CHANGES = ("dtype=float64", "model.layers.6.dropout=0", "train.epochs=1")
+EXACT = [*(word for change in CHANGES for word in ("--set", change)), "--accuracy", "0.999"]
 
 
 def command(*words: object, folder: Path) -> list[str]:
@@ -44,31 +36,39 @@ def compare(
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--ranks", "2,1"], "--ranks 2,1: ascending whole numbers"),
-        (["--ranks", "0,1"], "--ranks 0,1: ascending"),
-        (["--ranks", "1,two"], "--ranks 1,two: ascending"),
-        (["--modes", "rows,colums"], "unknown mode 'colums'; there are rows, cols, gpipe"),
-        (["--peers", "tensorflow"], "unknown peer 'tensorflow'; there are torch, torch_channels_last"),
-        (["--repeats", "0"], "--repeats 0: at least 1"),
-        (["--steps", "-3"], "--steps -3: at least 1"),
-        (["--accuracy", "95"], "--accuracy 95.0: a fraction"),
-        (["--launcher", "mpirun -n 2"], "write {ranks} where the number of ranks belongs"),
-        (["--launcher", "no-such-program {ranks}"], "there is no program no-such-program"),
-        (["--set", "train.batch_size=none"], "train.batch_size"),
-        (["--set", "data={name: mnist, root: /nowhere}"], "/nowhere"),
-    ],
-)
-def test_mistakes(tmp_path: Path, words: list[str], told: str) -> None:
-    done = compare(DIGITS, *words, folder=tmp_path / "out")
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("nettorrent: error: ")]
-    assert len(errors) == 1
-    assert told in errors[0]
-    assert done.stdout == ""
-    assert not (tmp_path / "out").exists()
+MISTAKES: list[tuple[list[str], str]] = [
+    (["--ranks", "2,1"], "--ranks 2,1: ascending whole numbers"),
+    (["--ranks", "0,1"], "--ranks 0,1: ascending"),
+    (["--ranks", "1,two"], "--ranks 1,two: ascending"),
+    (["--modes", "rows,colums"], "unknown mode 'colums'; there are rows, cols, gpipe"),
+    (["--peers", "tensorflow"], "unknown peer 'tensorflow'; there are torch, torch_channels_last"),
+    (["--repeats", "0"], "--repeats 0: at least 1"),
+    (["--steps", "-3"], "--steps -3: at least 1"),
+    (["--accuracy", "95"], "--accuracy 95.0: a fraction"),
+    (["--launcher", "mpirun -n 2"], "write {ranks} where the number of ranks belongs"),
+    (["--launcher", "no-such-program {ranks}"], "there is no program no-such-program"),
+    (["--set", "train.batch_size=none"], "train.batch_size"),
+    (["--set", "data={name: mnist, root: /nowhere}"], "/nowhere"),
+]
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    """Each is told in one line, and nothing is started or written."""
+    file, folder = tmp_path / "commands", tmp_path / "out"
+    lists = [["speedup", DIGITS, *words, "--peers", "none", "--output", str(folder)] for words, _ in MISTAKES]
+    for words in lists:
+        if words.count("--peers") > 1:
+            del words[-4:-2]
+    file.write_text(json.dumps(lists))
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "programs" / "commands.py", file], cwd=ROOT, check=True, timeout=60
+    )
+    for (_, wanted), (code, told) in zip(MISTAKES, json.loads((tmp_path / "commands.done").read_text()), strict=True):
+        assert code == 2, told
+        assert told.startswith("nettorrent: error: ")
+        assert told.count("\n") == 1
+        assert wanted in told
+    assert not folder.exists()
 
 
 def test_not_under_mpirun(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def check_files(folder: Path, pictures: set[str]) -> dict[str, Any]:
 def test_modes(tmp_path: Path, installed_mpi: Installed, mpi: str) -> None:
     """Also a mode that is not possible; more ranks than cores on machines with two."""
     words, env = installed_mpi(mpi)
-    few = ["--steps", "6", "--repeats", "2" if mpi == "openmpi" else "1", "--peers", "none"]
+    few = ["--steps", "6", "--repeats", "1" if mpi == "openmpi" else "2", "--peers", "none"]
     more = [] if mpi == "openmpi" else ["--launcher", f"{words[0]} -n {{ranks}}"]
     modes, ranks = ("rows,1f1b", "2,5") if mpi == "openmpi" else ("replicas", "2")
     done = compare(DIGITS, "--ranks", ranks, "--modes", modes, *few, *more, folder=tmp_path, env=env)
@@ -122,15 +122,17 @@ def test_modes(tmp_path: Path, installed_mpi: Installed, mpi: str) -> None:
     if mpi == "openmpi":
         assert list(told) == ["serial-1", "rows-2", "1f1b-2", "rows-5", "1f1b-5"]
         assert "5 stages for 4 weight layers" in told["1f1b-5"]["impossible"]
-        assert [len(side["samples_per_second"]) for side in results["sides"]] == [2, 2, 2, 2, 0]
+        assert [len(side["samples_per_second"]) for side in results["sides"]] == [1, 1, 1, 1, 0]
         if results["host"]["cores"] < 5:
             assert "5 ranks exceed the" in done.stdout
+    else:
+        assert [len(side["samples_per_second"]) for side in results["sides"]] == [2, 2]
     assert results["steps"] == 6
     assert {path.stem for path in (tmp_path / "configs").iterdir()} >= {name for name in told if "5" not in name}
 
 
 def test_peers_train_the_same(tmp_path: Path, installed_mpi: Installed) -> None:
-    """After each epoch, in float64 and without dropout, everybody's accuracy is the same."""
+    """After an epoch, in float64 and without dropout, everybody's accuracy is the same."""
     pytest.importorskip("torch", reason="PyTorch, to compare with, is not installed (the extra `compare`)")
     _, env = installed_mpi("openmpi")
     few = ["--ranks", "1,2", "--modes", "rows", "--peers", "torch,ddp", "--steps", "3", "--repeats", "1"]
@@ -142,10 +144,10 @@ def test_peers_train_the_same(tmp_path: Path, installed_mpi: Installed) -> None:
     runs = {run["side"].split("-")[0]: run for run in results["accuracy"]["runs"]}
     assert set(runs) == {"serial", "rows", "torch", "ddp"}
     curves = [[point[1:] for point in run["curve"]] for run in runs.values()]
-    assert [epoch for epoch, _ in curves[0]] == [1.0, 2.0]
+    assert [epoch for epoch, _ in curves[0]] == [1.0]
+    assert curves[0][0][1] > 0.5
     for curve in curves[1:]:
-        for mine, theirs in zip(curve, curves[0], strict=True):
-            assert mine == pytest.approx(theirs)
+        assert curve == [pytest.approx(curves[0][0])]
     assert all(run["seconds"] is None for run in runs.values())
 
 
