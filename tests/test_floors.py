@@ -108,6 +108,7 @@ ORDER = {
         "torch_network",
         "torch_peer",
         "runs",
+        "comparison",
         "command",
     ],
 }

@@ -30,7 +30,7 @@ beside PyTorch (where it is installed), in turns, and tells how fast each was an
     nettorrent speedup configs/mnist.yaml --ranks 1,2,4 --accuracy 0.97
 
 It starts the ranks itself: no mpirun before it. The output folder gets results.json (every figure, the machine, the
-versions), report.md (tables and an analysis made from the figures), pictures as PNG and SVG, and configs/, the
+versions), report.md (tables and an analysis made from the figures), pictures as PNG and SVG, and trainings/, the
 configuration of each run. What is not possible, as more pipeline stages than layers, is told in the report."""
 
 

@@ -9,7 +9,7 @@ from nettorrent_mpi.speedup.modes import SERIAL
 from nettorrent_mpi.speedup.sides import in_words
 
 _REASONS = {
-    "compute": "computing, which is dearer in smaller pieces or beside others",
+    "compute": "dearer computing",
     "communication": "communication",
     "waiting": "waiting for the slowest rank",
     "bubble": "the bubble of the pipeline",
@@ -35,8 +35,8 @@ def overloaded(results: Results) -> str:
         return ""
     return (
         f"**{_listed(beyond)} ranks exceed the {_cores(cores)} of this machine.** There they take turns on a core, so "
-        f"no speedup beyond {cores} is possible, and time that a rank spends without a core looks like communication "
-        "or waiting. Such figures tell how the modes bear overload, nothing of a machine with as many cores as ranks."
+        f"no speedup beyond {cores} is possible, and time that a rank spends without a core is counted as whatever it "
+        "was doing. Such figures tell how the modes bear overload, nothing of a machine with as many cores as ranks."
     )
 
 
@@ -92,7 +92,10 @@ def bounds(results: Results) -> str:
         told.append(text)
     if not told:
         return ""
-    return "What bounded them (parts of ranks x time beyond what one rank needs): " + ". ".join(told) + "."
+    return (
+        f"What bounded them, in parts of ranks x time beyond what one rank needs: {'. '.join(told)}. "
+        "(Computing is dearer in smaller pieces, and beside others who use the same memory or cores.)"
+    )
 
 
 def to_accuracy(results: Results) -> str:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from nettorrent_mpi.speedup.figures import Figure, Results, figures
 from nettorrent_mpi.speedup.modes import MODES, SERIAL
+from nettorrent_mpi.speedup.report import PICTURES
 from nettorrent_mpi.speedup.shares import PARTS
 from nettorrent_mpi.speedup.sides import PEERS, in_words
 
@@ -32,7 +33,7 @@ def draw(results: Results, folder: Path) -> list[str]:
     """NAME.png and NAME.svg in `folder` for every picture that there are figures for; gives the names."""
     drawn = []
     with mpl.rc_context(_STYLE):
-        for name, make in _PICTURES.items():
+        for name, make in _MAKERS.items():
             picture = make(results)
             if picture is None:
                 continue
@@ -57,16 +58,22 @@ def _lines(found: list[Figure], value: Callable[[float, Figure], float], axes: A
         ends = [figure.side["samples_per_second"] for figure in own]
         down = [y - value(min(e), f) for y, e, f in zip(ys, ends, own, strict=True)]
         up = [value(max(e), f) - y for y, e, f in zip(ys, ends, own, strict=True)]
-        style: dict[str, Any] = {"linewidth": 1.2, "markersize": 4, "capsize": 2, "elinewidth": 0.8}
-        if own[0].ours:
-            number = list(MODES).index(mode)
-            style |= {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKS[number % len(_MARKS)]}
-            style["linestyle"] = "-" if number < len(_COLOURS) else (0, (6, 1))
-        else:
-            number = list(PEERS).index(mode)
-            style |= {"color": "#777777", "linestyle": _PEER_LINES[number], "marker": _MARKS[number]}
+        style = {"capsize": 2, "elinewidth": 0.8, **_style(mode)}
         label = mode if own[0].ours else PEERS[mode]
         axes.errorbar(xs, ys, yerr=[down, up], label=label, **style)
+
+
+def _style(mode: str) -> dict[str, Any]:
+    """How a mode or a peer is drawn, in every picture."""
+    style: dict[str, Any] = {"linewidth": 1.2, "markersize": 4}
+    if mode == SERIAL:
+        return style | {"color": "#000000", "marker": ".", "linestyle": (0, (1, 1))}
+    if mode in PEERS:
+        number = list(PEERS).index(mode)
+        return style | {"color": "#777777", "linestyle": _PEER_LINES[number], "marker": _MARKS[number]}
+    number = list(MODES).index(mode)
+    line: Any = "-" if number < len(_COLOURS) else (0, (6, 1))
+    return style | {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKS[number], "linestyle": line}
 
 
 def _over_ranks(results: Results, value: Callable[[float, Figure], float], title: str) -> tuple[Picture, Axes] | None:
@@ -86,8 +93,8 @@ def _over_ranks(results: Results, value: Callable[[float, Figure], float], title
     if counts[-1] > cores:
         axes.axvspan(max(cores, counts[0]) * 1.03, counts[-1] * 1.1, color="#000000", alpha=0.06, linewidth=0)
         axes.text(
-            counts[-1] * 1.08, 0.01, f"more than the {cores} cores", transform=axes.get_xaxis_transform(),
-            fontsize=7, ha="right", va="bottom",
+            counts[-1] * 1.08, 0.99, f"more than the {cores} cores", transform=axes.get_xaxis_transform(),
+            fontsize=7, ha="right", va="top",
         )  # fmt: skip
     _tidy(axes)
     return picture, axes
@@ -137,13 +144,10 @@ def accuracy(results: Results) -> Picture | None:
     sides = {side["name"]: side for side in results["sides"]}
     picture = Picture(figsize=(7.2, 4.4), layout="constrained")
     axes = picture.add_subplot()
-    for number, run in enumerate(runs):
+    for run in runs:
         side = sides[run["side"]]
-        colour = "#777777" if side["mode"] in PEERS else _COLOURS[number % len(_COLOURS)]
-        line: Any = _PEER_LINES[list(PEERS).index(side["mode"])] if side["mode"] in PEERS else "-"
         xs, ys = [point[0] for point in run["curve"]], [point[2] for point in run["curve"]]
-        mark = _MARKS[number % len(_MARKS)]
-        axes.plot(xs, ys, label=in_words(side), color=colour, linestyle=line, marker=mark, markersize=3, linewidth=1.1)
+        axes.plot(xs, ys, label=in_words(side), **_style(side["mode"]))
     axes.axhline(told["wanted"], color="#000000", linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set(
         xlabel="seconds since training began", ylabel=f"accuracy on the {told['of']} rows", title=results["config"]
@@ -191,9 +195,6 @@ def _tidy(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
-_PICTURES: dict[str, Callable[[Results], Picture | None]] = {
-    "speedup": speedup,
-    "efficiency": efficiency,
-    "accuracy": accuracy,
-    "shares": shares,
-}
+_MAKERS: dict[str, Callable[[Results], Picture | None]] = dict(
+    zip(PICTURES, (speedup, efficiency, accuracy, shares), strict=True)
+)

@@ -12,6 +12,7 @@ from nettorrent_mpi.speedup.modes import MODES, SERIAL
 from nettorrent_mpi.speedup.shares import PARTS
 from nettorrent_mpi.speedup.sides import DDP, OURS, PEERS, in_words
 
+PICTURES = ("speedup", "efficiency", "accuracy", "shares")
 SHARES = """\
 Parts of each rank's time in a run of its own with `trace: true`. Communication: sending, receiving and summing when
 everybody needed was there, and collective operations inside layers and updates, where ranks may also wait for each

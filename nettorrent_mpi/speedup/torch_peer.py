@@ -106,6 +106,7 @@ class Peer:
         if options.compile:  # a size of its own for the last, shorter mini-batch of an epoch
             self._model = torch.compile(self._model, dynamic=False)
         self._optimizer = make_optimizer(config.train.optimizer, list(self.network.parameters()))
+        self._judged: tuple[Rows, np.ndarray[Any, Any]] | None = None
 
     def step(self, n: int, rate: float) -> None:
         """Training step n, counted from 0."""
@@ -129,21 +130,25 @@ class Peer:
             nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
         self._optimizer.step()
 
-    def accuracy(self) -> float | None:
-        """On the rows that stop_at looks at: validation rows if some are kept back, otherwise the test set."""
+    def read_judged(self) -> None:
+        """Hold the rows that stop_at looks at: validation rows if some are kept back, otherwise the test set."""
         sampler, test = self._setup.sampler, self._setup.dataset.test
         if len(sampler.validation_rows):
-            chosen, rows = sampler.validation_rows, self._train_rows
+            self._judged = self._train_rows, sampler.validation_rows
         elif test is not None:
-            chosen, rows = np.arange(test.rows), Rows(test, self._dtype, None, self._channels_last)
-        else:
+            self._judged = Rows(test, self._dtype, None, self._channels_last), np.arange(test.rows)
+
+    def accuracy(self) -> float | None:
+        """On the rows that were read for it, by all processes together; None where there are none."""
+        if self._judged is None:
             return None
+        rows, chosen = self._judged
         mine = chosen[slice(*span(len(chosen), self._size, self._rank))]
+        size, right = self._setup.sampler.batch_size, 0
         self._model.eval()
-        right = 0
         with torch.no_grad():
-            for first in range(0, len(mine), sampler.batch_size):
-                x, targets = rows.batch(mine[first : first + sampler.batch_size], training=False)
+            for first in range(0, len(mine), size):
+                x, targets = rows.batch(mine[first : first + size], training=False)
                 right += count_right(self._loss, self.network(x), targets)
         self._model.train()
         counted = torch.tensor(right)
@@ -186,6 +191,8 @@ def train_until(peer: Peer, setup: Setup, accuracy: float) -> dict[str, Any]:
     steps = train.steps if train.steps is not None else (train.epochs or 1) * sampler.steps_per_epoch
     rate = make_rate(train.schedule, train.optimizer.options()["lr"], steps, sampler.steps_per_epoch)
     curve: list[tuple[float, float, float]] = []
+    peer.read_judged()
+    peer.meet()
     begin = time.perf_counter()
     for n in range(steps):
         peer.step(n, rate(n))

@@ -128,7 +128,7 @@ def test_modes(tmp_path: Path, installed_mpi: Installed, mpi: str) -> None:
     else:
         assert [len(side["samples_per_second"]) for side in results["sides"]] == [2, 2]
     assert results["steps"] == 6
-    assert {path.stem for path in (tmp_path / "configs").iterdir()} >= {name for name in told if "5" not in name}
+    assert {path.stem for path in (tmp_path / "trainings").iterdir()} >= {name for name in told if "5" not in name}
 
 
 def test_peers_train_the_same(tmp_path: Path, installed_mpi: Installed) -> None:

@@ -116,4 +116,6 @@ def test_same_training(tmp_path: Path, mpirun: Any) -> None:
     for key, array in peer.network.arrays().items():
         np.testing.assert_allclose(array, ours[key], rtol=1e-8, atol=1e-10, err_msg=key)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert peer.accuracy() is None
+    peer.read_judged()
     assert peer.accuracy() == summary["test_accuracy"]
