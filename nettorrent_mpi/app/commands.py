@@ -109,7 +109,7 @@ def _add_speedup(commands: Any) -> None:
     parser.add_argument(
         "--peers", metavar="PEER,...",
         help="some of torch, torch_channels_last, torch_compile, ddp, each with as many threads or processes as there "
-        "are ranks; or none (default: all, if PyTorch is installed)",
+        "are ranks, and with one; or none (default: all, if PyTorch is installed)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of every side (default: 3)")
     parser.add_argument(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nettorrent_mpi.speedup.figures import Figure, Results, best, figures, losses
-from nettorrent_mpi.speedup.modes import SERIAL
+from nettorrent_mpi.speedup.figures import Figure, Results, best, figures, losses, ranked
+from nettorrent_mpi.speedup.modes import APART, SERIAL
 from nettorrent_mpi.speedup.sides import in_words
 
 _REASONS = {
@@ -51,6 +51,12 @@ def winners(results: Results, found: list[Figure]) -> str:
         )
         if others:
             text += f"; {_listed([f'`{f.mode}`' for f in others])} cannot be told from it within the spread"
+        alike = next((f for f in ranked(found, ranks, ours=True) if f.mode not in APART), None)
+        if first.mode in APART and alike is not None:
+            text += (
+                f"; of the modes that give the weights of one rank `{alike.mode}` was, with {alike.median:,.0f} "
+                f"({alike.speedup:.2f} times)"
+            )
         if first.speedup <= 1:
             text += "; nothing was faster than one rank"
         told.append(text + ".")

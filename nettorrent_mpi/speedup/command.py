@@ -56,7 +56,7 @@ def speedup(args: argparse.Namespace) -> None:
     folder = Path(args.output or f"runs/speedup-{name}")
     _check_folder(folder, args.overwrite)
 
-    everyone = [*sides.ours(plans), *sides.peers(asked, counts, setup)]
+    everyone = [*sides.ours(plans), *sides.peers(asked, sorted({1, *counts}), setup)]
     notes = _notes(config, shared, args.peers)
     results = _about(args, name, setup, one, counts, names, everyone, notes)
     comparison = Comparison(folder, launcher, plans, everyone, results, shared)

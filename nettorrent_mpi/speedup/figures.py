@@ -53,10 +53,15 @@ def figures(results: Results) -> list[Figure]:
     return found
 
 
+def ranked(found: list[Figure], cpus: int, *, ours: bool) -> list[Figure]:
+    """All of ours, or of PyTorch's, on so many cores, the fastest first."""
+    return sorted((f for f in found if f.cpus == cpus and f.ours == ours), key=lambda f: -f.median)
+
+
 def best(found: list[Figure], cpus: int, *, ours: bool) -> list[Figure]:
-    """The fastest of ours, or of PyTorch's, on so many cores, and those that cannot be told from it: whose largest and
-    smallest figures overlap with its own. Fastest first; empty where nothing was measured."""
-    there = sorted((f for f in found if f.cpus == cpus and f.ours == ours), key=lambda f: -f.median)
+    """The first of `ranked`, and those that cannot be told from it: their largest figure is not below its smallest.
+    Empty where nothing was measured."""
+    there = ranked(found, cpus, ours=ours)
     return [f for f in there if max(f.side["samples_per_second"]) >= min(there[0].side["samples_per_second"])]
 
 

@@ -19,6 +19,7 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.plan.topology import LayerFacts, partition
 
+APART = ("async", "gossip", "elite")  # modes whose weights are not those of one rank
 Settings = dict[str, Any]  # keys of a configuration, as to_plain writes them
 SERIAL = "serial"
 VALIDATION = 0.1  # of the training rows, where elite needs some and the configuration keeps none back

@@ -267,6 +267,13 @@ def main() -> int:
     except NetTorrentError as error:
         sys.stderr.write(f"torch_peer: error: {error}\n")
         return error.exit_code
+    except Exception as error:
+        if not options.compile:
+            raise
+        # torch.compile has no compiler here, or cannot do this network: its reason is the first line of many.
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        sys.stderr.write(f"{type(error).__name__}: {reason[0]}\n")
+        return 1
     return 0
 
 

@@ -18,8 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 Installed = Callable[[str], tuple[list[str], dict[str, str]]]
-# An epoch whose result does not depend on who computes it.
-CHANGES = ("dtype=float64", "model.layers.6.dropout=0", "train.epochs=1")
+# A short epoch whose result does not depend on who computes it.
+FEW = "data={name: synthetic, rows: 300, test_rows: 100, shape: [8, 8, 1], classes: 10}"
+CHANGES = (FEW, "dtype=float64", "model.layers.6.dropout=0", "train.epochs=1")
 EXACT = [*(word for change in CHANGES for word in ("--set", change)), "--accuracy", "0.999"]
 
 
@@ -145,7 +146,7 @@ def test_peers_train_the_same(tmp_path: Path, installed_mpi: Installed) -> None:
     assert set(runs) == {"serial", "rows", "torch", "ddp"}
     curves = [[point[1:] for point in run["curve"]] for run in runs.values()]
     assert [epoch for epoch, _ in curves[0]] == [1.0]
-    assert curves[0][0][1] > 0.5
+    assert curves[0][0][1] > 0.15  # a class is a tenth of the rows
     for curve in curves[1:]:
         assert curve == [pytest.approx(curves[0][0])]
     assert all(run["seconds"] is None for run in runs.values())

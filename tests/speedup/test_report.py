@@ -52,6 +52,7 @@ def test_analysis(results: Results) -> None:
     assert "On 2 ranks `rows` was the fastest with 180 samples/s, 1.80 times one rank (90% efficiency)" in text
     assert "`gossip` cannot be told from it within the spread" in text
     assert "On 4 ranks (more than cores) `gossip` was the fastest" in text
+    assert "of the modes that give the weights of one rank `rows` was, with 120 (1.20 times)" in text
     assert "2.00 times PyTorch's best (torch, 1 thread, 50 samples/s) with one rank" in text
     assert "2.25 times PyTorch's best (ddp, 2 processes, 80 samples/s) with `rows` on 2 ranks" in text
     assert "`1f1b` on 2 ranks used 75% of its cores; it lost most, 24%, to the bubble of the pipeline" in text

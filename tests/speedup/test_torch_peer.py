@@ -78,6 +78,20 @@ def test_same_parameters_and_outputs(name: str) -> None:
     np.testing.assert_allclose(y, ours, rtol=1e-9, atol=1e-11)
 
 
+def test_why_compiling_fails_is_told_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler\nand many more lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    path = tmp_path / "normed.yaml"
+    path.write_text(NORMED)
+    monkeypatch.setattr("sys.argv", ["torch_peer", str(path), "--compile"])
+    assert torch_peer.main() == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "RuntimeError: no compiler"
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("augment", [(), ("flip", "crop")])
 @pytest.mark.parametrize("shape", [(6, 6, 3), (9,)])
