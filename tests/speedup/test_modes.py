@@ -13,7 +13,7 @@ from nettorrent_mpi.app import config as configuration  # noqa: E402
 from nettorrent_mpi.app.config import Config, Layout  # noqa: E402
 from nettorrent_mpi.app.setup import set_up  # noqa: E402
 from nettorrent_mpi.plan.errors import ConfigError, UserError  # noqa: E402
-from nettorrent_mpi.speedup import modes, sides  # noqa: E402
+from nettorrent_mpi.speedup import command, modes, sides  # noqa: E402
 
 NAMES = list(modes.MODES)
 
@@ -165,3 +165,18 @@ def test_peers_that_would_train_something_else() -> None:
     why = {side.mode: side.impossible for side in sides.peers(list(sides.PEERS), [2], normed)}
     assert "batch norm" in str(why["ddp"])
     assert why["torch"] is None
+
+
+def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is compared with it, and one line tells how it could be; asked for by name it is a mistake."""
+    monkeypatch.setattr(sides, "torch_is_there", lambda: False)
+    assert command._asked_peers(None) == []
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "pip install 'nettorrent_mpi[compare]'" in told
+    assert command._asked_peers("none") == []
+    with pytest.raises(ConfigError, match="not installed"):
+        command._asked_peers("torch,ddp")
+    monkeypatch.setattr(sides, "torch_is_there", lambda: True)
+    assert command._asked_peers(None) == list(sides.PEERS)
+    assert command._asked_peers("ddp,torch,ddp") == ["ddp", "torch"]
