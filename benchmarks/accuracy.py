@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed import RESULTS, describe_host, find_mpirun, run
+from benchmarks.speed import RESULTS, run
+from nettorrent_mpi.speedup.machine import describe_host, find_mpirun
 
 LAYERS = {"mnist": 7, "mnist_wide": 4, "cifar": 6}
 FILES = {

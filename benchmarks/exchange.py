@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import exchange_accuracy, exchange_network, exchange_progress, exchange_trace
-from benchmarks.speed import RESULTS, describe_host, find_mpirun
+from benchmarks.speed import RESULTS
+from nettorrent_mpi.speedup.machine import describe_host, find_mpirun
 
 PARTS = ("accuracy", "network", "progress", "fast", "trace")
 TITLES = {  # of the sections of the report

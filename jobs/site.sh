@@ -26,21 +26,27 @@ export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_po
 # Open MPI refuses to start ranks as root, as in a container, unless told twice.
 if ((EUID == 0)); then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 
-# launch RANKS COMMAND [ARG ...]
-launch() {
-  local ranks=$1
-  shift
+# srun does not take over sbatch's --cpus-per-task by itself. Not for mpirun: it starts one daemon per node by srun, which
+# would leave all ranks of the node the CPUs of one.
+if [[ $LAUNCH == srun ]]; then export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}; fi
+
+# launcher RANKS: the words that start so many ranks
+launcher() {
   case $LAUNCH in
-    mpirun) mpirun -n "$ranks" "$@" ;;
-    srun)
-      # srun does not take over sbatch's --cpus-per-task by itself. Not for mpirun: it starts one daemon per node by
-      # srun, which would leave all ranks of the node the CPUs of one.
-      export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-      srun --mpi="$SRUN_MPI" --ntasks="$ranks" "$@"
-      ;;
+    mpirun) echo "mpirun -n $1" ;;
+    srun) echo "srun --mpi=$SRUN_MPI --ntasks=$1" ;;
     *)
       echo "LAUNCH=$LAUNCH is neither mpirun nor srun (jobs/site.sh)" >&2
       return 2
       ;;
   esac
+}
+
+# launch RANKS COMMAND [ARG ...]
+launch() {
+  local words
+  words=$(launcher "$1")
+  shift
+  # shellcheck disable=SC2086  # it has several
+  $words "$@"
 }

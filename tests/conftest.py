@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +45,13 @@ def mpirun() -> Mpirun:
     every process of the run is killed and the test fails, showing the output so far.
     """
     return run
+
+
+@pytest.fixture(scope="session")
+def installed_mpi() -> Callable[[str], tuple[list[str], dict[str, str]]]:
+    """installed_mpi("openmpi" or "mpich"): (mpirun and its options, environment), for programs that start ranks
+    themselves; one that is not installed skips the test."""
+    return installed
 
 
 def run(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def submit_to_fakes(repository: Path, script: str, *args: str, **variables: str)
     activate.touch()
     fakes = repository / "fakes"
     fakes.mkdir()
-    for name in ("mpirun", "srun"):
+    for name in ("mpirun", "srun", "python"):
         fake = fakes / name
         fake.write_text(
             f'#!/bin/sh\necho {name} "$@"\n'
@@ -75,20 +76,30 @@ def test_srun(repository: Path) -> None:
     ]
 
 
-def test_array(repository: Path) -> None:
-    variables = {"SLURM_JOB_NAME": "speedup", "SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "2"}
-    done = submit_to_fakes(repository, "speedup.sbatch", **variables, CONFIG="configs/mnist.yaml")
-    assert done.stdout.splitlines()[0] == (
-        "mpirun -n 2 python -m nettorrent_mpi.train configs/mnist.yaml --set train.steps=200 "
-        "--output runs/speedup-16/ranks-2"
-    )
+SPEEDUP = (
+    "python -m nettorrent_mpi speedup configs/cifar.yaml --ranks {ranks} --launcher {launcher} "
+    "--output runs/speedup-17 --steps 5"
+)
 
 
-def test_array_beyond_the_job(repository: Path) -> None:
-    variables = {"SLURM_JOB_NAME": "speedup", "SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "9"}
-    done = submit_to_fakes(repository, "speedup.sbatch", **variables)
+@pytest.mark.parametrize(
+    ("variables", "ranks", "launcher"),
+    [
+        ({}, "1,2,4,8", "mpirun -n {ranks}"),
+        ({"SLURM_NTASKS": "6"}, "1,2,4,6", "mpirun -n {ranks}"),
+        ({"SLURM_NTASKS": "1"}, "1", "mpirun -n {ranks}"),
+        ({"RANKS": "1,3", "LAUNCH": "srun"}, "1,3", "srun --mpi=pmix --ntasks={ranks}"),
+    ],
+)
+def test_speedup(repository: Path, variables: dict[str, str], ranks: str, launcher: str) -> None:
+    done = submit_to_fakes(repository, "speedup.sbatch", "--steps", "5", SLURM_JOB_NAME="speedup", **variables)
+    assert done.stdout.splitlines()[0] == SPEEDUP.format(ranks=ranks, launcher=launcher)
+
+
+def test_speedup_beyond_the_job(repository: Path) -> None:
+    done = submit_to_fakes(repository, "speedup.sbatch", SLURM_JOB_NAME="speedup", RANKS="1,9")
     assert done.returncode == 2
-    assert done.stderr == "9 ranks do not fit into --ntasks=8: raise it, or shorten --array\n"
+    assert done.stderr == "9 ranks do not fit into --ntasks=8: raise it, or shorten RANKS\n"
 
 
 def test_unknown_launcher(repository: Path) -> None:
@@ -105,7 +116,7 @@ def slurm_is_missing() -> str:
     return "" if " is UP" in ping.stdout else "no Slurm controller answers"
 
 
-def submit(repository: Path, script: str, *options: str, **variables: str) -> None:
+def submit(repository: Path, script: str, *options: str, words: Sequence[str] = (), **variables: str) -> None:
     """sbatch, wait for the job's end (Slurm ends it after two minutes), and show its output if it failed."""
     if reason := slurm_is_missing():
         pytest.skip(reason)
@@ -114,7 +125,7 @@ def submit(repository: Path, script: str, *options: str, **variables: str) -> No
     name = script.removesuffix(".sbatch")
     small = [part.replace("SHAPE", SHAPES[name]) for part in SMALL]
     done = subprocess.run(
-        ["sbatch", "--wait", "--time=2", *options, f"jobs/{script}", *small],
+        ["sbatch", "--wait", "--time=2", *options, f"jobs/{script}", *small, *words],
         cwd=repository,
         env={**os.environ, **root, **variables},
         capture_output=True,
@@ -145,6 +156,10 @@ def test_job_with_srun(repository: Path) -> None:
     assert world_sizes(repository) == [5]
 
 
-def test_job_array(repository: Path) -> None:
-    submit(repository, "speedup.sbatch", "--ntasks=4", "--array=1,3%1")
-    assert world_sizes(repository) == [1, 3]
+def test_job_speedup(repository: Path) -> None:
+    few = ["--modes", "rows", "--peers", "none", "--steps", "3", "--repeats", "1"]
+    submit(repository, "speedup.sbatch", "--ntasks=4", words=few, RANKS="1,3")
+    (path,) = repository.glob("runs/*/results.json")
+    results = json.loads(path.read_text())
+    assert results["complete"]
+    assert [side["name"] for side in results["sides"]] == ["serial-1", "rows-3"]

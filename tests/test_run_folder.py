@@ -309,6 +309,7 @@ HELP = {
     "train": "CONFIG",
     "evaluate": "RUN",
     "export": "FILE.npz",
+    "speedup": "CONFIG",
     "data": "ACTION",
     "data fetch": "NAME",
     "data import": "FILE.h5",

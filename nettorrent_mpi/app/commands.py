@@ -21,6 +21,18 @@ Trains the network that CONFIG describes on all ranks of the run and writes the 
 Without mpirun it runs on one rank, the serial baseline. Without CONFIG it trains on the handwritten digits that come
 with the package."""
 
+SPEEDUP = """\
+Trains the network that CONFIG describes in every way of parallelizing, on several numbers of ranks, beside one rank and
+beside PyTorch (where it is installed), in turns, and tells how fast each was and why:
+
+    nettorrent speedup configs/mnist.yaml --ranks 1,2,4,8
+    nettorrent speedup configs/digits.yaml --ranks 1,2 --modes rows,1f1b,gossip --peers none --steps 200
+    nettorrent speedup configs/mnist.yaml --ranks 1,2,4 --accuracy 0.97
+
+It starts the ranks itself: no mpirun before it. The output folder gets results.json (every figure, the machine, the
+versions), report.md (tables and an analysis made from the figures), pictures as PNG and SVG, and trainings/, the
+configuration of each run. What is not possible, as more pipeline stages than layers, is told in the report."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Argument errors are UserErrors, so that they are told once, not by every rank. No option may be shortened: a part
@@ -65,6 +77,8 @@ def _parser() -> _Parser:
     export.add_argument("run", metavar="RUN", help="the run's folder")
     export.add_argument("target", metavar="FILE.npz", help="the file to write; it must not exist yet")
 
+    _add_speedup(commands)
+
     data = commands.add_parser("data", help="fetch published data sets, import folders of images")
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     fetch = kinds.add_parser("fetch", help="download a data set from its publisher, and verify it")
@@ -79,6 +93,41 @@ def _parser() -> _Parser:
     )
     images.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     return parser
+
+
+def _add_speedup(commands: Any) -> None:
+    parser = commands.add_parser(
+        "speedup", help="compare all ways of parallelizing a network, and PyTorch", description=SPEEDUP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, see configs/ (default: the digits)")
+    parser.add_argument("--ranks", default="1,2,4", metavar="N,N,...", help="numbers of ranks (default: 1,2,4)")
+    parser.add_argument(
+        "--modes", metavar="MODE,...",
+        help="some of rows, cols, gpipe, 1f1b, async, replicas, gossip, elite, layers, auto (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", metavar="PEER,...",
+        help="some of torch, torch_channels_last, torch_compile, ddp, each with as many threads or processes as there "
+        "are ranks, and with one; or none (default: all, if PyTorch is installed)",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of every side (default: 3)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="timed steps of a turn (default: what takes one rank about 5 s)"
+    )
+    parser.add_argument(
+        "--accuracy", type=float, metavar="A",
+        help="train each mode and peer once until this accuracy, too, and tell when it was reached; the epochs of the "
+        "configuration are the most",
+    )  # fmt: skip
+    _add_set(parser)
+    parser.add_argument("--output", metavar="DIR", help="the folder to write (default: runs/speedup-CONFIG)")
+    parser.add_argument("--overwrite", action="store_true", help="replace another comparison's results in that folder")
+    parser.add_argument(
+        "--launcher", metavar="COMMAND",
+        help="what starts the ranks, with {ranks} for their number, as 'srun --mpi=pmix --ntasks={ranks}' "
+        "(default: mpirun -n {ranks})",
+    )  # fmt: skip
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +146,7 @@ def run(arguments: Sequence[str], chosen: str) -> int:
         return 0  # help is told once
     try:
         args = _parser().parse_args(arguments)
+        args.command_line = list(arguments)
         _LOCAL[args.command](args)
     except NetTorrentError as error:
         sys.stderr.write(f"nettorrent: error: {error}\n")
@@ -139,6 +189,12 @@ def _export(args: argparse.Namespace) -> None:
     export(args.run, args.target)
 
 
+def _speedup(args: argparse.Namespace) -> None:
+    from nettorrent_mpi.speedup.command import speedup
+
+    speedup(args)
+
+
 def _data(args: argparse.Namespace) -> None:
     from pathlib import Path
 
@@ -176,4 +232,8 @@ def _tell_images(done: int, total: int) -> None:
         sys.stderr.write(f"\r{done} of {total} images\033[K" + ("\n" if done == total else ""))
 
 
-_LOCAL: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "data": _data}
+_LOCAL: dict[str, Callable[[argparse.Namespace], None]] = {
+    "export": _export,
+    "speedup": _speedup,
+    "data": _data,
+}

@@ -63,7 +63,7 @@ class Scaling:
         stds = _per_channel("std", std, 1.0, shape)
         if not np.all(stds > 0.0):
             raise ConfigError(f"standard deviations must be above 0, not {std}", key="data.std")
-        self._factor, self._offset = unit / stds, means / stds
+        self.factor, self.offset = unit / stds, means / stds  # (channels,): x <- x * factor - offset
         self._cache: dict[np.dtype[Any], tuple[Array | None, Array | None]] = {}
 
     def apply(self, x_bR: Array) -> None:
@@ -71,8 +71,8 @@ class Scaling:
         terms = self._cache.get(x_bR.dtype)
         if terms is None:
             terms = self._cache[x_bR.dtype] = (
-                self._term(self._factor, 1.0, x_bR.dtype),
-                self._term(self._offset, 0.0, x_bR.dtype),
+                self._term(self.factor, 1.0, x_bR.dtype),
+                self._term(self.offset, 0.0, x_bR.dtype),
             )
         factor, offset = terms
         if factor is not None:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from nettorrent_mpi.comm.mail import Arrived, Mail
-from nettorrent_mpi.comm.mpi import Group
+from nettorrent_mpi.comm.mpi import Group, together
 from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.merging import Deadline, FlowControl
 from nettorrent_mpi.engine.mixer import NUMBER, Mixer, Round
@@ -141,7 +141,7 @@ class Rounds:
 
     def close(self, *, wait: bool) -> None:
         """Merge what has arrived; `wait` until the deadline for what has not, and then go on without it."""
-        began = time.perf_counter()
+        began = time.perf_counter_ns()
         while True:
             self._sort(self.mail.take())
             this = self._round
@@ -154,7 +154,8 @@ class Rounds:
             if not wait:
                 break
             os.sched_yield()
-        self.counts.waited += time.perf_counter() - began
+        self.counts.waited += (time.perf_counter_ns() - began) / 1e9
+        together.since(began)
 
     def _may_come(self, source: int, this: Round) -> bool:
         """Is this round's message of a source to be waited for? One source's messages come in the order of its rounds:

@@ -7,10 +7,13 @@ import time
 
 import numpy as np
 
+from nettorrent_mpi.comm.mpi import together
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.plan.actions import Action
 
-COLUMNS = 4  # step, number of the action, begin, end (nanoseconds of a clock that the ranks of a host share)
+# Step, number of the action, begin, end (of a clock that the ranks of a host share), and how long of that ranks did
+# something together, all in nanoseconds.
+COLUMNS = 5
 TAG = 77
 
 
@@ -24,16 +27,23 @@ class Trace:
         self._names: list[str] = []
 
     @staticmethod
-    def now() -> int:
-        return time.time_ns()
+    def now() -> tuple[int, int]:
+        """(the time, what `together` has counted until then), for `add`."""
+        return time.time_ns(), together.spent
 
-    def add(self, step: int, action: Action, began: int) -> None:
+    def add(self, step: int, action: Action, began: tuple[int, int]) -> None:
         """The action ended now."""
         number = self._numbers.get(action)
         if number is None:
             number = self._numbers[action] = len(self._names)
             self._names.append(str(action))
-        self._spans[self._count % len(self._spans)] = (step, number, began, time.time_ns())
+        self._spans[self._count % len(self._spans)] = (
+            step,
+            number,
+            began[0],
+            time.time_ns(),
+            together.spent - began[1],
+        )
         self._count += 1
 
     def spans(self) -> np.ndarray:
@@ -71,8 +81,9 @@ class Trace:
             events += [
                 {
                     "ph": "X", "pid": rank, "tid": 0, "name": labels[number], "cat": labels[number].strip("0123456789"),
-                    "ts": (begin - origin) / 1000, "dur": (end - begin) / 1000, "args": {"step": step},
+                    "ts": (begin - origin) / 1000, "dur": (end - begin) / 1000,
+                    "args": {"step": step, "together": shared / 1000},
                 }
-                for step, number, begin, end in theirs.tolist()
+                for step, number, begin, end, shared in theirs.tolist()
             ]  # fmt: skip
         return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})

@@ -9,10 +9,13 @@ NetTorrentError              exit code 1 unless said otherwise
 │   ├── OutputError          the run folder: another run's results, no space, no permission
 │   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
 ├── NonFiniteError           the training diverged: names step, layer and rank
+├── ChildError               a program that this one started failed: names it and shows its last lines
 └── ScheduleError            a schedule that cannot run: names the action that waits
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class NetTorrentError(Exception):
@@ -70,6 +73,15 @@ class NonFiniteError(NetTorrentError):
             f"step {step}: the output of layer {layer} is not finite (seen on rank {rank}); "
             "lower the learning rate, add warm-up, or clip the gradients (train.clip_norm)"
         )
+
+
+class ChildError(NetTorrentError):
+    """A program that was started and failed. `command` is its command line, `lines` are the last ones that it told."""
+
+    def __init__(self, command: str, code: int, lines: Sequence[str]):
+        self.command, self.code, self.lines = command, code, list(lines)
+        how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+        super().__init__("\n".join([f"{command} {how}" + (":" if lines else ""), *(f"  {line}" for line in lines)]))
 
 
 class ScheduleError(NetTorrentError):

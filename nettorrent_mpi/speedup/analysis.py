@@ -1,0 +1,133 @@
+"""The analysis in words: which mode won where, what bounded the others, and what the figures cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nettorrent_mpi.speedup.figures import Figure, Results, best, figures, losses, ranked
+from nettorrent_mpi.speedup.modes import APART, SERIAL
+from nettorrent_mpi.speedup.sides import in_words
+
+_REASONS = {
+    "compute": "dearer computing",
+    "communication": "communication",
+    "waiting": "waiting for the slowest rank",
+    "bubble": "the bubble of the pipeline",
+    "other": "what goes on between the actions",
+}
+_NOTABLE = 0.02  # of ranks x time: less is not told as a reason
+
+
+def analysis(results: Results) -> list[str]:
+    """Paragraphs, made from the figures alone."""
+    found = figures(results)
+    if not found:
+        return ["There are no figures yet."]
+    paragraphs = [overloaded(results), winners(results, found), against_torch(results, found), bounds(results)]
+    return [text for text in (*paragraphs, to_accuracy(results)) if text]
+
+
+def overloaded(results: Results) -> str:
+    """That there were more ranks than cores, and what that means; empty where there were not."""
+    cores = results["host"]["cores"]
+    beyond = sorted({side["cpus"] for side in results["sides"] if side["cpus"] > cores and not side["impossible"]})
+    if not beyond:
+        return ""
+    return (
+        f"**{_listed(beyond)} ranks exceed the {_cores(cores)} of this machine.** There they take turns on a core, so "
+        f"no speedup beyond {cores} is possible, and time that a rank spends without a core is counted as whatever it "
+        "was doing. Such figures tell how the modes bear overload, nothing of a machine with as many cores as ranks."
+    )
+
+
+def winners(results: Results, found: list[Figure]) -> str:
+    """Which mode was fastest on each number of ranks."""
+    cores, told = results["host"]["cores"], []
+    for ranks in sorted({figure.cpus for figure in found if figure.ours and figure.cpus > 1}):
+        first, *others = best(found, ranks, ours=True)
+        text = (
+            f"On {ranks} ranks{' (more than cores)' if ranks > cores else ''} `{first.mode}` was the fastest with "
+            f"{first.median:,.0f} samples/s, {first.speedup:.2f} times one rank ({first.efficiency:.0%} efficiency)"
+        )
+        if others:
+            text += f"; {_listed([f'`{f.mode}`' for f in others])} cannot be told from it within the spread"
+        alike = next((f for f in ranked(found, ranks, ours=True) if f.mode not in APART), None)
+        if first.mode in APART and alike is not None:
+            text += (
+                f"; of the modes that give the weights of one rank `{alike.mode}` was, with {alike.median:,.0f} "
+                f"({alike.speedup:.2f} times)"
+            )
+        if first.speedup <= 1:
+            text += "; nothing was faster than one rank"
+        told.append(text + ".")
+    serial = next((figure for figure in found if figure.mode == SERIAL), None)
+    if serial is not None:
+        told.insert(0, f"One rank made {serial.median:,.0f} samples/s.")
+    return " ".join(told)
+
+
+def against_torch(results: Results, found: list[Figure]) -> str:
+    """Ours beside PyTorch's best on the same number of cores."""
+    told = []
+    for count in sorted({figure.cpus for figure in found if not figure.ours}):
+        mine, theirs = best(found, count, ours=True), best(found, count, ours=False)
+        if not mine or not theirs:
+            continue
+        ratio = mine[0].median / theirs[0].median
+        told.append(
+            f"{ratio:.2f} times PyTorch's best ({in_words(dict(theirs[0].side))}, {theirs[0].median:,.0f} samples/s) "
+            f"with {'one rank' if count == 1 else f'`{mine[0].mode}` on {count} ranks'}"
+        )
+    return f"Beside PyTorch on as many cores this package made {_listed(told)}." if told else ""
+
+
+def bounds(results: Results) -> str:
+    """What each mode lost its efficiency to, where it was traced."""
+    told = []
+    for trace in results["traces"]:
+        found = None if trace["mode"] == SERIAL else losses(results, trace["mode"])
+        if found is None:
+            continue
+        figure, lost = found
+        reasons = sorted((part for part in lost if lost[part] >= _NOTABLE), key=lambda part: -lost[part])
+        text = f"`{figure.mode}` on {figure.cpus} ranks used {figure.efficiency:.0%} of its cores"
+        if reasons:
+            text += f"; it lost most, {lost[reasons[0]]:.0%}, to {_REASONS[reasons[0]]}"
+            more = [f"{lost[part]:.0%} to {_REASONS[part]}" for part in reasons[1:]]
+            text += f", {_listed(more)}" if more else ""
+        told.append(text)
+    if not told:
+        return ""
+    return (
+        f"What bounded them, in parts of ranks x time beyond what one rank needs: {'. '.join(told)}. "
+        "(Computing is dearer in smaller pieces, and beside others who use the same memory or cores.)"
+    )
+
+
+def to_accuracy(results: Results) -> str:
+    """Who came first to the accuracy that was asked for."""
+    told = results["accuracy"]
+    if told is None or not told["runs"]:
+        return ""
+    sides = {side["name"]: side for side in results["sides"]}
+    reached = sorted((run for run in told["runs"] if run["seconds"] is not None), key=lambda run: run["seconds"])
+    missed = [in_words(sides[run["side"]]) for run in told["runs"] if run["seconds"] is None]
+    if not reached:
+        return f"Nobody reached {told['wanted']:.2%}."
+    text = f"The first at {told['wanted']:.2%} was {in_words(sides[reached[0]['side']])}, after "
+    text += f"{reached[0]['seconds']:.1f} s"
+    alone = next((run for run in reached if sides[run["side"]]["mode"] == SERIAL), None)
+    if alone is not None and alone is not reached[0]:
+        text += f", {alone['seconds'] / max(reached[0]['seconds'], 1e-9):.2f} times as fast as one rank"
+    text += ". Each training was done once, so small differences are chance."
+    return text + (f" {_listed(missed)} did not reach it." if missed else "")
+
+
+def _cores(count: int) -> str:
+    return f"{count} core{'s' if count != 1 else ''}"
+
+
+def _listed(items: Sequence[object]) -> str:
+    """a, b and c."""
+    texts = [str(item) for item in items]
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

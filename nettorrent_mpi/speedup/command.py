@@ -1,0 +1,187 @@
+"""`nettorrent speedup`: checks all that is asked for before anything is started or written."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nettorrent_mpi.comm import offline  # noqa: F401
+
+# isort: split
+from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.app.clock import WARM_UP
+from nettorrent_mpi.app.config import Config
+from nettorrent_mpi.app.setup import Setup
+from nettorrent_mpi.plan.errors import ChildError, ConfigError, LaunchError, NetTorrentError, OutputError
+from nettorrent_mpi.speedup import machine, modes, sides
+from nettorrent_mpi.speedup.comparison import Comparison, tell
+from nettorrent_mpi.speedup.machine import Launcher
+from nettorrent_mpi.speedup.modes import MODES, VALIDATION, Plan
+from nettorrent_mpi.speedup.sides import PEERS, Side
+
+TORCH_WARM_UP = 11  # steps: torch_peer.WARM_UP and one of an epoch's last size; that module loads PyTorch
+HOW_TO_INSTALL = "PyTorch is not installed, so nothing is compared with it: pip install 'nettorrent_mpi[compare]'"
+
+
+def speedup(args: argparse.Namespace) -> None:
+    """The command. Raises UserErrors before anything is started or written, ChildError if a program fails."""
+    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+        raise LaunchError("speedup starts the ranks itself: run it without mpirun")
+    counts = _counts(args.ranks)
+    names = _chosen(args.modes, MODES, "mode")
+    asked = _asked_peers(args.peers)
+    for option, value in (("--repeats", args.repeats), ("--steps", args.steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value}: at least 1")
+    if args.accuracy is not None and not 0 < args.accuracy <= 1:
+        raise ConfigError(f"--accuracy {args.accuracy}: a fraction above 0 and at most 1, as 0.95")
+    config = configuration.load(args.config, args.changes)
+    shared = modes.baseline(config, names)
+    one, setup = modes.serial(shared)
+    if args.accuracy is not None and setup.dataset.classes is None:
+        raise ConfigError(f"--accuracy: data set {config.data.name} has no classes, so nothing is right or wrong")
+    if args.accuracy is not None and setup.dataset.test is None and not len(setup.sampler.validation_rows):
+        raise ConfigError("--accuracy: there are no test rows; keep some back with --set data.validation=0.1")
+    launcher = Launcher(args.launcher)
+    plans = [one]
+    for ranks in counts:
+        plans += [modes.plan(name, config, shared, setup.network.facts, ranks) for name in names if ranks > 1]
+    name = Path(args.config).stem if args.config else "digits"
+    folder = Path(args.output or f"runs/speedup-{name}")
+    _check_folder(folder, args.overwrite)
+
+    everyone = [*sides.ours(plans), *sides.peers(asked, sorted({1, *counts}), setup)]
+    notes = _notes(config, shared, args.peers)
+    results = _about(args, name, setup, one, counts, names, everyone, notes)
+    comparison = Comparison(folder, launcher, plans, everyone, results, shared)
+    try:
+        with _stopped_like_interrupted():
+            comparison.run(args.repeats, args.steps, args.accuracy)
+    except ChildError as error:
+        comparison.fail({"command": error.command, "exit_code": error.code, "lines": error.lines})
+        raise NetTorrentError(f"{error}\nwhat was measured before is in {folder / 'results.json'}") from error
+    except KeyboardInterrupt:
+        comparison.fail({"interrupted": True})
+        raise NetTorrentError(f"interrupted; what was measured before is in {folder / 'results.json'}") from None
+    comparison.finish()
+
+
+# ---- what is asked for ---------------------------------------------------------------------------
+def _counts(text: str) -> list[int]:
+    """Rank counts. The first need not be 1: one rank is always measured."""
+    words = text.split(",")
+    counts = [int(word) for word in words if word.strip().isdecimal()]
+    if len(counts) < len(words) or 0 in counts or counts != sorted(set(counts)):
+        raise ConfigError(f"--ranks {text}: ascending whole numbers, at least 1, as 1,2,4")
+    return counts
+
+
+def _chosen(text: str | None, known: Sequence[str] | dict[str, Any], what: str) -> list[str]:
+    """The words of a list with commas, each once; all that there are where it is not given."""
+    if text is None:
+        return list(known)
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in known:
+            raise ConfigError(f"--{what}s {text}: unknown {what} {word!r}; there are {', '.join(known)}")
+    return list(dict.fromkeys(words))
+
+
+def _asked_peers(text: str | None) -> list[str]:
+    if text == "none":
+        return []
+    there = sides.torch_is_there()
+    if text is None:
+        if not there:
+            tell(HOW_TO_INSTALL)
+        return list(PEERS) if there else []
+    chosen = _chosen(text, PEERS, "peer")
+    if not there:
+        raise ConfigError(f"--peers {text}: {HOW_TO_INSTALL}")
+    return chosen
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file, not a folder; choose another with --output DIR")
+    if (folder / "results.json").exists() and not overwrite:
+        raise OutputError(
+            f"{folder} holds another comparison's results.json; choose another folder with --output DIR, or replace "
+            "it with --overwrite"
+        )
+
+
+def _notes(config: Config, shared: Config, asked: str | None) -> list[str]:
+    """What the report tells of how the comparison was set up."""
+    notes = []
+    if shared.data.validation != config.data.validation:
+        notes.append(
+            f"elite chooses on validation rows, and the configuration keeps none back: here all sides train without a "
+            f"tenth of the training rows (data.validation: {VALIDATION})."
+        )
+    if asked is None and not sides.torch_is_there():
+        notes.append(HOW_TO_INSTALL + ".")
+    return notes
+
+
+def _about(
+    args: argparse.Namespace,
+    name: str,
+    setup: Setup,
+    one: Plan,
+    counts: list[int],
+    names: list[str],
+    everyone: list[Side],
+    notes: list[str],
+) -> dict[str, Any]:
+    """results.json before anything is measured."""
+    assert one.config is not None
+    facts, train = setup.network.facts, one.config.train
+    return {
+        "format": 1,
+        "complete": False,
+        "failure": None,
+        "command": shlex.join(["nettorrent", *args.command_line]),
+        "config": name,
+        "settings": configuration.to_plain(one.config),
+        "network": {
+            "weight_layers": len(facts),
+            "parameters": sum(layer.parameters for layer in facts),
+            "operations": sum(layer.operations for layer in facts),
+            "batch_norm": setup.network.has_batch_norm,
+        },
+        "batch_size": train.batch_size,
+        "dtype": one.config.dtype,
+        "optimizer": train.optimizer.kind,
+        "ranks": counts,
+        "modes": names,
+        "repeats": args.repeats,
+        "steps": args.steps,
+        "warm_up": {"ours": WARM_UP, "torch": TORCH_WARM_UP},
+        "host": machine.describe_host(),
+        "mpi": None,
+        "notes": notes,
+        "sides": [side.plain() for side in everyone],
+        "traces": [],
+        "accuracy": None,
+    }
+
+
+@contextlib.contextmanager
+def _stopped_like_interrupted() -> Iterator[None]:
+    """SIGTERM, as batch systems send it, ends the programs that were started, as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,239 @@
+"""Everything that a comparison runs, in turns, and what is kept of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nettorrent_mpi.comm import offline  # noqa: F401
+
+# isort: split
+from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.app.clock import WARM_UP
+from nettorrent_mpi.app.config import Config
+from nettorrent_mpi.plan.errors import ChildError, OutputError
+from nettorrent_mpi.speedup import modes, runs, shares, sides
+from nettorrent_mpi.speedup.machine import Launcher
+from nettorrent_mpi.speedup.modes import SERIAL, Plan
+from nettorrent_mpi.speedup.report import PICTURES, failure_in_words, one_line, to_markdown
+from nettorrent_mpi.speedup.sides import COMPILE, OURS, Side
+
+TURN_SECONDS = 5.0  # that a turn of one rank takes, unless --steps tells
+TRIAL_STEPS = 10  # from which that is reckoned
+LEAST_STEPS = 10
+TRACED_STEPS = 200  # at most
+TRACED_ACTIONS = 60_000  # of a rank, at most: a trace holds no more than 65,536
+TRAININGS = "trainings"  # the folder for the configurations of all runs
+
+
+class Comparison:
+    """Everything that is run, in turns. results.json is written after each of them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        launcher: Launcher,
+        plans: Sequence[Plan],
+        everyone: Sequence[Side],
+        results: dict[str, Any],
+        shared: Config,
+    ):
+        self._folder, self._launcher = folder, launcher
+        self._plans = {(plan.mode, plan.ranks): plan for plan in plans}
+        self._sides = list(everyone)
+        self._results = results
+        self._shared = shared
+
+    def run(self, repeats: int, steps: int | None, accuracy: float | None) -> None:
+        """All turns, then the traces, then the trainings to an accuracy."""
+        self._clear()
+        self._save()
+        for side in self._sides:
+            if side.impossible:
+                tell(f"not measured: {sides.in_words(side.plain())}: {side.impossible}")
+        steps = steps or self._choose_steps()
+        self._results["steps"] = steps
+        for turn in range(repeats):
+            for side in self._sides:
+                if not self._told(side)["impossible"]:
+                    self._measure(side, steps, f"turn {turn + 1} of {repeats}")
+        for plan in self._to_trace():
+            self._trace(plan, min(steps, TRACED_STEPS))
+        if accuracy is not None:
+            of = "validation" if self._shared.data.validation else "test"
+            self._results["accuracy"] = {"wanted": accuracy, "of": of, "runs": []}
+            for side in self._largest():
+                self._train(side, accuracy)
+        self._results["complete"] = True
+        self._save()
+
+    def finish(self) -> None:
+        """report.md and the pictures."""
+        plots: list[str] = []
+        try:
+            from nettorrent_mpi.speedup.plots import draw
+
+            plots = draw(self._results, self._folder)
+        except ImportError as error:
+            tell(f"no pictures: {error} (pip install 'nettorrent_mpi[plots]')")
+        report = to_markdown(self._results, plots)
+        with _written(self._folder / "report.md"):
+            runs.write_whole(self._folder / "report.md", report)
+        sys.stdout.write(report)
+        tell(f"results.json, report.md{' and pictures' if plots else ''} are in {self._folder}")
+
+    def fail(self, failure: dict[str, Any]) -> None:
+        """Keep what there is, and why there is no more."""
+        self._results["failure"] = failure
+        self._save()
+        if any(side["samples_per_second"] for side in self._results["sides"]):
+            tell(f"not complete: {failure_in_words(self._results)}")
+            runs.write_whole(self._folder / "report.md", to_markdown(self._results))
+
+    def _choose_steps(self) -> int:
+        """So many that one rank takes TURN_SECONDS."""
+        plan = self._plans[SERIAL, 1]
+        assert plan.config is not None
+        summary = self._trained("trial", modes.timed(plan.config, TRIAL_STEPS + WARM_UP), 1).summary
+        fast = float(summary["samples_per_second"])
+        chosen = max(LEAST_STEPS, math.ceil(TURN_SECONDS * fast / plan.config.train.batch_size))
+        tell(f"{chosen} steps a turn, in which one rank takes about {TURN_SECONDS:g} s (--steps N changes it)")
+        return chosen
+
+    def _measure(self, side: Side, steps: int, label: str) -> None:
+        if side.kind == OURS:
+            plan = self._plans[side.mode, side.cpus]
+            assert plan.config is not None
+            config = modes.timed(plan.config, steps + WARM_UP)
+            summary = self._trained(side.name, config, side.cpus).summary
+            self._results["mpi"] = summary["mpi"]
+            figure = float(summary["samples_per_second"])
+        else:
+            told = self._torch(side, ["--steps", str(steps)])
+            if told is None:
+                return
+            figure = float(told["samples_per_second"])
+        self._told(side)["samples_per_second"].append(figure)
+        self._save()
+        tell(f"{label}: {one_line(self._told(side), figure)}")
+
+    def _to_trace(self) -> list[Plan]:
+        """One rank, and each mode on the most ranks that have cores of their own (or else on the fewest)."""
+        found = [self._plans[SERIAL, 1]]
+        for mode in self._results["modes"]:
+            there = [plan for (m, _), plan in self._plans.items() if m == mode and plan.config is not None]
+            if there:
+                fitting = [plan for plan in there if plan.ranks <= self._launcher.cores]
+                found.append(max(fitting, key=lambda p: p.ranks) if fitting else min(there, key=lambda p: p.ranks))
+        return found
+
+    def _trace(self, plan: Plan, steps: int) -> None:
+        assert plan.config is not None
+        assert plan.micro_batches is not None
+        longest = 6 * plan.micro_batches + 3  # actions of a step: F, B and their transfers, R, N, U
+        steps = max(1, min(steps, TRACED_ACTIONS // longest - shares.SKIPPED))
+        config = modes.timed(plan.config, steps + shares.SKIPPED, trace=True)
+        text = self._trained(f"trace-{plan.mode}-{plan.ranks}", config, plan.ranks).trace
+        assert text is not None
+        told = shares.shares(shares.read(text), steps + shares.SKIPPED, plan.micro_batches)
+        self._results["traces"].append({"mode": plan.mode, "ranks": plan.ranks, "steps": steps, "shares": told})
+        self._save()
+        tell(f"traced: {'one rank' if plan.mode == SERIAL else f'{plan.mode}, {plan.ranks} ranks'}")
+
+    def _largest(self) -> list[Side]:
+        """One rank, and every mode and peer on the most cores on which it was measured and that there are (or else on
+        the fewest)."""
+        found = []
+        measured = [side for side in self._sides if self._told(side)["samples_per_second"]]
+        for mode in dict.fromkeys(side.mode for side in measured):
+            own = [side for side in measured if side.mode == mode]
+            fitting = [side for side in own if side.cpus <= self._launcher.cores]
+            found.append(max(fitting, key=lambda s: s.cpus) if fitting else min(own, key=lambda s: s.cpus))
+        return found
+
+    def _train(self, side: Side, accuracy: float) -> None:
+        curve: list[tuple[float, float, float]]
+        if side.kind == OURS:
+            config = self._plans[side.mode, side.cpus].config
+            assert config is not None
+            trained = self._trained(f"accuracy-{side.name}", modes.until(config, accuracy), side.cpus)
+            curve = runs.curve_of(trained.metrics)
+        else:
+            told = self._torch(side, ["--accuracy", str(accuracy)])
+            if told is None:
+                return
+            curve = told["curve"]
+        seconds = next((at for at, _, reached in curve if reached >= accuracy), None)
+        run = {"side": side.name, "seconds": seconds, "curve": curve}
+        self._results["accuracy"]["runs"].append(run)
+        self._save()
+        reached = "not reached" if seconds is None else f"reached after {seconds:.1f} s"
+        tell(f"accuracy {accuracy:g}: {sides.in_words(self._told(side))}: {reached}")
+
+    def _trained(self, name: str, config: Config, ranks: int) -> runs.Trained:
+        """A training of ours; its configuration stays in the folder, to be run again."""
+        return runs.train(self._write_config(name, config), ranks, self._launcher)
+
+    def _torch(self, side: Side, options: list[str]) -> dict[str, Any] | None:
+        """What PyTorch told; None where torch.compile does not work here, which is then told in the table."""
+        serial = self._plans[SERIAL, 1].config
+        assert serial is not None
+        path = self._write_config("torch", serial)
+        try:
+            return runs.torch_peer(path, [*side.options, *options], side.threads)
+        except ChildError as error:
+            if side.mode != COMPILE:
+                raise
+            why = error.lines[-1].strip() if error.lines else f"exit code {error.code}"
+            self._told(side)["impossible"] = f"torch.compile does not work here: {why}"
+            self._save()
+            tell(f"not measured: {sides.in_words(side.plain())}: torch.compile does not work here: {why}")
+            return None
+
+    def _told(self, side: Side) -> dict[str, Any]:
+        """The side's entry in the results."""
+        told: dict[str, Any] = self._results["sides"][self._sides.index(side)]
+        return told
+
+    def _write_config(self, name: str, config: Config) -> Path:
+        path = self._folder / TRAININGS / f"{name}.yaml"
+        with _written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            runs.write_whole(path, configuration.to_yaml(config))
+        return path
+
+    def _clear(self) -> None:
+        """Remove an earlier comparison's files, so that none of them is taken for one of this; nobody else's."""
+        if not (self._folder / "results.json").exists():
+            return
+        pictures = [self._folder / f"{name}.{end}" for name in PICTURES for end in ("png", "svg")]
+        for path in (*pictures, self._folder / "report.md", *(self._folder / TRAININGS).glob("*.yaml")):
+            with _written(path):
+                path.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        path = self._folder / "results.json"
+        with _written(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            runs.write_whole(path, json.dumps(self._results, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """What cannot be written is an OutputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{path} could not be written ({error.strerror or error}); choose another folder with --output DIR"
+        raise OutputError(text) from error
+
+
+def tell(text: str) -> None:
+    """Progress, for whoever waits."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

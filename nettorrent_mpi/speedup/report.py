@@ -1,0 +1,183 @@
+"""results.json for people: tables, and an analysis in words that is made from the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nettorrent_mpi.speedup import machine
+from nettorrent_mpi.speedup.analysis import analysis
+from nettorrent_mpi.speedup.figures import Figure, Results, figures
+from nettorrent_mpi.speedup.modes import MODES, SERIAL
+from nettorrent_mpi.speedup.shares import PARTS
+from nettorrent_mpi.speedup.sides import DDP, OURS, PEERS, in_words
+
+PICTURES = ("speedup", "efficiency", "accuracy", "shares")
+SHARES = """\
+Parts of each rank's time in a run of its own with `trace: true`. Communication: sending, receiving and summing when
+everybody needed was there, and collective operations inside layers and updates, where ranks may also wait for each
+other. Waiting: for the last rank to come to a sum of gradients. Bubble: for a message that had not been sent. Other:
+between the actions."""
+
+
+def to_markdown(results: Results, plots: Sequence[str] = ()) -> str:
+    """The whole report; `plots` are the names of the pictures that lie beside it, without their endings."""
+    lines = [f"# Speedup of {results['config']}", "", *_head(results), ""]
+    if not results["complete"]:
+        lines += [f"**Not complete: {failure_in_words(results)}. What follows is what there is.**", ""]
+    lines += ["## What the figures say", "", *(line for text in analysis(results) for line in (text, ""))]
+    lines += ["## Samples per second", "", *_table(results), ""]
+    lines += [f"![{name}]({name}.svg)\n" for name in plots if name in ("speedup", "efficiency")]
+    impossible = [side for side in results["sides"] if side["impossible"]]
+    if impossible:
+        lines += ["## Not possible here", "", "| side | why |", "|---|---|"]
+        lines += [f"| {in_words(side)} | {_cell(side['impossible'])} |" for side in impossible]
+        lines += [""]
+    if results["traces"]:
+        lines += ["## Where the time went", "", *_shares(results), ""]
+        lines += [f"![{name}]({name}.svg)\n" for name in plots if name == "shares"]
+    if results["accuracy"] is not None and results["accuracy"]["runs"]:
+        lines += ["## Time to accuracy", "", *_accuracy(results), ""]
+        lines += [f"![{name}]({name}.svg)\n" for name in plots if name == "accuracy"]
+    lines += ["## What was equal, and what was not", "", *(f"- {text}" for text in equality(results))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def failure_in_words(results: Results) -> str:
+    """Why the comparison has not come to its end."""
+    failure = results["failure"]
+    if failure is None:
+        return "it is still running, or was killed"
+    if "command" not in failure:
+        return "it was interrupted"
+    return f"`{failure['command']}` failed with {failure['exit_code']}"
+
+
+def _head(results: Results) -> list[str]:
+    host, network = results["host"], results["network"]
+    done = max((len(side["samples_per_second"]) for side in results["sides"]), default=0)
+    told = (
+        f"{network['weight_layers']} weight layers, {network['parameters']:,} parameters, "
+        f"{network['operations'] / 1e6:,.2f} million operations a row; {results['batch_size']} rows a step, "
+        f"{results['dtype']}, {results['optimizer']}."
+    )
+    how = (
+        f"Medians of {done} alternating turns of {results['steps']} steps each, one BLAS thread a rank; spread = "
+        "(largest - smallest) / median. "
+        f"{machine.in_words(host)} {results['mpi'] or 'MPI unknown'}. Commit {host['commit']}, {host['date']}. "
+        f"Made by `{results['command']}`."
+    )
+    return [told, "", how]
+
+
+def _table(results: Results) -> list[str]:
+    cores = results["host"]["cores"]
+    lines = [
+        "| side | cores used | samples/s | spread | speedup | efficiency | layout | micro-batches |",
+        "|---|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    found = figures(results)
+    lines += [_line(figure, cores) for figure in found]
+    if any(figure.cpus > cores for figure in found):
+        lines += ["", f"\\* more than the {cores} core{'s' if cores > 1 else ''} that there are"]
+    return lines
+
+
+def _line(figure: Figure, cores: int) -> str:
+    side = figure.side
+    star = r"\*" if figure.cpus > cores else ""
+    title = PEERS[figure.mode] if not figure.ours else "one rank" if figure.mode == SERIAL else MODES[figure.mode].title
+    name = title if not figure.ours or figure.mode == SERIAL else f"`{figure.mode}`: {title}"
+    cells = [
+        name,
+        f"{figure.cpus}{star}",
+        f"{figure.median:,.0f}",
+        f"{figure.spread:.0%}",
+        f"{figure.speedup:.2f}",
+        f"{figure.efficiency:.0%}",
+        side["layout"] or ("processes" if figure.mode == DDP else "threads"),
+        "" if side["micro_batches"] is None else str(side["micro_batches"]),
+    ]
+    return "| " + " | ".join(map(_cell, cells)) + " |"
+
+
+def _cell(text: str) -> str:
+    """What stands in a cell must not end it: layouts have bars between their stages."""
+    return text.replace("\n", " ").replace("|", r"\|")
+
+
+def _shares(results: Results) -> list[str]:
+    lines = [
+        SHARES,
+        "",
+        f"| mode | rank | {' | '.join(PARTS)} |",
+        f"|---|---:|{'---:|' * len(PARTS)}",
+    ]
+    for trace in results["traces"]:
+        for rank, share in enumerate(trace["shares"]):
+            parts = " | ".join(f"{share[part]:.0%}" for part in PARTS)
+            lines.append(f"| {trace['mode']} | {rank} | {parts} |")
+    return lines
+
+
+def _accuracy(results: Results) -> list[str]:
+    told = results["accuracy"]
+    how = (
+        f"One training each until {told['wanted']:.2%} of the {told['of']} rows were right, judged after every epoch. "
+        "Seconds are wall time since training began: evaluations count, start-up does not; torch.compile compiles "
+        "within them."
+    )
+    lines = [
+        how,
+        "",
+        "| side | cores used | seconds | epochs | accuracy reached |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    sides = {side["name"]: side for side in results["sides"]}
+    for run in told["runs"]:
+        side = sides[run["side"]]
+        seconds = f"{run['seconds']:.1f}" if run["seconds"] is not None else "not reached"
+        last = run["curve"][-1] if run["curve"] else None
+        epochs, top = (f"{last[1]:g}", f"{max(p[2] for p in run['curve']):.2%}") if last else ("", "")
+        lines.append(f"| {in_words(side)} | {side['cpus']} | {seconds} | {epochs} | {top} |")
+    return lines
+
+
+def equality(results: Results) -> list[str]:
+    """What all sides have in common, where they differ, and what the figures leave out."""
+    alike = (
+        "All sides train the same network from the same initial weights with the same optimizer, learning rates, data "
+        f"type and mini-batches of {results['batch_size']} rows, which are the same rows in the same order."
+    )
+    left_out = (
+        f"samples/s leaves out start-up, evaluation and the first steps: {results['warm_up']['ours']} of this package, "
+        f"{results['warm_up']['torch']} of PyTorch (torch.compile compiles in them)."
+    )
+    told = [alike, left_out, *results["notes"]]
+    modes = {side["mode"] for side in results["sides"] if not side["impossible"]}
+    if any(side["kind"] != OURS for side in results["sides"]):
+        told.append(
+            "PyTorch gathers rows of the same data from memory, scales them in every step, and sends the mini-batch "
+            + (
+                "through in the same micro-batches as one rank of ours, since batch norm takes its statistics of one"
+                if results["network"]["batch_norm"]
+                else "through in one piece; ours goes through in the micro-batches that the table tells"
+            )
+            + ". Its optimizers are used as they are by default. Dropout draws other numbers."
+        )
+    if modes & {"gossip", "elite"}:
+        told.append(
+            "Replicas that gossip, or of which the best one wins, train on their share of each mini-batch and have "
+            "weights of their own: they do not compute what the others compute, so compare their accuracy, too "
+            "(`--accuracy`)."
+        )
+    if "elite" in modes:
+        told.append("elite: judging the replicas and taking over weights is not in samples/s, but in wall time.")
+    if "async" in modes:
+        told.append("async: gradients are late by a bounded number of updates, so its weights differ from the others'.")
+    return told
+
+
+def one_line(side: dict[str, Any], figure: float) -> str:
+    """For the terminal, after a turn."""
+    return f"{in_words(side)}: {figure:,.0f} samples/s"

@@ -1,0 +1,109 @@
+"""Measured programs: started one after the other, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nettorrent_mpi.plan.errors import ChildError
+from nettorrent_mpi.speedup.machine import Launcher, environment
+
+LAST_LINES = 12  # of a program that failed
+PATIENCE = 10  # seconds that a program which is told to stop has for it
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training of this package left in its run folder."""
+
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    trace: str | None
+
+
+def run(command: Sequence[str], threads: int = 1) -> str:
+    """The standard output of a program. Raises ChildError if it fails; if this program is stopped meanwhile, that one
+    is stopped, too."""
+    with subprocess.Popen(
+        command,
+        env=environment(threads),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that what the launcher has started can be stopped together
+    ) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            _stop(process)
+            raise
+    if process.returncode:
+        lines = [line for line in f"{out}\n{err}".splitlines() if line.strip()]
+        raise ChildError(shlex.join(command), process.returncode, lines[-LAST_LINES:])
+    return out
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End a launcher, which then ends its ranks; whatever is left in its session is killed."""
+    process.terminate()
+    try:
+        process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def train(config: Path, ranks: int, launcher: Launcher) -> Trained:
+    """A training of the configuration in this file, on so many ranks, in a run folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="nettorrent-") as folder:
+        output = Path(folder, "run")
+        run(launcher.command(ranks, training(config, output)))
+        trace = output / "trace.json"
+        return Trained(
+            json.loads((output / "summary.json").read_text()),
+            [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()],
+            trace.read_text() if trace.exists() else None,
+        )
+
+
+def training(config: Path, output: Path) -> list[str]:
+    """The training command, without its launcher."""
+    return [sys.executable, "-m", "nettorrent_mpi.train", str(config), "--output", str(output)]
+
+
+def torch_peer(config: Path, options: Sequence[str], threads: int) -> dict[str, Any]:
+    """What torch_peer.py told of the configuration in this file."""
+    program = [sys.executable, "-m", "nettorrent_mpi.speedup.torch_peer", str(config)]
+    lines = run([*program, "--threads", str(threads), *options], threads).splitlines()
+    told: dict[str, Any] = json.loads(lines[-1])
+    return told
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:
+    """(seconds since training began, epoch, accuracy) wherever it was measured: of the validation rows, which stop_at
+    looks at, or of the test set where none are kept back."""
+    found = []
+    for record in metrics:
+        accuracy = record.get("validation_accuracy")
+        accuracy = record.get("test_accuracy") if accuracy is None else accuracy
+        if accuracy is not None:
+            found.append((record["time"], record["epoch"], accuracy))
+    return found

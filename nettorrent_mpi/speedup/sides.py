@@ -1,0 +1,95 @@
+"""Who is compared: this package's modes on each number of ranks, and PyTorch on as many cores."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nettorrent_mpi.comm import offline  # noqa: F401
+
+# isort: split
+from nettorrent_mpi.app.setup import Setup
+from nettorrent_mpi.speedup.machine import nodes_of_job
+from nettorrent_mpi.speedup.modes import SERIAL, Plan
+
+OURS = "ours"
+TORCH, CHANNELS_LAST, COMPILE, DDP = "torch", "torch_channels_last", "torch_compile", "ddp"
+PEERS = {
+    TORCH: "PyTorch",
+    CHANNELS_LAST: "PyTorch, channels_last",
+    COMPILE: "PyTorch, torch.compile",
+    DDP: "PyTorch, DistributedDataParallel (gloo)",
+}
+OPTIONS = {TORCH: [], CHANNELS_LAST: ["--channels-last"], COMPILE: ["--compile"], DDP: []}  # of torch_peer.py
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of those that take turns. `cpus` is what it may use: ranks, processes or threads."""
+
+    name: str  # "rows-2"
+    mode: str  # a key of modes.MODES, SERIAL, or one of PEERS
+    kind: str  # OURS or TORCH
+    cpus: int
+    layout: str | None = None  # of ours, in one line
+    micro_batches: int | None = None
+    impossible: str | None = None  # why it is not measured
+
+    @property
+    def options(self) -> list[str]:
+        """Of torch_peer.py, besides its threads."""
+        return [*OPTIONS[self.mode], *(["--processes", str(self.cpus)] if self.mode == DDP else [])]
+
+    @property
+    def threads(self) -> int:
+        """Of each process."""
+        return self.cpus if self.kind == TORCH and self.mode != DDP else 1
+
+    def plain(self) -> dict[str, Any]:
+        """For results.json."""
+        return asdict(self) | {"samples_per_second": []}
+
+
+def ours(plans: Sequence[Plan]) -> list[Side]:
+    """A side for each plan, possible or not."""
+    return [Side(f"{p.mode}-{p.ranks}", p.mode, OURS, p.ranks, p.layout, p.micro_batches, p.impossible) for p in plans]
+
+
+def torch_is_there() -> bool:
+    """Can PyTorch be imported? It is not loaded here."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def peers(names: Sequence[str], ranks: Sequence[int], setup: Setup) -> list[Side]:
+    """PyTorch's sides on the same numbers of cores, with the reason where one could not do the same as `setup`."""
+    found = []
+    for name in names:
+        for count in ranks:
+            if name == DDP and count == 1:
+                continue  # which is plain PyTorch
+            why = _unequal(name, count, setup)
+            found.append(Side(f"{name}-{count}", name, TORCH, count, impossible=why))
+    return found
+
+
+def _unequal(name: str, count: int, setup: Setup) -> str | None:
+    if name == CHANNELS_LAST and len(setup.dataset.shape) != 3:
+        return "the rows are no images"
+    if name == DDP and setup.network.has_batch_norm:
+        return "batch norm would see each process's own rows: PyTorch's SyncBatchNorm needs GPUs"
+    if name == DDP and count > setup.config.train.batch_size:
+        return f"{count} processes for {setup.config.train.batch_size} rows: some would have nothing to do"
+    if nodes_of_job(os.environ) > 1 and count > (os.cpu_count() or 1):
+        return f"{count} {'processes' if name == DDP else 'threads'} do not fit on one node, where PyTorch is started"
+    return None
+
+
+def in_words(side: dict[str, Any]) -> str:
+    """ "rows, 2 ranks"."""
+    unit = "rank" if side["kind"] == OURS else "process" if side["mode"] == DDP else "thread"
+    several = {"rank": "ranks", "process": "processes", "thread": "threads"}
+    name = "one rank" if side["mode"] == SERIAL else side["mode"]
+    return name if side["mode"] == SERIAL else f"{name}, {side['cpus']} {several[unit] if side['cpus'] > 1 else unit}"

@@ -1,0 +1,281 @@
+"""The same training in PyTorch: the same network, rows, initial weights, optimizer and learning rates.
+
+    python -m nettorrent_mpi.speedup.torch_peer CONFIG.yaml --steps 100 [--threads 2] [--processes 2] ...
+
+prints one line of JSON. A step is all that training needs: gathering the rows of the mini-batch from what the files
+hold, kept in memory, changing and scaling them, forward, loss, backward, optimizer. The mini-batch goes through in one
+piece, except where batch norm takes its statistics of a micro-batch. Needs PyTorch, the extra `compare`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from nettorrent_mpi.comm import offline  # noqa: F401
+
+# isort: split
+from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.app.setup import Setup, set_up
+from nettorrent_mpi.data.augment import Augment
+from nettorrent_mpi.data.dataset import Split, private
+from nettorrent_mpi.nn.initial import initial_value
+from nettorrent_mpi.nn.rates import make_rate
+from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.errors import NetTorrentError
+from nettorrent_mpi.speedup.torch_network import TorchNetwork, count_right, loss_of, make_optimizer
+
+WARM_UP = 10  # steps before the timed ones
+
+
+def channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a row in PyTorch."""
+    return (shape[2], shape[0], shape[1]) if len(shape) == 3 else shape
+
+
+class Rows:
+    """A split's rows in memory as the file has them (bytes, or floats), and mini-batches of them."""
+
+    def __init__(self, split: Split, dtype: torch.dtype, augment: Augment | None, channels_last: bool):
+        raw = np.empty((split.rows, int(np.prod(split.shape)) * split.dtype.itemsize), np.uint8)
+        split.open_rows(private).take(np.arange(split.rows, dtype=np.intp), raw)
+        rows = raw.view(split.dtype).reshape(split.rows, *split.shape)
+        rows = rows.astype(split.dtype.newbyteorder("="), copy=False)
+        self._images = len(split.shape) == 3
+        self._last = self._images and (channels_last or augment is not None)  # how rows lie in memory
+        self._format = torch.channels_last if channels_last and self._images else torch.contiguous_format
+        first = self._images and not self._last
+        self._rows = torch.from_numpy(np.ascontiguousarray(np.moveaxis(rows, -1, 1)) if first else rows)
+        self._targets = torch.from_numpy(np.ascontiguousarray(split.targets()))
+        self._dtype, self._augment = dtype, augment
+        channels = (1, -1, 1, 1) if self._images else (1, *[1] * (len(split.shape) - 1), -1)
+        factor, offset = split.scaling.factor, split.scaling.offset
+        self._factor = None if (factor == 1).all() else torch.tensor(factor, dtype=dtype).reshape(channels)
+        self._offset = None if (offset == 0).all() else torch.tensor(offset, dtype=dtype).reshape(channels)
+
+    def batch(self, rows: np.ndarray[Any, Any], key: int = 0, *, training: bool = True) -> tuple[Tensor, Tensor]:
+        """(inputs, targets) of these rows; `key` seeds the augmentation, which only training has."""
+        chosen = torch.tensor(rows)
+        x = self._rows.index_select(0, chosen)
+        if self._augment is not None and training:
+            raw = x.numpy().reshape(len(rows), -1).view(np.uint8)
+            out = np.empty_like(raw)
+            self._augment.apply(rows, key, raw, out)
+            x = torch.from_numpy(out.view(x.numpy().dtype).reshape(x.shape))
+        if self._last:
+            x = x.permute(0, 3, 1, 2)
+        x = x.to(self._dtype, memory_format=self._format)
+        if self._factor is not None:
+            x = x.mul_(self._factor)
+        if self._offset is not None:
+            x = x.sub_(self._offset)
+        return x, self._targets.index_select(0, chosen)
+
+
+class Peer:
+    """One process's part of the training."""
+
+    def __init__(self, setup: Setup, options: argparse.Namespace, rank: int):
+        config, network = setup.config, setup.network
+        self._setup, self._rank, self._size = setup, rank, options.processes
+        self._loss, self._clip = config.model.loss, config.train.clip_norm
+        # A process's rows go through in one piece: what batch norm sees would otherwise be another mini-batch.
+        self._pieces = setup.options.micro_batches if network.has_batch_norm else 1
+        self._dtype = torch.float64 if config.dtype == "float64" else torch.float32
+        self._channels_last = options.channels_last
+        augment = Augment(config.data.augment, setup.dataset.shape) if config.data.augment else None
+        self._train_rows = Rows(setup.dataset.train, self._dtype, augment, options.channels_last)
+        self.network = TorchNetwork(network.layers, channels_first(setup.dataset.shape)).to(self._dtype)
+        self.network.load(initial_weights(setup))
+        if options.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)
+        self._model: Any = self.network
+        if options.processes > 1:
+            self._model = nn.parallel.DistributedDataParallel(self.network)
+        if options.compile:  # a size of its own for the last, shorter mini-batch of an epoch
+            self._model = torch.compile(self._model, dynamic=False)
+        self._optimizer = make_optimizer(config.train.optimizer, list(self.network.parameters()))
+        self._judged: tuple[Rows, np.ndarray[Any, Any]] | None = None
+
+    def step(self, n: int, rate: float) -> None:
+        """Training step n, counted from 0."""
+        sampler = self._setup.sampler
+        rows, key = sampler.rows(n), sampler.augment_key(n)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad()
+        for piece in range(self._pieces):
+            whole = rows[slice(*span(len(rows), self._pieces, piece))]
+            mine = whole[slice(*span(len(whole), self._size, self._rank))]
+            if not len(whole):
+                continue
+            x, targets = self._train_rows.batch(mine, key)
+            outputs = self._model(x)
+            # DistributedDataParallel averages over the processes; the share of the rows makes it the mean over them.
+            share = len(mine) * self._size / len(rows)
+            loss = loss_of(self._loss, outputs, targets) * share if len(mine) else outputs.sum() * 0
+            loss.backward()
+        if self._clip is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
+        self._optimizer.step()
+
+    def read_judged(self) -> None:
+        """Hold the rows that stop_at looks at: validation rows if some are kept back, otherwise the test set."""
+        sampler, test = self._setup.sampler, self._setup.dataset.test
+        if len(sampler.validation_rows):
+            self._judged = self._train_rows, sampler.validation_rows
+        elif test is not None:
+            self._judged = Rows(test, self._dtype, None, self._channels_last), np.arange(test.rows)
+
+    def accuracy(self) -> float | None:
+        """On the rows that were read for it, by all processes together; None where there are none."""
+        if self._judged is None:
+            return None
+        rows, chosen = self._judged
+        mine = chosen[slice(*span(len(chosen), self._size, self._rank))]
+        size, right = self._setup.sampler.batch_size, 0
+        self._model.eval()
+        with torch.no_grad():
+            for first in range(0, len(mine), size):
+                x, targets = rows.batch(mine[first : first + size], training=False)
+                right += count_right(self._loss, self.network(x), targets)
+        self._model.train()
+        counted = torch.tensor(right)
+        if self._size > 1:
+            dist.all_reduce(counted)
+        return int(counted) / len(chosen)
+
+    def meet(self) -> None:
+        if self._size > 1:
+            dist.barrier()
+
+
+def initial_weights(setup: Setup) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays that this package begins with, "<layer>/<name>"."""
+    whole = setup.network.stage(0, setup.network.weight_layers, 1, 0)
+    return {key: initial_value(p, setup.config.seed, key.rpartition("/")[0]) for key, p in whole.parameters}
+
+
+def measure_speed(peer: Peer, setup: Setup, steps: int) -> dict[str, Any]:
+    """Samples of all processes per second in `steps` steps, after WARM_UP others."""
+    sampler, train = setup.sampler, setup.config.train
+    rate = make_rate(train.schedule, train.optimizer.options()["lr"], steps, sampler.steps_per_epoch)
+    for n in range(WARM_UP):
+        peer.step(n, rate(n))
+    peer.step(sampler.steps_per_epoch - 1, rate(0))  # the shorter mini-batch at the end of an epoch, for torch.compile
+    peer.meet()
+    begin = time.perf_counter()
+    samples = 0
+    for n in range(steps):
+        peer.step(n, rate(n))
+        samples += len(sampler.rows(n))
+    peer.meet()
+    seconds = time.perf_counter() - begin
+    return {"samples_per_second": samples / seconds, "seconds": seconds, "steps": steps, "warm_up": WARM_UP + 1}
+
+
+def train_until(peer: Peer, setup: Setup, accuracy: float) -> dict[str, Any]:
+    """Train until the accuracy is reached or the configuration ends; `curve` has (seconds, epoch, accuracy)."""
+    sampler, train = setup.sampler, setup.config.train
+    steps = train.steps if train.steps is not None else (train.epochs or 1) * sampler.steps_per_epoch
+    rate = make_rate(train.schedule, train.optimizer.options()["lr"], steps, sampler.steps_per_epoch)
+    curve: list[tuple[float, float, float]] = []
+    peer.read_judged()
+    peer.meet()
+    begin = time.perf_counter()
+    for n in range(steps):
+        peer.step(n, rate(n))
+        if (n + 1) % sampler.steps_per_epoch and n + 1 < steps:
+            continue
+        found = peer.accuracy()
+        if found is not None:
+            curve.append((time.perf_counter() - begin, (n + 1) / sampler.steps_per_epoch, found))
+            if found >= accuracy:
+                break
+    return {"curve": curve}
+
+
+def train(options: argparse.Namespace, rank: int) -> dict[str, Any]:
+    """What this process measured."""
+    torch.set_num_threads(options.threads)
+    setup = set_up(configuration.load(options.config), 1)
+    torch.manual_seed(setup.config.seed + rank)  # of dropout
+    peer = Peer(setup, options, rank)
+    if options.accuracy is None:
+        told = measure_speed(peer, setup, options.steps)
+    else:
+        told = train_until(peer, setup, options.accuracy)
+    return told | {
+        "parameters": sum(p.numel() for p in peer.network.parameters()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def train_one_of_many(rank: int, options: argparse.Namespace, meeting_point: str) -> None:
+    """One process of DistributedDataParallel over gloo; process 0 tells. The meeting point is a URL of PyTorch's."""
+    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=options.processes)
+    measured = train(options, rank)
+    dist.barrier()
+    if rank == 0:
+        sys.stdout.write(json.dumps(measured) + "\n")
+    sys.stdout.flush()
+    # A thread of gloo's that still waits for the interpreter while it is taken down ends the process by SIGABRT (seen
+    # now and then with PyTorch 2.13, process group destroyed or not). There is nothing left to take down.
+    os._exit(0)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="torch_peer", description="A configuration's training in PyTorch, on CPUs.")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, as `nettorrent train` takes it")
+    parser.add_argument("--steps", type=int, default=100, help=f"timed steps, after {WARM_UP} others")
+    parser.add_argument(
+        "--accuracy", type=float, help="train until this accuracy instead, and tell when it was reached"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--processes", type=int, default=1, help="above 1: DistributedDataParallel over gloo")
+    parser.add_argument("--channels-last", action="store_true", help="images lie with the channels last")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    options = parser.parse_args(arguments)
+    for name in ("steps", "threads", "processes"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} has to be at least 1")
+    return options
+
+
+def main() -> int:
+    options = parse()
+    try:
+        if options.processes == 1:
+            sys.stdout.write(json.dumps(train(options, 0)) + "\n")
+            return 0
+        with tempfile.TemporaryDirectory() as folder:
+            meeting_point = f"file://{folder}/meeting_point"
+            spawn(train_one_of_many, (options, meeting_point), nprocs=options.processes)
+    except NetTorrentError as error:
+        sys.stderr.write(f"torch_peer: error: {error}\n")
+        return error.exit_code
+    except Exception as error:
+        if not options.compile:
+            raise
+        # torch.compile has no compiler here, or cannot do this network: its reason is the first line of many.
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        sys.stderr.write(f"{type(error).__name__}: {reason[0]}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
