@@ -33,7 +33,7 @@ from nettorrent_mpi.plan.pairing import make_pairing
 WARM_UP = 8  # rounds with small parts, before `part: auto` measures
 SMALL = 1 << 14  # elements of these parts
 GROWTH = 0.4  # of a run
-LEAST = 0.05  # of a step to withhold
+SELDOM = 2  # steps
 
 
 def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int, done: float, decay: float) -> float:
@@ -66,15 +66,14 @@ def withholding(choice: choices.Gossip, replicas: int, period: int) -> float:
     the noise of the mean's, and it finds its gradients there. With 1/sqrt(replicas) of the latest step it stands where
     that is no noisier than a step of the exact exchange; with 1/replicas it would be nearest to the mean, but lag
     behind it in what all steps have in common, and steps that are large for the curvature do not bear that. Where
-    an element is exchanged seldom the sum of what is withheld is limited to that of two steps, so that the mean does
-    not run ahead of what the gradients tell. Too little is not worth the memory traffic.
+    an element is exchanged more seldom than every SELDOM steps, nothing is withheld: replicas are apart by many steps
+    then, and the parameters are many for the compute, so that going over all of them once more would be felt.
     """
     if choice.withhold != "auto":
         return choice.withhold
-    if not choice.overlap and period == 1:  # all is exchanged at once
+    if period > SELDOM or (period == 1 and not choice.overlap):  # without overlap all is exchanged at once
         return 0.0
-    part = (1 - 1 / math.sqrt(replicas)) * min(2 / period, 1)
-    return part if part >= LEAST else 0.0
+    return 1 - 1 / math.sqrt(replicas)
 
 
 class Gossip(Exchange):
