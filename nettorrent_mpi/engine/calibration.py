@@ -14,8 +14,7 @@ from nettorrent_mpi.plan.blocks import Span
 
 PROBE = 1 << 21  # bytes: several times what a token bucket or a socket swallows at once
 TRAVEL = 0.7  # of a round's compute may pass until a message has arrived
-WORK = 0.1  # of a round's compute may be spent on copying, sending and merging
-SLACK = 0.2  # of a part: a whole that nearly hides is better than two halves
+WORK = 0.07  # of a round's compute may be spent on copying, sending and merging
 COPIES = 1.0e-9  # seconds a byte that MPI and the kernel spend on a core for a message, both ends together
 
 
@@ -47,4 +46,4 @@ def parts_that_hide(column: Group, vector: Vector, seconds: float, messages: int
     works = WORK * seconds / (touch + COPIES * messages)
     most = np.array([size / max(min(travels, works), 1.0)])
     column.maximum(most)
-    return max(int(np.ceil(most[0] - SLACK)), 1)
+    return max(round(float(most[0])), 1)  # a whole that nearly hides is better than two halves
