@@ -129,18 +129,25 @@ class Gossip(Exchange):
         self.mixer.clock += 1
         if self._losses is not None:
             self._learn_loss()
-        if not self._choice.overlap:  # or every round was closed when it was opened
+        if self._withhold:  # what others know of is released before the next step is withheld
+            self._merge(step)
+
+    def agree(self, rate: float, step: int) -> None:
+        if not self._withhold:  # messages may come until now
+            self._merge(step)
+        number, rest = divmod(step, self._choice.every)
+        if rest == 0:
+            self._do_round(number - 1, rate)
+        self._last = time.perf_counter()
+
+    def _merge(self, step: int) -> None:
+        """Close the round that is under way; without overlap there is none."""
+        if not self._choice.overlap:
             return
         if step % self._choice.every == 0:
             self.rounds.close(wait=True)
         elif self.rounds.is_open and self._choice.deadline != "none":  # which makes runs repeatable
             self.rounds.close(wait=False)
-
-    def agree(self, rate: float, step: int) -> None:
-        number, rest = divmod(step, self._choice.every)
-        if rest == 0:
-            self._do_round(number - 1, rate)
-        self._last = time.perf_counter()
 
     def _do_round(self, number: int, rate: float) -> None:
         rounds = self.rounds
