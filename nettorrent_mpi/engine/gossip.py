@@ -179,6 +179,7 @@ class Gossip(Exchange):
     def _decide_what_to_withhold(self) -> None:
         self._withhold = withholding(self._choice, self._column.size, self.mixer.parts * self._choice.every)
         self._withheld = list(self._kept) if self._withhold else [None] * len(self._shards)
+        self.mixer.vector.withheld = [kept for kept in self._kept if kept.size and self._withhold]
 
     def _learn_loss(self) -> None:
         """The loss of this replica's rows in the step before. Only its last stage knows it, so it is summed up."""
