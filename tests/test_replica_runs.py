@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nettorrent_mpi.engine.gossip import GROWTH
 from nettorrent_mpi.engine.model_file import read_arrays
 
 HERE = Path(__file__).resolve().parent
@@ -175,11 +176,11 @@ def test_averaging_after_every_step_is_the_exact_exchange(runs: dict[str, Done])
 
 
 def test_replicas_have_rates_of_their_own(runs: dict[str, Done]) -> None:
-    """With Adam up to sqrt(2) times the rate, for two replicas, after 30 % of the run; none with SGD."""
+    """With Adam up to sqrt(2) times a constant rate, for two replicas, after GROWTH of the run; none with SGD."""
     rates = {name: [record["learning_rate"] for record in runs[name].metrics] for name in ("adam", "slower", "sgd")}
     steps = len(rates["adam"])
     assert steps == runs["adam"].summary["steps"] > 10
-    factors = [1 + (2**0.5 - 1) * min(n / steps / 0.3, 1) for n in range(steps)]
+    factors = [1 + (2**0.5 - 1) * min(n / steps / GROWTH, 1) for n in range(steps)]
     assert rates["adam"] == pytest.approx([0.01 * factor for factor in factors])
     assert rates["slower"] == pytest.approx([0.005] * steps)
     assert rates["sgd"] == pytest.approx([0.01] * steps)

@@ -121,7 +121,7 @@ def _gossip(setup: Setup, gossip: Gossip) -> list[str]:
     if gossip.probability < 1:
         when.append(f"each pair with probability {gossip.probability:g}")
     when.append("messages travel while the next step computes" if gossip.overlap else "the step waits for the messages")
-    kept = withholding(gossip, pairing.replicas, parts * gossip.every)
+    kept = withholding(gossip, pairing.replicas, parts)
     if kept:
         most = "up to " if gossip.part == "auto" and gossip.withhold == "auto" else ""
         when.append(f"{most}{kept:.0%} of a replica's own step is withheld until others know it")

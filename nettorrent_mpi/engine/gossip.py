@@ -58,9 +58,8 @@ def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int, done: fl
     return 1.0 + (whole - 1.0) * min(done / GROWTH, 1.0)
 
 
-def withholding(choice: choices.Gossip, replicas: int, period: int) -> float:
-    """The part of its own steps that a replica does not compute with until others know them; an element is exchanged
-    every `period` steps.
+def withholding(choice: choices.Gossip, replicas: int, parts: int) -> float:
+    """The part of its own steps that a replica does not compute with until others know them; so many parts take turns.
 
     Until they are averaged, a replica stands beside the others' mean by its own steps, which have sqrt(replicas) times
     the noise of the mean's, and it finds its gradients there. With 1/sqrt(replicas) of the latest step it stands where
@@ -71,6 +70,7 @@ def withholding(choice: choices.Gossip, replicas: int, period: int) -> float:
     """
     if choice.withhold != "auto":
         return choice.withhold
+    period = parts * choice.every / choice.probability
     if period > SELDOM or (period == 1 and not choice.overlap):  # without overlap all is exchanged at once
         return 0.0
     return 1 - 1 / math.sqrt(replicas)
@@ -177,7 +177,7 @@ class Gossip(Exchange):
         self._decide_what_to_withhold()
 
     def _decide_what_to_withhold(self) -> None:
-        self._withhold = withholding(self._choice, self._column.size, self.mixer.parts * self._choice.every)
+        self._withhold = withholding(self._choice, self._column.size, self.mixer.parts)
         self._withheld = list(self._kept) if self._withhold else [None] * len(self._shards)
         self.mixer.vector.withheld = [kept for kept in self._kept if kept.size and self._withhold]
 

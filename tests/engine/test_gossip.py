@@ -30,7 +30,9 @@ def test_a_factor_that_is_given_is_taken_and_sgd_needs_none() -> None:
 
 def test_withheld_is_what_is_more_than_a_step_of_the_mean_where_exchanges_are_frequent() -> None:
     more = 1 - 1 / math.sqrt(9)
-    assert [withholding(Gossip(), 9, period) for period in (1, 2, 3, 400)] == pytest.approx([more, more, 0, 0])
+    assert [withholding(Gossip(), 9, parts) for parts in (1, 2, 3, 400)] == pytest.approx([more, more, 0, 0])
+    assert withholding(Gossip(every=2), 9, 1) == withholding(Gossip(probability=0.5), 9, 1) == pytest.approx(more)
+    assert withholding(Gossip(every=2), 9, 2) == withholding(Gossip(probability=0.4), 9, 1) == 0
     assert withholding(Gossip(overlap=False), 9, 1) == 0  # nothing is waiting
     assert withholding(Gossip(overlap=False), 9, 2) == pytest.approx(more)
     assert withholding(Gossip(withhold=0.2), 9, 400) == 0.2

@@ -190,9 +190,13 @@ def test_interrupted(tmp_path: Path, number: int) -> None:
     )
     launcher = f"{sys.executable} {tmp_path}/launch.py {{ranks}}"
     words = ["--ranks", "2", "--modes", "rows", "--peers", "none", "--steps", "3", "--launcher", launcher]
-    process = subprocess.Popen(
-        command(DIGITS, *words, folder=tmp_path / "out"), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        process = subprocess.Popen(
+            command(DIGITS, *words, folder=tmp_path / "out"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     for _ in range(600):
         if marker.exists() and marker.read_text():
             break
