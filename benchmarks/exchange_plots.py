@@ -8,13 +8,13 @@ from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks import exchange_accuracy, exchange_network
 from nettorrent_mpi.plan.actions import parse
+from nettorrent_mpi.speedup.plots import STYLE, tidy
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = {
@@ -27,9 +27,6 @@ COLOURS = {
 }
 LINES: dict[str, dict[str, Any]] = {"serial": {"linestyle": "--", "zorder": 3.0}}  # it should lie on the exact one
 FORWARD, BACKWARD, UPDATE = ("#56B4E9", "#B9DFF5"), ("#E69F00", "#F6D698"), "#777777"  # of even and odd steps
-
-# Text stays text and names one font, so that files are small; the same figures give the same bytes.
-STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "nettorrent", "font.family": "DejaVu Sans"}
 
 
 def draw(report: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
@@ -57,7 +54,7 @@ def accuracy(section: Mapping[str, Any]) -> Figure:
                 axes.plot(epochs[: len(heights)], heights, label=told.title, **line, **LINES.get(side, {}))
         axes.set(title=case, xlabel="epoch", ylabel="test accuracy, %" if number == 0 else "")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _tidy(axes)
+        tidy(axes)
     figure.axes[-1].legend(fontsize=7, loc="lower right")
     return figure
 
@@ -74,7 +71,7 @@ def network(section: Mapping[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set(xlabel="steps per second")
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -107,14 +104,6 @@ def trace(section: Mapping[str, Any]) -> Figure:
             axes.spines[side].set_visible(False)
     figure.axes[-1].set_xlabel("milliseconds; the shade of a colour changes with the step; grey: update", fontsize=8)
     return figure
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 PICTURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {"accuracy": accuracy, "network": network, "trace": trace}

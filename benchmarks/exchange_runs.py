@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.speed import run
+from nettorrent_mpi.speedup.runs import left_in
 
 HOSTS = "benchmarks/hosts"
 
@@ -75,13 +75,7 @@ def train(
         output, sent = Path(folder, "run"), Path(folder, "sent")
         command = [*launcher.words(ranks, str(sent)), *training(config, settings, str(output), module)]
         run(command)
-        trace = output / "trace.json"
-        return Trained(
-            json.loads((output / "summary.json").read_text()),
-            [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()],
-            trace.read_text() if trace.exists() else None,
-            read_sent(sent),
-        )
+        return Trained(*left_in(output), read_sent(sent))
 
 
 def training(config: str, settings: Mapping[str, str], output: str, module: Sequence[str] = TRAIN) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -89,38 +90,43 @@ class RunFolder:
 
     def trace(self, trace: str) -> None:
         """trace.json."""
-        self._guard(lambda: self._write("trace.json", trace), "trace.json")
+        self._guard(lambda: write_whole(self.path / "trace.json", trace), "trace.json")
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json, the last file of a run: when it is there, the run is complete."""
 
         def body() -> None:
-            self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+            write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             if self._metrics is not None:
                 self._metrics.close()
 
         self._guard(body, "summary.json")
 
-    def _write(self, name: str, text: str) -> None:
-        """Write the file whole or not at all."""
-        part = self.path / f"{name}.part"
-        try:
-            part.write_text(text)
-            part.replace(self.path / name)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
-
     def _guard(self, body: Callable[[], None], name: str) -> None:
-        try:
+        with written(self.path / name):
             body()
-        except OSError as error:
-            file = self.path / name
-            full = error.errno == errno.ENOSPC or "No space left" in str(error) or error.errno == errno.EDQUOT
-            if full:
-                text = f"{file} could not be written: the disk is full; free some space or choose another --output DIR"
-            else:
-                text = (
-                    f"{file} could not be written ({error.strerror or error}); choose another folder with --output DIR"
-                )
-            raise OutputError(text) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What cannot be written is an OutputError that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno == errno.ENOSPC or "No space left" in str(error) or error.errno == errno.EDQUOT
+        if full:
+            text = f"{path} could not be written: the disk is full; free some space or choose another --output DIR"
+        else:
+            text = f"{path} could not be written ({error.strerror or error}); choose another folder with --output DIR"
+        raise OutputError(text) from error

@@ -99,14 +99,10 @@ class Gossip(Exchange):
         self._shards = [segment.params[segment.shard] for segment in state.segments]
         names = optimizer.states if "optimizer" in choice.average else ()
         memories = [[segment.optimizer[name] for segment in state.segments] for name in names]
-        kept = [aligned(shard.size, shard.dtype) for shard in self._shards] if choice.withhold != 0 else []
-        for array in kept:
-            array.fill(0)
-        vector = Vector(self._shards, memories, kept)
+        vector = Vector(self._shards, memories)
         self.mixer = Mixer(choice, self.pairing, vector)
         parts = -(-vector.size // SMALL) if choice.part == "auto" else round(1 / choice.part)
         self.rounds = Rounds(choice, self.pairing, self._column, self.mixer, seed, parts)
-        self._kept = kept
         self._decide_what_to_withhold()
         self._slow = SlowMomentum(choice.slow_momentum, self._shards) if choice.slow_momentum else None
         self._remembered: list[Array] = []  # masses, on their way from a checkpoint
@@ -177,9 +173,13 @@ class Gossip(Exchange):
         self._decide_what_to_withhold()
 
     def _decide_what_to_withhold(self) -> None:
+        """For as many parts as there are now. Settled, so that nothing is withheld."""
         self._withhold = withholding(self._choice, self._column.size, self.mixer.parts)
-        self._withheld = list(self._kept) if self._withhold else [None] * len(self._shards)
-        self.mixer.vector.withheld = [kept for kept in self._kept if kept.size and self._withhold]
+        kept = [aligned(shard.size, shard.dtype) for shard in self._shards] if self._withhold else []
+        for array in kept:
+            array.fill(0)
+        self._withheld = [*kept] or [None] * len(self._shards)
+        self.mixer.vector.withhold(kept)
 
     def _learn_loss(self) -> None:
         """The loss of this replica's rows in the step before. Only its last stage knows it, so it is summed up."""

@@ -19,18 +19,13 @@ class Vector:
     `memories` (the optimizer's m, then its v, ...) is a sequence of arrays of the same sizes. They come and go
     together, because they are right only together. The values of n elements are n parameters, then n of each memory.
 
-    `withheld` are arrays like the parameters: changes that were made to the vector, but not yet to `parameters`. The
-    vector's values have them; `release` makes them to the parameters, too.
+    Changes may be withheld: made to the vector, but not yet to the parameters. They are in arrays like the parameters
+    (`withhold`). The vector's values have them; `release` makes them to the parameters, too.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Array],
-        memories: Sequence[Sequence[Array]] = (),
-        withheld: Sequence[Array] = (),
-    ):
+    def __init__(self, parameters: Sequence[Array], memories: Sequence[Sequence[Array]] = ()):
         self.layers = [[part for part in layer if part.size] for layer in (parameters, *memories)]
-        self.withheld = [part for part in withheld if part.size]
+        self._withheld: list[Array] = []
         self.dtype = parameters[0].dtype
         self.size = sum(part.size for part in parameters)
         assert all(sum(part.size for part in layer) == self.size for layer in self.layers)
@@ -56,13 +51,17 @@ class Vector:
         for layer, into in enumerate(np.split(out, len(self.layers))):
             for piece, place in self._pieces(where, self.layers[layer]):
                 np.copyto(into[place], piece)
-        for piece, place in self._pieces(where, self.withheld):
+        for piece, place in self._pieces(where, self._withheld):
             np.add(out[place], piece, out=out[place])
+
+    def withhold(self, changes: Sequence[Array]) -> None:
+        """Changes are withheld in these arrays from now on; in none of an empty sequence. Nothing may be withheld."""
+        self._withheld = [part for part in changes if part.size]
 
     def release(self, where: Span) -> None:
         """The parameters `where` <- the vector's values: nothing is withheld there any more."""
-        if self.withheld:
-            both = zip(self._pieces(where, self.layers[0]), self._pieces(where, self.withheld), strict=True)
+        if self._withheld:
+            both = zip(self._pieces(where, self.layers[0]), self._pieces(where, self._withheld), strict=True)
             for (piece, _), (kept, _) in both:
                 np.add(piece, kept, out=piece)
                 kept.fill(0)
@@ -94,5 +93,5 @@ class Vector:
         """out <- the parameters `where`, with what is withheld, minus `minus`."""
         for piece, place in self._pieces(where, self.layers[0]):
             np.subtract(piece, minus[place], out=out[place])
-        for piece, place in self._pieces(where, self.withheld):
+        for piece, place in self._pieces(where, self._withheld):
             np.add(out[place], piece, out=out[place])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from nettorrent_mpi.comm import offline  # noqa: F401
 from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.clock import WARM_UP
 from nettorrent_mpi.app.config import Config
-from nettorrent_mpi.plan.errors import ChildError, OutputError
+from nettorrent_mpi.app.run_folder import write_whole, written
+from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup import modes, runs, shares, sides
 from nettorrent_mpi.speedup.machine import Launcher
 from nettorrent_mpi.speedup.modes import SERIAL, Plan
@@ -82,8 +82,7 @@ class Comparison:
         except ImportError as error:
             tell(f"no pictures: {error} (pip install 'nettorrent_mpi[plots]')")
         report = to_markdown(self._results, plots)
-        with _written(self._folder / "report.md"):
-            runs.write_whole(self._folder / "report.md", report)
+        self._write("report.md", report)
         sys.stdout.write(report)
         tell(f"results.json, report.md{' and pictures' if plots else ''} are in {self._folder}")
 
@@ -93,7 +92,7 @@ class Comparison:
         self._save()
         if any(side["samples_per_second"] for side in self._results["sides"]):
             tell(f"not complete: {failure_in_words(self._results)}")
-            runs.write_whole(self._folder / "report.md", to_markdown(self._results))
+            self._write("report.md", to_markdown(self._results))
 
     def _choose_steps(self) -> int:
         """So many that one rank takes TURN_SECONDS."""
@@ -201,11 +200,7 @@ class Comparison:
         return told
 
     def _write_config(self, name: str, config: Config) -> Path:
-        path = self._folder / TRAININGS / f"{name}.yaml"
-        with _written(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            runs.write_whole(path, configuration.to_yaml(config))
-        return path
+        return self._write(f"{TRAININGS}/{name}.yaml", configuration.to_yaml(config))
 
     def _clear(self) -> None:
         """Remove an earlier comparison's files, so that none of them is taken for one of this; nobody else's."""
@@ -213,24 +208,18 @@ class Comparison:
             return
         pictures = [self._folder / f"{name}.{end}" for name in PICTURES for end in ("png", "svg")]
         for path in (*pictures, self._folder / "report.md", *(self._folder / TRAININGS).glob("*.yaml")):
-            with _written(path):
+            with written(path):
                 path.unlink(missing_ok=True)
 
     def _save(self) -> None:
-        path = self._folder / "results.json"
-        with _written(path):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            runs.write_whole(path, json.dumps(self._results, indent=1) + "\n")
+        self._write("results.json", json.dumps(self._results, indent=1) + "\n")
 
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """What cannot be written is an OutputError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        text = f"{path} could not be written ({error.strerror or error}); choose another folder with --output DIR"
-        raise OutputError(text) from error
+    def _write(self, name: str, text: str) -> Path:
+        path = self._folder / name
+        with written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
+        return path
 
 
 def tell(text: str) -> None:

@@ -26,13 +26,13 @@ _PEER_LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _PART_COLOURS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#BBBBBB"), strict=True))
 
 # Text stays text and names one font, so that files are small; the same figures give the same bytes.
-_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "nettorrent", "font.family": "DejaVu Sans"}
+STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "nettorrent", "font.family": "DejaVu Sans"}
 
 
 def draw(results: Results, folder: Path) -> list[str]:
     """NAME.png and NAME.svg in `folder` for every picture that there are figures for; gives the names."""
     drawn = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, make in _MAKERS.items():
             picture = make(results)
             if picture is None:
@@ -96,7 +96,7 @@ def _over_ranks(results: Results, value: Callable[[float, Figure], float], title
             counts[-1] * 1.08, 0.99, f"more than the {cores} cores", transform=axes.get_xaxis_transform(),
             fontsize=7, ha="right", va="top",
         )  # fmt: skip
-    _tidy(axes)
+    tidy(axes)
     return picture, axes
 
 
@@ -153,7 +153,7 @@ def accuracy(results: Results) -> Picture | None:
         xlabel="seconds since training began", ylabel=f"accuracy on the {told['of']} rows", title=results["config"]
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    _tidy(axes)
+    tidy(axes)
     picture.legend(loc="outside right upper", fontsize=7)
     return picture
 
@@ -182,12 +182,13 @@ def shares(results: Results) -> Picture | None:
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="part of the rank's time", title=results["config"])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    _tidy(axes)
+    tidy(axes)
     picture.legend(loc="outside lower center", ncols=len(PARTS), fontsize=7)
     return picture
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """A grid behind what is drawn, and no frame above and on the right."""
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)

@@ -69,12 +69,17 @@ def train(config: Path, ranks: int, launcher: Launcher) -> Trained:
     with tempfile.TemporaryDirectory(prefix="nettorrent-") as folder:
         output = Path(folder, "run")
         run(launcher.command(ranks, training(config, output)))
-        trace = output / "trace.json"
-        return Trained(
-            json.loads((output / "summary.json").read_text()),
-            [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()],
-            trace.read_text() if trace.exists() else None,
-        )
+        return Trained(*left_in(output))
+
+
+def left_in(output: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
+    """(summary, metrics, trace) of a run folder."""
+    trace = output / "trace.json"
+    return (
+        json.loads((output / "summary.json").read_text()),
+        [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()],
+        trace.read_text() if trace.exists() else None,
+    )
 
 
 def training(config: Path, output: Path) -> list[str]:
@@ -88,13 +93,6 @@ def torch_peer(config: Path, options: Sequence[str], threads: int) -> dict[str, 
     lines = run([*program, "--threads", str(threads), *options], threads).splitlines()
     told: dict[str, Any] = json.loads(lines[-1])
     return told
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:

@@ -57,7 +57,8 @@ def test_without_memories_there_is_nothing_to_mix(layers: list[list[np.ndarray]]
 
 
 def test_what_is_withheld_belongs_to_the_vector_until_it_is_released(layers: list[list[np.ndarray]]) -> None:
-    vector = Vector(layers[0], layers[1:2], layers[2])
+    vector = Vector(layers[0], layers[1:2])
+    vector.withhold(layers[2])
     parameters, withheld = flat(layers[0]).copy(), flat(layers[2]).copy()
     whole, where = Span(0, vector.size), Span(4, BLOCK + 9)
     assert vector.bytes_per_element == 2 * 8
