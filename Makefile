@@ -55,7 +55,7 @@ $(VENV)/.run: pyproject.toml setup.py
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet -e '.[mpi,plots,images,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[mpi,fast,plots,images,dev]'
 	touch $@
 
 $(VENV)/.compare: $(VENV)/.dev

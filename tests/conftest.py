@@ -5,10 +5,13 @@ tests/ranks/ holds tests that run inside mpirun, all ranks together; tests/test_
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +20,11 @@ from typing import Protocol
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What is found out about kernels is kept in a folder of the tests' own. A launcher's children have it from above.
+if "NETTORRENT_TESTS_CACHE" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = os.environ["NETTORRENT_TESTS_CACHE"] = tempfile.mkdtemp(prefix="nettorrent-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Only a launcher's children collect tests/ranks.
 if not {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ):

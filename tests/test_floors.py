@@ -43,6 +43,7 @@ ORDER = {
         "backend",
         "specs",
         "layer",
+        "kernels",
         "random",
         "initial",
         "layers",
@@ -121,6 +122,7 @@ ONLY = {
     "pydantic": ["app"],
     "yaml": ["app"],
     "rich": ["app"],
+    "numba": ["nn.kernels.loop"],
     "torch": ["speedup.torch_network", "speedup.torch_peer"],
     "matplotlib": ["speedup.plots"],
 }

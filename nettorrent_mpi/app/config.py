@@ -185,6 +185,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 1
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
+    kernels: Literal["auto", "fastest", "numpy"] = "auto"
     data: Data
     model: Model
     train: Train = Train(epochs=10)

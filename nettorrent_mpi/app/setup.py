@@ -12,6 +12,7 @@ from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine.choices import Async, Elite, Gossip
 from nettorrent_mpi.engine.engine import Options
+from nettorrent_mpi.nn.kernels.choice import Kernels
 from nettorrent_mpi.nn.losses import check_fit
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
@@ -21,6 +22,7 @@ from nettorrent_mpi.plan.pairing import make_pairing
 from nettorrent_mpi.plan.topology import Topology, given_layout, layers_layout
 
 MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
+SHORT_RUN = 2e11  # floating-point operations of a rank: two seconds of one core
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,18 @@ def set_up(config: Config, ranks: int) -> Setup:
         seed=config.seed,
         augment=data.augment,
         trace=config.trace,
+        kernels=_kernels(config, network, ranks, sampler.steps_per_epoch),
     )
     return Setup(config, dataset, sampler, network, topology, options)
+
+
+def _kernels(config: Config, network: Network, ranks: int, epoch_steps: int) -> Kernels:
+    """`auto`: a run that is over in a second or two does not load what would make it faster."""
+    if config.kernels != "auto":
+        return config.kernels
+    steps = config.train.steps if config.train.steps is not None else (config.train.epochs or 1) * epoch_steps
+    work = steps * config.train.batch_size * sum(facts.operations for facts in network.facts)
+    return "fastest" if work / ranks > SHORT_RUN else "numpy"
 
 
 def lay_out(config: Config, network: Network, ranks: int) -> Topology:

@@ -27,6 +27,8 @@ from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.kernels import choice as kernels
+from nettorrent_mpi.nn.kernels.choice import Kernels
 from nettorrent_mpi.nn.losses import check_fit, make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
@@ -54,6 +56,7 @@ class Options:
     seed: int = 1
     augment: Sequence[str] = ()
     trace: bool = False
+    kernels: Kernels = "fastest"
 
 
 class Scores(NamedTuple):
@@ -72,6 +75,7 @@ class Engine:
 
     def __init__(self, world: World, network: Network, topology: Topology, options: Options):
         self.world, self.network, self.topology, self.options = world, network, topology, options
+        kernels.use(options.kernels)
         self.place = topology.place(world.rank)
         self.exact = isinstance(options.exchange, choices.Allreduce) or topology.replicas == 1
         stage = topology.stages[self.place.stage]

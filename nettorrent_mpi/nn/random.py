@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.kernels import passes
+from nettorrent_mpi.nn.kernels.loop import compiled
 from nettorrent_mpi.nn.layer import Features
 from nettorrent_mpi.plan import seeds
 from nettorrent_mpi.plan.blocks import Span
@@ -41,6 +43,9 @@ def keep_mask(keep: Array, codes: Array, rate: float, key: int, rows: Span, work
     """
     row_keys = _row_keys(key, rows, workspace)
     threshold = np.uint32(round(rate * 2**32))
+    if compiled():
+        passes.keep_mask(keep, codes, row_keys, threshold)
+        return
     columns = min(BLOCK, max(codes.size, 1))
     for first in range(0, rows.size, max(1, BLOCK // columns)):
         some = slice(first, min(first + max(1, BLOCK // columns), rows.size))

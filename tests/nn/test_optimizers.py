@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.kernels import choice
 from nettorrent_mpi.nn.optimizers import BLOCK_BYTES, clip_scale, make_optimizer, sum_of_squares
 from nettorrent_mpi.nn.specs import Adagrad, Adam, AdamW, Rmsprop, Sgd, Spec
 from nettorrent_mpi.plan.blocks import span
@@ -192,3 +193,21 @@ def test_options_out_of_range_are_refused(spec: Spec, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_optimizer(spec)
     assert caught.value.key == f"train.optimizer.{key}"
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_compiled_loops_give_the_same_bits(spec: Spec, dtype: Any, scale: float) -> None:
+    pytest.importorskip("numba", reason="Numba, which compiles them, is not installed")
+    start = np.random.default_rng(3).standard_normal(BLOCK64 + 37).astype(dtype)
+    found = []
+    for kernels in ("fastest", "numpy"):
+        choice.use(kernels)
+        try:
+            found.append(train(spec, start, 5, shares=2, scale=scale))
+        finally:
+            choice.use("fastest")
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    for name, state in found[0][1].items():
+        np.testing.assert_array_equal(state, found[1][1][name])

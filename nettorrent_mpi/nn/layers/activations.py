@@ -10,8 +10,10 @@ import numpy as np
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.kernels import passes
+from nettorrent_mpi.nn.kernels.loop import compiled
+from nettorrent_mpi.nn.kernels.memory import blocks
 from nettorrent_mpi.nn.layer import Layer, Params, Pass
-from nettorrent_mpi.nn.layers.memory import blocks
 from nettorrent_mpi.nn.layers.registry import Site, makes
 from nettorrent_mpi.plan.errors import ConfigError
 
@@ -59,9 +61,13 @@ class Relu(Activation):
         return y
 
     def differentiate(self, saved: Array, dy: Array, workspace: Workspace) -> None:
-        positive = workspace.scratch("positive", saved.shape, np.bool_)
-        np.greater(saved, 0, out=positive)
-        np.multiply(dy, positive, out=dy)
+        if compiled():
+            passes.relu_back(saved, dy)
+            return
+        for block in blocks(dy.size):
+            positive = workspace.scratch("positive", dy[block].shape, np.bool_)
+            np.greater(saved[block], 0, out=positive)
+            np.multiply(dy[block], positive, out=dy[block])
 
     @property
     def operations(self) -> float:

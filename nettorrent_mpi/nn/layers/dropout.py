@@ -6,8 +6,10 @@ import numpy as np
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.kernels import passes
+from nettorrent_mpi.nn.kernels.loop import compiled
+from nettorrent_mpi.nn.kernels.memory import blocks
 from nettorrent_mpi.nn.layer import Layer, Params, Pass
-from nettorrent_mpi.nn.layers.memory import blocks
 from nettorrent_mpi.nn.layers.registry import Site, makes
 from nettorrent_mpi.nn.random import keep_mask, place_codes
 from nettorrent_mpi.plan import seeds
@@ -35,8 +37,11 @@ class Dropout(Layer):
         keep = workspace.keep("keep", (x.shape[0], self._codes.size), np.bool_)
         key = seeds.key(step.seed, "dropout", self.name, step.step)
         keep_mask(keep, self._codes, self.rate, key, step.rows, workspace)
-        y = x if self.in_place else workspace.keep("y", x.shape)
-        self._thin(x.reshape(-1), keep.reshape(-1), y.reshape(-1))
+        y = x
+        if not self.in_place:
+            y = workspace.keep("y", x.shape)
+            np.copyto(y, x)
+        self._thin(y.reshape(-1), keep.reshape(-1))
         return y, keep
 
     def backward(
@@ -45,13 +50,16 @@ class Dropout(Layer):
         if not self.needs_dx:
             return None
         if saved is not None:
-            self._thin(dy.reshape(-1), saved.reshape(-1), dy.reshape(-1))
+            self._thin(dy.reshape(-1), saved.reshape(-1))
         return dy
 
-    def _thin(self, x: Array, keep: Array, y: Array) -> None:
+    def _thin(self, y: Array, keep: Array) -> None:
         scale = 1 / (1 - self.rate)
-        for block in blocks(x.size):
-            np.multiply(x[block], keep[block], out=y[block])
+        if compiled():
+            passes.thin(y, keep, y.dtype.type(scale))
+            return
+        for block in blocks(y.size):
+            np.multiply(y[block], keep[block], out=y[block])
             np.multiply(y[block], scale, out=y[block])
 
     @property

@@ -6,8 +6,8 @@ import numpy as np
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.kernels.memory import gradient
 from nettorrent_mpi.nn.layer import Features, Layer, Params, Pass
-from nettorrent_mpi.nn.layers.memory import gradient
 from nettorrent_mpi.nn.layers.registry import Site, makes
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.kernels.memory import gradient, sum_rows
 from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
-from nettorrent_mpi.nn.layers.memory import gradient, sum_rows
 from nettorrent_mpi.nn.layers.registry import Site, makes
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ShapeError

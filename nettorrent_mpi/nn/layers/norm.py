@@ -8,8 +8,10 @@ import numpy as np
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.kernels import passes
+from nettorrent_mpi.nn.kernels.loop import compiled
+from nettorrent_mpi.nn.kernels.memory import RowSum, blocks, repeated, row_block, row_repeats, sum_rows, wide_rows
 from nettorrent_mpi.nn.layer import Layer, Parameter, Params, Pass
-from nettorrent_mpi.nn.layers.memory import RowSum, blocks, repeated, row_block, row_repeats, sum_rows, wide_rows
 from nettorrent_mpi.nn.layers.registry import Site, makes
 from nettorrent_mpi.plan.errors import ConfigError
 
@@ -68,22 +70,13 @@ class BatchNorm(Norm):
         channels = x.shape[-1:]
         mean = workspace.keep("mean", channels, np.float64)
         scale = workspace.keep("scale", channels, np.float64)  # 1 / sqrt(variance + eps)
-        x_nw, y_nw = wide_rows(x, self._repeats), wide_rows(y, self._repeats)
-        height = row_block(x_nw.shape[1])
         count = 0
         if step.training:
             count = max(step.count * self._positions, 1)
             sum_rows(x, mean, workspace)
             step.team.sum_over_rows(mean)
             mean /= count
-            mean_w = repeated(mean, self._repeats, "mean", workspace)
-            squares = RowSum("of squares", self._repeats, scale, workspace)
-            for block in blocks(x_nw.shape[0], height):
-                np.subtract(x_nw[block], mean_w, out=y_nw[block])
-                square = workspace.scratch("squares", y_nw[block].shape)
-                np.multiply(y_nw[block], y_nw[block], out=square)
-                squares.add(square)
-            squares.finish()
+            self._sum_squares(x, mean, scale, workspace)
             step.team.sum_over_rows(scale)
             scale /= count
             if step.count:
@@ -91,17 +84,41 @@ class BatchNorm(Norm):
         else:
             mean[...] = params["running_mean"]
             scale[...] = params["running_var"]
-            mean_w = repeated(mean, self._repeats, "mean", workspace)
-            np.subtract(x_nw, mean_w, out=y_nw)
         scale += self.eps
         np.sqrt(scale, out=scale)
         np.reciprocal(scale, out=scale)
-        factor_w = self._factor(params, scale, workspace)
-        bias_w = repeated(params["bias"], self._repeats, "bias", workspace)
-        for block in blocks(x_nw.shape[0], height):
+        self._normalize(x, mean, self._factor(params, scale, workspace), params["bias"], y, workspace)
+        return y, (x, mean, scale, count)
+
+    def _sum_squares(self, x: Array, mean: Array, total: Array, workspace: Workspace) -> None:
+        """total <- the sum of (x - mean)^2 of each channel here."""
+        if compiled():
+            passes.sum_squares(_rows(x), _single("mean", mean, workspace), total)
+            return
+        x_nw = wide_rows(x, self._repeats)
+        mean_w = repeated(mean, self._repeats, "mean", workspace)
+        squares = RowSum("of squares", self._repeats, total, workspace)
+        for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
+            square = workspace.scratch("squares", x_nw[block].shape)
+            np.subtract(x_nw[block], mean_w, out=square)
+            np.multiply(square, square, out=square)
+            squares.add(square)
+        squares.finish()
+
+    def _normalize(self, x: Array, mean: Array, factor: Array, bias: Array, y: Array, workspace: Workspace) -> None:
+        """y <- (x - mean) * factor + bias."""
+        if compiled():
+            mean_c, factor_c = _single("mean", mean, workspace), _single("factor", factor, workspace)
+            passes.normalize(_rows(x), mean_c, factor_c, bias, _rows(y))
+            return
+        x_nw, y_nw = wide_rows(x, self._repeats), wide_rows(y, self._repeats)
+        mean_w = repeated(mean, self._repeats, "mean", workspace)
+        factor_w = repeated(factor, self._repeats, "factor", workspace)
+        bias_w = repeated(bias, self._repeats, "bias", workspace)
+        for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
+            np.subtract(x_nw[block], mean_w, out=y_nw[block])
             np.multiply(y_nw[block], factor_w, out=y_nw[block])
             np.add(y_nw[block], bias_w, out=y_nw[block])
-        return y, (x, mean, scale, count)
 
     def _follow(self, params: Params, mean: Array, variance: Array, count: int, workspace: Workspace) -> None:
         """running += momentum * (statistic - running); one number alone has no unbiased variance: the biased one, 0."""
@@ -115,29 +132,17 @@ class BatchNorm(Norm):
             np.add(running, move, out=running, casting="same_kind")
 
     def _factor(self, params: Params, scale: Array, workspace: Workspace) -> Array:
-        """weight / sqrt(variance + eps), repeated."""
+        """weight / sqrt(variance + eps)."""
         factor = workspace.scratch("factor", scale.shape, np.float64)
         np.multiply(params["weight"], scale, out=factor)
-        return repeated(factor, self._repeats, "factor", workspace)
+        return factor
 
     def backward(
         self, params: Params, grads: Params, saved: Any, dy: Array, workspace: Workspace, step: Pass
     ) -> Array | None:
         x, mean, scale, count = saved
-        x_nw, dy_nw = wide_rows(x, self._repeats), wide_rows(dy, self._repeats)
-        height = row_block(x_nw.shape[1])
-        mean_w = repeated(mean, self._repeats, "mean", workspace)
         sums = workspace.scratch("sums", (2, *scale.shape), np.float64)
-        weight_sum = RowSum("of dy times x", self._repeats, sums[0], workspace)
-        bias_sum = RowSum("of dy", self._repeats, sums[1], workspace)
-        for block in blocks(x_nw.shape[0], height):
-            work = workspace.scratch("centred", x_nw[block].shape)
-            np.subtract(x_nw[block], mean_w, out=work)
-            np.multiply(work, dy_nw[block], out=work)
-            weight_sum.add(work)
-            bias_sum.add(dy_nw[block])
-        weight_sum.finish()
-        bias_sum.finish()
+        self._sum_gradients(x, dy, mean, sums, workspace)
         sums[0] *= scale
         self.store(grads, sums[0], sums[1], step.accumulate)
         if not self.needs_dx:
@@ -147,18 +152,59 @@ class BatchNorm(Norm):
             step.team.sum_over_rows(sums)
             sums *= -1 / count
             sums[0] *= scale
-            slope_w = repeated(sums[0], self._repeats, "slope", workspace)
-            shift_w = repeated(sums[1], self._repeats, "shift", workspace)
-        factor_w = self._factor(params, scale, workspace)
-        for block in blocks(x_nw.shape[0], height):
-            if count:
-                work = workspace.scratch("centred", x_nw[block].shape)
-                np.subtract(x_nw[block], mean_w, out=work)
-                np.multiply(work, slope_w, out=work)
-                np.add(work, shift_w, out=work)
-                np.add(dy_nw[block], work, out=dy_nw[block])
-            np.multiply(dy_nw[block], factor_w, out=dy_nw[block])
+        else:  # the statistics were constants
+            sums[...] = 0
+        self._move_gradients(x, dy, mean, sums, self._factor(params, scale, workspace), workspace)
         return dy
+
+    def _sum_gradients(self, x: Array, dy: Array, mean: Array, sums: Array, workspace: Workspace) -> None:
+        """sums <- for each channel here the sums of (x - mean) * dy and of dy."""
+        if compiled():
+            passes.norm_sums(_rows(x), _rows(dy), _single("mean", mean, workspace), sums[0], sums[1])
+            return
+        x_nw, dy_nw = wide_rows(x, self._repeats), wide_rows(dy, self._repeats)
+        mean_w = repeated(mean, self._repeats, "mean", workspace)
+        weight_sum = RowSum("of dy times x", self._repeats, sums[0], workspace)
+        bias_sum = RowSum("of dy", self._repeats, sums[1], workspace)
+        for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
+            work = workspace.scratch("centred", x_nw[block].shape)
+            np.subtract(x_nw[block], mean_w, out=work)
+            np.multiply(work, dy_nw[block], out=work)
+            weight_sum.add(work)
+            bias_sum.add(dy_nw[block])
+        weight_sum.finish()
+        bias_sum.finish()
+
+    def _move_gradients(
+        self, x: Array, dy: Array, mean: Array, sums: Array, factor: Array, workspace: Workspace
+    ) -> None:
+        """dy <- (dy + (x - mean) * sums[0] + sums[1]) * factor."""
+        if compiled():
+            singles = (("mean", mean), ("slope", sums[0]), ("shift", sums[1]), ("factor", factor))
+            passes.norm_back(_rows(x), _rows(dy), *(_single(name, values, workspace) for name, values in singles))
+            return
+        x_nw, dy_nw = wide_rows(x, self._repeats), wide_rows(dy, self._repeats)
+        mean_w = repeated(mean, self._repeats, "mean", workspace)
+        slope_w = repeated(sums[0], self._repeats, "slope", workspace)
+        shift_w = repeated(sums[1], self._repeats, "shift", workspace)
+        factor_w = repeated(factor, self._repeats, "factor", workspace)
+        for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
+            work = workspace.scratch("centred", x_nw[block].shape)
+            np.subtract(x_nw[block], mean_w, out=work)
+            np.multiply(work, slope_w, out=work)
+            np.add(work, shift_w, out=work)
+            np.add(dy_nw[block], work, out=dy_nw[block])
+            np.multiply(dy_nw[block], factor_w, out=dy_nw[block])
+
+
+def _rows(x: Array) -> Array:
+    """x (b, ..., c) as (rows * positions, c), also where c is 0."""
+    return x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
+
+
+def _single(name: str, values: Array, workspace: Workspace) -> Array:
+    """values (channels,) in the workspace's type."""
+    return repeated(values, 1, name, workspace)
 
 
 @makes(specs.LayerNorm)
@@ -167,7 +213,7 @@ class LayerNorm(Norm):
 
     def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, Any]:
         y = workspace.keep("y", x.shape)
-        x_nc, y_nc = self._rows(x), self._rows(y)
+        x_nc, y_nc = _rows(x), _rows(y)
         mean = workspace.keep("mean", (x_nc.shape[0],))
         scale = workspace.keep("scale", (x_nc.shape[0],))  # 1 / sqrt(variance + eps)
         features, height = self.inputs.shape[-1], row_block(x_nc.shape[1])
@@ -194,7 +240,7 @@ class LayerNorm(Norm):
         self, params: Params, grads: Params, saved: Any, dy: Array, workspace: Workspace, step: Pass
     ) -> Array | None:
         x, mean, scale = saved
-        x_nc, dy_nc = self._rows(x), self._rows(dy)
+        x_nc, dy_nc = _rows(x), _rows(dy)
         height = row_block(x_nc.shape[1])
         gradients = workspace.scratch("sums", (2, x_nc.shape[1]))
         weight_sum = RowSum("of dy times x", 1, gradients[0], workspace)
@@ -226,10 +272,6 @@ class LayerNorm(Norm):
             np.add(dy_nc[block], hat, out=dy_nc[block])
             np.multiply(dy_nc[block], scale[block, None], out=dy_nc[block])
         return dy
-
-    def _rows(self, x: Array) -> Array:
-        """x as (rows * positions, c), also where c is 0."""
-        return x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
 
     def _hat(self, x_nc: Array, mean: Array, scale: Array, workspace: Workspace) -> Array:
         hat = workspace.scratch("centred", x_nc.shape)

@@ -8,8 +8,10 @@ import numpy as np
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.kernels import passes
+from nettorrent_mpi.nn.kernels.loop import compiled
+from nettorrent_mpi.nn.kernels.memory import BLOCK, blocks, gradient
 from nettorrent_mpi.nn.layer import Features, Layer, Params, Pass
-from nettorrent_mpi.nn.layers.memory import BLOCK, blocks, gradient
 from nettorrent_mpi.nn.layers.registry import Site, makes
 
 
@@ -63,6 +65,9 @@ class MaxPool2d(Pool):
         taps = self.size[0] * self.size[1]
         dtype = np.uint8 if taps <= 256 else np.uint32
         winner = workspace.keep("winner", y.shape, dtype) if step.training else None
+        if winner is not None and compiled():
+            passes.max_pool(x, y, winner, *self.size, *self.stride)
+            return y, winner
         for images in self.images(x):
             best = y[images]
             larger = workspace.scratch("larger", best.shape, np.bool_)
@@ -88,6 +93,9 @@ class MaxPool2d(Pool):
         if not self.needs_dx:
             return None
         dx = self.empty_gradient((dy.shape[0], *self.inputs.local), dy, workspace)
+        if compiled():
+            passes.max_pool_back(dy, saved, dx, *self.size, *self.stride, not self.apart)
+            return dx
         for images in self.images(dx):
             winner = saved[images]
             chosen = workspace.scratch("chosen", winner.shape, np.bool_)

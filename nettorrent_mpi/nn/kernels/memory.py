@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from nettorrent_mpi.nn.backend import Array, Shape, Workspace
+from nettorrent_mpi.nn.kernels import passes
+from nettorrent_mpi.nn.kernels.loop import compiled
 
 BLOCK = 16384  # elements: a few such float32 arrays fit into the second-level cache of every current processor
 
@@ -81,6 +83,9 @@ def row_block(wide: int) -> int:
 
 def sum_rows(x: Array, total_c: Array, workspace: Workspace) -> None:
     """total_c <- the sum of x (b, ..., channels; C-contiguous) over all but its last axis."""
+    if compiled():
+        passes.sum_rows(wide_rows(x, 1), total_c)
+        return
     repeats = row_repeats(x.shape[1:])
     x_nw = wide_rows(x, repeats)
     total = RowSum("of rows", repeats, total_c, workspace)

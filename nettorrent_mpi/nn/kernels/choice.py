@@ -1,0 +1,31 @@
+"""Which kernels this process may use."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import ClassVar, Literal
+
+Kernels = Literal["fastest", "numpy"]
+
+
+class _Process:
+    """What holds for this process."""
+
+    kernels: ClassVar[Kernels] = "fastest"
+
+
+def use(kernels: Kernels) -> None:
+    """From now on the fastest of what is installed, or NumPy alone. To be called before layers are made."""
+    _Process.kernels = kernels
+
+
+def fastest() -> bool:
+    """May other kernels than NumPy's be used?"""
+    return _Process.kernels == "fastest"
+
+
+@cache
+def installed(module: str) -> bool:
+    """Can this optional module be imported? It is not loaded here."""
+    return find_spec(module) is not None

@@ -1,0 +1,154 @@
+"""What layers do between the matrix products, as loops: see the layers for the formulas.
+
+Suffixes: b rows of a micro-batch, hw places, c channels, n rows times places.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.kernels.loop import Loop
+
+
+@Loop
+def relu_back(y: Array, dy: Array) -> None:
+    """dy <- dy where y > 0, elsewhere 0 (flat)."""
+    for i in range(dy.size):
+        dy[i] *= y[i] > 0
+
+
+@Loop
+def thin(y: Array, keep: Array, scale: float) -> None:
+    """y <- y * scale where `keep`, elsewhere 0 (flat)."""
+    for i in range(y.size):
+        y[i] = y[i] * keep[i] * scale
+
+
+@Loop
+def keep_mask(keep_bf: Array, codes_f: Array, keys_b: Array, threshold: int) -> None:
+    """nn.random.keep_mask's hash; keys_b (b, 2) uint32."""
+    for b in range(keep_bf.shape[0]):
+        before, within = keys_b[b, 0], keys_b[b, 1]
+        keep = keep_bf[b]
+        for i in range(codes_f.size):
+            x = np.uint32(codes_f[i] ^ before)
+            x = np.uint32(x ^ (x >> np.uint32(16)))
+            x = np.uint32(x * np.uint32(0x7FEB352D))
+            x = np.uint32(x + within)
+            x = np.uint32(x ^ (x >> np.uint32(15)))
+            x = np.uint32(x * np.uint32(0x846CA68B))
+            x = np.uint32(x ^ (x >> np.uint32(16)))
+            keep[i] = x >= threshold
+
+
+@Loop
+def max_pool(x_bhwc: Array, y_bhwc: Array, winner_bhwc: Array, high: int, wide: int, down: int, across: int) -> None:
+    """The largest number of each window of high x wide, `down` and `across` apart, and the number of its tap."""
+    for b in range(y_bhwc.shape[0]):
+        for h in range(y_bhwc.shape[1]):
+            for w in range(y_bhwc.shape[2]):
+                best, winner = y_bhwc[b, h, w], winner_bhwc[b, h, w]
+                best[:] = x_bhwc[b, h * down, w * across]
+                winner[:] = 0
+                for tap in range(1, high * wide):
+                    seen = x_bhwc[b, h * down + tap // wide, w * across + tap % wide]
+                    for c in range(best.size):
+                        number, most = seen[c], best[c]
+                        if number > most:
+                            winner[c] = tap
+                        if (number > most) | np.isnan(number):
+                            best[c] = number
+
+
+@Loop
+def max_pool_back(
+    dy_bhwc: Array, winner_bhwc: Array, dx_bhwc: Array, high: int, wide: int, down: int, across: int, add: bool
+) -> None:
+    """dx at the tap that won <- dy, at the others of the window 0; or, with `add`, dx += these."""
+    for b in range(dy_bhwc.shape[0]):
+        for h in range(dy_bhwc.shape[1]):
+            for w in range(dy_bhwc.shape[2]):
+                dy, winner = dy_bhwc[b, h, w], winner_bhwc[b, h, w]
+                for tap in range(high * wide):
+                    dx = dx_bhwc[b, h * down + tap // wide, w * across + tap % wide]
+                    if add:
+                        for c in range(dy.size):
+                            dx[c] += dy[c] * (winner[c] == tap)
+                    else:
+                        for c in range(dy.size):
+                            dx[c] = dy[c] * (winner[c] == tap)
+
+
+# -- batch norm: sums are taken in the arrays' type over 64 rows, and these in float64 -------------------------------
+
+ROWS = 64
+
+
+@Loop
+def sum_rows(x_nc: Array, total_c: Array) -> None:
+    """total_c (float64) <- the sum over n; rounded otherwise than by NumPy."""
+    part_c = np.empty(x_nc.shape[1], x_nc.dtype)
+    total_c[:] = 0
+    for first in range(0, x_nc.shape[0], ROWS):
+        part_c[:] = 0
+        for n in range(first, min(first + ROWS, x_nc.shape[0])):
+            x_c = x_nc[n]
+            for c in range(x_c.size):
+                part_c[c] += x_c[c]
+        for c in range(part_c.size):
+            total_c[c] += part_c[c]
+
+
+@Loop
+def sum_squares(x_nc: Array, mean_c: Array, total_c: Array) -> None:
+    """total_c (float64) <- the sum over n of (x - mean)^2; rounded otherwise than by NumPy."""
+    part_c = np.empty(x_nc.shape[1], x_nc.dtype)
+    total_c[:] = 0
+    for first in range(0, x_nc.shape[0], ROWS):
+        part_c[:] = 0
+        for n in range(first, min(first + ROWS, x_nc.shape[0])):
+            x_c = x_nc[n]
+            for c in range(x_c.size):
+                centred = x_c[c] - mean_c[c]
+                part_c[c] += centred * centred
+        for c in range(part_c.size):
+            total_c[c] += part_c[c]
+
+
+@Loop
+def normalize(x_nc: Array, mean_c: Array, factor_c: Array, bias_c: Array, y_nc: Array) -> None:
+    """y <- (x - mean) * factor + bias."""
+    for n in range(x_nc.shape[0]):
+        x_c, y_c = x_nc[n], y_nc[n]
+        for c in range(x_c.size):
+            y_c[c] = (x_c[c] - mean_c[c]) * factor_c[c] + bias_c[c]
+
+
+@Loop
+def norm_sums(x_nc: Array, dy_nc: Array, mean_c: Array, products_c: Array, sums_c: Array) -> None:
+    """products_c, sums_c (float64) <- the sums over n of (x - mean) * dy and of dy; rounded otherwise than by NumPy."""
+    product_c = np.empty(x_nc.shape[1], x_nc.dtype)
+    part_c = np.empty(x_nc.shape[1], x_nc.dtype)
+    products_c[:] = 0
+    sums_c[:] = 0
+    for first in range(0, x_nc.shape[0], ROWS):
+        product_c[:] = 0
+        part_c[:] = 0
+        for n in range(first, min(first + ROWS, x_nc.shape[0])):
+            x_c, dy_c = x_nc[n], dy_nc[n]
+            for c in range(x_c.size):
+                product_c[c] += (x_c[c] - mean_c[c]) * dy_c[c]
+                part_c[c] += dy_c[c]
+        for c in range(part_c.size):
+            products_c[c] += product_c[c]
+            sums_c[c] += part_c[c]
+
+
+@Loop
+def norm_back(x_nc: Array, dy_nc: Array, mean_c: Array, slope_c: Array, shift_c: Array, factor_c: Array) -> None:
+    """dy <- (dy + (x - mean) * slope + shift) * factor."""
+    for n in range(x_nc.shape[0]):
+        x_c, dy_c = x_nc[n], dy_nc[n]
+        for c in range(x_c.size):
+            dy_c[c] = (dy_c[c] + ((x_c[c] - mean_c[c]) * slope_c[c] + shift_c[c])) * factor_c[c]

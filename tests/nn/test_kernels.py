@@ -1,0 +1,256 @@
+"""Kernels: every way gives what NumPy gives, the fastest is found and remembered, and nothing optional is needed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nettorrent_mpi.nn import specs
+from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.kernels import choice, onednn, trial
+from nettorrent_mpi.nn.kernels.convolution import Geometry, OneDnn, WindowProducts
+from nettorrent_mpi.nn.kernels.windows import places
+
+
+@pytest.fixture
+def numpy_only() -> Iterator[Callable[[bool], None]]:
+    """numpy_only(True) leaves NumPy alone, until the test ends."""
+    yield lambda alone: choice.use("numpy" if alone else "fastest")
+    choice.use("fastest")
+
+
+@pytest.fixture
+def library() -> onednn.Library:
+    found = onednn.library()
+    if found is None:
+        pytest.skip("oneDNN is not installed (pip install 'nettorrent_mpi[fast]')")
+    return found
+
+
+def geometry(image: tuple[int, int, int], filters: int, kernel: Any, stride: Any, padding: Any) -> Geometry:
+    kernel, stride = specs.pair(kernel), specs.pair(stride)
+    high, *vertical = places(image[0], kernel[0], stride[0], padding)
+    wide, *horizontal = places(image[1], kernel[1], stride[1], padding)
+    return Geometry(image, (high, wide, filters), kernel, stride, tuple(vertical), tuple(horizontal))  # type: ignore[arg-type]
+
+
+GEOMETRIES = [
+    geometry((8, 8, 16), 16, 3, 1, "same"),
+    geometry((9, 7, 3), 5, 3, 1, "valid"),
+    geometry((9, 7, 3), 17, 3, 2, "same"),
+    geometry((6, 6, 8), 8, 2, 1, "same"),
+    geometry((11, 5, 1), 4, (4, 2), (3, 2), "same"),
+    geometry((8, 8, 6), 12, 1, 2, "valid"),
+    geometry((5, 5, 2), 3, 1, 1, "valid"),
+    geometry((12, 12, 33), 31, 5, 1, "same"),
+]
+
+
+@pytest.mark.parametrize("shape", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_onednn_computes_what_numpy_computes(shape: Geometry, rows: int, library: onednn.Library) -> None:
+    rng = np.random.default_rng(2)
+
+    def random(*size: int) -> Array:
+        return rng.standard_normal(size).astype(np.float32)
+
+    channels, filters = shape.image[2], shape.output[2]
+    x, y, dy = random(rows, *shape.image), random(rows, *shape.output), random(rows, *shape.output)
+    weight, bias, dw = (
+        random(*shape.kernel, channels, filters),
+        random(filters),
+        random(*shape.kernel, channels, filters),
+    )
+    found = []
+    for way in (OneDnn(shape, library), WindowProducts(shape)):
+        workspace, results = Workspace(np.float32), []
+        for given in (bias, None):
+            way.forward(x, weight, given, y, workspace)
+            results.append(y.copy())
+        dx, own = np.full_like(x, np.nan), dw.copy()
+        way.input_gradient(weight, dy, dx, workspace)
+        way.weight_gradient(x, dy, own, True, workspace)
+        results += [dx, own.copy()]
+        way.weight_gradient(x, dy, own, False, workspace)
+        found.append([*results, own])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
+
+
+LAYERS: dict[str, tuple[list[specs.LayerSpec], tuple[int, ...], bool]] = {  # layers, a row's shape, are the bits alike?
+    "relu": ([specs.Linear(units=7, activation="relu")], (5,), False),  # sums of the bias are added in another order
+    "pool": ([specs.MaxPool2d(size=2)], (6, 8, 5), True),
+    "pool with a rest": ([specs.MaxPool2d(size=3)], (8, 7, 2), True),
+    "pool that overlaps": ([specs.MaxPool2d(size=3, stride=2)], (9, 7, 4), False),
+    "dropout": ([specs.Dropout(rate=0.4)], (6, 5, 3), True),
+    "batch norm": ([specs.BatchNorm()], (5, 4, 3), False),
+    "batch norm of vectors": ([specs.BatchNorm()], (11,), False),
+    "network": (
+        [
+            specs.Conv2d(filters=6, kernel=3, padding="same", activation="relu"),
+            specs.BatchNorm(),
+            specs.MaxPool2d(size=2),
+            specs.Dropout(rate=0.2),
+            specs.Flatten(),
+            specs.Linear(units=3),
+        ],
+        (6, 6, 2),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_are_alike_with_numpy_alone(
+    name: str, training: bool, bench: Callable[..., Any], numpy_only: Callable[[bool], None]
+) -> None:
+    pytest.importorskip("numba", reason="Numba is not installed: NumPy is alone anyway")
+    layers, shape, same_bits = LAYERS[name]
+    made = bench(layers, shape)
+    x, dy = made.data(70)  # more rows than are added up in one type
+    x[3, ..., 0] = 0.25  # equal numbers in one window
+    found = []
+    for alone in (True, False):
+        numpy_only(alone)
+        if training:
+            result = made.run(x, dy)
+            found.append([result.y, result.dx, *result.grads.values(), *result.params.values()])
+        else:
+            found.append([made.forward(made.params, x, made.passes(x, False))])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0 if same_bits else 1e-11, atol=0 if same_bits else 1e-12)
+
+
+def test_nan_goes_through_a_pool(bench: Callable[..., Any], numpy_only: Callable[[bool], None]) -> None:
+    made = bench([specs.MaxPool2d(size=2)], (4, 4, 3))
+    x, dy = made.data(2)
+    x[0, 0, 0, 0] = x[0, 3, 3, 1] = x[1, 0, 1, 2] = np.nan
+    found = []
+    for alone in (True, False):
+        numpy_only(alone)
+        found.append(made.run(x, dy).y)
+    np.testing.assert_array_equal(*found)
+    assert np.isnan(found[0]).sum() == 3
+
+
+# -- the trial ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file of findings, in a folder that is not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(trial, "_known", {})
+    trial._path.cache_clear()
+    yield trial._path()
+    trial._path.cache_clear()
+
+
+def slow() -> None:
+    time.sleep(0.01)
+
+
+def quick() -> None:
+    pass
+
+
+def never() -> None:
+    raise AssertionError("tried again")
+
+
+def test_the_fastest_way_is_found_and_remembered(findings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trial.fastest("waiting", {"slow": slow, "quick": quick}) == "quick"
+    assert trial.fastest("waiting", {"slow": never, "quick": never}) == "quick"  # by this process
+    monkeypatch.setattr(trial, "_known", {})
+    assert trial.fastest("waiting", {"slow": never, "quick": never}) == "quick"  # by the file
+    assert "quick" in json.loads(findings.read_text())["choices"].values()
+    assert trial.fastest("waiting", {"slow": slow, "slower": lambda: time.sleep(0.02)}) == "slow"  # other ways
+
+
+def test_findings_of_other_versions_do_not_count(findings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial.fastest("waiting", {"slow": slow, "quick": quick})
+    told = json.loads(findings.read_text())
+    for text in (json.dumps(told | {"of": "another"}), "{", "[]", '{"of": 1}', ""):
+        findings.write_text(text)
+        monkeypatch.setattr(trial, "_known", {})
+        assert trial.fastest("waiting", {"slow": quick, "quick": slow}) == "slow"
+
+
+def test_findings_that_cannot_be_kept_are_found_all_the_same(
+    tmp_path: Path, findings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert trial.fastest("waiting", {"slow": slow, "quick": quick}) == "quick"
+
+
+def _choose(tried: Any, answers: Any) -> None:
+    def way() -> None:
+        tried.put(1)
+        time.sleep(0.005)
+
+    answers.put(trial.fastest("racing", {"one": way, "other": way}))
+
+
+def test_processes_of_a_host_choose_alike(findings: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    tried, answers = context.Queue(), context.Queue()
+    processes = [context.Process(target=_choose, args=(tried, answers)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = {answers.get(timeout=30) for _ in processes}
+    count = 0
+    for process in processes:
+        process.join(30)
+    while not tried.empty():
+        count += tried.get()
+    assert len(found) == 1
+    assert count == 2 * (1 + trial.REPEATS), "more than one of them tried"
+
+
+# -- nothing optional is needed ---------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+{block}
+from nettorrent_mpi.__main__ import main
+sys.argv = ["nettorrent", "train", "--set", "train.epochs=1", "--set", "kernels={kernels}", "--output", {output!r}]
+code = 0
+try:
+    main()
+except SystemExit as stopped:
+    code = stopped.code or 0
+loaded = open("/proc/self/maps").read()
+print("LOADED", "numba" in sys.modules and sys.modules["numba"] is not None, "libdnnl" in loaded)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("block", "kernels", "loaded"),
+    [
+        ("", "numpy", "False False"),
+        ("sys.modules['numba'] = None", "fastest", "False"),  # as if it were not installed
+    ],
+)
+def test_numpy_alone_trains(block: str, kernels: str, loaded: str, tmp_path: Path) -> None:
+    program = PROGRAM.format(block=block, kernels=kernels, output=str(tmp_path / "run"))
+    if block:
+        program = program.replace("import sys\n", "import sys, importlib.util\n", 1).replace(
+            block,
+            block + "\nfind = importlib.util.find_spec\n"
+            "importlib.util.find_spec = lambda name, *more: None if name == 'numba' else find(name, *more)",
+        )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"LOADED {loaded}" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] > 0.5
