@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import subprocess
@@ -16,9 +17,10 @@ import pytest
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.kernels import choice, onednn, trial
+from nettorrent_mpi.nn.kernels import blas, choice, onednn, passes, product, trial
 from nettorrent_mpi.nn.kernels.convolution import Geometry, OneDnn, WindowProducts
 from nettorrent_mpi.nn.kernels.windows import places
+from nettorrent_mpi.nn.losses import make_loss
 
 
 @pytest.fixture
@@ -88,6 +90,7 @@ def test_onednn_computes_what_numpy_computes(shape: Geometry, rows: int, library
 
 LAYERS: dict[str, tuple[list[specs.LayerSpec], tuple[int, ...], bool]] = {  # layers, a row's shape, are the bits alike?
     "relu": ([specs.Linear(units=7, activation="relu")], (5,), False),  # sums of the bias are added in another order
+    "sigmoid": ([specs.Linear(units=7), specs.Sigmoid()], (5,), False),
     "pool": ([specs.MaxPool2d(size=2)], (6, 8, 5), True),
     "pool with a rest": ([specs.MaxPool2d(size=3)], (8, 7, 2), True),
     "pool that overlaps": ([specs.MaxPool2d(size=3, stride=2)], (9, 7, 4), False),
@@ -141,6 +144,68 @@ def test_nan_goes_through_a_pool(bench: Callable[..., Any], numpy_only: Callable
         found.append(made.run(x, dy).y)
     np.testing.assert_array_equal(*found)
     assert np.isnan(found[0]).sum() == 3
+
+
+def test_sigmoid_of_float32() -> None:
+    pytest.importorskip("numba", reason="Numba is not installed")
+    x = np.concatenate([np.linspace(-120, 120, 100_001), [np.nan, np.inf, -np.inf]]).astype(np.float32)
+    y = np.empty_like(x)
+    passes.sigmoid(x, y)
+    with np.errstate(over="ignore"):
+        exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    np.testing.assert_allclose(y, exact, rtol=3e-7, atol=1e-37)
+    assert np.isnan(y[-3])
+    assert y[-2] == 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("outputs", [2, 10])
+def test_cross_entropy_is_alike_with_numpy_alone(
+    smoothing: float, outputs: int, numpy_only: Callable[[bool], None]
+) -> None:
+    pytest.importorskip("numba", reason="Numba is not installed: NumPy is alone anyway")
+    rng = np.random.default_rng(1)
+    y, labels = 9 * rng.standard_normal((33, outputs)), rng.integers(0, outputs, 33)
+    y[4] = 1.5  # all the same: the first counts
+    y[5, 1] = y[5, 0] = 20
+    y[7, 1] = 0.5
+    found = []
+    for alone in (True, False):
+        numpy_only(alone)
+        loss = make_loss(specs.CrossEntropy(label_smoothing=smoothing))
+        found += [loss.forward(y, labels, 50, Workspace(np.float64), gradient=wanted) for wanted in (True, False)]
+        y[7, 1] = np.nan
+        found.append(loss.forward(y, labels, 50, Workspace(np.float64)))
+        y[7, 1] = 0.5
+    for one, other in zip(found[:3], found[3:], strict=True):
+        np.testing.assert_allclose(one.loss_sum, other.loss_sum, rtol=1e-12)
+        assert one.correct == other.correct
+        assert (one.dy is None) == (other.dy is None)
+        if one.dy is not None:
+            np.testing.assert_allclose(one.dy, other.dy, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sizes", [(3, 4, 5), (1, 7, 1), (16, 1, 9), (64, 33, 32), (0, 3, 2), (3, 0, 2)], ids=str)
+def test_products_by_blas_and_onednn(sizes: tuple[int, int, int], dtype: Any) -> None:
+    rng = np.random.default_rng(4)
+    (m, k, n), library = sizes, onednn.library()
+    ways = {"numpy": product._numpy}
+    gemm = blas.gemm(np.dtype(dtype))
+    assert gemm is not None or sys.platform != "linux", "NumPy's wheels have one that is found"
+    if gemm is not None:
+        ways["blas"] = product._by(gemm)
+    if library is not None and dtype == np.float32:
+        ways["onednn"] = product._by(library.gemm)
+    for a_turned, b_turned, accumulate in itertools.product((False, True), repeat=3):
+        a = rng.standard_normal((k, m) if a_turned else (m, k)).astype(dtype)
+        b = rng.standard_normal((n, k) if b_turned else (k, n)).astype(dtype)
+        a, b = a.T if a_turned else a, b.T if b_turned else b
+        before = rng.standard_normal((m, n)).astype(dtype)
+        for name, way in ways.items():
+            out = before.copy()
+            way(a, b, out, accumulate, Workspace(dtype))
+            np.testing.assert_allclose(out, a @ b + before * accumulate, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 # -- the trial ------------------------------------------------------------------------------------------------------

@@ -51,12 +51,21 @@ class Library:
         self._calls.dnnl_primitive_desc_query_md.restype = _Handle
         self._calls.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
         number, size, real = ctypes.c_char, ctypes.c_int64, ctypes.c_float
-        self.sgemm = self._calls.dnnl_sgemm
-        self.sgemm.argtypes = [
+        self._sgemm = self._calls.dnnl_sgemm
+        self._sgemm.argtypes = [
             number, number, size, size, size, real, _Handle, size, _Handle, size, real, _Handle, size,
         ]  # fmt: skip
         self.engine = self.make("engine_create", _CPU, ctypes.c_size_t(0))
         self._stream = self.make("stream_create", self.engine, _IN_ORDER)
+
+    def gemm(self, a: Array, b: Array, out: Array, beta: float) -> None:
+        """out_mn <- a_mk @ b_kn + beta * out, float32. `out` is C-contiguous, a and b are or their transposes."""
+        (m, k), n = a.shape, b.shape[1]
+        plain_a, plain_b = a.flags.c_contiguous, b.flags.c_contiguous
+        self._sgemm(
+            b"N" if plain_a else b"T", b"N" if plain_b else b"T", m, n, k,
+            1.0, a.ctypes.data, k if plain_a else m, b.ctypes.data, n if plain_b else k, beta, out.ctypes.data, n,
+        )  # fmt: skip
 
     def call(self, name: str, *arguments: Any) -> None:
         """Raises OneDnnError unless it succeeds."""

@@ -19,6 +19,67 @@ def relu_back(y: Array, dy: Array) -> None:
 
 
 @Loop
+def sigmoid(x: Array, y: Array) -> None:
+    """y <- 1 / (1 + exp(-x)) (flat, float32), to 1.5e-7; otherwise rounded than by NumPy.
+
+    exp(t) = 2^n exp(r) with n a whole number and |r| <= log(2) / 2, of which a polynomial of degree 7 (Cephes' expf by
+    S. Moshier) gives the exponential. Numba calls a function for each exp, which would not work on vectors.
+    """
+    one, least, most = np.float32(1), np.float32(-87), np.float32(88)
+    for i in range(x.size):
+        t = -x[i]
+        t = most if t > most else t  # NaN stays NaN
+        t = least if t < least else t
+        n = np.floor(t * np.float32(1.4426950408889634) + np.float32(0.5))
+        r = t - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+        p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+        p = p * r + np.float32(8.3334519073e-3)
+        p = p * r + np.float32(4.1665795894e-2)
+        p = p * r + np.float32(1.6666665459e-1)
+        p = p * r + np.float32(5.0000001201e-1)
+        p = p * (r * r) + r + one
+        power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+        y[i] = one / (one + p * power)
+
+
+@Loop
+def sigmoid_back(y: Array, dy: Array) -> None:
+    """dy <- dy * y * (1 - y) (flat)."""
+    for i in range(dy.size):
+        dy[i] *= y[i] * (y.dtype.type(1) - y[i])
+
+
+@Loop
+def cross_entropy(
+    y_bo: Array, labels_b: Array, scale: float, smooth: float, share: float, dy_bo: Array, gradient: bool
+) -> tuple[float, int]:
+    """(sum of the losses, rows told right); dy <- scale times the gradient. Rounded otherwise than by NumPy.
+
+    The loss of a row is -share * log p[label] - smooth * sum(log p).
+    """
+    total, right = 0.0, 0
+    for b in range(y_bo.shape[0]):
+        y, dy, label = y_bo[b], dy_bo[b], labels_b[b]
+        largest = 0
+        for o in range(1, y.size):
+            if y[o] > y[largest] or (np.isnan(y[o]) and not np.isnan(y[largest])):
+                largest = o
+        right += largest == label
+        exps, sums = y.dtype.type(0), y.dtype.type(0)
+        for o in range(y.size):
+            moved = y[o] - y[largest]
+            sums += moved
+            dy[o] = np.exp(moved)
+            exps += dy[o]
+        total += np.log(exps) - share * (y[label] - y[largest]) - smooth * sums
+        if gradient:
+            for o in range(y.size):
+                dy[o] = dy[o] / exps * scale - smooth * scale
+            dy[label] -= share * scale
+    return total, right
+
+
+@Loop
 def thin(y: Array, keep: Array, scale: float) -> None:
     """y <- y * scale where `keep`, elsewhere 0 (flat)."""
     for i in range(y.size):

@@ -105,6 +105,9 @@ class Sigmoid(Activation):
     """1 / (1 + exp(-x)). Where exp overflows to infinity, the result is 0, as it should be."""
 
     def apply(self, x: Array, y: Array, workspace: Workspace, step: Pass) -> Array:
+        if compiled() and x.dtype == np.float32:
+            passes.sigmoid(x, y)
+            return y
         with np.errstate(over="ignore"):
             for block in blocks(x.size):
                 part = y[block]
@@ -115,6 +118,9 @@ class Sigmoid(Activation):
         return y
 
     def differentiate(self, saved: Array, dy: Array, workspace: Workspace) -> None:
+        if compiled():
+            passes.sigmoid_back(saved, dy)
+            return
         for block in blocks(dy.size):
             y = saved[block]
             slope = workspace.scratch("slope", y.shape)

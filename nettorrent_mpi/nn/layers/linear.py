@@ -9,6 +9,7 @@ import numpy as np
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
 from nettorrent_mpi.nn.kernels.memory import gradient, sum_rows
+from nettorrent_mpi.nn.kernels.product import Product
 from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
 from nettorrent_mpi.nn.layers.registry import Site, makes
 from nettorrent_mpi.plan.blocks import span
@@ -33,10 +34,11 @@ class Linear(Layer):
         bias = (Parameter("bias", (outs,), axis=0, part=part),) if spec.bias else ()
         super().__init__(site.name, site.inputs, Features.divided((outs,), site.cols, site.col), (weight, *bias))
         self.bias = spec.bias
+        self._y, self._dw, self._dx = Product(), Product(), Product()
 
     def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, Array]:
         y = workspace.keep("y", (x.shape[0], *self.outputs.local))
-        np.matmul(x, params["weight"], out=y)
+        self._y(x, params["weight"], y, workspace)
         if self.bias:
             y += params["bias"]
         return y, x
@@ -44,18 +46,13 @@ class Linear(Layer):
     def backward(
         self, params: Params, grads: Params, saved: Array, dy: Array, workspace: Workspace, step: Pass
     ) -> Array | None:
-        if step.accumulate:
-            more = workspace.scratch("weight gradient", grads["weight"].shape)
-            np.matmul(saved.T, dy, out=more)
-            np.add(grads["weight"], more, out=grads["weight"])
-        else:
-            np.matmul(saved.T, dy, out=grads["weight"])
+        self._dw(saved.T, dy, grads["weight"], workspace, step.accumulate)
         if self.bias:
             add_bias_gradient(grads["bias"], dy, workspace, step)
         if not self.needs_dx:
             return None
         dx = gradient(workspace, saved.shape, dy)
-        np.matmul(dy, params["weight"].T, out=dx)
+        self._dx(dy, params["weight"].T, dx, workspace)
         return dx
 
     @property
