@@ -1,11 +1,11 @@
-"""The networks of torch_models.py under DistributedDataParallel over gloo, one process per MPI rank, so that the same
-launcher and the same network carry both sides of a comparison.
+"""A configuration's training in PyTorch under DistributedDataParallel over gloo, one process per MPI rank, so that the
+same launcher and the same network carry both sides of a comparison.
 
-    benchmarks/hosts -n 4 -r 200mbit -- python -m benchmarks.ddp_slow --model mnist_wide --batch 512 --steps 30
+    benchmarks/hosts -n 4 -r 200mbit -- python -m benchmarks.ddp_slow configs/mnist_wide.yaml --steps 30
 
-takes the options of torch_models.py; rank 0 prints its line of JSON. Rank and size are those that mpirun (Open MPI or
-MPICH) tells; the processes meet at MASTER_ADDR:MASTER_PORT (127.0.0.1:29500), and gloo takes the interface that
-GLOO_SOCKET_IFNAME names.
+takes the options of nettorrent_mpi.speedup.torch_peer; rank 0 prints its line of JSON. Rank and size are those that
+mpirun (Open MPI or MPICH) tells; the processes meet at MASTER_ADDR:MASTER_PORT (127.0.0.1:29500), and gloo takes the
+interface that GLOO_SOCKET_IFNAME names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def placed(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def main() -> None:
-    from benchmarks.torch_models import parse, train_one_of_many
+    from nettorrent_mpi.speedup.torch_peer import parse, train_one_of_many
 
     rank, size = placed(os.environ)
     options = parse([*sys.argv[1:], "--processes", str(size)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -13,11 +14,13 @@ from typing import Any
 
 from benchmarks.exchange_runs import Here, Hosts, in_turns, layout, program, train
 from benchmarks.exchange_text import megabytes, paragraph, percent, points, table
-from benchmarks.speed import MNIST, UNTIMED_STEPS
+from benchmarks.speed import MNIST
+from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.app.clock import WARM_UP
+from nettorrent_mpi.speedup import modes
 
 WIDE, WIDE_LAYERS = "configs/mnist_wide.yaml", 4
 ROWS = 128  # of a replica in a step
-WARM_UP = 10  # steps that DDP's rate leaves out
 NEVER = "1000000"
 LIMITED, UNLIMITED = "limited", "unlimited"
 
@@ -69,10 +72,15 @@ RATIOS = (
 def train_side(side: Side, steps: int, hosts: int, launcher: Hosts) -> tuple[float, list[int], dict[str, Any] | None]:
     """(steps per second, bytes that each host sent in the whole run, what the summary tells of the exchange)."""
     if side.exchange is None:
-        words = [sys.executable, "-m", "benchmarks.ddp_slow", "--model", "mnist_wide", "--batch", str(ROWS * hosts)]
-        output, sent = program([*words, "--steps", str(steps), "--warmup", str(WARM_UP)], hosts, launcher)
+        settings = settings_of("allreduce", 1, WIDE_LAYERS, steps) | {"train.batch_size": str(ROWS * hosts)}
+        config = configuration.load(WIDE, [f"{key}={value}" for key, value in settings.items()])
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "ddp.yaml")
+            path.write_text(configuration.to_yaml(modes.baseline(config, [])))
+            words = [sys.executable, "-m", "benchmarks.ddp_slow", str(path), "--steps", str(steps)]
+            output, sent = program(words, hosts, launcher)
         return json.loads(output.splitlines()[-1])["samples_per_second"] / (ROWS * hosts), sent, None
-    settings = settings_of(side.exchange, hosts, WIDE_LAYERS, steps + UNTIMED_STEPS)
+    settings = settings_of(side.exchange, hosts, WIDE_LAYERS, steps + WARM_UP)
     done = train(WIDE, settings, hosts, launcher)
     return done.summary["samples_per_second"] / (ROWS * hosts), done.sent, done.summary.get("exchange")
 
@@ -229,7 +237,7 @@ def measure_fast(name: str, repeats: int, factor: float, mpirun: str) -> dict[st
     steps = max(5, round(case.steps * factor))
 
     def once(exchange: str) -> float:
-        settings = settings_of(exchange, case.replicas, case.weight_layers, steps + UNTIMED_STEPS)
+        settings = settings_of(exchange, case.replicas, case.weight_layers, steps + WARM_UP)
         done = train(case.config, settings, case.replicas, Here(mpirun))
         return float(done.summary["samples_per_second"]) / (ROWS * case.replicas)
 

@@ -19,9 +19,9 @@ from typing import Any
 from benchmarks.exchange_network import ROWS, WIDE, WIDE_LAYERS, settings_of
 from benchmarks.exchange_runs import Hosts, in_turns, train
 from benchmarks.exchange_text import paragraph, percent, table
-from benchmarks.speed import UNTIMED_STEPS
 from nettorrent_mpi import env
 from nettorrent_mpi.__main__ import main as train_command
+from nettorrent_mpi.app.clock import WARM_UP
 
 PROGRESS = {
     "between": "between actions and layers (built in)",
@@ -78,7 +78,7 @@ def _start_thread(core: int | None) -> None:
 def measure(rate: str, repeats: int, factor: float, mpirun: str) -> dict[str, Any]:
     """The step rates with each of PROGRESS, in turns."""
     steps = max(5, round(STEPS * factor))
-    settings = settings_of("gossip", HOSTS, WIDE_LAYERS, steps + UNTIMED_STEPS) | {"exchange.gossip.part": str(PART)}
+    settings = settings_of("gossip", HOSTS, WIDE_LAYERS, steps + WARM_UP) | {"exchange.gossip.part": str(PART)}
     told: dict[str, list[dict[str, Any]]] = {who: [] for who in PROGRESS}
 
     def once(who: str) -> float:

@@ -11,8 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.speed import run
-from nettorrent_mpi.speedup.runs import left_in
+from nettorrent_mpi.speedup.runs import left_in, run
 
 HOSTS = "benchmarks/hosts"
 

