@@ -14,10 +14,9 @@ from typing import Any
 
 from benchmarks.exchange_runs import Here, Hosts, in_turns, layout, program, train
 from benchmarks.exchange_text import megabytes, paragraph, percent, points, table
-from benchmarks.speed import MNIST
+from benchmarks.rows import MNIST
 from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.clock import WARM_UP
-from nettorrent_mpi.speedup import modes
 
 WIDE, WIDE_LAYERS = "configs/mnist_wide.yaml", 4
 ROWS = 128  # of a replica in a step
@@ -72,6 +71,8 @@ RATIOS = (
 def train_side(side: Side, steps: int, hosts: int, launcher: Hosts) -> tuple[float, list[int], dict[str, Any] | None]:
     """(steps per second, bytes that each host sent in the whole run, what the summary tells of the exchange)."""
     if side.exchange is None:
+        from nettorrent_mpi.speedup import modes  # which keeps MPI from starting; exchange_progress imports this, too
+
         settings = settings_of("allreduce", 1, WIDE_LAYERS, steps) | {"train.batch_size": str(ROWS * hosts)}
         config = configuration.load(WIDE, [f"{key}={value}" for key, value in settings.items()])
         with tempfile.TemporaryDirectory() as folder:

@@ -25,6 +25,7 @@ from typing import Any
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
+from benchmarks.rows import AUGMENTED, CIFAR, MNIST
 from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.clock import WARM_UP
 from nettorrent_mpi.speedup import modes, runs
@@ -49,9 +50,6 @@ PEERS = {
     DDP_LAST: ["--processes", "2", "--channels-last"],
 }
 
-MNIST = "{name: synthetic, rows: 60000, test_rows: 0, shape: [28, 28, 1], classes: 10}"
-CIFAR = "{name: synthetic, rows: 50000, test_rows: 0, shape: [32, 32, 3], classes: 10}"
-AUGMENTED = CIFAR.replace("}", ", augment: [flip, crop]}")
 DENSE = {(OURS, TORCH): 2.1, (OURS_2, DDP): 2.31}
 IMAGES = {(OURS, TORCH): 1.3, (OURS, LAST): 1.1, (OURS_2, DDP): 1.43, (OURS_2, DDP_LAST): 1.21}
 Ratio = tuple[str, str]
