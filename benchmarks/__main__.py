@@ -1,6 +1,7 @@
 """`python -m benchmarks [NAME] [options]`: what `make bench` runs. Without a name it is speed.
 
     speed      training speed against PyTorch, and of two ranks against one
+    inside     where the time of a step goes
     accuracy   the shipped configurations on real data
     exchange   gossip, elite and the pipeline without flush against the exact exchange: accuracy, slow links, bubbles
 
@@ -10,7 +11,7 @@
 import sys
 from importlib import import_module
 
-NAMES = ("speed", "accuracy", "exchange")
+NAMES = ("speed", "inside", "accuracy", "exchange")
 
 
 def main() -> None:

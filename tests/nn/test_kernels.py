@@ -18,8 +18,9 @@ import pytest
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
 from nettorrent_mpi.nn.kernels import blas, choice, onednn, passes, product, trial
-from nettorrent_mpi.nn.kernels.convolution import Geometry, OneDnn, WindowProducts
-from nettorrent_mpi.nn.kernels.windows import places
+from nettorrent_mpi.nn.kernels.convolution import Convolution
+from nettorrent_mpi.nn.kernels.way import Geometry
+from nettorrent_mpi.nn.kernels.windows import WindowProducts, places
 from nettorrent_mpi.nn.losses import make_loss
 
 
@@ -28,14 +29,6 @@ def numpy_only() -> Iterator[Callable[[bool], None]]:
     """numpy_only(True) leaves NumPy alone, until the test ends."""
     yield lambda alone: choice.use("numpy" if alone else "fastest")
     choice.use("fastest")
-
-
-@pytest.fixture
-def library() -> onednn.Library:
-    found = onednn.library()
-    if found is None:
-        pytest.skip("oneDNN is not installed (pip install 'nettorrent_mpi[fast]')")
-    return found
 
 
 def geometry(image: tuple[int, int, int], filters: int, kernel: Any, stride: Any, padding: Any) -> Geometry:
@@ -58,23 +51,22 @@ GEOMETRIES = [
 
 
 @pytest.mark.parametrize("shape", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("rows", [1, 5])
-def test_onednn_computes_what_numpy_computes(shape: Geometry, rows: int, library: onednn.Library) -> None:
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_way_computes_the_same_convolution(shape: Geometry, rows: int, dtype: Any) -> None:
     rng = np.random.default_rng(2)
 
     def random(*size: int) -> Array:
-        return rng.standard_normal(size).astype(np.float32)
+        return rng.standard_normal(size).astype(dtype)
 
-    channels, filters = shape.image[2], shape.output[2]
     x, y, dy = random(rows, *shape.image), random(rows, *shape.output), random(rows, *shape.output)
-    weight, bias, dw = (
-        random(*shape.kernel, channels, filters),
-        random(filters),
-        random(*shape.kernel, channels, filters),
-    )
-    found = []
-    for way in (OneDnn(shape, library), WindowProducts(shape)):
-        workspace, results = Workspace(np.float32), []
+    kernel = (*shape.kernel, shape.image[2], shape.output[2])
+    weight, bias, dw = random(*kernel), random(shape.output[2]), random(*kernel)
+    ways = {way.name: way for way in Convolution(shape)._possible(np.dtype(dtype))}
+    assert isinstance(ways.pop("windows"), WindowProducts)
+    found = {}
+    for name, way in [("windows", WindowProducts(shape)), *ways.items()]:
+        workspace, results = Workspace(dtype), []
         for given in (bias, None):
             way.forward(x, weight, given, y, workspace)
             results.append(y.copy())
@@ -83,9 +75,20 @@ def test_onednn_computes_what_numpy_computes(shape: Geometry, rows: int, library
         way.weight_gradient(x, dy, own, True, workspace)
         results += [dx, own.copy()]
         way.weight_gradient(x, dy, own, False, workspace)
-        found.append([*results, own])
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
+        found[name] = [*results, own]
+    tolerance = 2e-4 if dtype == np.float32 else 1e-11
+    for name, results in found.items():
+        for one, other in zip(results, found["windows"], strict=True):
+            scale = np.abs(other).max()
+            np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * scale, err_msg=name)
+
+
+def test_there_are_all_ways_for_a_kernel_of_3_x_3() -> None:
+    ways = {way.name for way in Convolution(GEOMETRIES[0])._possible(np.dtype(np.float32))}
+    pytest.importorskip("numba", reason="Numba is not installed")
+    if onednn.library() is None:
+        pytest.skip("oneDNN is not installed (pip install 'nettorrent_mpi[fast]')")
+    assert ways == {"windows", "taps", "winograd", "onednn"}
 
 
 LAYERS: dict[str, tuple[list[specs.LayerSpec], tuple[int, ...], bool]] = {  # layers, a row's shape, are the bits alike?

@@ -12,6 +12,13 @@ from nettorrent_mpi.nn.kernels.loop import Loop
 
 
 @Loop
+def relu(y: Array) -> None:
+    """y <- max(y, 0) (flat)."""
+    for i in range(y.size):
+        y[i] = y.dtype.type(0) if y[i] < 0 else y[i]  # NaN stays NaN
+
+
+@Loop
 def relu_back(y: Array, dy: Array) -> None:
     """dy <- dy where y > 0, elsewhere 0 (flat)."""
     for i in range(dy.size):

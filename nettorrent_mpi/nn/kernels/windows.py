@@ -1,4 +1,4 @@
-"""A kernel that slides over images: how many places it has, and the matrix of what it sees (im2col)."""
+"""Convolution as products of a matrix of what the kernel sees (im2col), block by block, with the weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 import numpy as np
 
 from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.nn.kernels.memory import repeated, row_repeats, wide_rows
+from nettorrent_mpi.nn.kernels.way import Geometry, Pair, Way, adjoint_padding, turned
 
 # Bytes of one block of the matrix: measured best between 0.25 and 2 MiB on cores with 1 MiB of second-level cache,
 # but not fewer than so many rows, since each block also costs a pass over the weights.
 BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 512
-
-Pair = tuple[int, int]
 
 
 def places(size: int, kernel: int, stride: int, padding: Literal["valid", "same"]) -> tuple[int, int, int]:
@@ -96,3 +96,84 @@ class Windows:
         middle[:, :, left + width :] = 0
         middle[:, :, left : left + width] = x[:, first:last]
         return padded
+
+
+class WindowProducts(Way):
+    """The windows are made anew in backward: keeping them would take kernel height * width times the memory of x."""
+
+    name = "windows"
+
+    def __init__(self, geometry: Geometry):
+        super().__init__(geometry)
+        kernel = geometry.kernel
+        self._windows = Windows(geometry.image, kernel, geometry.stride, geometry.vertical, geometry.horizontal)
+        self._adjoint: Windows | None = None
+        if geometry.stride == (1, 1):
+            self._adjoint = Windows(geometry.output, kernel, (1, 1), *adjoint_padding(geometry))
+
+    def forward(self, x: Array, weight: Array, bias: Array | None, y: Array, workspace: Workspace) -> None:
+        _, wide, filters = self.geometry.output
+        weight_ko = weight.reshape(-1, filters)
+        repeats = row_repeats((wide, filters))
+        bias_w = None if bias is None else repeated(bias, repeats, "bias", workspace)
+        for images, rows in self._windows.blocks(x.shape[0], x.itemsize):
+            y_no = y[images, rows].reshape(-1, filters)
+            np.matmul(self._windows.matrix(x, images, rows, workspace), weight_ko, out=y_no)
+            if bias_w is not None:
+                y_nw = wide_rows(y_no, repeats)
+                np.add(y_nw, bias_w, out=y_nw)
+
+    def weight_gradient(self, x: Array, dy: Array, dw: Array, accumulate: bool, workspace: Workspace) -> None:
+        filters = self.geometry.output[2]
+        if not accumulate:
+            dw[...] = 0
+        dw_ko = dw.reshape(-1, filters)
+        more = workspace.scratch("weight gradient", dw_ko.shape)
+        for images, rows in self._windows.blocks(x.shape[0], x.itemsize):
+            seen = self._windows.matrix(x, images, rows, workspace)
+            np.matmul(seen.T, dy[images, rows].reshape(-1, filters), out=more)
+            np.add(dw_ko, more, out=dw_ko)
+
+    def input_gradient(self, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
+        if self._adjoint is not None:
+            self._correlate_back(self._adjoint, weight, dy, dx, workspace)
+        else:
+            self._scatter_back(weight, dy, dx, workspace)
+
+    def _correlate_back(self, adjoint: Windows, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
+        """dx for stride 1."""
+        channels = dx.shape[3]
+        weight_ko = turned(weight, workspace).reshape(-1, channels)
+        for images, rows in adjoint.blocks(dy.shape[0], dy.itemsize):
+            seen = adjoint.matrix(dy, images, rows, workspace)
+            np.matmul(seen, weight_ko, out=dx[images, rows].reshape(-1, channels))
+
+    def _scatter_back(self, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
+        """dx for larger strides: the gradient of the windows, added up where they came from, one tap at a time."""
+        filters = weight.shape[3]
+        weight_ko = weight.reshape(-1, filters)
+        dx[...] = 0
+        for images, rows in self._windows.blocks(dy.shape[0], dy.itemsize):
+            dy_no = dy[images, rows].reshape(-1, filters)
+            seen = workspace.scratch("windows", (dy_no.shape[0], weight_ko.shape[0]))
+            np.matmul(dy_no, weight_ko.T, out=seen)
+            taps = seen.reshape(-1, rows.stop - rows.start, dy.shape[2], *weight.shape[:3])
+            for p in range(weight.shape[0]):
+                down, here_down = self._reach(0, p, rows)
+                for q in range(weight.shape[1]):
+                    across, here_across = self._reach(1, q, slice(0, dy.shape[2]))
+                    target = dx[images, down, across]
+                    np.add(target, taps[:, here_down, here_across, p, q], out=target)
+
+    def _reach(self, axis: int, tap: int, places: slice) -> tuple[slice, slice]:
+        """(pixels, places) along an axis: which pixels inside the image a tap of the kernel touches from which places.
+
+        The places are counted from the block's first.
+        """
+        geometry = self.geometry
+        stride, size = geometry.stride[axis], geometry.image[axis]
+        before = (geometry.vertical, geometry.horizontal)[axis][0]
+        first = max(places.start, -((tap - before) // stride))  # the least with place * stride + tap - before >= 0
+        last = max(first, min(places.stop, (size - 1 - tap + before) // stride + 1))
+        pixel = first * stride + tap - before
+        return slice(pixel, pixel + (last - first) * stride, stride), slice(first - places.start, last - places.start)

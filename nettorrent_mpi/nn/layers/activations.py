@@ -57,7 +57,10 @@ class Relu(Activation):
     """max(x, 0)."""
 
     def apply(self, x: Array, y: Array, workspace: Workspace, step: Pass) -> Array:
-        np.maximum(x, 0, out=y)
+        if self.in_place and compiled():
+            passes.relu(y)
+        else:
+            np.maximum(x, 0, out=y)
         return y
 
     def differentiate(self, saved: Array, dy: Array, workspace: Workspace) -> None:

@@ -6,8 +6,9 @@ from math import prod
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.kernels.convolution import Convolution, Geometry
+from nettorrent_mpi.nn.kernels.convolution import Convolution
 from nettorrent_mpi.nn.kernels.memory import gradient
+from nettorrent_mpi.nn.kernels.way import Geometry
 from nettorrent_mpi.nn.kernels.windows import places
 from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
 from nettorrent_mpi.nn.layers.linear import add_bias_gradient
