@@ -144,6 +144,9 @@ def test_rows_do_not_influence_each_other_in_evaluation(bench, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_workspace_serves_again_and_for_fewer_rows(bench, case):
+    def alike(found, expected):  # not bit for bit: other kernels may be the fastest for another number of rows
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
     b = bench(*CASES[case])
     sequence, workspace = b.sequence(), Workspace(np.float64)
     for rows in (5, 2, 5):
@@ -152,12 +155,10 @@ def test_a_workspace_serves_again_and_for_fewer_rows(bench, case):
         params = {key: value.copy() for key, value in b.params.items()}
         grads = {key: np.full_like(value, np.nan) for key, value in expected.grads.items()}
         y, saved = sequence.forward(params, x, workspace, b.passes(x))
-        np.testing.assert_array_equal(y, expected.y)
-        np.testing.assert_array_equal(
-            sequence.backward(params, grads, saved, dy.copy(), workspace, b.passes(x)), expected.dx
-        )
+        alike(y, expected.y)
+        alike(sequence.backward(params, grads, saved, dy.copy(), workspace, b.passes(x)), expected.dx)
         for key, value in expected.grads.items():
-            np.testing.assert_array_equal(grads[key], value)
+            alike(grads[key], value)
 
 
 @pytest.mark.parametrize("case", ["mix", "linear relu", "residual with shortcut", "gelu", "batch norm"])
