@@ -89,6 +89,7 @@ MISTAKES = [
     ("seed: 1", "pipeline: {async: {staleness: true}}", 1, "pipeline.async.staleness", ["staleness_aware?"]),
     ("seed: 1", "pipeline: {async: 1}", 1, "pipeline.async", ["true or false"]),
     ("seed: 1", "device: gpu", 1, "device", ["one of auto, cpu"]),
+    ("seed: 1", "kernels: blas", 1, "kernels", ["one of auto, fastest, numpy"]),
     ("seed: 1", "dtype: float16", 1, "dtype", ["one of float32, float64"]),
     ("seed: 1", "layout: layer", 1, "layout", ["layers, auto or a mapping with replicas, swarms or both"]),
     ("seed: 1", "layout: {replica: 2}", 1, "layout.replica", ["did you mean replicas?"]),

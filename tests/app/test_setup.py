@@ -10,7 +10,7 @@ mpi4py.rc.initialize = mpi4py.rc.finalize = False  # what is tested here communi
 
 from nettorrent_mpi.app import config  # noqa: E402
 from nettorrent_mpi.app.config import Config  # noqa: E402
-from nettorrent_mpi.app.setup import lay_out, micro_batches, set_up  # noqa: E402
+from nettorrent_mpi.app.setup import _kernels, lay_out, micro_batches, set_up  # noqa: E402
 from nettorrent_mpi.engine import choices  # noqa: E402
 from nettorrent_mpi.nn.model import Network  # noqa: E402
 from nettorrent_mpi.plan.cost import auto_layout  # noqa: E402
@@ -191,3 +191,18 @@ def test_the_engine_and_the_sampler_are_given_what_was_asked_for() -> None:
     shared = set_up(load("layout={replicas: 2}"), 8).sampler
     assert not np.array_equal(shared.order(0), setup.sampler.order(0))
     np.testing.assert_array_equal(shared.order(0), set_up(load(), 4).sampler.order(0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "ranks", "expected"),
+    [
+        ("auto", 10, 1, "numpy"),  # over before the libraries are loaded
+        ("auto", 1_000_000, 4, "fastest"),
+        ("auto", 1_000_000, 1_000_000, "numpy"),
+        ("numpy", 1_000_000, 1, "numpy"),
+        ("fastest", 1, 1, "fastest"),
+    ],
+)
+def test_short_runs_load_no_kernels_unless_told(asked: str, steps: int, ranks: int, expected: str) -> None:
+    made = load(f"kernels={asked}", "train.epochs=null", f"train.steps={steps}")
+    assert _kernels(made, network(made), ranks, 45) == expected
