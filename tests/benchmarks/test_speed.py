@@ -89,3 +89,22 @@ def test_the_processor_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None
     env = environment()
     assert "OPENBLAS_CORETYPE" not in env
     assert env["OMP_NUM_THREADS"] == env["OPENBLAS_NUM_THREADS"] == env["MKL_NUM_THREADS"] == "1"
+
+
+def test_where_a_step_goes(speed: Any, tmp_path: Path) -> None:
+    config = tmp_path / "digits.yaml"
+    config.write_text((ROOT / "configs" / "digits.yaml").read_text() + "kernels: fastest\n")
+    command = [sys.executable, "-m", "benchmarks.inside", "--one", str(config), "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    took = json.loads(done.stdout.splitlines()[-1])
+    layers = {name.split(",")[0] for name in took if "," in name}
+    assert layers == {"Conv2d", "Relu", "MaxPool2d", "Flatten", "Linear", "Dropout"}
+    step, products = took.pop("step"), took.pop("products")
+    assert 0 < products < step
+    assert 0 < sum(took.values()) < 2 * step  # medians of parts need not add up
+    host = {"cpu": "A", "cores": 2, "python": "3", "packages": {"numpy": "2"}, "blas": [], "commit": "c", "date": "d"}
+    inside = importlib.import_module("benchmarks.inside")
+    case = {"name": "x", "seconds": {"step": 1e-3, "products": 8e-4, "Linear, forward": 6e-4, "optimizer": 3e-4}}
+    table = inside.to_markdown({"host": host, "steps": 5, "command": "inside", "cases": [case]})
+    assert "**80% of it in products and convolutions**" in table
+    assert "| everything else | 100 | 10.0% |" in table
