@@ -145,6 +145,30 @@ def test_ranks_on_node(environ: dict[str, str], ranks: int) -> None:
     assert env.ranks_on_node(environ) == ranks
 
 
+@pytest.mark.parametrize(
+    ("environ", "one"),
+    [
+        ({}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "8", "SLURM_STEP_NUM_NODES": "2"}, True),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1", "PMIX_RANK": "3"}, True),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "PMIX_RANK": "3"}, False),
+        ({"PMIX_RANK": "3"}, False),  # a launcher that tells nothing more
+    ],
+)
+def test_who_knows_that_there_is_one_node(environ: dict[str, str], one: bool) -> None:
+    assert env.on_one_node(environ) == one
+
+
+def test_one_node_needs_no_network() -> None:
+    show = f"{PREPARE}; import os; print(os.environ.get('OMPI_MCA_btl'))"
+    alike = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    assert python(show, **alike)[1] == "^ofi"
+    assert python(show, **{**alike, "OMPI_COMM_WORLD_SIZE": "4"})[1] == "None"
+    assert python(show, **alike, OMPI_MCA_btl="self,tcp")[1] == "self,tcp"
+
+
 def test_a_slurm_job_counts_its_own_cpus() -> None:
     assert env.cores_of_node({"SLURM_CPUS_ON_NODE": "1"}) == 1
     assert env.cores_of_node({"SLURM_CPUS_ON_NODE": "100000"}) == CORES
