@@ -17,6 +17,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,11 +25,13 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.cifar import CLASSES as CIFAR_CLASSES
 from nettorrent_mpi.data.cifar import SHAPE as CIFAR_SHAPE
 from nettorrent_mpi.data.cifar import CifarFiles
-from nettorrent_mpi.data.hdf5 import Hdf5Split, open_hdf5
 from nettorrent_mpi.data.idx import IdxFile, open_idx
 from nettorrent_mpi.data.rows import Allocate, Array, Inputs, Memory, Scaling, Shape, Split, private
 from nettorrent_mpi.data.synthetic import SyntheticRows
 from nettorrent_mpi.plan.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from nettorrent_mpi.data.hdf5 import Hdf5Split
 
 __all__ = ["Allocate", "Augment", "Dataset", "Inputs", "Options", "Split", "names", "open_dataset", "private"]
 
@@ -171,6 +174,8 @@ def _open_cifar10(name: str, root: Path, options: Options) -> Dataset:
 
 
 def _open_hdf5(name: str, root: Path, options: Options) -> Dataset:
+    from nettorrent_mpi.data.hdf5 import open_hdf5  # loads h5py, which no other data set needs
+
     train, test, classes = open_hdf5(root)
     unit = _UNIT if train.dtype == np.uint8 else 1.0
     scaling = Scaling(train.shape, unit, options.mean, options.std)

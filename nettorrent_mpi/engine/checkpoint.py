@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 
 from nettorrent_mpi.engine.blocks import gather
@@ -18,6 +18,9 @@ from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import OPTIMIZER, PARAMETERS, REPLICAS, Attribute, opened, read_block
 from nettorrent_mpi.nn.backend import Array, aligned
 from nettorrent_mpi.plan.errors import DataError
+
+if TYPE_CHECKING:
+    import h5py
 
 Groups = dict[str, dict[str, Array]]
 

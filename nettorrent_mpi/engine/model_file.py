@@ -15,13 +15,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 
 from nettorrent_mpi.nn.backend import Array
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.plan.errors import DataError
+
+if TYPE_CHECKING:  # loaded where a file is read or written: most ranks of a run never do
+    import h5py
 
 PARAMETERS, OPTIMIZER, REPLICAS = "parameters", "optimizer", "replicas"
 Attribute = str | int | float
@@ -29,6 +32,8 @@ Attribute = str | int | float
 
 def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]) -> None:
     """Write a file whole or not at all: under another name first, then renamed. Raises OSError (a full disk)."""
+    import h5py
+
     part = path.with_name(path.name + ".part")
     try:
         with h5py.File(part, "w") as file:
@@ -53,6 +58,8 @@ def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attribut
 
 def read_arrays(path: Path) -> dict[str, Array]:
     """The parameters, "<layer>/<name>" -> whole array. Raises DataError for a missing or damaged file."""
+    import h5py
+
     arrays: dict[str, Array] = {}
 
     def visit(name: str, item: object) -> None:
@@ -78,6 +85,8 @@ def read_block(file: h5py.File, group: str, key: str, parameter: Parameter, out:
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
     """The file, for reading. Raises DataError where it, or what is read from it inside, is missing or damaged."""
+    import h5py
+
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file
