@@ -82,6 +82,9 @@ ORDER = {
     ],
     "app": [
         "default",
+        "mistakes",
+        "options",
+        "sections",
         "config",
         "setup",
         "progress",

@@ -166,6 +166,7 @@ def _run_on_ranks(arguments: Sequence[str], chosen: str) -> int:
     def body() -> int:
         with world.together():
             args = _parser().parse_args(arguments)
+        args.command_line = list(arguments)
         if args.command == "train":
             from nettorrent_mpi.app.run import train
 

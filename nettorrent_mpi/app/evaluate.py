@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.config import Config
+from nettorrent_mpi.app.sections import Config
 from nettorrent_mpi.app.setup import set_up
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.engine import choices
@@ -22,10 +23,9 @@ from nettorrent_mpi.plan.errors import DataError, OutputError
 
 def evaluate(world: World, args: argparse.Namespace) -> int:
     """Loss and accuracy of RUN's network on its test set (and validation rows), on any number of ranks."""
+    folder = Path(args.run)
+    config = world.once(lambda: _any_ranks(configuration.load(str(folder / "config.yaml"), args.changes)))
     with world.together():
-        folder = Path(args.run)
-        config = configuration.load(str(folder / "config.yaml"), args.changes)
-        config = _any_ranks(config)
         setup = set_up(config, world.size)
         if setup.dataset.test is None and not len(setup.sampler.validation_rows):
             raise DataError(
@@ -49,8 +49,8 @@ def evaluate(world: World, args: argparse.Namespace) -> int:
 
 def _any_ranks(config: Config) -> Config:
     """The configuration of one network, with a layout that every number of ranks can have."""
-    plain = {"exchange": choices.Allreduce(), "pipeline": choices.OneFOneB()}
-    return config.model_copy(update=plain | ({} if isinstance(config.layout, str) else {"layout": "layers"}))
+    layout = config.layout if isinstance(config.layout, str) else "layers"
+    return replace(config, exchange=choices.Allreduce(), pipeline=choices.OneFOneB(), layout=layout)
 
 
 def export(run: str, target: str) -> None:

@@ -1,14 +1,17 @@
-"""What pydantic found wrong, told in one sentence of our own with the path of the value."""
+"""Mistakes in a configuration: our own, and what pydantic found, told in one sentence with the path of the value."""
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ValidationError
+if TYPE_CHECKING:  # ranks that are given a checked configuration load neither
+    from pydantic import ValidationError
 
-from nettorrent_mpi.app.options import Mistake, Mistakes, nearest, options_at, shown
-from nettorrent_mpi.app.yaml_lines import Path
+    from nettorrent_mpi.app.yaml_lines import Path
 
 _WANTED = {
     "int_type": "a whole number",
@@ -33,6 +36,40 @@ _BOUNDS = {
 }
 
 
+class Mistake(ValueError):  # noqa: N818
+    """One mistake at `path` below the value that is being checked, told in our own words."""
+
+    def __init__(self, text: str, *path: str | int):
+        super().__init__(text)
+        self.text, self.path = text, path
+
+
+class Mistakes(ValueError):  # noqa: N818
+    """What pydantic found below `path`."""
+
+    def __init__(self, error: ValidationError, *path: str | int):
+        super().__init__(str(path))
+        self.error, self.path = error, path
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """How to go on after an unknown word: the nearest known one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"possible: {', '.join(known)}"
+
+
+def shown(value: Any) -> str:
+    """`value` as a person would call it."""
+    if isinstance(value, str):
+        return f"the text {value[:60]!r}"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return "nothing (null)" if value is None else json.dumps(value)
+
+
 class Found(NamedTuple):
     """One mistake. `wanted` is set where a type is wrong, so that the alternatives of a union can be told together."""
 
@@ -42,11 +79,15 @@ class Found(NamedTuple):
     hollow: bool = False  # worth telling only if nothing deeper inside is wrong: one alternative of several
 
 
-def explain(error: ValidationError, data: Any, known: dict[Path, list[str]]) -> list[Found]:
-    """The mistakes of `error`, each at a path that exists in `data` (or would, for a missing key).
+class Known(NamedTuple):
+    """The keys of every section by its path, and what tells the options of a spec that stands at a path."""
 
-    `known` lists the keys of every section by its path.
-    """
+    sections: dict[Path, list[str]]
+    options: Callable[[Path], list[str] | None]
+
+
+def explain(error: ValidationError, data: Any, known: Known) -> list[Found]:
+    """The mistakes of `error`, each at a path that exists in `data` (or would, for a missing key)."""
     found = _collect(error, data, (), known)
     # a mistake deeper inside makes an alternative's complaint about the whole value worthless
     paths = {f.path for f in found}
@@ -67,7 +108,7 @@ def explain(error: ValidationError, data: Any, known: dict[Path, list[str]]) -> 
     return list(told.values())
 
 
-def _collect(error: ValidationError, data: Any, prefix: Path, known: dict[Path, list[str]]) -> list[Found]:
+def _collect(error: ValidationError, data: Any, prefix: Path, known: Known) -> list[Found]:
     found: list[Found] = []
     for item in error.errors(include_url=False):
         place = (*prefix, *item["loc"])
@@ -84,7 +125,7 @@ def _collect(error: ValidationError, data: Any, prefix: Path, known: dict[Path, 
     return found
 
 
-def _one(item: Any, data: Any, place: Path, known: dict[Path, list[str]]) -> Found:
+def _one(item: Any, data: Any, place: Path, known: Known) -> Found:
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
     path, skipped = _existing(data, place)
     if kind == "missing":
@@ -143,13 +184,13 @@ def _existing(data: Any, place: Path) -> tuple[Path, bool]:
     return path, skipped
 
 
-def _hint(path: Path, known: dict[Path, list[str]]) -> str:
+def _hint(path: Path, known: Known) -> str:
     """What was probably meant by the unknown key at the end of `path`."""
     word = str(path[-1])
     section = tuple("*" if isinstance(part, int) else part for part in path[:-1])
-    here = known.get(section) or options_at(path[:-1])
+    here = known.sections.get(section) or known.options(path[:-1])
     hint = nearest(word, here) if here else "it has no options"
     if hint.startswith("did"):
         return hint
-    elsewhere = [".".join((*map(str, s), word)) for s, keys in known.items() if word in keys]
+    elsewhere = [".".join((*map(str, s), word)) for s, keys in known.sections.items() if word in keys]
     return f"did you mean {elsewhere[0]}?" if elsewhere else hint

@@ -8,60 +8,34 @@ so that app.mistakes can tell the whole path.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
+from nettorrent_mpi.app.mistakes import Mistake, Mistakes, nearest, shown
 from nettorrent_mpi.engine import choices
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.specs import LayerSpec, Spec
 
 S = TypeVar("S", bound=Spec)
-WEIGHTED = (specs.Linear, specs.Conv2d, specs.Residual)  # the weight layers, by which swarms are counted
-
-
-class Mistake(ValueError):  # noqa: N818
-    """One mistake at `path` below the value that is being checked, told in our own words."""
-
-    def __init__(self, text: str, *path: str | int):
-        super().__init__(text)
-        self.text, self.path = text, path
-
-
-class Mistakes(ValueError):  # noqa: N818
-    """What pydantic found below `path`."""
-
-    def __init__(self, error: ValidationError, *path: str | int):
-        super().__init__(str(path))
-        self.error, self.path = error, path
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """How to go on after an unknown word: the nearest known one, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"possible: {', '.join(known)}"
-
-
-def shown(value: Any) -> str:
-    """`value` as a person would call it."""
-    if isinstance(value, str):
-        return f"the text {value[:60]!r}"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    return "nothing (null)" if value is None else json.dumps(value)
+T = TypeVar("T")
 
 
 def strictly(adapter: TypeAdapter[Any], value: Any) -> Any:
     """`value` checked as JSON: a list may be a tuple and a whole number a float; nothing else is converted."""
     return adapter.validate_json(json.dumps(value), strict=True)
+
+
+def section(kind: type[T], value: Any) -> T:
+    """The section that `value` asks for. Raises Mistakes."""
+    try:
+        return cast("T", strictly(TypeAdapter(kind), value))
+    except ValidationError as error:
+        raise Mistakes(error) from None
 
 
 # ---- what an option may be: by (kind, option), or by option alone; every number of a pair is checked
@@ -110,7 +84,9 @@ def _check_ranges(spec: Spec) -> None:
                 raise Mistake(f"must be {rule[1]}, not {number}", option)
     if isinstance(spec, specs.Sgd) and spec.nesterov and (spec.momentum == 0 or spec.dampening != 0):
         raise Mistake("needs a momentum above 0 and no dampening", "nesterov")
-    if isinstance(spec, specs.Residual) and not any(isinstance(i, WEIGHTED) for i in (*spec.layers, *spec.shortcut)):
+    if isinstance(spec, specs.Residual) and not any(
+        isinstance(i, specs.WEIGHTED) for i in (*spec.layers, *spec.shortcut)
+    ):
         raise Mistake("has no layer with weights; add a linear or conv2d layer", "layers")
     if isinstance(spec, LayerSpec) and spec.name is not None and not _NAME.match(spec.name):
         raise Mistake("must begin with a letter and go on with letters, digits, _ and -", "name")
@@ -205,11 +181,6 @@ def _adapter(kind: type[Spec]) -> TypeAdapter[Any]:
 _adapters: dict[type[Spec], TypeAdapter[Any]] = {}  # building one takes about a millisecond
 
 Layer = Annotated[LayerSpec, PlainValidator(lambda value: parse(value, specs.LAYERS, "layer"))]
-Loss = Annotated[Spec, PlainValidator(lambda value: parse(value, specs.LOSSES, "loss"))]
-Optimizer = Annotated[Spec, PlainValidator(lambda value: parse(value, specs.OPTIMIZERS, "optimizer"))]
-Schedule = Annotated[Spec, PlainValidator(lambda value: parse(value, specs.SCHEDULES, "schedule"))]
-Pipeline = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.PIPELINES, "pipeline"))]
-Exchange = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.EXCHANGES, "exchange"))]
 Mix = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.MIXES, "mix"))]
 Compression = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.COMPRESSIONS, "compression"))]
 
@@ -267,8 +238,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, Spec):
         options = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
         return options if isinstance(value, choices.Consensus) else {value.kind: options}
-    if isinstance(value, BaseModel):
-        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+    if is_dataclass(value):  # a section
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

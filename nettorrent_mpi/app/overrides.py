@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nettorrent_mpi.app import options, yaml_lines
+from nettorrent_mpi.app.mistakes import Mistake, nearest, shown
 from nettorrent_mpi.app.yaml_lines import Document, Path, Place, dotted
 from nettorrent_mpi.plan.errors import ConfigError
 
@@ -72,7 +73,7 @@ def _enterable(here: Any, path: Path, part: str | int, where: Place) -> None:
     if isinstance(here, list):
         reason = f"is a list: a position is wanted here (as in {dotted((*path, 0))}), not {part!r}"
     else:
-        reason = f"is {options.shown(here)} and has nothing called {part!r} inside"
+        reason = f"is {shown(here)} and has nothing called {part!r} inside"
     raise ConfigError(reason, file=where.file, key=dotted(path) or None)
 
 
@@ -86,11 +87,11 @@ def _opened(value: Any, path: Path, inside: str | int, where: Place) -> Any:
     if found is not None and isinstance(inside, str):
         kinds, what = found
         if inside not in kinds:
-            hint = options.nearest(inside, kinds)
+            hint = nearest(inside, kinds)
             raise ConfigError(f"unknown {what} {inside!r}; {hint}", file=where.file, key=dotted((*path, inside)))
         try:
             kind, given = options.split(value, kinds, what)
-        except options.Mistake:
+        except Mistake:
             kind, given = "", {}
         return {inside: dict(given) if inside == kind else {}}
     if value is None or (path == ("layout",) and isinstance(value, str)):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.config import Config
 from nettorrent_mpi.app.run_folder import RunFolder
+from nettorrent_mpi.app.sections import Config
 from nettorrent_mpi.engine.checkpoint import latest
 from nettorrent_mpi.plan.errors import ConfigError, OutputError
 

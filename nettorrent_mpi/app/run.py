@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi import __version__
-from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.clock import Clock, peak_memory
-from nettorrent_mpi.app.config import Config
 from nettorrent_mpi.app.judge import Judge
 from nettorrent_mpi.app.progress import Reporter, open_reporter
-from nettorrent_mpi.app.report import dry_run
-from nettorrent_mpi.app.resume import find_checkpoint, must_match
 from nettorrent_mpi.app.run_folder import RunFolder
+from nettorrent_mpi.app.sections import Config
 from nettorrent_mpi.app.setup import Setup, set_up
 from nettorrent_mpi.app.stop import Stop
 from nettorrent_mpi.comm.world import World
@@ -38,27 +35,26 @@ SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TE
 
 def train(world: World, args: argparse.Namespace, chosen: str) -> int:
     """`nettorrent train`. Every rank calls; gives the exit code."""
-    with world.together():
-        config = configuration.load(args.config, args.changes)
-        if args.output is not None:
-            config = config.model_copy(update={"output": args.output})
-        if args.ranks is not None and not args.dry_run:
-            raise ConfigError("--ranks is for --dry-run; a real run has the ranks that mpirun -n started")
-        if args.ranks is not None and args.ranks < 1:
-            raise ConfigError(f"--ranks {args.ranks}: 1 is the least")
-    world.same("configuration", configuration.digest(config))
+    world.same("command line", " ".join(args.command_line))
     world.same("version of nettorrent_mpi", __version__)
+    config = world.once(lambda: read(args))
     with world.together():
         setup = set_up(config, args.ranks or world.size)
     if args.dry_run:
+        from nettorrent_mpi.app.report import dry_run
+
         hosts = world.comm.gather(world.host)
         if world.rank == 0:
             sys.stdout.write(dry_run(setup, hosts if args.ranks is None else None))
         return 0
     folder = RunFolder(config.output or "runs/run")
+    checkpoint = None
     with world.together():
-        checkpoint = find_checkpoint(folder, args.resume) if args.resume is not None else None
-        if world.rank == 0 and checkpoint is None:
+        if args.resume is not None:
+            from nettorrent_mpi.app.resume import find_checkpoint
+
+            checkpoint = find_checkpoint(folder, args.resume)
+        elif world.rank == 0:
             folder.check(args.overwrite)
     engine = Engine(world, setup.network, setup.topology, setup.options)
     with world.together():
@@ -67,6 +63,18 @@ def train(world: World, args: argparse.Namespace, chosen: str) -> int:
     if checkpoint is not None:
         run.resume(checkpoint)
     return run.run()
+
+
+def read(args: argparse.Namespace) -> Config:
+    """The configuration that was asked for. Where this is called pydantic is loaded, and nowhere else in a new run."""
+    from nettorrent_mpi.app import config as configuration
+
+    config = configuration.load(args.config, args.changes)
+    if args.ranks is not None and not args.dry_run:
+        raise ConfigError("--ranks is for --dry-run; a real run has the ranks that mpirun -n started")
+    if args.ranks is not None and args.ranks < 1:
+        raise ConfigError(f"--ranks {args.ranks}: 1 is the least")
+    return config if args.output is None else replace(config, output=args.output)
 
 
 class Run:
@@ -109,12 +117,18 @@ class Run:
         if self._reporter is not None:
             self._reporter.message(text)
 
+    def _yaml(self) -> str:
+        """The configuration, complete. For rank 0, which has loaded what writes it."""
+        from nettorrent_mpi.app import config as configuration
+
+        return configuration.to_yaml(self._setup.config)
+
     def run(self) -> int:
         """Train, evaluate, save, summarise; gives the exit code."""
         with self._world.together():
             if self._told:
                 resumed = self._steps_done if self._resumed else None
-                self._folder.create(configuration.to_yaml(self._setup.config), resumed)
+                self._folder.create(self._yaml(), resumed)
         self._reporter = self._open_reporter()
         stopped_by, loss, figures = self._train()
         if stopped_by == STOPPED:
@@ -284,7 +298,7 @@ class Run:
                     groups,
                     {
                         "model": model_json(self._setup.config),
-                        "config": configuration.to_yaml(self._setup.config),
+                        "config": self._yaml(),
                         "step": self._steps_done,
                         "samples": self._samples,
                         "time": time.perf_counter() - self._began,
@@ -293,6 +307,9 @@ class Run:
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint, made with any layout on any number of ranks. Collective over all ranks."""
+        from nettorrent_mpi.app import config as configuration
+        from nettorrent_mpi.app.resume import must_match
+
         with self._world.together():
             attributes = restore(self._engine, path)
             must_match(configuration.loads(str(attributes["config"]), str(path)), self._setup.config, path)
@@ -351,6 +368,8 @@ def model_json(config: Config) -> str:
 
 def commit() -> str | None:
     """The commit of the checkout that this package runs from; None if it runs from elsewhere."""
+    import subprocess
+
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nettorrent_mpi.app.config import Config, Layout
+from nettorrent_mpi.app.sections import Config, Layout
 from nettorrent_mpi.data.dataset import Dataset, open_dataset
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.sampler import Sampler

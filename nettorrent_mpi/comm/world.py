@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import mpi4py
 import numpy as np
@@ -23,6 +23,7 @@ from nettorrent_mpi.comm.mpi import Group  # noqa: E402
 from nettorrent_mpi.comm.shared import free_all  # noqa: E402
 from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, UserError  # noqa: E402
 
+T = TypeVar("T")
 INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
 
 
@@ -101,6 +102,20 @@ class World(Group):
             if each is not None:
                 some = "" if all(f == each for f in found) else f" (on rank {rank})"
                 raise AgreedError(each[0] + some, each[1])
+
+    def once(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, for all (pickled: at start-up). Its NetTorrentError is raised on all (AgreedError)."""
+        made: T | None = None
+        problem: tuple[str, int] | None = None
+        if self.rank == 0:
+            try:
+                made = make()
+            except NetTorrentError as error:
+                problem = (str(error), error.exit_code)
+        made, problem = self.comm.bcast((made, problem))
+        if problem is not None:
+            raise AgreedError(*problem)
+        return cast("T", made)
 
     def same(self, what: str, value: str) -> None:
         """LaunchError on all ranks unless every rank holds the same value."""

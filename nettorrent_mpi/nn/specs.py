@@ -152,6 +152,7 @@ LAYERS: dict[str, type[LayerSpec]] = {
         Relu, LeakyRelu, Sigmoid, Tanh, Gelu, Residual,
     )
 }  # fmt: skip
+WEIGHTED = (Linear, Conv2d, Residual)  # the weight layers, by which swarms are counted
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nettorrent_mpi.comm import offline  # noqa: F401
 # isort: split
 from nettorrent_mpi.app import config as configuration
 from nettorrent_mpi.app.clock import WARM_UP
-from nettorrent_mpi.app.config import Config
+from nettorrent_mpi.app.sections import Config
 from nettorrent_mpi.app.setup import Setup
 from nettorrent_mpi.plan.errors import ChildError, ConfigError, LaunchError, NetTorrentError, OutputError
 from nettorrent_mpi.speedup import machine, modes, sides

@@ -11,8 +11,8 @@ from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
 from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.config import Config
 from nettorrent_mpi.app.options import plain as plain_of
+from nettorrent_mpi.app.sections import Config
 from nettorrent_mpi.app.setup import Setup, set_up
 from nettorrent_mpi.engine.choices import Async, Elite, Gossip
 from nettorrent_mpi.plan.blocks import span

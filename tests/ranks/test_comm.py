@@ -17,7 +17,7 @@ from nettorrent_mpi.comm.world import AgreedError, World
 from nettorrent_mpi.engine.wiring import WiredTeam
 from nettorrent_mpi.nn.backend import Workspace
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
-from nettorrent_mpi.plan.errors import DataError, LaunchError
+from nettorrent_mpi.plan.errors import ConfigError, DataError, LaunchError
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 
@@ -208,3 +208,16 @@ def test_many_runs_of_one_rank_are_noticed(environment: dict[str, str], remedy: 
     world.check_launch(4, environment)
     world.check_launch(1, {"SLURM_NTASKS": "4"})  # the batch shell itself: no step of srun
     assert "mpi4py" in sys.modules
+
+
+def test_what_one_makes_all_have(ours: World) -> None:
+    made: list[int] = []
+    assert ours.once(lambda: made.append(RANK) or {"of": RANK}) == {"of": 0}  # type: ignore[func-returns-value]
+    assert made == [0] * (RANK == 0)
+
+    def fail() -> int:
+        raise ConfigError("a mistake", key="seed")
+
+    with pytest.raises(AgreedError, match="a mistake") as caught:
+        ours.once(fail)
+    assert (caught.value.exit_code, "on rank" in str(caught.value)) == (2, False)
