@@ -3,6 +3,7 @@
     speed      training speed against PyTorch, and of two ranks against one
     inside     where the time of a step goes
     accuracy   the shipped configurations on real data
+    start      time from starting mpirun to the first training step
     exchange   gossip, elite and the pipeline without flush against the exact exchange: accuracy, slow links, bubbles
 
 `NAME --help` tells the options.
@@ -11,7 +12,7 @@
 import sys
 from importlib import import_module
 
-NAMES = ("speed", "inside", "accuracy", "exchange")
+NAMES = ("speed", "inside", "accuracy", "start", "exchange")
 
 
 def main() -> None:

@@ -1,0 +1,98 @@
+"""Start-up: from starting mpirun to the end of the first training step.
+
+    python -m benchmarks.start [CONFIG] [--ranks 4] [--repeats 7] [--beside DIR] [--set KEY=VALUE]...
+
+Starts the training, tells every step, and takes the time at which the line of step 1 arrives; CPU seconds are those of
+all ranks for the whole run of three steps. In turns with it runs what cannot be changed here: mpirun with ranks that do
+nothing but load MPI. `--beside` names another checkout, as one before a change, which takes its turns as well.
+Prints a line for every run, then the medians, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from nettorrent_mpi.speedup.machine import Launcher, describe_host, in_words
+
+HERE = Path(__file__).resolve().parent.parent
+ALONE = "from mpi4py import MPI; MPI.COMM_WORLD.Barrier(); print('loaded', flush=True)"
+STEPS = 3  # a step's line is told one step later, so that nobody waits for it
+
+
+class Start(NamedTuple):
+    """Seconds until step 1 was told (or the ranks had loaded MPI), and CPU seconds of all processes to the end."""
+
+    seconds: float
+    cpu: float
+
+
+def measure(command: list[str], tree: Path, until: str) -> Start:
+    """Run the command with the package of `tree`, until the first line that contains `until`, and on to its end."""
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users have compiled modules from their second run on
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began, seconds, lines = time.perf_counter(), None, []
+    with subprocess.Popen(
+        command, env=environment, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            lines.append(line)
+            if seconds is None and until in line:
+                seconds = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if run.returncode or seconds is None:
+        sys.exit(f"{shlex.join(command)} in {tree} did not tell {until!r}:\n{''.join(lines)}")
+    return Start(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def median(starts: list[Start]) -> str:
+    """For people."""
+    seconds = [start.seconds for start in starts]
+    spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+    return f"{statistics.median(seconds):.2f} s ({spread}), {statistics.median(s.cpu for s in starts):.2f} s of CPU"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time from starting mpirun to the end of the first training step.")
+    parser.add_argument("config", nargs="?", help="the configuration (default: the digits)")
+    parser.add_argument("--ranks", type=int, default=4, help="default: 4")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each side, in turns (default: 7)")
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="another checkout; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for train; repeatable")
+    options = parser.parse_args()
+    launcher = Launcher()
+    trees = {str(tree): tree.resolve() for tree in [HERE, *options.beside]}
+    found: dict[str, list[Start]] = {name: [] for name in ("MPI alone", *trees)}
+    sets = [f"train.steps={STEPS}", "train.epochs=null", "train.report_every=1", *options.set]
+    for turn in range(options.repeats + 1):
+        alone = launcher.command(options.ranks, [sys.executable, "-c", ALONE])
+        found["MPI alone"].append(measure(alone, HERE, "loaded"))
+        for name, tree in trees.items():
+            with tempfile.TemporaryDirectory() as folder:
+                train = ["-m", "nettorrent_mpi.train", *([options.config] if options.config else [])]
+                asked = [word for change in sets for word in ("--set", change)]
+                program = [sys.executable, *train, "--output", f"{folder}/run", *asked]
+                found[name].append(measure(launcher.command(options.ranks, program), tree, "step 1/"))
+        if turn == 0:  # the modules were compiled
+            for starts in found.values():
+                starts.clear()
+            continue
+        print("  ".join(f"{name} {starts[-1].seconds:.2f} s" for name, starts in found.items()), flush=True)
+    print(in_words(describe_host()))
+    for name, starts in found.items():
+        print(f"{name}: {median(starts)}")
+
+
+if __name__ == "__main__":
+    main()

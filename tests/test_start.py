@@ -1,0 +1,54 @@
+"""What a run loads before its first step. Loading takes most of the time until then, on every rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CHECKS = {"pydantic", "yaml"}  # what rank 0 reads a configuration with
+NEVER = {"rich", "h5py", "matplotlib", "subprocess", "multiprocessing", "asyncio"}  # before there is a use for it
+
+# The training, with each rank telling at the end of its first step which of these it has loaded.
+PROGRAM = f"""
+import sys
+from nettorrent_mpi import env
+chosen = env.prepare()
+from nettorrent_mpi.app.commands import run
+from nettorrent_mpi.engine.engine import Engine
+step = Engine.step
+def told(self, n, *others):
+    rows = step(self, n, *others)
+    if n == 0:
+        print(f"rank {{self.world.rank}}:", *sorted({CHECKS | NEVER!r} & set(sys.modules)), flush=True)
+    return rows
+Engine.step = told
+sys.exit(run(["train", "--output", sys.argv[1], "--set", "train.steps=2"], chosen))
+"""
+
+
+def test_ranks_load_what_they_need(mpirun: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    done = mpirun(4, ["-c", PROGRAM, str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr
+    told = sorted(line.strip() for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert [set(line.partition(":")[2].split()) for line in told] == [CHECKS, set(), set(), set()]
+
+
+def test_a_command_loads_nothing_before_it_is_known() -> None:
+    assert not loaded("import nettorrent_mpi.train, nettorrent_mpi.app.commands") & (
+        CHECKS | NEVER | {"numpy", "mpi4py"}
+    )
+
+
+@pytest.mark.parametrize("module", ["app.sections", "app.setup", "app.run", "engine.checkpoint", "data.dataset"])
+def test_what_a_training_is_made_of_loads_no_checker(module: str) -> None:
+    assert not loaded(f"import nettorrent_mpi.comm.offline, nettorrent_mpi.{module}") & (CHECKS | NEVER)
+
+
+def loaded(code: str) -> set[str]:
+    """The modules that are there after `code`."""
+    command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
