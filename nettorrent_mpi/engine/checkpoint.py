@@ -35,12 +35,30 @@ def collect(engine: Engine) -> Groups:
         for r in range(count):
             groups[f"{REPLICAS}/{r}/{PARAMETERS}"] = _gather(engine, r, engine.state.params)
     for name, shards in _memories(engine).items():
-        blocks = _blocks(engine, shards)
-        found = [_gather(engine, r, blocks, trainable=True) for r in range(count)]
+        found = _gather_memory(engine, shards)
         if count > 1:
             groups |= {f"{REPLICAS}/{r}/{name}": whole for r, whole in enumerate(found)}
-        groups[name] = {key: np.mean([whole[key] for whole in found], axis=0) for key in found[0]}
+        groups[name] = _mean(found)
     return groups
+
+
+def _mean(found: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    """Array by array. In memory for one of them only: what is gathered is often what a rank has room for at most."""
+    if len(found) == 1:
+        return found[0]
+    means: dict[str, Array] = {}
+    for key, first in found[0].items():
+        means[key] = first.copy()
+        for other in found[1:]:
+            np.add(means[key], other[key], out=means[key])
+        np.divide(means[key], len(found), out=means[key])
+    return means
+
+
+def _gather_memory(engine: Engine, shards: Sequence[Array]) -> list[dict[str, Array]]:
+    """One thing that is remembered of every parameter: of each replica."""
+    blocks = _blocks(engine, shards)
+    return [_gather(engine, r, blocks, trainable=True) for r in range(engine.replicas.count)]
 
 
 def _gather(engine: Engine, replica: int, blocks: Mapping[str, Array], *, trainable: bool = False) -> dict[str, Array]:
