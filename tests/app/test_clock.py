@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
 
-from nettorrent_mpi.app.clock import WARM_UP, Clock
+from nettorrent_mpi.app.clock import WARM_UP, Clock, peak_memory
 
 
 @pytest.fixture
@@ -48,3 +50,19 @@ def test_the_rate_leaves_the_first_steps_out(now: list[float], steps: int, rate:
 
 def test_nothing_trained() -> None:
     assert (Clock().seconds, Clock().samples_per_second, Clock().seconds_per_step) == (0, 0, 0)
+
+
+def test_peak_memory_is_what_was_held_at_most() -> None:
+    before = peak_memory()
+    held = bytearray(b"x") * 300_000_000
+    with_it = peak_memory()
+    del held
+    assert with_it == pytest.approx(before + 300e6, rel=0.05)
+    assert peak_memory() == pytest.approx(with_it, rel=0.01)
+
+
+def test_peak_memory_is_not_that_of_who_started_the_process() -> None:
+    held = bytearray(b"x") * 300_000_000
+    code = "from nettorrent_mpi.app.clock import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100e6 < len(held)
