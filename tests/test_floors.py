@@ -38,6 +38,7 @@ ORDER = {
         "checker",
         "schedule",
         "cost",
+        "memory",
     ],
     "nn": [
         "backend",
@@ -52,6 +53,7 @@ ORDER = {
         "compression",
         "rates",
         "model",
+        "footprint",
     ],
     "comm": ["offline", "mpi", "shared", "world", "transfers", "mail"],
     "data": ["files", "idx", "cifar", "augment", "rows", "hdf5", "synthetic", "dataset", "sampler", "folder", "fetch"],
@@ -90,6 +92,7 @@ ORDER = {
         "progress",
         "clock",
         "tables",
+        "memory",
         "exchange_report",
         "report",
         "run_folder",

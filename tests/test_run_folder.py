@@ -355,7 +355,7 @@ def check_dry_run(text: str, ranks: int) -> None:
         if found := re.match(r" *(\d+)(?:-(\d+))?  ", line):
             seen += range(int(found[1]), int(found[2] or found[1]) + 1)
     assert sorted(seen) == list(range(ranks)), text
-    stages = text.split("\nSTAGES\n")[1].splitlines()
+    stages = text.split("\nSTAGES\n")[1].partition("\n\n")[0].splitlines()
     assert stages[0].split()[:3] == ["stage", "layers", "ranks"]
     assert sum(int(line.split()[2]) for line in stages[1:] if re.match(r" *\d+  ", line)) == ranks, text
 

@@ -6,15 +6,15 @@ Plain text of at most WIDTH columns, the same on a terminal and in a file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from nettorrent_mpi.app.clock import peak_memory
 from nettorrent_mpi.app.exchange_report import exchange_block, stream_block
 from nettorrent_mpi.app.tables import MOST_LINES, WIDTH, aligned, wrapped
-from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
-from nettorrent_mpi.plan.cost import memory, predict
+from nettorrent_mpi.plan.cost import predict
+from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, build, peak_stored, table
 from nettorrent_mpi.plan.stream import window_steps
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
@@ -22,11 +22,10 @@ from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 if TYPE_CHECKING:  # a report needs neither engine nor MPI
     from nettorrent_mpi.app.setup import Setup
 
-_ITEMSIZE = {"float32": 4, "float64": 8}
 
-
-def dry_run(setup: Setup, hosts: Sequence[str] | None = None) -> str:
-    """Everything there is to say about a run before it starts; `hosts` names each rank's node where it is known.
+def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None = None) -> str:
+    """Everything there is to say about a run before it starts; `memory` is that of each stage's largest rank, `hosts`
+    names each rank's node where it is known.
 
     Raises ScheduleError if the schedule could wait for ever, which would be a fault of this package.
     """
@@ -55,6 +54,7 @@ def dry_run(setup: Setup, hosts: Sequence[str] | None = None) -> str:
         "LAYOUT\n" + layout_table(topology, facts, train.batch_size, micro_batches, hosts),
         f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline.kind, len(topology.stages), micro_batches),
         "STAGES\n" + stages_table(setup),
+        "MEMORY (MB of each stage's largest rank)\n" + memory_table(memory),
         stream_block(setup),
         exchange_block(setup),
     ]
@@ -163,15 +163,11 @@ def schedule_table(pipeline: str, stages: int, micro_batches: int) -> str:
 
 
 def stages_table(setup: Setup) -> str:
-    """What each stage costs: predicted seconds of a step, micro-batches stored at once, memory of its largest rank."""
+    """What each stage costs: predicted seconds of a step, micro-batches stored at once."""
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     train = config.train
     micro_batches = setup.options.micro_batches
-    told = (topology, facts, train.batch_size, micro_batches, config.pipeline.kind)
-    step = predict(*told, exact=config.exact)
-    states, itemsize = len(make_optimizer(train.optimizer).states), _ITEMSIZE[config.dtype]
-    base = peak_memory()
-    sizes = memory(*told, states=states, itemsize=itemsize, base=base, exact=config.exact)
+    step = predict(topology, facts, train.batch_size, micro_batches, config.pipeline.kind, exact=config.exact)
     header = [
         "stage",
         "layers",
@@ -184,7 +180,6 @@ def stages_table(setup: Setup) -> str:
         "stored",
         "compute",
         "messages",
-        "memory",
     ]
     total = sum(layer.operations for layer in facts) or 1.0
     rows = []
@@ -203,7 +198,6 @@ def stages_table(setup: Setup) -> str:
             str(peak_stored(lists[s])),
             f"{1e3 * step.compute[s]:.3g} ms",
             f"{1e3 * step.communication[s]:.3g} ms",
-            f"{sizes[s] / 1e6:,.0f} MB",
         ])  # fmt: skip
     lines = [aligned(header, rows, left=("layers",))]
     if len(topology.stages) > MOST_LINES:
@@ -211,10 +205,32 @@ def stages_table(setup: Setup) -> str:
     speed, waiting = train.batch_size / step.seconds, 100 * max(step.bubble, 0.0)
     lines += [
         f"predicted step: {1e3 * step.seconds:.3g} ms, {speed:,.0f} samples/s, {waiting:.0f} % of the time waiting",
-        f"stored: micro-batches kept at once for backward. memory: of the largest rank, {base / 1e6:,.0f} MB of it",
-        "Python and libraries; training rows that are read into memory come on top, once a node.",
+        "stored: micro-batches kept at once for backward",
     ]
     return "\n".join(lines)
+
+
+def memory_table(memory: Sequence[Memory]) -> str:
+    """A line for each stage; what nothing is needed for has no column."""
+    names = [field.name for field in fields(Memory) if any(getattr(each, field.name) for each in memory)]
+    rows = [
+        [str(s), *(_megabytes(getattr(each, name)) for name in names), _megabytes(each.total)]
+        for s, each in enumerate(memory[:MOST_LINES])
+    ]
+    lines = [aligned(["stage", *names, "total"], rows)]
+    if len(memory) > MOST_LINES:
+        lines.append(f"... and {len(memory) - MOST_LINES} more stages")
+    lines += wrapped(
+        "",
+        "layers: what they keep for backward and work with. rows: of the data set; the ranks of a node share them, and "
+        "each counts those it has touched. files: rank 0 gathers whole arrays to write them. "
+        "libraries: Python, NumPy, MPI",
+    )
+    return "\n".join(lines)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}" if size < 99.95e6 else f"{size / 1e6:,.0f}"
 
 
 def layers(stage: Stage, facts: Sequence[LayerFacts]) -> str:

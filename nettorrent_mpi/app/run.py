@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
@@ -13,8 +12,9 @@ from typing import Any
 from nettorrent_mpi import __version__
 from nettorrent_mpi.app.clock import Clock, peak_memory
 from nettorrent_mpi.app.judge import Judge
+from nettorrent_mpi.app.memory import Libraries, estimate
 from nettorrent_mpi.app.progress import Reporter, open_reporter
-from nettorrent_mpi.app.run_folder import RunFolder
+from nettorrent_mpi.app.run_folder import RunFolder, commit, model_json
 from nettorrent_mpi.app.sections import Config
 from nettorrent_mpi.app.setup import Setup, set_up
 from nettorrent_mpi.app.stop import Stop
@@ -26,7 +26,6 @@ from nettorrent_mpi.engine.engine import Engine, Scores
 from nettorrent_mpi.engine.gossip import rate_factor
 from nettorrent_mpi.engine.reports import Report, Reports
 from nettorrent_mpi.nn.rates import make_rate
-from nettorrent_mpi.nn.specs import to_plain
 from nettorrent_mpi.plan.errors import ConfigError
 
 STOPPED = "signal"
@@ -37,15 +36,19 @@ def train(world: World, args: argparse.Namespace, chosen: str) -> int:
     """`nettorrent train`. Every rank calls; gives the exit code."""
     world.same("command line", " ".join(args.command_line))
     world.same("version of nettorrent_mpi", __version__)
+    before = peak_memory()
     config = world.once(lambda: read(args))
+    checker = peak_memory() - before  # loaded on rank 0, to read the configuration
     with world.together():
         setup = set_up(config, args.ranks or world.size)
+    own = peak_memory()
+    libraries = Libraries(own, own - checker)
     if args.dry_run:
         from nettorrent_mpi.app.report import dry_run
 
         hosts = world.comm.gather(world.host)
         if world.rank == 0:
-            sys.stdout.write(dry_run(setup, hosts if args.ranks is None else None))
+            sys.stdout.write(dry_run(setup, estimate(setup, libraries), hosts if args.ranks is None else None))
         return 0
     folder = RunFolder(config.output or "runs/run")
     checkpoint = None
@@ -59,7 +62,7 @@ def train(world: World, args: argparse.Namespace, chosen: str) -> int:
     engine = Engine(world, setup.network, setup.topology, setup.options)
     with world.together():
         engine.open_data(setup.dataset, setup.sampler)
-    run = Run(world, setup, engine, folder, chosen)
+    run = Run(world, setup, engine, folder, chosen, libraries)
     if checkpoint is not None:
         run.resume(checkpoint)
     return run.run()
@@ -80,8 +83,11 @@ def read(args: argparse.Namespace) -> Config:
 class Run:
     """The run loop. Rank 0 tells and writes; all ranks train alike."""
 
-    def __init__(self, world: World, setup: Setup, engine: Engine, folder: RunFolder, chosen: str):
+    def __init__(
+        self, world: World, setup: Setup, engine: Engine, folder: RunFolder, chosen: str, libraries: Libraries
+    ):
         self._world, self._setup, self._engine, self._folder = world, setup, engine, folder
+        self._libraries = libraries
         train = setup.config.train
         self._epoch_steps = setup.sampler.steps_per_epoch
         self._steps = train.steps if train.steps is not None else (train.epochs or 1) * self._epoch_steps
@@ -159,6 +165,7 @@ class Run:
         peak = max(self._world.comm.allgather(peak_memory()))
         with self._world.together():
             if self._told:
+                predicted = max(each.total for each in estimate(self._setup, self._libraries))
                 self._folder.summary(
                     {
                         "world_size": self._world.size,
@@ -172,6 +179,7 @@ class Run:
                         **{name: figures[name] for name in ("average", "best_replica") if name in figures},
                         "exchange": exchange,
                         "peak_memory_mb": round(peak / 1e6, 1),
+                        "memory_estimate_mb": round(predicted / 1e6, 1),
                         "mpi": self._world.library,
                         "mpi_threads": self._world.threads,
                         "host": self._world.host,
@@ -357,27 +365,3 @@ class Run:
 def _next(n: int, every: int) -> int:
     """The first multiple of `every` after n."""
     return (n // every + 1) * every
-
-
-def model_json(config: Config) -> str:
-    """The network's configuration as model.h5 carries it."""
-    loss = config.model.loss
-    model = {"layers": [to_plain(layer) for layer in config.model.layers], "loss": {loss.kind: loss.options()}}
-    return json.dumps(model)
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this package runs from; None if it runs from elsewhere."""
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

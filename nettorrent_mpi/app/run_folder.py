@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from nettorrent_mpi.app.sections import Config
 from nettorrent_mpi.engine.checkpoint import file_name
 from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
 from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.specs import to_plain
 from nettorrent_mpi.plan.errors import OutputError
 
 OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
@@ -130,3 +132,27 @@ def written(path: Path) -> Iterator[None]:
         else:
             text = f"{path} could not be written ({error.strerror or error}); choose another folder with --output DIR"
         raise OutputError(text) from error
+
+
+def model_json(config: Config) -> str:
+    """The network's configuration as model.h5 carries it."""
+    loss = config.model.loss
+    model = {"layers": [to_plain(layer) for layer in config.model.layers], "loss": {loss.kind: loss.options()}}
+    return json.dumps(model)
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from; None if it runs from elsewhere."""
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -39,6 +39,14 @@ class Counts:
     bytes: int = 0
 
 
+def receives(pairing: Pairing, me: int) -> int:
+    """How many messages to member `me` may arrive before one is read: so many buffers it has for them."""
+    if pairing.period is None:  # partners are drawn, and more than a few seldom meet
+        return min(2 * pairing.replicas, 8)
+    sources = {source for i in range(pairing.period) for source, _ in pairing.receives(i, me)}
+    return 2 * len(sources) + 1  # each can be in the open round and one ahead
+
+
 class Rounds:
     """The rounds of one rank with its column."""
 
@@ -66,11 +74,7 @@ class Rounds:
         mixer = self._mixer
         mixer.divide(max(parts, -(-mixer.length(mixer.vector.size) // LARGEST)))
         length = mixer.length(span(mixer.vector.size, mixer.parts, 0).size)
-        period = self._pairing.period
-        sources = {source for i in range(period or 1) for source, _ in self._pairing.receives(i, self._me)}
-        # Each source can be in the open round and one ahead. Where partners are drawn, more than a few seldom meet.
-        receives = 2 * len(sources) + 1 if period is not None else min(2 * self._count, 8)
-        return Mail(self._column, -(-length // 8) * 8, receives, TAG)
+        return Mail(self._column, -(-length // 8) * 8, receives(self._pairing, self._me), TAG)
 
     def divide(self, parts: int) -> None:
         """Exchange so many parts in turn from now on. All members of the column call, settled."""

@@ -48,6 +48,11 @@ class Workspace:
             self._children[name] = Workspace(self.dtype, self._shared)
         return self._children[name]
 
+    @property
+    def bytes(self) -> int:
+        """Of all memory made so far, that of children included; what workspaces share counts where it is shared."""
+        return sum(memory.nbytes for memory in self._memory.values()) + sum(c.bytes for c in self._children.values())
+
     def _make(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> Array:
         size = int(np.prod(shape, dtype=np.int64))
         memory = self._memory.get((name, dtype))

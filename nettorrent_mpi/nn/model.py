@@ -110,5 +110,4 @@ def _facts(specs: Seq[LayerSpec], part: Sequence) -> LayerFacts:
         units=part.most_cols,
         inputs=int(np.prod(part.inputs.shape)),
         outputs=int(np.prod(part.outputs.shape)),
-        stored=int(np.prod(part.inputs.shape)) + sum(int(np.prod(layer.outputs.shape)) for layer in part.layers),
     )

@@ -1,4 +1,4 @@
-"""What a layout costs: predicted seconds and bytes, and the layout that is predicted to be fastest.
+"""What a layout costs: predicted seconds, and the layout that is predicted to be fastest.
 
 Counted for the rank with the most work: spans round up, so a rank's share of rows, units and micro-batches does too.
 The figures rank layouts; they promise no absolute speed. With an exact exchange replicas and rows differ only in how
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from nettorrent_mpi.plan.actions import Action
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, peak_stored, simulate, steady_seconds
-from nettorrent_mpi.plan.stream import versions
+from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, simulate, steady_seconds
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout, partition
 
 
@@ -61,7 +60,7 @@ def predict(
     """
     machine = machine or Machine()
     alike = topology.replicas if exact else 1
-    rows = _most(batch_size, micro_batches, topology.replicas)
+    rows = most_rows(batch_size, micro_batches, topology.replicas)
     last = len(topology.stages) - 1
     steps = []
     for s, stage in enumerate(topology.stages):
@@ -108,20 +107,20 @@ def _step(
     """`rows` are those of a micro-batch in one replica; `before` and `after` the neighbouring teams; `alike` how many
     replicas sum their gradients."""
     here, cols = -(-rows // stage.rows), stage.cols
-    work = sum(layer.operations * _part(layer.units, cols) for layer in held)
+    work = sum(layer.operations * part_of(layer.units, cols) for layer in held)
     messages = elements = 0.0
     if before:
         elements += here * held[0].inputs
         messages += min(here, _met(stage.rows, before.rows)) * before.cols
     if after:
-        elements += here * held[-1].outputs * _part(held[-1].units, cols) * after.cols
+        elements += here * held[-1].outputs * part_of(held[-1].units, cols) * after.cols
         messages += min(here, _met(stage.rows, after.rows)) * after.cols
     if cols > 1:
         for layer in held[:-1]:  # the next layer of this stage wants all columns
             elements += here * layer.outputs * (cols - 1) / cols
             messages += (cols - 1).bit_length()
     moves = elements * machine.itemsize / machine.bandwidth + messages * machine.latency
-    sum_, update = _finish(_parameters(held, cols), stage.rows * alike, machine)
+    sum_, update = _finish(parameters_of(held, cols), stage.rows * alike, machine)
     return _Step(here * work / machine.flops, machine.overhead * len(held), moves, sum_, update)
 
 
@@ -131,18 +130,18 @@ def _finish(parameters: float, sharers: int, machine: Machine) -> tuple[float, f
     return moved + 2 * (sharers - 1).bit_length() * machine.latency, parameters / sharers * machine.update
 
 
-def _parameters(held: Sequence[LayerFacts], cols: int) -> float:
+def parameters_of(held: Sequence[LayerFacts], cols: int) -> float:
     """The most parameters that one col of a stage has."""
-    return sum(layer.parameters * _part(layer.units, cols) for layer in held)
+    return sum(layer.parameters * part_of(layer.units, cols) for layer in held)
 
 
-def _most(batch_size: int, micro_batches: int, replicas: int) -> int:
+def most_rows(batch_size: int, micro_batches: int, replicas: int) -> int:
     """The most rows of a micro-batch in one replica."""
     micro_batch = -(-batch_size // micro_batches)
     return -(-micro_batch // replicas)
 
 
-def _part(units: int, cols: int) -> float:
+def part_of(units: int, cols: int) -> float:
     """The largest part of a layer that one of its cols has."""
     return -(-units // cols) / units
 
@@ -173,7 +172,7 @@ def auto_layout(
     found: list[tuple[float, Topology]] = []
     for replicas in (r for r in range(1, ranks + 1) if ranks % r == 0):
         team_ranks = ranks // replicas
-        rows = _most(batch_size, micro_batches, replicas)
+        rows = most_rows(batch_size, micro_batches, replicas)
         known: dict[Span, list[tuple[float, int, int]]] = {}
         alike = replicas if exact else 1
         for count in range(1 if alike == 1 else 2, min(len(facts), team_ranks) + 1):  # 1 stage: alike are rows, too
@@ -218,7 +217,7 @@ def _fastest(
     best = [(infinite, 0, 0)] * (ranks + 1)
     one = Stage(0, 1, 1, 1)
     for cols in range(1, min(ranks, *(layer.units for layer in held)) + 1):
-        grid, parameters = Stage(0, len(held), 1, cols), _parameters(held, cols)
+        grid, parameters = Stage(0, len(held), 1, cols), parameters_of(held, cols)
         before, after = (None if first else one), (None if last else one)
         # everything but the calls and messages grows with the rows that a rank has
         some = _step(grid, held, 1, before, after, alike, machine)
@@ -262,42 +261,3 @@ def _divide(times: Sequence[Sequence[float]], most: int, ranks: int) -> list[int
         sizes.append(min(fits, key=lambda n, ideal=ideal: abs(n - ideal)))  # type: ignore[misc]
         ranks -= sizes[-1]
     return sizes[::-1]
-
-
-def memory(
-    topology: Topology,
-    facts: Sequence[LayerFacts],
-    batch_size: int,
-    micro_batches: int,
-    pipeline: str,
-    *,
-    states: int = 0,
-    itemsize: int = 4,
-    base: int = 0,
-    exact: bool = True,
-) -> list[int]:
-    """Bytes of the largest rank of each stage.
-
-    Parameters of its neurons, in as many versions as the pipeline needs, and their gradients; its part of the
-    optimizer's state (`states` arrays per parameter, divided over the ranks that hold the same neurons, with
-    `exact=False` in the same replica); the saved values of as many micro-batches as the pipeline keeps at once; what
-    passes between layers; the buffers of the links, both ways. `base` is what the process has anyway.
-    """
-    rows = _most(batch_size, micro_batches, topology.replicas)
-    kept = [peak_stored(actions) for actions in PIPELINES[pipeline](len(topology.stages), micro_batches)]
-    result = []
-    for s, stage in enumerate(topology.stages):
-        held, here = facts[stage.first : stage.stop], -(-rows // stage.rows)
-        parts = [_part(layer.units, stage.cols) for layer in held]
-        parameters = _parameters(held, stage.cols)
-        state = states * parameters / (stage.rows * (topology.replicas if exact else 1))
-        kinds = versions(len(kept), micro_batches, s) if pipeline in STREAMS else 1
-        # every col keeps the whole input of a layer; the rest is divided with the neurons
-        stored = sum(
-            min(w.inputs, w.stored) + max(w.stored - w.inputs, 0) * p for w, p in zip(held, parts, strict=True)
-        )
-        passing = max(w.inputs + w.outputs * p for w, p in zip(held, parts, strict=True))
-        links = 2 * held[0].inputs * (s > 0) + 2 * held[-1].outputs * parts[-1] * (s < len(kept) - 1)
-        elements = (kinds + 1) * parameters + state + here * (kept[s] * stored + passing + links)
-        result.append(base + round(elements * itemsize))
-    return result

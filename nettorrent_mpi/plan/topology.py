@@ -24,7 +24,6 @@ class LayerFacts:
     units: int  # neurons or filters: the most cols that can divide it
     inputs: int  # elements of one row that enter
     outputs: int  # elements of one row that leave
-    stored: int  # elements of one row kept from its forward to its backward, the input included
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,7 @@ from nettorrent_mpi.nn.compression import make_codec
 from nettorrent_mpi.plan.pairing import possible
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
-FACTS = [
-    LayerFacts(f"linear{i + 1}", 1e6, parameters, 10, 8, 8, 16) for i, parameters in enumerate([4000, 10_000, 999])
-]
+FACTS = [LayerFacts(f"linear{i + 1}", 1e6, parameters, 10, 8, 8) for i, parameters in enumerate([4000, 10_000, 999])]
 
 
 def setup(topology: Topology, *changes: str, micro_batches: int = 4) -> Any:

@@ -10,17 +10,15 @@ from nettorrent_mpi.plan.topology import LayerFacts
 
 
 def linear(name: str, inputs: int, units: int) -> LayerFacts:
-    # y = x W + b costs 2 I O operations, and so do dx and dW; kept: x, and y for the activation
-    return LayerFacts(name, 6 * inputs * units, inputs * units + units, units, inputs, units, inputs + units)
+    # y = x W + b costs 2 I O operations, and so do dx and dW
+    return LayerFacts(name, 6 * inputs * units, inputs * units + units, units, inputs, units)
 
 
 def conv(name: str, side: int, channels: int, filters: int, pool: int = 1) -> LayerFacts:
-    # a 3x3 kernel, padding: same; kept: x, the filters' output, and the pooled output
+    # a 3x3 kernel, padding: same
     pixels, weights = side * side, 9 * channels * filters
     pooled = pixels // pool**2 * filters
-    return LayerFacts(
-        name, 6 * weights * pixels, weights + filters, filters, pixels * channels, pooled, pixels * (channels + filters)
-    )
+    return LayerFacts(name, 6 * weights * pixels, weights + filters, filters, pixels * channels, pooled)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +45,6 @@ def networks() -> dict[str, list[LayerFacts]]:
                 half.units,
                 half.inputs,
                 half.outputs,
-                2 * half.stored,
             )
         )
     resnet.append(linear("linear1", 64, 10))

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from nettorrent_mpi.plan.cost import Machine, auto_layout, memory, predict
+from nettorrent_mpi.plan.cost import Machine, auto_layout, predict
 from nettorrent_mpi.plan.schedule import PIPELINES
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout
 
@@ -13,7 +13,7 @@ Networks = dict[str, list[LayerFacts]]
 
 # seconds that can be worked out by hand: one operation a second, everything else free
 PLAIN = Machine(flops=1.0, bandwidth=1e30, latency=0.0, overhead=0.0, update=0.0)
-TWO = [LayerFacts("a", 30.0, 50, 10, 7, 10, 20), LayerFacts("b", 60.0, 44, 4, 10, 4, 14)]
+TWO = [LayerFacts("a", 30.0, 50, 10, 7, 10), LayerFacts("b", 60.0, 44, 4, 10, 4)]
 ALONE = Topology(1, (Stage(0, 2, 1, 1),))
 
 
@@ -120,7 +120,7 @@ def test_auto_layout_finds_the_obvious() -> None:
     # one row: only cols and stages can help, and the stages of one micro-batch never work at once
     assert auto_layout(TWO, 2, 1, 1, "1f1b", PLAIN).stages == (Stage(0, 2, 1, 2),)
     # many micro-batches, and sums of gradients that cost more than a link
-    heavy = [LayerFacts(w.name, 45.0, 10**6, 1, 1, 1, 1) for w in TWO]
+    heavy = [LayerFacts(w.name, 45.0, 10**6, 1, 1, 1) for w in TWO]
     linked = Machine(flops=1.0, bandwidth=4e4, latency=0.0, overhead=0.0, update=0.0)
     assert auto_layout(heavy, 2, 8, 8, "1f1b", linked).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
     # where replicas need not be alike, they have no sums to wait for
@@ -128,32 +128,3 @@ def test_auto_layout_finds_the_obvious() -> None:
     # one micro-batch fills two stages only where the pipeline does not flush
     assert auto_layout(heavy, 2, 8, 1, "1f1b", linked).stages == (Stage(0, 2, 2, 1),)
     assert auto_layout(heavy, 2, 8, 1, "async", linked).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
-
-
-def test_memory_by_hand() -> None:
-    # parameters and gradients 2 * 94; state 2 * 94; 4 rows keep 34, pass at most 17 on
-    assert memory(ALONE, TWO, 8, 2, "1f1b", states=2, itemsize=8, base=1000) == [1000 + 8 * (4 * 94 + 4 * (34 + 17))]
-    pipe = Topology(2, (Stage(0, 1, 1, 2), Stage(1, 2, 2, 1)))
-    # stage 0 keeps 2 micro-batches of 2 rows: 7 inputs and half of 13; half the outputs pass and are sent, both ways
-    assert memory(pipe, TWO, 8, 2, "1f1b", states=2, itemsize=1) == [
-        50 + 25 + 2 * (2 * (7 + 6.5) + (7 + 5) + 2 * 5),
-        88 + 22 + 1 * (14 + (10 + 4) + 2 * 10),
-    ]
-    # replicas that are not alike have the whole state each
-    assert memory(pipe, TWO, 8, 2, "1f1b", states=2, itemsize=1, exact=False) == [
-        50 + 50 + 2 * (2 * (7 + 6.5) + (7 + 5) + 2 * 5),
-        88 + 44 + 1 * (14 + (10 + 4) + 2 * 10),
-    ]
-    # without flush stage 0 keeps two micro-batches and two versions of its 25 parameters, however short a mini-batch is
-    assert memory(pipe, TWO, 4, 1, "async", itemsize=1) == [
-        75 + 2 * (2 * (7 + 6.5) + (7 + 5) + 2 * 5),
-        88 + 1 * (14 + (10 + 4) + 2 * 10),
-    ]
-
-
-def test_gpipe_stores_more(networks: Networks) -> None:
-    facts = networks["cnn"]
-    topology = layers_layout(facts, 6, 16)
-    stored = {p: memory(topology, facts, 128, 8, p) for p in PIPELINES}
-    assert all(a >= b for a, b in zip(stored["gpipe"], stored["1f1b"], strict=True))
-    assert stored["gpipe"][-1] > stored["1f1b"][-1]

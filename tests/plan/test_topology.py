@@ -143,19 +143,19 @@ def test_layers_layout_uses_all_ranks(networks: Networks, name: str, rows: int) 
 
 
 def test_layers_layout_rounds_by_largest_remainder() -> None:
-    facts = [LayerFacts(str(i), w, 1, 1000, 1, 1, 1) for i, w in enumerate([50.0, 30.0, 14.0, 6.0])]
+    facts = [LayerFacts(str(i), w, 1, 1000, 1, 1) for i, w in enumerate([50.0, 30.0, 14.0, 6.0])]
     # quotas of 9 after 1 for the last: 8 * (50, 30, 14) / 94 = 4.26, 2.55, 1.19
     assert [s.size for s in layers_layout(facts, 9, 100).stages] == [4, 3, 1, 1]
 
 
 def test_layers_layout_moves_ranks_when_a_prime_cannot_be_factored() -> None:
     # in proportion each would have 13 ranks, a prime: with 8 units and 8 rows only 8, 9, 10, 12, 14, ... can be
-    facts = [LayerFacts(str(i), 1.0, 1, 8, 1, 1, 1) for i in range(2)]
+    facts = [LayerFacts(str(i), 1.0, 1, 8, 1, 1) for i in range(2)]
     assert sorted(s.size for s in layers_layout(facts, 26, 8).stages) == [12, 14]
 
 
 def test_layers_layout_with_more_ranks_than_the_network_can_use() -> None:
-    facts = [LayerFacts("a", 5.0, 1, 2, 1, 1, 1), LayerFacts("b", 1.0, 1, 2, 1, 1, 1)]
+    facts = [LayerFacts("a", 5.0, 1, 2, 1, 1), LayerFacts("b", 1.0, 1, 2, 1, 1)]
     for ranks in range(1, 60):
         topology = layers_layout(facts, ranks, 3)
         assert topology.size == ranks
@@ -165,13 +165,13 @@ def test_layers_layout_with_more_ranks_than_the_network_can_use() -> None:
 
 
 def test_layers_layout_without_operations() -> None:
-    facts = [LayerFacts(str(i), 0.0, 0, 4, 1, 1, 1) for i in range(3)]
+    facts = [LayerFacts(str(i), 0.0, 0, 4, 1, 1) for i in range(3)]
     assert [s.size for s in layers_layout(facts, 6, 8).stages] == [2, 2, 2]
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 12))
 def test_factor_has_the_least_share_and_most_rows(size: int, rows: int, units: int) -> None:
-    layer = LayerFacts("a", 3.0, 1, units, 1, 1, 1)
+    layer = LayerFacts("a", 3.0, 1, units, 1, 1)
     share, r, c = factor(size, rows, [layer])
     assert r * c == size
     assert c <= units
@@ -214,7 +214,7 @@ def test_given_layout_tells_what_is_possible(
 @settings(max_examples=300, deadline=None)
 @given(topologies(), st.integers(1, 60))
 def test_the_layout_that_an_error_proposes_is_one(topology: Topology, ranks: int) -> None:
-    facts = [LayerFacts(str(i), 1.0, 1, 4, 1, 1, 1) for i in range(topology.stages[-1].stop)]
+    facts = [LayerFacts(str(i), 1.0, 1, 4, 1, 1) for i in range(topology.stages[-1].stop)]
     swarms = [(s.layers, s.rows, s.cols) for s in topology.stages]
     if topology.size == ranks:
         assert given_layout(topology.replicas, swarms, facts, ranks) == topology

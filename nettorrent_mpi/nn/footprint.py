@@ -1,0 +1,86 @@
+"""What layers keep and work with, found by letting them do it.
+
+How much that is only the layers know: an activation may write over its input, a convolution works in blocks. So a
+stage's layers go forward and back with a few rows, then with more, and what their workspaces hold grows with the rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nettorrent_mpi.nn.backend import Array, DType, Workspace
+from nettorrent_mpi.nn.layer import Pass
+from nettorrent_mpi.nn.layers.sequence import Sequence
+from nettorrent_mpi.nn.losses import Loss
+from nettorrent_mpi.plan.blocks import Span
+
+ROWS = 4  # of the first trial
+ENOUGH = 8 << 20  # bytes with which a trial is the last one: whatever works in blocks has filled one by then
+
+
+class Footprint(NamedTuple):
+    """Bytes that layers take on one rank, parameters and gradients left out."""
+
+    kept: int  # of one micro-batch, from its forward to the end of its backward
+    shared: int  # among all micro-batches: what whichever layer is at work needs
+
+
+class _Absent:
+    """A team of `cols` whose other members are not there: it takes the memory that they would make it take."""
+
+    def __init__(self, cols: int):
+        self.cols, self.col = cols, 0
+
+    def sum_over_rows(self, values: Array) -> None:
+        pass
+
+    def sum_over_cols(self, values: Array) -> None:
+        pass
+
+    def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
+        workspace.scratch("gather", (whole.size,))
+        whole[...] = 0
+
+    def scatter_cols(self, partial_whole: Array, part: Array, workspace: Workspace) -> None:
+        workspace.scratch("scatter", (partial_whole.size,))
+        part[...] = 0
+
+
+def footprint(
+    layers: Sequence,
+    rows: int,
+    dtype: DType,
+    *,
+    cols: int = 1,
+    accumulate: bool = False,
+    loss: Loss | None = None,
+    labels: bool = True,
+) -> Footprint:
+    """Of micro-batches of `rows` rows in training. `cols` are those that the layers' neurons are divided over,
+    `accumulate` says that a mini-batch has several micro-batches, whose gradients are added up; the last stage's layers
+    come with the loss, whose targets are `labels` or as many numbers as there are outputs."""
+    params = {key: np.zeros(parameter.local, dtype) for key, parameter in layers.parameters}
+    grads = {key: np.zeros(parameter.local, dtype) for key, parameter in layers.parameters if parameter.trainable}
+
+    def trial(count: int) -> Footprint:
+        shared = Workspace(dtype)
+        own = Workspace(dtype, shared)
+        step = Pass(rows=Span(0, count), count=count, team=_Absent(cols))
+        y, saved = layers.forward(params, np.zeros((count, *layers.inputs.local), dtype), own, step)
+        if loss is not None:
+            targets = np.zeros(count, np.int64) if labels else np.zeros_like(y)
+            loss.forward(y, targets, max(count, 1), own.child("loss"), gradient=True)
+        for step.accumulate in (False, accumulate):  # twice: shared memory that grew in between was no one's neighbour
+            layers.backward(params, grads, saved, np.zeros(y.shape, dtype), own, step)
+        return Footprint(own.bytes, shared.bytes)
+
+    with np.errstate(all="ignore"):
+        count = before = min(rows, ROWS)
+        few = more = trial(count)
+        while count < rows and (count == ROWS or sum(more) < ENOUGH):
+            before, few, count = count, more, min(2 * count, rows)
+            more = trial(count)
+    ahead = (rows - count) / max(count - before, 1)
+    return Footprint(*(round(b + max(b - a, 0) * ahead) for a, b in zip(few, more, strict=True)))

@@ -1,0 +1,87 @@
+"""What the ranks of a stage hold, in bytes: for the largest rank of each stage.
+
+Everything that is allocated once and kept, as the engine allocates it; what layers keep between forward and backward is
+no matter of planning and is told by who knows them (nn.footprint). Ranks are taken to share one node's memory: of what
+several of them see, each counts all that it touches, because that is what the system counts as a process's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from nettorrent_mpi.plan.cost import most_rows, parameters_of, part_of
+from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, peak_stored
+from nettorrent_mpi.plan.stream import versions
+from nettorrent_mpi.plan.topology import LayerFacts, Topology
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they are for."""
+
+    parameters: int = 0  # in as many versions as the pipeline needs, with their gradients
+    optimizer: int = 0  # this rank's part of its state
+    layers: int = 0  # what layers keep for backward and work with
+    links: int = 0  # buffers of what comes from and goes to neighbouring stages
+    rows: int = 0  # of the data set
+    exchange: int = 0  # what replicas that differ send each other, and keep of it
+    files: int = 0  # whole arrays gathered for a checkpoint, and what writes them
+    libraries: int = 0  # Python, NumPy, MPI and the rest: what the process has anyway
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(int(getattr(self, field.name)) for field in fields(self))
+
+
+def memory(
+    topology: Topology,
+    facts: Sequence[LayerFacts],
+    batch_size: int,
+    micro_batches: int,
+    pipeline: str,
+    layers: Sequence[tuple[int, int]],
+    *,
+    states: int = 0,
+    itemsize: int = 4,
+    exact: bool = True,
+) -> list[Memory]:
+    """The largest rank of each stage: parameters, optimizer, layers and links.
+
+    `layers[s]` are the bytes that the layers of stage s keep of one micro-batch and those that they share among all.
+    Parameters are those of the rank's neurons, in all versions, its gradients, and where several ranks hold the same
+    neurons once more as much: its part of each one's gradients, which it reads, and of their sum. Of the optimizer's
+    `states` arrays each of these ranks has its part. With `exact=False` replicas hold nothing in common.
+    """
+    rows = most_rows(batch_size, micro_batches, topology.replicas)
+    kept = slots(topology, micro_batches, pipeline)
+    last = len(topology.stages) - 1
+    found = []
+    for s, stage in enumerate(topology.stages):
+        held, here = facts[stage.first : stage.stop], -(-rows // stage.rows)
+        parameters, sharers = parameters_of(held, stage.cols), stage.rows * (topology.replicas if exact else 1)
+        kinds = versions(len(kept), micro_batches, s) if pipeline in STREAMS else 1
+        copies = kinds + (1 if sharers == 1 else 2)
+        # Inputs of all slots, and beyond the first stage of one more that is arriving; gradients come and go in two
+        # buffers each. What travels in pieces of a row, or is added up, is put together in a buffer of its own.
+        before = topology.stages[s - 1].cols if s > 0 else 1
+        after = topology.stages[s + 1].cols if s < last else 1
+        inputs, outputs = held[0].inputs, held[-1].outputs * part_of(held[-1].units, stage.cols)
+        links: float = (kept[s] + (s > 0)) * inputs * (2 if before > 1 else 1)
+        links += 2 * inputs * (2 if before > 1 else 1) * (s > 0) + 2 * outputs * after * (s < last)
+        own, shared = layers[s]
+        found.append(
+            Memory(
+                parameters=round(copies * parameters * itemsize),
+                optimizer=round(states * parameters / sharers * itemsize),
+                layers=kept[s] * own + shared,
+                links=round(here * links * itemsize),
+            )
+        )
+    return found
+
+
+def slots(topology: Topology, micro_batches: int, pipeline: str) -> list[int]:
+    """How many micro-batches each stage holds between their forward and their backward."""
+    return [peak_stored(actions) for actions in PIPELINES[pipeline](len(topology.stages), micro_batches)]
