@@ -55,7 +55,7 @@ ORDER = {
         "model",
         "footprint",
     ],
-    "comm": ["offline", "mpi", "shared", "world", "transfers", "mail"],
+    "comm": ["offline", "mpi", "shared", "world", "transfers", "ring", "mail"],
     "data": ["files", "idx", "cifar", "augment", "rows", "hdf5", "synthetic", "dataset", "sampler", "folder", "fetch"],
     "engine": [
         "choices",

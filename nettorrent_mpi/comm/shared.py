@@ -68,6 +68,15 @@ def node_of(group: Group) -> Group:
     return Group(cast("MPI.Intracomm", group.comm.Split_type(MPI.COMM_TYPE_SHARED)))
 
 
+def by_nodes(group: Group) -> list[int]:
+    """The members, those of a node side by side. The same answer for all; every member calls."""
+    node = node_of(group)
+    first = node.comm.bcast(group.index)
+    node.comm.Free()
+    firsts = group.comm.allgather(first)
+    return sorted(range(group.size), key=lambda member: (firsts[member], member))
+
+
 def whole_on_one_node(group: Group) -> bool:
     """Do all members share one node's memory? The same answer for all; every member calls."""
     node = node_of(group)

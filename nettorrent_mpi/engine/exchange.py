@@ -2,7 +2,9 @@
 
 Each holder sums its shard of the gradients, updates its shard of the parameters, and all give each other the result:
 the bytes of one all-reduce, but the optimizer's work and state are divided among the holders. On one node the shards
-are read and written where they lie, in shared memory; between nodes it is a reduce-scatter and an all-gather.
+are read and written where they lie, in shared memory. Between nodes they travel around a ring (comm/ring.py): the sums
+of a segment leave when the last backward has come through its layers, and are on their way while it goes through the
+others; and a segment that is updated is on its way to all while the next one is summed and updated.
 
 Who holds the same block is the wiring's matter: with the exact exchange the rows of all replicas, otherwise those of
 one team. `Exchange.agree` is where replicas that differ come nearer to each other: what a rank does there to the shard
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
@@ -27,31 +30,42 @@ class Exchange:
 
     # What lets messages move while this rank computes: called between actions and between layers.
     progress: Callable[[], None] | None = None
+    # Does `agree` change shards?
+    agrees: ClassVar[bool] = False
 
     def __init__(self, everyone: Group, state: State, optimizer: Optimizer, clip_norm: float | None):
         """`everyone`: the ranks that hold the whole network once, and its gradients: all, or those of a replica."""
         self._everyone, self._state, self._optimizer = everyone, state, optimizer
         self._clip_norm = clip_norm
+        self._begun = 0  # segments whose sums were begun in this step
+        if state.rings:
+            self.progress = state.rings.progress
         self._scale = 1.0
         self._squares = np.zeros(1)
         self._withhold = 0.0  # a part of each change is added to these arrays, where there are, and not made yet
         self._withheld: list[Array | None] = [None] * len(state.segments)
 
+    def complete(self, first: int) -> None:
+        """In the step's last backward: the gradients of the stage's parameters from number `first` on are written, and
+        what of them travels in messages may leave, under the rest of the backward."""
+        segments = self._state.segments
+        while self._begun < len(segments) and segments[self._begun].first >= first:
+            segments[self._begun].begin_sums()
+            self._begun += 1
+
     def reduce(self) -> None:
-        """Sum the gradients: each holder gets the sum of its shard, added up in the order of the holders."""
+        """Sum the gradients: each holder gets the sum of its shard. Sums that travel are waited for where they are
+        needed."""
+        self.complete(0)
+        self._begun = 0
         for segment in self._state.segments:
-            if segment.shared is not None:
-                segment.meet()  # everyone's gradients are complete
-                first, second, *others = (grads[segment.shard] for grads in segment.all_grads)
-                np.add(first, second, out=segment.sums)
-                for grads in others:
-                    np.add(segment.sums, grads, out=segment.sums)
-            elif segment.group.size > 1:
-                segment.group.reduce_scatter(segment.grads, segment.sums, segment.counts)
+            segment.sum()
 
     def norm(self) -> None:
         """The global norm over all stages, for clipping (all of them take part): ||g|| over every parameter once."""
         assert self._clip_norm is not None
+        for segment in self._state.segments:
+            segment.finish_sums()
         self._squares[0] = sum(sum_of_squares(segment.sums) for segment in self._state.segments)
         self._everyone.sum(self._squares)
         self._scale = clip_scale(math.sqrt(self._squares[0]), self._clip_norm)
@@ -59,7 +73,11 @@ class Exchange:
     def update(self, rate: float, step: int) -> None:
         """One optimizer step on this rank's shard, then everyone's shards for everyone. `step` counts from 1."""
         self.hear(step)
-        for segment, withheld in zip(self._state.segments, self._withheld, strict=True):
+        segments = self._state.segments
+        for segment in segments:
+            segment.expect()
+        for segment, withheld in zip(segments, self._withheld, strict=True):
+            segment.finish_sums()
             part = segment.params[segment.shard]
             self._optimizer.update(
                 part,
@@ -71,8 +89,10 @@ class Exchange:
                 withheld=withheld,
                 withhold=self._withhold,
             )
+            if not self.agrees:
+                segment.begin_share()  # under the next segment's sums and update
         self.agree(rate, step)
-        for segment in self._state.segments:
+        for segment in segments:
             segment.share()  # everyone's shard is updated, and nobody reads gradients any more
 
     def hear(self, step: int) -> None:

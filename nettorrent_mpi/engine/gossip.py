@@ -79,6 +79,8 @@ def withholding(choice: choices.Gossip, replicas: int, parts: int) -> float:
 class Gossip(Exchange):
     """The exchange of one rank with its column."""
 
+    agrees = True
+
     def __init__(
         self,
         everyone: Group,
@@ -116,6 +118,7 @@ class Gossip(Exchange):
         """Between actions and layers. A thread for it was within 3 % (benchmarks/results/exchange.md), and would take a
         core that computes."""
         self.rounds.mail.progress()
+        self._state.rings.progress()
 
     # -- a step's end -----------------------------------------------------------------------------------------------
 

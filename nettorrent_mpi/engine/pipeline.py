@@ -236,7 +236,10 @@ class Pipeline:
         params, self._params[slot] = self._params[slot], None
         assert dy is not None
         assert params is not None
-        dx = self._layers.backward(params, self._state.grads, self._saved[slot], dy, self._workspaces[slot], self._pass)
+        complete = self._exchange.complete if m == self._micro_batches - 1 else None  # the last one to add gradients
+        dx = self._layers.backward(
+            params, self._state.grads, self._saved[slot], dy, self._workspaces[slot], self._pass, complete
+        )
         if not wiring.is_first:
             assert dx is not None
             sending = self._sending_dx[g % 2]

@@ -15,13 +15,15 @@ each other's gradients there: nothing is sent or copied. As every element has on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nettorrent_mpi.comm.mpi import Group
-from nettorrent_mpi.comm.shared import SharedMemory, fits, whole_on_one_node
+from nettorrent_mpi.comm.ring import Ring, Rings, can_carry
+from nettorrent_mpi.comm.shared import SharedMemory, by_nodes, fits, whole_on_one_node
 from nettorrent_mpi.nn.backend import Array, aligned
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Parameter
@@ -29,6 +31,30 @@ from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import span
 
 LINE = 16  # blocks begin at multiples of this many elements: a cache line of float32
+BUCKET = 1 << 20  # bytes of a segment at which it is full, where segments travel in messages
+LEAST_SHARD = 16 << 10  # bytes: below, many short messages one after the other take longer than MPI's own algorithms
+
+
+def round_up(length: int) -> int:
+    """The elements that a block of that length takes."""
+    return -(-length // LINE) * LINE
+
+
+def buckets(sizes: dict[str, int], full: int, least: int) -> list[list[str]]:
+    """The blocks, in the order of the layers, cut into groups in the order in which backward completes them. One is
+    full with so many elements; one of fewer than `least` joins the one before."""
+    made: list[list[str]] = []
+    filled = full
+    for key in reversed(sizes):
+        if filled >= full:
+            made.append([])
+            filled = 0
+        made[-1].insert(0, key)
+        filled += sizes[key]
+    if len(made) > 1 and filled < least:
+        last = made.pop()
+        made[-1] = last + made[-1]
+    return made
 
 
 class Flat:
@@ -45,7 +71,7 @@ class Flat:
         for key, parameter in blocks.items():
             length = int(np.prod(parameter.local, dtype=np.int64))
             self.places[key] = slice(size, size + length)
-            size += -(-length // LINE) * LINE
+            size += round_up(length)
         self.size = size
         self.counts = [LINE * span(size // LINE, group.size, i).size for i in range(group.size)]
         start = sum(self.counts[: group.index])
@@ -77,20 +103,34 @@ class Flat:
 class Segment(Flat):
     """Trainable blocks: besides `params` there are `grads`; `sums` is for the summed gradients of the shard, and
     `optimizer` holds its state. In shared memory (`shared` is not None) there is one `params` for all members, and
-    `all_grads` holds everyone's gradients. `stashes` has room for earlier versions of `params`.
+    `all_grads` holds everyone's gradients. `stashes` has room for earlier versions of `params`. `first` is where the
+    earliest of the blocks stands among the stage's parameters: when backward has come there, all gradients are written.
+
+    A step calls, in this order: `begin_sums` when the gradients are written, `sum`, `finish_sums` before it reads
+    `sums`, `expect` when params may change, `begin_share` when the own shard is updated, `share`.
     """
 
-    def __init__(self, group: Group, blocks: Mapping[str, Parameter], optimizer: Optimizer, dtype: Any, stashes: int):
+    def __init__(
+        self,
+        group: Group,
+        blocks: Mapping[str, Parameter],
+        optimizer: Optimizer,
+        dtype: Any,
+        stashes: int,
+        *,
+        shared: bool,
+        first: int,
+    ):
         self.shared: SharedMemory | None = None
         super().__init__(group, blocks, dtype, own=False)
+        self.first = first
         self.optimizer = optimizer.init(self.counts[group.index], dtype)
         self.stashes: list[Array]
+        self._rings: Rings | None = None
+        self._ring: Ring | None = None
+        self._sharing = False
         size, copies = self.size, 1 + stashes  # of params
-        if (
-            group.size > 1
-            and whole_on_one_node(group)
-            and fits(group, (group.size + copies) * size * self.dtype.itemsize)
-        ):
+        if shared:
             self.shared = SharedMemory(group, [(1 + copies) * size, *[size] * (group.size - 1)], dtype)
             self.params, *self.stashes = (self.shared.parts[0][(1 + i) * size : (2 + i) * size] for i in range(copies))
             self.all_grads = [part[:size] for part in self.shared.parts]
@@ -103,16 +143,62 @@ class Segment(Flat):
         self.sums = aligned(self.counts[group.index], dtype) if group.size > 1 else self.grads
         self.grads[...] = 0
 
+    def join(self, rings: Rings, group: Group, order: Sequence[int], tag: int) -> None:
+        """Sum and share by messages around a ring of `group`, the same members, from now on. All members call."""
+        self._rings = rings
+        self._ring = Ring(group, order, tag, self.grads, self.sums, self.params, self.counts)
+        rings.add(self._ring)
+
     def stash(self, number: int) -> None:
         """stashes[number] <- params. All members call, before any of them changes its part."""
         part = self.shard if self.shared is not None else slice(None)
         np.copyto(self.stashes[number][part], self.params[part])
 
+    def begin_sums(self) -> None:
+        """The gradients are written: where they travel in messages, they may leave. Does not wait."""
+        if self._ring is not None:
+            self._ring.sums.begin()
+
+    def sum(self) -> None:
+        """sums <- the sum of everyone's gradients of the shard, in the order of the members, or of the ring, where it
+        may come later (`finish_sums`)."""
+        if self.shared is not None:
+            self.shared.meet()  # everyone's gradients are complete
+            first, second, *others = (grads[self.shard] for grads in self.all_grads)
+            np.add(first, second, out=self.sums)
+            for grads in others:
+                np.add(self.sums, grads, out=self.sums)
+        elif self._ring is None and self.group.size > 1:
+            self.group.reduce_scatter(self.grads, self.sums, self.counts)
+
+    def finish_sums(self) -> None:
+        """Wait for `sums`."""
+        if self._rings is not None and self._ring is not None:
+            self._rings.finish(self._ring.sums)
+
+    def expect(self) -> None:
+        """The others' shards of `params` may change from now on: nobody here reads them until `share` is done."""
+        if self._ring is not None:
+            self._ring.shares.post()
+
+    def begin_share(self) -> None:
+        """This rank's shard is updated: where it travels in messages, it may leave. Does not wait."""
+        if self._ring is not None:
+            self._ring.shares.begin()
+            self._sharing = True
+
     def share(self) -> None:
         if self.shared is not None:
             self.shared.meet()
-        else:
+        elif self._rings is None or self._ring is None:
             super().share()
+        else:
+            if not self._sharing:
+                self.begin_share()
+            self._rings.finish(self._ring.shares)
+            self._ring.sums.sent()  # the next backward overwrites the gradients
+            self._ring.shares.sent()
+            self._sharing = False
 
     def meet(self) -> None:
         if self.shared is not None:
@@ -149,13 +235,16 @@ class State:
         self.grads: dict[str, Array] = {}
         self.segments: list[Segment] = []
         self.statistics: list[Flat] = []
+        self.rings = Rings()
+        self._ring_groups: list[Group] = []
         for group, replicated in ((sums, False), (whole, True)):
             trainable = {key: p for key, p in parameters if p.trainable and p.replicated_sum == replicated}
             others = {key: p for key, p in parameters if not p.trainable and (p.axis is None) == replicated}
             if trainable:
-                self.segments.append(Segment(group, trainable, optimizer, self.dtype, stashes))
+                self._make_segments(group, trainable, optimizer, stashes)
             if others:
                 self.statistics.append(Flat(group, others, self.dtype))
+        self.segments.sort(key=lambda segment: -segment.first)  # in the order in which backward completes them
         for flat in self.flats:
             self.params |= flat.blocks(self.parameters, flat.params)
         for segment in self.segments:
@@ -173,6 +262,36 @@ class State:
                 blocks |= segment.blocks(self.parameters, segment.stashes[i])
             self.stashed.append(blocks)
 
+    def _make_segments(self, group: Group, blocks: Mapping[str, Parameter], optimizer: Optimizer, stashes: int) -> None:
+        """One segment, or several where sums of one can travel while backward is still at others."""
+        number = {key: i for i, key in enumerate(self.parameters)}
+
+        def segment(keys: Sequence[str], *, shared: bool = False) -> Segment:
+            chosen = {key: blocks[key] for key in keys}
+            first = min(number[key] for key in keys)
+            return Segment(group, chosen, optimizer, self.dtype, stashes, shared=shared, first=first)
+
+        sizes = {key: round_up(math.prod(parameter.local)) for key, parameter in blocks.items()}
+        total = sum(sizes.values()) * self.dtype.itemsize
+        shared = group.size > 1 and whole_on_one_node(group) and fits(group, (group.size + 1 + stashes) * total)
+        least = LEAST_SHARD * group.size // self.dtype.itemsize
+        made = (
+            [list(blocks)]
+            if shared or group.size == 1
+            else buckets(sizes, max(BUCKET // self.dtype.itemsize, least), least)
+        )
+        segments = [segment(keys, shared=shared) for keys in made]
+        self.segments += segments
+        if (
+            not shared
+            and group.size > 1
+            and all(can_carry(s.counts, self.dtype.itemsize, LEAST_SHARD) for s in segments)
+        ):
+            order, apart = by_nodes(group), group.duplicate()
+            self._ring_groups.append(apart)
+            for tag, each in enumerate(segments):
+                each.join(self.rings, apart, order, tag)
+
     @property
     def flats(self) -> list[Flat]:
         return [*self.segments, *self.statistics]
@@ -187,6 +306,10 @@ class State:
         self.params.clear()
         self.grads.clear()
         self.stashed.clear()
+        self.rings.free()
+        for group in self._ring_groups:
+            group.comm.Free()
+        self._ring_groups.clear()
         for segment in self.segments:
             segment.free()
         self.segments.clear()

@@ -194,15 +194,22 @@ def test_float32(network: str) -> None:
         compare(mine, serial(network, **options), 1e-4)
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(2, 3, 4, 5)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_without_shared_memory(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between nodes gradients and weights travel in messages; here, because shared memory is said to have no room."""
+@pytest.mark.parametrize("around", [True, False], ids=["rings", "collectives"])
+def test_without_shared_memory(network: str, around: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between nodes gradients and weights travel in messages; here, because shared memory is said to have no room.
+    Several segments travel around rings; what is as short as these networks' weights goes by MPI's own algorithms."""
     monkeypatch.setattr(state, "fits", lambda *_: False)
+    if around:
+        monkeypatch.setattr(state, "BUCKET", 1000)
+        monkeypatch.setattr(state, "LEAST_SHARD", 100)
     ranks = MPI.COMM_WORLD.size
     grids = [Topology(1, (Stage(0, 4, ranks, 1),)), Topology(ranks, (Stage(0, 4, 1, 1),))]
     if ranks == 4:
-        grids.append(Topology(2, (Stage(0, 4, 1, 2),)))
+        grids += [Topology(2, (Stage(0, 4, 1, 2),)), Topology(1, (Stage(0, 2, 2, 1), Stage(2, 4, 1, 2)))]
+    if ranks == 5:
+        grids.append(Topology(1, (Stage(0, 2, 3, 1), Stage(2, 4, 2, 1))))
     for topology in grids:
         mine = Trained(World(), network, topology)
         if MPI.COMM_WORLD.rank == 0:

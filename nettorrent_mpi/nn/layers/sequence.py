@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
@@ -44,6 +44,7 @@ class Sequence:
         self.parameters: tuple[tuple[str, Parameter], ...] = ()
         self.previous = previous  # after the last layer: what made the outputs
         self._keys: list[str] = []
+        self._firsts: list[int] = []  # where each layer's parameters begin in `parameters`
         self._free = False  # may the next layer write over the memory that it is handed?
         self._of: list[tuple[Params, list[Params]]] = []  # mappings seen so far, and each layer's share of them
         self._needs_dx = True
@@ -76,6 +77,7 @@ class Sequence:
         self._free = not layer.reads_output and (self._free or not same_memory)
         self.layers.append(layer)
         self._keys.append(key)
+        self._firsts.append(len(self.parameters))
         self.parameters += tuple((f"{key}/{parameter.name}", parameter) for parameter in layer.parameters)
         self.outputs = layer.outputs
 
@@ -134,9 +136,17 @@ class Sequence:
         return x, saved
 
     def backward(
-        self, params: Params, grads: Params, saved: list[Any], dy: Array, workspace: Workspace, step: Pass
+        self,
+        params: Params,
+        grads: Params,
+        saved: list[Any],
+        dy: Array,
+        workspace: Workspace,
+        step: Pass,
+        complete: Callable[[int], None] | None = None,
     ) -> Array | None:
-        """dx, as `Layer.backward`; None where needs_dx is False."""
+        """dx, as `Layer.backward`; None where needs_dx is False. After each layer `complete` is told from which of
+        `parameters` on the gradients are written; nobody reads these parameters any more in this backward."""
         gradient: Array | None = dy
         own, own_grads = self._shares(params), self._shares(grads)
         for i in range(len(self.layers) - 1, -1, -1):
@@ -144,6 +154,8 @@ class Sequence:
                 break
             inner = workspace.child(self._keys[i])
             gradient = self.layers[i].backward(own[i], own_grads[i], saved[i], gradient, inner, step)
+            if complete is not None:
+                complete(self._firsts[i])
             if step.progress is not None:
                 step.progress()
         return gradient

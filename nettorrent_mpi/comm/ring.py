@@ -1,0 +1,181 @@
+"""Sums and copies that go around a ring of ranks, in messages that travel while the ranks compute.
+
+Every member of a group owns a shard of a flat array. On the first way around, what is to become shard o starts at the
+member behind o, and every member adds its own numbers to it and passes it on, until o has the sum. On the second way
+o's result goes around and everybody keeps a copy. On each way a member sends and receives every shard but one: no way
+to do this has fewer bytes (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms), and nobody hears from two
+members at once, which is what slow links bear worst. Members of a node stand side by side, so that a node's link
+carries each byte once, however many ranks it has.
+
+All is point to point, with a tag for each array and way: the members need not call in the same order, as they have to
+with MPI's collective operations, and the order in which they add up is known: that of the ring.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from mpi4py import MPI
+
+from nettorrent_mpi.comm.mpi import LARGEST_MESSAGE, Array, Group, together
+
+
+def can_carry(counts: Sequence[int], itemsize: int, least: int) -> bool:
+    """Is the mean of the shards worth a message, at `least` so many bytes, and none too large for one?"""
+    return sum(counts) * itemsize >= least * len(counts) and max(counts) * itemsize <= LARGEST_MESSAGE
+
+
+class Way:
+    """One way around. What has arrived is taken in, and then is what is sent next."""
+
+    def __init__(
+        self,
+        sends: Sequence[MPI.Prequest],
+        receives: Sequence[MPI.Prequest],
+        ahead: int,
+        take: Callable[[int], None],
+    ):
+        """`ahead`: how many of the receives may be posted before the first of them was taken in, by `take`(number)."""
+        self._sends, self._receives, self._ahead, self._take = sends, receives, ahead, take
+        self._at = len(receives)  # the next one to arrive; after the last: nothing is under way
+        self._posted = 0
+
+    def post(self) -> None:
+        """Post the first receives, if they are not."""
+        while self._posted < min(self._ahead, len(self._receives)):
+            self._receives[self._posted].Start()
+            self._posted += 1
+
+    def begin(self) -> None:
+        """This member's own numbers are complete."""
+        assert not self.under_way
+        self.post()
+        self._at = 0
+        self._sends[0].Start()
+
+    @property
+    def under_way(self) -> bool:
+        """Is something still to arrive?"""
+        return self._at < len(self._receives)
+
+    @property
+    def awaited(self) -> MPI.Prequest:
+        """What arrives next."""
+        return self._receives[self._at]
+
+    def go_on(self) -> None:
+        """`awaited` has arrived."""
+        self._take(self._at)
+        self._at += 1
+        if self._posted < len(self._receives):
+            self._receives[self._posted].Start()
+            self._posted += 1
+        if self.under_way:
+            self._sends[self._at].Start()
+        else:
+            self._posted = 0
+
+    def sent(self) -> None:
+        """Wait until everything that was sent may be overwritten."""
+        MPI.Request.Waitall(list(self._sends))
+
+    def free(self) -> None:
+        """Give the requests back; nothing is under way on any member."""
+        for request in self._receives[: self._posted]:
+            request.Cancel()
+            request.Wait()
+        for request in (*self._sends, *self._receives):
+            request.Free()
+
+
+class Ring:
+    """The two ways of one array: `sums` and `shares`."""
+
+    def __init__(
+        self,
+        group: Group,
+        order: Sequence[int],
+        tag: int,
+        grads: Array,
+        sums: Array,
+        params: Array,
+        counts: Sequence[int],
+    ):
+        """`order` is the members' around the ring, `counts` the sizes of their shards, in the group's order. `grads` is
+        used up, `sums` gets this member's shard of the sum; `params` has its shard of the result, and gets the others'.
+        """
+        comm, size, place = group.comm, group.size, list(order).index(group.index)
+        before, behind = order[place - 1], order[(place + 1) % size]
+        starts = np.cumsum([0, *counts])
+
+        def shard(array: Array, back: int) -> Array:
+            """The shard of the member so many places before this one."""
+            owner = order[(place - back) % size]
+            return array[starts[owner] : starts[owner + 1]]
+
+        steps = range(size - 1)
+        room = [np.empty(max(counts), grads.dtype) for _ in range(min(2, size - 1))]
+        own = [shard(grads, step + 2) for step in steps]
+        came = [room[step % 2][: own[step].size] for step in steps]
+        into = [*own[:-1], sums]
+
+        def add(step: int) -> None:
+            np.add(came[step], own[step], out=into[step])
+
+        self.sums = Way(
+            [comm.Send_init(shard(grads, step + 1), behind, 2 * tag) for step in steps],
+            [comm.Recv_init(array, before, 2 * tag) for array in came],
+            len(room),
+            add,
+        )
+        self.shares = Way(
+            [comm.Send_init(shard(params, step), behind, 2 * tag + 1) for step in steps],
+            [comm.Recv_init(shard(params, step + 1), before, 2 * tag + 1) for step in steps],
+            len(steps),
+            lambda step: None,
+        )
+
+    def free(self) -> None:
+        """Give the requests back; nothing is under way on any member."""
+        self.sums.free()
+        self.shares.free()
+
+
+class Rings:
+    """All rings of a rank: while it waits for one, the others go on."""
+
+    def __init__(self) -> None:
+        self._rings: list[Ring] = []
+        self._ways: list[Way] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._rings)
+
+    def add(self, ring: Ring) -> None:
+        """Let this one go on with the others."""
+        ring.sums.post()
+        self._rings.append(ring)
+        self._ways += [ring.sums, ring.shares]
+
+    def progress(self) -> None:
+        """Take in what has arrived, and pass it on. Does not wait."""
+        for way in self._ways:
+            while way.under_way and way.awaited.Test():
+                way.go_on()
+
+    def finish(self, way: Way) -> None:
+        """Wait until nothing is to arrive on this way any more."""
+        began = time.perf_counter_ns()
+        while way.under_way:
+            others = [each for each in self._ways if each.under_way]
+            others[MPI.Request.Waitany([each.awaited for each in others])].go_on()
+        together.since(began)
+
+    def free(self) -> None:
+        """Give the requests back; nothing is under way on any member."""
+        for ring in self._rings:
+            ring.free()
+        self._rings.clear()
+        self._ways.clear()
