@@ -41,12 +41,13 @@ def round_up(length: int) -> int:
 
 
 def buckets(sizes: dict[str, int], full: int, least: int) -> list[list[str]]:
-    """The blocks, in the order of the layers, cut into groups in the order in which backward completes them. One is
-    full with so many elements; one of fewer than `least` joins the one before."""
+    """The blocks, given in the order of the layers, cut into groups in the order in which backward completes them. One
+    with so many elements is full; one of fewer than `least` joins the one before. A layer's blocks stay together."""
     made: list[list[str]] = []
-    filled = full
+    filled, layer = full, ""
     for key in reversed(sizes):
-        if filled >= full:
+        above, layer = layer, key.partition("/")[0]
+        if filled >= full and layer != above:
             made.append([])
             filled = 0
         made[-1].insert(0, key)

@@ -15,7 +15,7 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,21 @@ def world() -> Generator[MPI.Intracomm, None, None]:
     world = MPI.COMM_WORLD.Dup()
     yield world
     world.Free()
+
+
+@pytest.fixture
+def between_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Called, it makes engines exchange gradients and weights as between nodes, in messages: as if shared memory had no
+    room. True: in several segments, around rings, however small; False: by MPI's own algorithms."""
+
+    def apart(around: bool) -> None:
+        from nettorrent_mpi.engine import state
+
+        monkeypatch.setattr(state, "fits", lambda *_: False)
+        monkeypatch.setattr(state, "BUCKET", 1000)
+        monkeypatch.setattr(state, "LEAST_SHARD", 100 if around else 1 << 40)
+
+    return apart
 
 
 @pytest.fixture

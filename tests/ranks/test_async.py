@@ -7,7 +7,7 @@ middle of what is under way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices, state
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Workspace
@@ -291,9 +291,9 @@ CASES = {
 
 @pytest.mark.ranks(*CASES)
 @pytest.mark.parametrize("case", CASES.get(SIZE, []), ids=str)
-def test_any_layout_gives_what_the_definition_says(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_layout_gives_what_the_definition_says(case: Case, between_nodes: Callable[[bool], None]) -> None:
     if not case.shared:
-        monkeypatch.setattr(state, "fits", lambda *_: False)
+        between_nodes(True)
     mine = train(case, counting_down(WINDOWS))
     if MPI.COMM_WORLD.rank == 0:
         compare(mine, Emulated(case, WINDOWS).result)

@@ -7,7 +7,7 @@ nothing: a mini-batch of 37 rows in 3 micro-batches, and a last one of 12.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices, state
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.model import Network
@@ -196,14 +196,16 @@ def test_float32(network: str) -> None:
 
 @pytest.mark.ranks(2, 3, 4, 5)
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("around", [True, False], ids=["rings", "collectives"])
-def test_without_shared_memory(network: str, around: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between nodes gradients and weights travel in messages; here, because shared memory is said to have no room.
-    Several segments travel around rings; what is as short as these networks' weights goes by MPI's own algorithms."""
-    monkeypatch.setattr(state, "fits", lambda *_: False)
-    if around:
-        monkeypatch.setattr(state, "BUCKET", 1000)
-        monkeypatch.setattr(state, "LEAST_SHARD", 100)
+@pytest.mark.parametrize(
+    ("around", "clip_norm"),
+    [(True, None), (True, 1.5), (False, 1.5)],
+    ids=["rings", "rings-clipped", "collectives"],
+)
+def test_without_shared_memory(
+    network: str, around: bool, clip_norm: float | None, between_nodes: Callable[[bool], None]
+) -> None:
+    """Between nodes gradients and weights travel in messages."""
+    between_nodes(around)
     ranks = MPI.COMM_WORLD.size
     grids = [Topology(1, (Stage(0, 4, ranks, 1),)), Topology(ranks, (Stage(0, 4, 1, 1),))]
     if ranks == 4:
@@ -211,6 +213,6 @@ def test_without_shared_memory(network: str, around: bool, monkeypatch: pytest.M
     if ranks == 5:
         grids.append(Topology(1, (Stage(0, 2, 3, 1), Stage(2, 4, 2, 1))))
     for topology in grids:
-        mine = Trained(World(), network, topology)
+        mine = Trained(World(), network, topology, clip_norm=clip_norm)
         if MPI.COMM_WORLD.rank == 0:
-            compare(mine, serial(network), 1e-10)
+            compare(mine, serial(network, clip_norm=clip_norm), 1e-10)

@@ -6,7 +6,7 @@ The serial run is written out here with the layers, loss and optimizer alone: no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Dataset, Split, open_dataset
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices, state
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
@@ -322,11 +322,11 @@ IN_MEMORY = [
     [pytest.param(*case, id=f"{name(case[0])}-{case[1].kind}-{case[2] or 'messages'}") for case in IN_MEMORY],
 )
 def test_weights_of_all_or_one(
-    layout: Topology, exchange: specs.Spec, shared: bool, monkeypatch: pytest.MonkeyPatch
+    layout: Topology, exchange: specs.Spec, shared: bool, between_nodes: Callable[[bool], None]
 ) -> None:
     """With shared memory, and as between nodes."""
     if not shared:
-        monkeypatch.setattr(state, "fits", lambda *_: False)
+        between_nodes(True)
     engine = make(layout, exchange=exchange)
     checks = (check_shown, check_become, check_adopt, check_become_the_best)
     for n, check in enumerate(checks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices, state
+from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.model import Network
@@ -84,11 +84,11 @@ def test_a_step_of_gossip_neither_allocates_nor_pickles(exchange: choices.Gossip
 @pytest.mark.ranks(*STREAM)
 @pytest.mark.parametrize(("micro_batches", "shared"), [(4, True), (1, False)])
 def test_a_step_without_flush_neither_allocates_nor_pickles(
-    micro_batches: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+    micro_batches: int, shared: bool, between_nodes: Callable[[bool], None]
 ) -> None:
     """Whether it fills the pipeline, keeps it full or drains it."""
     if not shared:
-        monkeypatch.setattr(state, "fits", lambda *_: False)
+        between_nodes(True)
     grids = STREAM[SIZE]
     cuts = [i * 4 // len(grids) for i in range(len(grids) + 1)]
     stages = tuple(Stage(*layers, *grid) for layers, grid in zip(pairwise(cuts), grids, strict=True))
@@ -101,6 +101,17 @@ def test_a_step_neither_allocates_nor_pickles(number: int) -> None:
     if number >= len(layouts()):
         pytest.skip("no such layout of so few ranks")
     steady(layouts()[number], clip_norm=1.0)
+
+
+@pytest.mark.ranks(2, 3, 4, 5)
+@pytest.mark.parametrize("around", [True, False], ids=["rings", "collectives"])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_between_nodes_neither_allocates_nor_pickles(
+    around: bool, clip_norm: float | None, between_nodes: Callable[[bool], None]
+) -> None:
+    between_nodes(around)
+    grids = {4: Topology(2, (Stage(0, 4, 1, 2),)), 5: Topology(1, (Stage(0, 2, 3, 1), Stage(2, 4, 2, 1)))}
+    steady(grids.get(SIZE, Topology(SIZE, (Stage(0, 4, 1, 1),))), clip_norm=clip_norm)
 
 
 def steady(topology: Topology, *, left: Sequence[int] = (1,) * 7, **options: Any) -> None:

@@ -1,0 +1,219 @@
+"""Sums and copies around rings: against sums made by hand; when they begin; what they leave in a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from nettorrent_mpi.comm import shared
+from nettorrent_mpi.comm.mpi import Array, Group
+from nettorrent_mpi.comm.ring import Ring, Rings, Way, can_carry
+from nettorrent_mpi.comm.shared import by_nodes
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.data.dataset import Options as DataOptions
+from nettorrent_mpi.data.dataset import open_dataset
+from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine import checkpoint, state
+from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.engine.model_file import write_arrays
+from nettorrent_mpi.nn import specs
+from nettorrent_mpi.nn.layers.linear import Linear
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.topology import Stage, Topology
+
+SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
+SHAPE, CLASSES = (6, 5, 2), 4
+LAYERS = (
+    specs.Flatten(),
+    specs.Linear(17, activation="relu"),
+    specs.Linear(19, activation="tanh"),
+    specs.Linear(23, activation="relu"),
+    specs.Linear(CLASSES),
+)
+
+
+# -- rings ------------------------------------------------------------------------------------------------------------
+
+
+def numbers(member: int, ring: int, turn: int, size: int) -> Array:
+    """Gradients of a member: whole numbers, so that sums are exact in any order."""
+    return np.random.default_rng([member, ring, turn]).integers(-99, 99, size).astype(np.float64)
+
+
+COUNTS: tuple[Callable[[int], int], ...] = (  # shards of the members
+    lambda member: 5,
+    lambda member: 16 * (member % 2),
+    lambda member: 0 if member else 7,
+    lambda member: 40_000 + member,  # longer than what MPI sends before it is asked for
+)
+
+
+@pytest.mark.ranks(2, 3, 4, 5, 8)
+@pytest.mark.parametrize("turned", [False, True], ids=["alike", "in orders of their own"])
+def test_everybody_gets_the_sums(world: MPI.Intracomm, turned: bool) -> None:
+    """Several rings, any order of members, shards of any sizes; every rank begins in its own order, at other times."""
+    group, rings = Group(world), Rings()
+    order = list(np.random.default_rng(1).permutation(SIZE))
+    made: list[tuple[Ring, Array, Array, Array, slice]] = []
+    for i, count in enumerate(COUNTS):
+        counts = [count(member) for member in range(SIZE)]
+        own = slice(sum(counts[:RANK]), sum(counts[: RANK + 1]))
+        grads, params, sums = np.zeros(sum(counts)), np.zeros(sum(counts)), np.zeros(counts[RANK])
+        ring = Ring(group, order, i, grads, sums, params, counts)
+        rings.add(ring)
+        made.append((ring, grads, params, sums, own))
+    for turn in range(3):
+        turns = list(range(len(made)))
+        if turned:
+            turns = [*turns[RANK % len(turns) :], *turns[: RANK % len(turns)]]
+        for i in turns:
+            ring, grads, params, sums, own = made[i]
+            grads[...] = numbers(RANK, i, turn, grads.size)
+            ring.sums.begin()
+            time.sleep(0.001 * RANK)
+            rings.progress()
+        for i in reversed(turns):
+            ring, grads, params, sums, own = made[i]
+            ring.shares.post()
+            rings.finish(ring.sums)
+            whole = sum(numbers(member, i, turn, grads.size) for member in range(SIZE))
+            np.testing.assert_array_equal(sums, whole[own])
+            params[own] = sums / 2
+            ring.shares.begin()
+        for i in turns:
+            ring, grads, params, sums, own = made[i]
+            rings.finish(ring.shares)
+            ring.sums.sent()
+            ring.shares.sent()
+            whole = sum(numbers(member, i, turn, grads.size) for member in range(SIZE))
+            np.testing.assert_array_equal(params, whole / 2)
+    world.Barrier()
+    rings.free()
+    assert not rings
+
+
+@pytest.mark.ranks(3, 5)
+def test_sums_are_the_same_bits_in_every_run(world: MPI.Intracomm) -> None:
+    group, found = Group(world), []
+    for turn in range(3):
+        grads, params, sums = np.random.default_rng(RANK).normal(size=3 * SIZE), np.zeros(3 * SIZE), np.zeros(3)
+        rings, ring = Rings(), Ring(group, range(SIZE), 0, grads, sums, params, [3] * SIZE)
+        rings.add(ring)
+        time.sleep(0.002 * ((RANK + turn) % SIZE))
+        ring.sums.begin()
+        rings.finish(ring.sums)
+        ring.sums.sent()
+        world.Barrier()
+        rings.free()
+        found.append(sums.tobytes())
+    assert len(set(found)) == 1
+
+
+@pytest.mark.ranks(4, 5)
+def test_members_of_a_node_stand_side_by_side(world: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "node_of", lambda group: Group(group.comm.Split(group.index % 2)))
+    assert by_nodes(Group(world)) == [*range(0, SIZE, 2), *range(1, SIZE, 2)]
+
+
+@pytest.mark.ranks(1)
+def test_short_and_huge_shards_are_left_to_mpi() -> None:
+    assert can_carry([10, 0, 20], 8, 80)
+    assert not can_carry([10, 0, 19], 8, 80)
+    assert not can_carry([1 << 28, 1], 8, 80)
+
+
+@pytest.mark.ranks(1)
+def test_blocks_are_cut_in_the_order_in_which_backward_completes_them() -> None:
+    sizes = {"a/w": 4, "a/b": 1, "b/w": 60, "c/w": 3, "d/in/w": 40, "d/b": 1, "e/w": 1, "e/b": 40}
+    assert state.buckets(sizes, 40, 0) == [["e/w", "e/b"], ["d/in/w", "d/b"], ["b/w", "c/w"], ["a/w", "a/b"]]
+    assert state.buckets(sizes, 40, 6)[2:] == [["a/w", "a/b", "b/w", "c/w"]]
+    assert state.buckets(sizes, 1000, 6) == [list(sizes)]
+    assert state.buckets({"a/w": 1}, 40, 6) == [["a/w"]]
+
+
+# -- a training -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def training(topology: Topology, micro_batches: int = 2) -> Iterator[Engine]:
+    rows = open_dataset("synthetic", None, options=DataOptions(rows=90, test_rows=0, shape=SHAPE, classes=CLASSES))
+    options = Options(
+        loss=specs.CrossEntropy(),
+        optimizer=specs.Adam(),
+        batch_size=31,
+        micro_batches=micro_batches,
+        dtype="float64",
+    )
+    made = Engine(World(), Network(LAYERS, SHAPE), topology, options)
+    made.open_data(rows, Sampler(90, 1, 0.0, 31))
+    yield made
+    made.close()
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_sums_begin_under_the_last_backward(
+    between_nodes: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    between_nodes(True)
+    seen: list[str] = []
+    begin, backward = Way.begin, Linear.backward
+
+    def begun(self: Way) -> None:
+        seen.append("begin")
+        begin(self)
+
+    def gone_back(self: Linear, *arguments: Any) -> Any:
+        found = backward(self, *arguments)
+        seen.append(self.name)
+        return found
+
+    with training(Topology(SIZE, (Stage(0, 4, 1, 1),))) as engine:
+        segments = [sorted({key.split("/")[0] for key in segment.places}) for segment in engine.state.segments]
+        assert segments == [["linear3", "linear4"], ["linear2"], ["linear1"]]
+        engine.step(0, 0.01)
+        monkeypatch.setattr(Way, "begin", begun)
+        monkeypatch.setattr(Linear, "backward", gone_back)
+        engine.step(1, 0.01)
+    names = ["linear4", "linear3", "linear2", "linear1"]
+    last = ["linear4", "linear3", "begin", "linear2", "begin", "linear1", "begin"]
+    assert seen == [*names, *last, *["begin"] * 3]  # two micro-batches, then the shares
+
+
+@pytest.mark.ranks(2, 4)
+def test_a_checkpoint_knows_no_segments(
+    between_nodes: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, shared_path: Path
+) -> None:
+    """Made with rings, gone on from with shared memory, on another layout."""
+    rows, cols = Topology(SIZE, (Stage(0, 4, 1, 1),)), Topology(1, (Stage(0, 4, 1, SIZE),))
+    grid = Topology(1, (Stage(0, 3, SIZE - 1, 1), Stage(3, 4, 1, 1))) if SIZE > 2 else rows
+    file = shared_path / "step.h5"
+    with training(rows) as engine:
+        steps(engine, range(8))
+        expected = engine.parameters()
+    between_nodes(True)
+    with training(grid) as engine:
+        steps(engine, range(4))
+        groups = checkpoint.collect(engine)
+        if RANK == 0:
+            write_arrays(file, groups, {"step": 4})
+        engine.world.barrier()
+    monkeypatch.undo()
+    with training(cols) as engine:
+        checkpoint.restore(engine, file)
+        engine.state.meet()
+        steps(engine, range(4, 8))
+        found = engine.parameters()
+    for key, array in expected.items():
+        np.testing.assert_allclose(found[key], array, rtol=0, atol=1e-10 * np.abs(array).max(), err_msg=key)
+
+
+def steps(engine: Engine, numbers: Sequence[int]) -> None:
+    for n in numbers:
+        engine.step(n, 0.01)
