@@ -94,6 +94,10 @@ class Group:
         to, source = (self.index + 1) % self.size, (self.index - 1) % self.size
         self.comm.Sendrecv(values, to, recvbuf=into, source=source)
 
+    def progress(self) -> None:
+        """One call into MPI, so that messages move, of this group or another. Does not wait."""
+        self.comm.Iprobe()
+
     def duplicate(self) -> Group:
         """The same members, with messages of their own: what is under way here and there is never confused."""
         comm = self.comm.Dup()

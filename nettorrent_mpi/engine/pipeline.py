@@ -56,7 +56,12 @@ class Pipeline:
     ):
         self._wiring, self._layers, self._state, self._exchange, self._loss = wiring, layers, state, exchange, loss
         self._trace = trace
-        self._pass = Pass(seed=seed, team=wiring.team, progress=exchange.progress)
+        self._progress = _all_of(
+            exchange.progress,
+            # A message between hosts goes on its way only when its sender and its receiver look after it.
+            wiring.world.progress if len(wiring.topology.stages) > 1 else None,
+        )
+        self._pass = Pass(seed=seed, team=wiring.team, progress=self._progress)
         shared = Workspace(state.dtype)
         slots = wiring.slots
         self._workspaces = [Workspace(state.dtype, shared) for _ in range(slots)]
@@ -111,7 +116,7 @@ class Pipeline:
         self._post_x(self._base + self._wiring.ring)
         if training:
             self._post_dy(self._base + 2)
-        trace, methods, progress = self._trace, self._methods, self._exchange.progress
+        trace, methods, progress = self._trace, self._methods, self._progress
         with np.errstate(all="ignore"):  # what is not finite is looked for, and told once
             for action in actions:
                 began = trace.now() if trace else (0, 0)
@@ -290,3 +295,16 @@ class Pipeline:
                     name = layer.name
                     break
         raise NonFiniteError(step=self._pass.step, layer=name, rank=self._wiring.world.rank)
+
+
+def _all_of(*calls: Callable[[], None] | None) -> Callable[[], None] | None:
+    """What makes all the calls that there are, or None."""
+    present = [call for call in calls if call is not None]
+    if len(present) < 2:
+        return present[0] if present else None
+
+    def make() -> None:
+        for call in present:
+            call()
+
+    return make
