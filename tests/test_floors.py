@@ -63,6 +63,7 @@ ORDER = {
         "tally",
         "vector",
         "wiring",
+        "segments",
         "state",
         "merging",
         "estimates",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,22 @@ def test_sums_begin_under_the_last_backward(
     names = ["linear4", "linear3", "linear2", "linear1"]
     last = ["linear4", "linear3", "begin", "linear2", "begin", "linear1", "begin"]
     assert seen == [*names, *last, *["begin"] * 3]  # two micro-batches, then the shares
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_messages_move_between_the_layers_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a call into MPI now and then, a message to a stage on another host would wait for the end of a pass."""
+    cuts = [0, *range(5 - SIZE, 5)]
+    calls = 0
+
+    def call(self: Group) -> None:
+        nonlocal calls
+        calls += 1
+
+    monkeypatch.setattr(Group, "progress", call)
+    with training(Topology(1, tuple(Stage(a, b, 1, 1) for a, b in pairwise(cuts)))) as engine:
+        engine.step(0, 0.01)
+        assert calls >= 4 * len(engine.layers.layers)  # forward and backward of two micro-batches
 
 
 @pytest.mark.ranks(2, 4)
