@@ -11,10 +11,13 @@ import numpy as np
 from nettorrent_mpi.app.setup import Setup
 from nettorrent_mpi.comm.mail import SPARE
 from nettorrent_mpi.engine.choices import Gossip, PushSum, TopK, Whole
+from nettorrent_mpi.engine.engine import Options
 from nettorrent_mpi.engine.gossip import withholding
 from nettorrent_mpi.engine.rounds import LARGEST, receives
 from nettorrent_mpi.nn.compression import make_codec
 from nettorrent_mpi.nn.footprint import Footprint, footprint
+from nettorrent_mpi.nn.kernels import choice
+from nettorrent_mpi.nn.kernels.onednn import library
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
@@ -23,6 +26,7 @@ from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 
 FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
+NUMBA, ONEDNN = 117_000_000, 21_000_000  # bytes that they take when they are loaded: versions 0.68 and 3.2
 _INDEX = 8  # bytes of a row's number, and of a label
 
 
@@ -53,6 +57,7 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
         itemsize=itemsize,
         exact=config.exact,
     )
+    kernels = _kernels(options)
     result = []
     for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
         own = round(parameters_of(facts[stage.first : stage.stop], stage.cols)) * itemsize
@@ -64,10 +69,18 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
                 rows=_rows(setup, s, -(-rows // stage.rows)),
                 exchange=_exchange(setup, -(-own // itemsize // stage.rows), states),
                 files=blocks + (FILES + _gathered(setup, states) if s == 0 else 0),
-                libraries=libraries.first if s == 0 else libraries.others,
+                libraries=kernels + (libraries.first if s == 0 else libraries.others),
             )
         )
     return result
+
+
+def _kernels(options: Options) -> int:
+    """What makes kernels faster is loaded with the first step."""
+    if options.kernels == "numpy":
+        return 0
+    onednn = np.dtype(options.dtype) == np.float32 and library() is not None
+    return NUMBA * choice.installed("numba") + ONEDNN * onednn
 
 
 def _layers(setup: Setup, rows: int) -> list[Footprint]:

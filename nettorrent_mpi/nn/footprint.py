@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nettorrent_mpi.nn.backend import Array, DType, Workspace
+from nettorrent_mpi.nn.kernels import choice
 from nettorrent_mpi.nn.layer import Pass
 from nettorrent_mpi.nn.layers.sequence import Sequence
 from nettorrent_mpi.nn.losses import Loss
@@ -76,7 +77,8 @@ def footprint(
             layers.backward(params, grads, saved, np.zeros(y.shape, dtype), own, step)
         return Footprint(own.bytes, shared.bytes)
 
-    with np.errstate(all="ignore"):
+    # With NumPy's kernels: nothing is tried, and what others work with is as little (a block of a megabyte or two).
+    with np.errstate(all="ignore"), choice.numpy_alone():
         count = before = min(rows, ROWS)
         few = more = trial(count)
         while count < rows and (count == ROWS or sum(more) < ENOUGH):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import ClassVar, Literal
@@ -18,6 +20,17 @@ class _Process:
 def use(kernels: Kernels) -> None:
     """From now on the fastest of what is installed, or NumPy alone. To be called before layers are made."""
     _Process.kernels = kernels
+
+
+@contextmanager
+def numpy_alone() -> Iterator[None]:
+    """For a while."""
+    before = _Process.kernels
+    _Process.kernels = "numpy"
+    try:
+        yield
+    finally:
+        _Process.kernels = before
 
 
 def fastest() -> bool:
