@@ -10,7 +10,6 @@ weights out anew for its code in each call; they are small.
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import site
 import sys
 from collections.abc import Sequence
@@ -97,8 +96,10 @@ class Library:
 @cache
 def library() -> Library | None:
     """The library, if there is one: beside this Python (PyPI's onednn-cpu-gomp puts it there), or the system's."""
+    from ctypes.util import find_library  # which starts programs: only where something is looked for
+
     beside = [Path(root, "lib", f"libdnnl.so.{_VERSION}") for root in (sys.prefix, site.USER_BASE or sys.prefix)]
-    for path in (*map(str, beside), ctypes.util.find_library("dnnl")):
+    for path in (*map(str, beside), find_library("dnnl")):
         try:
             if path:
                 return Library(path)
