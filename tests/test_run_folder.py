@@ -152,6 +152,7 @@ def test_summary(done: Done) -> None:
     assert "first" in summary["layout"]
     assert "linear2" in summary["layout"]
     assert "Open MPI" in summary["mpi"]
+    assert summary["kernels"] == ["numpy"]  # a short run
     assert summary["test_accuracy"] == last["test_accuracy"]
     assert summary["final_loss"] == last["train_loss"]
     assert 0 < summary["train_seconds"] <= last["time"]

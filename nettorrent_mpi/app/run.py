@@ -25,6 +25,7 @@ from nettorrent_mpi.engine.elite import compare, steps_between
 from nettorrent_mpi.engine.engine import Engine, Scores
 from nettorrent_mpi.engine.gossip import rate_factor
 from nettorrent_mpi.engine.reports import Report, Reports
+from nettorrent_mpi.nn.kernels import choice as kernels
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.plan.errors import ConfigError
 
@@ -180,6 +181,7 @@ class Run:
                         "exchange": exchange,
                         "peak_memory_mb": round(peak / 1e6, 1),
                         "memory_estimate_mb": round(predicted / 1e6, 1),
+                        "kernels": kernels.names(),
                         "mpi": self._world.library,
                         "mpi_threads": self._world.threads,
                         "host": self._world.host,

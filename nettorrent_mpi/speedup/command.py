@@ -166,6 +166,7 @@ def _about(
         "warm_up": {"ours": WARM_UP, "torch": TORCH_WARM_UP},
         "host": machine.describe_host(),
         "mpi": None,
+        "kernels": None,
         "notes": notes,
         "sides": [side.plain() for side in everyone],
         "traces": [],

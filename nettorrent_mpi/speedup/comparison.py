@@ -110,7 +110,7 @@ class Comparison:
             assert plan.config is not None
             config = modes.timed(plan.config, steps + WARM_UP)
             summary = self._trained(side.name, config, side.cpus).summary
-            self._results["mpi"] = summary["mpi"]
+            self._results |= {"mpi": summary["mpi"], "kernels": summary["kernels"]}
             figure = float(summary["samples_per_second"])
         else:
             told = self._torch(side, ["--steps", str(steps)])

@@ -126,6 +126,8 @@ def baseline(config: Config, modes: Sequence[str]) -> Config:
     """
     changes: Settings = {"layout": {"replicas": 1}, "pipeline": {"1f1b": {}}, "exchange": {"allreduce": {}}}
     changes |= {"trace": False, "output": None}
+    if config.kernels == "auto":  # a measured run is short, and stands for a long one
+        changes["kernels"] = "fastest"
     plain = configuration.to_plain(config) | changes
     if "elite" in modes and config.data.validation == 0:
         plain["data"] = plain["data"] | {"validation": VALIDATION}

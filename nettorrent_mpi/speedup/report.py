@@ -64,7 +64,8 @@ def _head(results: Results) -> list[str]:
     how = (
         f"Medians of {done} alternating turns of {results['steps']} steps each, one BLAS thread a rank; spread = "
         "(largest - smallest) / median. "
-        f"{machine.in_words(host)} {results['mpi'] or 'MPI unknown'}. Commit {host['commit']}, {host['date']}. "
+        f"{machine.in_words(host)} {results['mpi'] or 'MPI unknown'}; "
+        f"kernels of {', '.join(results['kernels'] or ['unknown'])}. Commit {host['commit']}, {host['date']}. "
         f"Made by `{results['command']}`."
     )
     return [told, "", how]

@@ -55,6 +55,7 @@ RESULTS: dict[str, Any] = {
     "warm_up": {"ours": 5, "torch": 11},
     "host": HOST,
     "mpi": "Open MPI v5",
+    "kernels": ["numpy", "numba"],
     "notes": ["a note"],
     "sides": [
         side("serial", 1, [100.0, 90.0, 110.0]),

@@ -38,6 +38,15 @@ def fastest() -> bool:
     return _Process.kernels == "fastest"
 
 
+def names() -> list[str]:
+    """What kernels this process may use, by the names of the libraries."""
+    from nettorrent_mpi.nn.kernels.onednn import library
+
+    if not fastest():
+        return ["numpy"]
+    return ["numpy", *(["numba"] if installed("numba") else []), *(["onednn"] if library() is not None else [])]
+
+
 @cache
 def installed(module: str) -> bool:
     """Can this optional module be imported? It is not loaded here."""
