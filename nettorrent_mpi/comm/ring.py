@@ -20,6 +20,7 @@ import numpy as np
 from mpi4py import MPI
 
 from nettorrent_mpi.comm.mpi import LARGEST_MESSAGE, Array, Group, together
+from nettorrent_mpi.plan.blocks import span
 
 
 def can_carry(counts: Sequence[int], itemsize: int, least: int) -> bool:
@@ -102,9 +103,12 @@ class Ring:
         sums: Array,
         params: Array,
         counts: Sequence[int],
+        piece: int = 0,
+        pieces: int = 1,
     ):
         """`order` is the members' around the ring, `counts` the sizes of their shards, in the group's order. `grads` is
         used up, `sums` gets this member's shard of the sum; `params` has its shard of the result, and gets the others'.
+        All this of piece `piece` of `pieces` of every shard only.
         """
         comm, size, place = group.comm, group.size, list(order).index(group.index)
         before, behind = order[place - 1], order[(place + 1) % size]
@@ -113,13 +117,14 @@ class Ring:
         def shard(array: Array, back: int) -> Array:
             """The shard of the member so many places before this one."""
             owner = order[(place - back) % size]
-            return array[starts[owner] : starts[owner + 1]]
+            own = span(counts[owner], pieces, piece)
+            return array[starts[owner] + own.start : starts[owner] + own.stop]
 
         steps = range(size - 1)
-        room = [np.empty(max(counts), grads.dtype) for _ in range(min(2, size - 1))]
+        room = [np.empty(span(max(counts), pieces, 0).size, grads.dtype) for _ in range(min(2, size - 1))]
         own = [shard(grads, step + 2) for step in steps]
         came = [room[step % 2][: own[step].size] for step in steps]
-        into = [*own[:-1], sums]
+        into = [*own[:-1], sums[slice(*span(counts[group.index], pieces, piece))]]
 
         def add(step: int) -> None:
             np.add(came[step], own[step], out=into[step])

@@ -19,6 +19,8 @@ from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import span
 
+PIECE = 256 << 10  # bytes of a shard that go around the ring together, at least
+PIECES = 8  # at most; more make no link busier
 LINE = 16  # blocks begin at multiples of this many elements: a cache line of float32
 
 
@@ -96,8 +98,8 @@ class Segment(Flat):
         self.first = first
         self.optimizer = optimizer.init(self.counts[group.index], dtype)
         self.stashes: list[Array]
-        self._rings: Rings | None = None
-        self._ring: Ring | None = None
+        self._rings = Rings()
+        self._around: list[Ring] = []  # the rings of the pieces
         self._sharing = False
         size, copies = self.size, 1 + stashes  # of params
         if shared:
@@ -113,11 +115,16 @@ class Segment(Flat):
         self.sums = aligned(self.counts[group.index], dtype) if group.size > 1 else self.grads
         self.grads[...] = 0
 
-    def join(self, rings: Rings, group: Group, order: Sequence[int], tag: int) -> None:
-        """Sum and share by messages around a ring of `group`, the same members, from now on. All members call."""
+    def join(self, rings: Rings, group: Group, order: Sequence[int], tag: int) -> int:
+        """Sum and share by messages around rings of `group`, the same members, from now on: in pieces, so that the link
+        is busy with some while others wait to be added. Gives the first tag that it leaves. All members call."""
         self._rings = rings
-        self._ring = Ring(group, order, tag, self.grads, self.sums, self.params, self.counts)
-        rings.add(self._ring)
+        pieces: int = min(max(1, max(self.counts) * self.dtype.itemsize // PIECE), PIECES)
+        arrays = (self.grads, self.sums, self.params, self.counts)
+        self._around = [Ring(group, order, tag + i, *arrays, i, pieces) for i in range(pieces)]
+        for ring in self._around:
+            rings.add(ring)
+        return tag + pieces
 
     def stash(self, number: int) -> None:
         """stashes[number] <- params. All members call, before any of them changes its part."""
@@ -126,8 +133,8 @@ class Segment(Flat):
 
     def begin_sums(self) -> None:
         """The gradients are written: where they travel in messages, they may leave. Does not wait."""
-        if self._ring is not None:
-            self._ring.sums.begin()
+        for ring in self._around:
+            ring.sums.begin()
 
     def sum(self) -> None:
         """sums <- the sum of everyone's gradients of the shard, in the order of the members, or of the ring, where it
@@ -138,36 +145,38 @@ class Segment(Flat):
             np.add(first, second, out=self.sums)
             for grads in others:
                 np.add(self.sums, grads, out=self.sums)
-        elif self._ring is None and self.group.size > 1:
+        elif not self._around and self.group.size > 1:
             self.group.reduce_scatter(self.grads, self.sums, self.counts)
 
     def finish_sums(self) -> None:
         """Wait for `sums`."""
-        if self._rings is not None and self._ring is not None:
-            self._rings.finish(self._ring.sums)
+        for ring in self._around:
+            self._rings.finish(ring.sums)
 
     def expect(self) -> None:
         """The others' shards of `params` may change from now on: nobody here reads them until `share` is done."""
-        if self._ring is not None:
-            self._ring.shares.post()
+        for ring in self._around:
+            ring.shares.post()
 
     def begin_share(self) -> None:
         """This rank's shard is updated: where it travels in messages, it may leave. Does not wait."""
-        if self._ring is not None:
-            self._ring.shares.begin()
-            self._sharing = True
+        for ring in self._around:
+            ring.shares.begin()
+        self._sharing = True
 
     def share(self) -> None:
         if self.shared is not None:
             self.shared.meet()
-        elif self._rings is None or self._ring is None:
+        elif not self._around:
             super().share()
         else:
             if not self._sharing:
                 self.begin_share()
-            self._rings.finish(self._ring.shares)
-            self._ring.sums.sent()  # the next backward overwrites the gradients
-            self._ring.shares.sent()
+            for ring in self._around:
+                self._rings.finish(ring.shares)
+            for ring in self._around:
+                ring.sums.sent()  # the next backward overwrites the gradients
+                ring.shares.sent()
             self._sharing = False
 
     def meet(self) -> None:

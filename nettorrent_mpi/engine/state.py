@@ -134,8 +134,9 @@ class State:
         ):
             order, apart = by_nodes(group), group.duplicate()
             self._ring_groups.append(apart)
-            for tag, each in enumerate(segments):
-                each.join(self.rings, apart, order, tag)
+            tag = 0
+            for each in segments:
+                tag = each.join(self.rings, apart, order, tag)
 
     @property
     def flats(self) -> list[Flat]:

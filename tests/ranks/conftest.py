@@ -127,10 +127,11 @@ def between_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     room. True: in several segments, around rings, however small; False: by MPI's own algorithms."""
 
     def apart(around: bool) -> None:
-        from nettorrent_mpi.engine import state
+        from nettorrent_mpi.engine import segments, state
 
         monkeypatch.setattr(state, "fits", lambda *_: False)
         monkeypatch.setattr(state, "BUCKET", 1000)
+        monkeypatch.setattr(segments, "PIECE", 600)
         monkeypatch.setattr(state, "LEAST_SHARD", 100 if around else 1 << 40)
 
     return apart
