@@ -26,15 +26,15 @@ def relu_back(y: Array, dy: Array) -> None:
 
 
 @Loop
-def sigmoid(x: Array, y: Array) -> None:
-    """y <- 1 / (1 + exp(-x)) (flat, float32), to 1.5e-7; otherwise rounded than by NumPy.
+def sigmoid(y: Array) -> None:
+    """y <- 1 / (1 + exp(-y)) (flat, float32), to 1.5e-7; otherwise rounded than by NumPy.
 
     exp(t) = 2^n exp(r) with n a whole number and |r| <= log(2) / 2, of which a polynomial of degree 7 (Cephes' expf by
     S. Moshier) gives the exponential. Numba calls a function for each exp, which would not work on vectors.
     """
     one, least, most = np.float32(1), np.float32(-87), np.float32(88)
-    for i in range(x.size):
-        t = -x[i]
+    for i in range(y.size):
+        t = -y[i]
         t = most if t > most else t  # NaN stays NaN
         t = least if t < least else t
         n = np.floor(t * np.float32(1.4426950408889634) + np.float32(0.5))

@@ -109,7 +109,9 @@ class Sigmoid(Activation):
 
     def apply(self, x: Array, y: Array, workspace: Workspace, step: Pass) -> Array:
         if compiled() and x.dtype == np.float32:
-            passes.sigmoid(x, y)
+            if not self.in_place:
+                np.copyto(y, x)
+            passes.sigmoid(y)
             return y
         with np.errstate(over="ignore"):
             for block in blocks(x.size):
