@@ -2,8 +2,8 @@
 
 Beside every use stands a NumPy path. A loop does the same operations in the same order as that path, and Numba is not
 allowed to reassociate or to contract them: both give the same numbers, bit for bit, except where a loop says otherwise.
-Arrays are C-contiguous, and no two of them overlap (such a loop would not run on vectors). Scalars have the arrays' type (`float32` times a Python float would
-be computed in float64).
+Arrays are C-contiguous, and no two of them overlap (such a loop would not run on vectors). Scalars have the arrays'
+type (`float32` times a Python float would be computed in float64).
 """
 
 from __future__ import annotations
