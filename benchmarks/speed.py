@@ -1,11 +1,12 @@
 """Training speed of this package against PyTorch, and of two ranks against one, on the CPU of this machine.
 
-    python -m benchmarks speed [--repeats 5] [--cases mlp-128 cnn-64] [--seconds 5]
+    python -m benchmarks speed [--repeats 5] [--cases mlp-128 cnn-64] [--seconds 5] [--kernels]
 
 Every side of a case runs in processes of its own, one BLAS thread each, without OPENBLAS_CORETYPE, which some machines
 set to an older processor than they have. The sides of a case take turns, so that what else the machine does hits them
 alike; medians over the turns are compared. All train the same network with the same optimizer from the same random
-bytes of MNIST's or CIFAR-10's shape, held in memory. Writes benchmarks/results/speed.json and speed.md.
+bytes of MNIST's or CIFAR-10's shape, held in memory. Writes benchmarks/results/speed.json and speed.md; with --kernels,
+which compares one rank's kernels with NumPy's alone, kernels.json and kernels.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TRIAL_STEPS = 20
 
-OURS, OURS_2 = "1 rank", "2 ranks, rows"
+OURS, OURS_2, NUMPY = "1 rank", "2 ranks, rows", "1 rank, NumPy alone"
 TORCH, COMPILED, LAST = "PyTorch", "PyTorch, compiled", "PyTorch, channels_last"
 DDP, DDP_LAST = "PyTorch DDP, 2 processes", "PyTorch DDP, 2 processes, channels_last"
 PRODUCTS = "its products alone, bare NumPy"
@@ -63,13 +64,22 @@ class Case:
     config: str
     batch: int
     data: str
-    aims: Mapping[Ratio, float]
+    aims: Mapping[Ratio, float | None]
 
     @property
     def sides(self) -> list[str]:
         """In the order of their turns."""
-        found = dict.fromkeys(side for pair in self.aims for side in pair)
-        return [OURS, OURS_2, *(side for side in found if side not in (OURS, OURS_2))]
+        return list(dict.fromkeys(side for pair in self.ratios for side in pair))
+
+    @property
+    def ratios(self) -> dict[Ratio, float | None]:
+        """What is told of the case: two ranks against one, and what is aimed at; or one alone."""
+        return dict(self.aims) if (OURS, NUMPY) in self.aims else {(OURS_2, OURS): None, **self.aims}
+
+    @property
+    def of_kernels(self) -> Case:
+        """The case with NumPy's kernels alone as the only other side."""
+        return replace(self, aims={(OURS, NUMPY): None})
 
 
 TWICE = {(OURS_2, OURS): 1.85}
@@ -118,10 +128,12 @@ def turns(case: Case, seconds: float, folder: Path, launcher: Launcher) -> dict[
     steps = max(10, math.ceil(seconds * fast / case.batch))
     alone = written("one", modes.timed(one.config, steps + WARM_UP))
     both = written("two", modes.timed(two.config, steps + WARM_UP))
+    plain = written("numpy", replace(modes.timed(one.config, steps + WARM_UP), kernels="numpy"))
     program = [sys.executable, "-m", "benchmarks.products", str(alone), "--steps", str(steps)]
     found: dict[str, Callable[[], float]] = {
         OURS: partial(ours, 1, alone),
         OURS_2: partial(ours, 2, both),
+        NUMPY: partial(ours, 1, plain),
         PRODUCTS: lambda: float(json.loads(runs.run(program))["samples_per_second"]),
     }
     for side, options in PEERS.items():
@@ -157,10 +169,9 @@ def summarize(case: Case, figures: Mapping[str, list[float]]) -> dict[str, Any]:
         }
         for side, told in figures.items()
     ]
-    aims = {**case.aims, (OURS_2, OURS): case.aims.get((OURS_2, OURS))}
     ratios = [
         {"side": side, "against": against, "ratio": middle[side] / middle[against], "aim": aim}
-        for (side, against), aim in aims.items()
+        for (side, against), aim in case.ratios.items()
     ]
     return {"sides": rows, "ratios": ratios}
 
@@ -206,12 +217,13 @@ def main() -> None:
         "--cases", nargs="+", choices=CASES, default=list(CASES), help="which networks at which batch size"
     )
     parser.add_argument("--seconds", type=float, default=5.0, help="that one rank trains in a turn")
+    parser.add_argument("--kernels", action="store_true", help="one rank's kernels against NumPy's, nothing else")
     parser.add_argument("--launcher", default=None, help="starts {ranks} ranks; default: mpirun -n {ranks}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for speed.json and speed.md")
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error("--repeats has to be at least 1")
-    if not torch_is_there():
+    if not (options.kernels or torch_is_there()):
         parser.error("PyTorch is not installed: pip install '.[compare]'")
     launcher = Launcher(options.launcher)
     report: dict[str, Any] = {
@@ -221,10 +233,12 @@ def main() -> None:
         "cases": [],
     }
     options.results.mkdir(parents=True, exist_ok=True)
+    stem = "kernels" if options.kernels else "speed"
     for name in options.cases:
-        report["cases"].append(compare(CASES[name], options.repeats, options.seconds, launcher))
-        (options.results / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.results / "speed.md").write_text(to_markdown(report))
+        case = CASES[name].of_kernels if options.kernels else CASES[name]
+        report["cases"].append(compare(case, options.repeats, options.seconds, launcher))
+        (options.results / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.results / f"{stem}.md").write_text(to_markdown(report))
     print(to_markdown(report))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -113,7 +114,8 @@ def lay_out(config: Config, network: Network, ranks: int) -> Topology:
         return given_layout(layout.replicas, swarms, facts, ranks)
     pieces = _pieces(config, MICRO_BATCHES)
     if layout == "auto":
-        return auto_layout(facts, ranks, train.batch_size, pieces, config.pipeline.kind, exact=config.exact)
+        counts = partial(_count, config, network)
+        return auto_layout(facts, ranks, train.batch_size, counts, config.pipeline.kind, exact=config.exact)
     replicas = layout.replicas if isinstance(layout, Layout) else 1
     if ranks % replicas:
         fewer, more = ranks // replicas * replicas, (ranks // replicas + 1) * replicas
@@ -131,12 +133,16 @@ def micro_batches(config: Config, network: Network, topology: Topology) -> int:
     """How many micro-batches a mini-batch has. With batch norm never a matter of the layout: its statistics are of
     one micro-batch and parallel has to equal serial. An asynchronous pipeline wants as many as it has stages, so that
     two versions of the weights do, as long as every replica has a row of each."""
-    automatic, stages = MICRO_BATCHES, len(topology.stages)
+    return _count(config, network, len(topology.stages), topology.replicas)
+
+
+def _count(config: Config, network: Network, stages: int, replicas: int = 1) -> int:
+    automatic = MICRO_BATCHES
     if not network.has_batch_norm:
         if stages == 1:
             automatic = 1
         elif isinstance(config.pipeline, Async):
-            automatic = max(automatic, min(stages, config.train.batch_size // topology.replicas))
+            automatic = max(automatic, min(stages, config.train.batch_size // replicas))
     return _pieces(config, automatic)
 
 

@@ -8,7 +8,7 @@ of each team do so on their own; what replicas send each other then travels besi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nettorrent_mpi.plan.actions import Action
@@ -155,13 +155,14 @@ def auto_layout(
     facts: Sequence[LayerFacts],
     ranks: int,
     batch_size: int,
-    micro_batches: int,
+    pieces: Callable[[int], int],
     pipeline: str,
     machine: Machine | None = None,
     *,
     exact: bool = True,
 ) -> Topology:
-    """`layout: auto`: the least predicted step time among layouts that use all ranks.
+    """`layout: auto`: the least predicted step time among layouts that use all ranks. `pieces` tells how many
+    micro-batches so many stages have.
 
     Tries every number of replicas that divides the ranks with every number of stages (cut where the heaviest stage
     is lightest). The ranks of a replica are divided so that the slowest stage is as fast as can be: a size's rows x
@@ -172,30 +173,31 @@ def auto_layout(
     found: list[tuple[float, Topology]] = []
     for replicas in (r for r in range(1, ranks + 1) if ranks % r == 0):
         team_ranks = ranks // replicas
-        rows = most_rows(batch_size, micro_batches, replicas)
-        known: dict[Span, list[tuple[float, int, int]]] = {}
+        known: dict[tuple[Span, int], list[tuple[float, int, int]]] = {}
         alike = replicas if exact else 1
         for count in range(1 if alike == 1 else 2, min(len(facts), team_ranks) + 1):  # 1 stage: alike are rows, too
-            groups = partition([layer.operations for layer in facts], count)
+            micro_batches = pieces(count)
+            rows = most_rows(batch_size, micro_batches, replicas)
+            groups = [(group, micro_batches) for group in partition([layer.operations for layer in facts], count)]
             for group in groups:
                 if group not in known:
-                    first, last = group.start == 0, group.stop == len(facts)
-                    held = facts[group.start : group.stop]
+                    (start, stop), _ = group
+                    first, last, held = start == 0, stop == len(facts), facts[start:stop]
                     known[group] = _fastest(held, team_ranks, rows, alike, micro_batches, first, last, machine)
             sizes = _divide([[t for t, _, _ in known[group]] for group in groups], team_ranks - count + 1, team_ranks)
             chosen = [known[group][size] for group, size in zip(groups, sizes, strict=True)]
-            stages = tuple(Stage(*group, rows, cols) for group, (_, rows, cols) in zip(groups, chosen, strict=True))
+            stages = tuple(Stage(*span, rows, cols) for (span, _), (_, rows, cols) in zip(groups, chosen, strict=True))
             times = [t for t, _, _ in chosen]
             # all micro-batches through the slowest stage; one through each of the others where the pipeline flushes
             others = 0.0 if pipeline in STREAMS else sum(times) - max(times)
             found.append((max(times) + others / micro_batches, Topology(replicas, stages)))
     found.sort(key=lambda entry: entry[0])
     topologies = [topology for _, topology in found[:16]]
-    topologies.append(layers_layout(facts, ranks, -(-batch_size // micro_batches)))
+    topologies.append(layers_layout(facts, ranks, -(-batch_size // pieces(min(ranks, len(facts))))))
     return min(
         topologies,
         key=lambda t: (
-            predict(t, facts, batch_size, micro_batches, pipeline, machine, exact=exact).seconds,
+            predict(t, facts, batch_size, pieces(len(t.stages)), pipeline, machine, exact=exact).seconds,
             t.replicas,
             len(t.stages),
         ),

@@ -55,6 +55,18 @@ def test_one_turn_of_every_side(speed: Any, tmp_path: Path) -> None:
     assert {(r["side"], r["against"]) for r in told["ratios"]} == {*aims, (speed.OURS_2, speed.OURS)}
 
 
+def test_kernels_are_compared_with_numpy_alone(speed: Any, tmp_path: Path) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        "data: {name: digits}\nmodel: {layers: [flatten, linear: {units: 10}]}\ntrain: {batch_size: 32}\n"
+    )
+    data = "{name: synthetic, rows: 400, test_rows: 0, shape: [28, 28, 1], classes: 10}"
+    case = speed.Case("small-32", str(config), 32, data, {(speed.OURS, speed.TORCH): 2.0}).of_kernels
+    told = speed.compare(case, 1, 0.01, speed.Launcher(None))
+    assert [side["side"] for side in told["sides"]] == [speed.OURS, speed.NUMPY]
+    assert [(r["side"], r["against"]) for r in told["ratios"]] == [(speed.OURS, speed.NUMPY)]
+
+
 def test_medians_and_ratios(speed: Any) -> None:
     case = speed.Case("mlp-128", "c.yaml", 128, "", {(speed.OURS, speed.TORCH): 1.9, (speed.OURS_2, speed.DDP): 3.0})
     figures = {

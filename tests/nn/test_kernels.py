@@ -241,17 +241,40 @@ def test_the_fastest_way_is_found_and_remembered(findings: Path, monkeypatch: py
     assert trial.fastest("waiting", {"slow": never, "quick": never}) == "quick"  # by this process
     monkeypatch.setattr(trial, "_known", {})
     assert trial.fastest("waiting", {"slow": never, "quick": never}) == "quick"  # by the file
-    assert "quick" in json.loads(findings.read_text())["choices"].values()
+    assert "quick" in json.loads(findings.read_text())[trial._subject()].values()
     assert trial.fastest("waiting", {"slow": slow, "slower": lambda: time.sleep(0.02)}) == "slow"  # other ways
 
 
 def test_findings_of_other_versions_do_not_count(findings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trial.fastest("waiting", {"slow": slow, "quick": quick})
-    told = json.loads(findings.read_text())
-    for text in (json.dumps(told | {"of": "another"}), "{", "[]", '{"of": 1}', ""):
+    told = json.loads(findings.read_text())[trial._subject()]
+    for text in (json.dumps({"another": told}), "{", "[]", '{"another": 1}', ""):
         findings.write_text(text)
         monkeypatch.setattr(trial, "_known", {})
         assert trial.fastest("waiting", {"slow": quick, "quick": slow}) == "slow"
+
+
+def test_findings_of_other_settings_are_kept(findings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads in ("1", "2", "1"):  # as of runs with more ranks and with fewer
+        monkeypatch.setattr(trial, "_known", {})
+        monkeypatch.setattr(trial, "_subject", lambda threads=threads: f"{threads} threads")
+        before = findings.read_text() if findings.exists() else ""
+        again = threads == "1" and "1 threads" in before
+        assert trial.fastest("waiting", {"slow": slow, "quick": never if again else quick}) == "quick"
+    for other in range(2 * trial.SUBJECTS):
+        monkeypatch.setattr(trial, "_known", {})
+        monkeypatch.setattr(trial, "_subject", lambda other=other: f"subject {other}")
+        trial.fastest("waiting", {"slow": quick, "quick": quick})
+    assert list(json.loads(findings.read_text())) == [
+        f"subject {other}" for other in range(trial.SUBJECTS, 2 * trial.SUBJECTS)
+    ]
+
+
+def test_a_way_that_cannot_do_the_size_is_not_chosen(findings: Path) -> None:
+    def fail() -> None:
+        raise onednn.OneDnnError("no such size")
+
+    assert trial.fastest("failing", {"one": fail, "slow": slow}) == "slow"
 
 
 def test_findings_that_cannot_be_kept_are_found_all_the_same(

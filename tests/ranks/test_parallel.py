@@ -90,7 +90,7 @@ def layouts(ranks: int, network: Network) -> Iterator[Topology]:
     if ranks > 1:
         yield Topology(ranks, (Stage(0, count, 1, 1),))
         yield layers_layout(network.facts, ranks, 13)
-        yield auto_layout(network.facts, ranks, 37, 3, "1f1b")
+        yield auto_layout(network.facts, ranks, 37, lambda stages: 3, "1f1b")
     given: dict[int, list[tuple[int, list[tuple[int, int]]]]] = {  # replicas, (rows, cols) of each stage
         3: [(1, [(2, 1), (1, 1)]), (1, [(1, 1), (1, 2)])],
         4: [(1, [(2, 2)]), (2, [(1, 1), (1, 1)]), (1, [(1, 2), (2, 1)]), (1, [(1, 1), (1, 1), (2, 1)])],
