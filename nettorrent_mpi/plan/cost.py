@@ -23,6 +23,7 @@ class Machine:
 
     flops: float = 1e11  # floating-point operations per second of a large matrix product
     bandwidth: float = 4e9  # bytes per second that one rank moves; its own core copies them, so compute waits meanwhile
+    sums: float = 1.2e10  # the same of gradients, which ranks of a node read where they lie
     latency: float = 5e-6  # seconds per message
     overhead: float = 2e-5  # seconds to call one layer, forward or backward, however little it has to do
     update: float = 1.5e-9  # seconds for the optimizer to update one parameter
@@ -126,7 +127,7 @@ def _step(
 
 def _finish(parameters: float, sharers: int, machine: Machine) -> tuple[float, float]:
     """(seconds to sum gradients of `parameters` over `sharers` ranks, seconds to update them): once per step."""
-    moved = 2 * (sharers - 1) / sharers * parameters * machine.itemsize / machine.bandwidth
+    moved = 2 * (sharers - 1) / sharers * parameters * machine.itemsize / machine.sums
     return moved + 2 * (sharers - 1).bit_length() * machine.latency, parameters / sharers * machine.update
 
 
