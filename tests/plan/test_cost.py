@@ -48,7 +48,9 @@ def test_a_pipeline_without_flush_has_none() -> None:
     assert step.compute == predict(even, TWO, 8, 4, "1f1b", PLAIN).compute
     # only the slowest stage counts, with what it does once a step
     uneven = Topology(1, (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1)))
-    step = predict(uneven, TWO, 8, 4, "async", Machine(1.0, 1e30, 0.0, 0.0, 1.0))
+    step = predict(
+        uneven, TWO, 8, 4, "async", Machine(flops=1.0, bandwidth=1e30, sums=1e30, latency=0.0, overhead=0.0, update=1.0)
+    )
     assert step.seconds == pytest.approx(8 * 60 + 44)
     assert step.bottleneck == 1
     assert step.bubble == pytest.approx(1 - (8 * 30 + 50 + 8 * 60 + 44) / (2 * step.seconds))
