@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from nettorrent_mpi.nn.kernels.winograd import WinogradProducts
 class OneDnn(Way):
     """oneDNN's direct convolution. It compiles code for each number of images, which is kept.
 
-    Raises OneDnnError where the library has none for this geometry.
+    All three raise OneDnnError where the library has none for this geometry: the trial does not choose it then.
     """
 
     name = "onednn"
@@ -29,8 +28,6 @@ class OneDnn(Way):
         super().__init__(geometry)
         self._library = library
         self._made: dict[tuple[Any, ...], Any] = {}
-        for kind in (onednn.InputGradient, onednn.WeightGradient):  # is there one? For a single image.
-            self._operation(kind, 1)
 
     def _operation(self, kind: Callable[..., Any], images: int, **more: Any) -> Any:
         key = (kind, images, *more.values())
@@ -104,6 +101,5 @@ class Convolution:
         if geometry.stride == (1, 1) and geometry.kernel == (3, 3) and compiled():
             ways.append(WinogradProducts(geometry))
         if library is not None and dtype == np.float32:
-            with suppress(onednn.OneDnnError):  # a shape that it does not know
-                ways.append(OneDnn(geometry, library))
+            ways.append(OneDnn(geometry, library))
         return ways
