@@ -27,6 +27,7 @@ from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.kernels import blas
 from nettorrent_mpi.nn.kernels import choice as kernels
 from nettorrent_mpi.nn.kernels.choice import Kernels
 from nettorrent_mpi.nn.losses import check_fit, make_loss
@@ -76,6 +77,7 @@ class Engine:
     def __init__(self, world: World, network: Network, topology: Topology, options: Options):
         self.world, self.network, self.topology, self.options = world, network, topology, options
         kernels.use(options.kernels)
+        blas.wake(options.dtype)
         self.place = topology.place(world.rank)
         self.exact = isinstance(options.exchange, choices.Allreduce) or topology.replicas == 1
         stage = topology.stages[self.place.stage]

@@ -1,4 +1,4 @@
-"""The BLAS that NumPy has loaded, called directly: NumPy's matmul cannot add a product to what is there.
+"""The BLAS that NumPy has loaded: woken, and called directly, since NumPy's matmul cannot add a product to what is there.
 
 Without a BLAS that can be found (Linux only, and not every build) there is none, and NumPy adds in a second pass.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.backend import Array, DType
 
 Gemm = Callable[[Array, Array, Array, float], None]
 """gemm(a_mk, b_kn, out_mn, beta): out <- a @ b + beta * out. `out` is C-contiguous, a and b are or their transposes."""
@@ -28,6 +28,17 @@ _NAMES = (
     ("scipy_cblas_", "", ctypes.c_int32),
     ("cblas_", "", ctypes.c_int32),
 )
+
+
+def wake(dtype: DType) -> None:
+    """Let OpenBLAS have the memory into which it packs its operands: once for a process, some milliseconds.
+
+    It asks the system for 32 MiB when it is loaded, whose pages exist from when they are first written to. Its kernels
+    fetch ahead, beyond what small products have ever written, and a processor takes long over a page that is not there:
+    on Zen 1 products of 128 rows and 256 columns ran at 10 GFLOP/s, and at 35 after one product of the size below,
+    which fills the place of the first operand (up to 768 x 384 float32 in OpenBLAS 0.3.31).
+    """
+    np.matmul(np.ones((64, 512), dtype), np.ones((512, 1024), dtype))
 
 
 @cache
