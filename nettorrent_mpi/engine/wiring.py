@@ -123,6 +123,7 @@ class Wiring:
         sizes = most_rows * int(np.prod(outputs[:-1])) * local
         self._dy = [] if self.is_last else [aligned(sizes, dtype) for _ in range(2)]
         self._dx = [] if self.is_first else [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(2)]
+        self._views: dict[tuple[int, int], Array] = {}
         self._dy_shape = (*outputs[:-1], local)
         self._transfers: dict[tuple[int, bool, int, int], Transfer] = {}
 
@@ -140,9 +141,13 @@ class Wiring:
         """The buffer from which the gradient goes to the stage before: (rows, *inputs)."""
         return self._view(self._dx[micro_batch % 2], rows, self._inputs)
 
-    @staticmethod
-    def _view(memory: Array, rows: int, shape: Shape) -> Array:
-        return memory[: rows * int(np.prod(shape))].reshape(rows, *shape)
+    def _view(self, memory: Array, rows: int, shape: Shape) -> Array:
+        """The same object for the same rows: layers know the arrays of the steady state again."""
+        key = (id(memory), rows)
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = memory[: rows * int(np.prod(shape))].reshape(rows, *shape)
+        return view
 
     # -- links ------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 DType: TypeAlias = Any  # whatever numpy.dtype() takes
 
+RESHAPED = 16  # arrays that a workspace remembers in other shapes; a layer sees two or three
+
 
 class Workspace:
     """Arrays that are made once and then handed out again, so that the steady state allocates nothing.
@@ -28,6 +30,7 @@ class Workspace:
         self._memory: dict[tuple[str, np.dtype[Any]], Array] = {}
         self._shared = shared if shared is not None else self
         self._children: dict[str, Workspace] = {}
+        self._reshaped: dict[tuple[int, Shape], tuple[Array, Array]] = {}
 
     def keep(self, name: str, shape: Shape, dtype: DType = None) -> Array:
         """Memory of this layer and slot: C-contiguous, of `shape`, in the workspace's dtype unless told."""
@@ -41,6 +44,16 @@ class Workspace:
     def scratch(self, name: str, shape: Shape, dtype: DType = None) -> Array:
         """Memory shared by all layers and slots of this rank: valid until another layer runs."""
         return self._shared.keep(name, shape, dtype)
+
+    def reshaped(self, array: Array, shape: Shape) -> Array:
+        """A C-contiguous array in another shape: the same object whenever the same array comes."""
+        key = (id(array), shape)
+        known = self._reshaped.get(key)
+        if known is None:
+            if len(self._reshaped) == RESHAPED:
+                self._reshaped.clear()
+            known = self._reshaped[key] = array, array.reshape(shape)  # as long as it lives its id is its own
+        return known[1]
 
     def child(self, name: str) -> Workspace:
         """The workspace of a layer inside this one (of a composite), sharing its scratch memory."""

@@ -17,7 +17,7 @@ import pytest
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.kernels import blas, choice, onednn, passes, product, trial
+from nettorrent_mpi.nn.kernels import choice, onednn, passes, product, trial
 from nettorrent_mpi.nn.kernels.convolution import Convolution
 from nettorrent_mpi.nn.kernels.way import Geometry
 from nettorrent_mpi.nn.kernels.windows import WindowProducts, places
@@ -45,6 +45,7 @@ GEOMETRIES = [
     geometry((6, 6, 8), 8, 2, 1, "same"),
     geometry((11, 5, 1), 4, (4, 2), (3, 2), "same"),
     geometry((8, 8, 6), 12, 1, 2, "valid"),
+    geometry((9, 9, 8), 12, 1, 2, "valid"),
     geometry((5, 5, 2), 3, 1, 1, "valid"),
     geometry((12, 12, 33), 31, 5, 1, "same"),
 ]
@@ -72,13 +73,19 @@ def test_every_way_computes_the_same_convolution(shape: Geometry, rows: int, dty
             results.append(y.copy())
         dx, own = np.full_like(x, np.nan), dw.copy()
         way.input_gradient(weight, dy, dx, workspace)
-        way.weight_gradient(x, dy, own, True, workspace)
-        results += [dx, own.copy()]
+        found[name] = [*results, dx]
+        try:
+            way.weight_gradient(x, dy, own, True, workspace)
+        except onednn.OneDnnError:  # the library is known to be wrong there
+            assert name == "onednn"
+            assert shape.kernel == (1, 1)
+            continue
+        found[name].append(own.copy())
         way.weight_gradient(x, dy, own, False, workspace)
-        found[name] = [*results, own]
+        found[name].append(own)
     tolerance = 2e-4 if dtype == np.float32 else 1e-11
     for name, results in found.items():
-        for one, other in zip(results, found["windows"], strict=True):
+        for one, other in zip(results, found["windows"], strict=name != "onednn"):
             scale = np.abs(other).max()
             np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * scale, err_msg=name)
 
@@ -189,17 +196,13 @@ def test_cross_entropy_is_alike_with_numpy_alone(
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("sizes", [(3, 4, 5), (1, 7, 1), (16, 1, 9), (64, 33, 32), (0, 3, 2), (3, 0, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 4, 5), (1, 7, 1), (16, 1, 9), (64, 33, 32)], ids=str)
 def test_products_by_blas_and_onednn(sizes: tuple[int, int, int], dtype: Any) -> None:
     rng = np.random.default_rng(4)
-    (m, k, n), library = sizes, onednn.library()
-    ways = {"numpy": product._numpy}
-    gemm = blas.gemm(np.dtype(dtype))
-    assert gemm is not None or sys.platform != "linux", "NumPy's wheels have one that is found"
-    if gemm is not None:
-        ways["blas"] = product._by(gemm)
-    if library is not None and dtype == np.float32:
-        ways["onednn"] = product._by(library.gemm)
+    (m, k, n), kind = sizes, np.dtype(dtype)
+    ways = product._ways(kind)
+    assert "blas" in ways or sys.platform != "linux", "NumPy's wheels have one that is found"
+    assert ("onednn" in ways) == (onednn.library() is not None and dtype == np.float32)
     for a_turned, b_turned, accumulate in itertools.product((False, True), repeat=3):
         a = rng.standard_normal((k, m) if a_turned else (m, k)).astype(dtype)
         b = rng.standard_normal((n, k) if b_turned else (k, n)).astype(dtype)
@@ -207,8 +210,43 @@ def test_products_by_blas_and_onednn(sizes: tuple[int, int, int], dtype: Any) ->
         before = rng.standard_normal((m, n)).astype(dtype)
         for name, way in ways.items():
             out = before.copy()
-            way(a, b, out, accumulate, Workspace(dtype))
+            run = way(a, b, out, accumulate, Workspace(dtype))
+            run()
+            out[...] = before
+            run()  # as it is called in every step
             np.testing.assert_allclose(out, a @ b + before * accumulate, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products_of_known_arrays_use_what_is_in_them_now(accumulate: bool) -> None:
+    rng = np.random.default_rng(5)
+    workspace = Workspace(np.float64)
+    multiply = product.Product(turn_a=True)
+    pairs = [(rng.standard_normal((6, 4)), rng.standard_normal((6, 3)), np.zeros((4, 3))) for _ in range(3)]
+    for turn in range(3):
+        for a, b, out in pairs:
+            np.multiply(a, 1 + turn, out=a)
+            before = out.copy()
+            multiply(a, b, out, workspace, accumulate)
+            np.testing.assert_allclose(out, a.T @ b + before * accumulate, rtol=1e-12)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products_of_nothing(accumulate: bool) -> None:
+    multiply, workspace = product.Product(), Workspace(np.float32)
+    for m, k, n in ((2, 3, 4), (0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        out = np.ones((m, n), np.float32)
+        multiply(np.ones((m, k), np.float32), np.ones((k, n), np.float32), out, workspace, accumulate)
+        assert (out == k + accumulate).all()
+
+
+def test_products_forget_arrays_that_do_not_come_again() -> None:
+    multiply, workspace = product.Product(turn_b=True), Workspace(np.float32)
+    for n in range(3 * product.REMEMBERED):
+        a, b, out = np.full((2, 5), n, np.float32), np.ones((3, 5), np.float32), np.empty((2, 3), np.float32)
+        multiply(a, b, out, workspace)
+        assert (out == 5 * n).all()
+    assert len(multiply._known) <= product.REMEMBERED
 
 
 # -- the trial ------------------------------------------------------------------------------------------------------
@@ -224,6 +262,9 @@ def findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     trial._path.cache_clear()
 
 
+OUT = np.zeros(3)
+
+
 def slow() -> None:
     time.sleep(0.01)
 
@@ -237,21 +278,21 @@ def never() -> None:
 
 
 def test_the_fastest_way_is_found_and_remembered(findings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trial.fastest("waiting", {"slow": slow, "quick": quick}) == "quick"
-    assert trial.fastest("waiting", {"slow": never, "quick": never}) == "quick"  # by this process
+    assert trial.fastest("waiting", {"slow": slow, "quick": quick}, OUT) == "quick"
+    assert trial.fastest("waiting", {"slow": never, "quick": never}, OUT) == "quick"  # by this process
     monkeypatch.setattr(trial, "_known", {})
-    assert trial.fastest("waiting", {"slow": never, "quick": never}) == "quick"  # by the file
+    assert trial.fastest("waiting", {"slow": never, "quick": never}, OUT) == "quick"  # by the file
     assert "quick" in json.loads(findings.read_text())[trial._subject()].values()
-    assert trial.fastest("waiting", {"slow": slow, "slower": lambda: time.sleep(0.02)}) == "slow"  # other ways
+    assert trial.fastest("waiting", {"slow": slow, "slower": lambda: time.sleep(0.02)}, OUT) == "slow"  # other ways
 
 
 def test_findings_of_other_versions_do_not_count(findings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial.fastest("waiting", {"slow": slow, "quick": quick})
+    trial.fastest("waiting", {"slow": slow, "quick": quick}, OUT)
     told = json.loads(findings.read_text())[trial._subject()]
     for text in (json.dumps({"another": told}), "{", "[]", '{"another": 1}', ""):
         findings.write_text(text)
         monkeypatch.setattr(trial, "_known", {})
-        assert trial.fastest("waiting", {"slow": quick, "quick": slow}) == "slow"
+        assert trial.fastest("waiting", {"slow": quick, "quick": slow}, OUT) == "slow"
 
 
 def test_findings_of_other_settings_are_kept(findings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,11 +301,11 @@ def test_findings_of_other_settings_are_kept(findings: Path, monkeypatch: pytest
         monkeypatch.setattr(trial, "_subject", lambda threads=threads: f"{threads} threads")
         before = findings.read_text() if findings.exists() else ""
         again = threads == "1" and "1 threads" in before
-        assert trial.fastest("waiting", {"slow": slow, "quick": never if again else quick}) == "quick"
+        assert trial.fastest("waiting", {"slow": slow, "quick": never if again else quick}, OUT) == "quick"
     for other in range(2 * trial.SUBJECTS):
         monkeypatch.setattr(trial, "_known", {})
         monkeypatch.setattr(trial, "_subject", lambda other=other: f"subject {other}")
-        trial.fastest("waiting", {"slow": quick, "quick": quick})
+        trial.fastest("waiting", {"slow": quick, "quick": quick}, OUT)
     assert list(json.loads(findings.read_text())) == [
         f"subject {other}" for other in range(trial.SUBJECTS, 2 * trial.SUBJECTS)
     ]
@@ -274,14 +315,39 @@ def test_a_way_that_cannot_do_the_size_is_not_chosen(findings: Path) -> None:
     def fail() -> None:
         raise onednn.OneDnnError("no such size")
 
-    assert trial.fastest("failing", {"one": fail, "slow": slow}) == "slow"
+    assert trial.fastest("failing", {"one": fail, "slow": slow}, OUT) == "slow"
+
+
+@pytest.mark.parametrize("error", [1.0, np.nan, 0.0])
+def test_a_way_that_computes_something_else_is_not_chosen(error: float, findings: Path) -> None:
+    out = np.zeros((4, 3), np.float32)
+
+    def right() -> None:
+        time.sleep(0.01)
+        out[...] = np.arange(12).reshape(4, 3)
+
+    def other() -> None:
+        out[...] = np.arange(12).reshape(4, 3)
+        out[2, 1] += error
+
+    assert trial.fastest("computing", {"right": right, "other": other}, out) == ("right" if error else "other")
+
+
+def test_rows_that_are_not_finite_rule_no_way_out(findings: Path) -> None:
+    out = np.zeros(3)
+
+    def right() -> None:
+        time.sleep(0.01)
+        out[...] = np.nan
+
+    assert trial.fastest("computing", {"right": right, "other": lambda: out.fill(np.nan)}, out) == "other"
 
 
 def test_findings_that_cannot_be_kept_are_found_all_the_same(
     tmp_path: Path, findings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder would be")
-    assert trial.fastest("waiting", {"slow": slow, "quick": quick}) == "quick"
+    assert trial.fastest("waiting", {"slow": slow, "quick": quick}, OUT) == "quick"
 
 
 def _choose(tried: Any, answers: Any) -> None:
@@ -289,7 +355,7 @@ def _choose(tried: Any, answers: Any) -> None:
         tried.put(1)
         time.sleep(0.005)
 
-    answers.put(trial.fastest("racing", {"one": way, "other": way}))
+    answers.put(trial.fastest("racing", {"one": way, "other": way}, OUT))
 
 
 def test_processes_of_a_host_choose_alike(findings: Path) -> None:

@@ -1,4 +1,4 @@
-"""The BLAS that NumPy has loaded: woken, and called directly, since NumPy's matmul cannot add a product to what is there.
+"""The BLAS that NumPy has loaded, called directly: NumPy's matmul cannot add a product to what is there.
 
 Without a BLAS that can be found (Linux only, and not every build) there is none, and NumPy adds in a second pass.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,44 @@ import numpy as np
 
 from nettorrent_mpi.nn.backend import Array, DType
 
-Gemm = Callable[[Array, Array, Array, float], None]
-"""gemm(a_mk, b_kn, out_mn, beta): out <- a @ b + beta * out. `out` is C-contiguous, a and b are or their transposes."""
+
+class Gemm:
+    """gemm(a_mk, b_kn, out_mn, beta): out <- a @ b + beta * out. None is empty. `out` is C-contiguous, a and b are or
+    their transposes.
+
+    `call` is a library's function. Its first arguments, of the types `flags`, are what `before(plain_a, plain_b)`
+    gives; then come sizes and numbers of these types.
+    """
+
+    def __init__(
+        self, call: Any, flags: list[Any], size: Any, real: Any, before: Callable[[bool, bool], tuple[Any, ...]]
+    ):
+        pointer = ctypes.c_void_p
+        call.restype = None
+        call.argtypes = [*flags, size, size, size, real, pointer, size, pointer, size, real, pointer, size]
+        self._call, self._before = call, before
+
+    def __call__(self, a: Array, b: Array, out: Array, beta: float) -> None:
+        self._call(*self._arguments(a, b, out, beta))
+
+    def prepare(self, a: Array, b: Array, out: Array, beta: float) -> Callable[[], object]:
+        """What computes it each time that it is called, as long as the arrays stay where they are."""
+        arguments = zip(self._call.argtypes, self._arguments(a, b, out, beta), strict=True)
+        return partial(self._call, *(kind(value) for kind, value in arguments))
+
+    def _arguments(self, a: Array, b: Array, out: Array, beta: float) -> tuple[Any, ...]:
+        (m, k), n = a.shape, b.shape[1]
+        plain_a, plain_b = a.flags.c_contiguous, b.flags.c_contiguous
+        return (
+            *self._before(plain_a, plain_b), m, n, k, 1.0, address(a), k if plain_a else m,
+            address(b), n if plain_b else k, beta, address(out), n,
+        )  # fmt: skip
+
+
+def address(array: Array) -> int:
+    """Where its first element lies: a third of what `array.ctypes.data` takes."""
+    return int(array.__array_interface__["data"][0])
+
 
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 # Where a build keeps cblas_?gemm: (before, after the name, the type of sizes). NumPy's wheels have the first.
@@ -51,7 +87,7 @@ def gemm(dtype: np.dtype[Any]) -> Gemm | None:
                 call = getattr(ctypes.CDLL(path), f"{before}{letter}gemm{after}")
             except (OSError, AttributeError):
                 continue
-            found = _bound(call, size, real)
+            found = Gemm(call, [ctypes.c_int] * 3, size, real, _flags)
             if _right(found, dtype):
                 return found
     return None
@@ -66,22 +102,9 @@ def _loaded() -> list[str]:
     return sorted(set(re.findall(r"/.*/lib\S*(?:blas|blis|mkl_rt)\S*\.so\S*", maps)))
 
 
-def _bound(call: Any, size: type, real: type) -> Gemm:
-    pointer, flag = ctypes.c_void_p, ctypes.c_int
-    call.restype = None
-    call.argtypes = [
-        flag, flag, flag, size, size, size, real, pointer, size, pointer, size, real, pointer, size,
-    ]  # fmt: skip
-
-    def gemm(a: Array, b: Array, out: Array, beta: float) -> None:
-        (m, k), n = a.shape, b.shape[1]
-        plain_a, plain_b = a.flags.c_contiguous, b.flags.c_contiguous
-        call(
-            _ROW_MAJOR, _PLAIN if plain_a else _TRANSPOSED, _PLAIN if plain_b else _TRANSPOSED, m, n, k,
-            1.0, a.ctypes.data, k if plain_a else m, b.ctypes.data, n if plain_b else k, beta, out.ctypes.data, n,
-        )  # fmt: skip
-
-    return gemm
+def _flags(plain_a: bool, plain_b: bool) -> tuple[int, int, int]:
+    order = (_TRANSPOSED, _PLAIN)
+    return _ROW_MAJOR, order[plain_a], order[plain_b]
 
 
 def _right(gemm: Gemm, dtype: np.dtype[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from nettorrent_mpi.nn.kernels.taps import TapProducts
 from nettorrent_mpi.nn.kernels.way import Geometry, Way
 from nettorrent_mpi.nn.kernels.windows import WindowProducts
 from nettorrent_mpi.nn.kernels.winograd import WinogradProducts
+
+# Channels: kernels of 1 x 1 with a stride got wrong gradients in oneDNN 3.2 (jit_1x1:avx2), often but not always.
+WRONG_BELOW = 8
 
 
 class OneDnn(Way):
@@ -45,6 +49,9 @@ class OneDnn(Way):
         self._operation(onednn.InputGradient, len(dy))(weight, dy, dx)
 
     def weight_gradient(self, x: Array, dy: Array, dw: Array, accumulate: bool, workspace: Workspace) -> None:
+        geometry = self.geometry
+        if geometry.kernel == (1, 1) and geometry.stride != (1, 1) and geometry.image[2] < WRONG_BELOW:
+            raise onednn.OneDnnError("its code for AVX2 reads what it should not")
         self._operation(onednn.WeightGradient, len(x))(x, dy, dw, accumulate)
 
 
@@ -59,7 +66,9 @@ class Convolution:
     def forward(self, x: Array, weight: Array, bias: Array | None, y: Array, workspace: Workspace) -> None:
         """y <- the convolution of x."""
         if y.size:
-            way = self._choose("forward", x, lambda way: way.forward(x, weight, bias, y, workspace))
+            way = self._chosen.get(("forward", x.dtype)) or self._choose(
+                "forward", x, y, lambda way, out: way.forward(x, weight, bias, out, workspace)
+            )
             way.forward(x, weight, bias, y, workspace)
 
     def input_gradient(self, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
@@ -67,7 +76,9 @@ class Convolution:
         if not dy.size:
             dx[...] = 0
             return
-        way = self._choose("input gradient", dy, lambda way: way.input_gradient(weight, dy, dx, workspace))
+        way = self._chosen.get(("input gradient", dy.dtype)) or self._choose(
+            "input gradient", dy, dx, lambda way, out: way.input_gradient(weight, dy, out, workspace)
+        )
         way.input_gradient(weight, dy, dx, workspace)
 
     def weight_gradient(self, x: Array, dy: Array, dw: Array, accumulate: bool, workspace: Workspace) -> None:
@@ -76,18 +87,19 @@ class Convolution:
             if not accumulate:
                 dw[...] = 0
             return
-        way = self._choose(
-            "weight gradient", x, lambda way: way.weight_gradient(x, dy, np.empty_like(dw), False, workspace)
+        way = self._chosen.get(("weight gradient", x.dtype)) or self._choose(
+            "weight gradient",
+            x,
+            np.empty_like(dw),
+            lambda way, out: way.weight_gradient(x, dy, out, False, workspace),
         )
         way.weight_gradient(x, dy, dw, accumulate, workspace)
 
-    def _choose(self, what: str, array: Array, run: Callable[[Way], None]) -> Way:
-        way = self._chosen.get((what, array.dtype))
-        if way is None:
-            ways = self._ways.setdefault(array.dtype, self._possible(array.dtype))
-            trials = {way.name: lambda way=way: run(way) for way in ways}
-            name = trial.fastest(f"{what} of {len(array)} {array.dtype} images {self._geometry}", trials)
-            way = self._chosen[what, array.dtype] = next(way for way in ways if way.name == name)
+    def _choose(self, what: str, array: Array, out: Array, run: Callable[[Way, Array], None]) -> Way:
+        ways = self._ways.setdefault(array.dtype, self._possible(array.dtype))
+        trials = {way.name: partial(run, way, out) for way in ways}
+        name = trial.fastest(f"{what} of {len(array)} {array.dtype} images {self._geometry}", trials, out)
+        way = self._chosen[what, array.dtype] = next(way for way in ways if way.name == name)
         return way
 
     def _possible(self, dtype: np.dtype[Any]) -> list[Way]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from nettorrent_mpi.nn.backend import Array, aligned
+from nettorrent_mpi.nn.kernels.blas import Gemm, address
 
 _VERSION = 3  # of the interface
 # Numbers of dnnl_types.h.
@@ -43,28 +44,16 @@ class OneDnnError(RuntimeError):
 
 
 class Library:
-    """The loaded library, an engine and a stream of it."""
+    """The loaded library, an engine and a stream of it; `gemm` multiplies float32 matrices."""
 
     def __init__(self, path: str):
         self._calls = ctypes.CDLL(path)
         self._calls.dnnl_primitive_desc_query_md.restype = _Handle
         self._calls.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
-        number, size, real = ctypes.c_char, ctypes.c_int64, ctypes.c_float
-        self._sgemm = self._calls.dnnl_sgemm
-        self._sgemm.argtypes = [
-            number, number, size, size, size, real, _Handle, size, _Handle, size, real, _Handle, size,
-        ]  # fmt: skip
+        letter = ctypes.c_char
+        self.gemm = Gemm(self._calls.dnnl_sgemm, [letter, letter], ctypes.c_int64, ctypes.c_float, _letters)
         self.engine = self.make("engine_create", _CPU, ctypes.c_size_t(0))
         self._stream = self.make("stream_create", self.engine, _IN_ORDER)
-
-    def gemm(self, a: Array, b: Array, out: Array, beta: float) -> None:
-        """out_mn <- a_mk @ b_kn + beta * out, float32. `out` is C-contiguous, a and b are or their transposes."""
-        (m, k), n = a.shape, b.shape[1]
-        plain_a, plain_b = a.flags.c_contiguous, b.flags.c_contiguous
-        self._sgemm(
-            b"N" if plain_a else b"T", b"N" if plain_b else b"T", m, n, k,
-            1.0, a.ctypes.data, k if plain_a else m, b.ctypes.data, n if plain_b else k, beta, out.ctypes.data, n,
-        )  # fmt: skip
 
     def call(self, name: str, *arguments: Any) -> None:
         """Raises OneDnnError unless it succeeds."""
@@ -93,6 +82,11 @@ class Library:
             raise OneDnnError(f"dnnl_primitive_execute failed with status {status}")
 
 
+def _letters(plain_a: bool, plain_b: bool) -> tuple[bytes, bytes]:
+    order = (b"T", b"N")
+    return order[plain_a], order[plain_b]
+
+
 @cache
 def library() -> Library | None:
     """The library, if there is one: beside this Python (PyPI's onednn-cpu-gomp puts it there), or the system's."""
@@ -119,7 +113,7 @@ class _Memory:
             self.at(array)
 
     def at(self, array: Array) -> None:
-        self._set(self.handle, _Handle(array.ctypes.data))
+        self._set(self.handle, _Handle(address(array)))
 
 
 class _Operation:

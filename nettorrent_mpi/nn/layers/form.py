@@ -23,12 +23,12 @@ class Flatten(Layer):
         super().__init__(site.name, site.inputs, Features.whole((size,)))
 
     def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, None]:
-        return x.reshape(x.shape[0], *self.outputs.shape), None
+        return workspace.reshaped(x, (x.shape[0], *self.outputs.shape)), None
 
     def backward(
         self, params: Params, grads: Params, saved: None, dy: Array, workspace: Workspace, step: Pass
     ) -> Array | None:
-        return dy.reshape(dy.shape[0], *self.inputs.shape) if self.needs_dx else None
+        return workspace.reshaped(dy, (dy.shape[0], *self.inputs.shape)) if self.needs_dx else None
 
 
 class Gather(Layer):

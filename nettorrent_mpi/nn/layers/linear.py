@@ -34,7 +34,7 @@ class Linear(Layer):
         bias = (Parameter("bias", (outs,), axis=0, part=part),) if spec.bias else ()
         super().__init__(site.name, site.inputs, Features.divided((outs,), site.cols, site.col), (weight, *bias))
         self.bias = spec.bias
-        self._y, self._dw, self._dx = Product(), Product(), Product()
+        self._y, self._dw, self._dx = Product(), Product(turn_a=True), Product(turn_b=True)
 
     def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, Array]:
         y = workspace.keep("y", (x.shape[0], *self.outputs.local))
@@ -46,13 +46,13 @@ class Linear(Layer):
     def backward(
         self, params: Params, grads: Params, saved: Array, dy: Array, workspace: Workspace, step: Pass
     ) -> Array | None:
-        self._dw(saved.T, dy, grads["weight"], workspace, step.accumulate)
+        self._dw(saved, dy, grads["weight"], workspace, step.accumulate)
         if self.bias:
             add_bias_gradient(grads["bias"], dy, workspace, step)
         if not self.needs_dx:
             return None
         dx = gradient(workspace, saved.shape, dy)
-        self._dx(dy, params["weight"].T, dx, workspace)
+        self._dx(dy, params["weight"], dx, workspace)
         return dx
 
     @property
