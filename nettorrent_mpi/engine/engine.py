@@ -34,7 +34,7 @@ from nettorrent_mpi.nn.losses import check_fit, make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.nn.specs import Spec
-from nettorrent_mpi.plan.actions import Actions
+from nettorrent_mpi.plan.actions import Actions, with_loads
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
@@ -295,14 +295,19 @@ def scores(loss: float, correct: float, rows: float, unknown: float) -> Scores:
 def _flush_actions(
     name: str, stages: int, micro_batches: int, stage: int, first: bool, left: int, clip: bool
 ) -> Actions:
-    return build(name, stages, micro_batches, clip=clip)[stage]
+    return _own(build(name, stages, micro_batches, clip=clip)[stage], stage)
 
 
 @lru_cache(maxsize=64)
 def _async_actions(
     name: str, stages: int, micro_batches: int, stage: int, first: bool, left: int, clip: bool
 ) -> Actions:
-    return stream_step(stages, micro_batches, stage, first=first, left=left, clip=clip)
+    return _own(stream_step(stages, micro_batches, stage, first=first, left=left, clip=clip), stage)
+
+
+def _own(actions: Actions, stage: int) -> Actions:
+    """With what is this stage's own matter."""
+    return actions if stage else with_loads(actions)
 
 
 def _shared_memory(node: Group) -> Allocate:

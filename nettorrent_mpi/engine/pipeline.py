@@ -73,9 +73,11 @@ class Pipeline:
         self._sending_y: list[Transfer | None] = [None] * slots
         self._sending_dx: list[Transfer | None] = [None, None]
         self._base = self._stashed = 0
+        self._loaded = (-1, -1)  # (step, piece of its mini-batch) of the micro-batch whose rows are there already
         self._known_rows: dict[tuple[int, int, bool], _Rows] = {}
         self.tally = tally
         self._methods: dict[Kind, Callable[[int], None]] = {
+            "L": self._load,
             "RA": self._receive_x,
             "F": self._forward,
             "SA": self._send_y,
@@ -188,12 +190,14 @@ class Pipeline:
         wiring, g = self._wiring, self._base + m
         slot, rows = g % wiring.slots, self._rows(m)
         number = m // self._micro_batches
-        if number != self._chosen and (wiring.is_first or wiring.is_last):
-            self._batches.choose(number, self._feed)
-            self._chosen = number
+        if wiring.is_last:
+            self._choose(number)
+        loaded = self._pass.training and self._loaded == self._name(m)
+        if loaded:
+            wiring.take_ahead(g)
         x = wiring.x(g, rows.mine.size)
-        if wiring.is_first:
-            self._feed.inputs(rows.mine, x)
+        if wiring.is_first and not loaded:
+            self._gather(m, x)
         sending = self._sending_y[slot]
         if sending is not None:  # the slot's last output may still be on its way
             sending.finish()
@@ -208,6 +212,26 @@ class Pipeline:
             self._diverged(x)
         if not self._pass.training:
             self._post_x(g + 1 + wiring.ring)
+
+    def _load(self, m: int) -> None:
+        self._gather(m, self._wiring.ahead(self._rows(m).mine.size))
+        self._loaded = self._name(m)
+
+    def _gather(self, m: int, x: Array) -> None:
+        """x <- this rank's rows of a micro-batch."""
+        self._choose(m // self._micro_batches)
+        self._feed.inputs(self._rows(m).mine, x)
+
+    def _choose(self, number: int) -> None:
+        """Make a mini-batch the one that is read."""
+        if number != self._chosen:
+            self._batches.choose(number, self._feed)
+            self._chosen = number
+
+    def _name(self, m: int) -> tuple[int, int]:
+        """The step of a micro-batch in training, and which piece of its mini-batch it is."""
+        number, piece = divmod(m, self._micro_batches)
+        return self._step + number, piece
 
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """The loss of this micro-batch, and its gradient for the backward to come."""

@@ -116,9 +116,10 @@ class Wiring:
         self.replica = world if exact else world.group(topology.replica(replica))
         self.column = world.group(topology.column(stage, row, col))
         self.team = WiredTeam(self.sums, self.columns)
-        # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use.
+        # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use. On the first
+        # stage, where nothing arrives, the last buffer is for the rows that are gathered ahead.
         self.ring = slots if self.is_first else slots + 1
-        self._x = [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(self.ring)]
+        self._x = [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(slots + 1)]
         local = span(outputs[-1], self.columns.size, col).size
         sizes = most_rows * int(np.prod(outputs[:-1])) * local
         self._dy = [] if self.is_last else [aligned(sizes, dtype) for _ in range(2)]
@@ -132,6 +133,15 @@ class Wiring:
     def x(self, micro_batch: int, rows: int) -> Array:
         """The input buffer of a micro-batch: (rows, *inputs)."""
         return self._view(self._x[micro_batch % self.ring], rows, self._inputs)
+
+    def ahead(self, rows: int) -> Array:
+        """The first stage's buffer for a micro-batch that is still to come: (rows, *inputs)."""
+        return self._view(self._x[-1], rows, self._inputs)
+
+    def take_ahead(self, micro_batch: int) -> None:
+        """The micro-batch has come: `ahead` becomes its input buffer, and what was that is free for the next one."""
+        place = micro_batch % self.ring
+        self._x[place], self._x[-1] = self._x[-1], self._x[place]
 
     def dy(self, micro_batch: int, rows: int) -> Array:
         """The buffer for the gradient that the next stage sends: (rows, *local outputs)."""

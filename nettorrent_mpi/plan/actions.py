@@ -2,7 +2,8 @@
 
     F forward                 SA, RA  send, receive activations         R  sum the gradients over the swarm
     B backward                SG, RG  send, receive gradients           N  global norm, for clipping, over all ranks
-                                                                        U  optimizer update
+    L load: gather the rows of a micro-batch ahead of its F             U  optimizer update
+
 An action prints and parses as stage, kind, number: `2F0`, `2SA0`, `2R` (notation after torch.distributed.pipelining).
 The number is the micro-batch's. R, N and U are done once per step and have none in the list of one step; in lists of
 several mini-batches it is the mini-batch's: `2R0`, `2U1`.
@@ -16,10 +17,10 @@ from typing import Literal, NamedTuple, cast
 
 from nettorrent_mpi.plan.errors import ScheduleError
 
-Kind = Literal["F", "B", "SA", "RA", "SG", "RG", "R", "N", "U"]
+Kind = Literal["F", "B", "L", "SA", "RA", "SG", "RG", "R", "N", "U"]
 ONCE: tuple[Kind, ...] = ("R", "N", "U")  # once per step, in this order
 
-_FORM = re.compile(r"(\d+)(?:(F|B|SA|RA|SG|RG)(\d+)|(R|N|U)(\d*))")
+_FORM = re.compile(r"(\d+)(?:(F|B|L|SA|RA|SG|RG)(\d+)|(R|N|U)(\d*))")
 
 
 class Action(NamedTuple):
@@ -56,4 +57,22 @@ def with_transfers(actions: Iterable[Action], stages: int) -> Actions:
         full.append(action)
         if (kind == "F" and s < stages - 1) or (kind == "B" and s > 0):
             full.append(Action(s, "SA" if kind == "F" else "SG", m))
+    return full
+
+
+def with_loads(actions: Iterable[Action]) -> Actions:
+    """The first stage's actions of a training step, with the rows of the next micro-batch gathered before each wait, for
+    gradients (RG) or for the swarm (R): there it costs no time. The last one is the next mini-batch's first.
+
+    Nobody else has to do with it: an F whose rows are not there yet gathers them.
+    """
+    full: Actions = []
+    following: int | None = None
+    for action in actions:
+        if action.kind in ("RG", "R") and following is not None:
+            full.append(Action(action.stage, "L", following))
+            following = None
+        if action.kind == "F" and action.micro_batch is not None:
+            following = action.micro_batch + 1
+        full.append(action)
     return full

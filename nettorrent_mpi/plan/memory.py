@@ -63,12 +63,12 @@ def memory(
         parameters, sharers = parameters_of(held, stage.cols), stage.rows * (topology.replicas if exact else 1)
         kinds = versions(len(kept), micro_batches, s) if pipeline in STREAMS else 1
         copies = kinds + (1 if sharers == 1 else 2)
-        # Inputs of all slots, and beyond the first stage of one more that is arriving; gradients come and go in two
-        # buffers each. What travels in pieces of a row, or is added up, is put together in a buffer of its own.
+        # Inputs of all slots, and of one more that is arriving; gradients come and go in two buffers each. What travels
+        # in pieces of a row, or is added up, is put together in a buffer of its own.
         before = topology.stages[s - 1].cols if s > 0 else 1
         after = topology.stages[s + 1].cols if s < last else 1
         inputs, outputs = held[0].inputs, held[-1].outputs * part_of(held[-1].units, stage.cols)
-        links: float = (kept[s] + (s > 0)) * inputs * (2 if before > 1 else 1)
+        links: float = (kept[s] + 1) * inputs * (2 if before > 1 else 1)
         links += 2 * inputs * (2 if before > 1 else 1) * (s > 0) + 2 * outputs * after * (s < last)
         own, shared = layers[s]
         found.append(

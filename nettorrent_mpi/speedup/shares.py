@@ -1,6 +1,6 @@
 """What each rank did with its time, from the trace of a run.
 
-    compute         forward, backward and update (F, B, U), without what ranks do together inside them
+    compute         loading, forward, backward and update (L, F, B, U), without what ranks do together inside them
     communication   sending; receiving and summing once everybody needed was there; the collective operations inside
                     layers (cols, batch norm) and updates (sharing new weights), and waiting for gossip's deadline
     waiting         in a sum of gradients (R) or a norm (N) for the last rank to come: ranks were not equally fast
@@ -84,7 +84,7 @@ def _of_one(own: Sequence[Span], whole: float, known: _Known) -> dict[str, float
     for span in own:
         length = span.end - span.begin
         kind = span.action.kind
-        if kind in ("F", "B", "U"):
+        if kind in ("L", "F", "B", "U"):
             inside = min(span.together, length)
             told["compute"] += length - inside
             told["communication"] += inside

@@ -12,10 +12,10 @@ NONE = [(0, 0), (0, 0)]
 
 
 def test_one_rank() -> None:
-    # parameters and gradients; two states; the input of the 4 rows of a micro-batch
+    # parameters and gradients; two states; the input of the 4 rows of a micro-batch, and of the next one
     found = memory(ALONE, TWO, 8, 2, "1f1b", [(100, 30)], states=2, itemsize=8)
-    assert found == [Memory(parameters=8 * 2 * 94, optimizer=8 * 2 * 94, layers=130, links=8 * 4 * 7)]
-    assert found[0].total == 8 * (4 * 94 + 28) + 130
+    assert found == [Memory(parameters=8 * 2 * 94, optimizer=8 * 2 * 94, layers=130, links=8 * 4 * 2 * 7)]
+    assert found[0].total == 8 * (4 * 94 + 56) + 130
 
 
 def test_a_pipeline_of_teams() -> None:
@@ -23,7 +23,7 @@ def test_a_pipeline_of_teams() -> None:
     first, second = memory(pipe, TWO, 8, 2, "1f1b", [(100, 30), (10, 3)], states=2, itemsize=1)
     # Two replicas hold each col's 25 parameters; two micro-batches of 2 rows are under way.
     assert (first.parameters, first.optimizer, first.layers) == (3 * 25, 25, 230)
-    assert first.links == 2 * (2 * 7 + 2 * 5)  # two inputs; the outputs' gradients
+    assert first.links == 2 * (3 * 7 + 2 * 5)  # two inputs and the next one; the outputs' gradients
     # Two replicas and two rows hold the 44; of 1 row each. The inputs come from two cols, in pieces.
     assert (second.parameters, second.optimizer, second.layers) == (3 * 44, 22, 13)
     assert second.links == 2 * 2 * 10 + 2 * 2 * 10
@@ -38,7 +38,7 @@ def test_replicas_that_differ_have_nothing_in_common() -> None:
 
 def test_what_is_added_up_from_several_cols_has_buffers() -> None:
     first, _ = memory(Topology(1, (Stage(0, 1, 1, 1), Stage(1, 2, 1, 3))), TWO, 4, 1, "gpipe", NONE, itemsize=1)
-    assert first.links == 4 * (7 + 2 * 3 * 10)
+    assert first.links == 4 * (2 * 7 + 2 * 3 * 10)
 
 
 def test_without_flush_earlier_versions_are_kept() -> None:

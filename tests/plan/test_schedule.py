@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nettorrent_mpi.plan.actions import with_loads
 from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.schedule import (
     PIPELINES,
@@ -49,7 +50,7 @@ topologies = st.builds(
 )
 
 
-@given(st.integers(0, 99), st.sampled_from(["F", "B", "SA", "RA", "SG", "RG"]), st.integers(0, 99))
+@given(st.integers(0, 99), st.sampled_from(["F", "B", "L", "SA", "RA", "SG", "RG"]), st.integers(0, 99))
 def test_actions_print_and_parse(stage: int, kind: Kind, micro_batch: int) -> None:
     action = Action(stage, kind, micro_batch)
     assert str(action) == f"{stage}{kind}{micro_batch}"
@@ -82,6 +83,21 @@ def test_lists_as_written_by_hand() -> None:
         words("2RA0 2F0 2B0 2SG0 2R 2N 2U"),
     ]
     assert add_transfers(forward_only(2, 2)) == [words("0F0 0SA0 0F1 0SA1"), words("1RA0 1F0 1RA1 1F1")]
+
+
+LOADS = {  # pipeline, stages, micro-batches: what the first stage does
+    ("1f1b", 1, 1): "0F0 0B0 0L1 0R 0U",
+    ("1f1b", 1, 2): "0F0 0B0 0F1 0B1 0L2 0R 0U",
+    ("1f1b", 2, 3): "0F0 0SA0 0F1 0SA1 0L2 0RG0 0B0 0F2 0SA2 0L3 0RG1 0B1 0RG2 0B2 0R 0U",
+    ("gpipe", 3, 2): "0F0 0SA0 0F1 0SA1 0L2 0RG0 0B0 0RG1 0B1 0R 0U",
+}
+
+
+@pytest.mark.parametrize("case", LOADS, ids=str)
+def test_rows_are_gathered_before_what_has_to_be_waited_for(case: tuple[str, int, int]) -> None:
+    assert " ".join(map(str, with_loads(build(*case)[0]))) == LOADS[case]
+    evaluation = add_transfers(forward_only(*case[1:]))[0]
+    assert with_loads(evaluation) == evaluation
 
 
 @pytest.mark.parametrize("pipeline", sorted(PIPELINES))

@@ -143,6 +143,26 @@ def steady(topology: Topology, *, left: Sequence[int] = (1,) * 7, **options: Any
     made.close()
 
 
+@pytest.mark.ranks(1, 2, 3, 5)
+def test_the_rows_of_a_step_are_gathered_in_the_one_before() -> None:
+    """Each micro-batch once, the first of a step ahead of it: also where the ranks rest and evaluate in between."""
+    network = Network(LAYERS, SHAPE)
+    made = engine(layers_layout(network.facts, SIZE, 16), network)
+    gather, gathered = made._train.inputs, [0]
+
+    def counted(*arguments: Any) -> None:
+        gathered[0] += 1
+        gather(*arguments)
+
+    made._train.inputs = counted  # type: ignore[method-assign]
+    for n in range(12):
+        made.step(n, 0.001)
+        assert gathered[0] == (4 * (n + 1) + 1 if made.wiring.is_first else 0)
+        if n % 3 == 0:
+            made.evaluate_test()
+    made.close()
+
+
 @pytest.mark.ranks(1, 2)
 def test_a_thousand_steps_do_not_grow() -> None:
     layers = (specs.Flatten(), specs.Linear(32, activation="relu"), specs.Dropout(0.1), specs.Linear(10))
