@@ -21,7 +21,7 @@ from nettorrent_mpi.nn.kernels.onednn import library
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.cost import most_rows, parameters_of
+from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, rows_shared, sharers_of
 from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 
@@ -87,10 +87,13 @@ def _layers(setup: Setup, rows: int) -> list[Footprint]:
     """Of each stage's layers, with the most rows that a rank has of a micro-batch."""
     network, topology, options = setup.network, setup.topology, setup.options
 
+    together = rows_shared(topology, options.batch_size, setup.config.exact)
+
     @cache  # teams of a wide layout are often alike
-    def of(first: int, stop: int, cols: int, here: int) -> Footprint:
+    def of(first: int, stop: int, cols: int, here: int, sharers: int) -> Footprint:
         loss = make_loss(options.loss) if stop == network.weight_layers else None
         layers = network.stage(first, stop, cols, 0)
+        elsewhere = [key for key, p in layers.matrices if in_parts(together, sharers, p.local[0], p.local[1])]
         return footprint(
             layers,
             here,
@@ -99,9 +102,13 @@ def _layers(setup: Setup, rows: int) -> list[Footprint]:
             accumulate=options.micro_batches > 1,
             loss=loss,
             labels=setup.dataset.classes is not None,
+            elsewhere=elsewhere,
         )
 
-    return [of(stage.first, stage.stop, stage.cols, -(-rows // stage.rows)) for stage in topology.stages]
+    return [
+        of(stage.first, stage.stop, stage.cols, -(-rows // stage.rows), sharers_of(topology, stage, setup.config.exact))
+        for stage in topology.stages
+    ]
 
 
 def _rows(setup: Setup, stage: int, here: int) -> int:

@@ -37,6 +37,7 @@ from nettorrent_mpi.nn.specs import Spec
 from nettorrent_mpi.plan.actions import Actions, with_loads
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
+from nettorrent_mpi.plan.cost import rows_shared
 from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
 from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream_step
 from nettorrent_mpi.plan.topology import Topology
@@ -113,7 +114,10 @@ class Engine:
             sums=self.wiring.sums,
             whole=self.wiring.whole,
             stashes=late,
+            matrices=[key for key, _ in self.layers.matrices],
+            rows=rows_shared(topology, options.batch_size, self.exact),
         )
+        self.layers.give_operands(self.state.operands)
         self.tally = Tally()
         self.exchange = self._exchange()
         self.replicas = Replicas(self.wiring, self.state, self.exchange)

@@ -21,7 +21,7 @@ import numpy as np
 
 from nettorrent_mpi.comm.mpi import Group
 from nettorrent_mpi.engine.state import State
-from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.nn.backend import Array, Workspace
 from nettorrent_mpi.nn.optimizers import Optimizer, clip_scale, sum_of_squares
 
 
@@ -42,6 +42,7 @@ class Exchange:
             self.progress = state.rings.progress
         self._scale = 1.0
         self._squares = np.zeros(1)
+        self._workspace = Workspace(state.dtype)
         self._withhold = 0.0  # a part of each change is added to these arrays, where there are, and not made yet
         self._withheld: list[Array | None] = [None] * len(state.segments)
 
@@ -53,13 +54,13 @@ class Exchange:
             segments[self._begun].begin_sums()
             self._begun += 1
 
-    def reduce(self) -> None:
-        """Sum the gradients: each holder gets the sum of its shard. Sums that travel are waited for where they are
-        needed."""
+    def reduce(self, rows: int) -> None:
+        """Sum the gradients of a mini-batch of `rows` rows: each holder gets the sum of its shard. Sums that travel are
+        waited for where they are needed."""
         self.complete(0)
         self._begun = 0
         for segment in self._state.segments:
-            segment.sum()
+            segment.sum(rows, self._workspace)
 
     def norm(self) -> None:
         """The global norm over all stages, for clipping (all of them take part): ||g|| over every parameter once."""

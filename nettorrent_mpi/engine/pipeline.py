@@ -285,7 +285,7 @@ class Pipeline:
         self._sending_dx[g % 2] = transfer
 
     def _reduce(self, _: int) -> None:
-        self._exchange.reduce()
+        self._exchange.reduce(self._batches.size(0))
 
     def _norm(self, _: int) -> None:
         self._exchange.norm()

@@ -6,18 +6,20 @@ messages around a ring (comm/ring.py), or where these would be short, or too lon
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.comm.mpi import Group
+from nettorrent_mpi.comm.mpi import Group, together
 from nettorrent_mpi.comm.ring import Ring, Rings
 from nettorrent_mpi.comm.shared import SharedMemory
-from nettorrent_mpi.nn.backend import Array, aligned
+from nettorrent_mpi.engine.operands import Operands
+from nettorrent_mpi.nn.backend import Array, Workspace, aligned
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
-from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.blocks import Span, span
 
 PIECE = 256 << 10  # bytes of a shard that go around the ring together, at least
 PIECES = 8  # at most; more make no link busier
@@ -27,6 +29,17 @@ LINE = 16  # blocks begin at multiples of this many elements: a cache line of fl
 def round_up(length: int) -> int:
     """The elements that a block of that length takes."""
     return -(-length // LINE) * LINE
+
+
+def _common(part: slice, other: slice) -> slice:
+    """What both have; empty, inside `other`, where they have nothing in common."""
+    start = min(max(part.start, other.start), other.stop)
+    return slice(start, max(start, min(part.stop, other.stop)))
+
+
+def _within(part: slice, whole: slice) -> slice:
+    """The part of `whole` as it is numbered there."""
+    return slice(part.start - whole.start, part.stop - whole.start)
 
 
 class Flat:
@@ -75,8 +88,10 @@ class Flat:
 class Segment(Flat):
     """Trainable blocks: besides `params` there are `grads`; `sums` is for the summed gradients of the shard, and
     `optimizer` holds its state. In shared memory (`shared` is not None) there is one `params` for all members, and
-    `all_grads` holds everyone's gradients. `stashes` has room for earlier versions of `params`. `first` is where the
-    earliest of the blocks stands among the stage's parameters: when backward has come there, all gradients are written.
+    `all_grads` holds everyone's gradients; of blocks with `operands` there are none, but each member computes the sums
+    of its shard itself (engine/operands.py). `summed` is what these leave of the flat arrays. `stashes` has room for
+    earlier versions of `params`. `first` is where the earliest of the blocks stands among the stage's parameters: when
+    backward has come there, all gradients are written.
 
     A step calls, in this order: `begin_sums` when the gradients are written, `sum`, `finish_sums` before it reads
     `sums`, `expect` when params may change, `begin_share` when the own shard is updated, `share`.
@@ -92,6 +107,7 @@ class Segment(Flat):
         *,
         shared: bool,
         first: int,
+        operands: Mapping[str, Operands] | None = None,
     ):
         self.shared: SharedMemory | None = None
         super().__init__(group, blocks, dtype, own=False)
@@ -113,7 +129,22 @@ class Segment(Flat):
             self.all_grads = []
             self.grads = self.memory()
         self.sums = aligned(self.counts[group.index], dtype) if group.size > 1 else self.grads
-        self.grads[...] = 0
+        self.sums[...] = 0
+        self._operands = list((operands or {}).values())
+        self.summed = self._divide(operands or {}) if shared else [slice(0, size)]
+        for part in self.summed:
+            self.grads[part] = 0
+
+    def _divide(self, operands: Mapping[str, Operands]) -> list[slice]:
+        """Let the operands know this rank's parts of their gradients. Gives what of the flat arrays they leave."""
+        left, at = [], 0
+        for key, each in operands.items():
+            place = self.places[key]
+            left.append(slice(at, place.start))
+            at = place.stop
+            mine = _common(place, self.shard)
+            each.own(Span(mine.start - place.start, mine.stop - place.start), self.sums[_within(mine, self.shard)])
+        return [*left, slice(at, self.size)]
 
     def join(self, rings: Rings, group: Group, order: Sequence[int], tag: int) -> int:
         """Sum and share by messages around rings of `group`, the same members, from now on: in pieces, so that the link
@@ -136,15 +167,22 @@ class Segment(Flat):
         for ring in self._around:
             ring.sums.begin()
 
-    def sum(self) -> None:
+    def sum(self, rows: int, workspace: Workspace) -> None:
         """sums <- the sum of everyone's gradients of the shard, in the order of the members, or of the ring, where it
-        may come later (`finish_sums`)."""
+        may come later (`finish_sums`). `rows` are those of the mini-batch."""
         if self.shared is not None:
-            self.shared.meet()  # everyone's gradients are complete
-            first, second, *others = (grads[self.shard] for grads in self.all_grads)
-            np.add(first, second, out=self.sums)
-            for grads in others:
-                np.add(self.sums, grads, out=self.sums)
+            self.shared.meet()  # everyone's gradients, and operands, are complete
+            began = time.perf_counter_ns()
+            for part in self.summed:
+                mine = _common(part, self.shard)
+                out = self.sums[_within(mine, self.shard)]
+                first, second, *others = (grads[mine] for grads in self.all_grads)
+                np.add(first, second, out=out)
+                for grads in others:
+                    np.add(out, grads, out=out)
+            together.since(began)
+            for each in self._operands:
+                each.multiply(rows, workspace)
         elif not self._around and self.group.size > 1:
             self.group.reduce_scatter(self.grads, self.sums, self.counts)
 

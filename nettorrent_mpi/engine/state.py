@@ -25,12 +25,14 @@ import numpy as np
 
 from nettorrent_mpi.comm.mpi import Group
 from nettorrent_mpi.comm.ring import Rings, can_carry
-from nettorrent_mpi.comm.shared import by_nodes, fits, whole_on_one_node
+from nettorrent_mpi.comm.shared import SharedMemory, by_nodes, fits, whole_on_one_node
+from nettorrent_mpi.engine.operands import Operands
 from nettorrent_mpi.engine.segments import Flat, Segment, round_up
 from nettorrent_mpi.nn.backend import Array
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
+from nettorrent_mpi.plan.cost import in_parts
 
 BUCKET = 1 << 20  # bytes of a segment at which it is full, where segments travel in messages
 LEAST_SHARD = 16 << 10  # bytes: below, many short messages one after the other take longer than MPI's own algorithms
@@ -60,7 +62,8 @@ class State:
     `params` and `grads` map "<layer>/<name>" to this rank's blocks: views of the flat arrays (running statistics are
     not in `grads`). `stashed[i]` maps to the blocks of an earlier version. `flats` are all flat arrays: `segments` and
     `statistics`. Every holder makes one at the same time. `sums` holds the blocks that are divided over the cols alike,
-    `whole` those that are not.
+    `whole` those that are not. Of `matrices` the gradient is one product over the `rows` of a mini-batch (0: not all
+    of them are the holders'); for some of them there are `operands`, which the layers have to be given.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class State:
         sums: Group,
         whole: Group,
         stashes: int = 0,
+        matrices: Sequence[str] = (),
+        rows: int = 0,
     ):
         self.parameters = dict(parameters)
         self.dtype = np.dtype(dtype)
@@ -82,6 +87,9 @@ class State:
         self.statistics: list[Flat] = []
         self.rings = Rings()
         self._ring_groups: list[Group] = []
+        self.operands: dict[str, Operands] = {}
+        self._operands_memory: list[SharedMemory] = []
+        self._matrices, self._rows = frozenset(matrices), rows
         for group, replicated in ((sums, False), (whole, True)):
             trainable = {key: p for key, p in parameters if p.trainable and p.replicated_sum == replicated}
             others = {key: p for key, p in parameters if not p.trainable and (p.axis is None) == replicated}
@@ -114,7 +122,8 @@ class State:
         def segment(keys: Sequence[str], *, shared: bool = False) -> Segment:
             chosen = {key: blocks[key] for key in keys}
             first = min(number[key] for key in keys)
-            return Segment(group, chosen, optimizer, self.dtype, stashes, shared=shared, first=first)
+            operands = self._make_operands(group, chosen) if shared else None
+            return Segment(group, chosen, optimizer, self.dtype, stashes, shared=shared, first=first, operands=operands)
 
         sizes = {key: round_up(math.prod(parameter.local)) for key, parameter in blocks.items()}
         total = sum(sizes.values()) * self.dtype.itemsize
@@ -138,6 +147,27 @@ class State:
             for each in segments:
                 tag = each.join(self.rings, apart, order, tag)
 
+    def _make_operands(self, group: Group, blocks: Mapping[str, Parameter]) -> dict[str, Operands]:
+        """For the matrices whose gradient the members compute in parts. All of them call."""
+        shapes = {
+            key: parameter.local
+            for key, parameter in blocks.items()
+            if key in self._matrices and in_parts(self._rows, group.size, parameter.local[0], parameter.local[1])
+        }
+        sizes = [round_up(self._rows * length) for shape in shapes.values() for length in shape]
+        if not sizes or not fits(group, sum(sizes) * self.dtype.itemsize):
+            return {}
+        memory = SharedMemory(group, [sum(sizes), *[0] * (group.size - 1)], self.dtype)
+        self._operands_memory.append(memory)
+        ends = np.cumsum(sizes)
+        arrays = [
+            memory.parts[0][end - size :][: self._rows * length].reshape(self._rows, length)
+            for end, size, length in zip(ends, sizes, (n for shape in shapes.values() for n in shape), strict=True)
+        ]
+        made = {key: Operands(x, dy) for key, x, dy in zip(shapes, arrays[::2], arrays[1::2], strict=True)}
+        self.operands |= made
+        return made
+
     @property
     def flats(self) -> list[Flat]:
         return [*self.segments, *self.statistics]
@@ -156,6 +186,9 @@ class State:
         for group in self._ring_groups:
             group.comm.Free()
         self._ring_groups.clear()
+        for memory in self._operands_memory:
+            memory.free()
+        self._operands_memory.clear()
         for segment in self.segments:
             segment.free()
         self.segments.clear()

@@ -6,6 +6,7 @@ stage's layers go forward and back with a few rows, then with more, and what the
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,13 @@ class _Absent:
         part[...] = 0
 
 
+class _Elsewhere:
+    """Operands that are held by others."""
+
+    def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
+        pass
+
+
 def footprint(
     layers: Sequence,
     rows: int,
@@ -58,10 +66,13 @@ def footprint(
     accumulate: bool = False,
     loss: Loss | None = None,
     labels: bool = True,
+    elsewhere: Collection[str] = (),
 ) -> Footprint:
     """Of micro-batches of `rows` rows in training. `cols` are those that the layers' neurons are divided over,
     `accumulate` says that a mini-batch has several micro-batches, whose gradients are added up; the last stage's layers
-    come with the loss, whose targets are `labels` or as many numbers as there are outputs."""
+    come with the loss, whose targets are `labels` or as many numbers as there are outputs. Of the matrices `elsewhere`
+    the layers do not compute the gradient."""
+    layers.give_operands(dict.fromkeys(elsewhere, _Elsewhere()))
     params = {key: np.zeros(parameter.local, dtype) for key, parameter in layers.parameters}
     grads = {key: np.zeros(parameter.local, dtype) for key, parameter in layers.parameters if parameter.trainable}
 

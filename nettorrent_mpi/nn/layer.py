@@ -119,6 +119,13 @@ class Alone:
         part[...] = partial_whole
 
 
+class Operands(Protocol):
+    """Takes what the gradient of a matrix of weights is the product of, instead of the layer's own product."""
+
+    def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
+        """The gradient of the weights has x_bI.T @ dy_bo in it; these are the mini-batch's `rows`."""
+
+
 @dataclass(slots=True)
 class Pass:
     """What one micro-batch's forward or backward is told besides its arrays."""
@@ -149,6 +156,8 @@ class Layer(ABC):
     elementwise: ClassVar[bool] = False
     # Does `backward` read the layer's own output, so that nobody may overwrite it?
     reads_output: ClassVar[bool] = False
+    # Is the gradient of `weight` one product, x.T @ dy, for which `operands` may be set?
+    multiplies: ClassVar[bool] = False
     # May `forward` return the memory of its input as its output (flatten; dropout in evaluation)?
     passes_on: ClassVar[bool] = False
 
@@ -158,6 +167,9 @@ class Layer(ABC):
         self.outputs = outputs
         self.parameters = parameters
         self.in_place = False
+        self.operands: Operands | None = (
+            None  # where there are, backward gives them its operands and leaves the product
+        )
         self.needs_dx = True  # False for the first layer of the network: nobody wants its input's gradient
 
     @abstractmethod

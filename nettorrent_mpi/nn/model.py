@@ -103,6 +103,7 @@ def _starts(layers: Seq[LayerSpec]) -> list[int]:
 
 def _facts(specs: Seq[LayerSpec], part: Sequence) -> LayerFacts:
     weights = next(spec for spec in specs if has_weights(spec))
+    matrix = next((parameter.shape for _, parameter in part.matrices), (0, 0))
     return LayerFacts(
         name=weights.name or weights.kind,
         operations=part.operations,
@@ -110,4 +111,5 @@ def _facts(specs: Seq[LayerSpec], part: Sequence) -> LayerFacts:
         units=part.most_cols,
         inputs=int(np.prod(part.inputs.shape)),
         outputs=int(np.prod(part.outputs.shape)),
+        matrix=(matrix[0], matrix[1]),
     )

@@ -61,8 +61,8 @@ def with_transfers(actions: Iterable[Action], stages: int) -> Actions:
 
 
 def with_loads(actions: Iterable[Action]) -> Actions:
-    """The first stage's actions of a training step, with the rows of the next micro-batch gathered before each wait, for
-    gradients (RG) or for the swarm (R): there it costs no time. The last one is the next mini-batch's first.
+    """The first stage's actions of a training step, with the rows of the next micro-batch gathered before each wait,
+    for gradients (RG) or for the swarm (R): there it costs no time. The last one is the next mini-batch's first.
 
     Nobody else has to do with it: an F whose rows are not there yet gathers them.
     """

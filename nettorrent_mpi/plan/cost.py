@@ -131,6 +131,31 @@ def _finish(parameters: float, sharers: int, machine: Machine) -> tuple[float, f
     return moved + 2 * (sharers - 1).bit_length() * machine.latency, parameters / sharers * machine.update
 
 
+def sharers_of(topology: Topology, stage: Stage, exact: bool) -> int:
+    """How many ranks hold the same weights of a stage."""
+    return stage.rows * (topology.replicas if exact else 1)
+
+
+def rows_shared(topology: Topology, batch_size: int, exact: bool) -> int:
+    """The rows of a mini-batch that these ranks have between them if they are all of it; else 0."""
+    return batch_size if exact or topology.replicas == 1 else 0
+
+
+def in_parts(rows: int, sharers: int, inputs: float, units: float) -> bool:
+    """Is it less work for memory that each of `sharers` ranks of a node, which divide the `rows` of a mini-batch,
+    computes a part of the gradient of inputs x units weights from all rows, than that each computes all of it from its
+    own rows, and they add up the results?
+
+    Counted are the numbers that a rank writes and reads. In parts: it copies its rows' x and dy to where all can read
+    them, and multiplies its part of everybody's x with everybody's dy. Else: it writes a matrix, reads its part of
+    everybody's and writes their sum.
+    """
+    if sharers == 1 or rows == 0:
+        return False
+    parts = 2 * rows / sharers * (inputs + units) + rows * (inputs / sharers + units)
+    return parts < inputs * units * (2 + 1 / sharers)
+
+
 def parameters_of(held: Sequence[LayerFacts], cols: int) -> float:
     """The most parameters that one col of a stage has."""
     return sum(layer.parameters * part_of(layer.units, cols) for layer in held)

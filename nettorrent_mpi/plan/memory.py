@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from nettorrent_mpi.plan.cost import most_rows, parameters_of, part_of
+from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, part_of, rows_shared, sharers_of
 from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, peak_stored
 from nettorrent_mpi.plan.stream import versions
 from nettorrent_mpi.plan.topology import LayerFacts, Topology
@@ -51,7 +51,8 @@ def memory(
 
     `layers[s]` are the bytes that the layers of stage s keep of one micro-batch and those that they share among all.
     Parameters are those of the rank's neurons, in all versions, its gradients, and where several ranks hold the same
-    neurons once more as much: its part of each one's gradients, which it reads, and of their sum. Of the optimizer's
+    neurons once more as much: its part of each one's gradients, which it reads, and of their sum; for matrices whose
+    gradients are computed in parts the operands, and its part of the sum. Of the optimizer's
     `states` arrays each of these ranks has its part. With `exact=False` replicas hold nothing in common.
     """
     rows = most_rows(batch_size, micro_batches, topology.replicas)
@@ -60,7 +61,7 @@ def memory(
     found = []
     for s, stage in enumerate(topology.stages):
         held, here = facts[stage.first : stage.stop], -(-rows // stage.rows)
-        parameters, sharers = parameters_of(held, stage.cols), stage.rows * (topology.replicas if exact else 1)
+        parameters, sharers = parameters_of(held, stage.cols), sharers_of(topology, stage, exact)
         kinds = versions(len(kept), micro_batches, s) if pipeline in STREAMS else 1
         copies = kinds + (1 if sharers == 1 else 2)
         # Inputs of all slots, and of one more that is arriving; gradients come and go in two buffers each. What travels
@@ -71,9 +72,15 @@ def memory(
         links: float = (kept[s] + 1) * inputs * (2 if before > 1 else 1)
         links += 2 * inputs * (2 if before > 1 else 1) * (s > 0) + 2 * outputs * after * (s < last)
         own, shared = layers[s]
+        elements = copies * parameters
+        for ins, units in ((layer.matrix[0], layer.matrix[1] * part_of(layer.units, stage.cols)) for layer in held):
+            if in_parts(
+                rows_shared(topology, batch_size, exact), sharers, ins, units
+            ):  # operands in the place of gradients
+                elements += batch_size * (ins + units) - ins * units * (2 - 1 / sharers)
         found.append(
             Memory(
-                parameters=round(copies * parameters * itemsize),
+                parameters=round(elements * itemsize),
                 optimizer=round(states * parameters / sharers * itemsize),
                 layers=kept[s] * own + shared,
                 links=round(here * links * itemsize),

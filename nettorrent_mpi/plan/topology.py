@@ -24,6 +24,7 @@ class LayerFacts:
     units: int  # neurons or filters: the most cols that can divide it
     inputs: int  # elements of one row that enter
     outputs: int  # elements of one row that leave
+    matrix: tuple[int, int] = (0, 0)  # of a linear layer: inputs and neurons of its weights
 
 
 @dataclass(frozen=True)

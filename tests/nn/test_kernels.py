@@ -204,7 +204,8 @@ def test_products_by_blas_and_onednn(sizes: tuple[int, int, int], dtype: Any) ->
     assert "blas" in ways or sys.platform != "linux", "NumPy's wheels have one that is found"
     assert ("onednn" in ways) == (onednn.library() is not None and dtype == np.float32)
     for a_turned, b_turned, accumulate in itertools.product((False, True), repeat=3):
-        a = rng.standard_normal((k, m) if a_turned else (m, k)).astype(dtype)
+        a = rng.standard_normal((k, m + 3) if a_turned else (m, k)).astype(dtype)
+        a = a[:, 2 : m + 2] if a_turned else a  # some columns of a wider matrix
         b = rng.standard_normal((n, k) if b_turned else (k, n)).astype(dtype)
         a, b = a.T if a_turned else a, b.T if b_turned else b
         before = rng.standard_normal((m, n)).astype(dtype)

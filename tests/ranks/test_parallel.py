@@ -7,7 +7,7 @@ nothing: a mini-batch of 37 rows in 3 micro-batches, and a last one of 12.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices
+from nettorrent_mpi.engine import choices, state
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
+from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.cost import auto_layout
 from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout
@@ -136,7 +137,9 @@ class Trained:
             world,
             network,
             topology,
-            Options(loss=specs.CrossEntropy(0.1), batch_size=37, micro_batches=3, seed=5, **(arguments | options)),
+            Options(
+                loss=specs.CrossEntropy(0.1), batch_size=37, seed=5, **({"micro_batches": 3} | arguments | options)
+            ),
         )
         engine.open_data(dataset, sampler)
         self.losses = []
@@ -192,6 +195,28 @@ def test_float32(network: str) -> None:
     mine = Trained(World(), network, topology, **options)
     if MPI.COMM_WORLD.rank == 0:
         compare(mine, serial(network, **options), 1e-4)
+
+
+@pytest.mark.ranks(2, 3, 4, 5, 8)
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_in_parts(network: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every linear layer, however much larger its rows are than its weights."""
+    monkeypatch.setattr(state, "in_parts", lambda rows, sharers, *_: sharers > 1)
+    given = set()
+    give = Layers.give_operands
+
+    def noted(layers: Layers, operands: Mapping[str, Any]) -> None:
+        given.update(operands)
+        give(layers, operands)
+
+    monkeypatch.setattr(Layers, "give_operands", noted)
+    options = {"micro_batches": micro_batches}
+    for topology in dict.fromkeys(layouts(MPI.COMM_WORLD.size, Network(NETWORKS[network], SHAPE))):
+        mine = Trained(World(), network, topology, **options)
+        if MPI.COMM_WORLD.rank == 0:
+            compare(mine, serial(network, **options), 1e-10)
+    assert given, "nobody computed in parts"
 
 
 @pytest.mark.ranks(2, 3, 4, 5)

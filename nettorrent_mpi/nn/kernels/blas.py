@@ -18,8 +18,8 @@ from nettorrent_mpi.nn.backend import Array, DType
 
 
 class Gemm:
-    """gemm(a_mk, b_kn, out_mn, beta): out <- a @ b + beta * out. None is empty. `out` is C-contiguous, a and b are or
-    their transposes.
+    """gemm(a_mk, b_kn, out_mn, beta): out <- a @ b + beta * out. None is empty. `out` is C-contiguous; a and b
+    are, or some columns of such matrices, or the transposes of these.
 
     `call` is a library's function. Its first arguments, of the types `flags`, are what `before(plain_a, plain_b)`
     gives; then come sizes and numbers of these types.
@@ -43,11 +43,21 @@ class Gemm:
 
     def _arguments(self, a: Array, b: Array, out: Array, beta: float) -> tuple[Any, ...]:
         (m, k), n = a.shape, b.shape[1]
-        plain_a, plain_b = a.flags.c_contiguous, b.flags.c_contiguous
         return (
-            *self._before(plain_a, plain_b), m, n, k, 1.0, address(a), k if plain_a else m,
-            address(b), n if plain_b else k, beta, address(out), n,
+            *self._before(plain(a), plain(b)), m, n, k, 1.0, address(a), _apart(a), address(b), _apart(b),
+            beta, address(out), n,
         )  # fmt: skip
+
+
+def plain(matrix: Array) -> bool:
+    """Do the elements of a row lie side by side? Otherwise those of a column do."""
+    return bool(matrix.strides[1] == matrix.itemsize)
+
+
+def _apart(matrix: Array) -> int:
+    """How many elements lie between the beginnings of neighbouring rows, or of columns where it is not plain."""
+    across = matrix.shape[1] if plain(matrix) else matrix.shape[0]
+    return int(max(matrix.strides[not plain(matrix)] // matrix.itemsize, across))
 
 
 def address(array: Array) -> int:

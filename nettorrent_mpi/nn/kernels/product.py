@@ -19,8 +19,8 @@ REMEMBERED = 64  # products of arrays that came before; in the steady state ther
 
 
 class Product:
-    """out_mn <- (or +=) a_mk @ b_kn, the fastest way for the shapes that come first. All are C-contiguous, and with
-    `turn_a` a is given as (k, m), with `turn_b` b as (n, k).
+    """out_mn <- (or +=) a_mk @ b_kn, the fastest way for the shapes that come first. With `turn_a` a is given as
+    (k, m), with `turn_b` b as (n, k). out is C-contiguous; a and b are, or are some columns of matrices that are.
 
     The arrays of the steady state are the same objects in every step. So what a call of a library wants to know of them
     (sizes, addresses: more work for Python than the call itself, and with small matrices than the product) is put
@@ -54,7 +54,7 @@ class Product:
 def _choose(a: Array, b: Array, out: Array, accumulate: bool, workspace: Workspace) -> Way:
     ways = _ways(out.dtype)
     elsewhere = np.empty_like(out)
-    letters = "".join("n" if array.flags.c_contiguous else "t" for array in (a, b))
+    letters = "".join("n" if blas.plain(array) else "t" for array in (a, b))
     sizes = f"{a.shape[0]}x{a.shape[1]}x{b.shape[1]} {out.dtype} {letters}{' added' if accumulate else ''}"
     trials = {name: way(a, b, elsewhere, accumulate, workspace) for name, way in ways.items()}
     return ways[trial.fastest(f"product {sizes}", trials, elsewhere)]

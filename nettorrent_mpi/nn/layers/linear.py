@@ -20,6 +20,8 @@ from nettorrent_mpi.plan.errors import ShapeError
 class Linear(Layer):
     """y_bo = x_bI @ weight_Io + bias_o, the neurons o divided over the cols. dx_bI is partial when they are."""
 
+    multiplies = True
+
     def __init__(self, spec: specs.Linear, site: Site):
         if len(site.inputs.shape) != 1:
             raise ShapeError(
@@ -46,7 +48,10 @@ class Linear(Layer):
     def backward(
         self, params: Params, grads: Params, saved: Array, dy: Array, workspace: Workspace, step: Pass
     ) -> Array | None:
-        self._dw(saved, dy, grads["weight"], workspace, step.accumulate)
+        if self.operands is not None:
+            self.operands.put(saved, dy, step.rows)
+        else:
+            self._dw(saved, dy, grads["weight"], workspace, step.accumulate)
         if self.bias:
             add_bias_gradient(grads["bias"], dy, workspace, step)
         if not self.needs_dx:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
+from nettorrent_mpi.nn.layer import Features, Layer, Operands, Parameter, Params, Pass
 from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.registry import make
 from nettorrent_mpi.plan.errors import ConfigError
@@ -103,6 +103,19 @@ class Sequence:
     def most_cols(self) -> int:
         """The most cols over which every layer with weights gives each at least one neuron or filter."""
         return min(_units(self._specs), default=1)
+
+    @property
+    def matrices(self) -> Iterator[tuple[str, Parameter]]:
+        """The weights whose gradient is one product, by their keys in `parameters`."""
+        for layer, first in zip(self.layers, self._firsts, strict=True):
+            if layer.multiplies:
+                yield self.parameters[first]
+
+    def give_operands(self, operands: Mapping[str, Operands]) -> None:
+        """Let others compute the gradients of these `matrices`."""
+        for layer, first in zip(self.layers, self._firsts, strict=True):
+            if layer.multiplies:
+                layer.operands = operands.get(self.parameters[first][0])
 
     @property
     def operations(self) -> float:

@@ -1,0 +1,67 @@
+"""Gradients of weights computed in parts, each from everyone's rows, so that nothing is left to be summed.
+
+The gradient of a linear layer's weights is x_BI.T @ dy_Bo over all rows B of the mini-batch. Ranks that divide the rows
+can each multiply their own and add up the results: every rank writes a matrix of the size of the weights, and reads a
+part of everybody's. Or each computes its shard of the matrix from all rows: that is as many operations, in products
+that are taller, and what has to be written and read are x and dy instead. Where the ranks share memory and the
+mini-batch is small for the layer, that is much less (`plan.cost.in_parts`).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from nettorrent_mpi.nn.backend import Array, Workspace, aligned
+from nettorrent_mpi.nn.kernels.product import Product
+from nettorrent_mpi.plan.blocks import Span
+
+
+class Operands:
+    """x_BI and dy_Bo of a linear layer for the rows B of a mini-batch, in memory that its weights' holders share."""
+
+    def __init__(self, x_BI: Array, dy_Bo: Array):
+        self._x, self._dy = x_BI, dy_Bo
+        self._pieces: list[_Piece] = []
+        self._views: dict[int, tuple[Array, list[Array]]] = {}
+
+    def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
+        """These are the mini-batch's `rows`."""
+        np.copyto(self._x[slice(*rows)], x_bI)
+        np.copyto(self._dy[slice(*rows)], dy_bo)
+
+    def own(self, part: Span, out: Array) -> None:
+        """This rank's part of the gradient are these elements of the flat matrix: they are for `out`."""
+        units = self._dy.shape[1]
+        full = Span(-(-part.start // units), part.stop // units)  # whole rows of the matrix: one for each input
+        cuts = sorted({part.start, *(cut * units for cut in full if part.start < cut * units < part.stop), part.stop})
+        self._pieces = [
+            _Piece(start, stop, units, out[start - part.start : stop - part.start]) for start, stop in pairwise(cuts)
+        ]
+
+    def multiply(self, count: int, workspace: Workspace) -> None:
+        """Compute this rank's part for a mini-batch of `count` rows, which everybody has put."""
+        views = self._views.get(count)
+        if views is None:
+            x, dy = self._x[:count], self._dy[:count]
+            views = self._views[count] = dy, [x[:, slice(*piece.inputs)] for piece in self._pieces]
+        dy, xs = views
+        for piece, x in zip(self._pieces, xs, strict=True):
+            piece.multiply(x, dy, workspace)
+
+
+class _Piece:
+    """The elements from start to stop of the flat matrix, for `out`: whole rows, or a part of one."""
+
+    def __init__(self, start: int, stop: int, units: int, out: Array):
+        self.inputs = Span(start // units, -(-stop // units))
+        self._out, self._skip = out, start % units
+        self._whole = out.size == self.inputs.size * units
+        self._into = (out if self._whole else aligned(units, out.dtype)).reshape(-1, units)
+        self._product = Product(turn_a=True)
+
+    def multiply(self, x: Array, dy: Array, workspace: Workspace) -> None:
+        self._product(x, dy, self._into, workspace)
+        if not self._whole:
+            np.copyto(self._out, self._into[0, self._skip : self._skip + self._out.size])
