@@ -31,17 +31,6 @@ def round_up(length: int) -> int:
     return -(-length // LINE) * LINE
 
 
-def _common(part: slice, other: slice) -> slice:
-    """What both have; empty, inside `other`, where they have nothing in common."""
-    start = min(max(part.start, other.start), other.stop)
-    return slice(start, max(start, min(part.stop, other.stop)))
-
-
-def _within(part: slice, whole: slice) -> slice:
-    """The part of `whole` as it is numbered there."""
-    return slice(part.start - whole.start, part.stop - whole.start)
-
-
 class Flat:
     """Blocks that all members of `group` hold alike, one after another in the flat array `params`.
 
@@ -88,10 +77,12 @@ class Flat:
 class Segment(Flat):
     """Trainable blocks: besides `params` there are `grads`; `sums` is for the summed gradients of the shard, and
     `optimizer` holds its state. In shared memory (`shared` is not None) there is one `params` for all members, and
-    `all_grads` holds everyone's gradients; of blocks with `operands` there are none, but each member computes the sums
-    of its shard itself (engine/operands.py). `summed` is what these leave of the flat arrays. `stashes` has room for
-    earlier versions of `params`. `first` is where the earliest of the blocks stands among the stage's parameters: when
-    backward has come there, all gradients are written.
+    `all_grads` holds everyone's gradients. `stashes` has
+    room for earlier versions of `params`. `first` is where the earliest of the blocks stands among the stage's
+    parameters: when backward has come there, all gradients are written.
+
+    With `operands`, one for each block, there are no gradients: each member computes the sums of its shard itself
+    (engine/operands.py). Of several segments that the same members share only one has to wait for them (`meets`).
 
     A step calls, in this order: `begin_sums` when the gradients are written, `sum`, `finish_sums` before it reads
     `sums`, `expect` when params may change, `begin_share` when the own shard is updated, `share`.
@@ -117,11 +108,15 @@ class Segment(Flat):
         self._rings = Rings()
         self._around: list[Ring] = []  # the rings of the pieces
         self._sharing = False
+        self.operands = operands or {}
+        self.meets = True
         size, copies = self.size, 1 + stashes  # of params
         if shared:
-            self.shared = SharedMemory(group, [(1 + copies) * size, *[size] * (group.size - 1)], dtype)
-            self.params, *self.stashes = (self.shared.parts[0][(1 + i) * size : (2 + i) * size] for i in range(copies))
-            self.all_grads = [part[:size] for part in self.shared.parts]
+            own = 0 if operands else size  # gradients
+            self.shared = SharedMemory(group, [own + copies * size, *[own] * (group.size - 1)], dtype)
+            memory = self.shared.parts[0][own:]
+            self.params, *self.stashes = (memory[i * size : (i + 1) * size] for i in range(copies))
+            self.all_grads = [part[:own] for part in self.shared.parts]
             self.grads = self.all_grads[group.index]
             self.params[self.shard] = 0
         else:
@@ -129,22 +124,14 @@ class Segment(Flat):
             self.all_grads = []
             self.grads = self.memory()
         self.sums = aligned(self.counts[group.index], dtype) if group.size > 1 else self.grads
-        self.sums[...] = 0
-        self._operands = list((operands or {}).values())
-        self.summed = self._divide(operands or {}) if shared else [slice(0, size)]
-        for part in self.summed:
-            self.grads[part] = 0
-
-    def _divide(self, operands: Mapping[str, Operands]) -> list[slice]:
-        """Let the operands know this rank's parts of their gradients. Gives what of the flat arrays they leave."""
-        left, at = [], 0
-        for key, each in operands.items():
+        self.sums[...] = 0  # the gaps between the blocks, too
+        self.grads[...] = 0
+        for key, each in self.operands.items():
             place = self.places[key]
-            left.append(slice(at, place.start))
-            at = place.stop
-            mine = _common(place, self.shard)
-            each.own(Span(mine.start - place.start, mine.stop - place.start), self.sums[_within(mine, self.shard)])
-        return [*left, slice(at, self.size)]
+            start = min(max(place.start, self.shard.start), self.shard.stop)
+            stop = max(start, min(place.stop, self.shard.stop))
+            out = self.sums[start - self.shard.start : stop - self.shard.start]
+            each.own(Span(start - place.start, stop - place.start), out)
 
     def join(self, rings: Rings, group: Group, order: Sequence[int], tag: int) -> int:
         """Sum and share by messages around rings of `group`, the same members, from now on: in pieces, so that the link
@@ -171,18 +158,16 @@ class Segment(Flat):
         """sums <- the sum of everyone's gradients of the shard, in the order of the members, or of the ring, where it
         may come later (`finish_sums`). `rows` are those of the mini-batch."""
         if self.shared is not None:
-            self.shared.meet()  # everyone's gradients, and operands, are complete
-            began = time.perf_counter_ns()
-            for part in self.summed:
-                mine = _common(part, self.shard)
-                out = self.sums[_within(mine, self.shard)]
-                first, second, *others = (grads[mine] for grads in self.all_grads)
-                np.add(first, second, out=out)
-                for grads in others:
-                    np.add(out, grads, out=out)
-            together.since(began)
-            for each in self._operands:
+            self._wait()  # until everyone's gradients, or operands, are complete
+            for each in self.operands.values():
                 each.multiply(rows, workspace)
+            if not self.operands:
+                began = time.perf_counter_ns()
+                first, second, *others = (grads[self.shard] for grads in self.all_grads)
+                np.add(first, second, out=self.sums)
+                for grads in others:
+                    np.add(self.sums, grads, out=self.sums)
+                together.since(began)
         elif not self._around and self.group.size > 1:
             self.group.reduce_scatter(self.grads, self.sums, self.counts)
 
@@ -204,7 +189,7 @@ class Segment(Flat):
 
     def share(self) -> None:
         if self.shared is not None:
-            self.shared.meet()
+            self._wait()
         elif not self._around:
             super().share()
         else:
@@ -219,6 +204,10 @@ class Segment(Flat):
 
     def meet(self) -> None:
         if self.shared is not None:
+            self.shared.meet()
+
+    def _wait(self) -> None:
+        if self.shared is not None and self.meets:
             self.shared.meet()
 
     def free(self) -> None:

@@ -100,8 +100,12 @@ class State:
         self.segments.sort(key=lambda segment: -segment.first)  # in the order in which backward completes them
         for flat in self.flats:
             self.params |= flat.blocks(self.parameters, flat.params)
+        shared: list[Group] = []
         for segment in self.segments:
-            self.grads |= segment.blocks(self.parameters, segment.grads)
+            if not segment.operands:
+                self.grads |= segment.blocks(self.parameters, segment.grads)
+            segment.meets = segment.group not in shared
+            shared.append(segment.group)
         self.meet()
         for flat in self.flats:
             if not isinstance(flat, Segment) or flat.shared is None or flat.group.index == 0:
@@ -119,22 +123,25 @@ class State:
         """One segment, or several where sums of one can travel while backward is still at others."""
         number = {key: i for i, key in enumerate(self.parameters)}
 
-        def segment(keys: Sequence[str], *, shared: bool = False) -> Segment:
+        def segment(keys: Sequence[str], operands: Mapping[str, Operands] | None = None) -> Segment:
             chosen = {key: blocks[key] for key in keys}
             first = min(number[key] for key in keys)
-            operands = self._make_operands(group, chosen) if shared else None
             return Segment(group, chosen, optimizer, self.dtype, stashes, shared=shared, first=first, operands=operands)
 
         sizes = {key: round_up(math.prod(parameter.local)) for key, parameter in blocks.items()}
         total = sum(sizes.values()) * self.dtype.itemsize
         shared = group.size > 1 and whole_on_one_node(group) and fits(group, (group.size + 1 + stashes) * total)
         least = LEAST_SHARD * group.size // self.dtype.itemsize
-        made = (
-            [list(blocks)]
-            if shared or group.size == 1
-            else buckets(sizes, max(BUCKET // self.dtype.itemsize, least), least)
-        )
-        segments = [segment(keys, shared=shared) for keys in made]
+        operands = self._make_operands(group, blocks) if shared else {}
+        if operands:
+            self.segments.append(segment(list(operands), operands))
+            self.operands |= operands
+        rest = {key: size for key, size in sizes.items() if key not in operands}
+        if not rest:
+            return
+        whole = shared or group.size == 1
+        made = [list(rest)] if whole else buckets(rest, max(BUCKET // self.dtype.itemsize, least), least)
+        segments = [segment(keys) for keys in made]
         self.segments += segments
         if (
             not shared
@@ -164,9 +171,7 @@ class State:
             memory.parts[0][end - size :][: self._rows * length].reshape(self._rows, length)
             for end, size, length in zip(ends, sizes, (n for shape in shapes.values() for n in shape), strict=True)
         ]
-        made = {key: Operands(x, dy) for key, x, dy in zip(shapes, arrays[::2], arrays[1::2], strict=True)}
-        self.operands |= made
-        return made
+        return {key: Operands(x, dy) for key, x, dy in zip(shapes, arrays[::2], arrays[1::2], strict=True)}
 
     @property
     def flats(self) -> list[Flat]:

@@ -39,11 +39,12 @@ def test_parts_of_the_product(inputs: int, units: int, cuts: list[int], count: i
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ((128, 2, 256, 256), True),
+        ((128, 2, 256, 256), False),
         ((128, 2, 1024, 1024), True),
         ((128, 2, 256, 10), False),
         ((1024, 2, 256, 256), False),
         ((64, 8, 2304, 512), True),
+        ((0, 2, 1024, 1024), False),
         ((128, 1, 1024, 1024), False),
     ],
 )

@@ -15,7 +15,6 @@ from nettorrent_mpi.app.setup import Setup, set_up
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.gossip import Gossip
-from nettorrent_mpi.engine.segments import _common
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 SIZE = MPI.COMM_WORLD.size
@@ -63,11 +62,10 @@ def held(engine: Engine) -> dict[str, int]:
     state, wiring, pipeline = engine.state, engine.wiring, engine.pipeline
     parameters = 0
     for segment in state.segments:
-        arrays = [segment.params, *segment.stashes, *(segment.grads[part] for part in segment.summed)]
+        arrays = [segment.params, *segment.stashes, segment.grads]
         if segment.group.size > 1:
-            others = [grads for grads in segment.all_grads if grads is not segment.grads]
-            read = [_common(part, segment.shard) for part in segment.summed]
-            arrays += [segment.sums, *(grads[part] for grads in others for part in read)]
+            others = [grads[segment.shard] for grads in segment.all_grads if grads is not segment.grads]
+            arrays += [segment.sums, *others]
         parameters += sum(array.nbytes for array in arrays)
     parameters += sum(each._x.nbytes + each._dy.nbytes for each in state.operands.values())
     buffers = [*wiring._x, *wiring._dx, *wiring._dy]
