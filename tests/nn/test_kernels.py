@@ -95,7 +95,7 @@ def test_there_are_all_ways_for_a_kernel_of_3_x_3() -> None:
     pytest.importorskip("numba", reason="Numba is not installed")
     if onednn.library() is None:
         pytest.skip("oneDNN is not installed (pip install 'nettorrent_mpi[fast]')")
-    assert ways == {"windows", "taps", "winograd", "onednn"}
+    assert ways == {"windows", "taps", "rows", "winograd", "onednn"}
 
 
 LAYERS: dict[str, tuple[list[specs.LayerSpec], tuple[int, ...], bool]] = {  # layers, a row's shape, are the bits alike?

@@ -11,7 +11,7 @@ import numpy as np
 from nettorrent_mpi.nn.backend import Array, Workspace
 from nettorrent_mpi.nn.kernels import blas, choice, onednn, trial
 from nettorrent_mpi.nn.kernels.loop import compiled
-from nettorrent_mpi.nn.kernels.taps import TapProducts
+from nettorrent_mpi.nn.kernels.taps import RowProducts, TapProducts
 from nettorrent_mpi.nn.kernels.way import Geometry, Way
 from nettorrent_mpi.nn.kernels.windows import WindowProducts
 from nettorrent_mpi.nn.kernels.winograd import WinogradProducts
@@ -110,6 +110,8 @@ class Convolution:
         gemm, library = blas.gemm(dtype), onednn.library()
         if geometry.stride == (1, 1) and geometry.kernel != (1, 1) and gemm is not None:
             ways.append(TapProducts(geometry, gemm))
+            if geometry.kernel[1] > 1:
+                ways.append(RowProducts(geometry, gemm))
         if geometry.stride == (1, 1) and geometry.kernel == (3, 3) and compiled():
             ways.append(WinogradProducts(geometry))
         if library is not None and dtype == np.float32:

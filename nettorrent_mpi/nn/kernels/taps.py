@@ -1,13 +1,15 @@
-"""Convolution as one product for each tap of the kernel, added up: nothing is copied but for the padding.
+"""Convolution as one product for each tap of the kernel, or for each of its rows, added up.
 
 The padded images, flattened, are a matrix of pixels by channels. What a tap sees from all places is the same matrix,
-begun some rows later, so that y = sum over taps of matrix[tap:] @ weight[tap]. Places that lie in the padding come out,
-too, and are thrown away.
+begun some rows later, so that y = sum over taps of matrix[tap:] @ weight[tap], and nothing is copied but for the
+padding. With a row of the kernel for a tap, the matrix has in each row the pixels side by side that a row of the kernel
+sees (row im2col): fewer products, of longer rows. Places that lie in the padding come out, too, and are thrown away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,9 +22,10 @@ BLOCK_BYTES = 1 << 20  # of padded images and outputs that are worked on togethe
 
 
 class TapProducts(Way):
-    """For stride 1; `gemm` adds to what is there."""
+    """For stride 1; `gemm` adds to what is there. Each product is of one tap."""
 
     name = "taps"
+    by_rows: ClassVar[bool] = False
 
     def __init__(self, geometry: Geometry, gemm: Gemm):
         super().__init__(geometry)
@@ -45,9 +48,8 @@ class TapProducts(Way):
         padding = self.geometry.vertical, self.geometry.horizontal
         for images, matrix, size, width in self._blocks(x, padding, dw.shape, workspace):
             seen = self._spread(dy[images], size, width, workspace)
-            for p, q in np.ndindex(*dw.shape[:2]):
-                first = p * width + q
-                self._gemm(matrix[first : first + len(seen)].T, seen, dw[p, q], 1.0)
+            for first, dw_ko in self._steps(dw, width):
+                self._gemm(matrix[first : first + len(seen)].T, seen, dw_ko, 1.0)
 
     def _correlate(self, x: Array, weight: Array, padding: tuple[Pair, Pair], y: Array, workspace: Workspace) -> None:
         """y <- the convolution of x with stride 1, without bias."""
@@ -55,20 +57,29 @@ class TapProducts(Way):
         for images, matrix, size, width in self._blocks(x, padding, weight.shape, workspace):
             count = images.stop - images.start
             out = workspace.scratch("tap outputs", (count * size, weight.shape[3]))
-            for p, q in np.ndindex(*weight.shape[:2]):
-                first = p * width + q
-                self._gemm(matrix[first : first + len(out)], weight[p, q], out, float(first > 0))
+            for first, weight_ko in self._steps(weight, width):
+                self._gemm(matrix[first : first + len(out)], weight_ko, out, float(first > 0))
             np.copyto(y[images], out.reshape(count, -1, width, weight.shape[3])[:, :high, :wide])
+
+    def _steps(self, weight: Array, width: int) -> Iterator[tuple[int, Array]]:
+        """(the row from which the matrix is begun, the part of `weight` it is multiplied with) of each product."""
+        for p, row in enumerate(weight):
+            if self.by_rows:
+                yield p * width, row.reshape(-1, weight.shape[3])
+            else:
+                for q, tap in enumerate(row):
+                    yield p * width + q, tap
 
     def _blocks(
         self, x: Array, padding: tuple[Pair, Pair], weight: tuple[int, ...], workspace: Workspace
     ) -> Iterator[tuple[slice, Array, int, int]]:
-        """(images, the matrix of their padded pixels, pixels of an image, pixels of a row)."""
+        """(images, the matrix of what a tap or a row sees, pixels of an image, pixels of a row)."""
         (top, bottom), (left, right) = padding
         _, height, width, channels = x.shape
         tall, broad = top + height + bottom, left + width + right
         beyond = (weight[0] - 1) * broad + weight[1] - 1  # what the last tap sees after the last image: thrown away
-        each = max(1, BLOCK_BYTES // (tall * broad * (weight[2] + weight[3]) * x.itemsize))
+        side = weight[1] if self.by_rows else 1  # pixels in a row of the matrix
+        each = max(1, BLOCK_BYTES // (tall * broad * (side * weight[2] + weight[3]) * x.itemsize))
         for start in range(0, len(x), each):
             images = slice(start, min(start + each, len(x)))
             pixels = (images.stop - start) * tall * broad
@@ -76,7 +87,20 @@ class TapProducts(Way):
             matrix[...] = 0
             padded = matrix[:pixels].reshape(-1, tall, broad, channels)
             np.copyto(padded[:, top : top + height, left : left + width], x[images])
-            yield images, matrix, tall * broad, broad
+            yield images, self._side_by_side(matrix, side, workspace), tall * broad, broad
+
+    @staticmethod
+    def _side_by_side(matrix: Array, side: int, workspace: Workspace) -> Array:
+        """Row i <- rows i .. i + side - 1."""
+        if side == 1:
+            return matrix
+        count, channels = len(matrix) - side + 1, matrix.shape[1]
+        wide = workspace.scratch("tap rows", (count, side * channels), matrix.dtype)
+        # Elements of a raw type: NumPy copies them faster than runs of numbers.
+        run = np.dtype((np.void, side * channels * matrix.itemsize))
+        seen: Array = np.ndarray((count, 1), run, matrix, 0, (channels * matrix.itemsize, 0))
+        np.copyto(wide.view(run), seen)
+        return wide
 
     def _spread(self, dy: Array, size: int, width: int, workspace: Workspace) -> Array:
         """dy at its places among all pixels, zeros elsewhere: (pixels, filters)."""
@@ -85,3 +109,10 @@ class TapProducts(Way):
         spread[...] = 0
         np.copyto(spread.reshape(count, -1, width, filters)[:, :high, :wide], dy)
         return spread
+
+
+class RowProducts(TapProducts):
+    """For stride 1. Each product is of a row of the kernel."""
+
+    name = "rows"
+    by_rows = True
