@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from nettorrent_mpi.comm.transfers import Transfer
 from nettorrent_mpi.engine.exchange import Exchange
 from nettorrent_mpi.engine.feed import Batches, Feed
+from nettorrent_mpi.engine.reading import Reading
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
@@ -21,17 +22,7 @@ from nettorrent_mpi.nn.layer import Alone, Params, Pass
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.losses import Loss
 from nettorrent_mpi.plan.actions import Action, Kind
-from nettorrent_mpi.plan.blocks import Span, span
 from nettorrent_mpi.plan.errors import NonFiniteError
-
-
-class _Rows(NamedTuple):
-    """The rows of a micro-batch: this rank's, as numbers in the mini-batch; how many there are in this replica; how
-    many share batch statistics."""
-
-    mine: Span
-    whole: int
-    sharing: int
 
 
 class Pipeline:
@@ -73,11 +64,10 @@ class Pipeline:
         self._sending_y: list[Transfer | None] = [None] * slots
         self._sending_dx: list[Transfer | None] = [None, None]
         self._base = self._stashed = 0
-        self._loaded = (-1, -1)  # (step, piece of its mini-batch) of the micro-batch whose rows are there already
-        self._known_rows: dict[tuple[int, int, bool], _Rows] = {}
+        self._reading = Reading(wiring)
         self.tally = tally
         self._methods: dict[Kind, Callable[[int], None]] = {
-            "L": self._load,
+            "L": self._reading.load,
             "RA": self._receive_x,
             "F": self._forward,
             "SA": self._send_y,
@@ -108,10 +98,9 @@ class Pipeline:
         `first` says that the pipeline is empty before, `left` how many mini-batches are still to be done until it is
         empty again, this one included. `alone`: this replica has all rows, instead of its part of them.
         """
-        self._feed, self._batches, self._rate, self._step = feed, batches, rate, step
-        self._micro_batches, self._alone = micro_batches, alone
+        self._batches, self._rate, self._step, self._micro_batches = batches, rate, step, micro_batches
+        self._reading.begin(feed, batches, step=step, micro_batches=micro_batches, training=training, alone=alone)
         self._pass.training = training
-        self._chosen = -1
         if first:
             self._base = self._posted_x = self._posted_dy = 0
         self._limit = self._base + micro_batches * left
@@ -135,40 +124,13 @@ class Pipeline:
             if transfer is not None:
                 transfer.finish()
 
-    # -- which rows -------------------------------------------------------------------------------------------------
-
-    def _rows(self, m: int) -> _Rows:
-        number, piece = divmod(m, self._micro_batches)
-        size = self._batches.size(number)
-        key = (size, piece, self._alone)
-        known = self._known_rows.get(key) if self._pass.training else None
-        if known is None:
-            place, replicas = self._wiring.place, self._wiring.topology.replicas
-            whole = span(size, self._micro_batches, piece)
-            replica = Span(0, whole.size) if self._alone else span(whole.size, replicas, place.replica)
-            mine = span(replica.size, self._wiring.topology.stages[place.stage].rows, place.row)
-            start = whole.start + replica.start + mine.start
-            exact = self._wiring.exact
-            known = _Rows(Span(start, start + mine.size), replica.size, whole.size if exact else replica.size)
-            if self._pass.training:
-                self._known_rows[key] = known
-        return known
-
-    def _size(self, m: int) -> int:
-        """Rows of the mini-batch over which the loss is averaged: all, or this replica's where it trains apart."""
-        number = m // self._micro_batches
-        if self._wiring.exact:
-            return self._batches.size(number)
-        pieces = range(number * self._micro_batches, (number + 1) * self._micro_batches)
-        return max(sum(self._rows(m).whole for m in pieces), 1)
-
     # -- receives are posted before they are needed -----------------------------------------------------------------
 
     def _post_x(self, until: int) -> None:
         if self._wiring.is_first:
             return
         for g in range(self._posted_x, min(until, self._limit)):
-            rows = self._rows(g - self._base)
+            rows = self._reading.rows(g - self._base)
             self._wiring.receive_x(g, rows.mine.size, rows.whole).start()
         self._posted_x = max(self._posted_x, min(until, self._limit))
 
@@ -176,28 +138,21 @@ class Pipeline:
         if self._wiring.is_last:
             return
         for g in range(self._posted_dy, min(until, self._limit)):
-            rows = self._rows(g - self._base)
+            rows = self._reading.rows(g - self._base)
             self._wiring.receive_dy(g, rows.mine.size, rows.whole).start()
         self._posted_dy = max(self._posted_dy, min(until, self._limit))
 
     # -- actions ----------------------------------------------------------------------------------------------------
 
     def _receive_x(self, m: int) -> None:
-        rows = self._rows(m)
+        rows = self._reading.rows(m)
         self._wiring.receive_x(self._base + m, rows.mine.size, rows.whole).finish()
 
     def _forward(self, m: int) -> None:
         wiring, g = self._wiring, self._base + m
-        slot, rows = g % wiring.slots, self._rows(m)
+        slot, rows = g % wiring.slots, self._reading.rows(m)
         number = m // self._micro_batches
-        if wiring.is_last:
-            self._choose(number)
-        loaded = self._pass.training and self._loaded == self._name(m)
-        if loaded:
-            wiring.take_ahead(g)
-        x = wiring.x(g, rows.mine.size)
-        if wiring.is_first and not loaded:
-            self._gather(m, x)
+        x = self._reading.inputs(m, g)
         sending = self._sending_y[slot]
         if sending is not None:  # the slot's last output may still be on its way
             sending.finish()
@@ -213,34 +168,14 @@ class Pipeline:
         if not self._pass.training:
             self._post_x(g + 1 + wiring.ring)
 
-    def _load(self, m: int) -> None:
-        self._gather(m, self._wiring.ahead(self._rows(m).mine.size))
-        self._loaded = self._name(m)
-
-    def _gather(self, m: int, x: Array) -> None:
-        """x <- this rank's rows of a micro-batch."""
-        self._choose(m // self._micro_batches)
-        self._feed.inputs(self._rows(m).mine, x)
-
-    def _choose(self, number: int) -> None:
-        """Make a mini-batch the one that is read."""
-        if number != self._chosen:
-            self._batches.choose(number, self._feed)
-            self._chosen = number
-
-    def _name(self, m: int) -> tuple[int, int]:
-        """The step of a micro-batch in training, and which piece of its mini-batch it is."""
-        number, piece = divmod(m, self._micro_batches)
-        return self._step + number, piece
-
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """The loss of this micro-batch, and its gradient for the backward to come."""
-        rows, training = self._rows(m).mine, self._pass.training
-        targets, size = self._feed.targets(rows), self._size(m) if training else 1
+        training = self._pass.training
+        targets, size = self._reading.targets(m), self._reading.size(m) if training else 1
         result = self._loss.forward(y, targets, size, self._loss_workspaces[slot], gradient=training)
         self._dy[slot] = result.dy
         if self._wiring.place.col == 0:
-            self.tally.add(result.loss_sum, result.correct, rows.size)
+            self.tally.add(result.loss_sum, result.correct, len(targets))
         if not math.isfinite(result.loss_sum):
             self._diverged(x)
 
@@ -248,17 +183,17 @@ class Pipeline:
         slot = (self._base + m) % self._wiring.slots
         y = self._y[slot]
         assert y is not None
-        transfer = self._wiring.send_y(y, self._rows(m).whole)
+        transfer = self._wiring.send_y(y, self._reading.rows(m).whole)
         transfer.start()
         self._sending_y[slot] = transfer
 
     def _receive_dy(self, m: int) -> None:
-        rows = self._rows(m)
+        rows = self._reading.rows(m)
         self._wiring.receive_dy(self._base + m, rows.mine.size, rows.whole).finish()
 
     def _backward(self, m: int) -> None:
         wiring, g = self._wiring, self._base + m
-        slot, rows = g % wiring.slots, self._rows(m)
+        slot, rows = g % wiring.slots, self._reading.rows(m)
         self._pass.rows, self._pass.count, self._pass.accumulate = rows.mine, rows.sharing, m > 0
         self._pass.step = self._step
         dy = self._dy[slot] if wiring.is_last else wiring.dy(g, rows.mine.size)
@@ -279,7 +214,7 @@ class Pipeline:
         self._post_dy(g + 1 + 2)
 
     def _send_dx(self, m: int) -> None:
-        rows, g = self._rows(m), self._base + m
+        rows, g = self._reading.rows(m), self._base + m
         transfer = self._wiring.send_dx(g, rows.mine.size, rows.whole)
         transfer.start()
         self._sending_dx[g % 2] = transfer
