@@ -20,7 +20,7 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices
+from nettorrent_mpi.engine import choices, state
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.backend import Workspace
@@ -83,6 +83,10 @@ class Case(NamedTuple):
         """The weight layers at which the stages begin, and the end."""
         count, stages = Network(NETWORKS[self.network], SHAPE).weight_layers, len(self.grids)
         return [i * count // stages for i in range(stages + 1)]
+
+    @property
+    def divides_rows(self) -> bool:
+        return self.replicas > 1 or any(rows > 1 for rows, _ in self.grids)
 
     @property
     def topology(self) -> Topology:
@@ -294,6 +298,16 @@ CASES = {
 def test_any_layout_gives_what_the_definition_says(case: Case, between_nodes: Callable[[bool], None]) -> None:
     if not case.shared:
         between_nodes(True)
+    mine = train(case, counting_down(WINDOWS))
+    if MPI.COMM_WORLD.rank == 0:
+        compare(mine, Emulated(case, WINDOWS).result)
+
+
+@pytest.mark.ranks(3, 4, 5, 8)
+@pytest.mark.parametrize("case", [case for case in CASES.get(SIZE, []) if case.shared and case.divides_rows], ids=str)
+def test_gradients_in_parts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a mini-batch are kept until its gradients are computed, and no later ones come among them."""
+    monkeypatch.setattr(state, "in_parts", lambda rows, sharers, *_: sharers > 1)
     mine = train(case, counting_down(WINDOWS))
     if MPI.COMM_WORLD.rank == 0:
         compare(mine, Emulated(case, WINDOWS).result)
