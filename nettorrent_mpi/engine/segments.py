@@ -77,12 +77,12 @@ class Flat:
 class Segment(Flat):
     """Trainable blocks: besides `params` there are `grads`; `sums` is for the summed gradients of the shard, and
     `optimizer` holds its state. In shared memory (`shared` is not None) there is one `params` for all members, and
-    `all_grads` holds everyone's gradients. `stashes` has
-    room for earlier versions of `params`. `first` is where the earliest of the blocks stands among the stage's
-    parameters: when backward has come there, all gradients are written.
+    `all_grads` holds everyone's gradients. `stashes` has room for earlier versions of `params`. `first` is where the
+    earliest of the blocks stands among the stage's parameters: when backward has come there, all gradients are written.
 
     With `operands`, one for each block, there are no gradients: each member computes the sums of its shard itself
-    (engine/operands.py). Of several segments that the same members share only one has to wait for them (`meets`).
+    (engine/operands.py). Of several segments that the same members share, all of which are summed and then shared together, only the first
+    waits for them (`meets`).
 
     A step calls, in this order: `begin_sums` when the gradients are written, `sum`, `finish_sums` before it reads
     `sums`, `expect` when params may change, `begin_share` when the own shard is updated, `share`.
