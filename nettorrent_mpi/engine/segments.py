@@ -81,8 +81,8 @@ class Segment(Flat):
     earliest of the blocks stands among the stage's parameters: when backward has come there, all gradients are written.
 
     With `operands`, one for each block, there are no gradients: each member computes the sums of its shard itself
-    (engine/operands.py). Of several segments that the same members share, all of which are summed and then shared together, only the first
-    waits for them (`meets`).
+    (engine/operands.py). Of several segments that the same members share only the first waits for them (`meets`): all
+    are summed one after the other, and all are shared when all are updated.
 
     A step calls, in this order: `begin_sums` when the gradients are written, `sum`, `finish_sums` before it reads
     `sums`, `expect` when params may change, `begin_share` when the own shard is updated, `share`.

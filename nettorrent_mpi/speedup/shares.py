@@ -1,6 +1,7 @@
 """What each rank did with its time, from the trace of a run.
 
-    compute         loading, forward, backward and update (L, F, B, U), without what ranks do together inside them
+    compute         loading, forward, backward and update (L, F, B, U), without what ranks do together inside them; and
+                    what in R is not together: gradients that are computed in parts, from everybody's rows
     communication   sending; receiving and summing once everybody needed was there; the collective operations inside
                     layers (cols, batch norm) and updates (sharing new weights), and waiting for gossip's deadline
     waiting         in a sum of gradients (R) or a norm (N) for the last rank to come: ranks were not equally fast
@@ -91,7 +92,9 @@ def _of_one(own: Sequence[Span], whole: float, known: _Known) -> dict[str, float
             continue
         idle = min(length, max(0.0, known.ready(span) - span.begin))
         told["bubble" if kind in ("RA", "RG") else "waiting"] += idle
-        told["communication"] += length - idle
+        own = length - min(length, max(idle, span.together)) if kind == "R" else 0.0
+        told["compute"] += own
+        told["communication"] += length - idle - own
     told["other"] = max(0.0, whole - sum(told.values()))
     return {name: value / whole for name, value in told.items()}
 

@@ -51,6 +51,19 @@ def test_rows_wait_for_the_last_one() -> None:
     assert second == pytest.approx({"compute": 0.85, "communication": 0.15, "waiting": 0, "bubble": 0, "other": 0})
 
 
+def test_gradients_in_parts_are_computed() -> None:
+    """Rank 1 comes 20 us later; for 5 us both see that the other is there, then each computes."""
+    first, second = told(
+        [(0, 0, 0, 0), (0, 0, 1, 0)],
+        [
+            (0, "0F0", 0, 0, 20, 0), (0, "0R", 0, 20, 80, 25), (0, "0U", 0, 80, 100, 0),
+            (1, "0F0", 0, 0, 40, 0), (1, "0R", 0, 40, 80, 5), (1, "0U", 0, 80, 100, 0),
+        ],
+    )  # fmt: skip
+    assert first == pytest.approx({"compute": 0.75, "communication": 0.05, "waiting": 0.2, "bubble": 0, "other": 0})
+    assert second == pytest.approx({"compute": 0.95, "communication": 0.05, "waiting": 0, "bubble": 0, "other": 0})
+
+
 def test_a_stage_waits_for_what_is_not_sent_yet() -> None:
     """Stage 1 begins to receive at 0, stage 0 sends from 30 on, and it has arrived at 40: a bubble of 30 us."""
     first, second = told(
