@@ -112,21 +112,28 @@ def keep_mask(keep_bf: Array, codes_f: Array, keys_b: Array, threshold: int) -> 
 
 @Loop
 def max_pool(x_bhwc: Array, y_bhwc: Array, winner_bhwc: Array, high: int, wide: int, down: int, across: int) -> None:
-    """The largest number of each window of high x wide, `down` and `across` apart, and the number of its tap."""
+    """The largest number of each window of high x wide, `down` and `across` apart, and the number of its tap.
+
+    The taps are compared in numbers as wide as float32, and all are written, changed or not: so the loop runs on
+    vectors on processors that have no masked stores of bytes, too.
+    """
+    taps = np.empty(x_bhwc.shape[3], np.int32)
     for b in range(y_bhwc.shape[0]):
         for h in range(y_bhwc.shape[1]):
             for w in range(y_bhwc.shape[2]):
-                best, winner = y_bhwc[b, h, w], winner_bhwc[b, h, w]
-                best[:] = x_bhwc[b, h * down, w * across]
-                winner[:] = 0
+                best, winner, first = y_bhwc[b, h, w], winner_bhwc[b, h, w], x_bhwc[b, h * down, w * across]
+                for c in range(best.size):
+                    best[c] = first[c]
+                    taps[c] = 0
                 for tap in range(1, high * wide):
                     seen = x_bhwc[b, h * down + tap // wide, w * across + tap % wide]
+                    number = np.int32(tap)
                     for c in range(best.size):
-                        number, most = seen[c], best[c]
-                        if number > most:
-                            winner[c] = tap
-                        if (number > most) | np.isnan(number):
-                            best[c] = number
+                        here, most = seen[c], best[c]
+                        taps[c] = number if here > most else taps[c]
+                        best[c] = here if (here > most) | np.isnan(here) else most
+                for c in range(best.size):
+                    winner[c] = taps[c]
 
 
 @Loop
