@@ -92,9 +92,9 @@ def _of_one(own: Sequence[Span], whole: float, known: _Known) -> dict[str, float
             continue
         idle = min(length, max(0.0, known.ready(span) - span.begin))
         told["bubble" if kind in ("RA", "RG") else "waiting"] += idle
-        own = length - min(length, max(idle, span.together)) if kind == "R" else 0.0
-        told["compute"] += own
-        told["communication"] += length - idle - own
+        alone = length - min(length, max(idle, span.together)) if kind == "R" else 0.0
+        told["compute"] += alone
+        told["communication"] += length - idle - alone
     told["other"] = max(0.0, whole - sum(told.values()))
     return {name: value / whole for name, value in told.items()}
 
