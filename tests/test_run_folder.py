@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.plan.actions import with_loads
 from nettorrent_mpi.plan.schedule import build
 
 HERE = Path(__file__).resolve().parent
@@ -214,7 +215,8 @@ def test_trace(done: Done) -> None:
     spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert len(spans) + 3 == len(trace["traceEvents"])
     assert min(span["ts"] for span in spans) == 0
-    lists = [[str(action) for action in actions] for actions in build("1f1b", 3, 2, clip=True)]
+    first, *others = build("1f1b", 3, 2, clip=True)
+    lists = [[str(action) for action in actions] for actions in (with_loads(first), *others)]
     for rank in range(3):
         own = [span for span in spans if span["pid"] == rank]
         for before, after in pairwise(own):
