@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from nettorrent_mpi.speedup.machine import Launcher, describe_host, in_words
+from nettorrent_mpi.speedup.machine import Launcher, as_root, describe_host, in_words
 
 HERE = Path(__file__).resolve().parent.parent
 ALONE = "from mpi4py import MPI; MPI.COMM_WORLD.Barrier(); print('loaded', flush=True)"
@@ -38,7 +38,7 @@ class Start(NamedTuple):
 
 def measure(command: list[str], tree: Path, until: str) -> Start:
     """Run the command with the package of `tree`, until the first line that contains `until`, and on to its end."""
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment = {**os.environ, **as_root(), "PYTHONPATH": str(tree)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users have compiled modules from their second run on
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began, seconds, lines = time.perf_counter(), None, []

@@ -167,9 +167,7 @@ class Layer(ABC):
         self.outputs = outputs
         self.parameters = parameters
         self.in_place = False
-        self.operands: Operands | None = (
-            None  # where there are, backward gives them its operands and leaves the product
-        )
+        self.operands: Operands | None = None  # where there are, backward leaves the product to them
         self.needs_dx = True  # False for the first layer of the network: nobody wants its input's gradient
 
     @abstractmethod

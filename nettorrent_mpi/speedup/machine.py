@@ -45,9 +45,12 @@ def environment(threads: int = 1) -> dict[str, str]:
     """
     env = {name: value for name, value in given(os.environ).items() if name != "OPENBLAS_CORETYPE"}
     env.update(dict.fromkeys(THREADS, str(threads)))
-    if os.geteuid() == 0:  # Open MPI refuses to run as root unless told twice
-        env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
-    return env
+    return env | as_root()
+
+
+def as_root() -> dict[str, str]:
+    """What lets Open MPI run as root, which it refuses unless told twice; nothing for other users."""
+    return dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1") if os.geteuid() == 0 else {}
 
 
 def find_mpirun() -> str:

@@ -76,6 +76,7 @@ _NAMES = (
 )
 
 
+@cache
 def wake(dtype: DType) -> None:
     """Let OpenBLAS have the memory into which it packs its operands: once for a process, some milliseconds.
 
