@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.exchange_runs import Here, Hosts, in_turns, layout, program, train
 from benchmarks.exchange_text import megabytes, paragraph, percent, points, table
 from benchmarks.rows import MNIST
-from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.clock import WARM_UP
+from nettorrent_mpi.cli.clock import WARM_UP
+from nettorrent_mpi.config import reading as configuration
 
 WIDE, WIDE_LAYERS = "configs/mnist_wide.yaml", 4
 ROWS = 128  # of a replica in a step

@@ -21,7 +21,7 @@ from benchmarks.exchange_runs import Hosts, in_turns, train
 from benchmarks.exchange_text import paragraph, percent, table
 from nettorrent_mpi import env
 from nettorrent_mpi.__main__ import main as train_command
-from nettorrent_mpi.app.clock import WARM_UP
+from nettorrent_mpi.cli.clock import WARM_UP
 
 PROGRESS = {
     "between": "between actions and layers (built in)",
@@ -40,7 +40,7 @@ def main() -> int:
     """One rank of a training."""
     who, arguments = sys.argv[1], sys.argv[2:]
     env.prepare()  # before NumPy and MPI are loaded
-    from nettorrent_mpi.engine.gossip import Gossip
+    from nettorrent_mpi.exchange.gossip import Gossip
 
     if who.endswith("-crowded"):
         os.sched_setaffinity(0, {0})

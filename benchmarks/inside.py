@@ -51,12 +51,12 @@ class Stopwatch:
 
 def measure(config: str, steps: int) -> dict[str, Any]:
     """Seconds of a step, the median over the steps, by what was done. Runs as a rank, alone."""
-    from nettorrent_mpi.app import config as configuration
-    from nettorrent_mpi.app.setup import set_up
+    from nettorrent_mpi.cli.setup import set_up
     from nettorrent_mpi.comm.world import World
+    from nettorrent_mpi.config import reading as configuration
+    from nettorrent_mpi.device.cpu.convolution import Convolution
+    from nettorrent_mpi.device.cpu.product import Product
     from nettorrent_mpi.engine.engine import Engine
-    from nettorrent_mpi.nn.kernels.convolution import Convolution
-    from nettorrent_mpi.nn.kernels.product import Product
 
     setup = set_up(configuration.load(config), 1)
     engine = Engine(World(), setup.network, setup.topology, setup.options)
@@ -117,7 +117,7 @@ def main() -> None:
         print(json.dumps(measure(sys.argv[2], int(sys.argv[3]))))
         return
     from benchmarks import speed
-    from nettorrent_mpi.app import config as configuration
+    from nettorrent_mpi.config import reading as configuration
     from nettorrent_mpi.speedup import modes, runs
     from nettorrent_mpi.speedup.machine import describe_host
 

@@ -19,9 +19,9 @@ import numpy as np
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.nn.kernels.blas import wake
-from nettorrent_mpi.nn.specs import Linear
+from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.device.cpu.blas import wake
+from nettorrent_mpi.plan.specs import Linear
 
 WARM_UP = 5  # steps before the timed ones
 

@@ -27,8 +27,8 @@ from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
 from benchmarks.rows import AUGMENTED, CIFAR, MNIST
-from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.clock import WARM_UP
+from nettorrent_mpi.cli.clock import WARM_UP
+from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.speedup import modes, runs
 from nettorrent_mpi.speedup.machine import Launcher, describe_host, in_words
 from nettorrent_mpi.speedup.sides import torch_is_there

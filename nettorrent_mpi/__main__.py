@@ -11,7 +11,7 @@ from nettorrent_mpi import env
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code. The environment of BLAS and MPI is set before either loads."""
     chosen = env.prepare()
-    from nettorrent_mpi.app.commands import run
+    from nettorrent_mpi.cli.commands import run
 
     return run(list(sys.argv[1:] if arguments is None else arguments), chosen)
 

@@ -15,20 +15,25 @@ NAME = PACKAGE.name
 # What each folder may import besides itself. The entry points (train, __main__) stand above all of them.
 BELOW = {
     "plan": set[str](),
-    "nn": {"plan"},
-    "comm": {"plan"},
-    "data": {"plan"},
-    "engine": {"plan", "nn", "comm", "data"},
-    "app": {"plan", "nn", "comm", "data", "engine"},
-    "speedup": {"plan", "nn", "comm", "data", "engine", "app"},
+    "device": {"plan"},
+    "nn": {"plan", "device"},
+    "comm": {"plan", "device"},
+    "data": {"plan", "device"},
+    "config": {"plan"},
+    "exchange": {"plan", "device", "nn", "comm"},
+    "engine": {"plan", "device", "nn", "comm", "data", "exchange"},
+    "cli": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine"},
+    "speedup": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "cli"},
 }
 # The command line knows every command, and loads what stands above it only when it is asked for.
-ASKED_FOR = {("app.commands", "speedup.command")}
+ASKED_FOR = {("cli.commands", "speedup.command")}
 # The order within a folder. Modules that are not listed only have to be free of cycles.
-ORDER = {
+ORDER: dict[str, list[str]] = {
     "plan": [
         "errors",
         "seeds",
+        "specs",
+        "exchange_specs",
         "pairing",
         "mixing",
         "blocks",
@@ -40,98 +45,17 @@ ORDER = {
         "cost",
         "memory",
     ],
-    "nn": [
-        "backend",
-        "specs",
-        "layer",
-        "kernels",
-        "random",
-        "initial",
-        "layers",
-        "losses",
-        "optimizers",
-        "compression",
-        "rates",
-        "model",
-        "footprint",
-    ],
-    "comm": ["offline", "mpi", "shared", "world", "transfers", "ring", "mail"],
-    "data": ["files", "idx", "cifar", "augment", "rows", "hdf5", "synthetic", "dataset", "sampler", "folder", "fetch"],
-    "engine": [
-        "choices",
-        "trace",
-        "tally",
-        "vector",
-        "wiring",
-        "operands",
-        "segments",
-        "state",
-        "merging",
-        "estimates",
-        "mixer",
-        "rounds",
-        "slow_momentum",
-        "calibration",
-        "exchange",
-        "gossip",
-        "feed",
-        "reading",
-        "pipeline",
-        "replicas",
-        "blocks",
-        "model_file",
-        "engine",
-        "reports",
-        "elite",
-        "checkpoint",
-    ],
-    "app": [
-        "default",
-        "mistakes",
-        "options",
-        "sections",
-        "config",
-        "setup",
-        "progress",
-        "clock",
-        "tables",
-        "memory",
-        "exchange_report",
-        "report",
-        "run_folder",
-        "resume",
-        "stop",
-        "judge",
-        "run",
-        "evaluate",
-        "commands",
-    ],
-    "speedup": [
-        "machine",
-        "modes",
-        "sides",
-        "shares",
-        "figures",
-        "analysis",
-        "report",
-        "plots",
-        "torch_network",
-        "torch_peer",
-        "runs",
-        "comparison",
-        "command",
-    ],
 }
 # Packages that only these parts of the package import.
 ONLY = {
     "mpi4py": ["comm"],
     "nccl": ["comm"],
-    "cupy": ["nn.backend", "comm.nccl"],
-    "cupyx": ["nn.backend"],
-    "pydantic": ["app"],
-    "yaml": ["app"],
-    "rich": ["app"],
-    "numba": ["nn.kernels.loop"],
+    "cupy": ["device.gpu", "comm.nccl"],
+    "cupyx": ["device.gpu"],
+    "pydantic": ["config"],
+    "yaml": ["config"],
+    "rich": ["cli"],
+    "numba": ["device.cpu.loop"],
     "torch": ["speedup.torch_network", "speedup.torch_peer"],
     "matplotlib": ["speedup.plots"],
 }
@@ -190,8 +114,8 @@ def violations(trees: dict[str, ast.Module]) -> list[str]:
                 found.append(f"{module} imports {name}; it may use the standard library only")
             if name in ONLY and not any(inside(module, place) for place in ONLY[name]):
                 found.append(f"{module} imports {name}, which only {ONLY[name]} may")
-        if folder != "app" and folder not in ENTRY_POINTS:
-            found += [f"{module} prints (line {line}); only app/ does" for line in prints(tree)]
+        if folder != "cli" and folder not in ENTRY_POINTS:
+            found += [f"{module} prints (line {line}); only cli/ does" for line in prints(tree)]
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -200,7 +124,7 @@ def violations(trees: dict[str, ast.Module]) -> list[str]:
 
 
 def out_of_order(folder: str, module: str, name: str) -> list[str]:
-    order = ORDER[folder]
+    order = ORDER.get(folder, [])
     importing, imported = ((*part.split("."), "")[1] for part in (module, name))
     if importing in order and imported in order and order.index(imported) > order.index(importing):
         return [f"{module} imports {name}, which stands after it in its folder's order"]
@@ -229,15 +153,15 @@ def test_every_folder_has_its_floor() -> None:
         ({"plan.cost": "import numpy"}, "standard library only"),
         ({"env": "def f():\n    import numpy"}, "standard library only"),
         ({"nn.model": "from nettorrent_mpi.comm import world", "comm.world": ""}, "not on a lower floor"),
-        ({"plan.cost": "from nettorrent_mpi import app", "app": ""}, "not on a lower floor"),
+        ({"plan.cost": "from nettorrent_mpi import cli", "cli": ""}, "not on a lower floor"),
         ({"data.sampler": "from nettorrent_mpi.nn.layer import Pass", "nn.layer": ""}, "not on a lower floor"),
         ({"plan.blocks": "import nettorrent_mpi.plan.cost", "plan.cost": ""}, "stands after it"),
         ({"engine.state": "from mpi4py import MPI"}, "only ['comm'] may"),
-        ({"nn.losses": "import cupy as cp"}, "only ['nn.backend', 'comm.nccl'] may"),
-        ({"nn.losses": "import yaml"}, "only ['app'] may"),
-        ({"comm.world": "print('x')"}, "only app/ does"),
+        ({"nn.losses": "import cupy as cp"}, "only ['device.gpu', 'comm.nccl'] may"),
+        ({"nn.losses": "import yaml"}, "only ['config'] may"),
+        ({"comm.world": "print('x')"}, "only cli/ does"),
         (
-            {"app.a": "from nettorrent_mpi.app.b import x", "app.b": "from nettorrent_mpi.app import a"},
+            {"cli.a": "from nettorrent_mpi.cli.b import x", "cli.b": "from nettorrent_mpi.cli import a"},
             "in a ring",
         ),
     ],
@@ -254,10 +178,10 @@ def test_what_is_allowed_is_not_told() -> None:
         "env": "import os",
         "plan.errors": "import math",
         "plan.cost": "from nettorrent_mpi.plan.errors import UserError",
-        "nn.backend": "import cupy",
+        "device.gpu": "import cupy",
         "comm.world": "from mpi4py import MPI\nfrom nettorrent_mpi import __version__",
         "engine.wiring": "from nettorrent_mpi.comm import world\nfrom nettorrent_mpi.nn import backend",
-        "app.run": "import rich\nfrom nettorrent_mpi.engine.wiring import x\nprint(x)",
-        "train": "from nettorrent_mpi import env\nfrom nettorrent_mpi.app import run\nprint(run)",
+        "cli.run": "import rich\nfrom nettorrent_mpi.engine.wiring import x\nprint(x)",
+        "train": "from nettorrent_mpi import env\nfrom nettorrent_mpi.cli import run\nprint(run)",
     }
     assert violations({name: ast.parse(source) for name, source in sources.items()}) == []

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.setup import set_up
-from nettorrent_mpi.engine import choices
+from nettorrent_mpi.cli.setup import set_up
+from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import pairing
 
 PROGRAM = Path(__file__).resolve().parent / "programs" / "random_runs.py"

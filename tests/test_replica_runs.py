@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nettorrent_mpi.engine.gossip import GROWTH
 from nettorrent_mpi.engine.model_file import read_arrays
+from nettorrent_mpi.exchange.gossip import GROWTH
 
 HERE = Path(__file__).resolve().parent
 Run = subprocess.CompletedProcess[str]

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 
-from nettorrent_mpi.app import config as configuration
+from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.plan.actions import with_loads
 from nettorrent_mpi.plan.schedule import build
 

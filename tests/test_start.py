@@ -17,7 +17,7 @@ PROGRAM = f"""
 import sys
 from nettorrent_mpi import env
 chosen = env.prepare()
-from nettorrent_mpi.app.commands import run
+from nettorrent_mpi.cli.commands import run
 from nettorrent_mpi.engine.engine import Engine
 step = Engine.step
 def told(self, n, *others):
@@ -38,12 +38,12 @@ def test_ranks_load_what_they_need(mpirun: Callable[..., subprocess.CompletedPro
 
 
 def test_a_command_loads_nothing_before_it_is_known() -> None:
-    assert not loaded("import nettorrent_mpi.train, nettorrent_mpi.app.commands") & (
+    assert not loaded("import nettorrent_mpi.train, nettorrent_mpi.cli.commands") & (
         CHECKS | NEVER | {"numpy", "mpi4py"}
     )
 
 
-@pytest.mark.parametrize("module", ["app.sections", "app.setup", "app.run", "engine.checkpoint", "data.dataset"])
+@pytest.mark.parametrize("module", ["config.sections", "cli.setup", "cli.run", "engine.checkpoint", "data.dataset"])
 def test_what_a_training_is_made_of_loads_no_checker(module: str) -> None:
     assert not loaded(f"import nettorrent_mpi.comm.offline, nettorrent_mpi.{module}") & (CHECKS | NEVER)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from nettorrent_mpi.comm.mpi import Array, Group
+from nettorrent_mpi.comm.group import Array, Group
 
 HEADER = 8  # numbers (float64) at the head of every message
 _HEAD = 8 * HEADER  # bytes

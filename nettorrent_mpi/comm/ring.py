@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mpi4py import MPI
 
-from nettorrent_mpi.comm.mpi import LARGEST_MESSAGE, Array, Group, together
+from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Array, Group, together
 from nettorrent_mpi.plan.blocks import span
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from mpi4py import MPI
 
-from nettorrent_mpi.comm.mpi import Array, Group
+from nettorrent_mpi.comm.group import Array, Group
 
 BACKING = "/dev/shm"  # where Open MPI and MPICH keep shared windows on Linux
 SPARE = 16 << 20  # bytes that are left free there for MPI's own use

@@ -19,7 +19,7 @@ mpi4py.rc.thread_level = "multiple"
 
 from mpi4py import MPI  # noqa: E402
 
-from nettorrent_mpi.comm.mpi import Group  # noqa: E402
+from nettorrent_mpi.comm.group import Group  # noqa: E402
 from nettorrent_mpi.comm.shared import free_all  # noqa: E402
 from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, UserError  # noqa: E402
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nettorrent_mpi.engine.blocks import gather
+from nettorrent_mpi.device.arrays import Array, aligned
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.gathering import gather
 from nettorrent_mpi.engine.model_file import OPTIMIZER, PARAMETERS, REPLICAS, Attribute, opened, read_block
-from nettorrent_mpi.nn.backend import Array, aligned
 from nettorrent_mpi.plan.errors import DataError
 
 if TYPE_CHECKING:

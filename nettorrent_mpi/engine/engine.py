@@ -9,36 +9,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.comm.mpi import Group
+from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.shared import node_of, share
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Allocate, Dataset, Split
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices
-from nettorrent_mpi.engine.blocks import gather
-from nettorrent_mpi.engine.exchange import Exchange
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.cpu import blas
+from nettorrent_mpi.device.cpu import choice as kernels
+from nettorrent_mpi.device.cpu.choice import Kernels
 from nettorrent_mpi.engine.feed import Feed, Once, Training
-from nettorrent_mpi.engine.gossip import Gossip
+from nettorrent_mpi.engine.gathering import gather
 from nettorrent_mpi.engine.pipeline import Pipeline
 from nettorrent_mpi.engine.replicas import Replicas
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
+from nettorrent_mpi.engine.update import Exchange
 from nettorrent_mpi.engine.wiring import Wiring
-from nettorrent_mpi.nn.backend import Array
-from nettorrent_mpi.nn.kernels import blas
-from nettorrent_mpi.nn.kernels import choice as kernels
-from nettorrent_mpi.nn.kernels.choice import Kernels
+from nettorrent_mpi.exchange.gossip import Gossip
 from nettorrent_mpi.nn.losses import check_fit, make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
-from nettorrent_mpi.nn.specs import Spec
+from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.actions import Actions, with_loads
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.cost import rows_shared
 from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
+from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream_step
 from nettorrent_mpi.plan.topology import Topology
 

@@ -10,7 +10,7 @@ import numpy as np
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Allocate, Split
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.blocks import Span
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.plan.errors import DataError
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Array, Workspace, aligned
-from nettorrent_mpi.nn.kernels.product import Product
+from nettorrent_mpi.device.arrays import Array, Workspace, aligned
+from nettorrent_mpi.device.cpu.product import Product
 from nettorrent_mpi.plan.blocks import Span
 
 

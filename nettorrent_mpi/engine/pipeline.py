@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.comm.transfers import Transfer
-from nettorrent_mpi.engine.exchange import Exchange
+from nettorrent_mpi.comm.link import Transfer
+from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.engine.feed import Batches, Feed
 from nettorrent_mpi.engine.reading import Reading
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
+from nettorrent_mpi.engine.update import Exchange
 from nettorrent_mpi.engine.wiring import Wiring
-from nettorrent_mpi.nn.backend import Array, Workspace
 from nettorrent_mpi.nn.layer import Alone, Params, Pass
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.losses import Loss

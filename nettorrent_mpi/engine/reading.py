@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.feed import Batches, Feed
 from nettorrent_mpi.engine.wiring import Wiring
-from nettorrent_mpi.nn.backend import Array
 from nettorrent_mpi.plan.blocks import Span, span
 
 

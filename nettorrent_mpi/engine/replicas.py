@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from nettorrent_mpi.engine.exchange import Exchange
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.state import State
+from nettorrent_mpi.engine.update import Exchange
 from nettorrent_mpi.engine.wiring import Wiring
-from nettorrent_mpi.nn.backend import Array
 
 TAG = 79
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.comm.mpi import Group, together
+from nettorrent_mpi.comm.group import Group, together
 from nettorrent_mpi.comm.ring import Ring, Rings
 from nettorrent_mpi.comm.shared import SharedMemory
+from nettorrent_mpi.device.arrays import Array, Workspace, aligned
 from nettorrent_mpi.engine.operands import Operands
-from nettorrent_mpi.nn.backend import Array, Workspace, aligned
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import Span, span

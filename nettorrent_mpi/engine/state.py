@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.comm.mpi import Group
+from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.ring import Rings, can_carry
 from nettorrent_mpi.comm.shared import SharedMemory, by_nodes, fits, whole_on_one_node
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.operands import Operands
 from nettorrent_mpi.engine.segments import Flat, Segment, round_up
-from nettorrent_mpi.nn.backend import Array
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer

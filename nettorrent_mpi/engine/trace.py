@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from nettorrent_mpi.comm.mpi import together
+from nettorrent_mpi.comm.group import together
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.plan.actions import Action
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.comm.mpi import Group
-from nettorrent_mpi.comm.transfers import Part, Transfer
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.link import Part, Transfer
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.nn.backend import Array, Shape, Workspace, aligned
+from nettorrent_mpi.device.arrays import Array, Shape, Workspace, aligned
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
 from nettorrent_mpi.plan.topology import Topology
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Array, DType, Workspace
-from nettorrent_mpi.nn.kernels import choice
+from nettorrent_mpi.device.arrays import Array, DType, Workspace
+from nettorrent_mpi.device.cpu import choice
 from nettorrent_mpi.nn.layer import Pass
 from nettorrent_mpi.nn.layers.sequence import Sequence
 from nettorrent_mpi.nn.losses import Loss

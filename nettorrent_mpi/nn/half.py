@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.device.arrays import Array, Workspace
 
 _EXPONENT_32, _SIGN_32 = 0x7F800000, -1 << 31
 _EXPONENT_16, _SIGN_16, _MAGNITUDE_16 = 0x7C00, 0x8000, 0x7FFF

@@ -11,7 +11,7 @@ from math import sqrt
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Array
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.random import generator
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from nettorrent_mpi.nn.backend import Array, Shape, Workspace
+from nettorrent_mpi.device.arrays import Array, Shape, Workspace
 from nettorrent_mpi.plan.blocks import Span, span
 
 NO_ROWS = Span(0, 0)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Array, DType, Shape, Workspace
-from nettorrent_mpi.nn.kernels import passes
-from nettorrent_mpi.nn.kernels.loop import compiled
-from nettorrent_mpi.nn.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
+from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace
+from nettorrent_mpi.device.cpu import passes
+from nettorrent_mpi.device.cpu.loop import compiled
 from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
+from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
 
 FEW = 64  # outputs, up to which a compiled loop, which takes one exponential at a time, beats NumPy
 UNKNOWN = -1  # LossResult.correct where right and wrong are not defined

@@ -7,14 +7,14 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Shape
+from nettorrent_mpi.device.arrays import Shape
 from nettorrent_mpi.nn.layer import Features, Layer
 from nettorrent_mpi.nn.layers import Gather
 from nettorrent_mpi.nn.layers.norm import BatchNorm as BatchNormLayer
 from nettorrent_mpi.nn.layers.residual import Residual
 from nettorrent_mpi.nn.layers.sequence import Sequence, has_weights, named
-from nettorrent_mpi.nn.specs import BatchNorm, Flatten, LayerSpec, flat
 from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.specs import BatchNorm, Flatten, LayerSpec, flat
 from nettorrent_mpi.plan.topology import LayerFacts
 
 

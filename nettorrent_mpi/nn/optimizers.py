@@ -19,11 +19,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Array, DType, aligned
-from nettorrent_mpi.nn.kernels import updates
-from nettorrent_mpi.nn.kernels.loop import compiled
-from nettorrent_mpi.nn.specs import Adagrad, Adam, AdamW, Rmsprop, Sgd, Spec
+from nettorrent_mpi.device.arrays import Array, DType, aligned
+from nettorrent_mpi.device.cpu import updates
+from nettorrent_mpi.device.cpu.loop import compiled
 from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.specs import Adagrad, Adam, AdamW, Rmsprop, Sgd, Spec
 
 State: TypeAlias = dict[str, Array]  # name -> flat array, as long as the parameters
 Rule: TypeAlias = Callable[[Array, Array, Sequence[Array], Array], None]  # (params, grads, states, work) of one block

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.kernels import passes
-from nettorrent_mpi.nn.kernels.loop import compiled
+from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.cpu import passes
+from nettorrent_mpi.device.cpu.loop import compiled
 from nettorrent_mpi.nn.layer import Features
 from nettorrent_mpi.plan import seeds
 from nettorrent_mpi.plan.blocks import Span

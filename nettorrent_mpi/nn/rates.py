@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from nettorrent_mpi.nn.specs import Constant, Cosine, Exponential, Spec, Step
 from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.specs import Constant, Cosine, Exponential, Spec, Step
 
 
 def make_rate(spec: Spec, lr: float, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:

@@ -14,10 +14,10 @@ from typing import Any
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.clock import WARM_UP
-from nettorrent_mpi.app.sections import Config
-from nettorrent_mpi.app.setup import Setup
+from nettorrent_mpi.cli.clock import WARM_UP
+from nettorrent_mpi.cli.setup import Setup
+from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.plan.errors import ChildError, ConfigError, LaunchError, NetTorrentError, OutputError
 from nettorrent_mpi.speedup import machine, modes, sides
 from nettorrent_mpi.speedup.comparison import Comparison, tell

@@ -12,10 +12,10 @@ from typing import Any
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.clock import WARM_UP
-from nettorrent_mpi.app.run_folder import write_whole, written
-from nettorrent_mpi.app.sections import Config
+from nettorrent_mpi.cli.clock import WARM_UP
+from nettorrent_mpi.cli.run_folder import write_whole, written
+from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup import modes, runs, shares, sides
 from nettorrent_mpi.speedup.machine import Launcher

@@ -10,13 +10,13 @@ from typing import Any
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.options import plain as plain_of
-from nettorrent_mpi.app.sections import Config
-from nettorrent_mpi.app.setup import Setup, set_up
-from nettorrent_mpi.engine.choices import Async, Elite, Gossip
+from nettorrent_mpi.cli.setup import Setup, set_up
+from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.config.options import plain as plain_of
+from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError, UserError
+from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
 from nettorrent_mpi.plan.topology import LayerFacts, partition
 
 APART = ("async", "gossip", "elite")  # modes whose weights are not those of one rank

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.layers.sequence import named
+from nettorrent_mpi.plan import specs
 
 Array = npt.NDArray[Any]
 

@@ -26,8 +26,8 @@ from torch.multiprocessing.spawn import spawn
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.app.setup import Setup, set_up
+from nettorrent_mpi.cli.setup import Setup, set_up
+from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Split, private
 from nettorrent_mpi.nn.initial import initial_value

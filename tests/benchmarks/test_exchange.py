@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nettorrent_mpi.app import config
-from nettorrent_mpi.engine import choices
-from nettorrent_mpi.nn import specs
+from nettorrent_mpi.config import reading as config
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan import specs
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package

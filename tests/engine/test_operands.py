@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.engine.operands import Operands
-from nettorrent_mpi.nn.backend import Workspace
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.cost import in_parts
 

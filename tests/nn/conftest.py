@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nettorrent_mpi.nn import specs
-from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Alone, Features, Pass
 from nettorrent_mpi.nn.layers import Gather, Sequence
 from nettorrent_mpi.nn.layers.sequence import named
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import Span, span
 
 

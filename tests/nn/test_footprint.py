@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.footprint import Footprint, footprint
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan import specs
 
 IMAGES = Network(
     (

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nettorrent_mpi.nn import specs as s
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Features, Parameter
 from nettorrent_mpi.nn.layers import Sequence
 from nettorrent_mpi.nn.layers.sequence import named
+from nettorrent_mpi.plan import specs as s
 
 VARIANCES = {"he": 2 / 300, "glorot": 2 / 800, "lecun": 1 / 300}
 

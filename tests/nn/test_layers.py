@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from nettorrent_mpi.nn import specs as s
-from nettorrent_mpi.nn.backend import Workspace
+from nettorrent_mpi.device.arrays import Workspace
+from nettorrent_mpi.plan import specs as s
 
 IMAGE = (7, 6, 3)
 BLOCK = s.Residual(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nettorrent_mpi.nn import specs as s
 from nettorrent_mpi.nn.layer import Features
 from nettorrent_mpi.nn.layers import Sequence
 from nettorrent_mpi.nn.layers.sequence import named
+from nettorrent_mpi.plan import specs as s
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 
 IMAGE = (6, 5, 3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nettorrent_mpi.nn import specs as s
-from nettorrent_mpi.nn.backend import Workspace
+from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.nn.layers.activations import normal_cdf
+from nettorrent_mpi.plan import specs as s
 
 
 @pytest.mark.parametrize("spec", [s.Relu(), s.LeakyRelu(), s.Sigmoid(), s.Tanh(), s.Gelu(), s.MaxPool2d(2)])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nettorrent_mpi.nn import specs as s
 from nettorrent_mpi.nn.layer import Features
 from nettorrent_mpi.nn.layers import Gather, Sequence
 from nettorrent_mpi.nn.layers.sequence import named
+from nettorrent_mpi.plan import specs as s
 
 RESNET = s.Residual(
     layers=(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nettorrent_mpi.nn import specs as s
+from nettorrent_mpi.plan import specs as s
 
 torch = pytest.importorskip("torch")
 

@@ -8,10 +8,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.nn.losses import UNKNOWN, check_fit, make_loss
-from nettorrent_mpi.nn.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
 from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
+from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
 
 ROWS = 7
 SMOOTHED = CrossEntropy(label_smoothing=0.1)

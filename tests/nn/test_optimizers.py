@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nettorrent_mpi.nn.backend import Array
-from nettorrent_mpi.nn.kernels import choice
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.cpu import choice
 from nettorrent_mpi.nn.optimizers import BLOCK_BYTES, clip_scale, make_optimizer, sum_of_squares
-from nettorrent_mpi.nn.specs import Adagrad, Adam, AdamW, Rmsprop, Sgd, Spec
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.specs import Adagrad, Adam, AdamW, Rmsprop, Sgd, Spec
 
 SPECS: list[Spec] = [
     Sgd(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nettorrent_mpi.nn.backend import Workspace
+from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.nn.layer import Features
 from nettorrent_mpi.nn.random import generator, keep_mask, place_codes
 from nettorrent_mpi.plan import seeds

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nettorrent_mpi.nn.rates import make_rate
-from nettorrent_mpi.nn.specs import Constant, Cosine, Exponential, Spec, Step
 from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.specs import Constant, Cosine, Exponential, Spec, Step
 
 
 @pytest.mark.parametrize(

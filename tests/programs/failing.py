@@ -19,16 +19,17 @@ env.prepare()
 from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.__main__ import main  # noqa: E402
-from nettorrent_mpi.app import run, setup  # noqa: E402
-from nettorrent_mpi.engine import checkpoint, gossip  # noqa: E402
+from nettorrent_mpi.cli import run, setup  # noqa: E402
+from nettorrent_mpi.engine import checkpoint  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
-from nettorrent_mpi.engine.exchange import Exchange  # noqa: E402
-from nettorrent_mpi.engine.gossip import Gossip  # noqa: E402
-from nettorrent_mpi.engine.mixer import Mixer  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
 from nettorrent_mpi.engine.replicas import Replicas  # noqa: E402
 from nettorrent_mpi.engine.reports import Reports  # noqa: E402
-from nettorrent_mpi.engine.rounds import Rounds  # noqa: E402
+from nettorrent_mpi.engine.update import Exchange  # noqa: E402
+from nettorrent_mpi.exchange import gossip  # noqa: E402
+from nettorrent_mpi.exchange.gossip import Gossip  # noqa: E402
+from nettorrent_mpi.exchange.mixer import Mixer  # noqa: E402
+from nettorrent_mpi.exchange.rounds import Rounds  # noqa: E402
 
 PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "setup": (run, "set_up", 1),

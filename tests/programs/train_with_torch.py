@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from nettorrent_mpi.app import config as configuration
-from nettorrent_mpi.nn.specs import Spec
+from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.speedup.torch_network import TorchNetwork, loss_of, make_optimizer
 
 

@@ -20,15 +20,16 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices, state
+from nettorrent_mpi.device.arrays import Workspace
+from nettorrent_mpi.engine import state
 from nettorrent_mpi.engine.engine import Engine, Options
-from nettorrent_mpi.nn import specs
-from nettorrent_mpi.nn.backend import Workspace
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Pass
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.stream import versions
 from nettorrent_mpi.plan.topology import Stage, Topology

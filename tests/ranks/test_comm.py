@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from nettorrent_mpi.comm import mpi, shared, world
+from nettorrent_mpi.comm import group as mpi
+from nettorrent_mpi.comm import shared, world
+from nettorrent_mpi.comm.link import Part, Transfer
 from nettorrent_mpi.comm.shared import SharedMemory, fits, node_of, share, whole_on_one_node
-from nettorrent_mpi.comm.transfers import Part, Transfer
 from nettorrent_mpi.comm.world import AgreedError, World
+from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.engine.wiring import WiredTeam
-from nettorrent_mpi.nn.backend import Workspace
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
 from nettorrent_mpi.plan.errors import ConfigError, DataError, LaunchError
 

@@ -12,12 +12,12 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices
-from nettorrent_mpi.engine.elite import compare, steps_between, takes
 from nettorrent_mpi.engine.engine import Engine, Options, Scores
 from nettorrent_mpi.engine.reports import best_of
-from nettorrent_mpi.nn import specs
+from nettorrent_mpi.exchange.elite import compare, steps_between, takes
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.pairing import make_pairing
 from nettorrent_mpi.plan.topology import Stage, Topology
 

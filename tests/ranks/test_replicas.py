@@ -18,15 +18,15 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Dataset, Split, open_dataset
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices
+from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.engine.engine import Engine, Options
-from nettorrent_mpi.nn import specs
-from nettorrent_mpi.nn.backend import Array, Workspace
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Pass
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import clip_scale, make_optimizer
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.topology import Place, Stage, Topology
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank

@@ -15,11 +15,12 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices, reports
+from nettorrent_mpi.engine import reports
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.engine.reports import Report, Reports
-from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank

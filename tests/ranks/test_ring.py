@@ -14,7 +14,7 @@ import pytest
 from mpi4py import MPI
 
 from nettorrent_mpi.comm import shared
-from nettorrent_mpi.comm.mpi import Array, Group
+from nettorrent_mpi.comm.group import Array, Group
 from nettorrent_mpi.comm.ring import Ring, Rings, Way, can_carry
 from nettorrent_mpi.comm.shared import by_nodes
 from nettorrent_mpi.comm.world import World
@@ -24,9 +24,9 @@ from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine import checkpoint, segments, state
 from nettorrent_mpi.engine.engine import Engine, Options
 from nettorrent_mpi.engine.model_file import write_arrays
-from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.layers.linear import Linear
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank

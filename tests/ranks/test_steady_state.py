@@ -16,10 +16,10 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import choices
 from nettorrent_mpi.engine.engine import Engine, Options
-from nettorrent_mpi.nn import specs
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout
 
 SIZE = MPI.COMM_WORLD.size

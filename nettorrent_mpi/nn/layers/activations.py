@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.nn import specs
-from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.kernels import passes
-from nettorrent_mpi.nn.kernels.loop import compiled
-from nettorrent_mpi.nn.kernels.memory import blocks
+from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.cpu import passes
+from nettorrent_mpi.device.cpu.blocking import blocks
+from nettorrent_mpi.device.cpu.loop import compiled
 from nettorrent_mpi.nn.layer import Layer, Params, Pass
 from nettorrent_mpi.nn.layers.registry import Site, makes
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.errors import ConfigError
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from math import prod
 
-from nettorrent_mpi.nn import specs
-from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.kernels.convolution import Convolution
-from nettorrent_mpi.nn.kernels.memory import gradient
-from nettorrent_mpi.nn.kernels.way import Geometry
-from nettorrent_mpi.nn.kernels.windows import places
+from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.cpu.blocking import gradient
+from nettorrent_mpi.device.cpu.convolution import Convolution
+from nettorrent_mpi.device.cpu.way import Geometry
+from nettorrent_mpi.device.cpu.windows import places
 from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
 from nettorrent_mpi.nn.layers.linear import add_bias_gradient
 from nettorrent_mpi.nn.layers.registry import Site, makes
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import span
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from nettorrent_mpi.nn import specs
-from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.kernels.memory import gradient
+from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.cpu.blocking import gradient
 from nettorrent_mpi.nn.layer import Features, Layer, Params, Pass
 from nettorrent_mpi.nn.layers.registry import Site, makes
+from nettorrent_mpi.plan import specs
 
 
 @makes(specs.Flatten)

@@ -6,12 +6,12 @@ from math import prod
 
 import numpy as np
 
-from nettorrent_mpi.nn import specs
-from nettorrent_mpi.nn.backend import Array, Workspace
-from nettorrent_mpi.nn.kernels.memory import gradient, sum_rows
-from nettorrent_mpi.nn.kernels.product import Product
+from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.cpu.blocking import gradient, sum_rows
+from nettorrent_mpi.device.cpu.product import Product
 from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
 from nettorrent_mpi.nn.layers.registry import Site, makes
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ShapeError
 

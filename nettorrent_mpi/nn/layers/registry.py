@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nettorrent_mpi.nn.layer import Features, Layer
-from nettorrent_mpi.nn.specs import LayerSpec
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError
+from nettorrent_mpi.plan.specs import LayerSpec
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.nn import specs
-from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.nn.layer import Features, Layer, Params, Pass
 from nettorrent_mpi.nn.layers.registry import Site, makes
 from nettorrent_mpi.nn.layers.sequence import Sequence, has_weights, named
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
-from nettorrent_mpi.nn import specs
-from nettorrent_mpi.nn.backend import Array, Workspace
+from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.nn.layer import Features, Layer, Operands, Parameter, Params, Pass
 from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.registry import make
+from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.errors import ConfigError
 
 

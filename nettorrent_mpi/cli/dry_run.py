@@ -1,0 +1,273 @@
+"""What `--dry-run` prints: who does what, when, how fast that is predicted to be, and the memory it takes.
+
+Plain text of at most WIDTH columns, the same on a terminal and in a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from nettorrent_mpi.cli.exchange_report import exchange_block, stream_block
+from nettorrent_mpi.cli.tables import MOST_LINES, WIDTH, aligned, wrapped
+from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.checker import check
+from nettorrent_mpi.plan.cost import predict
+from nettorrent_mpi.plan.memory import Memory
+from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, build, peak_stored, table
+from nettorrent_mpi.plan.stream import window_steps
+from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
+
+if TYPE_CHECKING:  # a report needs neither engine nor MPI
+    from nettorrent_mpi.cli.setup import Setup
+
+
+def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None = None) -> str:
+    """Everything there is to say about a run before it starts; `memory` is that of each stage's largest rank, `hosts`
+    names each rank's node where it is known.
+
+    Raises ScheduleError if the schedule could wait for ever, which would be a fault of this package.
+    """
+    config, topology, facts = setup.config, setup.topology, setup.network.facts
+    train = config.train
+    micro_batches = setup.options.micro_batches
+    lists = build(config.pipeline.kind, len(topology.stages), micro_batches, clip=train.clip_norm is not None)
+    check(topology, lists)
+    steps = train.steps if train.steps is not None else (train.epochs or 1) * setup.sampler.steps_per_epoch
+    parameters = sum(layer.parameters for layer in facts)
+    rows, epoch = setup.dataset.train.rows, setup.sampler.steps_per_epoch
+    operations = sum(layer.operations for layer in facts) / 1e6
+    head = [
+        f"data      {config.data.name}: {rows:,} training rows, {epoch:,} steps an epoch, {steps:,} steps in all",
+        f"network   {len(facts)} weight layers, {parameters:,} parameters, {operations:,.1f} million operations a row",
+        f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
+        *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
+    ]
+    letters = "F forward, B backward"
+    if config.pipeline.kind in STREAMS:
+        whole = window_steps(len(topology.stages), micro_batches)
+        letters += f", U update; {whole} mini-batches up to a drain" if whole > 1 else ", U update"
+    proof = f"{config.pipeline.kind}: {letters}; played for all {topology.size} ranks: no deadlock"
+    blocks = [
+        "\n".join(head),
+        "LAYOUT\n" + layout_table(topology, facts, train.batch_size, micro_batches, hosts),
+        f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline.kind, len(topology.stages), micro_batches),
+        "STAGES\n" + stages_table(setup),
+        "MEMORY (MB of each stage's largest rank)\n" + memory_table(memory),
+        stream_block(setup),
+        exchange_block(setup),
+    ]
+    return "\n\n".join(block for block in blocks if block is not None) + "\n"
+
+
+def layout_table(
+    topology: Topology,
+    facts: Sequence[LayerFacts],
+    batch_size: int,
+    micro_batches: int,
+    hosts: Sequence[str] | None = None,
+) -> str:
+    """One line per rank; where these are too many, one per row of a team, per team, or per stage of all replicas."""
+    share = _Shares(topology, facts, batch_size, micro_batches)
+    ranks = range(topology.size)
+    place = topology.place
+    foldings: list[Callable[[int], tuple[int, ...]]] = [
+        lambda rank: (rank,),
+        lambda rank: (place(rank).replica, place(rank).stage, place(rank).row),
+        lambda rank: (place(rank).replica, place(rank).stage),
+        lambda rank: (place(rank).stage,),
+    ]
+    groups: list[list[int]] = []
+    for fold in foldings:
+        folded: dict[tuple[int, ...], list[int]] = {}
+        for rank in ranks:
+            folded.setdefault(fold(rank), []).append(rank)
+        groups = list(folded.values())
+        if len(groups) <= MOST_LINES:
+            break
+    header = ["rank", "node", "replica", "stage", "layers", "row", "col", "parameters", "share of cost"]
+    rows = []
+    for group in groups[:MOST_LINES]:
+        places = [place(rank) for rank in group]
+        stage = topology.stages[places[0].stage]
+        rows.append([
+            _ranges(group),
+            _nodes(hosts, group),
+            _ranges(p.replica for p in places),
+            str(places[0].stage),
+            layers(stage, facts),
+            _ranges(p.row for p in places),
+            _ranges(p.col for p in places),
+            _spread([share.parameters(stage, p.col) for p in places]),
+            _percents([share.cost(rank) for rank in group]),
+        ])  # fmt: skip
+    if hosts is None:
+        header.pop(1)
+        rows = [[row[0], *row[2:]] for row in rows]
+    text = aligned(header, rows, left=("node", "layers"))
+    if len(groups) > MOST_LINES:
+        text += f"\n... and {len(groups) - MOST_LINES} more stages"
+    idle = sum(share.cost(rank) == 0 for rank in ranks)
+    if idle:
+        text += f"\n{idle} of the {topology.size} ranks have nothing to do: a micro-batch has too few rows for them"
+    return text
+
+
+class _Shares:
+    """What each rank has of the parameters and of the operations of a step."""
+
+    def __init__(self, topology: Topology, facts: Sequence[LayerFacts], batch_size: int, micro_batches: int):
+        self._topology, self._facts = topology, facts
+        self._batch_size, self._micro_batches = batch_size, micro_batches
+        self._total = sum(layer.operations for layer in facts) or 1.0
+        self._known: dict[tuple[int, int, int], float] = {}
+
+    def parameters(self, stage: Stage, col: int) -> int:
+        return round(sum(w.parameters * self._part(w, stage, col) for w in self._facts[stage.first : stage.stop]))
+
+    def cost(self, rank: int) -> float:
+        """Between 0 and 1; all ranks together have 1."""
+        place = self._topology.place(rank)
+        stage = self._topology.stages[place.stage]
+        key = place[:3]
+        if key not in self._known:
+            cuts = range(self._micro_batches)
+            args = (place, self._batch_size, self._micro_batches)
+            self._known[key] = sum(self._topology.batch_rows(*args, m).size for m in cuts) / self._batch_size
+        work = sum(w.operations * self._part(w, stage, place.col) for w in self._facts[stage.first : stage.stop])
+        return self._known[key] * work / self._total
+
+    def _part(self, layer: LayerFacts, stage: Stage, col: int) -> float:
+        return span(layer.units, stage.cols, col).size / layer.units
+
+
+def schedule_table(pipeline: str, stages: int, micro_batches: int) -> str:
+    """plan.schedule's table, cut into pieces that fit the width; of a very long one only the beginning."""
+    lines = table(build(pipeline, stages, micro_batches)).splitlines()
+    label = len(f"stage {stages - 1}")
+    steps = len(lines[0][label:].split())
+    cell = (len(lines[0]) - label) // steps
+    fitting = (WIDTH - label) // cell
+    shown = lines[: MOST_LINES + 1]
+    pieces = []
+    for first in range(0, min(steps, 4 * fitting), fitting):
+        cut = slice(label + first * cell, label + (first + fitting) * cell)
+        pieces.append("\n".join((line[:label] + line[cut]).rstrip() for line in shown))
+    more = []
+    if steps > 4 * fitting:
+        more.append(f"{steps - 4 * fitting} more time steps")
+    if len(lines) > len(shown):
+        more.append(f"{len(lines) - len(shown)} more stages")
+    return "\n\n".join(pieces) + (f"\n... and {', '.join(more)}" if more else "")
+
+
+def stages_table(setup: Setup) -> str:
+    """What each stage costs: predicted seconds of a step, micro-batches stored at once."""
+    config, topology, facts = setup.config, setup.topology, setup.network.facts
+    train = config.train
+    micro_batches = setup.options.micro_batches
+    step = predict(topology, facts, train.batch_size, micro_batches, config.pipeline.kind, exact=config.exact)
+    header = [
+        "stage",
+        "layers",
+        "ranks",
+        "replicas",
+        "rows",
+        "cols",
+        "parameters",
+        "cost",
+        "stored",
+        "compute",
+        "messages",
+    ]
+    total = sum(layer.operations for layer in facts) or 1.0
+    rows = []
+    lists = PIPELINES[config.pipeline.kind](len(topology.stages), micro_batches)
+    for s, stage in enumerate(topology.stages[:MOST_LINES]):
+        held = facts[stage.first : stage.stop]
+        rows.append([
+            str(s),
+            layers(stage, facts),
+            str(stage.size * topology.replicas),
+            str(topology.replicas),
+            str(stage.rows),
+            str(stage.cols),
+            f"{sum(layer.parameters for layer in held):,}",
+            f"{100 * sum(layer.operations for layer in held) / total:.1f} %",
+            str(peak_stored(lists[s])),
+            f"{1e3 * step.compute[s]:.3g} ms",
+            f"{1e3 * step.communication[s]:.3g} ms",
+        ])  # fmt: skip
+    lines = [aligned(header, rows, left=("layers",))]
+    if len(topology.stages) > MOST_LINES:
+        lines.append(f"... and {len(topology.stages) - MOST_LINES} more stages")
+    speed, waiting = train.batch_size / step.seconds, 100 * max(step.bubble, 0.0)
+    lines += [
+        f"predicted step: {1e3 * step.seconds:.3g} ms, {speed:,.0f} samples/s, {waiting:.0f} % of the time waiting",
+        "stored: micro-batches kept at once for backward",
+    ]
+    return "\n".join(lines)
+
+
+def memory_table(memory: Sequence[Memory]) -> str:
+    """A line for each stage; what nothing is needed for has no column."""
+    names = [field.name for field in fields(Memory) if any(getattr(each, field.name) for each in memory)]
+    rows = [
+        [str(s), *(_megabytes(getattr(each, name)) for name in names), _megabytes(each.total)]
+        for s, each in enumerate(memory[:MOST_LINES])
+    ]
+    lines = [aligned(["stage", *names, "total"], rows)]
+    if len(memory) > MOST_LINES:
+        lines.append(f"... and {len(memory) - MOST_LINES} more stages")
+    lines += wrapped(
+        "",
+        "layers: what they keep for backward and work with. rows: of the data set; the ranks of a node share them, and "
+        "each counts those it has touched. files: rank 0 gathers whole arrays to write them. "
+        "libraries: Python, NumPy, MPI",
+    )
+    return "\n".join(lines)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}" if size < 99.95e6 else f"{size / 1e6:,.0f}"
+
+
+def layers(stage: Stage, facts: Sequence[LayerFacts]) -> str:
+    """The weight layers of a stage, shortened."""
+    first, last = facts[stage.first].name, facts[stage.stop - 1].name
+    name = first if stage.layers == 1 else f"{first}..{last}"
+    return name if len(name) <= 28 else name[:25] + "..."
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """12-31 for neighbours; of many separate ranges the first and how many more."""
+    ordered = sorted(set(numbers))
+    found: list[list[int]] = []
+    for n in ordered:
+        if found and n == found[-1][1] + 1:
+            found[-1][1] = n
+        else:
+            found.append([n, n])
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in found]
+    return ",".join(texts[:2]) + (f" +{len(texts) - 2} more" if len(texts) > 2 else "")
+
+
+def _nodes(hosts: Sequence[str] | None, ranks: Sequence[int]) -> str:
+    if hosts is None:
+        return ""
+    names = list(dict.fromkeys(hosts[rank].split(".")[0][:16] for rank in ranks))
+    return names[0] + (f" +{len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _spread(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def _percents(shares: Sequence[float]) -> str:
+    """Of one rank; of several, each one's and the sum."""
+    low, high = f"{100 * min(shares):.2f}", f"{100 * max(shares):.2f}"
+    if len(shares) == 1:
+        return f"{low} %"
+    return f"{len(shares)} x {low if low == high else f'{low}-{high}'} %"

@@ -1,0 +1,179 @@
+"""The memory that a run takes: what a dry run predicts, and what a run's summary holds against the measured peak."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from nettorrent_mpi.cli.setup import Setup
+from nettorrent_mpi.comm.mail import SPARE
+from nettorrent_mpi.device.cpu import choice
+from nettorrent_mpi.device.cpu.onednn import library
+from nettorrent_mpi.engine.engine import Options
+from nettorrent_mpi.exchange.compression import make_codec
+from nettorrent_mpi.exchange.gossip import withholding
+from nettorrent_mpi.exchange.rounds import LARGEST, receives
+from nettorrent_mpi.nn.footprint import Footprint, footprint
+from nettorrent_mpi.nn.losses import make_loss
+from nettorrent_mpi.nn.optimizers import make_optimizer
+from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, rows_shared, sharers_of
+from nettorrent_mpi.plan.exchange_specs import Gossip, PushSum, TopK, Whole
+from nettorrent_mpi.plan.memory import Memory, memory
+from nettorrent_mpi.plan.pairing import Pairing, make_pairing
+
+FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
+NUMBA, ONEDNN = 117_000_000, 21_000_000  # bytes that they take when they are loaded: versions 0.68 and 3.2
+_INDEX = 8  # bytes of a row's number, and of a label
+
+
+class Libraries(NamedTuple):
+    """Bytes that a process has before it holds anything of the run: of rank 0, which has read the configuration and
+    loaded what checks it, and of the others."""
+
+    first: int
+    others: int
+
+
+def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
+    """What the largest rank of each stage is going to hold at most. Stage 0 has rank 0, which writes the files.
+
+    Lets the layers of every stage work on a few rows (nn.footprint), so it is for a dry run, or a run's end.
+    """
+    config, topology, facts, options = setup.config, setup.topology, setup.network.facts, setup.options
+    itemsize, states = np.dtype(config.dtype).itemsize, len(make_optimizer(options.optimizer).states)
+    rows = most_rows(options.batch_size, options.micro_batches, topology.replicas)
+    found = memory(
+        topology,
+        facts,
+        options.batch_size,
+        options.micro_batches,
+        config.pipeline.kind,
+        _layers(setup, rows),
+        states=states,
+        itemsize=itemsize,
+        exact=config.exact,
+    )
+    kernels = _kernels(options)
+    result = []
+    for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
+        own = round(parameters_of(facts[stage.first : stage.stop], stage.cols)) * itemsize
+        # A checkpoint puts one state of the optimizer after the other together, on every rank.
+        blocks = own if states else 0
+        result.append(
+            replace(
+                part,
+                rows=_rows(setup, s, -(-rows // stage.rows)),
+                exchange=_exchange(setup, -(-own // itemsize // stage.rows), states),
+                files=blocks + (FILES + _gathered(setup, states) if s == 0 else 0),
+                libraries=kernels + (libraries.first if s == 0 else libraries.others),
+            )
+        )
+    return result
+
+
+def _kernels(options: Options) -> int:
+    """What makes kernels faster is loaded with the first step."""
+    if options.kernels == "numpy":
+        return 0
+    onednn = np.dtype(options.dtype) == np.float32 and library() is not None
+    return NUMBA * choice.installed("numba") + ONEDNN * onednn
+
+
+def _layers(setup: Setup, rows: int) -> list[Footprint]:
+    """Of each stage's layers, with the most rows that a rank has of a micro-batch."""
+    network, topology, options = setup.network, setup.topology, setup.options
+
+    together = rows_shared(topology, options.batch_size, setup.config.exact)
+
+    @cache  # teams of a wide layout are often alike
+    def of(first: int, stop: int, cols: int, here: int, sharers: int) -> Footprint:
+        loss = make_loss(options.loss) if stop == network.weight_layers else None
+        layers = network.stage(first, stop, cols, 0)
+        elsewhere = [key for key, p in layers.matrices if in_parts(together, sharers, p.local[0], p.local[1])]
+        return footprint(
+            layers,
+            here,
+            options.dtype,
+            cols=cols,
+            accumulate=options.micro_batches > 1,
+            loss=loss,
+            labels=setup.dataset.classes is not None,
+            elsewhere=elsewhere,
+        )
+
+    return [
+        of(stage.first, stage.stop, stage.cols, -(-rows // stage.rows), sharers_of(topology, stage, setup.config.exact))
+        for stage in topology.stages
+    ]
+
+
+def _rows(setup: Setup, stage: int, here: int) -> int:
+    """The first stage holds all inputs (the ranks of a node share them, and one of them has read all), the last one all
+    targets, and both the order of two epochs, which meet where one turns into the next."""
+    dataset, sampler = setup.dataset, setup.sampler
+    splits = [split for split in (dataset.train, dataset.test) if split is not None]
+    first, last = stage == 0, stage == len(setup.topology.stages) - 1
+    held = _INDEX * (len(sampler.training_rows) * (3 if first or last else 1) + len(sampler.validation_rows))
+    row = int(np.prod(dataset.shape)) * dataset.train.dtype.itemsize
+    if first:
+        held += row * (sum(split.rows for split in splits) + here * (2 if setup.options.augment else 1))
+    if last:
+        outputs = int(np.prod(setup.network.output_shape)) * np.dtype(setup.config.dtype).itemsize
+        held += (_INDEX if dataset.classes is not None else outputs) * sum(split.rows for split in splits)
+    return held
+
+
+def _gathered(setup: Setup, states: int) -> int:
+    """What rank 0 gathers of the network for a checkpoint: parameters and all that is remembered of each; of replicas
+    that differ every one, and their average."""
+    config, replicas = setup.config, setup.topology.replicas
+    arrays = 1 + states
+    if isinstance(config.exchange, Gossip):
+        arrays += 2 * (config.exchange.slow_momentum > 0) + isinstance(config.exchange.mix, PushSum)
+    networks = 1 if config.exact or replicas == 1 else replicas + 1
+    parameters = sum(layer.parameters for layer in setup.network.facts)
+    return networks * arrays * parameters * np.dtype(config.dtype).itemsize
+
+
+def _exchange(setup: Setup, elements: int, states: int) -> int:
+    """What a rank that owns `elements` of a replica's parameters holds for the exchange with others that differ."""
+    config, replicas = setup.config, setup.topology.replicas
+    if config.exact or replicas == 1:
+        return 0
+    array = elements * np.dtype(config.dtype).itemsize
+    if not isinstance(config.exchange, Gossip):
+        return array  # its own parameters, while another replica's or the average is evaluated
+    gossip = config.exchange
+    pairing = make_pairing(gossip.pairing, replicas, config.seed)
+    parts = 1 if gossip.part == "auto" else round(1 / gossip.part)  # auto: all, where the links can bear it
+    withheld = withholding(gossip, replicas, parts) > 0
+    arrays = 1 + withheld + 2 * (gossip.slow_momentum > 0)
+    if not isinstance(gossip.compress, Whole):
+        arrays += 2 + 2 * len(_partners(pairing, 0))
+    letters = SPARE + max(receives(pairing, me) for me in range(replicas))
+    return array * arrays + letters * _letter(setup, gossip, elements, parts, states)
+
+
+def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int) -> int:
+    """Bytes of one message."""
+    dtype = np.dtype(setup.config.dtype)
+
+    def length(count: int) -> int:
+        if isinstance(gossip.compress, Whole):
+            return count * dtype.itemsize * (1 + (states if "optimizer" in gossip.average else 0))
+        fraction = gossip.compress.fraction if isinstance(gossip.compress, TopK) else None
+        return make_codec(gossip.compress.kind, fraction).bytes(count, dtype)
+
+    parts = min(max(parts, -(-length(elements) // LARGEST)), max(elements, 1))
+    return length(span(elements, parts, 0).size)
+
+
+def _partners(pairing: Pairing, me: int) -> set[int]:
+    """Everyone that a replica exchanges with. Not for partners that are drawn."""
+    rounds = range(pairing.period or 1)
+    met = [pair for number in rounds for pair in (*pairing.receives(number, me), *pairing.sends(number, me))]
+    return {other for other, _ in met}

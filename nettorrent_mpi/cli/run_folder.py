@@ -1,0 +1,158 @@
+"""The run folder: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json, checkpoints/. Rank 0 writes it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine.checkpoint import file_name
+from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
+from nettorrent_mpi.plan.errors import OutputError
+from nettorrent_mpi.plan.specs import to_plain
+
+OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
+KEPT = 2  # checkpoints: the last one, and the one before for the case that the last cannot be read
+
+
+class RunFolder:
+    """One run's folder. Whatever cannot be written is an OutputError that names the file and the remedy."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self._metrics: TextIO | None = None
+
+    def check(self, overwrite: bool) -> None:
+        """OutputError if the folder holds another run's results, or cannot be a folder at all."""
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path} is a file, not a folder; choose another with --output DIR")
+        there = [name for name in (*OURS, "checkpoints") if (self.path / name).exists()]
+        if there and not overwrite:
+            raise OutputError(
+                f"{self.path} holds another run's results ({', '.join(there)}); "
+                "choose another folder with --output DIR, replace them with --overwrite, or go on with --resume"
+            )
+
+    def create(self, config: str, after: int | None = None) -> None:
+        """Make the folder, write config.yaml and open metrics.jsonl.
+
+        A new run removes an earlier one's files; one that goes on after step `after` keeps them, and of metrics.jsonl
+        what was told up to that step.
+        """
+
+        def body() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            metrics = self.path / "metrics.jsonl"
+            told = metrics.read_text().splitlines(keepends=True) if after is not None and metrics.exists() else []
+            for name in OURS:
+                (self.path / name).unlink(missing_ok=True)
+            if after is None and (self.path / "checkpoints").is_dir():
+                for path in (self.path / "checkpoints").glob("step-*.h5"):
+                    path.unlink()
+                shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+            (self.path / "config.yaml").write_text(config)
+            self._metrics = metrics.open("w", buffering=1)
+            self._metrics.writelines(
+                line for line in told if line.endswith("\n") and json.loads(line)["step"] <= (after or 0)
+            )
+
+        self._guard(body, "config.yaml")
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, there to be read at once."""
+
+        def body() -> None:
+            assert self._metrics is not None
+            self._metrics.write(json.dumps(record) + "\n")
+
+        self._guard(body, "metrics.jsonl")
+
+    def model(self, arrays: Mapping[str, Array], model: str) -> None:
+        """model.h5."""
+        self._guard(lambda: write_arrays(self.path / "model.h5", {PARAMETERS: arrays}, {"model": model}), "model.h5")
+
+    def checkpoint(self, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]) -> None:
+        """checkpoints/step-N.h5; all but the last ones are removed."""
+        folder = self.path / "checkpoints"
+        name = file_name(int(attributes["step"]))
+
+        def body() -> None:
+            folder.mkdir(exist_ok=True)
+            write_arrays(folder / name, groups, attributes)
+            for old in sorted(folder.glob("step-*.h5"))[:-KEPT]:
+                old.unlink()
+
+        self._guard(body, f"checkpoints/{name}")
+
+    def trace(self, trace: str) -> None:
+        """trace.json."""
+        self._guard(lambda: write_whole(self.path / "trace.json", trace), "trace.json")
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """summary.json, the last file of a run: when it is there, the run is complete."""
+
+        def body() -> None:
+            write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+            if self._metrics is not None:
+                self._metrics.close()
+
+        self._guard(body, "summary.json")
+
+    def _guard(self, body: Callable[[], None], name: str) -> None:
+        with written(self.path / name):
+            body()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What cannot be written is an OutputError that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno == errno.ENOSPC or "No space left" in str(error) or error.errno == errno.EDQUOT
+        if full:
+            text = f"{path} could not be written: the disk is full; free some space or choose another --output DIR"
+        else:
+            text = f"{path} could not be written ({error.strerror or error}); choose another folder with --output DIR"
+        raise OutputError(text) from error
+
+
+def model_json(config: Config) -> str:
+    """The network's configuration as model.h5 carries it."""
+    loss = config.model.loss
+    model = {"layers": [to_plain(layer) for layer in config.model.layers], "loss": {loss.kind: loss.options()}}
+    return json.dumps(model)
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from; None if it runs from elsewhere."""
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,188 @@
+"""From a configuration to the parts of a run: data set, network, topology, engine options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from nettorrent_mpi.config.sections import Config, Layout
+from nettorrent_mpi.data.dataset import Dataset, open_dataset
+from nettorrent_mpi.data.dataset import Options as DataOptions
+from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.device.cpu.choice import Kernels
+from nettorrent_mpi.engine.engine import Options
+from nettorrent_mpi.nn.losses import check_fit
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.cost import auto_layout
+from nettorrent_mpi.plan.errors import ConfigError, LayoutError
+from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
+from nettorrent_mpi.plan.pairing import make_pairing
+from nettorrent_mpi.plan.topology import Topology, given_layout, layers_layout
+
+MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
+SHORT_RUN = 2e11  # floating-point operations of a rank: two seconds of one core
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every rank makes alike from the configuration, before any of them communicates."""
+
+    config: Config
+    dataset: Dataset
+    sampler: Sampler
+    network: Network
+    topology: Topology
+    options: Options
+
+    @property
+    def layout_line(self) -> str:
+        """The layout in one line."""
+        return self.topology.describe([facts.name for facts in self.network.facts])
+
+
+def set_up(config: Config, ranks: int) -> Setup:
+    """Open the data, build the network and lay it out over `ranks`. Raises UserErrors of all kinds."""
+    data, train = config.data, config.train
+    synthetic = data.name == "synthetic"
+    dataset = open_dataset(
+        data.name,
+        data.root,
+        options=DataOptions(
+            mean=data.mean,
+            std=data.std,
+            transposed=data.transposed,
+            rows=data.rows if synthetic else None,
+            test_rows=data.test_rows if synthetic else None,
+            shape=data.shape if synthetic else None,
+            classes=data.classes if synthetic else None,
+            seed=config.seed if synthetic else None,
+        ),
+    )
+    network = Network(config.model.layers, dataset.shape)
+    if dataset.classes is not None:  # targets that are no labels are looked at when they are read
+        check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
+    topology = lay_out(config, network, ranks)
+    pieces = micro_batches(config, network, topology)
+    sampler = Sampler(
+        dataset.train.rows,
+        config.seed,
+        data.validation,
+        train.batch_size,
+        replicas=topology.replicas,
+        micro_batches=pieces,
+        partition=data.partition,
+    )
+    _check_exchange(config, topology, pieces)
+    _check_batch_norm(config, network, topology, pieces)
+    if isinstance(config.exchange, Elite) and not len(sampler.validation_rows):
+        text = f"{data.validation} of {dataset.train.rows} rows leaves none to choose the best replica by; raise it"
+        raise ConfigError(text, key="data.validation")
+    options = Options(
+        loss=config.model.loss,
+        optimizer=train.optimizer,
+        batch_size=train.batch_size,
+        micro_batches=pieces,
+        pipeline=config.pipeline,
+        exchange=config.exchange,
+        clip_norm=train.clip_norm,
+        dtype=config.dtype,
+        seed=config.seed,
+        augment=data.augment,
+        trace=config.trace,
+        kernels=_kernels(config, network, ranks, sampler.steps_per_epoch),
+    )
+    return Setup(config, dataset, sampler, network, topology, options)
+
+
+def _kernels(config: Config, network: Network, ranks: int, epoch_steps: int) -> Kernels:
+    """`auto`: a run that is over in a second or two does not load what would make it faster."""
+    if config.kernels != "auto":
+        return config.kernels
+    steps = config.train.steps if config.train.steps is not None else (config.train.epochs or 1) * epoch_steps
+    work = steps * config.train.batch_size * sum(facts.operations for facts in network.facts)
+    return "fastest" if work / ranks > SHORT_RUN else "numpy"
+
+
+def lay_out(config: Config, network: Network, ranks: int) -> Topology:
+    """The topology that the configuration's layout gives on this many ranks. Raises LayoutError."""
+    train, layout, facts = config.train, config.layout, network.facts
+    if isinstance(layout, Layout) and layout.swarms is not None:
+        swarms = [(swarm.layers, swarm.rows, swarm.cols) for swarm in layout.swarms]
+        return given_layout(layout.replicas, swarms, facts, ranks)
+    pieces = _pieces(config, MICRO_BATCHES)
+    if layout == "auto":
+        counts = partial(_count, config, network)
+        return auto_layout(facts, ranks, train.batch_size, counts, config.pipeline.kind, exact=config.exact)
+    replicas = layout.replicas if isinstance(layout, Layout) else 1
+    if ranks % replicas:
+        fewer, more = ranks // replicas * replicas, (ranks // replicas + 1) * replicas
+        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        near = min(divisors, key=lambda n: (abs(n - replicas), n))
+        raise LayoutError(
+            f"layout.replicas: {replicas} replicas of equal size cannot be made of {ranks} ranks: start "
+            f"{f'{fewer} or {more}' if fewer else more} ranks, or write layout: {{replicas: {near}}}"
+        )
+    rows = span(span(train.batch_size, pieces, 0).size, replicas, 0).size  # of a micro-batch, in one replica
+    return Topology(replicas, layers_layout(facts, ranks // replicas, rows).stages)
+
+
+def micro_batches(config: Config, network: Network, topology: Topology) -> int:
+    """How many micro-batches a mini-batch has. With batch norm never a matter of the layout: its statistics are of
+    one micro-batch and parallel has to equal serial. An asynchronous pipeline wants as many as it has stages, so that
+    two versions of the weights do, as long as every replica has a row of each."""
+    return _count(config, network, len(topology.stages), topology.replicas)
+
+
+def _count(config: Config, network: Network, stages: int, replicas: int = 1) -> int:
+    automatic = MICRO_BATCHES
+    if not network.has_batch_norm:
+        if stages == 1:
+            automatic = 1
+        elif isinstance(config.pipeline, Async):
+            automatic = max(automatic, min(stages, config.train.batch_size // replicas))
+    return _pieces(config, automatic)
+
+
+def _pieces(config: Config, automatic: int) -> int:
+    train = config.train
+    return min(automatic, train.batch_size) if train.micro_batches == "auto" else train.micro_batches
+
+
+def _check_batch_norm(config: Config, network: Network, topology: Topology, pieces: int) -> None:
+    """ConfigError where a batch norm would see one row at a time: less its mean that is 0, whatever the row."""
+    together = 1 if config.exact else topology.replicas  # that divide a micro-batch and know their own rows only
+    rows = span(config.train.batch_size, pieces, pieces - 1).size // together
+    if network.batch_norms_of_vectors and rows <= 1:
+        name, apart = network.batch_norms_of_vectors[0], f" of each of the {together} replicas" if together > 1 else ""
+        raise ConfigError(
+            f"{config.train.batch_size} rows in {pieces} micro-batch{'es' if pieces > 1 else ''} leave "
+            f"{name} a single row{apart} at a time, and a row less its mean is 0: take at least "
+            f"{2 * pieces * together} rows" + (", or fewer micro_batches" if pieces > 1 else ""),
+            key="train.batch_size",
+        )
+
+
+def _check_exchange(config: Config, topology: Topology, pieces: int) -> None:
+    """ConfigError where so many replicas cannot have the exchange that the configuration asks for, or one that trains
+    on its own rows alone would have none."""
+    exchange, replicas, batch_size = config.exchange, topology.replicas, config.train.batch_size
+    if replicas == 1 and isinstance(exchange, Elite | Gossip):
+        nobody = "take weights from" if isinstance(exchange, Elite) else "average with"
+        raise ConfigError(
+            f"changes nothing with 1 replica: there is nobody to {nobody}; "
+            "give layout: {replicas: N} or exchange: allreduce",
+            key=f"exchange.{exchange.kind}",
+        )
+    if isinstance(exchange, Gossip):
+        make_pairing(exchange.pairing, replicas, config.seed)
+    most = span(batch_size, pieces, 0).size  # rows of a micro-batch: a replica beyond them never has any
+    if not config.exact and most < replicas:
+        raise ConfigError(
+            f"{batch_size} rows in {pieces} micro-batch{'es' if pieces > 1 else ''} leave {replicas - most} of the "
+            f"{replicas} replicas nothing to train on: take at least {pieces * (replicas - 1) + 1} rows"
+            + (", or fewer micro_batches" if pieces > 1 else ""),
+            key="train.batch_size",
+        )

@@ -1,0 +1,82 @@
+"""Transfers: the point-to-point messages that move one micro-batch's array between two teams.
+
+Requests are persistent: made once per buffer, started and completed every step. A part of an array that is not
+contiguous in memory goes through a staging buffer; a part that is added to others (partial gradients) too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from nettorrent_mpi.comm.group import Array, Group, chunks
+from nettorrent_mpi.plan.blocks import Span
+
+
+class Part(NamedTuple):
+    """One message of a transfer: rows and features (of the last axis), local to the array, from or to a peer."""
+
+    peer: int
+    rows: Span
+    features: Span
+    add: bool = False  # receiving: add to what earlier parts have brought, instead of replacing
+
+
+class Transfer:
+    """All messages of one array, on one side. `start` and `finish` are called in turn; neither allocates arrays."""
+
+    def __init__(self, group: Group, array: Array, parts: Sequence[Part], tag: int, *, sending: bool):
+        self.array = array
+        self._sending = sending
+        self._staged: list[tuple[Array, Array, bool]] = []
+        self._requests: list[MPI.Prequest] = []
+        make = group.comm.Send_init if sending else group.comm.Recv_init
+        for part in parts:
+            view = array[slice(*part.rows), ..., slice(*part.features)]
+            if view.size == 0:
+                continue
+            if part.add or not view.flags.c_contiguous:
+                staging = np.empty(view.shape, view.dtype)
+                self._staged.append((view, staging, part.add))
+                view = staging
+            self._requests += [make(chunk, part.peer, tag) for chunk in chunks(view)]
+        self._active = False
+
+    def start(self) -> None:
+        """Begin to send what the array holds now, or to receive into it. Does not wait."""
+        assert not self._active, "a transfer is started again before it finished"
+        self._active = True
+        if self._sending:
+            for view, staging, _ in self._staged:
+                np.copyto(staging, view)
+        if self._requests:
+            MPI.Prequest.Startall(self._requests)
+
+    def finish(self) -> None:
+        """Wait until the array may be used again (sending), or holds what was sent (receiving). Free if not started."""
+        if not self._active:
+            return
+        self._active = False
+        if self._requests:
+            MPI.Request.Waitall(self._requests)
+        if not self._sending:
+            for view, staging, add in self._staged:
+                if add:
+                    np.add(view, staging, out=view)
+                else:
+                    np.copyto(view, staging)
+
+    @property
+    def active(self) -> bool:
+        """Started and not finished."""
+        return self._active
+
+    def free(self) -> None:
+        """Give the requests back to MPI."""
+        assert not self._active
+        for request in self._requests:
+            request.Free()
+        self._requests.clear()

@@ -1,0 +1,196 @@
+"""Mistakes in a configuration: our own, and what pydantic found, told in one sentence with the path of the value."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # ranks that are given a checked configuration load neither
+    from pydantic import ValidationError
+
+    from nettorrent_mpi.config.yaml_lines import Path
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping (key: value)",
+    "model_type": "a mapping (key: value)",
+    "model_attributes_type": "a mapping (key: value)",
+    "dataclass_type": "a mapping (key: value)",
+}
+_UNKNOWN, _MISSING = "unknown key", "is missing"
+_HINT = re.compile(r"; did you mean \S+\?\Z")
+_BOUNDS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+class Mistake(ValueError):  # noqa: N818
+    """One mistake at `path` below the value that is being checked, told in our own words."""
+
+    def __init__(self, text: str, *path: str | int):
+        super().__init__(text)
+        self.text, self.path = text, path
+
+
+class Mistakes(ValueError):  # noqa: N818
+    """What pydantic found below `path`."""
+
+    def __init__(self, error: ValidationError, *path: str | int):
+        super().__init__(str(path))
+        self.error, self.path = error, path
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """How to go on after an unknown word: the nearest known one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"possible: {', '.join(known)}"
+
+
+def shown(value: Any) -> str:
+    """`value` as a person would call it."""
+    if isinstance(value, str):
+        return f"the text {value[:60]!r}"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return "nothing (null)" if value is None else json.dumps(value)
+
+
+class Found(NamedTuple):
+    """One mistake. `wanted` is set where a type is wrong, so that the alternatives of a union can be told together."""
+
+    path: Path
+    text: str
+    wanted: str = ""
+    hollow: bool = False  # worth telling only if nothing deeper inside is wrong: one alternative of several
+
+
+class Known(NamedTuple):
+    """The keys of every section by its path, and what tells the options of a spec that stands at a path."""
+
+    sections: dict[Path, list[str]]
+    options: Callable[[Path], list[str] | None]
+
+
+def explain(error: ValidationError, data: Any, known: Known) -> list[Found]:
+    """The mistakes of `error`, each at a path that exists in `data` (or would, for a missing key)."""
+    found = _collect(error, data, (), known)
+    # a mistake deeper inside makes an alternative's complaint about the whole value worthless
+    paths = {f.path for f in found}
+    found = [f for f in found if not (f.hollow and any(p != f.path and p[: len(f.path)] == f.path for p in paths))]
+    # an unknown key that is a misspelt wanted one is one mistake, not two
+    misspelt = {f.path[:-1]: f.text for f in found if f.text.startswith(_UNKNOWN)}
+    found = [f for f in found if not (f.text == _MISSING and f"mean {f.path[-1]}?" in misspelt.get(f.path[:-1], ""))]
+    told: dict[Path, Found] = {}
+    for f in found:
+        before = told.get(f.path)
+        if before is None:
+            told[f.path] = f
+        elif before.wanted and f.wanted and f.wanted not in before.wanted:
+            wanted = f"{before.wanted} or {f.wanted}"
+            text = before.text.replace(before.wanted, wanted, 1)
+            hint = _HINT.search(f.text)
+            told[f.path] = before._replace(wanted=wanted, text=text + (hint[0] if hint else ""))
+    return list(told.values())
+
+
+def _collect(error: ValidationError, data: Any, prefix: Path, known: Known) -> list[Found]:
+    found: list[Found] = []
+    for item in error.errors(include_url=False):
+        place = (*prefix, *item["loc"])
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, Mistakes):
+            found += _collect(inner.error, data, (*place, *inner.path), known)
+        elif isinstance(inner, Mistake):
+            path, skipped = _existing(data, (*place, *inner.path))
+            if skipped and isinstance(_value(data, path), dict):
+                path = (*path, *inner.path[-1:])  # an option that is not given, and should be or has a wrong default
+            found.append(Found(path, inner.text))
+        else:
+            found.append(_one(item, data, place, known))
+    return found
+
+
+def _one(item: Any, data: Any, place: Path, known: Known) -> Found:
+    kind, given, context = item["type"], item["input"], item.get("ctx", {})
+    path, skipped = _existing(data, place)
+    if kind == "missing":
+        if isinstance(place[-1], int):
+            return Found(path, f"wants two numbers, not {shown(given)}", "two numbers", skipped)
+        path, _ = _existing(data, place[:-1])
+        return Found((*path, place[-1]), _MISSING)
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return Found(path, f"{_UNKNOWN}; {_hint(path, known)}")
+    if kind == "too_long":
+        return Found(path, "wants two numbers, not more", "two numbers", skipped)
+    if kind == "too_short":
+        # pydantic also counts as missing those items that are there but wrong: they speak for themselves
+        return Found(path, "must not be empty", hollow=bool(given))
+    if kind == "literal_error":
+        choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        wanted = choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+        hint = nearest(given, choices) if isinstance(given, str) else ""
+        more = f"; {hint}" if hint.startswith("did") else ""
+        return Found(path, f"must be {wanted}, not {_given(given)}{more}", wanted, skipped)
+    if kind in _BOUNDS:
+        words, name = _BOUNDS[kind]
+        return Found(path, f"must be {words} {context[name]}, not {given}")
+    wanted = _WANTED.get(kind)
+    if kind == "tuple_type" and "tuple[int, int]" in place:
+        wanted = "two numbers"
+    if wanted is None:
+        return Found(path, item["msg"][:1].lower() + item["msg"][1:])
+    quotes = " (put it in quotes)" if wanted == "a text" and isinstance(given, int | float) else ""
+    return Found(path, f"wants {wanted}, not {shown(given)}{quotes}", wanted, skipped)
+
+
+def _value(data: Any, path: Path) -> Any:
+    for part in path:
+        data = data[part]
+    return data
+
+
+def _given(value: Any) -> str:
+    return value[:60] or "an empty text" if isinstance(value, str) else shown(value)
+
+
+def _existing(data: Any, place: Path) -> tuple[Path, bool]:
+    """(`place` without the steps that are not in `data`: pydantic adds the alternatives of unions; were there any)."""
+    path: Path = ()
+    skipped = False
+    here = data
+    for part in place:
+        inside = isinstance(here, dict) and part in here
+        within = isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)
+        if inside or within:
+            here = here[part]
+            path = (*path, part)
+        else:
+            skipped = True
+    return path, skipped
+
+
+def _hint(path: Path, known: Known) -> str:
+    """What was probably meant by the unknown key at the end of `path`."""
+    word = str(path[-1])
+    section = tuple("*" if isinstance(part, int) else part for part in path[:-1])
+    here = known.sections.get(section) or known.options(path[:-1])
+    hint = nearest(word, here) if here else "it has no options"
+    if hint.startswith("did"):
+        return hint
+    elsewhere = [".".join((*map(str, s), word)) for s, keys in known.sections.items() if word in keys]
+    return f"did you mean {elsewhere[0]}?" if elsewhere else hint

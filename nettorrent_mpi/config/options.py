@@ -1,0 +1,247 @@
+"""Layers, losses, optimizers, exchanges, ... as they are written ("a name, or a name with its options") become specs.
+
+    flatten            {dropout: 0.25}            {conv2d: {filters: 32, kernel: 3}}
+
+Mistakes are raised as `Mistake` (one) or `Mistakes` (pydantic's list), both ValueErrors that pydantic carries outwards,
+so that config.mistakes can tell the whole path.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, TypeVar, cast
+
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+
+from nettorrent_mpi.config.mistakes import Mistake, Mistakes, nearest, shown
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan import specs
+from nettorrent_mpi.plan.specs import LayerSpec, Spec
+
+S = TypeVar("S", bound=Spec)
+T = TypeVar("T")
+
+
+def strictly(adapter: TypeAdapter[Any], value: Any) -> Any:
+    """`value` checked as JSON: a list may be a tuple and a whole number a float; nothing else is converted."""
+    return adapter.validate_json(json.dumps(value), strict=True)
+
+
+def section(kind: type[T], value: Any) -> T:
+    """The section that `value` asks for. Raises Mistakes."""
+    try:
+        return cast("T", strictly(TypeAdapter(kind), value))
+    except ValidationError as error:
+        raise Mistakes(error) from None
+
+
+# ---- what an option may be: by (kind, option), or by option alone; every number of a pair is checked
+Rule = tuple[Callable[[Any], bool], str]
+_COUNT: Rule = (lambda n: n >= 1, "at least 1")
+_POSITIVE: Rule = (lambda x: x > 0, "more than 0")
+_NOT_NEGATIVE: Rule = (lambda x: x >= 0, "at least 0")
+_BELOW_ONE: Rule = (lambda x: 0 <= x < 1, "at least 0 and less than 1")
+_ABOVE_ZERO: Rule = (lambda x: 0 < x <= 1, "more than 0 and at most 1")
+_BETWEEN: Rule = (lambda x: 0 < x < 1, "more than 0 and less than 1")
+_FRACTION: Rule = (lambda x: 0 <= x <= 1, "between 0 and 1")
+_RULES: dict[str | tuple[str, str], Rule] = {
+    **dict.fromkeys(("units", "filters", "kernel", "stride", "size", "every"), _COUNT),
+    **dict.fromkeys(("lr", "eps", "factor"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "lr_decay", "initial_accumulator", "warmup_steps"), _NOT_NEGATIVE),
+    **dict.fromkeys(("rate", "label_smoothing", "betas", "alpha", "momentum"), _BELOW_ONE),
+    **dict.fromkeys(("dampening", "final", ("batch_norm", "momentum")), _FRACTION),
+    # exchanges
+    **dict.fromkeys(("exact_every", "every_samples", ("linear", "target")), _COUNT),
+    **dict.fromkeys(("deadline", ("consensus", "max"), ("loss_divergence", "target")), _POSITIVE),
+    **dict.fromkeys(("probability", "part", "gamma"), _ABOVE_ZERO),
+    "rate_factor": _POSITIVE,
+    "fraction": _BETWEEN,
+    **dict.fromkeys(("value", "start", "end"), _FRACTION),
+    "divergence_threshold": _NOT_NEGATIVE,
+    "slow_momentum": _BELOW_ONE,
+    "withhold": _BELOW_ONE,
+}
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*\Z")
+
+
+def _check_ranges(spec: Spec) -> None:
+    for option in (f.name for f in fields(spec)):
+        value = getattr(spec, option)
+        if isinstance(value, Spec):
+            try:
+                _check_ranges(value)
+            except Mistake as mistake:
+                kind = () if isinstance(value, choices.Consensus) else (value.kind,)
+                raise Mistake(mistake.text, option, *kind, *mistake.path) from None
+        rule = _RULES.get((spec.kind, option)) or _RULES.get(option)
+        if rule is None or value is None:
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, str) and not rule[0](number):  # a text is a word like auto
+                raise Mistake(f"must be {rule[1]}, not {number}", option)
+    if isinstance(spec, specs.Sgd) and spec.nesterov and (spec.momentum == 0 or spec.dampening != 0):
+        raise Mistake("needs a momentum above 0 and no dampening", "nesterov")
+    if isinstance(spec, specs.Residual) and not any(
+        isinstance(i, specs.WEIGHTED) for i in (*spec.layers, *spec.shortcut)
+    ):
+        raise Mistake("has no layer with weights; add a linear or conv2d layer", "layers")
+    if isinstance(spec, LayerSpec) and spec.name is not None and not _NAME.match(spec.name):
+        raise Mistake("must begin with a letter and go on with letters, digits, _ and -", "name")
+    if isinstance(spec, choices.Gossip):
+        _check_gossip(spec)
+
+
+def _check_gossip(gossip: choices.Gossip) -> None:
+    """What does not go together in it."""
+    if "parameters" not in gossip.average:
+        raise Mistake("must hold parameters: write [parameters] or [parameters, optimizer]", "average")
+    if len(set(gossip.average)) < len(gossip.average):
+        raise Mistake("names the same thing twice", "average")
+    if gossip.slow_momentum > 0 and gossip.exact_every is None:
+        raise Mistake("acts at exact averages only, and there are none: add exact_every", "slow_momentum")
+    if isinstance(gossip.compress, choices.Whole):
+        if gossip.gamma is not None:
+            raise Mistake("is the step towards neighbours whose messages are compressed: add compress", "gamma")
+        return
+    small = gossip.compress.kind
+    if "optimizer" in gossip.average:
+        raise Mistake(
+            f"{small} would spoil the optimizer's state, which has to stay positive: leave optimizer out of average "
+            "or compress out",
+            "compress",
+        )
+    if gossip.mix != choices.Constant():
+        raise Mistake(
+            f"{small} goes with the pairing's own weights only: leave out mix (constant, without a value) or compress",
+            "compress",
+        )
+    if gossip.pairing == "random":
+        raise Mistake(
+            f"{small} sends what changed since the neighbours' last message, and pairing random has other neighbours "
+            "in every round: choose another pairing, or compress: none",
+            "compress",
+        )
+
+
+# ---- reading one spec ----------------------------------------------------------------------------
+def split(value: Any, kinds: Mapping[str, type[Spec]], what: str) -> tuple[str, dict[str, Any]]:
+    """(kind, options by name) of one spec as it was written. Raises Mistake."""
+    if isinstance(value, str):
+        kind, options = value, None
+    elif isinstance(value, dict) and len(value) == 1:
+        kind, options = next(iter(value.items()))
+    elif isinstance(value, dict) and value:
+        raise Mistake(f"wants one {what}, not {' and '.join(map(str, value))} together (is the indentation right?)")
+    else:
+        a = "an" if what[0] in "aeiou" else "a"
+        raise Mistake(f"wants the name of {a} {what}, or a name with its options, not {shown(value)}")
+    if kind not in kinds:
+        path = (kind,) if isinstance(value, dict) else ()
+        raise Mistake(f"unknown {what} {kind!r}; {nearest(kind, kinds)}", *path)
+    if options is None:
+        return kind, {}
+    if isinstance(options, dict):
+        return kind, options
+    alone = specs.first_field(kinds[kind])
+    if alone is None:
+        besides = " besides name" if issubclass(kinds[kind], LayerSpec) else ""
+        raise Mistake(f"{kind} has no options{besides}", kind)
+    return kind, {alone: options}
+
+
+def parse(value: Any, kinds: Mapping[str, type[S]], what: str) -> S:
+    """The spec that `value` asks for. Raises Mistake or Mistakes, whose paths begin below `value`."""
+    if isinstance(value, Spec):
+        if type(value) not in kinds.values():
+            raise Mistake(f"wants one of {', '.join(kinds)}, not {value.kind}")
+        _check_ranges(value)
+        return cast("S", value)
+    kind, options = split(value, kinds, what)
+    try:
+        spec = strictly(_adapter(kinds[kind]), options)
+        if kinds[kind] in _WRITTEN:
+            spec = kinds[kind](**{f.name: getattr(spec, f.name) for f in fields(kinds[kind])})
+        _check_ranges(spec)
+    except Mistake as mistake:
+        raise Mistake(mistake.text, kind, *mistake.path) from None
+    except ValidationError as error:
+        raise Mistakes(error, kind) from None
+    return cast("S", spec)
+
+
+def _adapter(kind: type[Spec]) -> TypeAdapter[Any]:
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(_WRITTEN.get(kind, kind))
+    return _adapters[kind]
+
+
+_adapters: dict[type[Spec], TypeAdapter[Any]] = {}  # building one takes about a millisecond
+
+Layer = Annotated[LayerSpec, PlainValidator(lambda value: parse(value, specs.LAYERS, "layer"))]
+Mix = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.MIXES, "mix"))]
+Compression = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.COMPRESSIONS, "compression"))]
+
+
+@dataclass(frozen=True)
+class _Residual(specs.Residual):
+    """specs.Residual as it is written: its layers are again names with options."""
+
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
+    shortcut: tuple[Layer, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Gossip(choices.Gossip):
+    """choices.Gossip as it is written: mix and compress are again names with options."""
+
+    mix: Mix = field(default_factory=choices.Constant)
+    compress: Compression = field(default_factory=choices.Whole)
+
+
+_WRITTEN: dict[type[Spec], type[Spec]] = {specs.Residual: _Residual, choices.Gossip: _Gossip}
+
+
+# ---- where specs stand: for --set, and for the hints after an unknown key ------------------------
+def kinds_at(path: tuple[str | int, ...]) -> tuple[Mapping[str, type[Spec]], str] | None:
+    """(the kinds that may be asked for, what they are) where a spec stands at `path` of a configuration, else None."""
+    fixed: dict[tuple[str | int, ...], tuple[Mapping[str, type[Spec]], str]] = {
+        ("model", "loss"): (specs.LOSSES, "loss"),
+        ("train", "optimizer"): (specs.OPTIMIZERS, "optimizer"),
+        ("train", "schedule"): (specs.SCHEDULES, "schedule"),
+        ("pipeline",): (choices.PIPELINES, "pipeline"),
+        ("exchange",): (choices.EXCHANGES, "exchange"),
+        ("exchange", "gossip", "mix"): (choices.MIXES, "mix"),
+        ("exchange", "gossip", "compress"): (choices.COMPRESSIONS, "compression"),
+    }
+    if path in fixed:
+        return fixed[path]
+    if len(path) >= 3 and path[0] == "model" and path[-2] in ("layers", "shortcut") and isinstance(path[-1], int):
+        return specs.LAYERS, "layer"
+    return None
+
+
+def options_at(path: tuple[str | int, ...]) -> list[str] | None:
+    """The names of the options at `path`, where the options of a spec stand: `("train", "optimizer", "adam")`."""
+    found = kinds_at(path[:-1])
+    kind = found[0].get(str(path[-1])) if found and path else None
+    return None if kind is None else [f.name for f in fields(kind)]
+
+
+# ---- writing -------------------------------------------------------------------------------------
+def plain(value: Any) -> Any:
+    """`value` with lists for tuples and {kind: options} for specs: what YAML and JSON can hold."""
+    if isinstance(value, LayerSpec):
+        return plain(specs.to_plain(value))
+    if isinstance(value, Spec):
+        options = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return options if isinstance(value, choices.Consensus) else {value.kind: options}
+    if is_dataclass(value):  # a section
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Floor 0: arrays, and what is computed with them."""

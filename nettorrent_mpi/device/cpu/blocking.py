@@ -1,0 +1,94 @@
+"""How layers walk through memory: in blocks that stay in the cache and rows that are long enough for a ufunc."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from nettorrent_mpi.device.arrays import Array, Shape, Workspace
+from nettorrent_mpi.device.cpu import passes
+from nettorrent_mpi.device.cpu.loop import compiled
+
+BLOCK = 16384  # elements: a few such float32 arrays fit into the second-level cache of every current processor
+
+
+def blocks(size: int, block: int = BLOCK) -> Iterator[slice]:
+    """[0, size) cut into slices of at most `block`."""
+    for start in range(0, size, block):
+        yield slice(start, min(start + block, size))
+
+
+def gradient(workspace: Workspace, shape: Shape, dy: Array) -> Array:
+    """Shared memory for a dx of `shape` that does not lie over dy: two buffers take turns along the layers."""
+    dx = workspace.scratch("dx", shape)
+    return workspace.scratch("other dx", shape) if np.may_share_memory(dx, dy) else dx
+
+
+def row_repeats(local: Shape) -> int:
+    """How many positions to take together so that one row of (positions * channels) is long enough for a ufunc.
+
+    NumPy pays some 10 ns for each run along the last axis; channels are often as few as 16, so a vector per channel
+    is repeated and combined with several positions at once. The result divides the number of positions of a row.
+    """
+    repeats = 1
+    for size in reversed(local[:-1]):
+        if repeats * local[-1] >= 256:
+            break
+        repeats *= size
+    return repeats
+
+
+def repeated(values: Array, repeats: int, name: str, workspace: Workspace) -> Array:
+    """values (channels,) written `repeats` times one after the other into scratch memory, in the workspace's dtype."""
+    row = workspace.scratch(f"repeated {name}", (repeats * values.size,))
+    row.reshape(repeats, values.size)[...] = values
+    return row
+
+
+def wide_rows(x: Array, repeats: int) -> Array:
+    """x (b, ..., channels), C-contiguous, seen as (rows, repeats * channels)."""
+    wide = repeats * x.shape[-1]
+    return x.reshape(x.size // wide if wide else 0, wide)
+
+
+class RowSum:
+    """A sum over all rows and positions, one number per channel, that grows block by block.
+
+    So rounding errors grow with the number of blocks only, and the total may be wider than the blocks.
+    """
+
+    def __init__(self, name: str, repeats: int, total_c: Array, workspace: Workspace):
+        wide = repeats * total_c.size
+        self._total_c = total_c
+        self._part_w = workspace.scratch("sum of a block", (wide,))
+        self._total_w = workspace.scratch(f"sum {name}", (repeats, total_c.size), total_c.dtype)
+        self._total_w[...] = 0
+
+    def add(self, block_nw: Array) -> None:
+        """Add a block whose rows hold `repeats` positions each."""
+        np.add.reduce(block_nw, axis=0, out=self._part_w)
+        total_w = self._total_w.reshape(-1)
+        np.add(total_w, self._part_w, out=total_w)
+
+    def finish(self) -> None:
+        """total_c <- the sum."""
+        np.add.reduce(self._total_w, axis=0, out=self._total_c)
+
+
+def row_block(wide: int) -> int:
+    """How many rows of `wide` elements make a block: few enough, too, for the rounding of their sum to stay small."""
+    return min(64, max(8, BLOCK // max(wide, 1)))
+
+
+def sum_rows(x: Array, total_c: Array, workspace: Workspace) -> None:
+    """total_c <- the sum of x (b, ..., channels; C-contiguous) over all but its last axis."""
+    if compiled():
+        passes.sum_rows(wide_rows(x, 1), total_c)
+        return
+    repeats = row_repeats(x.shape[1:])
+    x_nw = wide_rows(x, repeats)
+    total = RowSum("of rows", repeats, total_c, workspace)
+    for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
+        total.add(x_nw[block])
+    total.finish()

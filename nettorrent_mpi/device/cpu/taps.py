@@ -1,0 +1,118 @@
+"""Convolution as one product for each tap of the kernel, or for each of its rows, added up.
+
+The padded images, flattened, are a matrix of pixels by channels. What a tap sees from all places is the same matrix,
+begun some rows later, so that y = sum over taps of matrix[tap:] @ weight[tap], and nothing is copied but for the
+padding. With a row of the kernel for a tap, the matrix has in each row the pixels side by side that a row of the kernel
+sees (row im2col): fewer products, of longer rows. Places that lie in the padding come out, too, and are thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+
+from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.cpu.blas import Gemm
+from nettorrent_mpi.device.cpu.blocking import repeated, row_repeats, wide_rows
+from nettorrent_mpi.device.cpu.way import Geometry, Pair, Way, adjoint_padding, turned
+
+BLOCK_BYTES = 1 << 20  # of padded images and outputs that are worked on together
+
+
+class TapProducts(Way):
+    """For stride 1; `gemm` adds to what is there. Each product is of one tap."""
+
+    name = "taps"
+    by_rows: ClassVar[bool] = False
+
+    def __init__(self, geometry: Geometry, gemm: Gemm):
+        super().__init__(geometry)
+        assert geometry.stride == (1, 1)
+        self._gemm = gemm
+
+    def forward(self, x: Array, weight: Array, bias: Array | None, y: Array, workspace: Workspace) -> None:
+        self._correlate(x, weight, (self.geometry.vertical, self.geometry.horizontal), y, workspace)
+        if bias is not None:
+            repeats = row_repeats(y.shape[2:])
+            y_nw = wide_rows(y, repeats)
+            np.add(y_nw, repeated(bias, repeats, "bias", workspace), out=y_nw)
+
+    def input_gradient(self, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
+        self._correlate(dy, turned(weight, workspace), adjoint_padding(self.geometry), dx, workspace)
+
+    def weight_gradient(self, x: Array, dy: Array, dw: Array, accumulate: bool, workspace: Workspace) -> None:
+        if not accumulate:
+            dw[...] = 0
+        padding = self.geometry.vertical, self.geometry.horizontal
+        for images, matrix, size, width in self._blocks(x, padding, dw.shape, workspace):
+            seen = self._spread(dy[images], size, width, workspace)
+            for first, dw_ko in self._steps(dw, width):
+                self._gemm(matrix[first : first + len(seen)].T, seen, dw_ko, 1.0)
+
+    def _correlate(self, x: Array, weight: Array, padding: tuple[Pair, Pair], y: Array, workspace: Workspace) -> None:
+        """y <- the convolution of x with stride 1, without bias."""
+        high, wide = y.shape[1:3]
+        for images, matrix, size, width in self._blocks(x, padding, weight.shape, workspace):
+            count = images.stop - images.start
+            out = workspace.scratch("tap outputs", (count * size, weight.shape[3]))
+            for first, weight_ko in self._steps(weight, width):
+                self._gemm(matrix[first : first + len(out)], weight_ko, out, float(first > 0))
+            np.copyto(y[images], out.reshape(count, -1, width, weight.shape[3])[:, :high, :wide])
+
+    def _steps(self, weight: Array, width: int) -> Iterator[tuple[int, Array]]:
+        """(the row from which the matrix is begun, the part of `weight` it is multiplied with) of each product."""
+        for p, row in enumerate(weight):
+            if self.by_rows:
+                yield p * width, row.reshape(-1, weight.shape[3])
+            else:
+                for q, tap in enumerate(row):
+                    yield p * width + q, tap
+
+    def _blocks(
+        self, x: Array, padding: tuple[Pair, Pair], weight: tuple[int, ...], workspace: Workspace
+    ) -> Iterator[tuple[slice, Array, int, int]]:
+        """(images, the matrix of what a tap or a row sees, pixels of an image, pixels of a row)."""
+        (top, bottom), (left, right) = padding
+        _, height, width, channels = x.shape
+        tall, broad = top + height + bottom, left + width + right
+        beyond = (weight[0] - 1) * broad + weight[1] - 1  # what the last tap sees after the last image: thrown away
+        side = weight[1] if self.by_rows else 1  # pixels in a row of the matrix
+        each = max(1, BLOCK_BYTES // (tall * broad * (side * weight[2] + weight[3]) * x.itemsize))
+        for start in range(0, len(x), each):
+            images = slice(start, min(start + each, len(x)))
+            pixels = (images.stop - start) * tall * broad
+            matrix = workspace.scratch("tap inputs", (pixels + beyond, channels))
+            matrix[...] = 0
+            padded = matrix[:pixels].reshape(-1, tall, broad, channels)
+            np.copyto(padded[:, top : top + height, left : left + width], x[images])
+            yield images, self._side_by_side(matrix, side, workspace), tall * broad, broad
+
+    @staticmethod
+    def _side_by_side(matrix: Array, side: int, workspace: Workspace) -> Array:
+        """Row i <- rows i .. i + side - 1."""
+        if side == 1:
+            return matrix
+        count, channels = len(matrix) - side + 1, matrix.shape[1]
+        wide = workspace.scratch("tap rows", (count, side * channels), matrix.dtype)
+        # Elements of a raw type: NumPy copies them faster than runs of numbers.
+        run = np.dtype((np.void, side * channels * matrix.itemsize))
+        seen: Array = np.ndarray((count, 1), run, matrix, 0, (channels * matrix.itemsize, 0))
+        np.copyto(wide.view(run), seen)
+        return wide
+
+    def _spread(self, dy: Array, size: int, width: int, workspace: Workspace) -> Array:
+        """dy at its places among all pixels, zeros elsewhere: (pixels, filters)."""
+        count, high, wide, filters = dy.shape
+        spread = workspace.scratch("tap outputs", (count * size, filters))
+        spread[...] = 0
+        np.copyto(spread.reshape(count, -1, width, filters)[:, :high, :wide], dy)
+        return spread
+
+
+class RowProducts(TapProducts):
+    """For stride 1. Each product is of a row of the kernel."""
+
+    name = "rows"
+    by_rows = True

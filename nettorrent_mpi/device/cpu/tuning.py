@@ -1,0 +1,149 @@
+"""Which of several ways to compute the same is the fastest here: tried once, then known.
+
+What was found is kept in a file for each host and version of what is tried, so that later runs begin at once and choose
+alike: `~/.cache/nettorrent_mpi/kernels-HOST.json` (or under XDG_CACHE_HOME). Without a place to keep it each process
+tries for itself. The ranks of a host try one after the other, as long as that takes no longer than PATIENCE.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from nettorrent_mpi import __version__
+from nettorrent_mpi.device.arrays import Array
+
+REPEATS = 5  # of each way, after one that is not counted; the fastest counts
+SECONDS = 0.1  # that a way may take in all, but for the first two
+TOLERANCE = {4: 1e-3, 8: 1e-9}  # of the largest number, by the bytes of one: far more than rounding, Winograd's too
+SAMPLE = 1 << 20  # numbers that are compared, about
+SUBJECTS = 8  # that the file keeps: the latest
+PATIENCE = 20.0  # seconds to wait for other ranks of the host
+
+_known: dict[str, str] = {}  # of this process
+
+
+def fastest(what: str, ways: Mapping[str, Callable[[], object]], out: Array) -> str:
+    """The name of the fastest of `ways`, which all do `what` to `out`; each may be called several times.
+
+    Those that do not give what the first one gives, but for rounding, are out: libraries have bugs on some processors.
+    """
+    if len(ways) == 1:
+        return next(iter(ways))
+    key = f"{what}: {' or '.join(ways)}"
+    if key not in _known:
+        with _open_file() as file:
+            _known.update(_read(file).get(_subject(), {}))
+            if _known.get(key) not in ways:
+                _known[key] = _try(ways, out)
+                _write(file)
+    return _known[key]
+
+
+def _try(ways: Mapping[str, Callable[[], object]], out: Array) -> str:
+    sample = out.reshape(-1)[:: max(1, out.size // SAMPLE)]
+    right: Array | None = None
+    times = {}
+    for name, way in ways.items():
+        out[...] = 0
+        try:
+            way()  # makes what it needs, and warms the caches
+        except RuntimeError:  # a library cannot do this size
+            continue
+        if right is None:
+            right = sample.copy()
+        elif not _alike(sample, right):
+            continue
+        times[name] = _time(way)
+    return min(times, key=lambda name: times[name])
+
+
+def _alike(found: Array, right: Array) -> bool:
+    scale = float(np.abs(right).max())
+    if not np.isfinite(scale):  # as the rows or weights are not: that tells nothing
+        return True
+    return bool(np.abs(found - right).max() <= TOLERANCE[right.dtype.itemsize] * scale)
+
+
+def _time(way: Callable[[], object]) -> float:
+    best, spent = float("inf"), 0.0
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        way()
+        took = time.perf_counter() - began
+        best, spent = min(best, took), spent + took
+        if spent > SECONDS:
+            break
+    return best
+
+
+@cache
+def _path() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "nettorrent_mpi", f"kernels-{platform.node() or 'host'}.json")
+
+
+@cache
+def _subject() -> str:
+    """What the findings hold for: this processor with these libraries and settings."""
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        wanted = ("vendor_id", "cpu family", "model", "stepping")
+        told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        processor = " ".join(told.get(name, "") for name in wanted)
+    settings = " ".join(os.environ.get(name, "") for name in ("OPENBLAS_CORETYPE", "OMP_NUM_THREADS"))
+    return f"{__version__}, numpy {np.__version__}, {processor}, {settings}"
+
+
+@contextmanager
+def _open_file() -> Iterator[IO[str] | None]:
+    """The file of findings, for this process alone; None where there can be none."""
+    try:
+        _path().parent.mkdir(parents=True, exist_ok=True)
+        file = _path().open("a+", encoding="utf-8")
+    except (OSError, RuntimeError):  # RuntimeError: no home folder is known
+        yield None
+        return
+    with file:
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.002)
+            except OSError:  # a file system without locks
+                break
+        yield file
+
+
+def _read(file: IO[str] | None) -> dict[str, dict[str, str]]:
+    """{subject: {what was tried: the fastest}}."""
+    if file is None:
+        return {}
+    file.seek(0)
+    try:
+        return {subject: dict(choices) for subject, choices in json.loads(file.read() or "{}").items()}
+    except (ValueError, TypeError, AttributeError):  # half a file, or another's
+        return {}
+
+
+def _write(file: IO[str] | None) -> None:
+    if file is None:
+        return
+    others = [(subject, choices) for subject, choices in _read(file).items() if subject != _subject()]
+    with suppress(OSError):  # a full disk keeps nobody from training
+        file.truncate(0)
+        file.write(json.dumps(dict([*others[1 - SUBJECTS :], (_subject(), _known)]), indent=1) + "\n")
+        file.flush()

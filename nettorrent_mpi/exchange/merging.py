@@ -1,0 +1,177 @@
+"""The arithmetic of merges: how much a replica takes of a peer, whom it trusts to answer, how long it waits.
+
+Numbers only; who exchanges with whom is in plan/pairing.py. Factors, merged clocks and scores are those of dpwa
+(github.com/loudinthecloud/dpwa, dpwa.py, interpolation.py, conn.py), after Jin et al. 2016, "How to scale distributed
+deep learning?" (arXiv 1611.04581).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from typing import Literal, NamedTuple
+
+from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.exchange_specs import Clock, Constant, Linear, Loss, LossDivergence
+from nettorrent_mpi.plan.pairing import HIGHEST_SCORE, LOWEST_SCORE
+from nettorrent_mpi.plan.specs import Spec
+
+SUCCESS, TIMEOUT = 10, -100  # what a peer's score changes by
+WINDOW = 64  # past rounds that the automatic deadline follows
+LEAST_ROUNDS = 8  # before there is one
+DEVIATIONS = 5  # of normally distributed round times, 1 in 2700 would come later
+
+
+class Peer(NamedTuple):
+    """What a replica tells about itself with its parameters; also used for oneself.
+
+    `loss` is at least 0; math.nan while it is unknown, because no step was done, and math.inf once it diverged (see
+    `told_loss`). `clock` is the age of the model in steps (a fraction after merges, see `merged_clock`).
+    """
+
+    loss: float
+    clock: float
+
+
+def told_loss(loss: float | None) -> float:
+    """The loss as a `Peer` has it: None, not known yet, becomes nan; one that is not finite, nan included, inf."""
+    if loss is None:
+        return math.nan
+    return loss if math.isfinite(loss) else math.inf
+
+
+def factor(mix: Spec, divergence_threshold: float, own: Peer, peer: Peer, weight: float) -> float:
+    """The f, from 0 to 1, with which a replica merges a peer: param <- f * peer's + (1 - f) * param.
+
+    With l, c and pl, pc the losses and clocks of oneself and the peer:
+
+    constant         value, or without one `weight`, which the pairing gives the message
+    clock            pc / (c + pc)
+    loss             l / (l + pl)
+    linear           from start at c = 0 to end at c = target, and end after that
+    loss_divergence  l^2 / (l^2 + pl^2) * min(l / target, 1)
+
+    0 / 0 counts as 1/2. Below a `divergence_threshold` above 0, f is multiplied by l / divergence_threshold, so that
+    replicas that are nearly done go apart.
+
+    Of two replicas of which one diverged, the other's parameters are worth everything, whatever the mix: f is 1 for the
+    one that diverged and 0 for the other. If both did, their losses count as equal and large. A loss that is not known
+    yet counts as equal to the other one in comparisons, and as large where it is compared with a number.
+
+    Push-sum has no f.
+    """
+    assert all(not loss < 0.0 for loss in (own.loss, peer.loss)), (own, peer)  # nan may be
+    if (own.loss == math.inf) != (peer.loss == math.inf):
+        return 1.0 if own.loss == math.inf else 0.0
+    f = _formula(mix, own, peer, weight)
+    if own.loss < divergence_threshold:  # nan, the unknown one, is not
+        f *= own.loss / divergence_threshold
+    return f
+
+
+def _formula(mix: Spec, own: Peer, peer: Peer, weight: float) -> float:
+    if isinstance(mix, Constant):
+        return weight if mix.value is None else mix.value
+    if isinstance(mix, Clock):
+        return _share(peer.clock, own.clock)
+    if isinstance(mix, Linear):
+        return mix.start + (mix.end - mix.start) * min(own.clock / mix.target, 1.0)
+    equal = not (math.isfinite(own.loss) and math.isfinite(peer.loss))
+    if isinstance(mix, Loss):
+        return 0.5 if equal else _share(own.loss, peer.loss)
+    assert isinstance(mix, LossDivergence), mix
+    part = 0.5 if equal else _share(own.loss, peer.loss, power=2)
+    return part * (1.0 if math.isnan(own.loss) else min(own.loss / mix.target, 1.0))
+
+
+def _share(a: float, b: float, power: int = 1) -> float:
+    """a^power / (a^power + b^power), 1/2 where both are 0. Nothing overflows."""
+    if a == b:
+        return 0.5
+    ratio = (min(a, b) / max(a, b)) ** power
+    return (ratio if a < b else 1.0) / (1.0 + ratio)
+
+
+def merged_clock(f: float, clock: float, peer_clock: float) -> float:
+    """The age of a model that took f of a peer."""
+    return f * peer_clock + (1.0 - f) * clock
+
+
+class FlowControl:
+    """Scores of the peers by how they answered: dpwa's flow control, seen by one replica.
+
+    `scores` has one for each replica, from 10 to 1000 (its own, too, which nobody looks at): plan.pairing.draw_target
+    takes it as it is.
+    """
+
+    def __init__(self, replicas: int):
+        self.scores = [HIGHEST_SCORE] * replicas
+
+    def succeeded(self, peer: int) -> None:
+        """The peer's message came in time."""
+        self._change(peer, SUCCESS)
+
+    def timed_out(self, peer: int) -> None:
+        """The peer's message did not come before the deadline."""
+        self._change(peer, TIMEOUT)
+
+    def came_late(self, peer: int) -> None:
+        """The message came after the deadline, but before the next one was due: the peer is there, only not in step. It
+        gets back what it lost."""
+        self._change(peer, -TIMEOUT)
+
+    def patience(self, peer: int) -> float:
+        """The part of the deadline that is worth waiting for this peer: 0 with the lowest score, 1 with the highest."""
+        return (self.scores[peer] - LOWEST_SCORE) / (HIGHEST_SCORE - LOWEST_SCORE)
+
+    def _change(self, peer: int, by: int) -> None:
+        self.scores[peer] = min(max(self.scores[peer] + by, LOWEST_SCORE), HIGHEST_SCORE)
+
+
+class Deadline:
+    """How long a round may take: a number of milliseconds, "none" (any time), or "auto".
+
+    The automatic one is the median of the last WINDOW rounds' times plus DEVIATIONS times their median absolute
+    deviation from it: neither is moved by a few stragglers. While fewer than LEAST_ROUNDS are known there is none,
+    because the first rounds, which set up connections and touch memory for the first time, would not be typical.
+    """
+
+    def __init__(self, limit: float | Literal["auto", "none"]):
+        if not isinstance(limit, str) and not 0.0 <= limit < math.inf:
+            text = f'{limit} is not a number of milliseconds of at least 0; or write "auto" or "none"'
+            raise ConfigError(text, key="exchange.gossip.deadline")
+        assert not isinstance(limit, str) or limit in {"auto", "none"}, limit
+        self._auto = limit == "auto"
+        self._seconds = None if isinstance(limit, str) else limit / 1000.0
+        self._times: deque[float] = deque()
+        self._sorted: list[float] = []
+        self._changed = False
+
+    def add(self, seconds: float) -> None:
+        """A round took this long. Of one that was late, tell the time that it took in the end: if the deadline stood
+        for it, rounds that became slower for good would stay late for ever."""
+        assert 0.0 <= seconds < math.inf, seconds
+        if not self._auto:
+            return
+        if len(self._times) == WINDOW:
+            del self._sorted[bisect_left(self._sorted, self._times.popleft())]
+        self._times.append(seconds)
+        insort(self._sorted, seconds)
+        self._changed = True
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds from the start of a round to its deadline; None: without limit."""
+        if self._changed and len(self._sorted) >= LEAST_ROUNDS:
+            middle = _median(self._sorted)
+            # falls, then rises: sorted in one pass
+            deviations = sorted(abs(seconds - middle) for seconds in self._sorted)
+            self._seconds = middle + DEVIATIONS * _median(deviations)
+            self._changed = False
+        return self._seconds
+
+
+def _median(ordered: list[float]) -> float:
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])

@@ -1,0 +1,211 @@
+"""What a gossip message does to the vector that this rank owns.
+
+    x += g * (theirs - mine at the time of sending)
+
+With the pairing's own weights for g and everything in time, the sum over the replicas stays as it was to rounding, also
+when steps were done in between (adding what was received, instead of moving by the difference, would lose a part of
+these steps). Memories (the optimizer's) move towards theirs from what they are now, so that squares stay positive.
+
+Sources. dpwa: the factors (exchange/merging.py). Push-sum: Kempe, Dobra, Gehrke 2003; Assran et al. 2019 (stochastic
+gradient push), here in a form for overlap: with mass w, mass sent m and masses received m_j,
+    w' = w - m + sum m_j,   w' x' = w x - m * (mine at the time of sending) + sum m_j x_j.
+Compression: CHOCO-SGD (exchange/estimates.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.mail import Arrived, Letter
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.exchange.estimates import Estimates
+from nettorrent_mpi.exchange.merging import Peer, factor, merged_clock
+from nettorrent_mpi.exchange.vector import Vector
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan.blocks import Span, owner, span
+from nettorrent_mpi.plan.pairing import Pairing
+
+NUMBER, START, STOP, CLOCK, LOSS, MASS = range(6)  # the places in a message's head
+
+
+@dataclass
+class Round:
+    """A round that is open: which part, what was sent, from whom messages are expected, which have come."""
+
+    number: int
+    part: int
+    where: Span
+    began: float
+    expected: dict[int, float]  # source -> weight
+    targets: dict[int, float]  # to -> weight, of those that were sent to
+    got: dict[int, Arrived] = field(default_factory=dict)
+    own: Letter | None = None  # the snapshot; none with compression
+
+
+class Mixer:
+    """The vector, its parts, their masses, and the loss and age of this replica's model."""
+
+    def __init__(self, choice: choices.Gossip, pairing: Pairing, vector: Vector):
+        self._choice, self._pairing, self.vector = choice, pairing, vector
+        self.push_sum = isinstance(choice.mix, choices.PushSum)
+        self._estimates: Estimates | None = None
+        if not isinstance(choice.compress, choices.Whole):
+            self._estimates = Estimates(choice.compress, choice.gamma, vector)
+        self.clock, self.loss = 0.0, float("nan")
+        self.divide(1)
+
+    def divide(self, parts: int) -> None:
+        """Exchange so many parts in turn from now on; masses are equal then."""
+        self.parts = max(min(parts, self.vector.size), 1)
+        self.masses = np.ones(self.parts)
+
+    def where(self, part: int) -> Span:
+        """The elements of a part."""
+        return span(self.vector.size, self.parts, part)
+
+    def length(self, elements: int) -> int:
+        """Bytes of a message about so many elements."""
+        if self._estimates is not None:
+            return self._estimates.codec.bytes(elements, self.vector.dtype)
+        return elements * self.vector.bytes_per_element
+
+    @property
+    def compresses(self) -> bool:
+        """Is a message different for each target?"""
+        return self._estimates is not None
+
+    # -- a message is written ---------------------------------------------------------------------------------------
+
+    def write(self, letter: Letter, this: Round, to: int | None) -> None:
+        """letter <- what this round sends to everybody, or where messages are compressed, to `to`."""
+        weights = set(this.targets.values())
+        assert len(weights) <= 1, "all messages of a round carry the same mass"
+        mass = self.masses[this.part] * max(weights, default=0.0)
+        letter.head[:6] = (this.number, *this.where, self.clock, self.loss, mass)
+        letter.length = self.length(this.where.size)
+        if self._estimates is None:
+            self.vector.read(this.where, self._values(letter))
+        else:
+            assert to is not None
+            self._estimates.write(to, this.where, letter.body[: letter.length])
+
+    def _values(self, letter: Letter) -> Array:
+        return letter.body[: letter.length].view(self.vector.dtype)
+
+    # -- messages are merged ----------------------------------------------------------------------------------------
+
+    def merge(self, this: Round) -> None:
+        """Merge what a round has brought, in an order that does not depend on what came first. Others have been told of
+        this rank's steps, so that nothing of them is withheld any more."""
+        self.vector.release(this.where)
+        if self.push_sum and this.targets:
+            self._part_with_mass(this)
+        messages = [this.got[source] for source in sorted(this.got)]
+        shares = [self._share(message, this, 0) for message in messages]
+        for i, message in enumerate(messages):
+            self._merge(message, shares[i], sum(shares[i + 1 :]), this)
+
+    def merge_late(self, message: Arrived, this: Round | None, age: int) -> None:
+        """Merge one message, with less weight if it is older; `this` is the round that it belongs to, if the part was
+        not exchanged since then."""
+        self._merge(message, self._share(message, this, age), 0.0, this)
+
+    def _share(self, message: Arrived, this: Round | None, age: int) -> float:
+        """How much is taken of what a message tells, compared with what this rank has."""
+        weight, of_round = (0.5, 0.5) if this is None else (this.expected[message.source], sum(this.expected.values()))
+        if self.push_sum or self._estimates is not None:
+            return weight
+        head, clock = message.letter.head, self._clock_then(self._own(message, this))
+        theirs = Peer(float(head[LOSS]), float(head[CLOCK]))
+        mix = self._choice.mix
+        share = weight / of_round
+        if this is not None and not self._pairing.doubly_stochastic:  # those that arrived and this rank's own are alike
+            weight = 1 / (len(this.got) + 1)
+        g = factor(mix, self._choice.divergence_threshold, Peer(self.loss, clock), theirs, weight)
+        if not isinstance(mix, choices.Constant) or mix.value is not None:  # f is for all sources together
+            g *= share
+        behind = 0 if this is None else this.number - int(head[NUMBER])  # rounds
+        return g / (1 + max(age, behind if behind > 1 else 0))
+
+    def _merge(self, message: Arrived, g: float, others: float, this: Round | None) -> None:
+        """Take g of a message's values; `others` is taken of messages that are merged after it."""
+        letter, head, source = message.letter, message.letter.head, message.source
+        where = Span(int(head[START]), int(head[STOP]))
+        if self._own(message, this) is None:  # moved towards the message from where the vector is now
+            self.vector.release(where)
+        if self._estimates is not None:
+            self._estimates.read(source, where, letter.body[: letter.length])
+            if this is not None and where == this.where:
+                out = source if source in this.targets else next(iter(this.targets), None)
+                self._estimates.approach(source, out, g, where)
+            return
+        values = self._values(letter)
+        if self.push_sum:
+            self._take_mass(where, float(head[MASS]), values)
+            return
+        own = self._own(message, this)
+        self.vector.move(where, g, values, None if own is None else self._values(own))
+        # Those that are merged after it leave 1 - others of this one.
+        self.vector.mix(where, min(g / (1 - others), 1.0) if others < 1 else 0.0, values)
+        # What it is older than this one was when it was sent: so the mean age of two that exchange stays as it was.
+        part = where.size / self.vector.size
+        self.clock = merged_clock(g * part, self.clock, self.clock + float(head[CLOCK]) - self._clock_then(own))
+
+    def _own(self, message: Arrived, this: Round | None) -> Letter | None:
+        """What this rank sent in the same round, if the message is about the same part."""
+        start, stop = message.letter.head[START : STOP + 1]
+        return this.own if this is not None and (start, stop) == this.where else None
+
+    def _clock_then(self, own: Letter | None) -> float:
+        """This replica's age when it sent `own`, or now."""
+        return self.clock if own is None else float(own.head[CLOCK])
+
+    def _part_with_mass(self, this: Round) -> None:
+        """Push-sum: what was sent away is not here any more. w x - m own = (w - m) x - m (own - x)."""
+        assert this.own is not None
+        sent = float(this.own.head[MASS]) * len(this.targets)
+        left = float(self.masses[this.part]) - sent
+        self.vector.move(this.where, -sent / left, self._values(this.own))
+        self.masses[this.part] = left
+
+    def _take_mass(self, where: Span, mass: float, values: Array) -> None:
+        part = owner(self.vector.size, self.parts, where.start)
+        total = float(self.masses[part]) + mass
+        self.vector.move(where, mass / total, values)
+        self.vector.mix(where, mass / total, values)
+        self.masses[part] = total
+
+    # -- all replicas together --------------------------------------------------------------------------------------
+
+    def average(self, column: Group) -> None:
+        """The parameters <- their mean over the replicas; with push-sum of what they weigh, which exchanges do not
+        change. Every member of `column` calls, settled."""
+        totals = self.masses.copy()
+        column.sum(totals)
+        for part in range(self.parts):
+            self.vector.scale(self.where(part), float(self.masses[part] / totals[part]))
+        for shard in self.vector.layers[0]:
+            column.sum(shard)
+
+    def averaged(self) -> None:
+        """All replicas are the same now."""
+        self.masses[...] = 1
+        if self._estimates is not None:
+            self._estimates.begin()
+
+    def mass_of_elements(self) -> Array:
+        """The mass of each element: that of its part."""
+        whole = np.empty(self.vector.size, self.vector.dtype)
+        for part in range(self.parts):
+            whole[slice(*self.where(part))] = self.masses[part]
+        return whole
+
+    def weigh(self, whole: Array) -> None:
+        """Each part gets the mass of its elements; `whole` has zeros in the gaps between arrays. Masses of a run with
+        other parts give a part the largest of its elements'."""
+        for part in range(self.parts):
+            inside = whole[slice(*self.where(part))]
+            self.masses[part] = inside.max(initial=0.0) or 1.0

@@ -1,0 +1,270 @@
+"""Rounds of gossip: who is sent what, what is waited for and how long, what comes late.
+
+A round opens with a snapshot of a part of the vector, which is sent; it closes, one boundary later where messages
+overlap with compute, by merging what has arrived. Nobody waits for a partner longer than the deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+
+from nettorrent_mpi.comm.group import Group, together
+from nettorrent_mpi.comm.mail import Arrived, Mail
+from nettorrent_mpi.exchange.merging import Deadline, FlowControl
+from nettorrent_mpi.exchange.mixer import NUMBER, Mixer, Round
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.pairing import Pairing, draw_target
+from nettorrent_mpi.plan.seeds import key
+
+TAG = 5
+FIRST_DEADLINE = 5.0  # seconds, before there are enough rounds to tell one
+LARGEST = 1 << 28  # bytes of a message, at most
+
+
+@dataclass
+class Counts:
+    """What this rank did since the start: rounds, messages merged in time and late, partners that were late (skipped),
+    sends left out because the last one was not taken yet, seconds spent waiting, bytes sent."""
+
+    rounds: int = 0
+    merged: int = 0
+    late: int = 0
+    skipped: int = 0
+    held_back: int = 0
+    waited: float = 0.0
+    bytes: int = 0
+
+
+def receives(pairing: Pairing, me: int) -> int:
+    """How many messages to member `me` may arrive before one is read: so many buffers it has for them."""
+    if pairing.period is None:  # partners are drawn, and more than a few seldom meet
+        return min(2 * pairing.replicas, 8)
+    sources = {source for i in range(pairing.period) for source, _ in pairing.receives(i, me)}
+    return 2 * len(sources) + 1  # each can be in the open round and one ahead
+
+
+class Rounds:
+    """The rounds of one rank with its column."""
+
+    def __init__(self, choice: choices.Gossip, pairing: Pairing, column: Group, mixer: Mixer, seed: int, parts: int):
+        self._choice, self._pairing, self._column, self._mixer, self._seed = choice, pairing, column, mixer, seed
+        self._me, self._count = column.index, column.size
+        self.counts = Counts()
+        self._round: Round | None = None
+        self._patient = choice.deadline == "none"  # every message is merged in the round that expects it
+        self._held: list[Arrived] = []  # from those who are ahead, until a round expects them
+        self._seen = [-1] * self._count  # the round of the last message of each source
+        self._owed = [0] * self._count  # rounds that were closed without a message of this source, since its last one
+        self._missed: dict[int, Round] = {}  # the first of these, by source
+        self._flow = FlowControl(self._count)
+        self._deadline = Deadline(choice.deadline)
+        self.mail = self._divided(parts)
+
+    @property
+    def is_open(self) -> bool:
+        """Is a round under way?"""
+        return self._round is not None
+
+    def _divided(self, parts: int) -> Mail:
+        """Mail for messages about one of so many parts."""
+        mixer = self._mixer
+        mixer.divide(max(parts, -(-mixer.length(mixer.vector.size) // LARGEST)))
+        length = mixer.length(span(mixer.vector.size, mixer.parts, 0).size)
+        return Mail(self._column, -(-length // 8) * 8, receives(self._pairing, self._me), TAG)
+
+    def divide(self, parts: int) -> None:
+        """Exchange so many parts in turn from now on. All members of the column call, settled."""
+        self.close_mail()
+        self.mail = self._divided(parts)
+
+    def close_mail(self) -> None:
+        """Give everything back to MPI. All members of the column call, settled."""
+        self.counts.bytes += self.mail.bytes
+        self.mail.close()
+
+    # -- a round opens ----------------------------------------------------------------------------------------------
+
+    def _takes_place(self, number: int, source: int, target: int) -> bool:
+        """With `probability`; both ends draw the same, and a pair that exchanges draws once."""
+        if self._choice.probability >= 1:
+            return True
+        pair = sorted((source, target)) if self._pairing.symmetric else (source, target)
+        return random.Random(key(self._seed, "gossip", number, *pair)).random() < self._choice.probability
+
+    def open(self, number: int) -> None:
+        """Take the snapshot of a part and send it."""
+        turn, part = divmod(number, self._mixer.parts)
+        me, pairing = self._me, self._pairing
+        expected = {i: w for i, w in pairing.receives(turn, me) if self._takes_place(number, i, me)}
+        targets: dict[int, float] = {}
+        for to, weight in pairing.sends(turn, me):
+            if self._takes_place(number, me, to):
+                free = self._free_target(to, turn)
+                if free is None:
+                    self.counts.held_back += 1
+                else:
+                    targets[free] = weight
+        if expected or targets:
+            where = self._mixer.where(part)
+            this = Round(number, part, where, time.perf_counter(), expected, targets)
+            self._send(this)
+            self._round = this
+
+    def _free_target(self, to: int, turn: int) -> int | None:
+        """`to`, if it has taken the last message; with random pairing otherwise another one that has."""
+        while self._patient and not self.mail.can_send(to):
+            self._sort(self.mail.take())
+            os.sched_yield()
+        if self.mail.can_send(to):
+            return to
+        self._flow.timed_out(to)
+        if self._pairing.kind == "random" and self._count > 2:
+            other = draw_target(self._seed, turn, self._me, self._count, self._flow.scores)
+            if other != to and self.mail.can_send(other):
+                return other
+        return None
+
+    def _send(self, this: Round) -> None:
+        if not self._mixer.compresses:
+            this.own = self.mail.letter()
+            self._mixer.write(this.own, this, None)
+            for to in this.targets:
+                self.mail.send(this.own, to)
+            return
+        for to in this.targets:
+            letter = self.mail.letter()
+            self._mixer.write(letter, this, to)
+            self.mail.send(letter, to)
+            self.mail.put_back(letter)
+
+    # -- a round is closed ------------------------------------------------------------------------------------------
+
+    def close(self, *, wait: bool) -> None:
+        """Merge what has arrived; `wait` until the deadline for what has not, and then go on without it."""
+        began = time.perf_counter_ns()
+        while True:
+            self._sort(self.mail.take())
+            this = self._round
+            if this is None:
+                break
+            missing = [source for source in this.expected if self._may_come(source, this)]
+            if not missing or (wait and self._too_late(this, missing)):
+                self._finish(this)
+                break
+            if not wait:
+                break
+            os.sched_yield()
+        self.counts.waited += (time.perf_counter_ns() - began) / 1e9
+        together.since(began)
+
+    def _may_come(self, source: int, this: Round) -> bool:
+        """Is this round's message of a source to be waited for? One source's messages come in the order of its rounds:
+        whoever was seen in this round or a later one is ahead, and sends nothing more for it. This lets a rank that has
+        fallen behind catch up."""
+        return source not in this.got and self._seen[source] < this.number
+
+    def _too_late(self, this: Round, missing: list[int]) -> bool:
+        if self._patient:
+            return False
+        limit = self._deadline.seconds  # not for ever where it is not known yet: a sender may have left a round out
+        limit = FIRST_DEADLINE if limit is None else limit
+        return time.perf_counter() >= this.began + limit * max(self._flow.patience(source) for source in missing)
+
+    def _sort(self, arrived: list[Arrived]) -> None:
+        """Messages that the open round expects go there; those from members ahead wait; the others are merged now."""
+        self._held += arrived
+        this, waiting = self._round, self._held
+        self._held = []
+        for message in waiting:
+            source, number = message.source, int(message.letter.head[NUMBER])
+            self._seen[source] = max(self._seen[source], number)
+            now = this.number if this is not None else -1
+            wanted = this is not None and source in this.expected and source not in this.got
+            in_time = number == now if self._patient else number >= now or not self._owed[source]
+            if this is not None and wanted and in_time:
+                this.got[source] = message
+                if self._owed[source]:  # its sender left out what this rank went on without
+                    self._owed[source] = 0
+                    self._drop(self._missed.pop(source))
+                continue
+            if self._owed[source]:
+                self._merge_owed(message)
+            elif this is not None and number <= now:
+                self._merge_late(message, 1)
+            else:
+                before = [] if self._patient else [m for m in self._held if m.source == source]
+                for older in before:  # of who is far ahead one is kept
+                    self._held.remove(older)
+                    self._merge_late(older, 0)
+                self._held.append(message)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """There is always a receive posted, or members could wait for each other."""
+        while self.mail.is_full and self._held and not self._patient:
+            self._merge_late(self._held.pop(0), 0)
+        if self.mail.is_full:
+            self._held = [self.mail.aside(message) for message in self._held]
+        if self.mail.is_full and self._round is not None:
+            self._round.got = {source: self.mail.aside(message) for source, message in self._round.got.items()}
+
+    def _finish(self, this: Round) -> None:
+        """Merge what the round has brought, in an order that does not depend on what came first."""
+        if len(this.got) == len(this.expected):  # what was late tells its time when it comes
+            self._deadline.add(time.perf_counter() - this.began)
+        self._mixer.merge(this)
+        for source, message in this.got.items():
+            self._flow.succeeded(source)
+            self.counts.merged += 1
+            self.mail.release(message)
+        for source in this.expected:
+            if self._may_come(source, this):
+                if not self._owed[source]:
+                    self._missed[source] = this
+                self._owed[source] += 1
+                self._flow.timed_out(source)
+                self.counts.skipped += 1
+        self._round = None
+        self._drop(this)
+
+    def _drop(self, this: Round) -> None:
+        """A closed round's snapshot is needed no longer than it may be asked for."""
+        if this.own is not None and all(missed is not this for missed in self._missed.values()):
+            self.mail.put_back(this.own)
+
+    def _merge_owed(self, message: Arrived) -> None:
+        """From someone whose message a round went on without: as if it had come in time, if it is that message and the
+        part was not exchanged again in the meantime; otherwise with less weight."""
+        source = message.source
+        owed, self._owed[source] = self._owed[source], 0
+        missed = self._missed.pop(source)
+        self._deadline.add(message.when - missed.began)  # what it took in the end: rounds may be slower for good
+        if owed == 1:
+            self._flow.came_late(source)
+        if message.letter.head[NUMBER] == missed.number and owed < self._mixer.parts:
+            self._merge_late(message, 0, missed)
+        else:
+            self._merge_late(message, owed)
+        self._drop(missed)
+
+    def _merge_late(self, message: Arrived, age: int, this: Round | None = None) -> None:
+        """What no open round expects: with less weight the older it is; but mass is mass, and estimates are kept up."""
+        self._mixer.merge_late(message, this, age)
+        self.counts.late += 1
+        self.mail.release(message)
+
+    def settle(self) -> None:
+        """Merge every message that was sent. All members of the column call, after the same step, and wait."""
+        self._sort(self.mail.settle())
+        if self._round is not None:
+            self._finish(self._round)
+        for message in self._held:
+            self._merge_late(message, 0)
+        self._held = []
+        for source in list(self._missed):  # what has not come was never sent
+            self._owed[source] = 0
+            self._drop(self._missed.pop(source))

@@ -1,0 +1,210 @@
+"""From a configuration to the parts of a run: layouts of replicas, micro-batches, and what the replicas cannot have."""
+
+from __future__ import annotations
+
+import mpi4py
+import numpy as np
+import pytest
+
+mpi4py.rc.initialize = mpi4py.rc.finalize = False  # what is tested here communicates nothing
+
+from nettorrent_mpi.cli.setup import _kernels, lay_out, micro_batches, set_up  # noqa: E402
+from nettorrent_mpi.config import reading as config  # noqa: E402
+from nettorrent_mpi.config.reading import Config  # noqa: E402
+from nettorrent_mpi.nn.model import Network  # noqa: E402
+from nettorrent_mpi.plan import exchange_specs as choices  # noqa: E402
+from nettorrent_mpi.plan.cost import auto_layout  # noqa: E402
+from nettorrent_mpi.plan.errors import ConfigError, LayoutError  # noqa: E402
+from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout  # noqa: E402
+
+
+def load(*changes: str) -> Config:
+    """Of the built-in digits: four weight layers, batches of 32."""
+    return config.load(None, ["train.micro_batches=auto", *changes])
+
+
+def network(made: Config) -> Network:
+    return Network(made.model.layers, (8, 8, 1))
+
+
+@pytest.mark.parametrize(("replicas", "ranks"), [(1, 5), (2, 2), (2, 12), (3, 12), (5, 20)])
+def test_each_replica_is_laid_out_like_layout_layers(replicas: int, ranks: int) -> None:
+    made = load(f"layout={{replicas: {replicas}}}")
+    facts = network(made).facts
+    topology = lay_out(made, network(made), ranks)
+    assert topology == Topology(replicas, layers_layout(facts, ranks // replicas, -(-8 // replicas)).stages)
+    assert topology.size == ranks
+    if replicas == 1:
+        assert topology == lay_out(load("layout=layers"), network(made), ranks)
+
+
+def test_the_rows_that_a_layout_counts_with_are_those_of_one_replica() -> None:
+    made = load("layout={replicas: 4}", "train.batch_size=16")  # micro-batches of 4 rows: 1 in each replica
+    assert all(stage.rows == 1 for stage in lay_out(made, network(made), 4 * 17).stages)
+    assert any(stage.rows > 1 for stage in lay_out(load("train.batch_size=16"), network(made), 17).stages)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "ranks", "words"),
+    [
+        (5, 12, ["5 replicas", "12 ranks", "start 10 or 15 ranks", "layout: {replicas: 4}"]),
+        (5, 3, ["start 5 ranks", "layout: {replicas: 3}"]),
+        (2, 7, ["start 6 or 8 ranks", "layout: {replicas: 1}"]),
+    ],
+)
+def test_ranks_that_the_replicas_do_not_divide(replicas: int, ranks: int, words: list[str]) -> None:
+    made = load(f"layout={{replicas: {replicas}}}")
+    with pytest.raises(LayoutError) as caught:
+        lay_out(made, network(made), ranks)
+    assert str(caught.value).startswith("layout.replicas: ")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_layout_auto_counts_a_common_sum_only_where_replicas_are_alike() -> None:
+    for change, exact in (("exchange=allreduce", True), ("exchange=none", False), ("exchange=gossip", False)):
+        made = load("layout=auto", change)
+        assert made.exact == exact
+        assert lay_out(made, network(made), 12) == auto_layout(
+            network(made).facts, 12, 32, lambda stages: 4 if stages > 1 else 1, "1f1b", exact=exact
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages", "replicas", "expected"),
+    [
+        ([], 1, 1, 1),
+        ([], 4, 1, 4),
+        (["train.batch_size=3"], 4, 1, 3),
+        (["train.micro_batches=7"], 1, 1, 7),
+        (["pipeline=async"], 1, 1, 1),
+        (["pipeline=async"], 3, 1, 4),
+        (["pipeline=async"], 9, 1, 9),
+        (["pipeline=async"], 9, 4, 8),  # 32 / 4 rows in a replica
+        (["pipeline=async"], 9, 32, 4),
+        (["pipeline=async", "train.micro_batches=2"], 9, 1, 2),
+        (["pipeline=async", "train.batch_size=3"], 9, 1, 3),
+        (["pipeline=gpipe"], 9, 1, 4),
+    ],
+)
+def test_micro_batches(changes: list[str], stages: int, replicas: int, expected: int) -> None:
+    made = load(*changes)
+    topology = Topology(replicas, tuple(Stage(s, s + 1, 1, 1) for s in range(stages)))
+    assert micro_batches(made, network(made), topology) == expected
+
+
+@pytest.mark.parametrize("stages", [1, 3, 9])
+def test_with_batch_norm_micro_batches_do_not_depend_on_the_layout(stages: int) -> None:
+    made = load("model.layers.1=batch_norm", "pipeline=async")
+    topology = Topology(1, tuple(Stage(s, s + 1, 1, 1) for s in range(stages)))
+    assert network(made).has_batch_norm
+    assert micro_batches(made, network(made), topology) == 4
+
+
+@pytest.mark.parametrize(
+    ("exchange", "nobody"), [("elite", "nobody to take weights from"), ("gossip", "nobody to average with")]
+)
+def test_an_exchange_of_one_replica_is_refused(exchange: str, nobody: str) -> None:
+    for layout in ("layers", "{replicas: 1}"):
+        with pytest.raises(ConfigError) as caught:
+            set_up(load(f"exchange={exchange}", f"layout={layout}", "data.validation=0.1"), 4)
+        assert caught.value.key == f"exchange.{exchange}"
+        assert "changes nothing with 1 replica" in str(caught.value)
+        assert nobody in str(caught.value)
+        assert "give layout: {replicas: N} or exchange: allreduce" in str(caught.value)
+
+
+def test_one_replica_may_have_the_other_exchanges() -> None:
+    for exchange in ("allreduce", "none"):
+        assert set_up(load(f"exchange={exchange}"), 2).topology.replicas == 1
+
+
+def test_a_pairing_that_the_replicas_cannot_have() -> None:
+    with pytest.raises(ConfigError) as caught:
+        set_up(load("exchange.gossip.pairing=hypercube", "layout={replicas: 6}"), 6)
+    assert caught.value.key == "exchange.gossip.pairing"
+    assert "6 replicas can have ring" in str(caught.value)
+    assert set_up(load("exchange.gossip.pairing=hypercube", "layout={replicas: 8}"), 8).topology.replicas == 8
+
+
+def test_a_replica_of_its_own_without_rows_is_refused() -> None:
+    layout = "layout={replicas: 4, swarms: [{layers: 2}, {layers: 2}]}"
+    for exchange in ("none", "gossip", "elite"):
+        changes = (layout, f"exchange={exchange}", "data.validation=0.1")
+        with pytest.raises(ConfigError) as caught:
+            set_up(load("train.batch_size=12", *changes), 8)
+        assert caught.value.key == "train.batch_size"
+        assert "12 rows in 4 micro-batches leave 1 of the 4 replicas nothing to train on" in str(caught.value)
+        assert "at least 13 rows, or fewer micro_batches" in str(caught.value)
+        for enough in ("train.batch_size=13", "train={batch_size: 12, micro_batches: 3}"):
+            setup = set_up(load(enough, *changes), 8)
+            pieces, size = setup.options.micro_batches, setup.options.batch_size
+            for rank in range(8):
+                place = setup.topology.place(rank)
+                assert sum(setup.topology.batch_rows(place, size, pieces, m).size for m in range(pieces)) > 0
+    assert set_up(load("train.batch_size=12", layout), 8).config.exact
+
+
+@pytest.mark.parametrize(
+    ("layers", "exchange", "replicas", "enough", "said"),
+    [
+        (
+            "[flatten, {linear: 8}, batch_norm, {linear: 10}]",
+            "gossip",
+            4,
+            32,
+            "batch_norm1 a single row of each of the 4 replicas",
+        ),
+        ("[flatten, {linear: 8}, batch_norm, {linear: 10}]", "allreduce", 4, 8, "batch_norm1 a single row at a time"),
+        ("[flatten, {linear: 8}, {residual: [{linear: 8}, batch_norm]}, {linear: 10}]", "none", 2, 16, "residual1/"),
+    ],
+)
+def test_a_batch_norm_of_single_rows_is_refused(
+    layers: str, exchange: str, replicas: int, enough: int, said: str
+) -> None:
+    changes = (f"model.layers={layers}", f"exchange={exchange}", f"layout={{replicas: {replicas}}}")
+    with pytest.raises(ConfigError) as caught:
+        set_up(load(f"train.batch_size={enough - 1}", *changes), replicas)
+    assert caught.value.key == "train.batch_size"
+    assert said in str(caught.value)
+    assert f"at least {enough} rows, or fewer micro_batches" in str(caught.value)
+    set_up(load(f"train.batch_size={enough}", *changes), replicas)
+
+
+def test_a_batch_norm_of_images_takes_single_rows() -> None:
+    layers = "[{conv2d: 4}, batch_norm, flatten, {linear: 10}]"
+    set_up(load(f"model.layers={layers}", "train={batch_size: 4, micro_batches: 4}"), 1)
+
+
+def test_validation_rows_that_round_to_none_choose_no_elite() -> None:
+    with pytest.raises(ConfigError) as caught:
+        set_up(load("exchange=elite", "data.validation=0.0001", "layout={replicas: 2}"), 2)
+    assert caught.value.key == "data.validation"
+    assert "0.0001 of 1438 rows leaves none" in str(caught.value)
+
+
+def test_the_engine_and_the_sampler_are_given_what_was_asked_for() -> None:
+    made = load("exchange.gossip.every=3", "pipeline={async: true}", "layout={replicas: 2}", "data.partition=disjoint")
+    setup = set_up(made, 8)
+    assert setup.options.exchange == choices.Gossip(every=3)
+    assert setup.options.pipeline == choices.Async(staleness_aware=True)
+    assert setup.options.micro_batches == setup.sampler.micro_batches == 4
+    assert (setup.sampler.replicas, setup.sampler.partition) == (2, "disjoint")
+    shared = set_up(load("layout={replicas: 2}"), 8).sampler
+    assert not np.array_equal(shared.order(0), setup.sampler.order(0))
+    np.testing.assert_array_equal(shared.order(0), set_up(load(), 4).sampler.order(0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "ranks", "expected"),
+    [
+        ("auto", 10, 1, "numpy"),  # over before the libraries are loaded
+        ("auto", 1_000_000, 4, "fastest"),
+        ("auto", 1_000_000, 1_000_000, "numpy"),
+        ("numpy", 1_000_000, 1, "numpy"),
+        ("fastest", 1, 1, "fastest"),
+    ],
+)
+def test_short_runs_load_no_kernels_unless_told(asked: str, steps: int, ranks: int, expected: str) -> None:
+    made = load(f"kernels={asked}", "train.epochs=null", f"train.steps={steps}")
+    assert _kernels(made, network(made), ranks, 45) == expected
