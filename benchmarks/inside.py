@@ -57,9 +57,10 @@ def measure(config: str, steps: int) -> dict[str, Any]:
     from nettorrent_mpi.device.cpu.convolution import Convolution
     from nettorrent_mpi.device.cpu.product import Product
     from nettorrent_mpi.engine.engine import Engine
+    from nettorrent_mpi.engine.run_plan import Plan
 
     setup = set_up(configuration.load(config), 1)
-    engine = Engine(World(), setup.network, setup.topology, setup.options)
+    engine = Engine(World(), Plan(setup.network, setup.topology, setup.options))
     engine.open_data(setup.dataset, setup.sampler)
     for n in range(STEPS_BEFORE):
         engine.step(n, 1e-4)

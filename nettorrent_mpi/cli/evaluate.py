@@ -17,6 +17,7 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.engine.checkpoint import restore_parameters
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import read_arrays
+from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import DataError, OutputError
 
@@ -33,7 +34,7 @@ def evaluate(world: World, args: argparse.Namespace) -> int:
                 "evaluate the network on; add a test set",
                 file=config.data.root or config.data.name,
             )
-    engine = Engine(world, setup.network, setup.topology, setup.options)
+    engine = Engine(world, Plan(setup.network, setup.topology, setup.options))
     with world.together():
         restore_parameters(engine, folder / "model.h5")
     with world.together():

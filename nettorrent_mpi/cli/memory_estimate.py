@@ -12,7 +12,7 @@ from nettorrent_mpi.cli.setup import Setup
 from nettorrent_mpi.comm.mail import SPARE
 from nettorrent_mpi.device.cpu import choice
 from nettorrent_mpi.device.cpu.onednn import library
-from nettorrent_mpi.engine.engine import Options
+from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.exchange.compression import make_codec
 from nettorrent_mpi.exchange.gossip import withholding
 from nettorrent_mpi.exchange.rounds import LARGEST, receives

@@ -23,6 +23,7 @@ from nettorrent_mpi.device.cpu import choice as kernels
 from nettorrent_mpi.engine.checkpoint import collect, restore, restore_replica
 from nettorrent_mpi.engine.engine import Engine, Scores
 from nettorrent_mpi.engine.reports import Report, Reports
+from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.exchange.elite import compare, steps_between
 from nettorrent_mpi.exchange.gossip import rate_factor
 from nettorrent_mpi.nn.rates import make_rate
@@ -60,7 +61,7 @@ def train(world: World, args: argparse.Namespace, chosen: str) -> int:
             checkpoint = find_checkpoint(folder, args.resume)
         elif world.rank == 0:
             folder.check(args.overwrite)
-    engine = Engine(world, setup.network, setup.topology, setup.options)
+    engine = Engine(world, Plan(setup.network, setup.topology, setup.options))
     with world.together():
         engine.open_data(setup.dataset, setup.sampler)
     run = Run(world, setup, engine, folder, chosen, libraries)

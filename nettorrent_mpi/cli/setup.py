@@ -12,7 +12,7 @@ from nettorrent_mpi.data.dataset import Dataset, open_dataset
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.cpu.choice import Kernels
-from nettorrent_mpi.engine.engine import Options
+from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.nn.losses import check_fit
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span

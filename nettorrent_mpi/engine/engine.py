@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,11 +16,11 @@ from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.cpu import blas
 from nettorrent_mpi.device.cpu import choice as kernels
-from nettorrent_mpi.device.cpu.choice import Kernels
 from nettorrent_mpi.engine.feed import Feed, Once, Training
 from nettorrent_mpi.engine.gathering import gather
 from nettorrent_mpi.engine.pipeline import Pipeline
 from nettorrent_mpi.engine.replicas import Replicas
+from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
@@ -30,7 +28,6 @@ from nettorrent_mpi.engine.update import Exchange
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.exchange.gossip import Gossip
 from nettorrent_mpi.nn.losses import check_fit, make_loss
-from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.actions import Actions, with_loads
@@ -38,27 +35,7 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.cost import rows_shared
 from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
-from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream_step
-from nettorrent_mpi.plan.topology import Topology
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to train, as far as the engine is concerned."""
-
-    loss: Spec
-    optimizer: Spec
-    batch_size: int = 128
-    micro_batches: int = 4
-    pipeline: Spec = field(default_factory=choices.OneFOneB)
-    exchange: Spec = field(default_factory=choices.Allreduce)
-    clip_norm: float | None = None
-    dtype: Any = "float32"
-    seed: int = 1
-    augment: Sequence[str] = ()
-    trace: bool = False
-    kernels: Kernels = "fastest"
 
 
 class Scores(NamedTuple):
@@ -75,12 +52,17 @@ class Engine:
     what they have in common, and an evaluation is of what the replicas are at that time (see `Replicas.shown`).
     """
 
-    def __init__(self, world: World, network: Network, topology: Topology, options: Options):
-        self.world, self.network, self.topology, self.options = world, network, topology, options
+    def __init__(self, world: World, plan: Plan):
+        self.world, self.plan = world, plan
+        self.network, self.topology, self.options = network, topology, options = (
+            plan.network,
+            plan.topology,
+            plan.options,
+        )
         kernels.use(options.kernels)
         blas.wake(options.dtype)
         self.place = topology.place(world.rank)
-        self.exact = isinstance(options.exchange, choices.Allreduce) or topology.replicas == 1
+        self.exact = plan.exact
         stage = topology.stages[self.place.stage]
         stages = len(topology.stages)
         self._actions = _async_actions if isinstance(options.pipeline, choices.Async) and stages > 1 else _flush_actions

@@ -22,7 +22,8 @@ from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.engine import state
-from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Pass
 from nettorrent_mpi.nn.losses import make_loss
@@ -132,7 +133,7 @@ def train(case: Case, lefts: Sequence[int], pipeline: specs.Spec | None = None) 
         seed=SEED,
         augment=("flip",),
     )
-    engine = Engine(World(), network, case.topology, options)
+    engine = Engine(World(), Plan(network, case.topology, options))
     engine.open_data(*data())
     assert engine.asynchronous == (pipeline is None and len(case.grids) > 1)
     if engine.asynchronous:
@@ -347,7 +348,7 @@ def test_a_drain_cannot_come_before_what_was_begun() -> None:
     options = Options(
         specs.CrossEntropy(), specs.Sgd(), batch_size=BATCH, micro_batches=1, pipeline=choices.Async(), dtype="float64"
     )
-    engine = Engine(World(), network, Case("mlp", 1, (ONE,) * SIZE, 1).topology, options)
+    engine = Engine(World(), Plan(network, Case("mlp", 1, (ONE,) * SIZE, 1).topology, options))
     engine.open_data(*data())
     engine.step(0, 0.01, 50)
     for n, (left, impossible) in enumerate([(3, (1, 2)), (2, (1,)), (1, (2, 50))], start=1):

@@ -12,8 +12,9 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine.engine import Engine, Options, Scores
+from nettorrent_mpi.engine.engine import Engine, Scores
 from nettorrent_mpi.engine.reports import best_of
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.exchange.elite import compare, steps_between, takes
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -59,7 +60,7 @@ def make(layout: Topology, choice: choices.Elite) -> Engine:
         dtype="float64",
         seed=3,
     )
-    engine = Engine(World(), Network(LAYERS, (6,)), layout, options)
+    engine = Engine(World(), Plan(Network(LAYERS, (6,)), layout, options))
     engine.open_data(dataset, sampler)
     for n in range(3):
         engine.step(n, 0.05)

@@ -17,7 +17,8 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.exchange.gossip import Gossip
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -45,15 +46,17 @@ def make(topology: Topology, dtype: str = "float64", optimizer: Any = None, **go
     dataset = open_dataset("synthetic", None, options=DataOptions(rows=96, test_rows=8, shape=(6,), classes=3))
     engine = Engine(
         World(),
-        Network(LAYERS, (6,)),
-        topology,
-        Options(
-            loss=specs.CrossEntropy(),
-            optimizer=optimizer or specs.Sgd(),
-            batch_size=37,
-            micro_batches=2,
-            exchange=choices.Gossip(**gossip),
-            dtype=dtype,
+        Plan(
+            Network(LAYERS, (6,)),
+            topology,
+            Options(
+                loss=specs.CrossEntropy(),
+                optimizer=optimizer or specs.Sgd(),
+                batch_size=37,
+                micro_batches=2,
+                exchange=choices.Gossip(**gossip),
+                dtype=dtype,
+            ),
         ),
     )
     engine.open_data(dataset, Sampler(96, 1, 0.0, 37))

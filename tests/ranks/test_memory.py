@@ -14,6 +14,7 @@ from nettorrent_mpi.cli.setup import Setup, set_up
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.reading import load
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.exchange.gossip import Gossip
 from nettorrent_mpi.plan.topology import Stage, Topology
 
@@ -117,7 +118,7 @@ def test_the_terms_are_what_is_allocated(number: int) -> None:
 
 def trained(setup: Setup) -> list[tuple[int, dict[str, int]]]:
     """(stage, what it holds) of every rank after some steps."""
-    engine = Engine(World(), setup.network, setup.topology, setup.options)
+    engine = Engine(World(), Plan(setup.network, setup.topology, setup.options))
     engine.open_data(setup.dataset, setup.sampler)
     for n in range(6):
         engine.step(n, 0.001, 6 - n)

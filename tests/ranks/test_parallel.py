@@ -19,7 +19,8 @@ from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine import state
-from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -136,10 +137,12 @@ class Trained:
         arguments = {"optimizer": OPTIMIZERS[name], "dtype": "float64", "clip_norm": 1.5, "augment": ("flip",)}
         engine = Engine(
             world,
-            network,
-            topology,
-            Options(
-                loss=specs.CrossEntropy(0.1), batch_size=37, seed=5, **({"micro_batches": 3} | arguments | options)
+            Plan(
+                network,
+                topology,
+                Options(
+                    loss=specs.CrossEntropy(0.1), batch_size=37, seed=5, **({"micro_batches": 3} | arguments | options)
+                ),
             ),
         )
         engine.open_data(dataset, sampler)

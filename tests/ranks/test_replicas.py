@@ -19,7 +19,8 @@ from nettorrent_mpi.data.dataset import Dataset, Split, open_dataset
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, Workspace
-from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Pass
 from nettorrent_mpi.nn.losses import make_loss
@@ -98,18 +99,20 @@ def make(
 ) -> Engine:
     engine = Engine(
         World(),
-        Network(NETWORKS[network], SHAPE),
-        layout,
-        Options(
-            loss=LOSS,
-            optimizer=OPTIMIZER,
-            batch_size=BATCH,
-            micro_batches=PIECES,
-            exchange=exchange or choices.Nothing(),
-            clip_norm=CLIP,
-            dtype="float64",
-            seed=SEED,
-            augment=("flip",),
+        Plan(
+            Network(NETWORKS[network], SHAPE),
+            layout,
+            Options(
+                loss=LOSS,
+                optimizer=OPTIMIZER,
+                batch_size=BATCH,
+                micro_batches=PIECES,
+                exchange=exchange or choices.Nothing(),
+                clip_norm=CLIP,
+                dtype="float64",
+                seed=SEED,
+                augment=("flip",),
+            ),
         ),
     )
     engine.open_data(*data(layout.replicas, partition))

@@ -16,8 +16,9 @@ from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine import reports
-from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.reports import Report, Reports
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
@@ -47,7 +48,7 @@ def make(layout: Topology, units: Sequence[int] = SMALL, batch: int = 20, seed: 
         exchange=choices.Nothing(),
         dtype="float64",
     )
-    engine = Engine(World(), Network(layers, (6,)), layout, options)
+    engine = Engine(World(), Plan(Network(layers, (6,)), layout, options))
     engine.open_data(dataset, Sampler(64, 1, 0.0, batch))
     return engine
 

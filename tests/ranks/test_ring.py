@@ -22,8 +22,9 @@ from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine import checkpoint, segments, state
-from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import write_arrays
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.layers.linear import Linear
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import specs
@@ -152,7 +153,7 @@ def training(topology: Topology, micro_batches: int = 2) -> Iterator[Engine]:
         micro_batches=micro_batches,
         dtype="float64",
     )
-    made = Engine(World(), Network(LAYERS, SHAPE), topology, options)
+    made = Engine(World(), Plan(Network(LAYERS, SHAPE), topology, options))
     made.open_data(rows, Sampler(90, 1, 0.0, 31))
     yield made
     made.close()

@@ -16,7 +16,8 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine.engine import Engine, Options
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
@@ -50,10 +51,12 @@ def engine(topology: Topology, network: Network, *, micro_batches: int = 4, **op
     dataset = open_dataset("synthetic", None, options=DataOptions(rows=640, test_rows=64, shape=SHAPE, classes=10))
     made = Engine(
         World(),
-        network,
-        topology,
-        Options(
-            loss=specs.CrossEntropy(), optimizer=specs.Adam(), batch_size=64, micro_batches=micro_batches, **options
+        Plan(
+            network,
+            topology,
+            Options(
+                loss=specs.CrossEntropy(), optimizer=specs.Adam(), batch_size=64, micro_batches=micro_batches, **options
+            ),
         ),
     )
     made.open_data(dataset, Sampler(640, 1, 0.0, 64))
