@@ -1,0 +1,92 @@
+"""Operations on flat arrays, in blocks that stay in the second-level cache."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from nettorrent_mpi.device.arrays import Array, DType, Workspace
+from nettorrent_mpi.device.cpu.blocking import BLOCK, blocks
+
+EXACT_BLOCK = 8192  # elements of float64 that are squared together
+
+
+class Operations:
+    """What all operations share: scratch memory, of each type of numbers its own."""
+
+    def __init__(self) -> None:
+        self._memory: dict[DType, Workspace] = {}
+
+    def memory(self, dtype: DType) -> Workspace:
+        """Scratch memory of a type, valid until the next operation."""
+        found = self._memory.get(dtype)
+        if found is None:
+            found = self._memory[dtype] = Workspace(dtype)
+        return found
+
+    @property
+    def working_bytes(self) -> int:
+        """How much scratch memory there is."""
+        return sum(workspace.bytes for workspace in self._memory.values())
+
+
+class FlatOperations(Operations):
+    """Operations on flat arrays: see device.ops."""
+
+    def copy(self, out: Array, x: Array) -> None:
+        np.copyto(out, x)
+
+    def fill(self, out: Array, value: float) -> None:
+        out.fill(value)
+
+    def add(self, a: Array, b: Array, out: Array) -> None:
+        np.add(a, b, out=out)
+
+    def subtract(self, a: Array, b: Array, out: Array) -> None:
+        np.subtract(a, b, out=out)
+
+    def multiply(self, a: Array, b: Array, out: Array) -> None:
+        np.multiply(a, b, out=out)
+
+    def scale(self, x: Array, factor: float) -> None:
+        np.multiply(x, factor, out=x)
+
+    def divide(self, x: Array, divisor: float) -> None:
+        np.divide(x, divisor, out=x)
+
+    def move(self, x: Array, share: float, towards: Array, origin: Array | None = None) -> None:
+        change = self.memory(x.dtype).keep("change", (BLOCK,))
+        for block in blocks(x.size):
+            piece = x[block]
+            work = change[: piece.size]
+            np.subtract(towards[block], piece if origin is None else origin[block], out=work)
+            np.multiply(work, share, out=work)
+            np.add(piece, work, out=piece)
+
+    def withhold(self, x: Array, before: Array, kept: Array, part: float) -> None:
+        change = self.memory(x.dtype).keep("change", (BLOCK,))
+        for block in blocks(x.size):
+            piece = x[block]
+            work = change[: piece.size]
+            np.subtract(piece, before[block], out=work)
+            np.multiply(work, part, out=work)
+            np.subtract(piece, work, out=piece)
+            np.add(kept[block], work, out=kept[block])
+
+    def sum_of_squares(self, x: Array) -> float:
+        exact = self.memory(np.float64).keep("exact", (EXACT_BLOCK,))
+        total = 0.0
+        for block in blocks(x.size, EXACT_BLOCK):
+            piece = x[block]
+            work = exact[: piece.size]
+            np.copyto(work, piece)
+            total += float(np.dot(work, work))
+        return total
+
+    def all_finite(self, x: Array) -> bool:
+        return all(bool(np.isfinite(x[block]).all()) for block in blocks(x.size))
+
+    def count_nonfinite(self, y: Array, count: Array) -> None:
+        if not math.isfinite(float(np.add.reduce(y, axis=None))):
+            count[0] += 1
