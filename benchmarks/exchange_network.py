@@ -15,8 +15,9 @@ from typing import Any
 from benchmarks.exchange_runs import Here, Hosts, in_turns, layout, program, train
 from benchmarks.exchange_text import megabytes, paragraph, percent, points, table
 from benchmarks.rows import MNIST
-from nettorrent_mpi.cli.clock import WARM_UP
 from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.config.writing import to_yaml
+from nettorrent_mpi.engine.usage import WARM_UP
 
 WIDE, WIDE_LAYERS = "configs/mnist_wide.yaml", 4
 ROWS = 128  # of a replica in a step
@@ -77,7 +78,7 @@ def train_side(side: Side, steps: int, hosts: int, launcher: Hosts) -> tuple[flo
         config = configuration.load(WIDE, [f"{key}={value}" for key, value in settings.items()])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "ddp.yaml")
-            path.write_text(configuration.to_yaml(modes.baseline(config, [])))
+            path.write_text(to_yaml(modes.baseline(config, [])))
             words = [sys.executable, "-m", "benchmarks.ddp_slow", str(path), "--steps", str(steps)]
             output, sent = program(words, hosts, launcher)
         return json.loads(output.splitlines()[-1])["samples_per_second"] / (ROWS * hosts), sent, None

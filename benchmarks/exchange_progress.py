@@ -21,7 +21,7 @@ from benchmarks.exchange_runs import Hosts, in_turns, train
 from benchmarks.exchange_text import paragraph, percent, table
 from nettorrent_mpi import env
 from nettorrent_mpi.__main__ import main as train_command
-from nettorrent_mpi.cli.clock import WARM_UP
+from nettorrent_mpi.engine.usage import WARM_UP
 
 PROGRESS = {
     "between": "between actions and layers (built in)",

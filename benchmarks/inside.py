@@ -51,13 +51,13 @@ class Stopwatch:
 
 def measure(config: str, steps: int) -> dict[str, Any]:
     """Seconds of a step, the median over the steps, by what was done. Runs as a rank, alone."""
-    from nettorrent_mpi.cli.setup import set_up
     from nettorrent_mpi.comm.world import World
     from nettorrent_mpi.config import reading as configuration
     from nettorrent_mpi.device.cpu.convolution import Convolution
     from nettorrent_mpi.device.cpu.product import Product
     from nettorrent_mpi.engine.engine import Engine
     from nettorrent_mpi.engine.run_plan import Plan
+    from nettorrent_mpi.engine.setup import set_up
 
     setup = set_up(configuration.load(config), 1)
     engine = Engine(World(), Plan(setup.network, setup.topology, setup.options))
@@ -118,7 +118,7 @@ def main() -> None:
         print(json.dumps(measure(sys.argv[2], int(sys.argv[3]))))
         return
     from benchmarks import speed
-    from nettorrent_mpi.config import reading as configuration
+    from nettorrent_mpi.config.writing import to_yaml
     from nettorrent_mpi.speedup import modes, runs
     from nettorrent_mpi.speedup.machine import describe_host
 
@@ -138,7 +138,7 @@ def main() -> None:
         assert plan.config is not None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "one.yaml")
-            path.write_text(configuration.to_yaml(plan.config))
+            path.write_text(to_yaml(plan.config))
             told = runs.run([sys.executable, "-m", "benchmarks.inside", "--one", str(path), str(options.steps)])
         report["cases"].append({"name": name, "seconds": json.loads(told.splitlines()[-1])})
         print(to_markdown(report | {"cases": report["cases"][-1:]}), flush=True)

@@ -27,8 +27,9 @@ from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
 from benchmarks.rows import AUGMENTED, CIFAR, MNIST
-from nettorrent_mpi.cli.clock import WARM_UP
 from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.config.writing import to_yaml
+from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.speedup import modes, runs
 from nettorrent_mpi.speedup.machine import Launcher, describe_host, in_words
 from nettorrent_mpi.speedup.sides import torch_is_there
@@ -118,7 +119,7 @@ def turns(case: Case, seconds: float, folder: Path, launcher: Launcher) -> dict[
 
     def written(name: str, config: configuration.Config) -> Path:
         path = folder / f"{name}.yaml"
-        path.write_text(configuration.to_yaml(config))
+        path.write_text(to_yaml(config))
         return path
 
     def ours(ranks: int, path: Path) -> float:

@@ -21,7 +21,7 @@ BELOW = {
     "data": {"plan", "device"},
     "config": {"plan"},
     "exchange": {"plan", "device", "nn", "comm"},
-    "engine": {"plan", "device", "nn", "comm", "data", "exchange"},
+    "engine": {"plan", "device", "nn", "comm", "data", "config", "exchange"},
     "cli": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine"},
     "speedup": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "cli"},
 }

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from nettorrent_mpi.cli.setup import set_up
 from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import pairing
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.config import writing
 from nettorrent_mpi.plan.actions import with_loads
 from nettorrent_mpi.plan.schedule import build
 
@@ -168,7 +169,7 @@ def test_model(done: Done) -> None:
     with h5py.File(done.folder / "model.h5") as file:
         assert list(file) == ["parameters"]
         model = json.loads(file.attrs["model"])
-    plain = configuration.to_plain(configuration.load(str(done.folder / "config.yaml")))
+    plain = writing.to_plain(configuration.load(str(done.folder / "config.yaml")))
     assert model == plain["model"]
 
 

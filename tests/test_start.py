@@ -43,7 +43,7 @@ def test_a_command_loads_nothing_before_it_is_known() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["config.sections", "cli.setup", "cli.run", "engine.checkpoint", "data.dataset"])
+@pytest.mark.parametrize("module", ["config.sections", "engine.setup", "cli.run", "engine.checkpoint", "data.dataset"])
 def test_what_a_training_is_made_of_loads_no_checker(module: str) -> None:
     assert not loaded(f"import nettorrent_mpi.comm.offline, nettorrent_mpi.{module}") & (CHECKS | NEVER)
 

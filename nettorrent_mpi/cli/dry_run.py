@@ -20,7 +20,7 @@ from nettorrent_mpi.plan.stream import window_steps
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 if TYPE_CHECKING:  # a report needs neither engine nor MPI
-    from nettorrent_mpi.cli.setup import Setup
+    from nettorrent_mpi.engine.setup import Setup
 
 
 def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None = None) -> str:

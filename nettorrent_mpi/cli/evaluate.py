@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nettorrent_mpi.cli.setup import set_up
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config
@@ -18,6 +17,7 @@ from nettorrent_mpi.engine.checkpoint import restore_parameters
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.engine.run_plan import Plan
+from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import DataError, OutputError
 

@@ -19,7 +19,7 @@ from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream, versions
 
 if TYPE_CHECKING:  # a report needs neither engine nor MPI
-    from nettorrent_mpi.cli.setup import Setup
+    from nettorrent_mpi.engine.setup import Setup
 
 AGREED = 1e-3  # the distance at which replicas count as agreed, as part of what it was
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.cli.run_folder import RunFolder
-from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.writing import to_plain
 from nettorrent_mpi.engine.checkpoint import latest
 from nettorrent_mpi.plan.errors import ConfigError, OutputError
 
@@ -36,7 +36,7 @@ def must_match(before: Config, now: Config, path: Path) -> None:
     for key in DECISIVE:
         values = []
         for config in (before, now):
-            value: Any = configuration.to_plain(config)
+            value: Any = to_plain(config)
             for part in key.split("."):
                 value = value[part]
             values.append({k: v for k, v in value.items() if k != "root"} if key == "data" else value)

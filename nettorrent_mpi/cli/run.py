@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi import __version__
-from nettorrent_mpi.cli.clock import Clock, peak_memory
-from nettorrent_mpi.cli.judge import Judge
-from nettorrent_mpi.cli.memory_estimate import Libraries, estimate
 from nettorrent_mpi.cli.progress import Reporter, open_reporter
 from nettorrent_mpi.cli.run_folder import RunFolder, commit, model_json
-from nettorrent_mpi.cli.setup import Setup, set_up
-from nettorrent_mpi.cli.stop import Stop
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.device.cpu import choice as kernels
 from nettorrent_mpi.engine.checkpoint import collect, restore, restore_replica
 from nettorrent_mpi.engine.engine import Engine, Scores
+from nettorrent_mpi.engine.evaluation import Judge
+from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
 from nettorrent_mpi.engine.reports import Report, Reports
 from nettorrent_mpi.engine.run_plan import Plan
+from nettorrent_mpi.engine.setup import Setup, set_up
+from nettorrent_mpi.engine.stopping import Stop
+from nettorrent_mpi.engine.usage import Clock, peak_memory
 from nettorrent_mpi.exchange.elite import compare, steps_between
 from nettorrent_mpi.exchange.gossip import rate_factor
 from nettorrent_mpi.nn.rates import make_rate
@@ -127,9 +128,7 @@ class Run:
 
     def _yaml(self) -> str:
         """The configuration, complete. For rank 0, which has loaded what writes it."""
-        from nettorrent_mpi.config import reading as configuration
-
-        return configuration.to_yaml(self._setup.config)
+        return to_yaml(self._setup.config)
 
     def run(self) -> int:
         """Train, evaluate, save, summarise; gives the exit code."""

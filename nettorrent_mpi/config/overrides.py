@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from nettorrent_mpi.config import options, yaml_lines
+from nettorrent_mpi.config import written, yaml_lines
 from nettorrent_mpi.config.mistakes import Mistake, nearest, shown
 from nettorrent_mpi.config.yaml_lines import Document, Path, Place, dotted
 from nettorrent_mpi.plan.errors import ConfigError
@@ -83,14 +83,14 @@ def _opened(value: Any, path: Path, inside: str | int, where: Place) -> Any:
     Where a spec stands, another kind takes the place of the present one: `train.optimizer.sgd.lr=0.1` over
     `optimizer: adam`; the same kind keeps its other options.
     """
-    found = options.kinds_at(path)
+    found = written.kinds_at(path)
     if found is not None and isinstance(inside, str):
         kinds, what = found
         if inside not in kinds:
             hint = nearest(inside, kinds)
             raise ConfigError(f"unknown {what} {inside!r}; {hint}", file=where.file, key=dotted((*path, inside)))
         try:
-            kind, given = options.split(value, kinds, what)
+            kind, given = written.split(value, kinds, what)
         except Mistake:
             kind, given = "", {}
         return {inside: dict(given) if inside == kind else {}}

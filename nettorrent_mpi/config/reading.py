@@ -1,4 +1,4 @@
-"""The configuration: reading it from YAML, and writing it complete. What may be asked for is in config.sections.
+"""The configuration as it is read from YAML. What may be asked for is in config.sections.
 
 Every mistake is a ConfigError that tells file, line, key and remedy in one sentence. Values that cannot be had are not
 accepted, so nothing in a configuration is ever silently without effect.
@@ -6,8 +6,6 @@ accepted, so nothing in a configuration is ever silently without effect.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -21,13 +19,13 @@ from nettorrent_mpi.config import overrides as changes
 from nettorrent_mpi.config import yaml_lines
 from nettorrent_mpi.config.default import DEFAULT, SHIPPED
 from nettorrent_mpi.config.mistakes import Known, explain, nearest, shown
-from nettorrent_mpi.config.options import options_at, plain, strictly
-from nettorrent_mpi.config.sections import SYNTHETIC, Config, Data, Layout, Model, StopAt, Swarm, Train
+from nettorrent_mpi.config.sections import Config, Data, Layout, Model, StopAt, Swarm, Train
+from nettorrent_mpi.config.written import options_at, strictly
 from nettorrent_mpi.config.yaml_lines import Document, Path
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import ConfigError
 
-# Every key of every section by its path, for the hints after an unknown key; options.py knows those of specs.
+# Every key of every section by its path, for the hints after an unknown key; config.written knows those of specs.
 _SECTIONS: dict[Path, Any] = {
     (): Config,
     ("data",): Data,
@@ -76,7 +74,7 @@ def loads(text: str, file: str, overrides: Sequence[str] = (), output: str | Non
 
 
 def from_plain(data: dict[str, Any]) -> Config:
-    """The configuration that `to_plain` wrote."""
+    """The configuration that `config.writing.to_plain` wrote."""
     return _check(Document(data))
 
 
@@ -95,29 +93,6 @@ def _check(document: Document) -> Config:
     first, others = found[0], len(found) - 1
     more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
     raise document.error(first.text + more, first.path)
-
-
-def to_plain(config: Config) -> dict[str, Any]:
-    """`config` as plain data, complete and resolved: `from_plain` gives an equal Config."""
-    data: dict[str, Any] = plain(config)
-    if config.data.name != "synthetic":
-        for option in SYNTHETIC:
-            del data["data"][option]
-    del data["train"]["steps" if config.train.steps is None else "epochs"]
-    if isinstance(config.layout, Layout) and config.layout.swarms is None:
-        del data["layout"]["swarms"]
-    return data
-
-
-def to_yaml(config: Config) -> str:
-    """`config` as the text of a file, complete and resolved: `load` gives an equal Config."""
-    return yaml_lines.write(to_plain(config))
-
-
-def digest(config: Config) -> str:
-    """SHA-256, in hexadecimal, of everything but the output folder: the same wherever the same is trained."""
-    data = {key: value for key, value in to_plain(config).items() if key != "output"}
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _no_file(path: str) -> str:

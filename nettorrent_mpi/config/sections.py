@@ -43,7 +43,7 @@ class Read:
 
 def _one_of(kinds: Mapping[str, type[Spec]], what: str) -> Read:
     def read(value: Any) -> Spec:
-        from nettorrent_mpi.config.options import parse
+        from nettorrent_mpi.config.written import parse
 
         return parse(value, kinds, what)
 
@@ -61,7 +61,7 @@ def _layout(value: Any) -> Any:
         return value
     if not isinstance(value, dict):
         raise Mistake(f"must be layers, auto or a mapping with replicas, swarms or both, not {shown(value)}")
-    from nettorrent_mpi.config.options import section
+    from nettorrent_mpi.config.written import section
 
     return section(Layout, value)
 

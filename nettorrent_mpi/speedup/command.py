@@ -14,10 +14,11 @@ from typing import Any
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.cli.clock import WARM_UP
-from nettorrent_mpi.cli.setup import Setup
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.writing import to_plain
+from nettorrent_mpi.engine.setup import Setup
+from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.plan.errors import ChildError, ConfigError, LaunchError, NetTorrentError, OutputError
 from nettorrent_mpi.speedup import machine, modes, sides
 from nettorrent_mpi.speedup.comparison import Comparison, tell
@@ -149,7 +150,7 @@ def _about(
         "failure": None,
         "command": shlex.join(["nettorrent", *args.command_line]),
         "config": name,
-        "settings": configuration.to_plain(one.config),
+        "settings": to_plain(one.config),
         "network": {
             "weight_layers": len(facts),
             "parameters": sum(layer.parameters for layer in facts),

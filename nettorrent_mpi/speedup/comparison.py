@@ -12,10 +12,10 @@ from typing import Any
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.cli.clock import WARM_UP
 from nettorrent_mpi.cli.run_folder import write_whole, written
-from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.writing import to_yaml
+from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup import modes, runs, shares, sides
 from nettorrent_mpi.speedup.machine import Launcher
@@ -200,7 +200,7 @@ class Comparison:
         return told
 
     def _write_config(self, name: str, config: Config) -> Path:
-        return self._write(f"{TRAININGS}/{name}.yaml", configuration.to_yaml(config))
+        return self._write(f"{TRAININGS}/{name}.yaml", to_yaml(config))
 
     def _clear(self) -> None:
         """Remove an earlier comparison's files, so that none of them is taken for one of this; nobody else's."""

@@ -10,10 +10,11 @@ from typing import Any
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.cli.setup import Setup, set_up
 from nettorrent_mpi.config import reading as configuration
-from nettorrent_mpi.config.options import plain as plain_of
 from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.writing import plain as plain_of
+from nettorrent_mpi.config.writing import to_plain
+from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
@@ -128,7 +129,7 @@ def baseline(config: Config, modes: Sequence[str]) -> Config:
     changes |= {"trace": False, "output": None}
     if config.kernels == "auto":  # a measured run is short, and stands for a long one
         changes["kernels"] = "fastest"
-    plain = configuration.to_plain(config) | changes
+    plain = to_plain(config) | changes
     if "elite" in modes and config.data.validation == 0:
         plain["data"] = plain["data"] | {"validation": VALIDATION}
     return configuration.from_plain(plain)
@@ -137,7 +138,7 @@ def baseline(config: Config, modes: Sequence[str]) -> Config:
 def serial(config: Config) -> tuple[Plan, Setup]:
     """One rank with the whole network, and what comes of it. Raises UserErrors: what is wrong here is wrong for all."""
     layers = set_up(config, 1).network.weight_layers
-    whole = configuration.from_plain(configuration.to_plain(config) | {"layout": _one_team(layers)})
+    whole = configuration.from_plain(to_plain(config) | {"layout": _one_team(layers)})
     setup = set_up(whole, 1)
     return Plan(SERIAL, 1, whole, setup.layout_line, setup.options.micro_batches), setup
 
@@ -146,7 +147,7 @@ def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts],
     """What `mode` is on so many ranks. `config` is the user's, which may have options of the mode; `shared` is what
     `baseline` made of it."""
     try:
-        changed = configuration.to_plain(shared) | MODES[mode].settings(config, facts, ranks)
+        changed = to_plain(shared) | MODES[mode].settings(config, facts, ranks)
         settings = configuration.from_plain(changed)
         setup = set_up(settings, ranks)
         topology, pieces = setup.topology, setup.options.micro_batches
@@ -164,7 +165,7 @@ def timed(config: Config, steps: int, *, trace: bool = False) -> Config:
     """`config` for a measurement of so many steps: nothing is evaluated, reported or saved before their end."""
     never = steps + 1
     changes = {"steps": steps, "report_every": never, "evaluate_every": never, "checkpoint_every": never}
-    plain = configuration.to_plain(config)
+    plain = to_plain(config)
     train = {k: v for k, v in plain["train"].items() if k != "epochs"} | changes | {"stop_at": None}
     return configuration.from_plain(plain | {"train": train, "trace": trace})
 
@@ -172,6 +173,6 @@ def timed(config: Config, steps: int, *, trace: bool = False) -> Config:
 def until(config: Config, accuracy: float) -> Config:
     """`config` for a training that ends at this accuracy, judged after every epoch, or with the configuration's own
     epochs or steps. Checkpoints would cost time that PyTorch does not spend."""
-    plain = configuration.to_plain(config)
+    plain = to_plain(config)
     changes = {"stop_at": {"accuracy": accuracy}, "evaluate_every": 1, "checkpoint_every": 10**6}
     return configuration.from_plain(plain | {"train": plain["train"] | changes})

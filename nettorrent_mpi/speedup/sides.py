@@ -11,7 +11,7 @@ from typing import Any
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.cli.setup import Setup
+from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.speedup.machine import nodes_of_job
 from nettorrent_mpi.speedup.modes import SERIAL, Plan
 

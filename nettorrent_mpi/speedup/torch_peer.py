@@ -26,10 +26,10 @@ from torch.multiprocessing.spawn import spawn
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.cli.setup import Setup, set_up
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import Split, private
+from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.plan.blocks import span

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nettorrent_mpi.config import reading as config
+from nettorrent_mpi.config import writing
 from nettorrent_mpi.config.default import DEFAULT
 from nettorrent_mpi.config.reading import Config, Layout, Swarm
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -437,8 +438,8 @@ def test_what_goes_together() -> None:
 def test_replicas_without_swarms() -> None:
     for made in (loads(BASE, "layout={replicas: 4}"), loads(BASE, "layout.replicas=4")):
         assert made.layout == Layout(replicas=4)
-        assert "swarms" not in config.to_plain(made)["layout"]
-        assert config.loads(config.to_yaml(made), "again.yaml") == made
+        assert "swarms" not in writing.to_plain(made)["layout"]
+        assert config.loads(writing.to_yaml(made), "again.yaml") == made
 
 
 def test_set_changes_one_place_of_a_shared_anchor() -> None:
@@ -487,7 +488,7 @@ def test_all_are_there() -> None:
 def test_shipped_configurations_load(path: Path) -> None:
     made = config.load(str(path))
     assert made.output == f"runs/{path.stem}"
-    assert config.loads(config.to_yaml(made), "again.yaml") == made
+    assert config.loads(writing.to_yaml(made), "again.yaml") == made
 
 
 def test_the_default_is_the_digits_file() -> None:
@@ -638,25 +639,25 @@ def test_what_is_written_reads_back_equal(  # type: ignore[no-untyped-def]
         {
             "seed": seed,
             "data": data,
-            "model": {"layers": config.plain(layers), "loss": config.plain(loss)},
-            "train": {length: 7, **config.plain(train)},
+            "model": {"layers": writing.plain(layers), "loss": writing.plain(loss)},
+            "train": {length: 7, **writing.plain(train)},
             "layout": layout,
-            "exchange": config.plain(exchange),
-            "pipeline": config.plain(pipeline),
+            "exchange": writing.plain(exchange),
+            "pipeline": writing.plain(pipeline),
             "output": output,
         }
     )
     assert (made.exchange, made.pipeline) == (exchange, pipeline)
     assert made.model.layers == layers
     assert made.train.optimizer == train["optimizer"]
-    again = config.loads(config.to_yaml(made), "again.yaml")
+    again = config.loads(writing.to_yaml(made), "again.yaml")
     assert again == made
-    assert config.from_plain(config.to_plain(made)) == made
-    assert config.digest(again) == config.digest(made)
+    assert config.from_plain(writing.to_plain(made)) == made
+    assert writing.digest(again) == writing.digest(made)
 
 
 def test_the_digest_tells_configurations_apart_but_not_outputs() -> None:
-    assert config.digest(loads(BASE, "output=elsewhere")) == config.digest(loads())
+    assert writing.digest(loads(BASE, "output=elsewhere")) == writing.digest(loads())
     changes = [
         *("seed=2", "train.batch_size=64", "model.layers.2.dropout=0.3", "layout=auto", "train.optimizer=sgd"),
         *(
@@ -667,7 +668,7 @@ def test_the_digest_tells_configurations_apart_but_not_outputs() -> None:
             "data.partition=disjoint",
         ),
     ]
-    digests = {config.digest(loads(BASE, change)) for change in changes} | {config.digest(loads())}
+    digests = {writing.digest(loads(BASE, change)) for change in changes} | {writing.digest(loads())}
     assert len(digests) == len(changes) + 1
 
 
@@ -685,7 +686,7 @@ def test_every_option_of_every_spec_is_accepted() -> None:
         for kind, spec in kinds.items():
             required = {"every": 3, "factor": 0.5}
             made = spec(**{f.name: required[f.name] for f in fields(spec) if f.name in required and kind != "constant"})
-            read: Any = loads(BASE, f"{at}={json.dumps(config.plain(made))}", "data.validation=0.1")
+            read: Any = loads(BASE, f"{at}={json.dumps(writing.plain(made))}", "data.validation=0.1")
             for part in at.replace(".gossip", "").split("."):
                 read = getattr(read, part)
             assert read == made

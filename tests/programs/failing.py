@@ -19,7 +19,7 @@ env.prepare()
 from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.__main__ import main  # noqa: E402
-from nettorrent_mpi.cli import run, setup  # noqa: E402
+from nettorrent_mpi.cli import run  # noqa: E402
 from nettorrent_mpi.engine import checkpoint  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
@@ -59,7 +59,6 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "adopt": (Replicas, "adopt", 1),
     "collect": (checkpoint, "_gather", 2),
 }
-assert setup is not None
 steps = 0
 original_step = Engine.step
 

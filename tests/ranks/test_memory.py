@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from nettorrent_mpi.cli.memory_estimate import Libraries, estimate
-from nettorrent_mpi.cli.setup import Setup, set_up
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.reading import load
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
 from nettorrent_mpi.engine.run_plan import Plan
+from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.exchange.gossip import Gossip
 from nettorrent_mpi.plan.topology import Stage, Topology
 

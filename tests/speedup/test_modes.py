@@ -9,9 +9,9 @@ import pytest
 
 mpi4py.rc.initialize = mpi4py.rc.finalize = False  # what is tested here communicates nothing
 
-from nettorrent_mpi.cli.setup import set_up  # noqa: E402
 from nettorrent_mpi.config import reading as configuration  # noqa: E402
 from nettorrent_mpi.config.reading import Config, Layout  # noqa: E402
+from nettorrent_mpi.engine.setup import set_up  # noqa: E402
 from nettorrent_mpi.plan.errors import ConfigError, UserError  # noqa: E402
 from nettorrent_mpi.speedup import command, modes, sides  # noqa: E402
 

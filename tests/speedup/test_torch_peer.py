@@ -19,11 +19,11 @@ if importlib.util.find_spec("torch") is None:
 
 import torch  # noqa: E402
 
-from nettorrent_mpi.cli.setup import Setup, set_up  # noqa: E402
 from nettorrent_mpi.config import reading as configuration  # noqa: E402
 from nettorrent_mpi.data.augment import Augment  # noqa: E402
 from nettorrent_mpi.device.arrays import Workspace  # noqa: E402
 from nettorrent_mpi.engine.model_file import read_arrays  # noqa: E402
+from nettorrent_mpi.engine.setup import Setup, set_up  # noqa: E402
 from nettorrent_mpi.nn.layer import Pass  # noqa: E402
 from nettorrent_mpi.speedup import torch_peer  # noqa: E402
 from nettorrent_mpi.speedup.torch_network import TorchNetwork  # noqa: E402

@@ -8,9 +8,9 @@ import pytest
 
 mpi4py.rc.initialize = mpi4py.rc.finalize = False  # what is tested here communicates nothing
 
-from nettorrent_mpi.cli.setup import _kernels, lay_out, micro_batches, set_up  # noqa: E402
 from nettorrent_mpi.config import reading as config  # noqa: E402
 from nettorrent_mpi.config.reading import Config  # noqa: E402
+from nettorrent_mpi.engine.setup import _kernels, lay_out, micro_batches, set_up  # noqa: E402
 from nettorrent_mpi.nn.model import Network  # noqa: E402
 from nettorrent_mpi.plan import exchange_specs as choices  # noqa: E402
 from nettorrent_mpi.plan.cost import auto_layout  # noqa: E402

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
@@ -228,20 +228,3 @@ def options_at(path: tuple[str | int, ...]) -> list[str] | None:
     found = kinds_at(path[:-1])
     kind = found[0].get(str(path[-1])) if found and path else None
     return None if kind is None else [f.name for f in fields(kind)]
-
-
-# ---- writing -------------------------------------------------------------------------------------
-def plain(value: Any) -> Any:
-    """`value` with lists for tuples and {kind: options} for specs: what YAML and JSON can hold."""
-    if isinstance(value, LayerSpec):
-        return plain(specs.to_plain(value))
-    if isinstance(value, Spec):
-        options = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-        return options if isinstance(value, choices.Consensus) else {value.kind: options}
-    if is_dataclass(value):  # a section
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value

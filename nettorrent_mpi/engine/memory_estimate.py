@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.cli.setup import Setup
 from nettorrent_mpi.comm.mail import SPARE
 from nettorrent_mpi.device.cpu import choice
 from nettorrent_mpi.device.cpu.onednn import library
 from nettorrent_mpi.engine.run_plan import Options
+from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.exchange.compression import make_codec
 from nettorrent_mpi.exchange.gossip import withholding
 from nettorrent_mpi.exchange.rounds import LARGEST, receives

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nettorrent_mpi.cli.clock import WARM_UP, Clock, peak_memory
+from nettorrent_mpi.engine.usage import WARM_UP, Clock, peak_memory
 
 
 @pytest.fixture
@@ -63,6 +63,6 @@ def test_peak_memory_is_what_was_held_at_most() -> None:
 
 def test_peak_memory_is_not_that_of_who_started_the_process() -> None:
     held = bytearray(b"x") * 300_000_000
-    code = "from nettorrent_mpi.cli.clock import peak_memory; print(peak_memory())"
+    code = "from nettorrent_mpi.engine.usage import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100e6 < len(held)

@@ -1,0 +1,55 @@
+"""Writing a configuration: as plain data, as YAML, as a digest. Only the YAML needs more than the standard library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from nettorrent_mpi.config.sections import SYNTHETIC, Config, Layout
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan import specs
+from nettorrent_mpi.plan.specs import LayerSpec, Spec
+
+
+def plain(value: Any) -> Any:
+    """`value` with lists for tuples and {kind: options} for specs: what YAML and JSON can hold."""
+    if isinstance(value, LayerSpec):
+        return plain(specs.to_plain(value))
+    if isinstance(value, Spec):
+        options = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return options if isinstance(value, choices.Consensus) else {value.kind: options}
+    if is_dataclass(value):  # a section
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """`config` as plain data, complete and resolved: `from_plain` gives an equal Config."""
+    data: dict[str, Any] = plain(config)
+    if config.data.name != "synthetic":
+        for option in SYNTHETIC:
+            del data["data"][option]
+    del data["train"]["steps" if config.train.steps is None else "epochs"]
+    if isinstance(config.layout, Layout) and config.layout.swarms is None:
+        del data["layout"]["swarms"]
+    return data
+
+
+def to_yaml(config: Config) -> str:
+    """`config` as the text of a file, complete and resolved: `load` gives an equal Config."""
+    from nettorrent_mpi.config import yaml_lines
+
+    return yaml_lines.write(to_plain(config))
+
+
+def digest(config: Config) -> str:
+    """SHA-256, in hexadecimal, of everything but the output folder: the same wherever the same is trained."""
+    data = {key: value for key, value in to_plain(config).items() if key != "output"}
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

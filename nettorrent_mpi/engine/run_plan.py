@@ -1,0 +1,44 @@
+"""A run's plan: the network, where every rank stands, and how it trains. Pure and frozen; it knows no communicator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan.specs import Spec
+from nettorrent_mpi.plan.topology import Topology
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train, as far as the engine is concerned."""
+
+    loss: Spec
+    optimizer: Spec
+    batch_size: int = 128
+    micro_batches: int = 4
+    pipeline: Spec = field(default_factory=choices.OneFOneB)
+    exchange: Spec = field(default_factory=choices.Allreduce)
+    clip_norm: float | None = None
+    dtype: Any = "float32"
+    seed: int = 1
+    augment: Sequence[str] = ()
+    trace: bool = False
+    kernels: Literal["fastest", "numpy"] = "fastest"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all ranks of a run agree on before any of them communicates."""
+
+    network: Network
+    topology: Topology
+    options: Options
+
+    @property
+    def exact(self) -> bool:
+        """Whether all replicas hold the same weights."""
+        return isinstance(self.options.exchange, choices.Allreduce) or self.topology.replicas == 1
