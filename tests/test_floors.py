@@ -32,6 +32,7 @@ ORDER: dict[str, list[str]] = {
     "plan": [
         "errors",
         "seeds",
+        "scores",
         "specs",
         "exchange_specs",
         "pairing",

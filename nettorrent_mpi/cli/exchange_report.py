@@ -11,7 +11,7 @@ from nettorrent_mpi.exchange.compression import make_codec
 from nettorrent_mpi.exchange.gossip import withholding
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.exchange_specs import Async, Constant, Elite, Gossip, Nothing, PushSum, TopK, Whole
+from nettorrent_mpi.plan.exchange_specs import Async, ConstantMix, Elite, Gossip, Nothing, PushSumMix, TopK, Whole
 from nettorrent_mpi.plan.mixing import MOST_ROUNDS, rounds_to_consensus, spectral_gap
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 from nettorrent_mpi.plan.schedule import simulate, steady_bubble
@@ -112,7 +112,9 @@ def _gossip(setup: Setup, gossip: Gossip) -> list[str]:
         until += " of each part" if gossip.part == "auto" else f" of each of {parts} parts"
     steps = (rounds or 0) * parts * gossip.every
     in_steps = f" ({steps:,} steps)" if rounds and gossip.part != "auto" and steps > rounds else ""
-    own = "" if isinstance(gossip.mix, PushSum) or gossip.mix == Constant() else ", with the pairing's own weights"
+    own = (
+        "" if isinstance(gossip.mix, PushSumMix) or gossip.mix == ConstantMix() else ", with the pairing's own weights"
+    )
     agreement = (
         f"spectral gap {spectral_gap(pairing):.3g}; {until}{in_steps} until the replicas' distance is {AGREED:g} "
         f"of what it was{own}{_fewer(gossip)}"
@@ -148,9 +150,9 @@ def _gossip(setup: Setup, gossip: Gossip) -> list[str]:
 
 def _average(pairing: Pairing, gossip: Gossip) -> str:
     """Does the average of the replicas stay what it is?"""
-    if isinstance(gossip.mix, PushSum):
+    if isinstance(gossip.mix, PushSumMix):
         return "keeps the average, as every message carries its share of the mass"
-    if gossip.mix != Constant() or gossip.divergence_threshold > 0:
+    if gossip.mix != ConstantMix() or gossip.divergence_threshold > 0:
         return "does not promise to keep the average: each replica weighs what arrives"
     if not pairing.doubly_stochastic:
         return "does not keep the average: a replica may hear from several or none (mix: push_sum keeps it)"
@@ -217,7 +219,7 @@ def _itemsize(setup: Setup) -> int:
 
 def _asked(spec: Spec) -> str:
     """`linear, start 0.5, end 0.1, target 1000`."""
-    if spec == Constant():
+    if spec == ConstantMix():
         return "the pairing's own weights"
     return ", ".join([spec.kind, *(f"{name} {value}" for name, value in spec.options().items())])
 

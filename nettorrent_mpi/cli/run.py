@@ -17,7 +17,7 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.device.cpu import choice as kernels
 from nettorrent_mpi.engine.checkpoint import collect, restore, restore_replica
-from nettorrent_mpi.engine.engine import Engine, Scores
+from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Judge
 from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
 from nettorrent_mpi.engine.reports import Report, Reports
@@ -30,6 +30,7 @@ from nettorrent_mpi.exchange.gossip import rate_factor
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.scores import Scores
 
 STOPPED = "signal"
 SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TEMPFAIL of sysexits.h)

@@ -113,7 +113,7 @@ def _check_gossip(gossip: choices.Gossip) -> None:
             "or compress out",
             "compress",
         )
-    if gossip.mix != choices.Constant():
+    if gossip.mix != choices.ConstantMix():
         raise Mistake(
             f"{small} goes with the pairing's own weights only: leave out mix (constant, without a value) or compress",
             "compress",
@@ -197,7 +197,7 @@ class _Residual(specs.Residual):
 class _Gossip(choices.Gossip):
     """choices.Gossip as it is written: mix and compress are again names with options."""
 
-    mix: Mix = field(default_factory=choices.Constant)
+    mix: Mix = field(default_factory=choices.ConstantMix)
     compress: Compression = field(default_factory=choices.Whole)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -35,14 +35,8 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.cost import rows_shared
 from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
+from nettorrent_mpi.plan.scores import Scores
 from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream_step
-
-
-class Scores(NamedTuple):
-    """What an evaluation gives; accuracy is None where right and wrong are not defined."""
-
-    loss: float
-    accuracy: float | None
 
 
 class Engine:
@@ -127,7 +121,7 @@ class Engine:
         common = (wiring.replica, self.state, self.optimizer, options.clip_norm)
         if self.exact or not isinstance(options.exchange, choices.Gossip):
             return Exchange(*common)
-        return Gossip(*common, options.exchange, wiring.column, self.tally, options.seed)
+        return Gossip(*common, options.exchange, wiring.peers, self.tally, options.seed)
 
     @property
     def bound(self) -> Group:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nettorrent_mpi.engine.engine import Engine, Scores
-from nettorrent_mpi.engine.reports import best_of
+from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan.scores import Scores, best_of
 
 
 class Judge:

@@ -21,7 +21,7 @@ from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, rows_shared, sharers_of
-from nettorrent_mpi.plan.exchange_specs import Gossip, PushSum, TopK, Whole
+from nettorrent_mpi.plan.exchange_specs import Gossip, PushSumMix, TopK, Whole
 from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 
@@ -133,7 +133,7 @@ def _gathered(setup: Setup, states: int) -> int:
     config, replicas = setup.config, setup.topology.replicas
     arrays = 1 + states
     if isinstance(config.exchange, Gossip):
-        arrays += 2 * (config.exchange.slow_momentum > 0) + isinstance(config.exchange.mix, PushSum)
+        arrays += 2 * (config.exchange.slow_momentum > 0) + isinstance(config.exchange.mix, PushSumMix)
     networks = 1 if config.exact or replicas == 1 else replicas + 1
     parameters = sum(layer.parameters for layer in setup.network.facts)
     return networks * arrays * parameters * np.dtype(config.dtype).itemsize

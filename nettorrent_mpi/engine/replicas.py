@@ -19,7 +19,7 @@ class Replicas:
     """Moves weights between replicas that have come to rest. All ranks call every method, after the same step."""
 
     def __init__(self, wiring: Wiring, state: State, exchange: Exchange):
-        self._column, self._state, self._exchange = wiring.column, state, exchange
+        self._column, self._state, self._exchange = wiring.peers, state, exchange
         self._index = wiring.place.replica
         self.count = 1 if wiring.exact else wiring.topology.replicas  # that have weights of their own
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from nettorrent_mpi.comm.mail import Pending
-from nettorrent_mpi.engine.engine import Engine, Scores, scores
+from nettorrent_mpi.engine.engine import Engine, scores
+from nettorrent_mpi.plan.scores import Scores
 
 MOST = 128  # reports under way at once; then the oldest is waited for
 SAMPLE = 4096  # parameters of a replica of which the consensus distance is measured
@@ -69,7 +69,7 @@ class Reports(Generic[Tag]):
         self._under_way.append((tag, Pending(self._group, values)))
 
     def _add_sample(self, values: np.ndarray) -> None:
-        """Every stride-th parameter of this rank's, at a place that it shares with its column; and their squares."""
+        """Every stride-th parameter of this rank's, at a place that it shares with its peers; and their squares."""
         at = self._sample.start
         for shard in self._shards:
             part = shard[:: self._stride][: self._sample.stop - at]
@@ -104,18 +104,3 @@ class Reports(Generic[Tag]):
         """Give everything back. All ranks call, when no report is under way."""
         assert not self._under_way
         self._group.comm.Free()
-
-
-def best_of(found: Sequence[Scores], metric: str) -> int:
-    """The replica with the best validation_loss or validation_accuracy (of equals the first).
-
-    One whose loss is not finite is worst by either: what it tells right it tells by chance.
-    """
-
-    def badness(r: int) -> float:
-        loss, accuracy = found[r]
-        if not math.isfinite(loss):
-            return math.inf
-        return -(accuracy or 0.0) if metric == "validation_accuracy" else loss
-
-    return min(range(len(found)), key=badness)

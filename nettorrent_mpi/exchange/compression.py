@@ -91,9 +91,9 @@ def make_codec(kind: str, fraction: float | None = None) -> Codec:
     """
     if kind == "topk":
         assert fraction is not None
-        return TopK(fraction)
+        return TopKCodec(fraction)
     assert fraction is None, kind
-    codecs: dict[str, Callable[[], Codec]] = {"float16": Float16, "int8": Int8, "sign": Sign}
+    codecs: dict[str, Callable[[], Codec]] = {"float16": Float16Codec, "int8": Int8Codec, "sign": SignCodec}
     return codecs[kind]()
 
 
@@ -116,7 +116,7 @@ def _tame(values: Array) -> Array:
 # -- float16 ----------------------------------------------------------------------------------------------------------
 
 
-class Float16(Codec):
+class Float16Codec(Codec):
     """Each value rounded to the nearest float16, or to +-65504 beyond."""
 
     gamma = 1.0
@@ -180,7 +180,7 @@ class _Scaled(Codec):
         """What `_pack` packed: flat, in scratch memory, of the size and type of `like`."""
 
 
-class Int8(_Scaled):
+class Int8Codec(_Scaled):
     """Each value rounded to the nearest of 255 multiples of its block's scale, the largest magnitude / 127."""
 
     block = 1024
@@ -211,7 +211,7 @@ class Int8(_Scaled):
         return work
 
 
-class Sign(_Scaled):
+class SignCodec(_Scaled):
     """Of each block the value that is largest in magnitude, as it is, and of the others the sign times their mean
     magnitude (0 is positive): 1.56 bits per element.
 
@@ -266,7 +266,7 @@ class Sign(_Scaled):
 _SAMPLE = 16384  # elements that tell about how large the largest ones are
 
 
-class TopK(Codec):
+class TopKCodec(Codec):
     """The ceil(fraction * n) values that are largest in magnitude, at least one, as float32, and their indices.
 
     Of equal magnitudes the first ones go. A message is all indices (uint32, below n), then all values.

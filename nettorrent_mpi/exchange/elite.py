@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nettorrent_mpi.engine.engine import Engine, Scores
-from nettorrent_mpi.engine.reports import best_of
+from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.pairing import make_pairing
+from nettorrent_mpi.plan.scores import Scores, best_of
 
 
 def steps_between(choice: choices.Elite, batch_size: int) -> int:

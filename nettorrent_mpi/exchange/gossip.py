@@ -96,7 +96,9 @@ class Gossip(Exchange):
         super().__init__(everyone, state, optimizer, clip_norm)
         self._choice, self._tally = choice, tally
         self._column = column.duplicate()
-        self._losses = everyone.duplicate() if isinstance(choice.mix, choices.Loss | choices.LossDivergence) else None
+        self._losses = (
+            everyone.duplicate() if isinstance(choice.mix, choices.LossMix | choices.LossDivergenceMix) else None
+        )
         self._pending: Pending | None = None
         self.pairing = make_pairing(choice.pairing, column.size, seed)
         self._shards = [segment.params[segment.shard] for segment in state.segments]

@@ -13,7 +13,7 @@ from collections import deque
 from typing import Literal, NamedTuple
 
 from nettorrent_mpi.plan.errors import ConfigError
-from nettorrent_mpi.plan.exchange_specs import Clock, Constant, Linear, Loss, LossDivergence
+from nettorrent_mpi.plan.exchange_specs import ClockMix, ConstantMix, LinearMix, LossDivergenceMix, LossMix
 from nettorrent_mpi.plan.pairing import HIGHEST_SCORE, LOWEST_SCORE
 from nettorrent_mpi.plan.specs import Spec
 
@@ -23,7 +23,7 @@ LEAST_ROUNDS = 8  # before there is one
 DEVIATIONS = 5  # of normally distributed round times, 1 in 2700 would come later
 
 
-class Peer(NamedTuple):
+class Standing(NamedTuple):
     """What a replica tells about itself with its parameters; also used for oneself.
 
     `loss` is at least 0; math.nan while it is unknown, because no step was done, and math.inf once it diverged (see
@@ -35,13 +35,13 @@ class Peer(NamedTuple):
 
 
 def told_loss(loss: float | None) -> float:
-    """The loss as a `Peer` has it: None, not known yet, becomes nan; one that is not finite, nan included, inf."""
+    """The loss as a `Standing` has it: None, not known yet, becomes nan; one that is not finite, nan included, inf."""
     if loss is None:
         return math.nan
     return loss if math.isfinite(loss) else math.inf
 
 
-def factor(mix: Spec, divergence_threshold: float, own: Peer, peer: Peer, weight: float) -> float:
+def factor(mix: Spec, divergence_threshold: float, own: Standing, peer: Standing, weight: float) -> float:
     """The f, from 0 to 1, with which a replica merges a peer: param <- f * peer's + (1 - f) * param.
 
     With l, c and pl, pc the losses and clocks of oneself and the peer:
@@ -70,17 +70,17 @@ def factor(mix: Spec, divergence_threshold: float, own: Peer, peer: Peer, weight
     return f
 
 
-def _formula(mix: Spec, own: Peer, peer: Peer, weight: float) -> float:
-    if isinstance(mix, Constant):
+def _formula(mix: Spec, own: Standing, peer: Standing, weight: float) -> float:
+    if isinstance(mix, ConstantMix):
         return weight if mix.value is None else mix.value
-    if isinstance(mix, Clock):
+    if isinstance(mix, ClockMix):
         return _share(peer.clock, own.clock)
-    if isinstance(mix, Linear):
+    if isinstance(mix, LinearMix):
         return mix.start + (mix.end - mix.start) * min(own.clock / mix.target, 1.0)
     equal = not (math.isfinite(own.loss) and math.isfinite(peer.loss))
-    if isinstance(mix, Loss):
+    if isinstance(mix, LossMix):
         return 0.5 if equal else _share(own.loss, peer.loss)
-    assert isinstance(mix, LossDivergence), mix
+    assert isinstance(mix, LossDivergenceMix), mix
     part = 0.5 if equal else _share(own.loss, peer.loss, power=2)
     return part * (1.0 if math.isnan(own.loss) else min(own.loss / mix.target, 1.0))
 

@@ -22,7 +22,7 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.mail import Arrived, Letter
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.exchange.estimates import Estimates
-from nettorrent_mpi.exchange.merging import Peer, factor, merged_clock
+from nettorrent_mpi.exchange.merging import Standing, factor, merged_clock
 from nettorrent_mpi.exchange.vector import Vector
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.blocks import Span, owner, span
@@ -50,7 +50,7 @@ class Mixer:
 
     def __init__(self, choice: choices.Gossip, pairing: Pairing, vector: Vector):
         self._choice, self._pairing, self.vector = choice, pairing, vector
-        self.push_sum = isinstance(choice.mix, choices.PushSum)
+        self.push_sum = isinstance(choice.mix, choices.PushSumMix)
         self._estimates: Estimates | None = None
         if not isinstance(choice.compress, choices.Whole):
             self._estimates = Estimates(choice.compress, choice.gamma, vector)
@@ -119,13 +119,13 @@ class Mixer:
         if self.push_sum or self._estimates is not None:
             return weight
         head, clock = message.letter.head, self._clock_then(self._own(message, this))
-        theirs = Peer(float(head[LOSS]), float(head[CLOCK]))
+        theirs = Standing(float(head[LOSS]), float(head[CLOCK]))
         mix = self._choice.mix
         share = weight / of_round
         if this is not None and not self._pairing.doubly_stochastic:  # those that arrived and this rank's own are alike
             weight = 1 / (len(this.got) + 1)
-        g = factor(mix, self._choice.divergence_threshold, Peer(self.loss, clock), theirs, weight)
-        if not isinstance(mix, choices.Constant) or mix.value is not None:  # f is for all sources together
+        g = factor(mix, self._choice.divergence_threshold, Standing(self.loss, clock), theirs, weight)
+        if not isinstance(mix, choices.ConstantMix) or mix.value is not None:  # f is for all sources together
             g *= share
         behind = 0 if this is None else this.number - int(head[NUMBER])  # rounds
         return g / (1 + max(age, behind if behind > 1 else 0))

@@ -35,7 +35,7 @@ class Async(Spec):
 
 
 @dataclass(frozen=True)
-class Constant(Spec):
+class ConstantMix(Spec):
     """f = value; without a value the pairing's own weights, which keep the average of the replicas."""
 
     kind = "constant"
@@ -43,21 +43,21 @@ class Constant(Spec):
 
 
 @dataclass(frozen=True)
-class Clock(Spec):
+class ClockMix(Spec):
     """f = pc / (c + pc): the model that has seen more counts more."""
 
     kind = "clock"
 
 
 @dataclass(frozen=True)
-class Loss(Spec):
+class LossMix(Spec):
     """f = l / (l + pl): the worse model takes more of the better one."""
 
     kind = "loss"
 
 
 @dataclass(frozen=True)
-class Linear(Spec):
+class LinearMix(Spec):
     """f goes from start to end while the clock goes from 0 to target steps, and stays at end."""
 
     kind = "linear"
@@ -67,7 +67,7 @@ class Linear(Spec):
 
 
 @dataclass(frozen=True)
-class LossDivergence(Spec):
+class LossDivergenceMix(Spec):
     """f = l^2 / (l^2 + pl^2) * min(l / target, 1)."""
 
     kind = "loss_divergence"
@@ -75,7 +75,7 @@ class LossDivergence(Spec):
 
 
 @dataclass(frozen=True)
-class PushSum(Spec):
+class PushSumMix(Spec):
     """Every message carries a share of its sender's mass; what is merged is weighed by mass (de-biased)."""
 
     kind = "push_sum"
@@ -143,7 +143,7 @@ class Consensus(Spec):
     max: float = 0.05  # relative distance above which the replicas are averaged exactly
 
 
-Pairing = Literal["ring", "exponential", "hypercube", "shuffle", "random", "complete", "grid", "finite"]
+PairingKind = Literal["ring", "exponential", "hypercube", "shuffle", "random", "complete", "grid", "finite"]
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class Gossip(Spec):
     """Replicas average with few others at a time, by messages that travel while the next step computes."""
 
     kind = "gossip"
-    pairing: Pairing = "exponential"
-    mix: Spec = Constant()  # one of MIXES
+    pairing: PairingKind = "exponential"
+    mix: Spec = ConstantMix()  # one of MIXES
     divergence_threshold: float = 0.0  # below this loss f shrinks in proportion to the loss; 0: never
     every: int = 1  # steps from one round to the next
     probability: float = 1.0  # with which a round of a pair takes place
@@ -172,6 +172,8 @@ class Gossip(Spec):
 
 
 PIPELINES: dict[str, type[Spec]] = {c.kind: c for c in (OneFOneB, Gpipe, Async)}
-MIXES: dict[str, type[Spec]] = {c.kind: c for c in (Constant, Clock, Loss, Linear, LossDivergence, PushSum)}
+MIXES: dict[str, type[Spec]] = {
+    c.kind: c for c in (ConstantMix, ClockMix, LossMix, LinearMix, LossDivergenceMix, PushSumMix)
+}
 COMPRESSIONS: dict[str, type[Spec]] = {c.kind: c for c in (Whole, Float16, Int8, Sign, TopK)}
 EXCHANGES: dict[str, type[Spec]] = {c.kind: c for c in (Allreduce, Nothing, Gossip, Elite)}

@@ -108,8 +108,8 @@ class Topology:
         """All ranks of a stage, over all replicas: replicas in order, each team in its order."""
         return [rank for replica in range(self.replicas) for rank in self.team(replica, stage)]
 
-    def column(self, stage: int, row: int, col: int) -> list[int]:
-        """The same place in every replica: where weights are exchanged."""
+    def peers(self, stage: int, row: int, col: int) -> list[int]:
+        """The ranks of the same place in every replica, among which weights are exchanged."""
         return [self.rank(replica, stage, row, col) for replica in range(self.replicas)]
 
     def row_group(self, replica: int, stage: int, col: int) -> list[int]:

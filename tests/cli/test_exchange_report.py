@@ -69,7 +69,7 @@ def test_elite_tells_how_often_on_what_and_how_much() -> None:
     assert "at most 96 kB" in text
 
 
-@pytest.mark.parametrize("pairing", get_args(choices.Pairing))
+@pytest.mark.parametrize("pairing", get_args(choices.PairingKind))
 def test_every_pairing_is_told(pairing: str) -> None:
     for count in (2, 6, 8):
         if pairing in possible(count):

@@ -405,10 +405,10 @@ def test_set_options_of_exchanges_and_pipelines() -> None:
         assert loads(text, f"exchange.gossip.{value}").exchange == top
     text = edited("seed: 1", "exchange: {gossip: {mix: {linear: {start: 0.7}}, consensus: {max: 0.3}}}")
     made = loads(text, "exchange.gossip.mix.linear.target=7", "exchange.gossip.consensus.max=0.1").exchange
-    assert made == choices.Gossip(mix=choices.Linear(0.7, target=7), consensus=choices.Consensus(0.1))
-    assert loads(text, "exchange.gossip.mix.constant.value=0.5").exchange.mix == choices.Constant(0.5)
+    assert made == choices.Gossip(mix=choices.LinearMix(0.7, target=7), consensus=choices.Consensus(0.1))
+    assert loads(text, "exchange.gossip.mix.constant.value=0.5").exchange.mix == choices.ConstantMix(0.5)
     assert loads(text, "exchange.gossip.mix=clock", "exchange.gossip.consensus=null").exchange == choices.Gossip(
-        mix=choices.Clock()
+        mix=choices.ClockMix()
     )
     assert loads(BASE, "exchange.gossip.consensus.max=0.1").exchange.consensus == choices.Consensus(0.1)
     assert loads(BASE, "pipeline=async").pipeline == choices.Async()
@@ -572,13 +572,13 @@ DATA = st.one_of(
 )  # fmt: skip
 ABOVE_ZERO = st.floats(0, 1, exclude_min=True)
 BETWEEN = st.floats(0, 1, exclude_min=True, exclude_max=True)
-PAIRING = st.sampled_from(get_args(choices.Pairing))
+PAIRING = st.sampled_from(get_args(choices.PairingKind))
 AVERAGE = st.sampled_from([("parameters",), ("parameters", "optimizer"), ("optimizer", "parameters")])
 MIX = st.one_of(
-    st.builds(choices.Constant, st.none() | st.floats(0, 1)),
-    st.builds(choices.Linear, st.floats(0, 1), st.floats(0, 1), COUNT),
-    st.builds(choices.LossDivergence, POSITIVE),
-    st.sampled_from([choices.Clock(), choices.Loss(), choices.PushSum()]),
+    st.builds(choices.ConstantMix, st.none() | st.floats(0, 1)),
+    st.builds(choices.LinearMix, st.floats(0, 1), st.floats(0, 1), COUNT),
+    st.builds(choices.LossDivergenceMix, POSITIVE),
+    st.sampled_from([choices.ClockMix(), choices.LossMix(), choices.PushSumMix()]),
 )
 COMPRESS = st.builds(choices.TopK, BETWEEN) | st.sampled_from([choices.Float16(), choices.Int8(), choices.Sign()])
 COMMON = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.exchange.compression import PIECE, Codec, Float16, Int8, Sign, TopK, make_codec
+from nettorrent_mpi.exchange.compression import PIECE, Codec, Float16Codec, Int8Codec, SignCodec, TopKCodec, make_codec
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.pairing import make_pairing
 
@@ -86,16 +86,16 @@ def test_both_ends_stay_equal(make: Callable[[], Codec], dtype: Any, size: int) 
 @pytest.mark.parametrize(
     ("make", "size", "expected"),
     [
-        (Float16, 1000, 2000),
-        (Int8, 1024, 1028),
-        (Int8, 1025, 1033),
-        (Sign, 128, 25),
-        (Sign, 137, 36),
-        (lambda: TopK(0.01), 1000, 80),
-        (lambda: TopK(0.01), 1001, 88),
-        (lambda: TopK(0.07), 100, 56),
-        (lambda: TopK(1e-9), 1000, 8),
-        (lambda: TopK(1.0), 5, 40),
+        (Float16Codec, 1000, 2000),
+        (Int8Codec, 1024, 1028),
+        (Int8Codec, 1025, 1033),
+        (SignCodec, 128, 25),
+        (SignCodec, 137, 36),
+        (lambda: TopKCodec(0.01), 1000, 80),
+        (lambda: TopKCodec(0.01), 1001, 88),
+        (lambda: TopKCodec(0.07), 100, 56),
+        (lambda: TopKCodec(1e-9), 1000, 8),
+        (lambda: TopKCodec(1.0), 5, 40),
     ],
 )
 @every_dtype
@@ -113,7 +113,7 @@ def test_float16_rounds_like_numpy() -> None:
     for values in (both, np.nextafter(both, np.float32(math.inf)), np.nextafter(both, np.float32(-math.inf))):
         with np.errstate(over="ignore"):
             expected = np.clip(values, -65504, 65504).astype(np.float16)
-        codec = Float16()
+        codec = Float16Codec()
         assert np.array_equal(message_of(codec, values).view(np.uint16), expected.view(np.uint16))
         assert np.array_equal(said(codec, values), expected.astype(np.float32))
 
@@ -122,11 +122,11 @@ def test_float16_rounds_like_numpy() -> None:
 def test_int8_by_hand(dtype: Any) -> None:
     values = np.zeros(1026, dtype)
     values[[0, 3, 4, 5, 1024, 1025]] = [127.0, -1.0, 0.6, -2.4, -12.7, 0.1]
-    message = message_of(Int8(), values)
+    message = message_of(Int8Codec(), values)
     assert message[:8].view(np.float32) == pytest.approx([1.0, 0.1])
     levels = message[8:].view(np.int8)
     assert levels[[0, 3, 4, 5, 1024, 1025]].tolist() == [127, -1, 1, -2, -127, 1]
-    assert said(Int8(), values)[[0, 3, 4, 5, 1024, 1025, 1]] == pytest.approx([127, -1, 1, -2, -12.7, 0.1, 0])
+    assert said(Int8Codec(), values)[[0, 3, 4, 5, 1024, 1025, 1]] == pytest.approx([127, -1, 1, -2, -12.7, 0.1, 0])
 
 
 @every_dtype
@@ -134,21 +134,21 @@ def test_sign_by_hand(dtype: Any) -> None:
     values = np.zeros(131, dtype)
     values[[5, 7, 9]] = [-254.0, 127.0, -381.0]
     values[[128, 129, 130]] = [-1.0, 3.0, -5.0]
-    result = said(Sign(), values)
+    result = said(SignCodec(), values)
     mean = (254 + 127) / 127
     assert result[[5, 7, 9, 0, 127]] == pytest.approx([-mean, mean, -381, mean, mean])
     assert result[[128, 129, 130]] == pytest.approx([-2, 2, -5])
-    assert said(Sign(), values[:1])[0] == 0
-    assert said(Sign(), values[9:10])[0] == -381
+    assert said(SignCodec(), values[:1])[0] == 0
+    assert said(SignCodec(), values[9:10])[0] == -381
 
 
 @every_dtype
 def test_topk_takes_the_largest(dtype: Any) -> None:
     values = np.array([1, -5, 0.5, 3, -3, 3, 0, 4], dtype)
-    assert said(TopK(0.5), values).tolist() == [0, -5, 0, 3, -3, 0, 0, 4]  # of the threes the first two
-    assert said(TopK(1e-6), values).tolist() == [0, -5, 0, 0, 0, 0, 0, 0]
-    assert said(TopK(1.0), values).tolist() == values.tolist()
-    assert said(TopK(0.5), np.zeros(8, dtype)).tolist() == [0] * 8
+    assert said(TopKCodec(0.5), values).tolist() == [0, -5, 0, 3, -3, 0, 0, 4]  # of the threes the first two
+    assert said(TopKCodec(1e-6), values).tolist() == [0, -5, 0, 0, 0, 0, 0, 0]
+    assert said(TopKCodec(1.0), values).tolist() == values.tolist()
+    assert said(TopKCodec(0.5), np.zeros(8, dtype)).tolist() == [0] * 8
 
 
 @pytest.mark.parametrize("fraction", [1e-5, 0.01, 0.2, 0.9])
@@ -165,13 +165,13 @@ def test_topk_of_many(fraction: float, case: str) -> None:
         values[::7] = 0
     elif case == "mostly zero":
         values[np.arange(size) % 1000 > 3] = 0
-    count = TopK(fraction).count(size)
+    count = TopKCodec(fraction).count(size)
     order = np.argsort(-np.abs(values), kind="stable")[:count]
     expected = np.zeros_like(values)
     expected[order] = values[order]
-    message = message_of(TopK(fraction), values)
+    message = message_of(TopKCodec(fraction), values)
     assert np.array_equal(np.sort(message[: 4 * count].view(np.uint32)), np.sort(order))
-    assert np.array_equal(said(TopK(fraction), values), expected)
+    assert np.array_equal(said(TopKCodec(fraction), values), expected)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, math.nan])
@@ -199,22 +199,22 @@ def test_contraction(make: Callable[[], Codec], dtype: Any, outliers: bool, size
     error, largest = left(codec, x), np.abs(x).max()
     part = float(error @ error) / float(x @ x)
     rounding = 1 + 1e-6
-    if isinstance(codec, Float16):
+    if isinstance(codec, Float16Codec):
         assert (np.abs(error) <= np.maximum(2.0**-11 * np.abs(x), 2.0**-25) * rounding).all()
-    elif isinstance(codec, Int8):
+    elif isinstance(codec, Int8Codec):
         assert (np.abs(error) <= np.minimum(np.abs(x), largest / 254) * rounding + 1e-6 * np.abs(x)).all()
-    elif isinstance(codec, Sign):
+    elif isinstance(codec, SignCodec):
         assert part <= 1 - 2 / (math.sqrt(min(size, 128)) + 1) + 1e-6
         assert size < 5000 or outliers or part == pytest.approx(1 - 2 / math.pi, abs=0.06)
     else:
-        assert isinstance(codec, TopK)
+        assert isinstance(codec, TopKCodec)
         assert part <= 1 - codec.count(size) / size + 1e-6
 
 
 @given(arrays(np.float32, st.integers(1, 300), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)))
 @settings(max_examples=100, deadline=None)
 def test_the_worst_of_sign(x: Array) -> None:
-    error = left(Sign(), x).astype(np.float64)
+    error = left(SignCodec(), x).astype(np.float64)
     square = float(np.sum(x.astype(np.float64) ** 2))
     assert error @ error <= (1 - 2 / (math.sqrt(128) + 1)) * square * (1 + 1e-5) + 1e-60
 
@@ -327,7 +327,7 @@ def test_gossip_in_float32(make: Callable[[], Codec]) -> None:
 
 def test_too_long_steps_swing_up() -> None:
     """Why topk's gamma follows its fraction."""
-    gossip = Gossip("complete", 5, lambda: TopK(0.05), np.float64, size=100)
+    gossip = Gossip("complete", 5, lambda: TopKCodec(0.05), np.float64, size=100)
     apart = gossip.apart()
     for number in range(100):
         gossip.round(number, 1.0)
@@ -338,7 +338,9 @@ def test_too_long_steps_swing_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [*list(CODECS.values())[:3], lambda: TopK(0.01), lambda: TopK(0.6)], ids=[*list(CODECS)[:3], "1%", "60%"]
+    "make",
+    [*list(CODECS.values())[:3], lambda: TopKCodec(0.01), lambda: TopKCodec(0.6)],
+    ids=[*list(CODECS)[:3], "1%", "60%"],
 )
 def test_the_steady_state_allocates_nothing_large(make: Callable[[], Codec]) -> None:
     codec, x = make(), random(1_000_003, np.float32)

@@ -16,19 +16,19 @@ from nettorrent_mpi.exchange.merging import (
     WINDOW,
     Deadline,
     FlowControl,
-    Peer,
+    Standing,
     factor,
     merged_clock,
     told_loss,
 )
 from nettorrent_mpi.plan.errors import ConfigError
-from nettorrent_mpi.plan.exchange_specs import Clock, Constant, Linear, Loss, LossDivergence, PushSum
+from nettorrent_mpi.plan.exchange_specs import ClockMix, ConstantMix, LinearMix, LossDivergenceMix, LossMix, PushSumMix
 from nettorrent_mpi.plan.pairing import draw_target
 from nettorrent_mpi.plan.specs import Spec
 
 UNKNOWN, DIVERGED = math.nan, math.inf
 WEIGHT = 0.3
-MIXES: list[Spec] = [Constant(), Constant(0.7), Clock(), Loss(), Linear(), LossDivergence()]
+MIXES: list[Spec] = [ConstantMix(), ConstantMix(0.7), ClockMix(), LossMix(), LinearMix(), LossDivergenceMix()]
 
 # -- factors ----------------------------------------------------------------------------------------------------------
 
@@ -36,72 +36,78 @@ MIXES: list[Spec] = [Constant(), Constant(0.7), Clock(), Loss(), Linear(), LossD
 @pytest.mark.parametrize(
     ("mix", "own", "peer", "expected"),
     [
-        (Constant(), Peer(1, 10), Peer(2, 30), WEIGHT),
-        (Constant(0.7), Peer(1, 10), Peer(2, 30), 0.7),
-        (Constant(0.0), Peer(1, 10), Peer(2, 30), 0.0),
-        (Clock(), Peer(1, 10), Peer(2, 30), 0.75),
-        (Clock(), Peer(1, 10), Peer(2, 0), 0.0),
-        (Clock(), Peer(1, 0), Peer(2, 10), 1.0),
-        (Clock(), Peer(1, 0), Peer(2, 0), 0.5),
-        (Loss(), Peer(1, 10), Peer(3, 30), 0.25),
-        (Loss(), Peer(0, 10), Peer(3, 30), 0.0),
-        (Loss(), Peer(3, 10), Peer(0, 30), 1.0),
-        (Loss(), Peer(0, 10), Peer(0, 30), 0.5),
-        (Linear(0.5, 0.1, 1000), Peer(1, 0), Peer(2, 30), 0.5),
-        (Linear(0.5, 0.1, 1000), Peer(1, 250), Peer(2, 30), 0.4),
-        (Linear(0.5, 0.1, 1000), Peer(1, 1000), Peer(2, 30), 0.1),
-        (Linear(0.5, 0.1, 1000), Peer(1, 9999), Peer(2, 30), 0.1),
-        (Linear(0.1, 0.6, 10), Peer(1, 4), Peer(2, 30), 0.3),
-        (LossDivergence(2.0), Peer(1, 10), Peer(3, 30), 0.1 * 0.5),
-        (LossDivergence(2.0), Peer(2, 10), Peer(4, 30), 0.2),
-        (LossDivergence(2.0), Peer(6, 10), Peer(2, 30), 0.9),
-        (LossDivergence(2.0), Peer(0, 10), Peer(3, 30), 0.0),
-        (LossDivergence(2.0), Peer(0, 10), Peer(0, 30), 0.0),
-        (LossDivergence(2.0), Peer(4, 10), Peer(0, 30), 1.0),
+        (ConstantMix(), Standing(1, 10), Standing(2, 30), WEIGHT),
+        (ConstantMix(0.7), Standing(1, 10), Standing(2, 30), 0.7),
+        (ConstantMix(0.0), Standing(1, 10), Standing(2, 30), 0.0),
+        (ClockMix(), Standing(1, 10), Standing(2, 30), 0.75),
+        (ClockMix(), Standing(1, 10), Standing(2, 0), 0.0),
+        (ClockMix(), Standing(1, 0), Standing(2, 10), 1.0),
+        (ClockMix(), Standing(1, 0), Standing(2, 0), 0.5),
+        (LossMix(), Standing(1, 10), Standing(3, 30), 0.25),
+        (LossMix(), Standing(0, 10), Standing(3, 30), 0.0),
+        (LossMix(), Standing(3, 10), Standing(0, 30), 1.0),
+        (LossMix(), Standing(0, 10), Standing(0, 30), 0.5),
+        (LinearMix(0.5, 0.1, 1000), Standing(1, 0), Standing(2, 30), 0.5),
+        (LinearMix(0.5, 0.1, 1000), Standing(1, 250), Standing(2, 30), 0.4),
+        (LinearMix(0.5, 0.1, 1000), Standing(1, 1000), Standing(2, 30), 0.1),
+        (LinearMix(0.5, 0.1, 1000), Standing(1, 9999), Standing(2, 30), 0.1),
+        (LinearMix(0.1, 0.6, 10), Standing(1, 4), Standing(2, 30), 0.3),
+        (LossDivergenceMix(2.0), Standing(1, 10), Standing(3, 30), 0.1 * 0.5),
+        (LossDivergenceMix(2.0), Standing(2, 10), Standing(4, 30), 0.2),
+        (LossDivergenceMix(2.0), Standing(6, 10), Standing(2, 30), 0.9),
+        (LossDivergenceMix(2.0), Standing(0, 10), Standing(3, 30), 0.0),
+        (LossDivergenceMix(2.0), Standing(0, 10), Standing(0, 30), 0.0),
+        (LossDivergenceMix(2.0), Standing(4, 10), Standing(0, 30), 1.0),
     ],
 )
-def test_factors_by_hand(mix: Spec, own: Peer, peer: Peer, expected: float) -> None:
+def test_factors_by_hand(mix: Spec, own: Standing, peer: Standing, expected: float) -> None:
     assert factor(mix, 0.0, own, peer, WEIGHT) == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize(
     ("mix", "expected"),
     [
-        (Constant(), WEIGHT),
-        (Constant(0.7), 0.7),
-        (Clock(), 0.75),
-        (Loss(), 0.25),
-        (Linear(0.5, 0.1, 20), 0.3),
-        (LossDivergence(2.0), 0.05),
+        (ConstantMix(), WEIGHT),
+        (ConstantMix(0.7), 0.7),
+        (ClockMix(), 0.75),
+        (LossMix(), 0.25),
+        (LinearMix(0.5, 0.1, 20), 0.3),
+        (LossDivergenceMix(2.0), 0.05),
     ],
 )
 def test_below_the_threshold_replicas_go_apart(mix: Spec, expected: float) -> None:
-    own, peer = Peer(1, 10), Peer(3, 30)
+    own, peer = Standing(1, 10), Standing(3, 30)
     assert factor(mix, 4.0, own, peer, WEIGHT) == pytest.approx(expected / 4)
     assert factor(mix, 1.0, own, peer, WEIGHT) == pytest.approx(expected)
-    assert factor(mix, 4.0, Peer(0, 10), peer, WEIGHT) == 0.0
+    assert factor(mix, 4.0, Standing(0, 10), peer, WEIGHT) == 0.0
 
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("threshold", [0.0, 5.0])
 @pytest.mark.parametrize("other", [0.0, 1.0, UNKNOWN])
 def test_of_a_replica_that_diverged_nothing_is_taken(mix: Spec, threshold: float, other: float) -> None:
-    assert factor(mix, threshold, Peer(DIVERGED, 10), Peer(other, 30), WEIGHT) == 1.0
-    assert factor(mix, threshold, Peer(other, 10), Peer(DIVERGED, 30), WEIGHT) == 0.0
+    assert factor(mix, threshold, Standing(DIVERGED, 10), Standing(other, 30), WEIGHT) == 1.0
+    assert factor(mix, threshold, Standing(other, 10), Standing(DIVERGED, 30), WEIGHT) == 0.0
 
 
 @pytest.mark.parametrize(
     ("mix", "expected"),
-    [(Constant(), WEIGHT), (Constant(0.7), 0.7), (Clock(), 0.75), (Loss(), 0.5), (LossDivergence(2.0), 0.5)],
+    [
+        (ConstantMix(), WEIGHT),
+        (ConstantMix(0.7), 0.7),
+        (ClockMix(), 0.75),
+        (LossMix(), 0.5),
+        (LossDivergenceMix(2.0), 0.5),
+    ],
 )
 def test_losses_that_cannot_be_compared_are_equal(mix: Spec, expected: float) -> None:
     for loss in (UNKNOWN, DIVERGED):
-        assert factor(mix, 0.0, Peer(loss, 10), Peer(loss, 30), WEIGHT) == pytest.approx(expected)
-        assert factor(mix, 4.0, Peer(loss, 10), Peer(loss, 30), WEIGHT) == pytest.approx(expected)
-    assert factor(mix, 4.0, Peer(UNKNOWN, 10), Peer(1, 30), WEIGHT) == pytest.approx(expected)
-    by_own = 0.5 if isinstance(mix, LossDivergence) else 1.0  # 1 / target
-    assert factor(mix, 0.0, Peer(1, 10), Peer(UNKNOWN, 30), WEIGHT) == pytest.approx(expected * by_own)
-    assert factor(mix, 4.0, Peer(1, 10), Peer(UNKNOWN, 30), WEIGHT) == pytest.approx(expected * by_own / 4)
+        assert factor(mix, 0.0, Standing(loss, 10), Standing(loss, 30), WEIGHT) == pytest.approx(expected)
+        assert factor(mix, 4.0, Standing(loss, 10), Standing(loss, 30), WEIGHT) == pytest.approx(expected)
+    assert factor(mix, 4.0, Standing(UNKNOWN, 10), Standing(1, 30), WEIGHT) == pytest.approx(expected)
+    by_own = 0.5 if isinstance(mix, LossDivergenceMix) else 1.0  # 1 / target
+    assert factor(mix, 0.0, Standing(1, 10), Standing(UNKNOWN, 30), WEIGHT) == pytest.approx(expected * by_own)
+    assert factor(mix, 4.0, Standing(1, 10), Standing(UNKNOWN, 30), WEIGHT) == pytest.approx(expected * by_own / 4)
 
 
 def test_what_is_told_of_a_loss() -> None:
@@ -118,12 +124,12 @@ clocks = st.floats(0, 1e12)
 @given(st.sampled_from(MIXES), st.floats(0, 1e6), losses, losses, clocks, clocks)
 def test_a_factor_is_a_part(mix: Spec, threshold: float, own: float, other: float, clock: float, peer: float) -> None:
     """Whatever the losses, up to the largest and the smallest numbers that there are."""
-    assert 0.0 <= factor(mix, threshold, Peer(own, clock), Peer(other, peer), WEIGHT) <= 1.0
+    assert 0.0 <= factor(mix, threshold, Standing(own, clock), Standing(other, peer), WEIGHT) <= 1.0
 
 
 def test_push_sum_has_no_factor() -> None:
     with pytest.raises(AssertionError):
-        factor(PushSum(), 0.0, Peer(1, 1), Peer(1, 1), WEIGHT)
+        factor(PushSumMix(), 0.0, Standing(1, 1), Standing(1, 1), WEIGHT)
 
 
 def test_merged_clocks() -> None:

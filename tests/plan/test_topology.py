@@ -60,7 +60,7 @@ def test_every_kind_of_group_divides_the_ranks(topology: Topology) -> None:
     kinds = {
         "swarm": [t.swarm(s) for s, _ in numbered],
         "team": [t.team(r, s) for r in replicas for s, _ in numbered],
-        "column": [t.column(s, i, j) for s, x in numbered for i in range(x.rows) for j in range(x.cols)],
+        "peers": [t.peers(s, i, j) for s, x in numbered for i in range(x.rows) for j in range(x.cols)],
         "row_group": [t.row_group(r, s, j) for r in replicas for s, x in numbered for j in range(x.cols)],
         "col_group": [t.col_group(r, s, i) for r in replicas for s, x in numbered for i in range(x.rows)],
         "exact_group": [t.exact_group(s, j) for s, x in numbered for j in range(x.cols)],

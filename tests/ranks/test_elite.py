@@ -12,14 +12,14 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import Options as DataOptions
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine.engine import Engine, Scores
-from nettorrent_mpi.engine.reports import best_of
+from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.exchange.elite import compare, steps_between, takes
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.pairing import make_pairing
+from nettorrent_mpi.plan.scores import Scores, best_of
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 SIZE = MPI.COMM_WORLD.size
@@ -78,7 +78,7 @@ def all_bits(engine: Engine) -> list[bytes]:
     arrays += [array for segment in engine.state.segments for array in segment.optimizer.values()]
     found = engine.world.comm.allgather(b"".join(array.tobytes() for array in arrays))
     place = engine.place
-    return [found[rank] for rank in engine.topology.column(place.stage, place.row, place.col)]
+    return [found[rank] for rank in engine.topology.peers(place.stage, place.row, place.col)]
 
 
 def key_of(metric: str, scores: Scores) -> float:

@@ -70,24 +70,24 @@ def own(engine: Engine) -> np.ndarray:
 
 
 def scatter(engine: Engine, seed: int = 0) -> np.ndarray:
-    """Give every replica other parameters; gives this column's mean over the replicas."""
+    """Give every replica other parameters; gives its peers' mean."""
     for segment in engine.state.segments:
         part = segment.params[segment.shard]
         generator = np.random.default_rng([seed, engine.world.rank])
         part[...] = generator.normal(size=part.size) + 0.1 * engine.place.replica
     for flat in engine.state.flats:
         flat.share()
-    return column(engine).mean(axis=0)
+    return of_peers(engine).mean(axis=0)
 
 
-def column(engine: Engine) -> np.ndarray:
-    """(replica, element) of what this rank's column owns."""
-    return np.array(engine.wiring.column.comm.allgather(own(engine)))
+def of_peers(engine: Engine) -> np.ndarray:
+    """(replica, element) of what its peers own."""
+    return np.array(engine.wiring.peers.comm.allgather(own(engine)))
 
 
 def spread(engine: Engine) -> float:
     """The largest distance from the mean."""
-    values = column(engine)
+    values = of_peers(engine)
     return float(np.abs(values - values.mean(axis=0)).max())
 
 
@@ -112,7 +112,7 @@ def test_the_average_is_kept_and_the_replicas_come_together(pairing: str, overla
     mean, before = scatter(engine), spread(engine)
     steps(engine, 0, 60)
     engine.exchange.settle()
-    np.testing.assert_allclose(column(engine).mean(axis=0), mean, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(of_peers(engine).mean(axis=0), mean, rtol=0, atol=1e-14)
     assert gossip.mixer.parts == 2
     assert spread(engine) < 0.2 * before
     assert gossip.rounds.counts.late == gossip.rounds.counts.skipped == 0
@@ -122,7 +122,7 @@ def test_the_average_is_kept_and_the_replicas_come_together(pairing: str, overla
 @several
 @pytest.mark.parametrize(
     "options",
-    [{}, {"part": 0.4}, {"mix": choices.PushSum()}, {"compress": choices.Int8()}, {"overlap": False, "part": 0.4}],
+    [{}, {"part": 0.4}, {"mix": choices.PushSumMix()}, {"compress": choices.Int8()}, {"overlap": False, "part": 0.4}],
     ids=str,
 )
 def test_exchanging_late_loses_no_step(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +158,9 @@ def test_exchanging_late_loses_no_step(options: dict[str, Any], monkeypatch: pyt
     assert withheld > 1e-4
     engine.exchange.settle()
     np.testing.assert_array_equal(values(), own(engine))
-    total = np.array(engine.wiring.column.comm.allgather(updates)).mean(axis=0)
+    total = np.array(engine.wiring.peers.comm.allgather(updates)).mean(axis=0)
     assert np.abs(total).max() > 1e-3
-    np.testing.assert_allclose(column(engine).mean(axis=0), mean + total, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(of_peers(engine).mean(axis=0), mean + total, rtol=0, atol=1e-13)
     engine.close()
 
 
@@ -205,7 +205,7 @@ def test_every_and_probability() -> None:
     engine, gossip = make(alone(), pairing="ring", probability=0.3, overlap=False, part=1.0, **PATIENT)
     mean = scatter(engine)
     steps(engine, 0, 100)
-    np.testing.assert_allclose(column(engine).mean(axis=0), mean, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(of_peers(engine).mean(axis=0), mean, rtol=0, atol=1e-14)
     sent = sum(gossip.rounds.mail.sent) / (100 * len(gossip.pairing.sends(0, engine.place.replica)))
     assert 0.1 < sent < 0.55
     engine.close()
@@ -214,13 +214,13 @@ def test_every_and_probability() -> None:
 # -- merge formulas against numbers by hand: of two replicas the second has all values 1 higher -----------------------
 
 HAND = [  # mix, divergence_threshold, (loss, clock) of replica 0 and of replica 1, f of replica 0
-    (choices.Constant(0.25), 0.0, (1.0, 5.0), (1.0, 5.0), 0.25),
-    (choices.Constant(), 0.0, (1.0, 5.0), (1.0, 5.0), 0.5),
-    (choices.Clock(), 0.0, (1.0, 3.0), (1.0, 9.0), 0.75),
-    (choices.Loss(), 0.0, (3.0, 5.0), (1.0, 5.0), 0.75),
-    (choices.Linear(0.6, 0.2, 10), 0.0, (1.0, 5.0), (1.0, 5.0), 0.4),
-    (choices.LossDivergence(4.0), 0.0, (2.0, 5.0), (1.0, 5.0), 0.8 * 0.5),
-    (choices.Loss(), 6.0, (3.0, 5.0), (1.0, 5.0), 0.75 * 0.5),
+    (choices.ConstantMix(0.25), 0.0, (1.0, 5.0), (1.0, 5.0), 0.25),
+    (choices.ConstantMix(), 0.0, (1.0, 5.0), (1.0, 5.0), 0.5),
+    (choices.ClockMix(), 0.0, (1.0, 3.0), (1.0, 9.0), 0.75),
+    (choices.LossMix(), 0.0, (3.0, 5.0), (1.0, 5.0), 0.75),
+    (choices.LinearMix(0.6, 0.2, 10), 0.0, (1.0, 5.0), (1.0, 5.0), 0.4),
+    (choices.LossDivergenceMix(4.0), 0.0, (2.0, 5.0), (1.0, 5.0), 0.8 * 0.5),
+    (choices.LossMix(), 6.0, (3.0, 5.0), (1.0, 5.0), 0.75 * 0.5),
 ]
 
 
@@ -248,7 +248,7 @@ def test_merge_formulas(mix: Any, threshold: float, first: Any, second: Any, f: 
 @pytest.mark.ranks(2)
 def test_the_loss_of_the_step_before_is_what_counts() -> None:
     """Each replica's own, also where only its last stage knows it."""
-    engine, gossip = make(alone(), pairing="hypercube", mix=choices.Loss(), part=1.0, **PATIENT)
+    engine, gossip = make(alone(), pairing="hypercube", mix=choices.LossMix(), part=1.0, **PATIENT)
     scatter(engine)
     steps(engine, 0, 1, 0.01)
     told = engine.tally.numbers()
@@ -272,7 +272,7 @@ def test_push_sum_is_unbiased_when_messages_are_dropped(
     original = Mail.can_send
     monkeypatch.setattr(Mail, "can_send", lambda mail, to: original(mail, to) and draws.random() >= drop)
     off = {}
-    for mix in (choices.PushSum(), choices.Constant()):
+    for mix in (choices.PushSumMix(), choices.ConstantMix()):
         engine, _ = make(alone(), pairing=pairing, mix=mix, overlap=overlap, part=0.5, deadline=0.5)
         mean, before = scatter(engine), spread(engine)
         for n in range(150):
@@ -290,7 +290,7 @@ def test_push_sum_is_unbiased_when_messages_are_dropped(
 
 @several
 def test_push_sum_keeps_the_weighted_mean_at_every_time() -> None:
-    engine, _ = make(alone(), pairing="exponential", mix=choices.PushSum(), part=0.3, deadline=0.01)
+    engine, _ = make(alone(), pairing="exponential", mix=choices.PushSumMix(), part=0.3, deadline=0.01)
     mean = scatter(engine)
     for n in range(30):
         if engine.place.replica == 0 and n % 7 == 3:
@@ -313,7 +313,7 @@ def test_error_feedback_recovers_what_compression_loses(compress: Any, pairing: 
     engine, gossip = make(alone(), pairing=pairing, compress=compress, part=0.5, overlap=False, **PATIENT)
     mean, before = scatter(engine), spread(engine)
     steps(engine, 0, 300)
-    np.testing.assert_allclose(column(engine).mean(axis=0), mean, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(of_peers(engine).mean(axis=0), mean, rtol=0, atol=1e-12)
     assert spread(engine) < 0.1 * before
     sent = gossip.rounds.mail.bytes / sum(gossip.rounds.mail.sent)
     assert sent < 64 + 8 * own(engine).size * 0.4
@@ -325,7 +325,7 @@ def test_error_feedback_recovers_what_compression_loses(compress: Any, pairing: 
 
 @several
 def test_exact_every() -> None:
-    slowly = choices.Constant(0.1)
+    slowly = choices.ConstantMix(0.1)
     engine, _ = make(alone(), pairing="ring", mix=slowly, exact_every=4, part=0.5, **PATIENT)
     mean = scatter(engine)
     steps(engine, 0, 3)
@@ -354,7 +354,7 @@ def test_slow_momentum() -> None:
         u = beta * u + (x0 - seen[-1]) / rate
         x0 = x0 - rate * u
         np.testing.assert_allclose(own(engine), x0, rtol=0, atol=1e-12)
-        assert (column(engine) == own(engine)).all()
+        assert (of_peers(engine) == own(engine)).all()
     engine.close()
 
 
@@ -367,13 +367,13 @@ def test_the_optimizers_state_is_averaged_where_asked_for() -> None:
         scatter(engine)
         steps(engine, 0, 3, 0.01)
         for segment in engine.state.segments:
-            values = np.array(engine.wiring.column.comm.allgather(segment.optimizer["m"]))
+            values = np.array(engine.wiring.peers.comm.allgather(segment.optimizer["m"]))
             assert (np.abs(values - values[0]).max() < 1e-14) == alike
         engine.close()
 
 
 @several
-@pytest.mark.parametrize("mix", [choices.Constant(), choices.PushSum()])
+@pytest.mark.parametrize("mix", [choices.ConstantMix(), choices.PushSumMix()])
 def test_an_element_and_what_the_optimizer_remembers_of_it_travel_together(mix: Any) -> None:
     engine, _ = make(
         alone(),
@@ -390,7 +390,7 @@ def test_an_element_and_what_the_optimizer_remembers_of_it_travel_together(mix: 
     alike = {}
     for name in ("params", "m", "v"):
         arrays = [s.params[s.shard] if name == "params" else s.optimizer[name] for s in engine.state.segments]
-        values = np.array(engine.wiring.column.comm.allgather(np.concatenate(arrays)))
+        values = np.array(engine.wiring.peers.comm.allgather(np.concatenate(arrays)))
         alike[name] = np.ptp(values, axis=0) < 1e-14
     assert 0.4 < alike["params"].mean() < 0.6
     for name in ("m", "v"):
@@ -406,7 +406,7 @@ def test_merges_leave_squares_positive(overlap: bool) -> None:
     engine, gossip = make(
         alone(),
         optimizer=specs.Adam(betas=(0.9, 0.5)),
-        mix=choices.Constant(1.0),
+        mix=choices.ConstantMix(1.0),
         average=("parameters", "optimizer"),
         every=3,
         overlap=overlap,
@@ -427,7 +427,7 @@ def test_batch_norm_statistics_are_averaged() -> None:
     steps(engine, 0, 2, 0.01)
     with engine.replicas.shown():
         for flat in engine.state.statistics:
-            values = np.array(engine.wiring.column.comm.allgather(flat.params))
+            values = np.array(engine.wiring.peers.comm.allgather(flat.params))
             assert np.abs(values).max() > 0
             assert np.abs(values - values[0]).max() < 1e-14
     engine.close()

@@ -188,11 +188,11 @@ def blocks(engine: Engine) -> dict[str, Array]:
     return {key: block.copy() for key, block in engine.state.params.items()}
 
 
-def of_column(engine: Engine, mine: Any) -> list[Any]:
+def of_peers(engine: Engine, mine: Any) -> list[Any]:
     """What the same place in every replica has, from every replica."""
     place = engine.place
     found = engine.world.comm.allgather(mine)
-    return [found[rank] for rank in engine.topology.column(place.stage, place.row, place.col)]
+    return [found[rank] for rank in engine.topology.peers(place.stage, place.row, place.col)]
 
 
 def average(found: Sequence[dict[str, Array]]) -> dict[str, Array]:
@@ -236,7 +236,7 @@ def test_each_replica_is_a_serial_run(layout: Topology, network: str, partition:
     indices = {key: parameter.index for key, parameter in engine.state.parameters.items()}
     near(engine.state.params, {key: own.params[key][index] for key, index in indices.items()}, 1e-10)
     of_team_are_alike(engine)
-    found = of_column(engine, (own.rows_seen, own.params))
+    found = of_peers(engine, (own.rows_seen, own.params))
     assert len({b"".join(map(bytes, params.values())) for _, params in found}) == layout.replicas
     if partition == "disjoint":
         assert sum(len(rows) for rows, _ in found) == len(set.union(*(rows for rows, _ in found)))
@@ -268,10 +268,10 @@ def memories(engine: Engine) -> dict[str, Array]:
 
 def check_shown(engine: Engine) -> None:
     before = blocks(engine)
-    found = of_column(engine, before)
+    found = of_peers(engine, before)
     with engine.replicas.shown():
         near(engine.state.params, average(found), 2e-15)
-        same_bits(blocks(engine), of_column(engine, blocks(engine))[0])
+        same_bits(blocks(engine), of_peers(engine, blocks(engine))[0])
         of_team_are_alike(engine)
     same_bits(blocks(engine), before)
     for best in {0, len(found) - 1}:
@@ -281,15 +281,15 @@ def check_shown(engine: Engine) -> None:
 
 
 def check_become(engine: Engine) -> None:
-    own, mean = memories(engine), average(of_column(engine, blocks(engine)))
+    own, mean = memories(engine), average(of_peers(engine, blocks(engine)))
     engine.replicas.become()
     near(engine.state.params, mean, 2e-15)
-    same_bits(blocks(engine), of_column(engine, blocks(engine))[0])
+    same_bits(blocks(engine), of_peers(engine, blocks(engine))[0])
     same_bits(memories(engine), own)  # the optimizer's state stays
 
 
 def check_adopt(engine: Engine) -> None:
-    found = of_column(engine, (blocks(engine), memories(engine)))
+    found = of_peers(engine, (blocks(engine), memories(engine)))
     replicas = len(found)
     for takes in (
         list(range(replicas)),
@@ -305,7 +305,7 @@ def check_adopt(engine: Engine) -> None:
 
 def check_become_the_best(engine: Engine) -> None:
     last = engine.replicas.count - 1
-    weights, optimizer = of_column(engine, (blocks(engine), memories(engine)))[last]
+    weights, optimizer = of_peers(engine, (blocks(engine), memories(engine)))[last]
     engine.replicas.become(last)
     same_bits(blocks(engine), weights)
     same_bits(memories(engine), optimizer)
@@ -345,7 +345,7 @@ def test_weights_of_all_or_one(
 
 @pytest.mark.ranks(2, 3, 5)
 def test_push_sum_is_averaged_by_mass() -> None:
-    engine = make(topology(SIZE, (1, 1)), exchange=choices.Gossip(mix=choices.PushSum(), deadline="none", part=0.3))
+    engine = make(topology(SIZE, (1, 1)), exchange=choices.Gossip(mix=choices.PushSumMix(), deadline="none", part=0.3))
     engine.step(0, RATE)
     engine.exchange.settle()
     mass = 1.0 + RANK

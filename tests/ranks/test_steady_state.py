@@ -73,7 +73,7 @@ def layouts() -> list[Topology]:
 
 GOSSIP = (
     choices.Gossip(part=0.5, deadline="none"),
-    choices.Gossip(pairing="ring", part=0.5, deadline="none", mix=choices.Loss()),
+    choices.Gossip(pairing="ring", part=0.5, deadline="none", mix=choices.LossMix()),
     choices.Gossip(pairing="finite", part=0.5, deadline="none", compress=choices.Int8()),
 )
 
