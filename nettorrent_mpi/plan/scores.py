@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Scores(NamedTuple):
-    """The mean loss and the accuracy, from 0 to 1, of some rows; accuracy is None where right and wrong are undefined."""
+    """The mean loss and the accuracy, from 0 to 1, of some rows; accuracy is None where it is not defined."""
 
     loss: float
     accuracy: float | None
