@@ -75,6 +75,11 @@ class Sampler:
             self._orders[epoch] = order
         return order
 
+    def size(self, step: int) -> int:
+        """How many rows the mini-batch of a global step has."""
+        batch = step % self.steps_per_epoch
+        return min(self.batch_size, len(self.training_rows) - batch * self.batch_size)
+
     def rows(self, step: int) -> Array:
         """The rows of the mini-batch of a global step (a view); the last one of an epoch may be smaller."""
         epoch, batch = divmod(step, self.steps_per_epoch)

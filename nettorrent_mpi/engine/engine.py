@@ -11,12 +11,12 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.shared import node_of, share
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.dataset import Allocate, Dataset, Split
+from nettorrent_mpi.data.dataset import Allocate, Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.cpu import blas
 from nettorrent_mpi.device.cpu import choice as kernels
-from nettorrent_mpi.engine.feed import Feed, Once, Training
+from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.gathering import gather
 from nettorrent_mpi.engine.pipeline import Pipeline
 from nettorrent_mpi.engine.replicas import Replicas
@@ -137,17 +137,12 @@ class Engine:
         a node share, and the targets on the last. Collective over the ranks of the first stage."""
         self.dataset, self.sampler = dataset, sampler
         augment = Augment(self.options.augment, dataset.shape) if self.options.augment else None
-        self._batches = Training(sampler, augment)
         allocate = _shared_memory(node_of(self.wiring.swarm)) if self.wiring.is_first else _no_memory
-
-        def feed_from(split: Split) -> Feed:
-            return Feed(split, reads_inputs=self.wiring.is_first, reads_targets=self.wiring.is_last, allocate=allocate)
-
-        self._train = feed_from(dataset.train)
-        self._test = feed_from(dataset.test) if dataset.test else None
-        for feed in (self._train, self._test):
-            if feed is not None:
-                feed.read_targets(self._check_targets)
+        self._train = Batches(dataset.train, self.wiring, allocate, sampler=sampler, augment=augment)
+        self._test = Batches(dataset.test, self.wiring, allocate) if dataset.test else None
+        for batches in (self._train, self._test):
+            if batches is not None:
+                batches.read_targets(self._check_targets)
 
     def _check_targets(self, targets: Array) -> None:
         """ShapeError or DataError where the loss cannot have these targets with this network's outputs."""
@@ -168,7 +163,7 @@ class Engine:
         micro_batches = self.options.micro_batches
         left, first = left if self.asynchronous else 1, self._left == 0
         assert first or left == self._left or min(left, self._left + 1) > self.ahead, (left, self._left)
-        self._batches.step = n
+        self._train.begin_step(n, micro_batches)
         name, stages = self.options.pipeline.kind, len(self.topology.stages)
         actions = self._actions(
             name, stages, micro_batches, self.place.stage, first, min(left, self.ahead + 1), self._clip
@@ -176,7 +171,6 @@ class Engine:
         self.pipeline.run(
             actions,
             self._train,
-            self._batches,
             micro_batches=micro_batches,
             training=True,
             step=n,
@@ -185,7 +179,7 @@ class Engine:
             left=left,
         )
         self._left = left - 1
-        return self._batches.size(0)
+        return self._train.batch_size(0)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -210,7 +204,7 @@ class Engine:
             return None
         return self._evaluate(self._train, self.sampler.validation_rows, alone=True)
 
-    def _evaluate(self, feed: Feed, rows: Array, *, alone: bool = False) -> list[Scores]:
+    def _evaluate(self, batches: Batches, rows: Array, *, alone: bool = False) -> list[Scores]:
         """All rows in one stream of micro-batches as large as those of training, so that the pipeline fills once.
 
         `alone`: by each replica for itself, giving the scores of each; else together.
@@ -222,8 +216,9 @@ class Engine:
             most = max(most // self.topology.replicas, 1)  # the last one trains on so many, and has no more room
         pieces = -(-len(rows) // most)
         actions = add_transfers(forward_only(len(self.topology.stages), pieces))[self.place.stage]
-        step = self._batches.step  # the last one trained, for the trace
-        self.pipeline.run(actions, feed, Once(rows), micro_batches=pieces, training=False, step=step, alone=alone)
+        batches.begin_rows(rows, pieces, alone=alone)
+        step = self._train.step  # the last one trained, for the trace
+        self.pipeline.run(actions, batches, micro_batches=pieces, training=False, step=step)
         sums = np.zeros((self.topology.replicas, 4))
         sums[self.place.replica if alone else 0] = self.tally.take()
         self.world.sum(sums)

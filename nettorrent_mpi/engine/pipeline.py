@@ -11,8 +11,7 @@ import numpy as np
 
 from nettorrent_mpi.comm.link import Transfer
 from nettorrent_mpi.device.arrays import Array, Workspace
-from nettorrent_mpi.engine.feed import Batches, Feed
-from nettorrent_mpi.engine.reading import Reading
+from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
@@ -64,10 +63,9 @@ class Pipeline:
         self._sending_y: list[Transfer | None] = [None] * slots
         self._sending_dx: list[Transfer | None] = [None, None]
         self._base = self._stashed = 0
-        self._reading = Reading(wiring)
         self.tally = tally
         self._methods: dict[Kind, Callable[[int], None]] = {
-            "L": self._reading.load,
+            "L": self._load,
             "RA": self._receive_x,
             "F": self._forward,
             "SA": self._send_y,
@@ -82,7 +80,6 @@ class Pipeline:
     def run(
         self,
         actions: Sequence[Action],
-        feed: Feed,
         batches: Batches,
         *,
         micro_batches: int,
@@ -91,15 +88,13 @@ class Pipeline:
         rate: float = 0.0,
         first: bool = True,
         left: int = 1,
-        alone: bool = False,
     ) -> None:
         """Execute the list for the present mini-batch of `batches`, cut into micro-batches. `step` counts from 0.
 
         `first` says that the pipeline is empty before, `left` how many mini-batches are still to be done until it is
-        empty again, this one included. `alone`: this replica has all rows, instead of its part of them.
+        empty again, this one included.
         """
         self._batches, self._rate, self._step, self._micro_batches = batches, rate, step, micro_batches
-        self._reading.begin(feed, batches, step=step, micro_batches=micro_batches, training=training, alone=alone)
         self._pass.training = training
         if first:
             self._base = self._posted_x = self._posted_dy = 0
@@ -130,7 +125,7 @@ class Pipeline:
         if self._wiring.is_first:
             return
         for g in range(self._posted_x, min(until, self._limit)):
-            rows = self._reading.rows(g - self._base)
+            rows = self._batches.rows(g - self._base)
             self._wiring.receive_x(g, rows.mine.size, rows.whole).start()
         self._posted_x = max(self._posted_x, min(until, self._limit))
 
@@ -138,21 +133,24 @@ class Pipeline:
         if self._wiring.is_last:
             return
         for g in range(self._posted_dy, min(until, self._limit)):
-            rows = self._reading.rows(g - self._base)
+            rows = self._batches.rows(g - self._base)
             self._wiring.receive_dy(g, rows.mine.size, rows.whole).start()
         self._posted_dy = max(self._posted_dy, min(until, self._limit))
 
     # -- actions ----------------------------------------------------------------------------------------------------
 
+    def _load(self, m: int) -> None:
+        self._batches.load(m)
+
     def _receive_x(self, m: int) -> None:
-        rows = self._reading.rows(m)
+        rows = self._batches.rows(m)
         self._wiring.receive_x(self._base + m, rows.mine.size, rows.whole).finish()
 
     def _forward(self, m: int) -> None:
         wiring, g = self._wiring, self._base + m
-        slot, rows = g % wiring.slots, self._reading.rows(m)
+        slot, rows = g % wiring.slots, self._batches.rows(m)
         number = m // self._micro_batches
-        x = self._reading.inputs(m, g)
+        x = self._batches.inputs(m, g)
         sending = self._sending_y[slot]
         if sending is not None:  # the slot's last output may still be on its way
             sending.finish()
@@ -171,7 +169,7 @@ class Pipeline:
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """The loss of this micro-batch, and its gradient for the backward to come."""
         training = self._pass.training
-        targets, size = self._reading.targets(m), self._reading.size(m) if training else 1
+        targets, size = self._batches.targets(m), self._batches.size(m) if training else 1
         result = self._loss.forward(y, targets, size, self._loss_workspaces[slot], gradient=training)
         self._dy[slot] = result.dy
         if self._wiring.place.col == 0:
@@ -183,17 +181,17 @@ class Pipeline:
         slot = (self._base + m) % self._wiring.slots
         y = self._y[slot]
         assert y is not None
-        transfer = self._wiring.send_y(y, self._reading.rows(m).whole)
+        transfer = self._wiring.send_y(y, self._batches.rows(m).whole)
         transfer.start()
         self._sending_y[slot] = transfer
 
     def _receive_dy(self, m: int) -> None:
-        rows = self._reading.rows(m)
+        rows = self._batches.rows(m)
         self._wiring.receive_dy(self._base + m, rows.mine.size, rows.whole).finish()
 
     def _backward(self, m: int) -> None:
         wiring, g = self._wiring, self._base + m
-        slot, rows = g % wiring.slots, self._reading.rows(m)
+        slot, rows = g % wiring.slots, self._batches.rows(m)
         self._pass.rows, self._pass.count, self._pass.accumulate = rows.mine, rows.sharing, m > 0
         self._pass.step = self._step
         dy = self._dy[slot] if wiring.is_last else wiring.dy(g, rows.mine.size)
@@ -214,13 +212,13 @@ class Pipeline:
         self._post_dy(g + 1 + 2)
 
     def _send_dx(self, m: int) -> None:
-        rows, g = self._reading.rows(m), self._base + m
+        rows, g = self._batches.rows(m), self._base + m
         transfer = self._wiring.send_dx(g, rows.mine.size, rows.whole)
         transfer.start()
         self._sending_dx[g % 2] = transfer
 
     def _reduce(self, _: int) -> None:
-        self._exchange.reduce(self._batches.size(0))
+        self._exchange.reduce(self._batches.batch_size(0))
 
     def _norm(self, _: int) -> None:
         self._exchange.norm()

@@ -151,13 +151,13 @@ def test_the_rows_of_a_step_are_gathered_in_the_one_before() -> None:
     """Each micro-batch once, the first of a step ahead of it: also where the ranks rest and evaluate in between."""
     network = Network(LAYERS, SHAPE)
     made = engine(layers_layout(network.facts, SIZE, 16), network)
-    gather, gathered = made._train.inputs, [0]
+    gather, gathered = made._train._gather, [0]
 
     def counted(*arguments: Any) -> None:
         gathered[0] += 1
         gather(*arguments)
 
-    made._train.inputs = counted  # type: ignore[method-assign]
+    made._train._gather = counted  # type: ignore[method-assign]
     for n in range(12):
         made.step(n, 0.001)
         assert gathered[0] == (4 * (n + 1) + 1 if made.wiring.is_first else 0)
