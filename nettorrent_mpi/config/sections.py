@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from nettorrent_mpi.config.mistakes import Mistake, shown
+from nettorrent_mpi.config.mistakes import Mistake, nearest, shown
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
+from nettorrent_mpi.plan.data_specs import DATASETS, wrong_option
 from nettorrent_mpi.plan.specs import LayerSpec, Spec
 
 SYNTHETIC: dict[str, Any] = {"rows": 10_000, "test_rows": 1_000, "shape": (28, 28, 1), "classes": 10}  # unless told
@@ -78,7 +79,7 @@ class Section:
 class Data(Section):
     """Which rows are trained on, and how they are prepared."""
 
-    name: Literal["digits", "mnist", "fashion_mnist", "letters", "cifar10", "hdf5", "synthetic"]
+    name: str  # one of plan.data_specs.DATASETS
     root: str | None = None  # the folder that holds mnist/ and so on; the file, for hdf5
     validation: Annotated[float, Bounds(ge=0, lt=1)] = 0.0  # the part of the training rows that is held back
     augment: tuple[Literal["flip", "crop"], ...] = ()
@@ -92,19 +93,22 @@ class Data(Section):
     classes: Annotated[int, Bounds(ge=2)] | None = None
 
     def __post_init__(self) -> None:
-        built_in = self.name in ("digits", "synthetic")
-        if built_in and self.root is not None:
+        if self.name not in DATASETS:
+            hint = nearest(self.name, DATASETS)
+            more = f"; {hint}" if hint.startswith("did") else ""
+            raise Mistake(f"must be one of {', '.join(DATASETS)}, not {self.name or 'an empty text'}{more}", "name")
+        spec = DATASETS[self.name]
+        if spec.root is None and self.root is not None:
             raise Mistake(f"{self.name} needs no files: leave it out", "root")
-        if not built_in and self.root is None:
-            what = "file" if self.name == "hdf5" else "folder that holds the data"
-            raise Mistake(f"{self.name} needs the {what}; add root: ... under data", "root")
-        for option, default in SYNTHETIC.items():
-            if self.name == "synthetic" and getattr(self, option) is None:
-                object.__setattr__(self, option, default)  # still being made: nobody has seen it without
-            elif self.name != "synthetic" and getattr(self, option) is not None:
-                raise Mistake(f"is only for synthetic data, not for {self.name}", option)
-        if self.transposed and self.name != "letters":
-            raise Mistake(f"is only for letters, not for {self.name}", "transposed")
+        if spec.needs_root and self.root is None:
+            raise Mistake(f"{self.name} needs {spec.root}; add root: ... under data", "root")
+        wrong = wrong_option(self.name, vars(self))
+        if wrong is not None:
+            raise Mistake(f"is only for {wrong[1]}, not for {self.name}", wrong[0])
+        if self.name == "synthetic":
+            for option, default in SYNTHETIC.items():
+                if getattr(self, option) is None:
+                    object.__setattr__(self, option, default)  # still being made: nobody has seen it without
         if len(set(self.augment)) < len(self.augment):
             raise Mistake("names the same thing twice", "augment")
         for option, values in (("mean", self.mean), ("std", self.std)):

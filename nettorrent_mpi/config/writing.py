@@ -11,6 +11,7 @@ from typing import Any
 from nettorrent_mpi.config.sections import SYNTHETIC, Config, Layout
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
+from nettorrent_mpi.plan.data_specs import DATASETS
 from nettorrent_mpi.plan.specs import LayerSpec, Spec
 
 
@@ -33,8 +34,8 @@ def plain(value: Any) -> Any:
 def to_plain(config: Config) -> dict[str, Any]:
     """`config` as plain data, complete and resolved: `from_plain` gives an equal Config."""
     data: dict[str, Any] = plain(config)
-    if config.data.name != "synthetic":
-        for option in SYNTHETIC:
+    for option in SYNTHETIC:
+        if option not in DATASETS[config.data.name].options:
             del data["data"][option]
     del data["train"]["steps" if config.train.steps is None else "epochs"]
     if isinstance(config.layout, Layout) and config.layout.swarms is None:

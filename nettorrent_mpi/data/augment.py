@@ -10,14 +10,11 @@ the stored value zero: it is put on before the rows are scaled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import ConfigError
-
-Array: TypeAlias = npt.NDArray[Any]
 
 NAMES = ("flip", "crop")
 PADDING = 4

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from nettorrent_mpi.data.files import opening, size_of
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError
-
-Array: TypeAlias = npt.NDArray[Any]
 
 SHAPE = (32, 32, 3)
 CLASSES = 10

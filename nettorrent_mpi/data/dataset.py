@@ -1,4 +1,4 @@
-"""Opening a data set by its name.
+"""Datasets, and opening them by name.
 
     mnist, fashion_mnist   ROOT/mnist, ROOT/fashion_mnist: IDX files, 28 x 28 x 1, 10 classes
     letters                ROOT/letters: EMNIST letters, IDX files, 28 x 28 x 1, 26 classes (stored as 1..26)
@@ -7,48 +7,46 @@
     hdf5                   ROOT is the file: see hdf5.py
     synthetic              made from a seed: see synthetic.py
 
-Opening is cheap (headers and sizes of files) and finds what can be found early, equally on every rank; the values are
-read by the ranks that need them. Nothing here reads pickled data.
+`register_dataset` adds others; what a configuration may say of each stands in plan/data_specs.py. Opening is cheap
+(headers and sizes of files) and finds what can be found early, equally on every rank; the values are read by the ranks
+that need them. Nothing here reads pickled data.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.cifar import CLASSES as CIFAR_CLASSES
 from nettorrent_mpi.data.cifar import SHAPE as CIFAR_SHAPE
 from nettorrent_mpi.data.cifar import CifarFiles
 from nettorrent_mpi.data.idx import IdxFile, open_idx
-from nettorrent_mpi.data.rows import Allocate, Array, Inputs, Memory, Scaling, Shape, Split, private
+from nettorrent_mpi.data.rows import UNIT, Scaling, Split
 from nettorrent_mpi.data.synthetic import SyntheticRows
+from nettorrent_mpi.device.arrays import Array, Shape
+from nettorrent_mpi.plan.data_specs import DATASETS, OWN_OPTIONS, DatasetSpec, wrong_option
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from nettorrent_mpi.data.hdf5 import Hdf5Split
 
-__all__ = ["Allocate", "Augment", "Dataset", "Inputs", "Options", "Split", "names", "open_dataset", "private"]
-
-_BYTE = np.dtype(np.uint8)
-_UNIT = 1.0 / 255.0  # bytes become 0..1
-
 
 @dataclass(frozen=True)
-class Options:
-    """Options of `data:` in the configuration that concern the data set itself.
+class DataOptions:
+    """The options of `data:` in a configuration that concern the data set itself.
 
-    mean, std: subtracted from and divided into the values after these were scaled to 0..1 (floating HDF5 data are taken
-        as they are): one number, or one for each channel.
+    mean, std: subtracted from and divided into the values after these were scaled to 0..1 (floating data are taken as
+        they are): one number, or one for each channel.
     transposed (letters): the images are stored column by column. The publisher's EMNIST files are; set it to see the
         letters upright. Files that were put upright already need it false.
-    rows, test_rows, shape, classes, seed (synthetic): 10,000 and 1,000 rows of shape (28, 28, 1) in 10 classes, from
-        seed 0, unless told.
+    rows, test_rows, shape, classes (synthetic): 10,000 and 1,000 rows of shape (28, 28, 1) in 10 classes, unless told.
+    seed: the run's, for data that are made from one.
     """
 
     mean: float | Sequence[float] | None = None
@@ -58,7 +56,7 @@ class Options:
     test_rows: int | None = None
     shape: Sequence[int] | None = None
     classes: int | None = None
-    seed: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,11 @@ class Dataset:
     test: Split | None
 
 
-def open_dataset(name: str, root: str | None, *, options: Options | None = None) -> Dataset:
+Opener: TypeAlias = Callable[[str | None, DataOptions], Dataset]
+"""opener(root, options) opens a data set: every rank calls it and gets the same. Raises DataError and ConfigError."""
+
+
+def open_dataset(name: str, root: str | None, *, options: DataOptions | None = None) -> Dataset:
     """Opens data set `name` under the folder (for hdf5: the file) `root`; digits and synthetic need none.
 
     Raises ConfigError for an unknown name, a missing root and options that this data set does not have; DataError for
@@ -80,49 +82,76 @@ def open_dataset(name: str, root: str | None, *, options: Options | None = None)
     """
     opener = _OPENERS.get(name)
     if opener is None:
-        near = difflib.get_close_matches(name, _OPENERS, 1)
+        near = difflib.get_close_matches(name, DATASETS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"unknown data set {name!r}; {hint}there are {', '.join(_OPENERS)}", key="data.name")
-    options = options or Options()
-    allowed = {"mean", "std", *_OWN_OPTIONS.get(name, ())}
-    for option in fields(options):
-        if option.name not in allowed and getattr(options, option.name) != option.default:
-            owners = ", ".join(owner for owner, own in _OWN_OPTIONS.items() if option.name in own)
-            raise ConfigError(f"data set {name} has no such option (only {owners})", key=f"data.{option.name}")
-    if name in _WITHOUT_ROOT:
-        return opener(name, Path(), options)
-    if not root:
-        what = "an HDF5 file" if name == "hdf5" else f"the folder that holds {_FOLDERS[name]}/"
-        raise ConfigError(f"data set {name} needs it: {what}", key="data.root")
-    return opener(name, Path(root).expanduser(), options)
+        raise ConfigError(f"unknown data set {name!r}; {hint}there are {', '.join(DATASETS)}", key="data.name")
+    spec, options = DATASETS[name], options or DataOptions()
+    wrong = wrong_option(name, vars(options))
+    if wrong is not None:
+        raise ConfigError(f"data set {name} has no such option (only {wrong[1]})", key=f"data.{wrong[0]}")
+    if spec.needs_root and not root:
+        raise ConfigError(f"data set {name} needs it: {spec.root}", key="data.root")
+    return replace(opener(root, options), name=name)
 
 
-def names() -> tuple[str, ...]:
-    """All names that open_dataset knows."""
-    return tuple(_OPENERS)
+def register_dataset(name: str, *, needs_root: bool = False, options: Sequence[str] = ()) -> Callable[[Opener], Opener]:
+    """Lets configurations name a data set of one's own: decorates the function that opens it.
+
+        @nt.register_dataset("mine")
+        def open_mine(root: str | None, options: nt.DataOptions) -> nt.Dataset:
+            with np.load(f"{root}/mine.npz") as file:
+                return nt.from_arrays(file["x"], file["y"], mean=options.mean, std=options.std)
+
+    and then `data: {name: mine, root: ...}`. Every rank registers it before the configuration is read, and calls the
+    function. `needs_root`: `data.root` has to be given. `options`: those of `transposed`, `rows`, `test_rows`, `shape`
+    and `classes` that the function makes use of; any other in the configuration is a mistake. Registering a name of
+    one's own again replaces it. Raises ConfigError for the name of a data set of the package, and for unknown options.
+    """
+    unknown = [option for option in options if option not in OWN_OPTIONS]
+    if unknown:
+        raise ConfigError(f"data set {name}: no such option {unknown[0]!r}; there are {', '.join(OWN_OPTIONS)}")
+    if name in _BUILT_IN:
+        raise ConfigError(f"data set {name} comes with the package; choose another name for yours", key="data.name")
+
+    def register(opener: Opener) -> Opener:
+        DATASETS[name] = DatasetSpec(f"what {name} is read from", needs_root, tuple(options))
+        _OPENERS[name] = opener
+        return opener
+
+    return register
 
 
-def _open_idx_set(name: str, root: Path, options: Options) -> Dataset:
-    remedy = f"run `nettorrent data fetch {name}` or set data.root to the folder that holds {_FOLDERS[name]}/"
-    prefixes = ("emnist-letters-train", "emnist-letters-test") if name == "letters" else ("train", "t10k")
-    classes, first = (26, 1) if name == "letters" else (10, 0)
-    return _idx_dataset(name, root / _FOLDERS[name], prefixes, classes, first, _UNIT, options, remedy)
-
-
-def _open_digits(name: str, root: Path, options: Options) -> Dataset:
+def _open_digits(root: str | None, options: DataOptions) -> Dataset:
     folder = Path(__file__).parent / "digits"
-    remedy = "install the package again"
-    return _idx_dataset(name, folder, ("train", "test"), 10, 0, 1.0 / 16.0, options, remedy)
+    return _open_idx_files(folder, ("train", "test"), 10, 0, 1.0 / 16.0, options, "install the package again")
 
 
-def _idx_dataset(
-    name: str,
+def _open_mnist(name: str, root: str | None, options: DataOptions) -> Dataset:
+    return _open_idx_files(_folder(root, name), ("train", "t10k"), 10, 0, UNIT, options, _remedy(name, name))
+
+
+def _open_letters(root: str | None, options: DataOptions) -> Dataset:
+    prefixes = ("emnist-letters-train", "emnist-letters-test")
+    remedy = _remedy("letters", "letters")
+    return _open_idx_files(_folder(root, "letters"), prefixes, 26, 1, UNIT, options, remedy)
+
+
+def _folder(root: str | None, name: str) -> Path:
+    assert root is not None
+    return Path(root).expanduser() / name
+
+
+def _remedy(name: str, folder: str) -> str:
+    return f"run `nettorrent data fetch {name}` or set data.root to the folder that holds {folder}/"
+
+
+def _open_idx_files(
     folder: Path,
     prefixes: tuple[str, str],
     classes: int,
     first: int,
     unit: float,
-    options: Options,
+    options: DataOptions,
     remedy: str,
 ) -> Dataset:
     def split(prefix: str) -> Split:
@@ -136,16 +165,13 @@ def _idx_dataset(
             raise ConfigError(f"images of {height} x {width} cannot be transposed in place", key="data.transposed")
         shape = (height, width, 1)
         scaling = Scaling(shape, unit, options.mean, options.std)
-
-        def open_rows(allocate: Allocate) -> Memory:
-            return Memory(allocate((rows, *shape), _BYTE, lambda out: _read_images(images, options.transposed, out)))
-
-        return Split(rows, shape, _BYTE, scaling, open_rows, lambda: labels.labels(classes, first))
+        fill = partial(_read_images, images, options.transposed)
+        return Split.of_bytes(rows, shape, scaling, fill, partial(labels.labels, classes, first))
 
     train, test = split(prefixes[0]), split(prefixes[1])
     if train.shape != test.shape:
         raise DataError(f"test images are {test.shape}, training images {train.shape}; {remedy}", file=str(folder))
-    return Dataset(name, train.shape, classes, train, test)
+    return Dataset("", train.shape, classes, train, test)
 
 
 def _read_images(images: IdxFile, transposed: bool, out: Array) -> None:
@@ -156,29 +182,24 @@ def _read_images(images: IdxFile, transposed: bool, out: Array) -> None:
             block[...] = block.transpose(0, 2, 1, 3).copy()
 
 
-def _open_cifar10(name: str, root: Path, options: Options) -> Dataset:
-    remedy = f"run `nettorrent data fetch {name}` or set data.root to the folder that holds {_FOLDERS[name]}/"
-    folder = root / _FOLDERS[name]
-    scaling = Scaling(CIFAR_SHAPE, _UNIT, options.mean, options.std)
+def _open_cifar10(root: str | None, options: DataOptions) -> Dataset:
+    remedy, folder = _remedy("cifar10", _CIFAR_FOLDER), _folder(root, _CIFAR_FOLDER)
+    scaling = Scaling(CIFAR_SHAPE, UNIT, options.mean, options.std)
 
     def split(file_names: Sequence[str]) -> Split:
         files = CifarFiles([folder / file_name for file_name in file_names], remedy)
-
-        def open_rows(allocate: Allocate) -> Memory:
-            return Memory(allocate((files.rows, *CIFAR_SHAPE), _BYTE, files.images))
-
-        return Split(files.rows, CIFAR_SHAPE, _BYTE, scaling, open_rows, files.labels)
+        return Split.of_bytes(files.rows, CIFAR_SHAPE, scaling, files.images, files.labels)
 
     train = split([f"data_batch_{number}.bin" for number in range(1, 6)])
-    return Dataset(name, CIFAR_SHAPE, CIFAR_CLASSES, train, split(["test_batch.bin"]))
+    return Dataset("", CIFAR_SHAPE, CIFAR_CLASSES, train, split(["test_batch.bin"]))
 
 
-def _open_hdf5(name: str, root: Path, options: Options) -> Dataset:
+def _open_hdf5(root: str | None, options: DataOptions) -> Dataset:
     from nettorrent_mpi.data.hdf5 import open_hdf5  # loads h5py, which no other data set needs
 
-    train, test, classes = open_hdf5(root)
-    unit = _UNIT if train.dtype == np.uint8 else 1.0
-    scaling = Scaling(train.shape, unit, options.mean, options.std)
+    assert root is not None
+    train, test, classes = open_hdf5(Path(root).expanduser())
+    scaling = Scaling(train.shape, UNIT if train.dtype == np.uint8 else 1.0, options.mean, options.std)
 
     def split(part: Hdf5Split) -> Split:
         # The rows stay in the file, so there is nothing to allocate.
@@ -186,10 +207,10 @@ def _open_hdf5(name: str, root: Path, options: Options) -> Dataset:
             part.rows, part.shape, part.dtype, scaling, lambda allocate: part.open_rows(), lambda: part.targets(classes)
         )
 
-    return Dataset(name, train.shape, classes, split(train), split(test) if test else None)
+    return Dataset("", train.shape, classes, split(train), split(test) if test else None)
 
 
-def _open_synthetic(name: str, root: Path, options: Options) -> Dataset:
+def _open_synthetic(root: str | None, options: DataOptions) -> Dataset:
     shape = tuple(options.shape) if options.shape is not None else (28, 28, 1)
     classes = 10 if options.classes is None else options.classes
     rows = 10_000 if options.rows is None else options.rows
@@ -199,36 +220,23 @@ def _open_synthetic(name: str, root: Path, options: Options) -> Dataset:
             raise ConfigError(f"at least {least}, not {value}", key=f"data.{option}")
     if not shape or min(shape) < 1:
         raise ConfigError(f"dimensions of at least 1, like [28, 28, 1] or [64], not {list(shape)}", key="data.shape")
-    scaling = Scaling(shape, _UNIT, options.mean, options.std)
+    scaling = Scaling(shape, UNIT, options.mean, options.std)
 
     def split(part: str, count: int) -> Split:
-        made = SyntheticRows(options.seed or 0, part, count, shape, classes)
+        made = SyntheticRows(options.seed, part, count, shape, classes)
+        return Split.of_bytes(count, shape, scaling, made.fill, made.labels)
 
-        def open_rows(allocate: Allocate) -> Memory:
-            return Memory(allocate((count, *shape), _BYTE, made.fill))
-
-        return Split(count, shape, _BYTE, scaling, open_rows, made.labels)
-
-    return Dataset(name, shape, classes, split("train", rows), split("test", test_rows) if test_rows else None)
+    return Dataset("", shape, classes, split("train", rows), split("test", test_rows) if test_rows else None)
 
 
-_OPENERS: dict[str, Callable[[str, Path, Options], Dataset]] = {
+_CIFAR_FOLDER = "cifar-10-batches-bin"
+_OPENERS: dict[str, Opener] = {
     "digits": _open_digits,
-    "mnist": _open_idx_set,
-    "fashion_mnist": _open_idx_set,
-    "letters": _open_idx_set,
+    "mnist": partial(_open_mnist, "mnist"),
+    "fashion_mnist": partial(_open_mnist, "fashion_mnist"),
+    "letters": _open_letters,
     "cifar10": _open_cifar10,
     "hdf5": _open_hdf5,
     "synthetic": _open_synthetic,
 }
-_FOLDERS = {
-    "mnist": "mnist",
-    "fashion_mnist": "fashion_mnist",
-    "letters": "letters",
-    "cifar10": "cifar-10-batches-bin",
-}
-_WITHOUT_ROOT = ("digits", "synthetic")
-_OWN_OPTIONS = {
-    "letters": ("transposed",),
-    "synthetic": ("rows", "test_rows", "shape", "classes", "seed"),
-}
+_BUILT_IN = frozenset(_OPENERS)

@@ -6,16 +6,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError
 from nettorrent_mpi.plan.seeds import key
-
-Array: TypeAlias = npt.NDArray[Any]
 
 _GREY, _COLOUR = ("1", "L"), ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 

@@ -11,17 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 
 from nettorrent_mpi.data.files import opening, size_of
-from nettorrent_mpi.data.rows import Memory, Source
+from nettorrent_mpi.data.rows import Take, as_targets, check_inputs, check_targets, take_from
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError
-
-Array: TypeAlias = npt.NDArray[Any]
 
 REMEDY = "write the file again (`nettorrent data import` makes one from a folder of images)"
 
@@ -38,7 +36,7 @@ class Hdf5Split:
     dtype: np.dtype[Any]
     integer: bool
 
-    def open_rows(self) -> Source:
+    def open_rows(self) -> Take:
         """Maps the rows, or keeps the file open for reading them. Raises DataError where the file is too short."""
         with _opened(self.path) as file:
             data = _dataset(file, self.path, self.x)
@@ -49,8 +47,8 @@ class Hdf5Split:
                     text = f"truncated: the rows of {self.x} reach to byte {offset + data.nbytes}; {REMEDY}"
                     raise DataError(text, file=str(self.path), offset=size)
                 shape = (self.rows, data.nbytes // self.rows)
-                return Memory(np.memmap(self.path, np.uint8, "r", offset, shape))
-        return _Selection(self)
+                return take_from(np.memmap(self.path, np.uint8, "r", offset, shape))
+        return _take_through_hdf5(self)
 
     def targets(self, classes: int | None) -> Array:
         """(rows,) int64 labels below `classes`, or (rows, k) floats where `classes` is None."""
@@ -60,16 +58,7 @@ class Hdf5Split:
                 values = data[...]
             except OSError as error:
                 raise _unreadable(self.path, data, np.arange(self.rows), error) from error
-        if classes is None:
-            targets: Array = values.astype(values.dtype.newbyteorder("="), copy=False)
-            return targets
-        labels: Array = values.astype(np.int64)
-        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-        if len(wrong):
-            row = int(wrong[0])
-            text = f"{self.y}: label {labels[row]} of row {row} is not in 0..{classes - 1}; correct the labels"
-            raise DataError(text, file=str(self.path))
-        return labels
+        return as_targets(values, classes, self.y, str(self.path))
 
 
 def open_hdf5(path: Path) -> tuple[Hdf5Split, Hdf5Split | None, int | None]:
@@ -95,21 +84,21 @@ def open_hdf5(path: Path) -> tuple[Hdf5Split, Hdf5Split | None, int | None]:
     return train, test, largest + 1
 
 
-class _Selection:
-    """Rows read through HDF5: each needed row once, in the file's order, then put where they belong."""
+def _take_through_hdf5(split: Hdf5Split) -> Take:
+    """A `Take` that reads rows through HDF5: each needed row once, in the file's order, then puts them in place."""
+    file = _open(split.path)
+    data = _dataset(file, split.path, split.x)
 
-    def __init__(self, split: Hdf5Split):
-        self._split = split
-        self._file = _open(split.path)
-        self._data = _dataset(self._file, split.path, split.x)
-
-    def take(self, indices: Array, out_bR: Array) -> None:
+    def take(indices: Array, out_bR: Array) -> None:
+        assert file, "closed"  # `take` holds the file: HDF5 closes it, and what is in it, with its last reference
         rows, places = np.unique(indices, return_inverse=True)
         try:
-            values = self._data[rows]
+            values = data[rows]
         except OSError as error:
-            raise _unreadable(self._split.path, self._data, rows, error) from error
+            raise _unreadable(split.path, data, rows, error) from error
         np.take(values.reshape(len(rows), -1).view(np.uint8), places, axis=0, out=out_bR, mode="clip")
+
+    return take
 
 
 def _open(path: Path) -> h5py.File:
@@ -145,18 +134,11 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
 
 def _split(file: h5py.File, path: Path, x_name: str, y_name: str) -> Hdf5Split:
     x, y = _dataset(file, path, x_name), _dataset(file, path, y_name)
-    if x.dtype.kind != "f" and x.dtype != np.uint8:
-        raise DataError(f"{x_name} holds {x.dtype}; write it as uint8 or floating", file=str(path))
-    if x.ndim < 2 or 0 in x.shape:
-        text = f"{x_name} has shape {x.shape}; write (rows, features) or (rows, height, width, channels), not empty"
-        raise DataError(text, file=str(path))
-    integer = y.dtype.kind in "iu"
-    if not (integer and y.ndim == 1) and not (y.dtype.kind == "f" and y.ndim == 2):
-        text = f"{y_name} holds {y.dtype} of shape {y.shape}; write integers (rows,) or floating targets (rows, k)"
-        raise DataError(text, file=str(path))
+    check_inputs(x, x_name, str(path))
+    check_targets(y, y_name, str(path))
     if len(x) != len(y):
         raise DataError(f"{x_name} has {len(x)} rows but {y_name} has {len(y)}; {REMEDY}", file=str(path))
-    return Hdf5Split(path, x_name, y_name, len(x), x.shape[1:], x.dtype, integer)
+    return Hdf5Split(path, x_name, y_name, len(x), x.shape[1:], x.dtype, y.dtype.kind in "iu")
 
 
 def _unreadable(path: Path, data: h5py.Dataset, rows: Array, error: OSError) -> DataError:

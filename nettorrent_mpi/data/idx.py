@@ -10,15 +10,12 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from nettorrent_mpi.data.files import GZIP_MAGIC, gunzip, opening, size_of
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError
-
-Array: TypeAlias = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

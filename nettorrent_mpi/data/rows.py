@@ -1,55 +1,56 @@
-"""The rows of a data set: where they lie, and how a mini-batch of them is gathered, scaled and augmented.
+"""The rows of a data set: a split describes them, and inputs gather, augment and scale a mini-batch of them.
 
-Shape suffixes: b = the rows of one call, R = the elements of one row, HWC = height, width, channels of an image.
+Shape suffixes: b = the rows of one call, R = the elements of one row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.device.arrays import Array, Shape
+from nettorrent_mpi.plan.errors import ConfigError, DataError
 
-Array: TypeAlias = npt.NDArray[Any]
-Shape: TypeAlias = tuple[int, ...]
+UNIT = 1.0 / 255.0  # scales bytes to 0..1
+BYTE = np.dtype(np.uint8)
+
 Fill: TypeAlias = Callable[[Array], None]
 Allocate: TypeAlias = Callable[[Shape, "np.dtype[Any]", Fill], Array]
-"""allocate(shape, dtype, fill) returns an array that fill(array) has filled: C-contiguous. The engine passes one whose
-memory is shared by the ranks of a node and which lets one of them fill it."""
+"""allocate(shape, dtype, fill) returns a C-contiguous array that fill(array) has filled. Whoever passes it owns the
+memory: the engine's is shared by the ranks of a node, one of which fills it, and is freed with the engine's wiring."""
+Take: TypeAlias = Callable[[Array, Array], None]
+"""take(indices, out_bR) copies rows as they are stored: out_bR[i] <- the bytes of row indices[i]; out_bR is uint8,
+(b, bytes of a row); indices are intp."""
 
 
 def private(shape: Shape, dtype: np.dtype[Any], fill: Fill) -> Array:
-    """The plain allocation: memory of this process alone."""
+    """The plain `Allocate`: memory of this process alone."""
     array = np.empty(shape, dtype)
     fill(array)
     return array
 
 
-class Source(Protocol):
-    """Where rows come from, as they are stored."""
+def take_from(rows: Array) -> Take:
+    """The `Take` of rows in memory or in a memory map: a C-contiguous array, its first dimension the rows."""
+    # As bytes, because take() on values that are unaligned or of the other byte order copies the whole array first.
+    data = np.asarray(rows).reshape(len(rows), int(np.prod(rows.shape[1:]))).view(np.uint8)
 
-    def take(self, indices: Array, out_bR: Array) -> None:
-        """out_bR[i] <- the bytes of row indices[i]; out_bR is uint8, (b, bytes of a row); indices are intp."""
+    def take(indices: Array, out_bR: Array) -> None:
+        np.take(data, indices, axis=0, out=out_bR, mode="clip")  # any other mode buffers the output
 
-
-class Memory:
-    """Rows in memory or in a memory map: `rows` is a C-contiguous array, its first dimension the rows."""
-
-    def __init__(self, rows: Array):
-        # As bytes, because take() on values that are unaligned or of the other byte order copies the whole array first.
-        self._bytes = np.asarray(rows).reshape(len(rows), -1).view(np.uint8)
-
-    def take(self, indices: Array, out_bR: Array) -> None:
-        np.take(self._bytes, indices, axis=0, out=out_bR, mode="clip")  # any other mode buffers the output
+    return take
 
 
 class Scaling:
-    """x <- (x * unit - mean) / std; `mean` and `std` are one number, or one per channel (last dimension of a row)."""
+    """x <- (x * unit - mean) / std; `mean` and `std` are one number, or one per channel (last dimension of a row).
+
+    Raises ConfigError for as many numbers as there are no channels, numbers that are not finite, and stds not above 0.
+    """
 
     def __init__(
         self,
@@ -64,7 +65,14 @@ class Scaling:
         if not np.all(stds > 0.0):
             raise ConfigError(f"standard deviations must be above 0, not {std}", key="data.std")
         self.factor, self.offset = unit / stds, means / stds  # (channels,): x <- x * factor - offset
+        self._stds = stds
         self._cache: dict[np.dtype[Any], tuple[Array | None, Array | None]] = {}
+
+    def without_unit(self) -> Scaling:
+        """The same mean and std for values that are scaled by `unit` already."""
+        other = copy(self)
+        other.factor, other._cache = 1.0 / self._stds, {}
+        return other
 
     def apply(self, x_bR: Array) -> None:
         """Scales in place; x_bR is (b, R), of a floating type."""
@@ -98,11 +106,11 @@ def _per_channel(name: str, value: float | Sequence[float] | None, default: floa
 
 
 class Inputs:
-    """The rows of a split, ready for gathering. Holds, beside the rows, buffers for the largest batch asked for yet."""
+    """The inputs of a split, opened: gathers mini-batches. Holds buffers for the largest mini-batch asked for yet."""
 
-    def __init__(self, source: Source, rows: int, shape: Shape, dtype: np.dtype[Any], scaling: Scaling):
+    def __init__(self, take: Take, rows: int, shape: Shape, dtype: np.dtype[Any], scaling: Scaling):
         self.rows, self.shape, self.dtype = rows, shape, dtype
-        self._source, self._scaling = source, scaling
+        self._take, self._scaling = take, scaling
         self._row_bytes = int(np.prod(shape)) * dtype.itemsize
         self._raw = self._augmented = np.empty((0, self._row_bytes), np.uint8)
 
@@ -124,7 +132,7 @@ class Inputs:
         if len(self._raw) < count:
             self._raw = np.empty((count, self._row_bytes), np.uint8)
         raw_bR = self._raw[:count]
-        self._source.take(indices, raw_bR)
+        self._take(indices, raw_bR)
         if augment is not None:
             if len(self._augmented) < count:
                 self._augmented = np.empty((count, self._row_bytes), np.uint8)
@@ -137,14 +145,39 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Split:
-    """The training or the test part of a data set. Cheap: nothing is read before inputs() or targets()."""
+    """The training or the test part of a data set. Cheap: nothing is read before inputs() or targets().
+
+    `open_rows` opens the stored rows, (rows, *shape) of `dtype`; `read_targets` reads all targets, or is None where
+    the rows have none (for predictions).
+    """
 
     rows: int
     shape: Shape
     dtype: np.dtype[Any]
     scaling: Scaling
-    open_rows: Callable[[Allocate], Source] = field(repr=False)
-    read_targets: Callable[[], Array] = field(repr=False)
+    open_rows: Callable[[Allocate], Take] = field(repr=False)
+    read_targets: Callable[[], Array] | None = field(repr=False)
+
+    @classmethod
+    def of_bytes(cls, rows: int, shape: Shape, scaling: Scaling, fill: Fill, targets: Callable[[], Array]) -> Split:
+        """A split whose rows are bytes that `fill` writes into memory, once `inputs` allocates it."""
+
+        def open_rows(allocate: Allocate) -> Take:
+            return take_from(allocate((rows, *shape), BYTE, fill))
+
+        return cls(rows, shape, BYTE, scaling, open_rows, targets)
+
+    @classmethod
+    def of_array(cls, x: Array, scaling: Scaling, targets: Array | None) -> Split:
+        """A split of rows that are in memory already, x (rows, *shape); not copied if x is C-contiguous."""
+        take = take_from(np.ascontiguousarray(x))
+
+        def read_targets() -> Array:
+            assert targets is not None
+            return targets
+
+        read = None if targets is None else read_targets
+        return cls(len(x), x.shape[1:], x.dtype, scaling, lambda allocate: take, read)
 
     def inputs(self, allocate: Allocate = private) -> Inputs:
         """Reads the rows (or opens them, where they are read batch by batch). Only ranks that need inputs call this.
@@ -158,4 +191,47 @@ class Split:
 
         Raises DataError where the file is corrupt or a label lies outside its classes.
         """
+        assert self.read_targets is not None, "these rows have no targets"
         return self.read_targets()
+
+
+class Shaped(Protocol):
+    """What a NumPy array and a data set in an HDF5 file have in common."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+
+def check_inputs(x: Shaped, name: str, file: str | None = None) -> None:
+    """DataError unless x is (rows, ...), uint8 or floating, and not empty."""
+    if x.dtype.kind != "f" and x.dtype != BYTE:
+        raise DataError(f"{name} holds {x.dtype}; write it as uint8 or floating", file=file)
+    if len(x.shape) < 2 or 0 in x.shape:
+        text = f"{name} has shape {x.shape}; write (rows, features) or (rows, height, width, channels), not empty"
+        raise DataError(text, file=file)
+
+
+def check_targets(y: Shaped, name: str, file: str | None = None) -> None:
+    """DataError unless y is (rows,) integers or (rows, k) floating."""
+    if (y.dtype.kind, len(y.shape)) not in (("i", 1), ("u", 1), ("f", 2)):
+        text = f"{name} holds {y.dtype} of shape {y.shape}; write integers (rows,) or floating targets (rows, k)"
+        raise DataError(text, file=file)
+
+
+def as_targets(values: Array, classes: int | None, name: str, file: str | None = None) -> Array:
+    """`values` as the engine reads them: int64 labels, or, where `classes` is None, floats in native byte order.
+
+    Raises DataError for a label that is not in 0 .. classes - 1.
+    """
+    if classes is None:
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+    labels = values.astype(np.int64, copy=False)
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        row = int(wrong[0])
+        text = f"{name}: label {labels[row]} of row {row} is not in 0..{classes - 1}; correct the labels"
+        raise DataError(text, file=file)
+    return labels

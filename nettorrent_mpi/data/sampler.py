@@ -4,15 +4,13 @@ every replica has its own part of the rows, of the replicas and micro-batches, t
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.seeds import key
-
-Array: TypeAlias = npt.NDArray[Any]
 
 
 class Sampler:

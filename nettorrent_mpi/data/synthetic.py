@@ -6,14 +6,11 @@ Every class has a prototype of random bytes; a row is the mean of its class's pr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.seeds import key
-
-Array: TypeAlias = npt.NDArray[Any]
 
 _BLOCK_BYTES = 1 << 20
 

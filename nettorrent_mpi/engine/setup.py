@@ -8,8 +8,7 @@ from functools import partial
 import numpy as np
 
 from nettorrent_mpi.config.sections import Config, Layout
-from nettorrent_mpi.data.dataset import Dataset, open_dataset
-from nettorrent_mpi.data.dataset import Options as DataOptions
+from nettorrent_mpi.data.dataset import DataOptions, Dataset, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.cpu.choice import Kernels
 from nettorrent_mpi.engine.run_plan import Options
@@ -46,7 +45,6 @@ class Setup:
 def set_up(config: Config, ranks: int) -> Setup:
     """Open the data, build the network and lay it out over `ranks`. Raises UserErrors of all kinds."""
     data, train = config.data, config.train
-    synthetic = data.name == "synthetic"
     dataset = open_dataset(
         data.name,
         data.root,
@@ -54,11 +52,11 @@ def set_up(config: Config, ranks: int) -> Setup:
             mean=data.mean,
             std=data.std,
             transposed=data.transposed,
-            rows=data.rows if synthetic else None,
-            test_rows=data.test_rows if synthetic else None,
-            shape=data.shape if synthetic else None,
-            classes=data.classes if synthetic else None,
-            seed=config.seed if synthetic else None,
+            rows=data.rows,
+            test_rows=data.test_rows,
+            shape=data.shape,
+            classes=data.classes,
+            seed=config.seed,
         ),
     )
     network = Network(config.model.layers, dataset.shape)

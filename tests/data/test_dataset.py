@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nettorrent_mpi.data.dataset import Augment, Dataset, Options, open_dataset
+from nettorrent_mpi.data.augment import Augment
+from nettorrent_mpi.data.dataset import DataOptions, Dataset, open_dataset
 from nettorrent_mpi.data.rows import Scaling
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
@@ -98,7 +99,7 @@ def test_letters_count_from_one_and_may_be_transposed(tmp_path: Path) -> None:
         (folder / f"emnist-letters-{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images(26, 28, 28))))
         (folder / f"emnist-letters-{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
     upright = open_dataset("letters", str(tmp_path))
-    turned = open_dataset("letters", str(tmp_path), options=Options(transposed=True))
+    turned = open_dataset("letters", str(tmp_path), options=DataOptions(transposed=True))
     assert upright.classes == 26
     np.testing.assert_array_equal(upright.train.targets(), np.arange(26))
     np.testing.assert_array_equal(gather(upright, range(26)), gather(turned, range(26)).transpose(0, 2, 1, 3))
@@ -132,7 +133,7 @@ def test_digits_ship_with_the_package() -> None:
 def test_synthetic_is_a_function_of_its_seed_and_can_be_learned() -> None:
     def make(seed: int) -> Dataset:
         return open_dataset(
-            "synthetic", None, options=Options(rows=900, test_rows=100, shape=(64,), classes=5, seed=seed)
+            "synthetic", None, options=DataOptions(rows=900, test_rows=100, shape=(64,), classes=5, seed=seed)
         )
 
     dataset = make(3)
@@ -153,15 +154,15 @@ def test_synthetic_is_a_function_of_its_seed_and_can_be_learned() -> None:
 def test_normalisation_per_channel_and_for_all(root: Path) -> None:
     plain = gather(open_dataset("cifar10", str(root)), range(20), np.float64)
     mean, std = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
-    each = open_dataset("cifar10", str(root), options=Options(mean=mean, std=std))
+    each = open_dataset("cifar10", str(root), options=DataOptions(mean=mean, std=std))
     np.testing.assert_allclose(gather(each, range(20), np.float64), (plain - mean) / std, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(gather(each, range(20)), (plain - mean) / std, rtol=1e-5, atol=1e-5)
-    one = open_dataset("cifar10", str(root), options=Options(mean=0.5, std=0.25))
+    one = open_dataset("cifar10", str(root), options=DataOptions(mean=0.5, std=0.25))
     np.testing.assert_allclose(gather(one, range(20), np.float64), (plain - 0.5) / 0.25, rtol=1e-12, atol=1e-13)
 
 
 def test_any_division_of_a_batch_gives_the_same_rows(root: Path) -> None:
-    dataset = open_dataset("cifar10", str(root), options=Options(mean=0.5))
+    dataset = open_dataset("cifar10", str(root), options=DataOptions(mean=0.5))
     augment = Augment(["flip", "crop"], dataset.shape)
     indices = np.random.default_rng(0).permutation(45)
     inputs = dataset.train.inputs()
@@ -175,7 +176,7 @@ def test_any_division_of_a_batch_gives_the_same_rows(root: Path) -> None:
 
 
 def test_the_steady_state_allocates_nothing(root: Path) -> None:
-    dataset = open_dataset("cifar10", str(root), options=Options(mean=[0.1, 0.2, 0.3]))
+    dataset = open_dataset("cifar10", str(root), options=DataOptions(mean=[0.1, 0.2, 0.3]))
     inputs = dataset.train.inputs()
     augment = Augment(["flip", "crop"], dataset.shape)
     out = np.empty((32, 32, 32, 3), np.float32)
@@ -346,17 +347,17 @@ def test_damaged_cifar(tmp_path: Path) -> None:
 
 
 def test_mistakes_in_the_configuration(root: Path) -> None:
-    cases: list[tuple[str, str | None, Options, str, str]] = [
-        ("mnits", str(root), Options(), "data.name", "did you mean mnist?"),
-        ("mnist", None, Options(), "data.root", "the folder that holds mnist/"),
-        ("hdf5", None, Options(), "data.root", "an HDF5 file"),
-        ("mnist", str(root), Options(rows=5), "data.rows", "only synthetic"),
-        ("mnist", str(root), Options(transposed=True), "data.transposed", "only letters"),
-        ("mnist", str(root), Options(std=0.0), "data.std", "above 0"),
-        ("mnist", str(root), Options(mean=float("nan")), "data.mean", "finite"),
-        ("cifar10", str(root), Options(mean=[0.5, 0.5]), "data.mean", "or 3, one for each channel"),
-        ("synthetic", None, Options(rows=0), "data.rows", "at least 1, not 0"),
-        ("synthetic", None, Options(shape=[28, 0]), "data.shape", "at least 1"),
+    cases: list[tuple[str, str | None, DataOptions, str, str]] = [
+        ("mnits", str(root), DataOptions(), "data.name", "did you mean mnist?"),
+        ("mnist", None, DataOptions(), "data.root", "the folder that holds mnist/"),
+        ("hdf5", None, DataOptions(), "data.root", "an HDF5 file"),
+        ("mnist", str(root), DataOptions(rows=5), "data.rows", "only synthetic"),
+        ("mnist", str(root), DataOptions(transposed=True), "data.transposed", "only letters"),
+        ("mnist", str(root), DataOptions(std=0.0), "data.std", "above 0"),
+        ("mnist", str(root), DataOptions(mean=float("nan")), "data.mean", "finite"),
+        ("cifar10", str(root), DataOptions(mean=[0.5, 0.5]), "data.mean", "or 3, one for each channel"),
+        ("synthetic", None, DataOptions(rows=0), "data.rows", "at least 1, not 0"),
+        ("synthetic", None, DataOptions(shape=[28, 0]), "data.shape", "at least 1"),
     ]
     for name, where, options, key, text in cases:
         with pytest.raises(ConfigError, match=text) as caught:

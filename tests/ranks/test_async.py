@@ -17,8 +17,7 @@ from mpi4py import MPI
 
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.dataset import Options as DataOptions
-from nettorrent_mpi.data.dataset import open_dataset
+from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.engine import state

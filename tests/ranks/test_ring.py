@@ -18,8 +18,7 @@ from nettorrent_mpi.comm.group import Array, Group
 from nettorrent_mpi.comm.ring import Ring, Rings, Way, can_carry
 from nettorrent_mpi.comm.shared import by_nodes
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.data.dataset import Options as DataOptions
-from nettorrent_mpi.data.dataset import open_dataset
+from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine import checkpoint, segments, state
 from nettorrent_mpi.engine.engine import Engine

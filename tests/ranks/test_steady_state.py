@@ -13,8 +13,7 @@ import pytest
 from mpi4py import MPI
 
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.data.dataset import Options as DataOptions
-from nettorrent_mpi.data.dataset import open_dataset
+from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.run_plan import Options, Plan

@@ -1,0 +1,46 @@
+"""Specs of the data sets that a configuration can name: what `data.root` is to each, and which options it takes.
+
+How they are opened stands in data/dataset.py. Here are the names, so that a configuration is checked without NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What `data:` may say of one data set, besides the options that every data set takes.
+
+    root: what `data.root` names; None for a data set that has no files.
+    needs_root: whether `data.root` has to be given.
+    options: those of OWN_OPTIONS that the data set takes.
+    """
+
+    root: str | None = None
+    needs_root: bool = True
+    options: tuple[str, ...] = ()
+
+
+OWN_OPTIONS = ("transposed", "rows", "test_rows", "shape", "classes")  # not every data set takes these
+
+DATASETS: dict[str, DatasetSpec] = {
+    "digits": DatasetSpec(needs_root=False),
+    "mnist": DatasetSpec("the folder that holds mnist/"),
+    "fashion_mnist": DatasetSpec("the folder that holds fashion_mnist/"),
+    "letters": DatasetSpec("the folder that holds letters/", options=("transposed",)),
+    "cifar10": DatasetSpec("the folder that holds cifar-10-batches-bin/"),
+    "hdf5": DatasetSpec("the file (an HDF5 file with x and y)"),
+    "synthetic": DatasetSpec(needs_root=False, options=("rows", "test_rows", "shape", "classes")),
+}
+"""The data sets of the package, and those that `data.dataset.register_dataset` adds."""
+
+
+def wrong_option(name: str, given: Mapping[str, object]) -> tuple[str, str] | None:
+    """(option, the data sets that take it) of the first in `given` that data set `name` does not take, or None."""
+    for option in OWN_OPTIONS:
+        value = given.get(option)
+        if value is not None and value is not False and option not in DATASETS[name].options:
+            return option, " and ".join(owner for owner, spec in DATASETS.items() if option in spec.options)
+    return None
