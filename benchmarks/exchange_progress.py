@@ -40,12 +40,12 @@ def main() -> int:
     """One rank of a training."""
     who, arguments = sys.argv[1], sys.argv[2:]
     env.prepare()  # before NumPy and MPI are loaded
-    from nettorrent_mpi.exchange.gossip import Gossip
+    from nettorrent_mpi.exchange.gossip import GossipExchange
 
     if who.endswith("-crowded"):
         os.sched_setaffinity(0, {0})
     if not who.startswith("between"):
-        Gossip._progress = lambda self: None  # type: ignore[method-assign]
+        GossipExchange._progress = lambda self: None  # type: ignore[method-assign]
     if who.startswith("thread"):
         _start_thread(1 if who.endswith("-crowded") else None)
     return train_command(["train", *arguments])

@@ -208,7 +208,7 @@ APART = {
     "async": ["pipeline=async", "layout={swarms: [{layers: 2, rows: 2}, {layers: 1, rows: 2}]}"],
 }
 GOSSIP = [name for name in APART if name.startswith("gossip")]
-EVERYWHERE = ["forward", "agree", "open", "merge", "finish", "settle", "average", "shown", "become", "collect"]
+EVERYWHERE = ["forward", "after_update", "open", "merge", "finish", "settle", "average", "shown", "become", "collect"]
 WHERE = {
     **dict.fromkeys(GOSSIP[1:], EVERYWHERE),
     GOSSIP[0]: [*EVERYWHERE, "divide"],

@@ -20,7 +20,7 @@ BELOW = {
     "comm": {"plan", "device"},
     "data": {"plan", "device"},
     "config": {"plan"},
-    "exchange": {"plan", "device", "nn", "comm"},
+    "exchange": {"plan", "device", "comm"},
     "engine": {"plan", "device", "nn", "comm", "data", "config", "exchange"},
     "cli": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine"},
     "speedup": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "cli"},
@@ -29,6 +29,20 @@ BELOW = {
 ASKED_FOR = {("cli.commands", "speedup.command")}
 # The order within a folder. Modules that are not listed only have to be free of cycles.
 ORDER: dict[str, list[str]] = {
+    "exchange": [
+        "replicas",
+        "base",
+        "elite",
+        "merging",
+        "compression",
+        "vector",
+        "estimates",
+        "mixer",
+        "rounds",
+        "calibration",
+        "slow_momentum",
+        "gossip",
+    ],
     "plan": [
         "errors",
         "seeds",

@@ -25,10 +25,7 @@ from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.stopping import Stop
 from nettorrent_mpi.engine.usage import Clock, peak_memory
-from nettorrent_mpi.exchange.elite import compare, steps_between
-from nettorrent_mpi.exchange.gossip import rate_factor
 from nettorrent_mpi.nn.rates import make_rate
-from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.scores import Scores
 
@@ -153,7 +150,7 @@ class Run:
     def _finish(self, stopped_by: str, loss: float | None, figures: dict[str, Any]) -> None:
         """model.h5, trace.json, summary.json."""
         figures = {"test_accuracy": None, "test_loss": None, **figures, **self._judge.end(self._losses)}
-        exchange = self._engine.exchange_figures(self._steps_done)
+        exchange = self._engine.exchange_figures()
         arrays = self._engine.parameters()
         with self._world.together():
             if self._told:
@@ -230,7 +227,7 @@ class Run:
             self._clock.stop()
             report = self._reports.ready(wait=True)[-1]
             asked = self._stop.heard or report.flag
-            record, reached = self._filled(report), self._come_together(done, report)
+            record, reached = self._filled(report), self._reached(self._at_rest(done, report))
             if last or reached or (epochs and epochs % train.evaluate_every == 0):
                 figures, scores = self._judge.now(self._losses)
                 record |= figures
@@ -248,38 +245,21 @@ class Run:
 
     def _rate(self, n: int) -> float:
         """The learning rate of step n."""
-        rate, exchange, engine = self._schedule(n), self._setup.options.exchange, self._engine
-        if isinstance(exchange, choices.Gossip) and not engine.exact:
-            train = self._setup.config.train
-            warm = n >= train.schedule.options()["warmup_steps"]
-            decay = rate / train.optimizer.options()["lr"] if warm and rate else 1.0
-            rate *= rate_factor(exchange, train.optimizer, engine.topology.replicas, n / self._steps, decay)
-        return rate
+        rate, train = self._schedule(n), self._setup.config.train
+        warm = n >= train.schedule.options()["warmup_steps"]
+        decay = rate / train.optimizer.options()["lr"] if warm and rate else 1.0
+        return rate * self._engine.exchange.rate_scale(n / self._steps, decay)
 
     def _rest(self, n: int) -> int:
         """After how many steps in all the ranks come to rest next, step n being the next one."""
-        train, exchange = self._setup.config.train, self._setup.options.exchange
+        train, due = self._setup.config.train, self._engine.exchange.next_rest(n)
         epochs = (train.evaluate_every, train.checkpoint_every)
         found = [self._steps, *(_next(n, every * self._epoch_steps) for every in epochs)]
-        if self._engine.replicas.count > 1:
-            if isinstance(exchange, choices.Elite):
-                found.append(_next(n, steps_between(exchange, train.batch_size)))
-            if isinstance(exchange, choices.Gossip) and exchange.consensus is not None:
-                found.append(_next(n, train.report_every))
-        return min(found)
+        return min(found if due is None else [*found, due])
 
-    def _come_together(self, done: int, report: Report[Any]) -> bool:
-        """What the replicas do at rest, if it is time: has the accuracy been reached that the user wants?"""
-        exchange, engine = self._setup.options.exchange, self._engine
-        if engine.replicas.count == 1:
-            return False
-        if isinstance(exchange, choices.Elite):
-            number, rest = divmod(done, steps_between(exchange, engine.options.batch_size))
-            return rest == 0 and self._reached(compare(engine, exchange, number))
-        limit = exchange.consensus if isinstance(exchange, choices.Gossip) else None
-        if limit is not None and report.distance is not None and report.distance > limit.max:
-            engine.replicas.become()
-        return False
+    def _at_rest(self, done: int, report: Report[Any]) -> Scores | None:
+        """What replicas that differ do at rest, if it is time; the best one's scores if they were compared."""
+        return self._engine.exchange.at_rest(done, self._engine.compare_replicas, report.distance)
 
     def _take_reports(self, *, wait: bool, to_flag: bool = False) -> None:
         """Tell what the ranks have reported. `wait`: for all reports but the last, which is told together with what

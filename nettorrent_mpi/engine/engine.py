@@ -17,17 +17,17 @@ from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.cpu import blas
 from nettorrent_mpi.device.cpu import choice as kernels
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.gathering import gather
 from nettorrent_mpi.engine.pipeline import Pipeline
-from nettorrent_mpi.engine.replicas import Replicas
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
-from nettorrent_mpi.engine.update import Exchange
+from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
-from nettorrent_mpi.exchange.gossip import Gossip
+from nettorrent_mpi.exchange import Shards, make_exchange
 from nettorrent_mpi.nn.losses import check_fit, make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -96,14 +96,28 @@ class Engine:
         )
         self.layers.give_operands(self.state.operands)
         self.tally = Tally()
-        self.exchange = self._exchange()
-        self.replicas = Replicas(self.wiring, self.state, self.exchange)
+        self.device = make_device("cpu", options.kernels)
+        self.exchange = self.replicas = make_exchange(
+            options.exchange,
+            self._shards(),
+            self.wiring.peers,
+            self.device,
+            optimizer=options.optimizer,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            report_every=options.report_every,
+            share=self.state.share,
+            fence=self.state.meet,
+        )
+        self.update = Update(
+            self.wiring.replica, self.state, self.optimizer, options.clip_norm, self.exchange, self.tally
+        )
         self.trace = Trace() if options.trace else None
         self.pipeline = Pipeline(
             self.wiring,
             self.layers,
             self.state,
-            self.exchange,
+            self.update,
             make_loss(options.loss),
             self.tally,
             seed=options.seed,
@@ -117,19 +131,19 @@ class Engine:
         check(self.topology, lists)
         return peak_stored(lists[self.place.stage])
 
-    def _exchange(self) -> Exchange:
-        options, wiring = self.options, self.wiring
-        common = (wiring.replica, self.state, self.optimizer, options.clip_norm)
-        if self.exact or not isinstance(options.exchange, choices.Gossip):
-            return Exchange(*common)
-        return Gossip(*common, options.exchange, wiring.peers, self.tally, options.seed)
+    def _shards(self) -> Shards:
+        """What this rank owns."""
+        segments, statistics = self.state.segments, self.state.statistics
+        return Shards(
+            [segment.params[segment.shard] for segment in segments],
+            {name: [segment.optimizer[name] for segment in segments] for name in self.optimizer.states},
+            [flat.params[flat.shard] for flat in statistics],
+        )
 
     @property
     def bound(self) -> Group:
         """The ranks that wait for each other inside a step."""
-        choice = self.options.exchange
-        patient = isinstance(choice, choices.Gossip) and choice.deadline == "none"
-        return self.world if patient else self.wiring.replica
+        return self.world if self.exchange.waits_for_peers else self.wiring.replica
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -233,24 +247,9 @@ class Engine:
         """On rank 0: the first replica's arrays, "<layer>/<name>"; elsewhere nothing. Collective over all ranks."""
         return gather(self.world, self.topology, self.network, self.state.params)
 
-    def exchange_figures(self, steps: int) -> dict[str, Any]:
-        """What all ranks together did to agree in so many steps, for people. Collective over all ranks."""
-        found: dict[str, Any] = {"kind": self.options.exchange.kind}
-        if not isinstance(self.exchange, Gossip):
-            return found
-        own = np.array(self.exchange.figures(), np.float64)
-        self.world.sum(own)
-        rounds, parts, merged, late, skipped, held_back, waited, sent = (own / self.world.size).tolist()
-        return found | {
-            "rounds": round(rounds),
-            "parts": round(parts, 1),  # here and below: mean of a rank
-            "merged": round(merged, 1),
-            "late": round(late, 1),
-            "skipped": round(skipped, 1),
-            "held_back": round(held_back, 1),
-            "waited_seconds": round(waited, 3),
-            "bytes_per_step": round(sent / max(steps, 1)),
-        }
+    def exchange_figures(self) -> dict[str, Any]:
+        """What all ranks did on average to agree, for people. Collective over all ranks."""
+        return {"kind": self.options.exchange.kind, **self.exchange.figures(self.world)}
 
     def close(self) -> None:
         """Finish what is under way and give everything back to MPI. Collective over all ranks."""
@@ -258,6 +257,7 @@ class Engine:
         self.pipeline.drain()
         self.world.barrier()
         self.exchange.close()
+        self.update.close()
         self.state.free()
         self.wiring.free()
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.scores import Scores, best_of
 
 
@@ -19,9 +18,7 @@ class Judge:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        exchange = engine.options.exchange
-        self._metric = exchange.metric if isinstance(exchange, choices.Elite) else "validation_loss"
-        self._averages = isinstance(exchange, choices.Gossip)
+        self._metric, self._averages = engine.exchange.metric, engine.exchange.averages
 
     def now(self, losses: Sequence[float]) -> tuple[dict[str, Any], Scores | None]:
         """(the figures of a line of metrics.jsonl, the scores that stop_at looks at). `losses` are the replicas'

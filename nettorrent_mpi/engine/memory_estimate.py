@@ -150,8 +150,8 @@ def _exchange(setup: Setup, elements: int, states: int) -> int:
     gossip = config.exchange
     pairing = make_pairing(gossip.pairing, replicas, config.seed)
     parts = 1 if gossip.part == "auto" else round(1 / gossip.part)  # auto: all, where the links can bear it
-    withheld = withholding(gossip, replicas, parts) > 0
-    arrays = 1 + withheld + 2 * (gossip.slow_momentum > 0)
+    withheld = withholding(gossip, replicas, parts) > 0  # and the snapshot before each update
+    arrays = 1 + 2 * withheld + 2 * (gossip.slow_momentum > 0)
     if not isinstance(gossip.compress, Whole):
         arrays += 2 + 2 * len(_partners(pairing, 0))
     letters = SPARE + max(receives(pairing, me) for me in range(replicas))

@@ -15,7 +15,7 @@ from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
-from nettorrent_mpi.engine.update import Exchange
+from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.layer import Alone, Params, Pass
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
@@ -37,17 +37,17 @@ class Pipeline:
         wiring: Wiring,
         layers: Layers,
         state: State,
-        exchange: Exchange,
+        update: Update,
         loss: Loss,
         tally: Tally,
         *,
         seed: int,
         trace: Trace | None,
     ):
-        self._wiring, self._layers, self._state, self._exchange, self._loss = wiring, layers, state, exchange, loss
+        self._wiring, self._layers, self._state, self._end, self._loss = wiring, layers, state, update, loss
         self._trace = trace
         self._progress = _all_of(
-            exchange.progress,
+            *update.progress,
             # A message between hosts goes on its way only when its sender and its receiver look after it.
             wiring.world.progress if len(wiring.topology.stages) > 1 else None,
         )
@@ -198,7 +198,7 @@ class Pipeline:
         params, self._params[slot] = self._params[slot], None
         assert dy is not None
         assert params is not None
-        complete = self._exchange.complete if m == self._micro_batches - 1 else None  # the last one to add gradients
+        complete = self._end.complete if m == self._micro_batches - 1 else None  # the last one to add gradients
         dx = self._layers.backward(
             params, self._state.grads, self._saved[slot], dy, self._workspaces[slot], self._pass, complete
         )
@@ -218,10 +218,10 @@ class Pipeline:
         self._sending_dx[g % 2] = transfer
 
     def _reduce(self, _: int) -> None:
-        self._exchange.reduce(self._batches.batch_size(0))
+        self._end.reduce(self._batches.batch_size(0))
 
     def _norm(self, _: int) -> None:
-        self._exchange.norm()
+        self._end.norm()
 
     def _update(self, _: int) -> None:
         """Where micro-batches are between forward and backward, their version of the weights is kept for them."""
@@ -233,7 +233,11 @@ class Pipeline:
                 segment.stash(self._stashed)
             for slot in under_way:
                 self._params[slot] = state.stashed[self._stashed]
-        self._exchange.update(self._rate, self._step + 1)
+        end, step = self._end, self._step + 1
+        end.before(step)
+        end.update(self._rate, step)
+        end.after(self._rate, step)
+        end.gather()
 
     # -- divergence -------------------------------------------------------------------------------------------------
 

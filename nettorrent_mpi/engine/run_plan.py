@@ -19,6 +19,7 @@ class Options:
     loss: Spec
     optimizer: Spec
     batch_size: int = 128
+    report_every: int = 50  # steps
     micro_batches: int = 4
     pipeline: Spec = field(default_factory=choices.OneFOneB)
     exchange: Spec = field(default_factory=choices.Allreduce)

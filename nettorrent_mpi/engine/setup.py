@@ -79,6 +79,7 @@ def set_up(config: Config, ranks: int) -> Setup:
         text = f"{data.validation} of {dataset.train.rows} rows leaves none to choose the best replica by; raise it"
         raise ConfigError(text, key="data.validation")
     options = Options(
+        report_every=config.train.report_every,
         loss=config.model.loss,
         optimizer=train.optimizer,
         batch_size=train.batch_size,

@@ -177,6 +177,11 @@ class State:
     def flats(self) -> list[Flat]:
         return [*self.segments, *self.statistics]
 
+    def share(self) -> None:
+        """All-gather the shards among all who hold the same blocks. Every holder calls."""
+        for flat in self.flats:
+            flat.share()
+
     def meet(self) -> None:
         """Wait for all who hold the same blocks, after arrays were written by hand. Every holder calls."""
         for segment in self.segments:

@@ -7,44 +7,53 @@ of a segment leave when the last backward has come through its layers, and are o
 others; and a segment that is updated is on its way to all while the next one is summed and updated.
 
 Who holds the same block is the wiring's matter: with the exact exchange the rows of all replicas, otherwise those of
-one team. `Exchange.agree` is where replicas that differ come nearer to each other: what a rank does there to the shard
-that it owns reaches the whole team, so that the rows of a team stay bitwise alike.
+one team. Replicas that differ come nearer to each other before and after the optimizer's update (exchange/): what a
+rank does there to the shard that it owns reaches the whole team, so that the rows of a team stay bitwise alike.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.comm.mail import Pending
+from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.engine.state import State
+from nettorrent_mpi.engine.tally import Tally
+from nettorrent_mpi.exchange.base import Exchange
 from nettorrent_mpi.nn.optimizers import Optimizer, clip_scale, sum_of_squares
 
 
-class Exchange:
-    """Sums gradients and updates every holder alike; replicas that hold their own blocks train apart."""
+class Update:
+    """Sums gradients and updates every holder alike; `exchange` is what replicas that differ do before and after."""
 
-    # What lets messages move while this rank computes: called between actions and between layers.
-    progress: Callable[[], None] | None = None
-    # Does `agree` change shards?
-    agrees: ClassVar[bool] = False
-
-    def __init__(self, everyone: Group, state: State, optimizer: Optimizer, clip_norm: float | None):
+    def __init__(
+        self,
+        everyone: Group,
+        state: State,
+        optimizer: Optimizer,
+        clip_norm: float | None,
+        exchange: Exchange,
+        tally: Tally,
+    ):
         """`everyone`: the ranks that hold the whole network once, and its gradients: all, or those of a replica."""
         self._everyone, self._state, self._optimizer = everyone, state, optimizer
-        self._clip_norm = clip_norm
+        self._clip_norm, self._exchange, self._tally = clip_norm, exchange, tally
+        self._losses = everyone.duplicate() if exchange.wants_loss else None
+        self._pending: Pending | None = None
         self._begun = 0  # segments whose sums were begun in this step
-        if state.rings:
-            self.progress = state.rings.progress
         self._scale = 1.0
         self._squares = np.zeros(1)
         self._workspace = Workspace(state.dtype)
-        self._withhold = 0.0  # a part of each change is added to these arrays, where there are, and not made yet
-        self._withheld: list[Array | None] = [None] * len(state.segments)
+
+    @property
+    def progress(self) -> list[Callable[[], None]]:
+        """What lets messages move while this rank computes: to be called between actions and between layers."""
+        rings, exchange = self._state.rings, self._exchange.progress
+        return [*([rings.progress] if rings else []), *([exchange] if exchange else [])]
 
     def complete(self, first: int) -> None:
         """In the step's last backward: the gradients of the stage's parameters from number `first` on are written, and
@@ -71,56 +80,45 @@ class Exchange:
         self._everyone.sum(self._squares)
         self._scale = clip_scale(math.sqrt(self._squares[0]), self._clip_norm)
 
+    def before(self, step: int) -> None:
+        """Take in what other replicas have sent. Steps count from 1, here and below."""
+        if self._losses is not None:
+            self._tell_loss(self._losses)
+        self._exchange.before_update(step)
+
+    def _tell_loss(self, group: Group) -> None:
+        """The loss of this replica's rows in the step before. Only its last stage knows it, so it is summed up."""
+        if self._pending is not None:
+            loss, rows = self._pending.sums()
+            if rows:
+                self._exchange.tell_loss(float(loss / rows))
+        self._pending = Pending(group, self._tally.recent)
+        self._tally.recent = (0.0, 0.0)
+
     def update(self, rate: float, step: int) -> None:
-        """One optimizer step on this rank's shard, then everyone's shards for everyone. `step` counts from 1."""
-        self.hear(step)
+        """One optimizer step on this rank's shard."""
         segments = self._state.segments
         for segment in segments:
             segment.expect()
-        for segment, withheld in zip(segments, self._withheld, strict=True):
+        for segment in segments:
             segment.finish_sums()
             part = segment.params[segment.shard]
-            self._optimizer.update(
-                part,
-                segment.sums,
-                segment.optimizer,
-                rate,
-                step,
-                scale=self._scale,
-                withheld=withheld,
-                withhold=self._withhold,
-            )
-            if not self.agrees:
+            self._optimizer.update(part, segment.sums, segment.optimizer, rate, step, scale=self._scale)
+            if not self._exchange.changes_after_update:
                 segment.begin_share()  # under the next segment's sums and update
-        self.agree(rate, step)
-        for segment in segments:
-            segment.share()  # everyone's shard is updated, and nobody reads gradients any more
 
-    def hear(self, step: int) -> None:
-        """Before the optimizer's step: merge what other replicas have sent into this rank's shards."""
+    def after(self, rate: float, step: int) -> None:
+        """Come nearer to other replicas."""
+        self._exchange.after_update(rate, step)
 
-    def agree(self, rate: float, step: int) -> None:
-        """After it: come nearer to the other replicas, change this rank's shards."""
-
-    def settle(self) -> None:
-        """Wait until nothing is under way between replicas. All ranks call, after the same step."""
-
-    def average(self, column: Group) -> None:
-        """This rank's shards <- their mean over all replicas. Every member of `column` calls, settled."""
-        for flat in self._state.flats:
-            column.mean(flat.params[flat.shard])
-
-    def averaged(self) -> None:
-        """The replicas are the same from now on, with the present parameters."""
-
-    def memories(self) -> dict[str, list[Array]]:
-        """What a checkpoint has to hold besides parameters and optimizer state: for each name this rank's shards, which
-        a restored run writes. Settled."""
-        return {}
-
-    def recall(self, step: int) -> None:
-        """The run goes on after so many steps; this replica's parameters and `memories` were restored, or all replicas
-        are the same (`averaged`)."""
+    def gather(self) -> None:
+        """All-gather the shards, which all holders have updated; nobody reads gradients any more."""
+        for segment in self._state.segments:
+            segment.share()
 
     def close(self) -> None:
-        """Give everything back to MPI. All ranks call, settled."""
+        """Free what belongs to MPI. All ranks of `everyone` call."""
+        if self._pending is not None:
+            self._pending.sums()
+        if self._losses is not None:
+            self._losses.comm.Free()

@@ -80,7 +80,7 @@ class Wiring:
 
     The groups: `sums` are those that hold the same neurons and keep the same weights: the rows of the team, over all
     replicas where the exchange is exact; `whole` the same for blocks that every col holds; `columns` the cols of this
-    row; `swarm` all ranks of the stage; `peers` the same place in every replica; `replica`
+    row; `swarm` all ranks of the stage; `peers` the same place in every replica that has weights of its own; `replica`
     all ranks among which the network is held once and every gradient is summed.
 
     `inputs` is one row's whole shape of what the stage reads, `outputs` of what it writes; None where there is no
@@ -114,7 +114,8 @@ class Wiring:
         self.whole = self.swarm if exact else world.group(topology.team(replica, stage))
         self.columns = world.group(topology.col_group(replica, stage, row))
         self.replica = world if exact else world.group(topology.replica(replica))
-        self.peers = world.group(topology.peers(stage, row, col))
+        # Of the exchange alone, whose messages are not to meet any others.
+        self.peers = world.group([world.rank]) if exact else world.group(topology.peers(stage, row, col)).duplicate()
         self.team = WiredTeam(self.sums, self.columns)
         # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use. On the first
         # stage, where nothing arrives, the last buffer is for the rows that are gathered ahead.
@@ -216,6 +217,8 @@ class Wiring:
         for transfer in self._transfers.values():
             transfer.free()
         self._transfers.clear()
+        if not self.exact:
+            self.peers.comm.Free()
         self.world.free_groups()
 
 

@@ -1,1 +1,66 @@
-"""Floor 2: how replicas agree."""
+"""Floor 2: how replicas agree, over flat arrays and a group of peers. It knows neither networks nor engines.
+
+exchange = make_exchange(Gossip("ring"), Shards([array]), peers, device, seed=1)
+for step in range(1, 101):
+    exchange.before_update(step)
+    ...                                 # change `array` by a step of the optimizer
+    exchange.after_update(rate, step)
+exchange.become()                       # all replicas take the average
+exchange.close()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.device.device import Device
+from nettorrent_mpi.exchange.base import Exchange
+from nettorrent_mpi.exchange.replicas import Replicas, Shards, nothing
+from nettorrent_mpi.plan import exchange_specs
+from nettorrent_mpi.plan.specs import Spec
+
+__all__ = ["Exchange", "Replicas", "Shards", "make_exchange"]
+
+
+def make_exchange(
+    spec: Spec,
+    shards: Shards,
+    peers: Group,
+    device: Device,
+    *,
+    optimizer: Spec | None = None,
+    seed: int = 1,
+    batch_size: int = 1,
+    report_every: int = 1,
+    share: Callable[[], None] = nothing,
+    fence: Callable[[], None] = nothing,
+) -> Exchange:
+    """The exchange that `spec` (one of exchange_specs.EXCHANGES) asks for, of one rank with its `peers`: the ranks that
+    own the same elements of the other replicas. All peers call, with shards of the same sizes.
+
+    `peers` is a communicator for this exchange alone, which its caller made and frees after `close`. A group of one has
+    nobody to exchange with, whatever `spec` says. `optimizer` tells how the learning rate is scaled (None: not at all),
+    `batch_size` how many rows all replicas together train on in a step, `report_every` how many steps lie between two
+    times at which a distance may be known. For `share` and `fence` see Replicas. Raises ConfigError for a pairing or a
+    compression that is not possible.
+    """
+    if peers.size > 1 and isinstance(spec, exchange_specs.Gossip):
+        from nettorrent_mpi.exchange.gossip import GossipExchange
+
+        return GossipExchange(
+            spec,
+            shards,
+            peers,
+            device,
+            optimizer=optimizer,
+            seed=seed,
+            report_every=report_every,
+            share=share,
+            fence=fence,
+        )
+    if peers.size > 1 and isinstance(spec, exchange_specs.Elite):
+        from nettorrent_mpi.exchange.elite import EliteExchange
+
+        return EliteExchange(spec, shards, peers, device, seed=seed, batch_size=batch_size, share=share, fence=fence)
+    return Exchange(shards, peers, device, share=share, fence=fence)

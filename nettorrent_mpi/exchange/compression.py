@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, DType, Workspace
-from nettorrent_mpi.nn.half import from_half, to_half
+from nettorrent_mpi.device.cpu.half import from_half, to_half
 from nettorrent_mpi.plan.errors import ConfigError
 
 PIECE = 32768  # elements that are worked on together: they stay in the second-level cache for all operations

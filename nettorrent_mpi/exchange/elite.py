@@ -1,45 +1,75 @@
 """The elite exchange: now and then the best replica's weights are taken over.
 
-`best`: all take the winner's weights and optimizer state, as NetTorrent did. `tournament`: replicas meet in random
+`best`: all take the winner's weights and optimizer state, as NetTorrent did. `tournament`: replicas compete in random
 pairs, and the loser takes the winner's, as LBANN does (Jacobs et al. 2017, "Towards scalable parallel training of deep
 neural networks"). Validation rows judge, never the test set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.device.device import Device
+from nettorrent_mpi.exchange.base import Exchange, next_multiple
+from nettorrent_mpi.exchange.replicas import Shards
+from nettorrent_mpi.plan.exchange_specs import Elite
 from nettorrent_mpi.plan.pairing import make_pairing
 from nettorrent_mpi.plan.scores import Scores, best_of
 
 
-def steps_between(choice: choices.Elite, batch_size: int) -> int:
+def steps_between(spec: Elite, batch_size: int) -> int:
     """Steps from one comparison to the next: so many that at least `every_samples` rows are trained on."""
-    return -(-choice.every_samples // batch_size)
+    return -(-spec.every_samples // batch_size)
 
 
-def takes(choice: choices.Elite, found: Sequence[Scores], number: int, seed: int) -> list[int]:
+def takes(spec: Elite, found: Sequence[Scores], number: int, seed: int) -> list[int]:
     """Whose weights each replica takes after comparison `number`: its own or a winner's."""
     count = len(found)
-    if choice.mode == "best":
-        return [best_of(found, choice.metric)] * count
+    if spec.mode == "best":
+        return [best_of(found, spec.metric)] * count
     result = list(range(count))
     for a, b, _ in make_pairing("shuffle", count, seed).edges(number):
         if a < b:
-            winner = (a, b)[best_of((found[a], found[b]), choice.metric)]
+            winner = (a, b)[best_of((found[a], found[b]), spec.metric)]
             result[a] = result[b] = winner
     return result
 
 
-def compare(engine: Engine, choice: choices.Elite, number: int) -> Scores:
-    """Judge all replicas and let the losers take the winners' weights; gives the best one's scores. All ranks call."""
-    found = engine.compare_replicas()
-    assert found is not None, "elite needs validation rows"
-    whose = takes(choice, found, number, engine.options.seed)
-    if len(set(whose)) == 1:
-        engine.replicas.become(whose[0])
-    else:
-        engine.replicas.adopt(whose)
-    return found[best_of(found, choice.metric)]
+class EliteExchange(Exchange):
+    """Compares the replicas every so many steps and lets the losers take the winners' weights."""
+
+    def __init__(
+        self,
+        spec: Elite,
+        shards: Shards,
+        peers: Group,
+        device: Device,
+        *,
+        seed: int,
+        batch_size: int,
+        share: Callable[[], None],
+        fence: Callable[[], None],
+    ):
+        super().__init__(shards, peers, device, share=share, fence=fence)
+        self._spec, self._seed = spec, seed
+        self._every = steps_between(spec, batch_size)
+        self.metric = spec.metric
+
+    def next_rest(self, step: int) -> int | None:
+        return next_multiple(step, self._every)
+
+    def at_rest(
+        self, step: int, compare: Callable[[], list[Scores] | None], distance: float | None = None
+    ) -> Scores | None:
+        number, rest = divmod(step, self._every)
+        if rest:
+            return None
+        found = compare()
+        assert found is not None, "elite needs validation rows"
+        whose = takes(self._spec, found, number, self._seed)
+        if len(set(whose)) == 1:
+            self.become(whose[0])
+        else:
+            self.adopt(whose)
+        return found[best_of(found, self._spec.metric)]

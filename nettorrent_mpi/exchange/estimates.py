@@ -8,11 +8,11 @@ compression leaves out stays in the difference and is sent later: error feedback
 
 from __future__ import annotations
 
-from nettorrent_mpi.device.arrays import Array, aligned
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.exchange.compression import make_codec
 from nettorrent_mpi.exchange.vector import Vector
-from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.exchange_specs import TopK
 from nettorrent_mpi.plan.specs import Spec
 
 
@@ -20,25 +20,29 @@ class Estimates:
     """The estimates of one rank: two vectors for every member that it exchanges with, made at the first message."""
 
     def __init__(self, compress: Spec, gamma: float | None, vector: Vector):
-        self.codec = make_codec(compress.kind, compress.fraction if isinstance(compress, choices.TopK) else None)
+        self.codec = make_codec(compress.kind, compress.fraction if isinstance(compress, TopK) else None)
         self._gamma = self.codec.gamma if gamma is None else gamma
         self._vector = vector
-        self._reference = aligned(vector.size, vector.dtype)
-        self._difference = aligned(vector.size, vector.dtype)
+        self._reference = self._like_vector()
+        self._difference = self._like_vector()
         self._sent: dict[int, Array] = {}  # what the member knows of this vector
         self._known: dict[int, Array] = {}  # what is known here of the member's
         self.begin()
+
+    def _like_vector(self) -> Array:
+        return self._vector.device.empty((self._vector.size,), self._vector.dtype)
 
     def begin(self) -> None:
         """All members are the same now: all estimates begin with the present values."""
         whole = Span(0, self._vector.size)
         self._vector.read(whole, self._reference)
         for estimate in (*self._sent.values(), *self._known.values()):
-            estimate[...] = self._reference
+            self._vector.device.ops.copy(estimate, self._reference)
 
     def _of(self, estimates: dict[int, Array], member: int, where: Span) -> Array:
         if member not in estimates:
-            estimates[member] = self._reference.copy()
+            estimates[member] = self._like_vector()
+            self._vector.device.ops.copy(estimates[member], self._reference)
         return estimates[member][slice(*where)]
 
     def write(self, to: int, where: Span, out: Array) -> None:

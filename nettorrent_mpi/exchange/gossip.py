@@ -1,34 +1,35 @@
 """Gossip: replicas average with few others at a time, by messages that travel while the next step computes.
 
-A rank exchanges what it owns (its shards, `Vector`) with the same place in other replicas. A round goes over one part
-of the vector; the parts take turns, and the pairing goes on when all have had theirs, so that every element meets the
-same sequence of partners. exchange/rounds.py sends and waits, exchange/mixer.py merges, exchange/merging.py has the
-formulas.
+A rank exchanges what it owns (its shards, `Vector`) with its peers, which own the same of other replicas. A round goes
+over one part of the vector; the parts take turns, and the pairing goes on when all have had theirs, so that every
+element meets the same sequence of partners. exchange/rounds.py sends and waits, exchange/mixer.py merges,
+exchange/merging.py has the formulas.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.mail import Pending
-from nettorrent_mpi.device.arrays import Array, aligned
-from nettorrent_mpi.engine.state import State
-from nettorrent_mpi.engine.tally import Tally
-from nettorrent_mpi.engine.update import Exchange
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import Device
+from nettorrent_mpi.exchange.base import Exchange, next_multiple
 from nettorrent_mpi.exchange.calibration import parts_that_hide
 from nettorrent_mpi.exchange.merging import told_loss
 from nettorrent_mpi.exchange.mixer import Mixer
+from nettorrent_mpi.exchange.replicas import Shards
 from nettorrent_mpi.exchange.rounds import Rounds
 from nettorrent_mpi.exchange.slow_momentum import SlowMomentum
 from nettorrent_mpi.exchange.vector import Vector
-from nettorrent_mpi.nn.optimizers import Optimizer
-from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.exchange_specs import Gossip, LossDivergenceMix, LossMix
 from nettorrent_mpi.plan.pairing import make_pairing
+from nettorrent_mpi.plan.scores import Scores
 from nettorrent_mpi.plan.specs import Sgd, Spec
 
 WARM_UP = 8  # rounds with small parts, before `part: auto` measures
@@ -37,7 +38,7 @@ GROWTH = 0.4  # of a run
 SELDOM = 2  # steps
 
 
-def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int, done: float, decay: float) -> float:
+def rate_factor(spec: Gossip, optimizer: Spec | None, replicas: int, done: float, decay: float) -> float:
     """What a replica multiplies the learning rate by, which is meant for the whole mini-batch. `done` is the part of
     the run that is done, from 0 to 1; `decay` what the schedule has made of the learning rate, from 1 to 0.
 
@@ -51,15 +52,15 @@ def rate_factor(choice: choices.Gossip, optimizer: Spec, replicas: int, done: fl
     number of replicas. With the fourth root of the decay that is as gradual as was found best for CIFAR-10. Steps of
     SGD are as they should be without.
     """
-    if choice.rate_factor != "auto":
-        return choice.rate_factor
-    if isinstance(optimizer, Sgd):
+    if spec.rate_factor != "auto":
+        return spec.rate_factor
+    if optimizer is None or isinstance(optimizer, Sgd):
         return 1.0
     whole = min(math.sqrt(replicas) / decay**0.25, replicas) if decay > 0 else replicas
     return 1.0 + (whole - 1.0) * min(done / GROWTH, 1.0)
 
 
-def withholding(choice: choices.Gossip, replicas: int, parts: int) -> float:
+def withholding(spec: Gossip, replicas: int, parts: int) -> float:
     """The part of its own steps that a replica does not compute with until others know them; so many parts take turns.
 
     Until they are averaged, a replica stands beside the others' mean by its own steps, which have sqrt(replicas) times
@@ -69,156 +70,168 @@ def withholding(choice: choices.Gossip, replicas: int, parts: int) -> float:
     an element is exchanged more seldom than every SELDOM steps, nothing is withheld: replicas are apart by many steps
     then, and the parameters are many for the compute, so that going over all of them once more would be felt.
     """
-    if choice.withhold != "auto":
-        return choice.withhold
-    period = parts * choice.every / choice.probability
-    if period > SELDOM or (period == 1 and not choice.overlap):  # without overlap all is exchanged at once
+    if spec.withhold != "auto":
+        return spec.withhold
+    period = parts * spec.every / spec.probability
+    if period > SELDOM or (period == 1 and not spec.overlap):  # without overlap all is exchanged at once
         return 0.0
     return 1 - 1 / math.sqrt(replicas)
 
 
-class Gossip(Exchange):
-    """The exchange of one rank with its column."""
+class GossipExchange(Exchange):
+    """The exchange of one rank that gossips with its peers.
 
-    agrees = True
+    Of its own latest steps it may withhold a part (`withholding`): `before_update` takes a snapshot of the shards, and
+    `after_update` takes that part of the change back, until peers know of it.
+    """
+
+    averages = True
+    changes_after_update = True
 
     def __init__(
         self,
-        everyone: Group,
-        state: State,
-        optimizer: Optimizer,
-        clip_norm: float | None,
-        choice: choices.Gossip,
-        column: Group,
-        tally: Tally,
+        spec: Gossip,
+        shards: Shards,
+        peers: Group,
+        device: Device,
+        *,
+        optimizer: Spec | None,
         seed: int,
+        report_every: int,
+        share: Callable[[], None],
+        fence: Callable[[], None],
     ):
-        super().__init__(everyone, state, optimizer, clip_norm)
-        self._choice, self._tally = choice, tally
-        self._column = column.duplicate()
-        self._losses = (
-            everyone.duplicate() if isinstance(choice.mix, choices.LossMix | choices.LossDivergenceMix) else None
+        super().__init__(shards, peers, device, share=share, fence=fence)
+        self._spec, self._optimizer, self._report_every = spec, optimizer, report_every
+        self.waits_for_peers = spec.deadline == "none"
+        self.wants_loss = isinstance(spec.mix, LossMix | LossDivergenceMix)
+        self.pairing = make_pairing(spec.pairing, peers.size, seed)
+        vector = Vector(
+            device, shards.parameters, list(shards.optimizer.values()) if "optimizer" in spec.average else ()
         )
-        self._pending: Pending | None = None
-        self.pairing = make_pairing(choice.pairing, column.size, seed)
-        self._shards = [segment.params[segment.shard] for segment in state.segments]
-        names = optimizer.states if "optimizer" in choice.average else ()
-        memories = [[segment.optimizer[name] for segment in state.segments] for name in names]
-        vector = Vector(self._shards, memories)
-        self.mixer = Mixer(choice, self.pairing, vector)
-        parts = -(-vector.size // SMALL) if choice.part == "auto" else round(1 / choice.part)
-        self.rounds = Rounds(choice, self.pairing, self._column, self.mixer, seed, parts)
+        self.mixer = Mixer(spec, self.pairing, vector)
+        parts = -(-vector.size // SMALL) if spec.part == "auto" else round(1 / spec.part)
+        self.rounds = Rounds(spec, self.pairing, peers, self.mixer, seed, parts)
         self._decide_what_to_withhold()
-        self._slow = SlowMomentum(choice.slow_momentum, self._shards) if choice.slow_momentum else None
-        self._remembered: list[Array] = []  # masses, on their way from a checkpoint
-        self._warming = choice.part == "auto"
-        self._steps: list[float] = []  # seconds from boundary to boundary, while warming up
+        self._slow = SlowMomentum(spec.slow_momentum, shards.parameters, device) if spec.slow_momentum else None
+        self._masses: Array | None = None  # of each element, on their way from a checkpoint
+        self._warming = spec.part == "auto"
+        self._seconds: list[float] = []  # from boundary to boundary, while warming up
         self._last = 0.0
-        if choice.overlap:
+        self._steps = 0
+        if spec.overlap:
+            # A thread for it was within 3 % (benchmarks/results/exchange.md), and would take a core that computes.
             self.progress = self._progress
 
     def _progress(self) -> None:
-        """Between actions and layers. A thread for it was within 3 % (benchmarks/results/exchange.md), and would take a
-        core that computes."""
         self.rounds.mail.progress()
-        self._state.rings.progress()
+
+    def rate_scale(self, done: float, decay: float) -> float:
+        return rate_factor(self._spec, self._optimizer, self.count, done, decay)
+
+    def next_rest(self, step: int) -> int | None:
+        return None if self._spec.consensus is None else next_multiple(step, self._report_every)
+
+    def at_rest(
+        self, step: int, compare: Callable[[], list[Scores] | None], distance: float | None = None
+    ) -> Scores | None:
+        limit = self._spec.consensus
+        if limit is not None and distance is not None and distance > limit.max:
+            self.become()
+        return None
 
     # -- a step's end -----------------------------------------------------------------------------------------------
 
-    def hear(self, step: int) -> None:
-        if self._warming and self._last:
-            self._steps.append(time.perf_counter() - self._last)
-        self.mixer.clock += 1
-        if self._losses is not None:
-            self._learn_loss()
-        if self._withhold:  # what others know of is released before the next step is withheld
-            self._merge(step)
+    def tell_loss(self, loss: float) -> None:
+        self.mixer.loss = told_loss(loss)
 
-    def agree(self, rate: float, step: int) -> None:
-        if not self._withhold:  # messages may come until now
+    def before_update(self, step: int) -> None:
+        if self._warming and self._last:
+            self._seconds.append(time.perf_counter() - self._last)
+        self.mixer.clock += 1
+        if self._withhold:  # what peers know of is released before a part of the next step is withheld
             self._merge(step)
-        number, rest = divmod(step, self._choice.every)
+            for shard, before in zip(self.shards.parameters, self._before, strict=True):
+                self.device.ops.copy(before, shard)
+
+    def after_update(self, rate: float, step: int) -> None:
+        if self._withhold:
+            for shard, before, kept in zip(self.shards.parameters, self._before, self._withheld, strict=True):
+                self.device.ops.withhold(shard, before, kept, self._withhold)
+        else:  # messages may come until now
+            self._merge(step)
+        self._steps += 1
+        number, rest = divmod(step, self._spec.every)
         if rest == 0:
             self._do_round(number - 1, rate)
         self._last = time.perf_counter()
 
     def _merge(self, step: int) -> None:
         """Close the round that is under way; without overlap there is none."""
-        if not self._choice.overlap:
+        if not self._spec.overlap:
             return
-        if step % self._choice.every == 0:
+        if step % self._spec.every == 0:
             self.rounds.close(wait=True)
-        elif self.rounds.is_open and self._choice.deadline != "none":  # which makes runs repeatable
+        elif self.rounds.is_open and self._spec.deadline != "none":  # which makes runs repeatable
             self.rounds.close(wait=False)
 
     def _do_round(self, number: int, rate: float) -> None:
         rounds = self.rounds
         rounds.open(number)
-        if not self._choice.overlap:
+        if not self._spec.overlap:
             rounds.close(wait=True)
         rounds.counts.rounds += 1
         if self._warming and rounds.counts.rounds == WARM_UP:
             self._warming = False
             self._calibrate()
-        if self._choice.exact_every is not None and (number + 1) % self._choice.exact_every == 0:
+        if self._spec.exact_every is not None and (number + 1) % self._spec.exact_every == 0:
             self.settle()
-            self.average(self._column)
+            self.average()
             if self._slow is not None:
                 self._slow.apply(rate)
             self.averaged()
+            self.share()
 
     def _calibrate(self) -> None:
-        """Choose the parts by what the links and this rank's steps are like. Every member of the column calls."""
+        """Choose the parts by what the links and this rank's steps are like. All peers call."""
         self.settle()
         if self.mixer.push_sum:  # masses are of the parts as they were
-            self.average(self._column)
+            self.average()
             self.averaged()
-        seconds = sorted(self._steps)[len(self._steps) // 2] if self._steps else 0.0
-        degree = max(len(self.pairing.sends(0, self._column.index)), 1)
-        self.rounds.divide(parts_that_hide(self._column, self.mixer.vector, seconds * self._choice.every, degree))
+            self.share()
+        seconds = sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
+        degree = max(len(self.pairing.sends(0, self.peers.index)), 1)
+        self.rounds.divide(parts_that_hide(self.peers, self.mixer.vector, seconds * self._spec.every, degree))
         self._decide_what_to_withhold()
 
     def _decide_what_to_withhold(self) -> None:
         """For as many parts as there are now. Settled, so that nothing is withheld."""
-        self._withhold = withholding(self._choice, self._column.size, self.mixer.parts)
-        kept = [aligned(shard.size, shard.dtype) for shard in self._shards] if self._withhold else []
-        for array in kept:
-            array.fill(0)
-        self._withheld = [*kept] or [None] * len(self._shards)
-        self.mixer.vector.withhold(kept)
+        self._withhold = withholding(self._spec, self.count, self.mixer.parts)
+        arrays = self.shards.parameters if self._withhold else ()
+        self._before = [self.device.empty(array.shape, array.dtype) for array in arrays]
+        self._withheld = [self.device.zeros(array.shape, array.dtype) for array in arrays]
+        self.mixer.vector.withhold(self._withheld)
 
-    def _learn_loss(self) -> None:
-        """The loss of this replica's rows in the step before. Only its last stage knows it, so it is summed up."""
-        assert self._losses is not None
-        if self._pending is not None:
-            loss, rows = self._pending.sums()
-            if rows:
-                self.mixer.loss = told_loss(float(loss / rows))
-        self._pending = Pending(self._losses, self._tally.recent)
-        self._tally.recent = (0.0, 0.0)
-
-    # -- all together -----------------------------------------------------------------------------------------------
+    # -- at rest ----------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
         self.rounds.settle()
         self.mixer.vector.release(Span(0, self.mixer.vector.size))
-        for flat in self._state.flats:
-            flat.share()
+        self.share()
         self._last = 0.0
 
-    def average(self, column: Group) -> None:
-        """Running statistics, too: training does not read them, and a variance must not be merged by differences."""
-        self.mixer.average(column)
-        for flat in self._state.statistics:
-            column.mean(flat.params[flat.shard])
-            flat.share()
+    def average(self) -> None:
+        """Statistics, too: training does not read them, and a variance must not be merged by differences."""
+        self.mixer.average(self.peers)
+        for array in self.shards.statistics:
+            self.peers.mean(array)
 
     def averaged(self) -> None:
         for memories in self.mixer.vector.layers[1:]:
             for array in memories:
-                self._column.mean(array)
+                self.peers.mean(array)
         self.mixer.averaged()
-        self._remembered = []
+        self._masses = None
         if self._slow is not None:
             self._slow.begin()
 
@@ -227,26 +240,33 @@ class Gossip(Exchange):
         slow = self._slow
         found = {"slow_momentum": slow.momenta, "slow_before": slow.before} if slow is not None else {}
         if self.mixer.push_sum:
-            sizes = np.cumsum([segment.counts[segment.group.index] for segment in self._state.segments])
-            self._remembered = np.split(self.mixer.mass_of_elements()[: sizes[-1]], sizes[:-1])
-            found["mass"] = self._remembered
+            self._masses = self.mixer.mass_of_elements()
+            found["mass"] = self.mixer.vector.split(self._masses)
         return found
 
     def recall(self, step: int) -> None:
         self.mixer.clock = float(step)
-        if self._remembered:
-            self.mixer.weigh(np.concatenate(self._remembered))
-            self._remembered = []
+        if self._masses is not None:
+            self.mixer.weigh(self._masses)
+            self._masses = None
 
-    def figures(self) -> tuple[float, ...]:
+    def figures(self, ranks: Group) -> dict[str, Any]:
         """Rounds, parts, messages merged in time and late, partners skipped, sends held back, seconds waited, bytes."""
-        c, parts, sent = self.rounds.counts, self.mixer.parts, self.rounds.mail.bytes
-        return (c.rounds, parts, c.merged, c.late, c.skipped, c.held_back, c.waited, c.bytes + sent)
+        c, parts, steps = self.rounds.counts, self.mixer.parts, max(self._steps, 1)
+        sent = (c.bytes + self.rounds.mail.bytes) / steps
+        told = np.array([c.rounds, parts, c.merged, c.late, c.skipped, c.held_back, c.waited, sent], np.float64)
+        ranks.mean(told)
+        rounds, parts, merged, late, skipped, held_back, waited, sent = told.tolist()
+        return {
+            "rounds": round(rounds),
+            "parts": round(parts, 1),
+            "merged": round(merged, 1),
+            "late": round(late, 1),
+            "skipped": round(skipped, 1),
+            "held_back": round(held_back, 1),
+            "waited_seconds": round(waited, 3),
+            "bytes_per_step": round(sent),
+        }
 
     def close(self) -> None:
         self.rounds.close_mail()
-        if self._pending is not None:
-            self._pending.sums()
-        for group in (self._column, self._losses):
-            if group is not None:
-                group.comm.Free()

@@ -24,8 +24,8 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.exchange.estimates import Estimates
 from nettorrent_mpi.exchange.merging import Standing, factor, merged_clock
 from nettorrent_mpi.exchange.vector import Vector
-from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.blocks import Span, owner, span
+from nettorrent_mpi.plan.exchange_specs import ConstantMix, Gossip, PushSumMix, Whole
 from nettorrent_mpi.plan.pairing import Pairing
 
 NUMBER, START, STOP, CLOCK, LOSS, MASS = range(6)  # the places in a message's head
@@ -48,12 +48,12 @@ class Round:
 class Mixer:
     """The vector, its parts, their masses, and the loss and age of this replica's model."""
 
-    def __init__(self, choice: choices.Gossip, pairing: Pairing, vector: Vector):
-        self._choice, self._pairing, self.vector = choice, pairing, vector
-        self.push_sum = isinstance(choice.mix, choices.PushSumMix)
+    def __init__(self, spec: Gossip, pairing: Pairing, vector: Vector):
+        self._spec, self._pairing, self.vector = spec, pairing, vector
+        self.push_sum = isinstance(spec.mix, PushSumMix)
         self._estimates: Estimates | None = None
-        if not isinstance(choice.compress, choices.Whole):
-            self._estimates = Estimates(choice.compress, choice.gamma, vector)
+        if not isinstance(spec.compress, Whole):
+            self._estimates = Estimates(spec.compress, spec.gamma, vector)
         self.clock, self.loss = 0.0, float("nan")
         self.divide(1)
 
@@ -120,12 +120,12 @@ class Mixer:
             return weight
         head, clock = message.letter.head, self._clock_then(self._own(message, this))
         theirs = Standing(float(head[LOSS]), float(head[CLOCK]))
-        mix = self._choice.mix
+        mix = self._spec.mix
         share = weight / of_round
         if this is not None and not self._pairing.doubly_stochastic:  # those that arrived and this rank's own are alike
             weight = 1 / (len(this.got) + 1)
-        g = factor(mix, self._choice.divergence_threshold, Standing(self.loss, clock), theirs, weight)
-        if not isinstance(mix, choices.ConstantMix) or mix.value is not None:  # f is for all sources together
+        g = factor(mix, self._spec.divergence_threshold, Standing(self.loss, clock), theirs, weight)
+        if not isinstance(mix, ConstantMix) or mix.value is not None:  # f is for all sources together
             g *= share
         behind = 0 if this is None else this.number - int(head[NUMBER])  # rounds
         return g / (1 + max(age, behind if behind > 1 else 0))
@@ -180,15 +180,15 @@ class Mixer:
 
     # -- all replicas together --------------------------------------------------------------------------------------
 
-    def average(self, column: Group) -> None:
-        """The parameters <- their mean over the replicas; with push-sum of what they weigh, which exchanges do not
-        change. Every member of `column` calls, settled."""
+    def average(self, peers: Group) -> None:
+        """The parameters <- their mean over the replicas; with push-sum the mean weighed by mass, which exchanges do
+        not change. All peers call, settled."""
         totals = self.masses.copy()
-        column.sum(totals)
+        peers.sum(totals)
         for part in range(self.parts):
             self.vector.scale(self.where(part), float(self.masses[part] / totals[part]))
         for shard in self.vector.layers[0]:
-            column.sum(shard)
+            peers.sum(shard)
 
     def averaged(self) -> None:
         """All replicas are the same now."""
@@ -198,9 +198,10 @@ class Mixer:
 
     def mass_of_elements(self) -> Array:
         """The mass of each element: that of its part."""
-        whole = np.empty(self.vector.size, self.vector.dtype)
+        device = self.vector.device
+        whole = device.empty((self.vector.size,), self.vector.dtype)
         for part in range(self.parts):
-            whole[slice(*self.where(part))] = self.masses[part]
+            device.ops.fill(whole[slice(*self.where(part))], float(self.masses[part]))
         return whole
 
     def weigh(self, whole: Array) -> None:

@@ -15,8 +15,8 @@ from nettorrent_mpi.comm.group import Group, together
 from nettorrent_mpi.comm.mail import Arrived, Mail
 from nettorrent_mpi.exchange.merging import Deadline, FlowControl
 from nettorrent_mpi.exchange.mixer import NUMBER, Mixer, Round
-from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.exchange_specs import Gossip
 from nettorrent_mpi.plan.pairing import Pairing, draw_target
 from nettorrent_mpi.plan.seeds import key
 
@@ -48,20 +48,20 @@ def receives(pairing: Pairing, me: int) -> int:
 
 
 class Rounds:
-    """The rounds of one rank with its column."""
+    """The rounds of one rank with its peers."""
 
-    def __init__(self, choice: choices.Gossip, pairing: Pairing, column: Group, mixer: Mixer, seed: int, parts: int):
-        self._choice, self._pairing, self._column, self._mixer, self._seed = choice, pairing, column, mixer, seed
-        self._me, self._count = column.index, column.size
+    def __init__(self, spec: Gossip, pairing: Pairing, peers: Group, mixer: Mixer, seed: int, parts: int):
+        self._spec, self._pairing, self._peers, self._mixer, self._seed = spec, pairing, peers, mixer, seed
+        self._me, self._count = peers.index, peers.size
         self.counts = Counts()
         self._round: Round | None = None
-        self._patient = choice.deadline == "none"  # every message is merged in the round that expects it
+        self._patient = spec.deadline == "none"  # every message is merged in the round that expects it
         self._held: list[Arrived] = []  # from those who are ahead, until a round expects them
         self._seen = [-1] * self._count  # the round of the last message of each source
         self._owed = [0] * self._count  # rounds that were closed without a message of this source, since its last one
         self._missed: dict[int, Round] = {}  # the first of these, by source
         self._flow = FlowControl(self._count)
-        self._deadline = Deadline(choice.deadline)
+        self._deadline = Deadline(spec.deadline)
         self.mail = self._divided(parts)
 
     @property
@@ -74,15 +74,15 @@ class Rounds:
         mixer = self._mixer
         mixer.divide(max(parts, -(-mixer.length(mixer.vector.size) // LARGEST)))
         length = mixer.length(span(mixer.vector.size, mixer.parts, 0).size)
-        return Mail(self._column, -(-length // 8) * 8, receives(self._pairing, self._me), TAG)
+        return Mail(self._peers, -(-length // 8) * 8, receives(self._pairing, self._me), TAG)
 
     def divide(self, parts: int) -> None:
-        """Exchange so many parts in turn from now on. All members of the column call, settled."""
+        """Exchange so many parts in turn from now on. All peers call, settled."""
         self.close_mail()
         self.mail = self._divided(parts)
 
     def close_mail(self) -> None:
-        """Give everything back to MPI. All members of the column call, settled."""
+        """Give everything back to MPI. All peers call, settled."""
         self.counts.bytes += self.mail.bytes
         self.mail.close()
 
@@ -90,10 +90,10 @@ class Rounds:
 
     def _takes_place(self, number: int, source: int, target: int) -> bool:
         """With `probability`; both ends draw the same, and a pair that exchanges draws once."""
-        if self._choice.probability >= 1:
+        if self._spec.probability >= 1:
             return True
         pair = sorted((source, target)) if self._pairing.symmetric else (source, target)
-        return random.Random(key(self._seed, "gossip", number, *pair)).random() < self._choice.probability
+        return random.Random(key(self._seed, "gossip", number, *pair)).random() < self._spec.probability
 
     def open(self, number: int) -> None:
         """Take the snapshot of a part and send it."""
@@ -258,7 +258,7 @@ class Rounds:
         self.mail.release(message)
 
     def settle(self) -> None:
-        """Merge every message that was sent. All members of the column call, after the same step, and wait."""
+        """Merge every message that was sent. All peers call, after the same step, and wait."""
         self._sort(self.mail.settle())
         if self._round is not None:
             self._finish(self._round)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import Device
 
 
 class SlowMomentum:
@@ -15,24 +14,27 @@ class SlowMomentum:
     With beta = 0 it changes nothing. `momenta` (u) and `before` (x0) are the same on all replicas.
     """
 
-    def __init__(self, beta: float, shards: Sequence[Array]):
-        self._beta, self._shards = beta, shards
-        self.momenta = [np.zeros_like(shard) for shard in shards]
-        self.before = [shard.copy() for shard in shards]
+    def __init__(self, beta: float, shards: Sequence[Array], device: Device):
+        self._beta, self._shards, self._device = beta, shards, device
+        self.momenta = [device.zeros(shard.shape, shard.dtype) for shard in shards]
+        self.before = [device.empty(shard.shape, shard.dtype) for shard in shards]
+        self.begin()
 
     def begin(self) -> None:
         """The present values are those that the next average is measured against."""
         for before, shard in zip(self.before, self._shards, strict=True):
-            np.copyto(before, shard)
+            self._device.ops.copy(before, shard)
 
     def apply(self, rate: float) -> None:
         """Change the averaged values. A rate of 0 has no direction: nothing is done."""
         if rate == 0:
             return
+        ops = self._device.ops
         for u, before, shard in zip(self.momenta, self.before, self._shards, strict=True):
-            np.subtract(before, shard, out=shard)
-            np.divide(shard, rate, out=shard)
-            np.multiply(u, self._beta, out=u)
-            np.add(u, shard, out=u)
-            np.multiply(u, -rate, out=shard)
-            np.add(before, shard, out=shard)
+            ops.subtract(before, shard, shard)
+            ops.divide(shard, rate)
+            ops.scale(u, self._beta)
+            ops.add(u, shard, u)
+            ops.copy(shard, u)
+            ops.scale(shard, -rate)
+            ops.add(before, shard, shard)

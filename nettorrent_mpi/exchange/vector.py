@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
-import numpy as np
-
-from nettorrent_mpi.device.arrays import Array, aligned
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.plan.blocks import Span
-
-BLOCK = 1 << 15  # elements worked on together: they stay in the second-level cache
 
 
 class Vector:
@@ -23,36 +21,40 @@ class Vector:
     (`withhold`). The vector's values have them; `release` makes them to the parameters, too.
     """
 
-    def __init__(self, parameters: Sequence[Array], memories: Sequence[Sequence[Array]] = ()):
+    def __init__(self, device: Device, parameters: Sequence[Array], memories: Sequence[Sequence[Array]] = ()):
+        self.device = device
+        self._sizes = [part.size for part in parameters]
         self.layers = [[part for part in layer if part.size] for layer in (parameters, *memories)]
         self._withheld: list[Array] = []
         self.dtype = parameters[0].dtype
-        self.size = sum(part.size for part in parameters)
+        self.size = sum(self._sizes)
         assert all(sum(part.size for part in layer) == self.size for layer in self.layers)
-        self._work = aligned(BLOCK, self.dtype)
 
     @property
     def bytes_per_element(self) -> int:
         return len(self.layers) * self.dtype.itemsize
 
     def _pieces(self, where: Span, parts: Sequence[Array]) -> Iterator[tuple[Array, slice]]:
-        """(view of a part, which of the elements `where` these are), in blocks."""
+        """(view of a part, which of the elements `where` these are)."""
         start, stop = where
         begin = 0
         for part in parts:
             low, high = max(start, begin), min(stop, begin + part.size)
-            for at in range(low, high, BLOCK):
-                end = min(at + BLOCK, high)
-                yield part[at - begin : end - begin], slice(at - start, end - start)
+            if low < high:
+                yield part[low - begin : high - begin], slice(low - start, high - start)
             begin += part.size
 
     def read(self, where: Span, out: Array) -> None:
         """out <- the values of the elements `where`."""
-        for layer, into in enumerate(np.split(out, len(self.layers))):
-            for piece, place in self._pieces(where, self.layers[layer]):
-                np.copyto(into[place], piece)
+        for layer, into in zip(self.layers, self._values(where, out), strict=True):
+            for piece, place in self._pieces(where, layer):
+                self.device.ops.copy(into[place], piece)
         for piece, place in self._pieces(where, self._withheld):
-            np.add(out[place], piece, out=out[place])
+            self.device.ops.add(out[place], piece, out[place])
+
+    def _values(self, where: Span, values: Array) -> list[Array]:
+        """Those of the parameters, then those of each memory."""
+        return [values[i * where.size : (i + 1) * where.size] for i in range(len(self.layers))]
 
     def withhold(self, changes: Sequence[Array]) -> None:
         """Changes are withheld in these arrays from now on; in none of an empty sequence. Nothing may be withheld."""
@@ -63,35 +65,37 @@ class Vector:
         if self._withheld:
             both = zip(self._pieces(where, self.layers[0]), self._pieces(where, self._withheld), strict=True)
             for (piece, _), (kept, _) in both:
-                np.add(piece, kept, out=piece)
-                kept.fill(0)
+                self.device.ops.add(piece, kept, piece)
+                self.device.ops.fill(kept, 0)
 
     def move(self, where: Span, share: float, towards: Array, origin: Array | None = None) -> None:
         """Add share * (towards - origin) to the parameters `where`; without origin: to what they are now."""
-        self._move(where, 0, share, towards, origin)
+        self._move(where, self.layers[0], share, towards, origin)
 
     def mix(self, where: Span, share: float, towards: Array) -> None:
         """Add share * (towards - what they are now) to the memories `where`: unlike by differences of older values,
         what was positive remains so. `towards` holds values of parameters, too."""
         if len(self.layers) > 1:
-            for layer, values in enumerate(np.split(towards, len(self.layers))[1:], start=1):
+            for layer, values in zip(self.layers[1:], self._values(where, towards)[1:], strict=True):
                 self._move(where, layer, share, values, None)
 
-    def _move(self, where: Span, layer: int, share: float, towards: Array, origin: Array | None) -> None:
-        for piece, place in self._pieces(where, self.layers[layer]):
-            work = self._work[: piece.size]
-            np.subtract(towards[place], piece if origin is None else origin[place], out=work)
-            np.multiply(work, share, out=work)
-            np.add(piece, work, out=piece)
+    def _move(self, where: Span, layer: Sequence[Array], share: float, towards: Array, origin: Array | None) -> None:
+        for piece, place in self._pieces(where, layer):
+            self.device.ops.move(piece, share, towards[place], None if origin is None else origin[place])
 
     def scale(self, where: Span, factor: float) -> None:
         """Multiply the parameters `where`."""
         for piece, _ in self._pieces(where, self.layers[0]):
-            np.multiply(piece, factor, out=piece)
+            self.device.ops.scale(piece, factor)
 
     def difference(self, where: Span, minus: Array, out: Array) -> None:
         """out <- the parameters `where`, with what is withheld, minus `minus`."""
         for piece, place in self._pieces(where, self.layers[0]):
-            np.subtract(piece, minus[place], out=out[place])
+            self.device.ops.subtract(piece, minus[place], out[place])
         for piece, place in self._pieces(where, self._withheld):
-            np.add(out[place], piece, out=out[place])
+            self.device.ops.add(out[place], piece, out[place])
+
+    def split(self, whole: Array) -> list[Array]:
+        """A number for each element, as views of the sizes of the parameters' arrays."""
+        ends = accumulate(self._sizes)
+        return [whole[end - size : end] for end, size in zip(ends, self._sizes, strict=True)]

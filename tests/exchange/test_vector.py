@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nettorrent_mpi.exchange.vector import BLOCK, Vector
+from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.exchange.vector import Vector
 from nettorrent_mpi.plan.blocks import Span
 
+BLOCK = 1 << 15
 SIZES = (5, 0, BLOCK + 3, 7)
+DEVICE = make_device()
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def flat(layer: list[np.ndarray]) -> np.ndarray:
 
 
 def test_an_elements_values_are_read_together(layers: list[list[np.ndarray]]) -> None:
-    vector = Vector(layers[0], layers[1:])
+    vector = Vector(DEVICE, layers[0], layers[1:])
     assert (vector.size, vector.bytes_per_element) == (sum(SIZES), 3 * 8)
     for where in (Span(0, vector.size), Span(3, 9), Span(BLOCK, BLOCK + 12)):
         out = np.empty(3 * where.size)
@@ -31,7 +34,7 @@ def test_an_elements_values_are_read_together(layers: list[list[np.ndarray]]) ->
 
 
 def test_parameters_move_by_differences_and_memories_towards_what_came(layers: list[list[np.ndarray]]) -> None:
-    vector, where = Vector(layers[0], layers[1:]), Span(4, BLOCK + 9)
+    vector, where = Vector(DEVICE, layers[0], layers[1:]), Span(4, BLOCK + 9)
     before = [flat(layer).copy() for layer in layers]
     towards, origin = np.random.default_rng(1).random((2, 3 * where.size))
     vector.move(where, 0.75, towards, origin)
@@ -50,14 +53,14 @@ def test_parameters_move_by_differences_and_memories_towards_what_came(layers: l
 
 
 def test_without_memories_there_is_nothing_to_mix(layers: list[list[np.ndarray]]) -> None:
-    vector = Vector(layers[0])
+    vector = Vector(DEVICE, layers[0])
     before = flat(layers[0]).copy()
     vector.mix(Span(0, vector.size), 1.0, np.zeros(vector.size))
     np.testing.assert_array_equal(flat(layers[0]), before)
 
 
 def test_what_is_withheld_belongs_to_the_vector_until_it_is_released(layers: list[list[np.ndarray]]) -> None:
-    vector = Vector(layers[0], layers[1:2])
+    vector = Vector(DEVICE, layers[0], layers[1:2])
     vector.withhold(layers[2])
     parameters, withheld = flat(layers[0]).copy(), flat(layers[2]).copy()
     whole, where = Span(0, vector.size), Span(4, BLOCK + 9)

@@ -23,12 +23,13 @@ from nettorrent_mpi.cli import run  # noqa: E402
 from nettorrent_mpi.engine import checkpoint  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
-from nettorrent_mpi.engine.replicas import Replicas  # noqa: E402
 from nettorrent_mpi.engine.reports import Reports  # noqa: E402
-from nettorrent_mpi.engine.update import Exchange  # noqa: E402
+from nettorrent_mpi.engine.update import Update  # noqa: E402
 from nettorrent_mpi.exchange import gossip  # noqa: E402
-from nettorrent_mpi.exchange.gossip import Gossip  # noqa: E402
+from nettorrent_mpi.exchange.elite import EliteExchange  # noqa: E402
+from nettorrent_mpi.exchange.gossip import GossipExchange  # noqa: E402
 from nettorrent_mpi.exchange.mixer import Mixer  # noqa: E402
+from nettorrent_mpi.exchange.replicas import Replicas  # noqa: E402
 from nettorrent_mpi.exchange.rounds import Rounds  # noqa: E402
 
 PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
@@ -38,22 +39,22 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "step": (Engine, "step", 4),
     "forward": (Pipeline, "_forward", 9),
     "backward": (Pipeline, "_backward", 9),
-    "reduce": (Exchange, "reduce", 3),
-    "update": (Exchange, "update", 3),
+    "reduce": (Update, "reduce", 3),
+    "update": (Update, "update", 3),
     "report": (Reports, "start", 2),
     "reports": (Reports, "ready", 2),
     "evaluate": (Engine, "evaluate_test", 1),
     "save": (Engine, "parameters", 1),
     "close": (Engine, "close", 1),
     # of replicas that differ
-    "agree": (Gossip, "agree", 3),
+    "after_update": (GossipExchange, "after_update", 3),
     "open": (Rounds, "open", 3),
     "merge": (Mixer, "merge", 3),
     "finish": (Rounds, "_finish", 3),
     "divide": (gossip, "parts_that_hide", 1),
-    "settle": (Gossip, "settle", 2),
-    "average": (Gossip, "average", 2),
-    "compare": (run, "compare", 1),
+    "settle": (GossipExchange, "settle", 2),
+    "average": (GossipExchange, "average", 2),
+    "compare": (EliteExchange, "at_rest", 1),
     "shown": (Replicas, "shown", 2),
     "become": (Replicas, "become", 1),
     "adopt": (Replicas, "adopt", 1),

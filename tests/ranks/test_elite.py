@@ -13,7 +13,7 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.run_plan import Options, Plan
-from nettorrent_mpi.exchange.elite import compare, steps_between, takes
+from nettorrent_mpi.exchange.elite import steps_between, takes
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
@@ -71,6 +71,16 @@ def make(layout: Topology, choice: choices.Elite) -> Engine:
     return engine
 
 
+def compare(engine: Engine, number: int) -> Scores:
+    """Comparison `number`; in between nothing happens."""
+    every = steps_between(choices.Elite(), engine.options.batch_size)
+    assert engine.exchange.next_rest(number * every - 1) == number * every
+    assert engine.exchange.at_rest(number * every + 1, engine.compare_replicas) is None
+    best = engine.exchange.at_rest(number * every, engine.compare_replicas)
+    assert best is not None
+    return best
+
+
 def all_bits(engine: Engine) -> list[bytes]:
     """For each replica all that its part at this place holds: parameters, statistics, optimizer state."""
     arrays = [flat.params for flat in engine.state.flats]
@@ -95,7 +105,7 @@ def test_all_become_the_best(layout: Topology, metric: Any) -> None:
     assert len(set(before)) == layout.replicas
     assert len(set(engine.world.comm.allgather(tuple(found)))) == 1, "all ranks judge alike"
     best = min(range(layout.replicas), key=lambda r: key_of(metric, found[r]))
-    assert compare(engine, choice, 1) == found[best]
+    assert compare(engine, 1) == found[best]
     after = all_bits(engine)
     assert after == [before[best]] * layout.replicas
     engine.step(3, 0.05)  # on their own rows again
@@ -116,7 +126,7 @@ def test_losers_take_the_winners_of_random_pairs(layout: Topology) -> None:
             paired |= {a, b}
             expected[a] = a if (found[a].loss, a) < (found[b].loss, b) else b
         assert len(paired) == count - count % 2
-        best = compare(engine, choice, number)
+        best = compare(engine, number)
         assert best.loss == min(scores.loss for scores in found)
         assert all_bits(engine) == [before[source] for source in expected]
         engine.step(2 + number, 0.05)

@@ -15,7 +15,7 @@ from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.setup import Setup, set_up
-from nettorrent_mpi.exchange.gossip import Gossip
+from nettorrent_mpi.exchange.gossip import GossipExchange
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 SIZE = MPI.COMM_WORLD.size
@@ -83,14 +83,14 @@ def held(engine: Engine) -> dict[str, int]:
 
 def exchange(engine: Engine) -> int:
     gossip = engine.exchange
-    if not isinstance(gossip, Gossip):
+    if not isinstance(gossip, GossipExchange):
         return 0
     mail = gossip.rounds.mail
     letters = [*mail._free, *(letter for _, letter in mail._posted), *(letter for _, letter in mail._sending.values())]
     letters += [arrived.letter for arrived in mail._arrived]
     own = gossip.rounds._round.own if gossip.rounds._round is not None else None
     letters += [own] if own is not None and all(own is not letter for letter in letters) else []
-    arrays = [array for array in gossip._withheld if array is not None]
+    arrays = [*gossip._withheld, *gossip._before]
     estimates = gossip.mixer._estimates
     if estimates is not None:
         arrays += [estimates._reference, estimates._difference, *estimates._sent.values(), *estimates._known.values()]
