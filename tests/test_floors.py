@@ -60,6 +60,7 @@ ORDER: dict[str, list[str]] = {
         "cost",
         "memory",
     ],
+    "data": ["files", "augment", "sampler", "rows", "idx", "cifar", "synthetic", "hdf5", "dataset", "from_arrays"],
 }
 # Packages that only these parts of the package import.
 ONLY = {

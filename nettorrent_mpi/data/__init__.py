@@ -1,1 +1,1 @@
-"""Floor 1: readers of published formats, the order of the rows, augmentation."""
+"""This folder reads data sets: published formats, arrays of one's own, the order of the rows, augmentation."""

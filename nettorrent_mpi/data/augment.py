@@ -1,4 +1,4 @@
-"""Random changes of training images, a function of (key, row number) alone: equal on whatever rank they are made.
+"""Augmentation changes training images at random, by (key, row number) alone: equally on whatever rank it is done.
 
     flip   left and right exchanged, for every second image
     crop   the image is surrounded by 4 zero pixels on each side and a random part of its own size is cut out
@@ -28,7 +28,7 @@ _MIX = (
 
 
 class Augment:
-    """Which of NAMES to apply to images of `shape` (height, width, channels).
+    """Applies some of NAMES to images of `shape` (height, width, channels).
 
     Raises ConfigError for an unknown name, and for rows that are not images.
     """
@@ -67,7 +67,7 @@ class Augment:
                 target[row] = image
 
     def _bits(self, indices: Array, key: int) -> list[int]:
-        """64 random bits for each row: the output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+        """Gives 64 random bits for each row by the output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
         count = len(indices)
         if len(self._hash) < count:
             self._hash, self._work = np.empty(count, np.uint64), np.empty(count, np.uint64)

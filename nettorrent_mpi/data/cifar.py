@@ -1,5 +1,5 @@
-"""CIFAR-10 in its binary version: records of a label byte and 3,072 bytes, the red, green and blue planes of 32 x 32
-pixels, row by row (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009)."""
+"""The binary version of CIFAR-10 holds records of a label byte and 3,072 bytes: the red, green and blue planes of 32 x
+32 pixels, row by row (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = 500  # records at a time: 1.5 MB
 
 
 class CifarFiles:
-    """The binary files of one split, one after the other. Looks at their sizes only. Raises DataError."""
+    """Reads the binary files of one split, one after the other. Opening looks at sizes only. Raises DataError."""
 
     def __init__(self, paths: Sequence[Path], remedy: str):
         self._paths, self._remedy = paths, remedy
@@ -32,7 +32,7 @@ class CifarFiles:
             self.rows += size // _RECORD
 
     def images(self, out_bHWC: Array) -> None:
-        """Fills (rows, 32, 32, 3) uint8."""
+        """Fills out_bHWC, (rows, 32, 32, 3) uint8."""
         row = 0
         for _, _, block in self._blocks():
             planes_bCHW = block[:, 1:].reshape(-1, 3, 32, 32)
@@ -40,7 +40,7 @@ class CifarFiles:
             row += len(block)
 
     def labels(self) -> Array:
-        """(rows,) int64."""
+        """Reads all labels: (rows,) int64."""
         labels = np.empty(self.rows, np.int64)
         row = 0
         for path, first, block in self._blocks():
@@ -53,7 +53,7 @@ class CifarFiles:
         return labels
 
     def _blocks(self) -> Iterator[tuple[Path, int, Array]]:
-        """(file, number of the first record in it, records as (b, 3073) bytes, valid until the next one)."""
+        """Yields (file, number of the first record, records as (b, 3073) bytes), each valid until the next one."""
         buffer = np.empty((_BLOCK, _RECORD), np.uint8)
         total = 0
         for path in self._paths:

@@ -1,4 +1,4 @@
-"""Datasets, and opening them by name.
+"""A data set is opened by its name.
 
     mnist, fashion_mnist   ROOT/mnist, ROOT/fashion_mnist: IDX files, 28 x 28 x 1, 10 classes
     letters                ROOT/letters: EMNIST letters, IDX files, 28 x 28 x 1, 26 classes (stored as 1..26)
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The options of `data:` in a configuration that concern the data set itself.
+    """These options of `data:` in a configuration concern the data set itself.
 
     mean, std: subtracted from and divided into the values after these were scaled to 0..1 (floating data are taken as
         they are): one number, or one for each channel.
@@ -61,7 +61,10 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened data set. `shape` is that of one row; `classes` is None where the targets are not labels."""
+    """A data set is a training and perhaps a test split.
+
+    `shape` is that of one row; `classes` is None where the targets are not labels.
+    """
 
     name: str
     shape: Shape

@@ -1,4 +1,4 @@
-"""Downloading data sets from their publishers.
+"""Data sets are downloaded from their publishers.
 
 Every download is checked against a SHA-256 sum before it takes its name. The sums are those of the files that the
 publishers' MD5 sums (fashion_mnist, letters, cifar10) or the original distribution (mnist) identify. A download that
@@ -34,7 +34,7 @@ _TIMEOUT = 30.0  # seconds without a byte
 
 @dataclass(frozen=True)
 class Download:
-    """A file: its name, the addresses to try in turn, its sum."""
+    """Says where a file is found: its name, the addresses to try in turn, its sum."""
 
     name: str
     urls: tuple[str, ...]
@@ -43,7 +43,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to get a data set into ROOT/folder: its files, or one archive and the members to take out of it."""
+    """Tells how to get a data set into ROOT/folder: its files, or one archive and the members to take out of it."""
 
     folder: str
     downloads: tuple[Download, ...]
@@ -120,7 +120,7 @@ def fetch(name: str, root: Path, progress: Progress | None = None, *, recipes: M
 
     Files that are there and can be read are left as they are; damaged ones are replaced, each at once and only by a
     complete download with the right sum. An archive (letters, cifar10) is removed after its members were taken out.
-    EMNIST's own images lie on their sides: see dataset.Options.transposed.
+    EMNIST's own images lie on their sides: see dataset.DataOptions.transposed.
 
     Raises ConfigError for an unknown name, and DataError where nothing can be reached (it then tells which files to put
     where), where what came has another sum, and where the disk does not take it.
@@ -145,7 +145,7 @@ def fetch(name: str, root: Path, progress: Progress | None = None, *, recipes: M
 
 
 def _complete(name: str, root: Path) -> bool:
-    """Whether the data set is there, read to its end."""
+    """Tells whether the data set is there, by reading it to its end."""
     try:
         dataset = open_dataset(name, str(root))
         for split in (dataset.train, dataset.test):
@@ -233,7 +233,7 @@ def _unpack(archive: Path, folder: Path, members: tuple[str, ...]) -> None:
 
 @contextmanager
 def _reader(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
-    """A function that opens a member of the archive by its name."""
+    """Yields a function that opens a member of the archive by its name."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as bundle:
             yield bundle.open
@@ -256,7 +256,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _creating(path: Path, *, append: bool = False) -> Iterator[IO[bytes]]:
-    """The file open for writing without a buffer, so that a full disk shows in the write itself."""
+    """Opens the file for writing without a buffer, so that a full disk shows in the write itself."""
     with _writing(path):
         file = open(path, "ab" if append else "wb", buffering=0)  # noqa: SIM115  closed below
     with file:
@@ -280,7 +280,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _by_hand(name: str, root: Path, recipe: Recipe) -> str:
-    """What to do where there is no network."""
+    """Tells what to do where there is no network."""
     files = ", ".join(f"{download.urls[0]} as {root / recipe.folder / download.name}" for download in recipe.downloads)
     again = " and run this again (it unpacks them)" if recipe.members else ""
     return (

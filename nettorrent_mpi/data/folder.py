@@ -1,4 +1,7 @@
-"""Importing a folder of images, one sub-folder per class, into an HDF5 data set. Needs Pillow (the extra `images`)."""
+"""A folder of images, one sub-folder per class, is imported into an HDF5 data set.
+
+It needs Pillow (the extra `images`).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _GREY, _COLOUR = ("1", "L"), ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", 
 
 
 class Imported(NamedTuple):
-    """What import_folder wrote."""
+    """Says what import_folder wrote."""
 
     rows: int
     test_rows: int
@@ -106,7 +109,7 @@ def _pillow() -> ModuleType:
 
 
 def _list(directory: Path) -> tuple[list[str], list[list[_Image]]]:
-    """(sorted names of the classes, the sorted images of each)."""
+    """Returns (sorted names of the classes, the sorted images of each)."""
     if not directory.is_dir():
         raise DataError("no such folder; name the one that holds a sub-folder per class", file=str(directory))
     try:
@@ -125,7 +128,7 @@ def _list(directory: Path) -> tuple[list[str], list[list[_Image]]]:
 
 
 def _common_shape(pillow: ModuleType, images: list[_Image], size: tuple[int, int] | None) -> tuple[int, int, int]:
-    """The shape of a row; reads the headers of all images, so that misfits are told before anything is written."""
+    """Returns the shape of a row; reads the headers of all images, so that errors come before anything is written."""
     channels = 1
     first: tuple[int, int] | None = None
     for path, _ in images:

@@ -1,4 +1,4 @@
-"""Data sets of one's own, from NumPy arrays: checked, and described as a data set from files is."""
+"""NumPy arrays become a data set: they are checked, and described as the rows of files are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def from_arrays(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
 ) -> Dataset:
-    """A data set of arrays that every rank holds alike.
+    """Makes a data set of arrays that every rank holds alike.
 
     x: (rows, features) or (rows, height, width, channels). uint8 is scaled to 0..1, floating values are taken as they
         are. Not copied if C-contiguous (a memory map stays in its file): leave it as it is while it is trained on.
@@ -61,7 +61,7 @@ def from_arrays(
 
 
 def unlabelled(x: npt.ArrayLike, like: Split) -> Split:
-    """The rows of an array, without targets, prepared as the rows of `like` are: what predictions are made for.
+    """Makes a split without targets, for predictions, of rows that are prepared as those of `like` are.
 
     x: (rows, *like.shape), of like's dtype, and then scaled as its rows are; or floating, and then taken to be on the
     scale of 0..1 already where `like` holds bytes. `mean` and `std` apply in both cases. Raises DataError.

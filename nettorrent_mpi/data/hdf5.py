@@ -1,5 +1,5 @@
-"""HDF5 data sets: `x` (rows, ...) uint8 or floating, `y` (rows,) integer labels or (rows, k) floating targets, and,
-where there is a test set, `x_test` and `y_test` like them. The file's attribute `classes`, if any, lists class names.
+"""An HDF5 data set holds `x` (rows, ...) uint8 or floating, `y` (rows,) integer labels or (rows, k) floating targets,
+and where there is a test set, `x_test` and `y_test` like them. The file's attribute `classes`, if any, lists class names.
 
 Rows stay in the file: a rank reads those it needs, batch by batch. A data set that is stored contiguously and without
 filters is mapped into memory (the ranks of a node share the system's page cache), any other is read through HDF5.
@@ -26,7 +26,7 @@ REMEDY = "write the file again (`nettorrent data import` makes one from a folder
 
 @dataclass(frozen=True)
 class Hdf5Split:
-    """`x` and `y`, or `x_test` and `y_test`, of a file."""
+    """Describes `x` and `y`, or `x_test` and `y_test`, of a file."""
 
     path: Path
     x: str
@@ -51,7 +51,7 @@ class Hdf5Split:
         return _take_through_hdf5(self)
 
     def targets(self, classes: int | None) -> Array:
-        """(rows,) int64 labels below `classes`, or (rows, k) floats where `classes` is None."""
+        """Reads all targets: (rows,) int64 labels below `classes`, or (rows, k) floats where `classes` is None."""
         with _opened(self.path) as file:
             data = _dataset(file, self.path, self.y)
             try:
@@ -62,7 +62,7 @@ class Hdf5Split:
 
 
 def open_hdf5(path: Path) -> tuple[Hdf5Split, Hdf5Split | None, int | None]:
-    """(training split, test split or None, number of classes or None for floating targets).
+    """Returns (training split, test split or None, number of classes or None for floating targets).
 
     Reads metadata only, except where labels come without the attribute `classes`: their largest then tells how many
     classes there are, so they are read. Raises DataError.
@@ -85,7 +85,7 @@ def open_hdf5(path: Path) -> tuple[Hdf5Split, Hdf5Split | None, int | None]:
 
 
 def _take_through_hdf5(split: Hdf5Split) -> Take:
-    """A `Take` that reads rows through HDF5: each needed row once, in the file's order, then puts them in place."""
+    """Makes the `Take` that reads rows through HDF5: each needed row once, in the file's order, then put in place."""
     file = _open(split.path)
     data = _dataset(file, split.path, split.x)
 
@@ -142,7 +142,7 @@ def _split(file: h5py.File, path: Path, x_name: str, y_name: str) -> Hdf5Split:
 
 
 def _unreadable(path: Path, data: h5py.Dataset, rows: Array, error: OSError) -> DataError:
-    """The error for rows that HDF5 cannot read: names the first of them and where its chunk lies."""
+    """Makes the error for rows that HDF5 cannot read: it names the first of them and where its chunk lies."""
     name = str(data.name).lstrip("/")
     for row in rows:
         try:

@@ -1,4 +1,4 @@
-"""IDX files, plain or compressed by gzip: the format of MNIST and its relatives.
+"""IDX, plain or compressed by gzip, is the format of MNIST and its relatives.
 
 Two zero bytes, a type byte (8 = unsigned byte, the only one these data sets use), the number of dimensions, each
 dimension as a big-endian 32-bit number, then the values (Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST database).
@@ -20,7 +20,7 @@ from nettorrent_mpi.plan.errors import DataError
 
 @dataclass(frozen=True)
 class IdxFile:
-    """An IDX file of unsigned bytes whose header was read and whose length agrees with it."""
+    """Reads an IDX file of unsigned bytes; its header was read, and its length agrees with that."""
 
     path: Path
     shape: tuple[int, ...]
@@ -29,12 +29,12 @@ class IdxFile:
 
     @property
     def header(self) -> int:
-        """Bytes before the values."""
+        """Counts the bytes before the values."""
         return 4 + 4 * len(self.shape)
 
     @property
     def length(self) -> int:
-        """Bytes of the file, decompressed."""
+        """Counts the bytes of the file, decompressed."""
         return self.header + int(np.prod(self.shape, dtype=np.int64))
 
     def read(self, out: Array) -> None:
@@ -52,7 +52,7 @@ class IdxFile:
             raise _wrong_length(self, done + self.header)
 
     def labels(self, classes: int, first: int) -> Array:
-        """The file's values as labels 0 .. classes - 1 (int64), where the file counts from `first`."""
+        """Reads the values as labels 0 .. classes - 1 (int64), where the file counts from `first`."""
         stored = np.empty(self.shape, np.uint8)
         self.read(stored)
         labels = stored.astype(np.int64) - first

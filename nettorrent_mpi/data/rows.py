@@ -1,4 +1,4 @@
-"""The rows of a data set: a split describes them, and inputs gather, augment and scale a mini-batch of them.
+"""A split describes rows of a data set; its inputs gather, augment and scale a mini-batch of them.
 
 Shape suffixes: b = the rows of one call, R = the elements of one row.
 """
@@ -29,14 +29,14 @@ Take: TypeAlias = Callable[[Array, Array], None]
 
 
 def private(shape: Shape, dtype: np.dtype[Any], fill: Fill) -> Array:
-    """The plain `Allocate`: memory of this process alone."""
+    """Allocates memory of this process alone: the plain `Allocate`."""
     array = np.empty(shape, dtype)
     fill(array)
     return array
 
 
 def take_from(rows: Array) -> Take:
-    """The `Take` of rows in memory or in a memory map: a C-contiguous array, its first dimension the rows."""
+    """Makes the `Take` of rows in memory or in a memory map: a C-contiguous array, its first dimension the rows."""
     # As bytes, because take() on values that are unaligned or of the other byte order copies the whole array first.
     data = np.asarray(rows).reshape(len(rows), int(np.prod(rows.shape[1:]))).view(np.uint8)
 
@@ -47,9 +47,11 @@ def take_from(rows: Array) -> Take:
 
 
 class Scaling:
-    """x <- (x * unit - mean) / std; `mean` and `std` are one number, or one per channel (last dimension of a row).
+    """Scales rows: x <- (x * unit - mean) / std.
 
-    Raises ConfigError for as many numbers as there are no channels, numbers that are not finite, and stds not above 0.
+    `mean` and `std` are one number, or one per channel (last dimension of a row).
+
+    Raises ConfigError for any other count of numbers, for numbers that are not finite, and for a std that is not above 0.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Scaling:
         self._cache: dict[np.dtype[Any], tuple[Array | None, Array | None]] = {}
 
     def without_unit(self) -> Scaling:
-        """The same mean and std for values that are scaled by `unit` already."""
+        """Returns the same mean and std for values that are scaled by `unit` already."""
         other = copy(self)
         other.factor, other._cache = 1.0 / self._stds, {}
         return other
@@ -106,7 +108,7 @@ def _per_channel(name: str, value: float | Sequence[float] | None, default: floa
 
 
 class Inputs:
-    """The inputs of a split, opened: gathers mini-batches. Holds buffers for the largest mini-batch asked for yet."""
+    """Gathers mini-batches of an opened split. It holds buffers for the largest mini-batch asked for yet."""
 
     def __init__(self, take: Take, rows: int, shape: Shape, dtype: np.dtype[Any], scaling: Scaling):
         self.rows, self.shape, self.dtype = rows, shape, dtype
@@ -115,7 +117,7 @@ class Inputs:
         self._raw = self._augmented = np.empty((0, self._row_bytes), np.uint8)
 
     def batch(self, indices: Array, out: Array, augment: Augment | None = None, key: int = 0) -> None:
-        """out[i] <- row indices[i], scaled, in out's dtype; augmented first where `augment` is given.
+        """Gathers a mini-batch: out[i] <- row indices[i], scaled, in out's dtype; augmented first, with `augment`.
 
         `indices` (b,) integers in [0, rows), in any order, repeats allowed; `out` (b, *shape), C-contiguous, floating.
         What row i becomes depends on (key, i) alone: any division of a batch gives the same rows. `key` comes from
@@ -145,7 +147,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Split:
-    """The training or the test part of a data set. Cheap: nothing is read before inputs() or targets().
+    """A split is the training or the test part of a data set. Nothing is read before inputs() or targets().
 
     `open_rows` opens the stored rows, (rows, *shape) of `dtype`; `read_targets` reads all targets, or is None where
     the rows have none (for predictions).
@@ -160,7 +162,7 @@ class Split:
 
     @classmethod
     def of_bytes(cls, rows: int, shape: Shape, scaling: Scaling, fill: Fill, targets: Callable[[], Array]) -> Split:
-        """A split whose rows are bytes that `fill` writes into memory, once `inputs` allocates it."""
+        """Makes a split whose rows are bytes that `fill` writes into memory, once `inputs` allocates it."""
 
         def open_rows(allocate: Allocate) -> Take:
             return take_from(allocate((rows, *shape), BYTE, fill))
@@ -169,7 +171,7 @@ class Split:
 
     @classmethod
     def of_array(cls, x: Array, scaling: Scaling, targets: Array | None) -> Split:
-        """A split of rows that are in memory already, x (rows, *shape); not copied if x is C-contiguous."""
+        """Makes a split of rows that are in memory already, x (rows, *shape); not copied if x is C-contiguous."""
         take = take_from(np.ascontiguousarray(x))
 
         def read_targets() -> Array:
@@ -187,7 +189,7 @@ class Split:
         return Inputs(self.open_rows(allocate), self.rows, self.shape, self.dtype, self.scaling)
 
     def targets(self) -> Array:
-        """All targets of the split: (rows,) int64 labels, or (rows, k) floats. Read anew by each call.
+        """Reads all targets of the split: (rows,) int64 labels, or (rows, k) floats. Every call reads anew.
 
         Raises DataError where the file is corrupt or a label lies outside its classes.
         """
@@ -196,7 +198,7 @@ class Split:
 
 
 class Shaped(Protocol):
-    """What a NumPy array and a data set in an HDF5 file have in common."""
+    """A NumPy array and a data set in an HDF5 file have this in common."""
 
     @property
     def shape(self) -> Shape: ...
@@ -206,7 +208,7 @@ class Shaped(Protocol):
 
 
 def check_inputs(x: Shaped, name: str, file: str | None = None) -> None:
-    """DataError unless x is (rows, ...), uint8 or floating, and not empty."""
+    """Raises DataError unless x is (rows, ...), uint8 or floating, and not empty."""
     if x.dtype.kind != "f" and x.dtype != BYTE:
         raise DataError(f"{name} holds {x.dtype}; write it as uint8 or floating", file=file)
     if len(x.shape) < 2 or 0 in x.shape:
@@ -215,14 +217,14 @@ def check_inputs(x: Shaped, name: str, file: str | None = None) -> None:
 
 
 def check_targets(y: Shaped, name: str, file: str | None = None) -> None:
-    """DataError unless y is (rows,) integers or (rows, k) floating."""
+    """Raises DataError unless y is (rows,) integers or (rows, k) floating."""
     if (y.dtype.kind, len(y.shape)) not in (("i", 1), ("u", 1), ("f", 2)):
         text = f"{name} holds {y.dtype} of shape {y.shape}; write integers (rows,) or floating targets (rows, k)"
         raise DataError(text, file=file)
 
 
 def as_targets(values: Array, classes: int | None, name: str, file: str | None = None) -> Array:
-    """`values` as the engine reads them: int64 labels, or, where `classes` is None, floats in native byte order.
+    """Returns targets as the engine reads them: int64 labels, or, where `classes` is None, floats in native byte order.
 
     Raises DataError for a label that is not in 0 .. classes - 1.
     """

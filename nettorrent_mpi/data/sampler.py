@@ -1,5 +1,5 @@
-"""Which rows are for training, and in which order: a function of the seed and the epoch, never of the ranks; where
-every replica has its own part of the rows, of the replicas and micro-batches, too."""
+"""The sampler says which rows are for training, and in which order: a function of the seed and the epoch, never of the
+ranks; where every replica has its own part of the rows, of the replicas and micro-batches, too."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Sampler:
         self._orders: dict[int, Array] = {}
 
     def epoch(self, step: int) -> int:
-        """The epoch, counted from 0, that the global step belongs to."""
+        """Returns the epoch, counted from 0, that the global step belongs to."""
         return step // self.steps_per_epoch
 
     def order(self, epoch: int) -> Array:
-        """The training rows in the epoch's order; read-only. Two epochs are kept: steps may overlap at the turn."""
+        """Returns the training rows in the epoch's order; read-only. Two are kept: steps may overlap at the turn."""
         order = self._orders.get(epoch)
         if order is None:
             if self.partition == "disjoint" and self.replicas > 1:
@@ -74,17 +74,17 @@ class Sampler:
         return order
 
     def size(self, step: int) -> int:
-        """How many rows the mini-batch of a global step has."""
+        """Returns how many rows the mini-batch of a global step has."""
         batch = step % self.steps_per_epoch
         return min(self.batch_size, len(self.training_rows) - batch * self.batch_size)
 
     def rows(self, step: int) -> Array:
-        """The rows of the mini-batch of a global step (a view); the last one of an epoch may be smaller."""
+        """Returns the rows of the mini-batch of a global step (a view); the last one of an epoch may be smaller."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def _in_parts(self, epoch: int) -> Array:
-        """The epoch's order in which every replica finds the rows of its own part, and no others, at its positions."""
+        """Returns the order in which every replica finds the rows of its own part, and no others, at its positions."""
         order = np.empty_like(self.training_rows)
         for replica, (part, positions) in enumerate(self._parts):
             order[positions] = _generator(self.seed, "order", epoch, replica).permutation(part)
@@ -92,7 +92,7 @@ class Sampler:
 
     @cached_property
     def _parts(self) -> list[tuple[Array, Array]]:
-        """For each replica (its part of the training rows, its positions in the order of an epoch), of one length."""
+        """Lists (its part of the training rows, its positions in the order of an epoch), of one length, by replica."""
         full, last = divmod(len(self.training_rows), self.batch_size)
         replicas = np.concatenate([np.tile(self._owners(self.batch_size), full), self._owners(last)])
         cuts = np.cumsum(np.bincount(replicas, minlength=self.replicas))[:-1]
@@ -101,18 +101,18 @@ class Sampler:
         return list(zip(np.split(shuffled, cuts), np.split(positions, cuts), strict=True))
 
     def _owners(self, size: int) -> Array:
-        """The replica that has each position of a mini-batch of `size` rows."""
+        """Returns the replica that has each position of a mini-batch of `size` rows."""
         pieces = _spans(np.array(size), self.micro_batches)  # the rows of each micro-batch
         sizes = _spans(pieces, self.replicas)  # [micro-batch, replica]
         return np.repeat(np.tile(np.arange(self.replicas), self.micro_batches), sizes.ravel())
 
     def augment_key(self, step: int) -> int:
-        """The key that Inputs.batch takes for the random changes of this step's epoch."""
+        """Returns the key that Inputs.batch takes for the random changes of this step's epoch."""
         return key(self.seed, "augment", self.epoch(step))
 
 
 def _spans(totals: Array, parts: int) -> Array:
-    """The sizes of plan.blocks' `span` for all `parts` of every total, in a last dimension of their own."""
+    """Returns the sizes of plan.blocks' `span` for all `parts` of every total, in a last dimension of their own."""
     each, more = np.divmod(totals[..., np.newaxis], parts)
     return each + (np.arange(parts) < more)
 

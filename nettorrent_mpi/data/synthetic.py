@@ -1,4 +1,4 @@
-"""A data set made from a seed, of any size and shape, for trials of speed: it can be learned, and needs no file.
+"""A synthetic data set is made from a seed, of any size and shape, for trials of speed; it can be learned.
 
 Every class has a prototype of random bytes; a row is the mean of its class's prototype and of as much random noise.
 """
@@ -17,7 +17,7 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class SyntheticRows:
-    """One split. Equal for equal (seed, split, rows, shape, classes)."""
+    """Makes one split, equal for equal (seed, split, rows, shape, classes)."""
 
     seed: int
     split: str
@@ -39,7 +39,7 @@ class SyntheticRows:
             block += prototypes[labels[first : first + step]]
 
     def labels(self) -> Array:
-        """(rows,) int64, drawn evenly from the classes."""
+        """Returns (rows,) int64, drawn evenly from the classes."""
         return self._generator("labels", self.split).integers(0, self.classes, self.rows, np.int64)
 
     def _generator(self, *use: str) -> np.random.Generator:

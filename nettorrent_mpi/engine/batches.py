@@ -1,4 +1,4 @@
-"""Batches: the rows that one rank reads of a split, micro-batch by micro-batch.
+"""Batches give one rank its rows of a split, micro-batch by micro-batch.
 
 A row's way from the data set to the first layer, and who holds what of it:
 
@@ -27,8 +27,8 @@ from nettorrent_mpi.plan.blocks import Span, span
 
 
 class RowsOfMicroBatch(NamedTuple):
-    """The rows of a micro-batch: this rank's, as places in the mini-batch; how many this replica has of it; how many
-    share batch statistics."""
+    """Names the rows of a micro-batch: this rank's, as places in the mini-batch; how many this replica has of it; how
+    many share batch statistics."""
 
     mine: Span
     whole: int
@@ -36,7 +36,7 @@ class RowsOfMicroBatch(NamedTuple):
 
 
 class Batches:
-    """The mini-batches of one split as one rank reads them: those of training steps, or one of given rows.
+    """Reads the mini-batches of one split for one rank: those of training steps, or one of given rows.
 
     `allocate` gives the memory for the inputs; whoever passes it owns that memory, and frees it after the last call
     here. Making an object is collective over the ranks for which `allocate` is; targets are read apart from that
@@ -52,7 +52,7 @@ class Batches:
         sampler: Sampler | None = None,
         augment: Augment | None = None,
     ):
-        """`sampler` and `augment` are for the split that is trained on."""
+        """Opens the inputs. `sampler` and `augment` are for the split that is trained on."""
         self.step = 0  # of the present mini-batch
         self._split, self._wiring, self._sampler, self._augment = split, wiring, sampler, augment
         self._inputs = split.inputs(allocate) if wiring.is_first else None
@@ -64,8 +64,8 @@ class Batches:
         self._loaded = (-1, -1)  # (step, piece of its mini-batch) of the micro-batch whose inputs are there already
 
     def read_targets(self, check: Callable[[Array], None]) -> None:
-        """Reads the targets, if this rank needs them, and lets `check` see all of them. Not collective."""
-        if self._wiring.is_last:
+        """Reads the targets, if there are any and this rank needs them, and lets `check` see all. Not collective."""
+        if self._wiring.is_last and self._split.read_targets is not None:
             self._targets = self._split.targets()
             check(self._targets)
 
@@ -83,7 +83,7 @@ class Batches:
         self._micro_batches, self._given, self._alone = micro_batches, rows, alone
 
     def batch_size(self, m: int) -> int:
-        """Rows of the whole mini-batch that micro-batch m is a piece of, over all replicas."""
+        """Counts the rows of the whole mini-batch that micro-batch m is a piece of, over all replicas."""
         if self._given is not None:
             return len(self._given)
         assert self._sampler is not None
@@ -92,7 +92,7 @@ class Batches:
     # -- micro-batch m ------------------------------------------------------------------------------------------------
 
     def rows(self, m: int) -> RowsOfMicroBatch:
-        """Which rows of its mini-batch are micro-batch m's."""
+        """Tells which rows of its mini-batch are micro-batch m's."""
         size, piece = self.batch_size(m), m % self._micro_batches
         if self._given is not None:  # an evaluation has as many micro-batches as its rows need: nothing to remember
             return self._divide(size, piece)
@@ -110,7 +110,7 @@ class Batches:
         return RowsOfMicroBatch(Span(start, start + mine.size), replica.size, whole.size if exact else replica.size)
 
     def size(self, m: int) -> int:
-        """Rows of the mini-batch over which the loss is averaged: all, or this replica's where it trains apart."""
+        """Counts the rows over which the loss is averaged: all, or this replica's where it trains apart."""
         if self._wiring.exact:
             return self.batch_size(m)
         first = m - m % self._micro_batches
@@ -122,7 +122,7 @@ class Batches:
         self._loaded = self._name(m)
 
     def inputs(self, m: int, g: int) -> Array:
-        """The inputs (rows, *shape) of micro-batch m, in the buffer of number g: gathered here, or arrived there."""
+        """Returns the inputs (rows, *shape) of micro-batch m in buffer g: gathered now, or arrived there."""
         loaded = self._given is None and self._loaded == self._name(m)
         if loaded:
             self._wiring.take_ahead(g)
@@ -132,7 +132,7 @@ class Batches:
         return x
 
     def targets(self, m: int) -> Array:
-        """The targets of this rank's rows of micro-batch m, valid until the next call of the same size (last stage)."""
+        """Returns the targets of micro-batch m's rows, valid until the next call of that size (last stage)."""
         assert self._targets is not None
         part = self.rows(m).mine
         out = self._taken.get(part.size)
@@ -149,7 +149,7 @@ class Batches:
             self._inputs.batch(numbers, x_bI, self._augment if self._given is None else None, self._key)
 
     def _numbers(self, m: int) -> Array:
-        """The numbers, in the split, of all rows of micro-batch m's mini-batch, in their order."""
+        """Returns the numbers, in the split, of all rows of micro-batch m's mini-batch, in their order."""
         if self._given is not None:
             return self._given
         assert self._sampler is not None

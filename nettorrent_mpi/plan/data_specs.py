@@ -1,4 +1,4 @@
-"""Specs of the data sets that a configuration can name: what `data.root` is to each, and which options it takes.
+"""These specs say what a configuration may write of each data set: what `data.root` is, which options there are.
 
 How they are opened stands in data/dataset.py. Here are the names, so that a configuration is checked without NumPy.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What `data:` may say of one data set, besides the options that every data set takes.
+    """Says what `data:` may hold for one data set, besides the options that every data set takes.
 
     root: what `data.root` names; None for a data set that has no files.
     needs_root: whether `data.root` has to be given.
@@ -38,7 +38,7 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def wrong_option(name: str, given: Mapping[str, object]) -> tuple[str, str] | None:
-    """(option, the data sets that take it) of the first in `given` that data set `name` does not take, or None."""
+    """Finds the first option in `given` that data set `name` does not take: (option, those that take it)."""
     for option in OWN_OPTIONS:
         value = given.get(option)
         if value is not None and value is not False and option not in DATASETS[name].options:
