@@ -1,5 +1,5 @@
 """An HDF5 data set holds `x` (rows, ...) uint8 or floating, `y` (rows,) integer labels or (rows, k) floating targets,
-and where there is a test set, `x_test` and `y_test` like them. The file's attribute `classes`, if any, lists class names.
+and, with a test set, `x_test` and `y_test` like them. The file's attribute `classes`, if any, lists class names.
 
 Rows stay in the file: a rank reads those it needs, batch by batch. A data set that is stored contiguously and without
 filters is mapped into memory (the ranks of a node share the system's page cache), any other is read through HDF5.

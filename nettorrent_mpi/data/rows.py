@@ -51,7 +51,7 @@ class Scaling:
 
     `mean` and `std` are one number, or one per channel (last dimension of a row).
 
-    Raises ConfigError for any other count of numbers, for numbers that are not finite, and for a std that is not above 0.
+    Raises ConfigError for any other count of numbers, for numbers that are not finite, and for a std not above 0.
     """
 
     def __init__(
