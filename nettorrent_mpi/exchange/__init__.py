@@ -42,8 +42,10 @@ def make_exchange(
     `peers` is a communicator for this exchange alone, which its caller made and frees after `close`. A group of one has
     nobody to exchange with, whatever `spec` says. `optimizer` tells how the learning rate is scaled (None: not at all),
     `batch_size` how many rows all replicas together train on in a step, `report_every` how many steps lie between two
-    times at which a distance may be known. For `share` and `fence` see Replicas. Raises ConfigError for a pairing or a
-    compression that is not possible.
+    times at which a distance may be known. For `share` and `fence` see Replicas. Where messages are compressed, all
+    replicas have to be the same when the exchange is made: both ends of a pair begin with the same estimates.
+
+    Raises ConfigError for a pairing or a compression that is not possible.
     """
     if peers.size > 1 and isinstance(spec, exchange_specs.Gossip):
         from nettorrent_mpi.exchange.gossip import GossipExchange
