@@ -60,7 +60,7 @@ ORDER: dict[str, list[str]] = {
         "cost",
         "memory",
     ],
-    "data": ["files", "augment", "sampler", "rows", "idx", "cifar", "synthetic", "hdf5", "dataset", "from_arrays"],
+    "data": ["files", "augment", "sampler", "rows", "from_arrays", "idx", "cifar", "synthetic", "hdf5", "dataset"],
 }
 # Packages that only these parts of the package import.
 ONLY = {

@@ -19,22 +19,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
-
-import numpy as np
+from typing import TypeAlias
 
 from nettorrent_mpi.data.cifar import CLASSES as CIFAR_CLASSES
 from nettorrent_mpi.data.cifar import SHAPE as CIFAR_SHAPE
 from nettorrent_mpi.data.cifar import CifarFiles
 from nettorrent_mpi.data.idx import IdxFile, open_idx
-from nettorrent_mpi.data.rows import UNIT, Scaling, Split
+from nettorrent_mpi.data.rows import UNIT, Dataset, Scaling, Split
 from nettorrent_mpi.data.synthetic import SyntheticRows
-from nettorrent_mpi.device.arrays import Array, Shape
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.data_specs import DATASETS, OWN_OPTIONS, DatasetSpec, wrong_option
 from nettorrent_mpi.plan.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from nettorrent_mpi.data.hdf5 import Hdf5Split
 
 
 @dataclass(frozen=True)
@@ -57,20 +52,6 @@ class DataOptions:
     shape: Sequence[int] | None = None
     classes: int | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set is a training and perhaps a test split.
-
-    `shape` is that of one row; `classes` is None where the targets are not labels.
-    """
-
-    name: str
-    shape: Shape
-    classes: int | None
-    train: Split
-    test: Split | None
 
 
 Opener: TypeAlias = Callable[[str | None, DataOptions], Dataset]
@@ -201,16 +182,7 @@ def _open_hdf5(root: str | None, options: DataOptions) -> Dataset:
     from nettorrent_mpi.data.hdf5 import open_hdf5  # loads h5py, which no other data set needs
 
     assert root is not None
-    train, test, classes = open_hdf5(Path(root).expanduser())
-    scaling = Scaling(train.shape, UNIT if train.dtype == np.uint8 else 1.0, options.mean, options.std)
-
-    def split(part: Hdf5Split) -> Split:
-        # The rows stay in the file, so there is nothing to allocate.
-        return Split(
-            part.rows, part.shape, part.dtype, scaling, lambda allocate: part.open_rows(), lambda: part.targets(classes)
-        )
-
-    return Dataset("", train.shape, classes, split(train), split(test) if test else None)
+    return open_hdf5(Path(root).expanduser(), options.mean, options.std)
 
 
 def _open_synthetic(root: str | None, options: DataOptions) -> Dataset:

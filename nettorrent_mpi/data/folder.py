@@ -6,7 +6,8 @@ It needs Pillow (the extra `images`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -173,17 +174,10 @@ def _pixels(pillow: ModuleType, path: Path, shape: tuple[int, int, int]) -> Arra
         return np.asarray(converted, np.uint8).reshape(shape)
 
 
-class _readable:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     """Turns whatever Pillow raises for a broken image into a DataError that names it."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, Exception):
-            raise DataError(
-                f"cannot be read as an image ({error}); remove or replace it", file=str(self._path)
-            ) from error
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"cannot be read as an image ({error}); remove or replace it", file=str(path)) from error

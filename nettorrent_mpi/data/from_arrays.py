@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nettorrent_mpi.data.dataset import Dataset
-from nettorrent_mpi.data.rows import BYTE, UNIT, Scaling, Split, as_targets, check_inputs, check_targets
-from nettorrent_mpi.device.arrays import Array, Shape
+from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError
 
 
@@ -34,30 +34,21 @@ def from_arrays(
 
     Raises DataError for arrays that are none of this, or do not fit each other; ConfigError for wrong `mean` and `std`.
     """
-    parts = [_checked(x, y, "x", "y")]
-    if (x_test is None) != (y_test is None):
-        raise DataError("x_test and y_test come together: give both or none")
-    if x_test is not None and y_test is not None:
-        parts.append(_checked(x_test, y_test, "x_test", "y_test"))
-    (inputs, targets), (inputs_test, targets_test) = parts[0], parts[-1]
-    if inputs_test.shape[1:] != inputs.shape[1:] or inputs_test.dtype != inputs.dtype:
-        text = f"x_test has rows of {inputs_test.shape[1:]} {inputs_test.dtype}"
-        raise DataError(f"{text}, x of {inputs.shape[1:]} {inputs.dtype}; make them agree")
-    if targets_test.dtype.kind != targets.dtype.kind or targets_test.shape[1:] != targets.shape[1:]:
-        text = f"y_test has targets of {targets_test.shape[1:]} {targets_test.dtype}"
-        raise DataError(f"{text}, y of {targets.shape[1:]} {targets.dtype}; make them agree")
-    if targets.ndim == 1:
-        if classes is None:
-            classes = 1 + max(0, *(int(part.max()) for _, part in parts))
-    elif classes is not None:
+    given = {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
+    arrays = {name: np.asarray(values) for name, values in given.items() if values is not None}
+    check_arrays(arrays)
+    inputs, targets = arrays["x"], arrays["y"]
+    if targets.ndim == 2 and classes is not None:
         raise DataError(f"classes={classes} is for integer labels; y holds {targets.dtype} of shape {targets.shape}")
-    shape = inputs.shape[1:]
-    scaling = Scaling(shape, UNIT if inputs.dtype == BYTE else 1.0, mean, std)
-    splits = [
-        Split.of_array(rows, scaling, as_targets(part, classes, name))
-        for (rows, part), name in zip(parts, ("y", "y_test"), strict=False)
-    ]
-    return Dataset("arrays", shape, classes, splits[0], splits[1] if len(splits) > 1 else None)
+    if targets.ndim == 1 and classes is None:
+        classes = 1 + max(0, int(targets.max()), int(arrays.get("y_test", targets).max()))
+    scaling = Scaling(inputs.shape[1:], UNIT if inputs.dtype == BYTE else 1.0, mean, std)
+
+    def split(x_name: str, y_name: str) -> Split:
+        return Split.of_array(arrays[x_name], scaling, as_targets(arrays[y_name], classes, y_name))
+
+    test = split("x_test", "y_test") if "x_test" in arrays else None
+    return Dataset("arrays", inputs.shape[1:], classes, split("x", "y"), test)
 
 
 def unlabelled(x: npt.ArrayLike, like: Split) -> Split:
@@ -69,7 +60,7 @@ def unlabelled(x: npt.ArrayLike, like: Split) -> Split:
     rows = np.asarray(x)
     if rows.shape[1:] != like.shape or rows.ndim == 0:
         one = "; write x[np.newaxis] for a single row" if rows.shape == like.shape else ""
-        raise DataError(f"x has shape {rows.shape}; the network reads {_dimensions(like.shape)}{one}")
+        raise DataError(f"x has shape {rows.shape}; the network reads rows of {like.shape}{one}")
     stored = rows.dtype == BYTE and like.dtype == BYTE
     if not stored and rows.dtype.kind != "f":
         wanted = "uint8 or floating" if like.dtype == BYTE else "floating"
@@ -78,14 +69,48 @@ def unlabelled(x: npt.ArrayLike, like: Split) -> Split:
     return Split.of_array(rows, like.scaling.without_unit() if scaled_before else like.scaling, None)
 
 
-def _checked(x: npt.ArrayLike, y: npt.ArrayLike, x_name: str, y_name: str) -> tuple[Array, Array]:
-    inputs, targets = np.asarray(x), np.asarray(y)
-    check_inputs(inputs, x_name)
-    check_targets(targets, y_name)
-    if len(inputs) != len(targets):
-        raise DataError(f"{x_name} has {len(inputs)} rows but {y_name} has {len(targets)}; give one target per row")
-    return inputs, targets
+def check_arrays(arrays: Mapping[str, Any], file: str | None = None) -> None:
+    """Raises DataError unless x and y, and perhaps x_test and y_test, can be a data set.
+
+    x is (rows, ...), uint8 or floating, not empty; y is (rows,) integers or (rows, k) floating. They are NumPy arrays,
+    or data sets in an HDF5 file: their shape and dtype is all that is looked at.
+    """
+    if ("x_test" in arrays) != ("y_test" in arrays):
+        raise DataError("x_test and y_test come together: give both or none", file=file)
+    for name, values in arrays.items():
+        shape, dtype = values.shape, values.dtype
+        if name.startswith("y"):
+            if (dtype.kind, len(shape)) not in (("i", 1), ("u", 1), ("f", 2)):
+                text = f"{name} holds {dtype} of shape {shape}; write integers (rows,) or floating targets (rows, k)"
+                raise DataError(text, file=file)
+        elif dtype.kind != "f" and dtype != BYTE:
+            raise DataError(f"{name} holds {dtype}; write it as uint8 or floating", file=file)
+        elif len(shape) < 2 or 0 in shape:
+            text = f"{name} has shape {shape}; write (rows, features) or (rows, height, width, channels), not empty"
+            raise DataError(text, file=file)
+    for x, y in (("x", "y"), ("x_test", "y_test")):
+        if x in arrays and len(arrays[x]) != len(arrays[y]):
+            text = f"{x} has {len(arrays[x])} rows but {y} has {len(arrays[y])}; write one target for each row"
+            raise DataError(text, file=file)
+    for name in ("x", "y"):
+        train, test = arrays[name], arrays.get(f"{name}_test", arrays[name])
+        same = test.dtype == train.dtype if name == "x" else (test.dtype.kind == "f") == (train.dtype.kind == "f")
+        if not same or test.shape[1:] != train.shape[1:]:
+            text = f"{name}_test has rows of {test.shape[1:]} {test.dtype}, {name} of {train.shape[1:]} {train.dtype}"
+            raise DataError(f"{text}; make them agree", file=file)
 
 
-def _dimensions(shape: Shape) -> str:
-    return f"(rows, {', '.join(map(str, shape))})"
+def as_targets(values: Array, classes: int | None, name: str, file: str | None = None) -> Array:
+    """Returns targets as the engine reads them: int64 labels, or, where `classes` is None, floats in native byte order.
+
+    Raises DataError for a label that is not in 0 .. classes - 1.
+    """
+    if classes is None:
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+    labels = values.astype(np.int64, copy=False)
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        row = int(wrong[0])
+        text = f"{name}: label {labels[row]} of row {row} is not in 0..{classes - 1}; correct the labels"
+        raise DataError(text, file=file)
+    return labels

@@ -7,87 +7,83 @@ filters is mapped into memory (the ranks of a node share the system's page cache
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
 from nettorrent_mpi.data.files import opening, size_of
-from nettorrent_mpi.data.rows import Take, as_targets, check_inputs, check_targets, take_from
+from nettorrent_mpi.data.from_arrays import as_targets, check_arrays
+from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split, Take, take_from
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError
 
 REMEDY = "write the file again (`nettorrent data import` makes one from a folder of images)"
 
 
-@dataclass(frozen=True)
-class Hdf5Split:
-    """Describes `x` and `y`, or `x_test` and `y_test`, of a file."""
-
-    path: Path
-    x: str
-    y: str
-    rows: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    integer: bool
-
-    def open_rows(self) -> Take:
-        """Maps the rows, or keeps the file open for reading them. Raises DataError where the file is too short."""
-        with _opened(self.path) as file:
-            data = _dataset(file, self.path, self.x)
-            offset = data.id.get_offset()
-            if data.chunks is None and offset is not None and not data.is_virtual and not data.external:
-                size = size_of(self.path, REMEDY)
-                if offset + data.nbytes > size:
-                    text = f"truncated: the rows of {self.x} reach to byte {offset + data.nbytes}; {REMEDY}"
-                    raise DataError(text, file=str(self.path), offset=size)
-                shape = (self.rows, data.nbytes // self.rows)
-                return take_from(np.memmap(self.path, np.uint8, "r", offset, shape))
-        return _take_through_hdf5(self)
-
-    def targets(self, classes: int | None) -> Array:
-        """Reads all targets: (rows,) int64 labels below `classes`, or (rows, k) floats where `classes` is None."""
-        with _opened(self.path) as file:
-            data = _dataset(file, self.path, self.y)
-            try:
-                values = data[...]
-            except OSError as error:
-                raise _unreadable(self.path, data, np.arange(self.rows), error) from error
-        return as_targets(values, classes, self.y, str(self.path))
-
-
-def open_hdf5(path: Path) -> tuple[Hdf5Split, Hdf5Split | None, int | None]:
-    """Returns (training split, test split or None, number of classes or None for floating targets).
+def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> Dataset:
+    """Opens the file as a data set.
 
     Reads metadata only, except where labels come without the attribute `classes`: their largest then tells how many
-    classes there are, so they are read. Raises DataError.
+    classes there are, so they are read. Raises DataError, and ConfigError for wrong `mean` and `std`.
     """
     with opening(path, "set data.root to an HDF5 file"):
         pass
     with _opened(path) as file:
-        train = _split(file, path, "x", "y")
-        test = _split(file, path, "x_test", "y_test") if "x_test" in file or "y_test" in file else None
-        names = file.attrs.get("classes")
-    if test is not None and (test.shape != train.shape or test.dtype != train.dtype or test.integer != train.integer):
-        text = f"x_test has rows of {test.shape} {test.dtype}, x of {train.shape} {train.dtype}; make them agree"
-        raise DataError(text, file=str(path))
-    if not train.integer:
-        return train, test, None
-    if names is not None:
-        return train, test, len(names)
-    largest = max(int(split.targets(np.iinfo(np.int64).max).max()) for split in (train, test) if split is not None)
-    return train, test, largest + 1
+        names = ["x", "y", *(["x_test", "y_test"] if "x_test" in file or "y_test" in file else [])]
+        arrays = {name: _dataset(file, path, name) for name in names}
+        check_arrays(arrays, str(path))
+        rows = {name: len(array) for name, array in arrays.items()}
+        shape, dtype, labelled = arrays["x"].shape[1:], arrays["x"].dtype, arrays["y"].ndim == 1
+        listed = file.attrs.get("classes")
+    classes = None
+    if labelled and listed is not None:
+        classes = len(listed)
+    elif labelled:
+        classes = 1 + max(int(_targets(path, name, np.iinfo(np.int64).max).max()) for name in names[1::2])
+    scaling = Scaling(shape, UNIT if dtype == BYTE else 1.0, mean, std)
+
+    def split(x: str, y: str) -> Split:
+        # The rows stay in the file, so there is nothing to allocate.
+        return Split(
+            rows[x], shape, dtype, scaling, lambda allocate: _open_rows(path, x), lambda: _targets(path, y, classes)
+        )
+
+    return Dataset("hdf5", shape, classes, split("x", "y"), split("x_test", "y_test") if "x_test" in rows else None)
 
 
-def _take_through_hdf5(split: Hdf5Split) -> Take:
+def _open_rows(path: Path, name: str) -> Take:
+    """Maps the rows, or keeps the file open for reading them. Raises DataError where the file is too short."""
+    with _opened(path) as file:
+        data = _dataset(file, path, name)
+        offset = data.id.get_offset()
+        if data.chunks is None and offset is not None and not data.is_virtual and not data.external:
+            size = size_of(path, REMEDY)
+            if offset + data.nbytes > size:
+                text = f"truncated: the rows of {name} reach to byte {offset + data.nbytes}; {REMEDY}"
+                raise DataError(text, file=str(path), offset=size)
+            shape = (len(data), data.nbytes // len(data))
+            return take_from(np.memmap(path, np.uint8, "r", offset, shape))
+    return _take_through_hdf5(path, name)
+
+
+def _targets(path: Path, name: str, classes: int | None) -> Array:
+    """Reads all targets: (rows,) int64 labels below `classes`, or (rows, k) floats where `classes` is None."""
+    with _opened(path) as file:
+        data = _dataset(file, path, name)
+        try:
+            values = data[...]
+        except OSError as error:
+            raise _unreadable(path, data, np.arange(len(data)), error) from error
+    return as_targets(values, classes, name, str(path))
+
+
+def _take_through_hdf5(path: Path, name: str) -> Take:
     """Makes the `Take` that reads rows through HDF5: each needed row once, in the file's order, then put in place."""
-    file = _open(split.path)
-    data = _dataset(file, split.path, split.x)
+    file = _open(path)
+    data = _dataset(file, path, name)
 
     def take(indices: Array, out_bR: Array) -> None:
         assert file, "closed"  # `take` holds the file: HDF5 closes it, and what is in it, with its last reference
@@ -95,7 +91,7 @@ def _take_through_hdf5(split: Hdf5Split) -> Take:
         try:
             values = data[rows]
         except OSError as error:
-            raise _unreadable(split.path, data, rows, error) from error
+            raise _unreadable(path, data, rows, error) from error
         np.take(values.reshape(len(rows), -1).view(np.uint8), places, axis=0, out=out_bR, mode="clip")
 
     return take
@@ -130,15 +126,6 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
         there = ", ".join(sorted(file)) or "nothing"
         raise DataError(f"no data set {name} (there is: {there}); write x and y, and x_test and y_test", file=str(path))
     return data
-
-
-def _split(file: h5py.File, path: Path, x_name: str, y_name: str) -> Hdf5Split:
-    x, y = _dataset(file, path, x_name), _dataset(file, path, y_name)
-    check_inputs(x, x_name, str(path))
-    check_targets(y, y_name, str(path))
-    if len(x) != len(y):
-        raise DataError(f"{x_name} has {len(x)} rows but {y_name} has {len(y)}; {REMEDY}", file=str(path))
-    return Hdf5Split(path, x_name, y_name, len(x), x.shape[1:], x.dtype, y.dtype.kind in "iu")
 
 
 def _unreadable(path: Path, data: h5py.Dataset, rows: Array, error: OSError) -> DataError:

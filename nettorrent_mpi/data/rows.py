@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.device.arrays import Array, Shape
-from nettorrent_mpi.plan.errors import ConfigError, DataError
+from nettorrent_mpi.plan.errors import ConfigError
 
 UNIT = 1.0 / 255.0  # scales bytes to 0..1
 BYTE = np.dtype(np.uint8)
@@ -197,43 +197,15 @@ class Split:
         return self.read_targets()
 
 
-class Shaped(Protocol):
-    """A NumPy array and a data set in an HDF5 file have this in common."""
+@dataclass(frozen=True)
+class Dataset:
+    """A data set is a training and perhaps a test split.
 
-    @property
-    def shape(self) -> Shape: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-
-def check_inputs(x: Shaped, name: str, file: str | None = None) -> None:
-    """Raises DataError unless x is (rows, ...), uint8 or floating, and not empty."""
-    if x.dtype.kind != "f" and x.dtype != BYTE:
-        raise DataError(f"{name} holds {x.dtype}; write it as uint8 or floating", file=file)
-    if len(x.shape) < 2 or 0 in x.shape:
-        text = f"{name} has shape {x.shape}; write (rows, features) or (rows, height, width, channels), not empty"
-        raise DataError(text, file=file)
-
-
-def check_targets(y: Shaped, name: str, file: str | None = None) -> None:
-    """Raises DataError unless y is (rows,) integers or (rows, k) floating."""
-    if (y.dtype.kind, len(y.shape)) not in (("i", 1), ("u", 1), ("f", 2)):
-        text = f"{name} holds {y.dtype} of shape {y.shape}; write integers (rows,) or floating targets (rows, k)"
-        raise DataError(text, file=file)
-
-
-def as_targets(values: Array, classes: int | None, name: str, file: str | None = None) -> Array:
-    """Returns targets as the engine reads them: int64 labels, or, where `classes` is None, floats in native byte order.
-
-    Raises DataError for a label that is not in 0 .. classes - 1.
+    `shape` is that of one row; `classes` is None where the targets are not labels.
     """
-    if classes is None:
-        return values.astype(values.dtype.newbyteorder("="), copy=False)
-    labels = values.astype(np.int64, copy=False)
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
-        row = int(wrong[0])
-        text = f"{name}: label {labels[row]} of row {row} is not in 0..{classes - 1}; correct the labels"
-        raise DataError(text, file=file)
-    return labels
+
+    name: str
+    shape: Shape
+    classes: int | None
+    train: Split
+    test: Split | None

@@ -11,8 +11,7 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.shared import node_of, share
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.dataset import Dataset
-from nettorrent_mpi.data.rows import Allocate
+from nettorrent_mpi.data.rows import Allocate, Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.cpu import blas

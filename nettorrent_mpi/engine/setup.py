@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from nettorrent_mpi.config.sections import Config, Layout
-from nettorrent_mpi.data.dataset import DataOptions, Dataset, open_dataset
+from nettorrent_mpi.data.dataset import DataOptions, open_dataset
+from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.cpu.choice import Kernels
 from nettorrent_mpi.engine.run_plan import Options

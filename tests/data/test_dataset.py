@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.dataset import DataOptions, Dataset, open_dataset
-from nettorrent_mpi.data.rows import Scaling
+from nettorrent_mpi.data.dataset import DataOptions, open_dataset
+from nettorrent_mpi.data.rows import Dataset, Scaling
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 Array = np.ndarray[Any, Any]

@@ -11,9 +11,9 @@ import pytest
 from nettorrent_mpi.config.reading import loads
 from nettorrent_mpi.config.writing import to_plain
 from nettorrent_mpi.data import dataset as opening
-from nettorrent_mpi.data.dataset import DataOptions, Dataset, open_dataset, register_dataset
+from nettorrent_mpi.data.dataset import DataOptions, open_dataset, register_dataset
 from nettorrent_mpi.data.from_arrays import from_arrays, unlabelled
-from nettorrent_mpi.data.rows import Split
+from nettorrent_mpi.data.rows import Dataset, Split
 from nettorrent_mpi.plan.data_specs import DATASETS
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
@@ -74,7 +74,7 @@ def test_contiguous_arrays_are_not_copied() -> None:
         ((X, Y, X, Y - 1), "y_test: label -1 of row 0"),
         ((X, Y, X[:, 1:], Y), r"x_test has rows of \(3, 3, 2\) uint8, x of \(4, 3, 2\) uint8"),
         ((X, Y, F, Y), r"x_test has rows of \(4, 3, 2\) float64, x of \(4, 3, 2\) uint8"),
-        ((X, Y, X, F[:, 0, 0]), r"y_test has targets of \(2,\) float64, y of \(\) int64"),
+        ((X, Y, X, F[:, 0, 0]), r"y_test has rows of \(2,\) float64, y of \(\) int64"),
         (([["a", "b"]], [1]), "x holds <U1"),
     ],
 )
@@ -101,7 +101,7 @@ def test_rows_to_predict_are_prepared_as_the_training_rows_are() -> None:
     np.testing.assert_array_equal(gather(unlabelled(F, floating), range(ROWS)), F - 0.5)
     assert unlabelled(X[:0], trained).rows == 0
     for x, like, told in (
-        (X[0], trained, r"the network reads \(rows, 4, 3, 2\); write x\[np.newaxis\] for a single row"),
+        (X[0], trained, r"the network reads rows of \(4, 3, 2\); write x\[np.newaxis\] for a single row"),
         (X[:, 1:], trained, r"x has shape \(20, 3, 3, 2\)"),
         (X, floating, "x holds uint8; make it floating"),
         (X.astype(int), trained, "x holds int64; make it uint8 or floating"),

@@ -15,7 +15,8 @@ from mpi4py import MPI
 
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.dataset import DataOptions, Dataset, Split, open_dataset
+from nettorrent_mpi.data.dataset import DataOptions, open_dataset
+from nettorrent_mpi.data.rows import Dataset, Split
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.engine.engine import Engine
