@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from benchmarks.exchange_runs import Here, train
 from benchmarks.exchange_text import paragraph, percent, table
 from nettorrent_mpi.plan.actions import Action, Actions, parse
-from nettorrent_mpi.plan.schedule import one_f_one_b, simulate
+from nettorrent_mpi.plan.schedule import one_f_one_b
 from nettorrent_mpi.plan.stream import counted_on, stream
+from nettorrent_mpi.plan.timeline import simulate
 
 PIPELINES = ("1f1b", "async")
 MICRO_BATCHES = 4

@@ -57,6 +57,7 @@ ORDER: dict[str, list[str]] = {
         "stream",
         "checker",
         "schedule",
+        "timeline",
         "cost",
         "memory",
     ],

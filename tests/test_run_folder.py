@@ -17,7 +17,7 @@ import pytest
 
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config import writing
-from nettorrent_mpi.plan.actions import with_loads
+from nettorrent_mpi.plan.actions import step_end
 from nettorrent_mpi.plan.schedule import build
 
 HERE = Path(__file__).resolve().parent
@@ -216,8 +216,7 @@ def test_trace(done: Done) -> None:
     spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert len(spans) + 3 == len(trace["traceEvents"])
     assert min(span["ts"] for span in spans) == 0
-    first, *others = build("1f1b", 3, 2, clip=True)
-    lists = [[str(action) for action in actions] for actions in (with_loads(first), *others)]
+    lists = [[str(action) for action in actions] for actions in build("1f1b", 3, 2, end=step_end(clip=True))]
     for rank in range(3):
         own = [span for span in spans if span["pid"] == rank]
         for before, after in pairwise(own):
@@ -230,7 +229,7 @@ def test_trace(done: Done) -> None:
         assert [step[:length] for step in steps] == [lists[rank]] * 78
         for n, step in enumerate(steps):  # evaluations count as the step before, the last one of an epoch
             rest = step[length:]
-            assert {name.strip("0123456789") for name in rest} <= {"RA", "F", "SA"}
+            assert {name.strip("0123456789") for name in rest} <= {"PA", "RA", "F", "WA", "SA"}
             passes = sum("F" in name for name in rest)
             assert passes >= 3 + 8 if n % 26 == 25 else passes == 0  # 144 and 359 rows, at most 50 at once
 

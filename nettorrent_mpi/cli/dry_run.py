@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 from nettorrent_mpi.cli.exchange_report import exchange_block, stream_block
 from nettorrent_mpi.cli.tables import MOST_LINES, WIDTH, aligned, wrapped
+from nettorrent_mpi.plan.actions import peak_stored, step_end
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.cost import predict
 from nettorrent_mpi.plan.memory import Memory
-from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, build, peak_stored, table
+from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, build
 from nettorrent_mpi.plan.stream import window_steps
+from nettorrent_mpi.plan.timeline import table
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 if TYPE_CHECKING:  # a report needs neither engine nor MPI
@@ -32,7 +34,8 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     train = config.train
     micro_batches = setup.options.micro_batches
-    lists = build(config.pipeline.kind, len(topology.stages), micro_batches, clip=train.clip_norm is not None)
+    end = step_end(clip=train.clip_norm is not None, exact=config.exact)
+    lists = build(config.pipeline.kind, len(topology.stages), micro_batches, end=end)
     check(topology, lists)
     steps = train.steps if train.steps is not None else (train.epochs or 1) * setup.sampler.steps_per_epoch
     parameters = sum(layer.parameters for layer in facts)

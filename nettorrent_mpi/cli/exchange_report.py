@@ -14,9 +14,9 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.exchange_specs import Async, ConstantMix, Elite, Gossip, Nothing, PushSumMix, TopK, Whole
 from nettorrent_mpi.plan.mixing import MOST_ROUNDS, rounds_to_consensus, spectral_gap
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
-from nettorrent_mpi.plan.schedule import simulate, steady_bubble
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream, versions
+from nettorrent_mpi.plan.timeline import simulate, steady_bubble
 
 if TYPE_CHECKING:  # a report needs neither engine nor MPI
     from nettorrent_mpi.engine.setup import Setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,13 +31,13 @@ from nettorrent_mpi.exchange import Shards, make_exchange
 from nettorrent_mpi.nn.losses import check_fit, make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan import exchange_specs as choices
-from nettorrent_mpi.plan.actions import Actions, with_loads
+from nettorrent_mpi.plan.actions import Actions, Kind, peak_stored, step_end
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.cost import rows_shared
-from nettorrent_mpi.plan.schedule import add_transfers, build, forward_only, peak_stored
+from nettorrent_mpi.plan.schedule import STREAMS, build, evaluation
 from nettorrent_mpi.plan.scores import Scores
-from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream_step
+from nettorrent_mpi.plan.stream import mean_staleness, reach, staleness_bound, stream_step
 
 
 class Engine:
@@ -59,10 +60,8 @@ class Engine:
         self.exact = plan.exact
         stage = topology.stages[self.place.stage]
         stages = len(topology.stages)
-        self._actions = _async_actions if isinstance(options.pipeline, choices.Async) and stages > 1 else _flush_actions
-        self.asynchronous = self._actions is _async_actions
-        self._clip = options.clip_norm is not None
-        slots = self._prove()
+        self.asynchronous = isinstance(options.pipeline, choices.Async) and stages > 1
+        self._slots = self._prove()
         late = staleness_bound(stages, options.micro_batches, self.place.stage) if self.asynchronous else 0
         self._rate_factor = 1.0
         if isinstance(options.pipeline, choices.Async) and options.pipeline.staleness_aware and self.asynchronous:
@@ -76,7 +75,7 @@ class Engine:
             topology,
             inputs=network.inputs(stage.first),
             outputs=network.inputs(stage.stop),
-            slots=slots,
+            slots=self._slots[self.place.stage],
             most_rows=topology.batch_rows(self.place, options.batch_size, options.micro_batches, 0).size,
             dtype=options.dtype,
             exact=self.exact,
@@ -93,6 +92,7 @@ class Engine:
             matrices=[key for key, _ in self.layers.matrices],
             rows=rows_shared(topology, options.batch_size, self.exact),
         )
+        self._end = self._step_end(parts=bool(self.state.operands))
         self.layers.give_operands(self.state.operands)
         self.tally = Tally()
         self.device = make_device("cpu", options.kernels)
@@ -123,12 +123,17 @@ class Engine:
             trace=self.trace,
         )
 
-    def _prove(self) -> int:
-        """Check the schedule of all ranks; the micro-batches that this rank's stage holds at once."""
-        stages, options = len(self.topology.stages), self.options
-        lists = build(options.pipeline.kind, stages, options.micro_batches, clip=self._clip)
+    def _prove(self) -> list[int]:
+        """Check the schedule of all ranks; the micro-batches that each stage holds at once."""
+        options = self.options
+        lists = build(
+            options.pipeline.kind, len(self.topology.stages), options.micro_batches, end=self._step_end(parts=False)
+        )
         check(self.topology, lists)
-        return peak_stored(lists[self.place.stage])
+        return [peak_stored(actions) for actions in lists]
+
+    def _step_end(self, parts: bool) -> tuple[Kind, ...]:
+        return step_end(clip=self.options.clip_norm is not None, exact=self.exact, parts=parts)
 
     def _shards(self) -> Shards:
         """What this rank owns."""
@@ -172,15 +177,21 @@ class Engine:
 
         `left` >= 1 says how many steps will be done until the ranks come to rest, this one included; an asynchronous
         pipeline runs up to `ahead` mini-batches ahead until then. While it is above `ahead`, the next step may be given
-        any number above `ahead`, not just one less: receives are posted for one micro-batch more than were begun.
+        any number above `ahead`, not just one less, if `left` was so large that receives are posted as far as can be.
         """
         micro_batches = self.options.micro_batches
         left, first = left if self.asynchronous else 1, self._left == 0
-        assert first or left == self._left or min(left, self._left + 1) > self.ahead, (left, self._left)
+        far = reach(len(self.topology.stages), micro_batches)
+        assert first or left == self._left or (left > self.ahead and self._left >= far), (left, self._left)
         self._train.begin_step(n, micro_batches)
-        name, stages = self.options.pipeline.kind, len(self.topology.stages)
-        actions = self._actions(
-            name, stages, micro_batches, self.place.stage, first, min(left, self.ahead + 1), self._clip
+        actions = _step_actions(
+            self.options.pipeline.kind,
+            len(self.topology.stages),
+            micro_batches,
+            self.place.stage,
+            first,
+            min(left, far + 1),
+            self._end,
         )
         self.pipeline.run(
             actions,
@@ -190,7 +201,6 @@ class Engine:
             step=n,
             rate=rate * self._rate_factor,
             first=first,
-            left=left,
         )
         self._left = left - 1
         return self._train.batch_size(0)
@@ -229,7 +239,7 @@ class Engine:
         if alone:
             most = max(most // self.topology.replicas, 1)  # the last one trains on so many, and has no more room
         pieces = -(-len(rows) // most)
-        actions = add_transfers(forward_only(len(self.topology.stages), pieces))[self.place.stage]
+        actions = evaluation(self._slots, pieces)[self.place.stage]
         batches.begin_rows(rows, pieces, alone=alone)
         step = self._train.step  # the last one trained, for the trace
         self.pipeline.run(actions, batches, micro_batches=pieces, training=False, step=step)
@@ -267,22 +277,13 @@ def scores(loss: float, correct: float, rows: float, unknown: float) -> Scores:
 
 
 @lru_cache(maxsize=64)
-def _flush_actions(
-    name: str, stages: int, micro_batches: int, stage: int, first: bool, left: int, clip: bool
+def _step_actions(
+    pipeline: str, stages: int, micro_batches: int, stage: int, first: bool, left: int, end: Sequence[Kind]
 ) -> Actions:
-    return _own(build(name, stages, micro_batches, clip=clip)[stage], stage)
-
-
-@lru_cache(maxsize=64)
-def _async_actions(
-    name: str, stages: int, micro_batches: int, stage: int, first: bool, left: int, clip: bool
-) -> Actions:
-    return _own(stream_step(stages, micro_batches, stage, first=first, left=left, clip=clip), stage)
-
-
-def _own(actions: Actions, stage: int) -> Actions:
-    """With what is this stage's own matter."""
-    return actions if stage else with_loads(actions)
+    """The complete list of a stage for one step."""
+    if pipeline in STREAMS and stages > 1:
+        return stream_step(stages, micro_batches, stage, first=first, left=left, end=end)
+    return build(pipeline, stages, micro_batches, end=end)[stage]
 
 
 def _shared_memory(node: Group) -> Allocate:

@@ -66,15 +66,23 @@ class Pipeline:
         self.tally = tally
         self._methods: dict[Kind, Callable[[int], None]] = {
             "L": self._load,
+            "PA": self._post_x,
             "RA": self._receive_x,
             "F": self._forward,
+            "WA": self._await_y,
             "SA": self._send_y,
+            "PG": self._post_dy,
             "RG": self._receive_dy,
             "B": self._backward,
+            "WG": self._await_dx,
             "SG": self._send_dx,
             "R": self._reduce,
+            "M": self._multiply,
             "N": self._norm,
+            "X": self._before_update,
             "U": self._update,
+            "Y": self._after_update,
+            "G": self._gather,
         }
 
     def run(
@@ -87,21 +95,15 @@ class Pipeline:
         step: int = 0,
         rate: float = 0.0,
         first: bool = True,
-        left: int = 1,
     ) -> None:
         """Execute the list for the present mini-batch of `batches`, cut into micro-batches. `step` counts from 0.
 
-        `first` says that the pipeline is empty before, `left` how many mini-batches are still to be done until it is
-        empty again, this one included.
+        `first` says that the pipeline is empty before.
         """
         self._batches, self._rate, self._step, self._micro_batches = batches, rate, step, micro_batches
         self._pass.training = training
         if first:
-            self._base = self._posted_x = self._posted_dy = 0
-        self._limit = self._base + micro_batches * left
-        self._post_x(self._base + self._wiring.ring)
-        if training:
-            self._post_dy(self._base + 2)
+            self._base = 0
         trace, methods, progress = self._trace, self._methods, self._progress
         with np.errstate(all="ignore"):  # what is not finite is looked for, and told once
             for action in actions:
@@ -116,44 +118,28 @@ class Pipeline:
     def drain(self) -> None:
         """Finish every send that is still under way."""
         for transfer in (*self._sending_y, *self._sending_dx):
-            if transfer is not None:
-                transfer.finish()
+            _finish(transfer)
 
-    # -- receives are posted before they are needed -----------------------------------------------------------------
-
-    def _post_x(self, until: int) -> None:
-        if self._wiring.is_first:
-            return
-        for g in range(self._posted_x, min(until, self._limit)):
-            rows = self._batches.rows(g - self._base)
-            self._wiring.receive_x(g, rows.mine.size, rows.whole).start()
-        self._posted_x = max(self._posted_x, min(until, self._limit))
-
-    def _post_dy(self, until: int) -> None:
-        if self._wiring.is_last:
-            return
-        for g in range(self._posted_dy, min(until, self._limit)):
-            rows = self._batches.rows(g - self._base)
-            self._wiring.receive_dy(g, rows.mine.size, rows.whole).start()
-        self._posted_dy = max(self._posted_dy, min(until, self._limit))
-
-    # -- actions ----------------------------------------------------------------------------------------------------
+    # -- actions, all of micro-batch m ------------------------------------------------------------------------------
 
     def _load(self, m: int) -> None:
         self._batches.load(m)
 
+    def _post_x(self, m: int) -> None:
+        self._transfer_x(m).start()
+
     def _receive_x(self, m: int) -> None:
+        self._transfer_x(m).finish()
+
+    def _transfer_x(self, m: int) -> Transfer:
         rows = self._batches.rows(m)
-        self._wiring.receive_x(self._base + m, rows.mine.size, rows.whole).finish()
+        return self._wiring.receive_x(self._base + m, rows.mine.size, rows.whole)
 
     def _forward(self, m: int) -> None:
         wiring, g = self._wiring, self._base + m
         slot, rows = g % wiring.slots, self._batches.rows(m)
         number = m // self._micro_batches
         x = self._batches.inputs(m, g)
-        sending = self._sending_y[slot]
-        if sending is not None:  # the slot's last output may still be on its way
-            sending.finish()
         self._pass.rows, self._pass.count, self._pass.step = rows.mine, rows.sharing, self._step + number
         params = self._state.params
         self._params[slot] = params if self._pass.training else None
@@ -163,8 +149,6 @@ class Pipeline:
             self._score(x, y, m, slot)
         elif not math.isfinite(float(np.add.reduce(y, axis=None))):
             self._diverged(x)
-        if not self._pass.training:
-            self._post_x(g + 1 + wiring.ring)
 
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """The loss of this micro-batch, and its gradient for the backward to come."""
@@ -177,6 +161,9 @@ class Pipeline:
         if not math.isfinite(result.loss_sum):
             self._diverged(x)
 
+    def _await_y(self, m: int) -> None:
+        _finish(self._sending_y[(self._base + m) % self._wiring.slots])
+
     def _send_y(self, m: int) -> None:
         slot = (self._base + m) % self._wiring.slots
         y = self._y[slot]
@@ -185,9 +172,15 @@ class Pipeline:
         transfer.start()
         self._sending_y[slot] = transfer
 
+    def _post_dy(self, m: int) -> None:
+        self._transfer_dy(m).start()
+
     def _receive_dy(self, m: int) -> None:
+        self._transfer_dy(m).finish()
+
+    def _transfer_dy(self, m: int) -> Transfer:
         rows = self._batches.rows(m)
-        self._wiring.receive_dy(self._base + m, rows.mine.size, rows.whole).finish()
+        return self._wiring.receive_dy(self._base + m, rows.mine.size, rows.whole)
 
     def _backward(self, m: int) -> None:
         wiring, g = self._wiring, self._base + m
@@ -204,12 +197,10 @@ class Pipeline:
         )
         if not wiring.is_first:
             assert dx is not None
-            sending = self._sending_dx[g % 2]
-            if sending is not None:
-                sending.finish()
             np.copyto(wiring.dx(g, rows.mine.size), dx)
-        self._post_x(g + 1 + wiring.ring)
-        self._post_dy(g + 1 + 2)
+
+    def _await_dx(self, m: int) -> None:
+        _finish(self._sending_dx[(self._base + m) % 2])
 
     def _send_dx(self, m: int) -> None:
         rows, g = self._batches.rows(m), self._base + m
@@ -217,13 +208,32 @@ class Pipeline:
         transfer.start()
         self._sending_dx[g % 2] = transfer
 
+    # -- the end of a step ------------------------------------------------------------------------------------------
+
     def _reduce(self, _: int) -> None:
-        self._end.reduce(self._batches.batch_size(0))
+        self._end.reduce()
+
+    def _multiply(self, _: int) -> None:
+        self._end.multiply(self._batches.batch_size(0))
 
     def _norm(self, _: int) -> None:
         self._end.norm()
 
+    def _before_update(self, _: int) -> None:
+        self._keep_version()
+        self._end.before(self._step + 1)
+
     def _update(self, _: int) -> None:
+        self._keep_version()
+        self._end.update(self._rate, self._step + 1)
+
+    def _after_update(self, _: int) -> None:
+        self._end.after(self._rate, self._step + 1)
+
+    def _gather(self, _: int) -> None:
+        self._end.gather()
+
+    def _keep_version(self) -> None:
         """Where micro-batches are between forward and backward, their version of the weights is kept for them."""
         state = self._state
         under_way = [slot for slot, params in enumerate(self._params) if params is state.params]
@@ -233,11 +243,6 @@ class Pipeline:
                 segment.stash(self._stashed)
             for slot in under_way:
                 self._params[slot] = state.stashed[self._stashed]
-        end, step = self._end, self._step + 1
-        end.before(step)
-        end.update(self._rate, step)
-        end.after(self._rate, step)
-        end.gather()
 
     # -- divergence -------------------------------------------------------------------------------------------------
 
@@ -256,6 +261,12 @@ class Pipeline:
                     name = layer.name
                     break
         raise NonFiniteError(step=self._pass.step, layer=name, rank=self._wiring.world.rank)
+
+
+def _finish(transfer: Transfer | None) -> None:
+    """Wait for a transfer, if there was one."""
+    if transfer is not None:
+        transfer.finish()
 
 
 def _all_of(*calls: Callable[[], None] | None) -> Callable[[], None] | None:

@@ -84,8 +84,8 @@ class Segment(Flat):
     (engine/operands.py). Of several segments that the same members share only the first waits for them (`meets`): all
     are summed one after the other, and all are shared when all are updated.
 
-    A step calls, in this order: `begin_sums` when the gradients are written, `sum`, `finish_sums` before it reads
-    `sums`, `expect` when params may change, `begin_share` when the own shard is updated, `share`.
+    A step calls, in this order: `begin_sums` when the gradients are written, `sum`, `finish_sums`, `multiply` before it
+    reads `sums`, `expect` when params may change, `begin_share` when the own shard is updated, `share`.
     """
 
     def __init__(
@@ -154,13 +154,11 @@ class Segment(Flat):
         for ring in self._around:
             ring.sums.begin()
 
-    def sum(self, rows: int, workspace: Workspace) -> None:
+    def sum(self) -> None:
         """sums <- the sum of everyone's gradients of the shard, in the order of the members, or of the ring, where it
-        may come later (`finish_sums`). `rows` are those of the mini-batch."""
+        may come later (`finish_sums`). With operands only waits until everyone's are complete, for `multiply`."""
         if self.shared is not None:
             self._wait()  # until everyone's gradients, or operands, are complete
-            for each in self.operands.values():
-                each.multiply(rows, workspace)
             if not self.operands:
                 began = time.perf_counter_ns()
                 first, second, *others = (grads[self.shard] for grads in self.all_grads)
@@ -170,6 +168,11 @@ class Segment(Flat):
                 together.since(began)
         elif not self._around and self.group.size > 1:
             self.group.reduce_scatter(self.grads, self.sums, self.counts)
+
+    def multiply(self, rows: int, workspace: Workspace) -> None:
+        """sums <- the shard's gradients, from everyone's operands of a mini-batch of `rows` rows, where there are."""
+        for each in self.operands.values():
+            each.multiply(rows, workspace)
 
     def finish_sums(self) -> None:
         """Wait for `sums`."""

@@ -63,19 +63,24 @@ class Update:
             segments[self._begun].begin_sums()
             self._begun += 1
 
-    def reduce(self, rows: int) -> None:
-        """Sum the gradients of a mini-batch of `rows` rows: each holder gets the sum of its shard. Sums that travel are
-        waited for where they are needed."""
+    def reduce(self) -> None:
+        """Reduce the gradients: waits until this rank has its shards of their sums, or, where they are computed in
+        parts, until everybody has put what they are computed from."""
         self.complete(0)
         self._begun = 0
         for segment in self._state.segments:
-            segment.sum(rows, self._workspace)
+            segment.sum()
+        for segment in self._state.segments:
+            segment.finish_sums()
+
+    def multiply(self, rows: int) -> None:
+        """Compute this rank's shards of the gradients of a mini-batch of `rows` rows that are computed in parts."""
+        for segment in self._state.segments:
+            segment.multiply(rows, self._workspace)
 
     def norm(self) -> None:
         """The global norm over all stages, for clipping (all of them take part): ||g|| over every parameter once."""
         assert self._clip_norm is not None
-        for segment in self._state.segments:
-            segment.finish_sums()
         self._squares[0] = sum(sum_of_squares(segment.sums) for segment in self._state.segments)
         self._everyone.sum(self._squares)
         self._scale = clip_scale(math.sqrt(self._squares[0]), self._clip_norm)
@@ -96,16 +101,15 @@ class Update:
         self._tally.recent = (0.0, 0.0)
 
     def update(self, rate: float, step: int) -> None:
-        """One optimizer step on this rank's shard."""
+        """One optimizer step on this rank's shards, which then may leave for the other holders. Does not wait."""
         segments = self._state.segments
         for segment in segments:
             segment.expect()
         for segment in segments:
-            segment.finish_sums()
             part = segment.params[segment.shard]
             self._optimizer.update(part, segment.sums, segment.optimizer, rate, step, scale=self._scale)
             if not self._exchange.changes_after_update:
-                segment.begin_share()  # under the next segment's sums and update
+                segment.begin_share()  # under the next segment's update
 
     def after(self, rate: float, step: int) -> None:
         """Come nearer to other replicas."""

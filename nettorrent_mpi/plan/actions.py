@@ -1,30 +1,40 @@
-"""The words of a schedule: one action of one stage.
+"""The words of a schedule: one action of one stage, and what a stage's compute needs around it.
 
-    F forward                 SA, RA  send, receive activations         R  sum the gradients over the swarm
-    B backward                SG, RG  send, receive gradients           N  global norm, for clipping, over all ranks
-    L load: gather the rows of a micro-batch ahead of its F             U  optimizer update
+    L       loads the rows of a micro-batch ahead of its F
+    PA, PG  post the receive of activations (A), of gradients (G)
+    RA, RG  wait until they have arrived
+    F, B    forward, backward
+    WA, WG  wait until the buffer that F m, B m writes for a neighbour may be overwritten: its last send is complete
+    SA, SG  begin to send activations, gradients
+    R       reduces the gradients: waits until this rank has its shard of their sum
+    M       multiplies: this rank's shard of weight gradients from the rows of all holders, where they are not summed
+    N       takes part in the global norm over all ranks, for clipping
+    X       exchanges with peers before the update: merges what they have sent
+    U       updates the own shard
+    Y       exchanges with peers after the update
+    G       gathers the parameters: waits until the holders' shards have come
 
 An action prints and parses as stage, kind, number: `2F0`, `2SA0`, `2R` (notation after torch.distributed.pipelining).
-The number is the micro-batch's. R, N and U are done once per step and have none in the list of one step; in lists of
+The number is the micro-batch's. What is done once per step (ONCE) has none in the list of one step; in lists of
 several mini-batches it is the mini-batch's: `2R0`, `2U1`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, cast
 
 from nettorrent_mpi.plan.errors import ScheduleError
 
-Kind = Literal["F", "B", "L", "SA", "RA", "SG", "RG", "R", "N", "U"]
-ONCE: tuple[Kind, ...] = ("R", "N", "U")  # once per step, in this order
+Kind = Literal["L", "PA", "RA", "F", "WA", "SA", "PG", "RG", "B", "WG", "SG", "R", "M", "N", "X", "U", "Y", "G"]
+ONCE: tuple[Kind, ...] = ("R", "M", "N", "X", "U", "Y", "G")  # once per step, in this order
 
-_FORM = re.compile(r"(\d+)(?:(F|B|L|SA|RA|SG|RG)(\d+)|(R|N|U)(\d*))")
+_FORM = re.compile(rf"(\d+)(?:(L|F|B|[PRWS][AG])(\d+)|([{''.join(ONCE)}])(\d*))")
 
 
 class Action(NamedTuple):
-    """One thing that a rank of `stage` does. `micro_batch` is the number: of R, N and U None, or their mini-batch's."""
+    """One thing that a rank of `stage` does. `micro_batch` is the number: of ONCE None, or their mini-batch's."""
 
     stage: int
     kind: Kind
@@ -47,20 +57,97 @@ def parse(text: str) -> Action:
     return Action(int(stage), cast("Kind", kind or once), int(number) if number else None)
 
 
-def with_transfers(actions: Iterable[Action], stages: int) -> Actions:
-    """One stage's actions with its transfers: received right before use, sent as soon as there is a result."""
-    full: Actions = []
+def step_end(*, clip: bool = False, exact: bool = True, parts: bool = False) -> tuple[Kind, ...]:
+    """What follows the last backward of a step: `clip` gradients by their norm; replicas whose exchange is not `exact`
+    exchange; `parts` says that this rank computes weight gradients in parts."""
+    without = {"M": not parts, "N": not clip, "X": exact, "Y": exact}
+    return tuple(kind for kind in ONCE if not without.get(kind))
+
+
+class Buffers(NamedTuple):
+    """How many buffers of each kind a stage has. Micro-batches take turns: number m uses buffer m modulo the count.
+
+    An input is in use from its PA (on the first stage: F) until its B (in evaluation: F) has ended; a slot, which holds
+    what F saves for B, from F to the end of B; a slot's output and `dx` until the send from there is complete; `dy`
+    from PG to the end of B.
+    """
+
+    inputs: int
+    slots: int
+    dy: int = 2
+    dx: int = 2
+
+
+def buffers(stage: int, slots: int) -> Buffers:
+    """The buffers of a stage that holds so many micro-batches between F and B. One input more than that lets the next
+    micro-batch arrive while all slots are in use."""
+    return Buffers(slots + 1 if stage else slots, slots)
+
+
+def peak_stored(actions: Sequence[Action]) -> int:
+    """The most micro-batches that lie between their F and the end of their B: whose saved values are held."""
+    backward = {a.micro_batch for a in actions if a.kind == "B"}
+    held = peak = 0
     for action in actions:
-        s, kind, m = action
-        if (kind == "F" and s > 0) or (kind == "B" and s < stages - 1):
-            full.append(Action(s, "RA" if kind == "F" else "RG", m))
+        held += action.kind == "F" and action.micro_batch in backward
+        peak = max(peak, held)
+        held -= action.kind == "B"
+    return peak
+
+
+def complete(
+    compute: Iterable[Action],
+    stage: int,
+    stages: int,
+    slots: int,
+    until: int,
+    *,
+    first: bool = True,
+    end: Sequence[Kind] = (),
+) -> Actions:
+    """The compute of one stage with everything else that its ranks do or wait for, and the step's `end` behind it.
+
+    Receives are posted as soon as their buffers are free, for micro-batches below `until`, the number of those that
+    come before the pipeline is empty again; `first` says that it is empty before, so that none are posted yet. A
+    message is waited for right before its use, sent as soon as there is a result, and its buffer is waited for right
+    before it is written again.
+    """
+    have = buffers(stage, slots)
+    compute = list(compute)
+    training = any(kind == "B" for _, kind, _ in compute)
+    reads, writes = stage > 0, stage < stages - 1
+    full: Actions = []
+
+    def add(kind: Kind, m: int, present: bool) -> None:
+        if present:
+            full.append(Action(stage, kind, m))
+
+    for m in range(min(have.inputs, until) if first else 0):
+        add("PA", m, reads)
+    for m in range(min(have.dy, until) if first and training else 0):
+        add("PG", m, writes)
+    for action in compute:
+        _, kind, number = action
+        m = number or 0
+        if kind == "F":
+            add("RA", m, reads)
+            add("WA", m, writes)
+        else:
+            add("RG", m, writes)
+            add("WG", m, reads)
         full.append(action)
-        if (kind == "F" and s < stages - 1) or (kind == "B" and s > 0):
-            full.append(Action(s, "SA" if kind == "F" else "SG", m))
-    return full
+        if kind == "B" or not training:
+            add("PA", m + have.inputs, reads and m + have.inputs < until)
+        if kind == "B":
+            add("PG", m + have.dy, writes and m + have.dy < until)
+            add("SG", m, reads)
+        else:
+            add("SA", m, writes)
+    full += [Action(stage, kind) for kind in end]
+    return full if reads else _with_loads(full)
 
 
-def with_loads(actions: Iterable[Action]) -> Actions:
+def _with_loads(actions: Actions) -> Actions:
     """The first stage's actions of a training step, with the rows of the next micro-batch gathered before each wait,
     for gradients (RG) or for the swarm (R): there it costs no time. The last one is the next mini-batch's first.
 

@@ -1,42 +1,49 @@
-"""Proves that the lists of all ranks together come to their end, or names the action that waits."""
+"""Proves that the lists of all ranks come to their end in the buffers that there are, or names what waits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal, cast
 
-from nettorrent_mpi.plan.actions import ONCE, Action, Actions, Kind
+from nettorrent_mpi.plan.actions import ONCE, Action, Actions, Buffers, Kind, buffers, peak_stored
 from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.topology import Topology
 
+Have = Sequence[Buffers]
 
-def check(topology: Topology, lists: Sequence[Actions], capacity: int = 1) -> None:
-    """Plays the lists of all ranks together (one list per stage, or one per rank) and returns if all come to their end.
 
-    Assumes the strictest: F, B and R need every rank of the swarm at the same action (batch norm and cols couple
-    them), N all ranks; a receive needs its message from every rank of the neighbouring team, in the order sent; a send
-    needs fewer than `capacity` of its messages in that direction still to be received by any rank of that team. What
-    can move under these rules can always move later, so the order of play does not matter.
+def check(topology: Topology, lists: Sequence[Actions], have: Have | None = None) -> None:
+    """Plays the complete lists of all ranks (one per stage, or one per rank) and returns if all come to their end.
+
+    `have` are the buffers of each stage; unless told, those that training with these lists makes. Assumes the
+    strictest: a send is complete only when all its receives are posted; a receive needs its message from every rank of
+    the neighbouring team, in the order sent; F, B, R, X, Y and G need every rank of the swarm at the same action (batch
+    norm and cols couple them), N all ranks. What can move under these rules can always move later, so the order of play
+    does not matter. No buffer may be written while it is in use (see `Buffers`).
 
     Lists in which R and U have numbers are those of several mini-batches of as many micro-batches each, from one drain
-    to the next (plan/stream.py). In these, too, a mini-batch's backwards come before its R, that before its U, and U
-    before the next mini-batch's backwards; stage s of S has at most S - s micro-batches in flight; and all ranks of a
-    swarm do a micro-batch's forward after as many updates.
+    to the next (plan/stream.py). In these, too, a mini-batch's backwards come before its R, that before its U, and what
+    ends its step before the next mini-batch's backwards, and stage s of S has at most S - s micro-batches in flight.
+    That all ranks of a swarm do a micro-batch's forward after as many updates follows from the play.
 
     Raises ScheduleError, which names the ranks, the actions that wait and what they wait for, or the action that is
-    missing, doubled or out of order.
+    missing, doubled, out of order, or that writes a buffer in use.
     """
     actors = _actors(topology, lists)
     for actor in actors:
         _check_stage(actor, len(topology.stages))
-    game = _Game(topology, actors, capacity)
+    if have is None:
+        slots = [max(peak_stored(a.actions) for a in actors if a.stage == s) for s in range(len(topology.stages))]
+        have = [buffers(s, max(most, 1)) for s, most in enumerate(slots)]
+    game = _Game(topology, actors, have)
     game.play()
     training = any(action.kind in ("B", "R", "U") for actor in actors for action in actor.actions)
     steps = _mini_batches(actors)
     for actor in actors:
         _check_order(actor, len(topology.stages), training, steps)
-    _check_versions(actors)
+        _check_buffers(actor, have[actor.stage], training)
 
 
 @dataclass
@@ -48,8 +55,11 @@ class _Actor:
     actions: Actions
     ranks: list[int]
     at: int = 0
+    # Of activations (A) and gradients (G): the micro-batches that were sent, and whose receives were posted, in order;
     sent: dict[str, list[int | None]] = field(default_factory=lambda: {"A": [], "G": []})
-    got: dict[str, int] = field(default_factory=lambda: {"A": 0, "G": 0})
+    posted: dict[str, list[int | None]] = field(default_factory=lambda: {"A": [], "G": []})
+    # and which of these sends was the last one from each buffer.
+    last: dict[tuple[str, int], int] = field(default_factory=dict)
 
     @property
     def action(self) -> Action | None:
@@ -85,8 +95,8 @@ def _actors(topology: Topology, lists: Sequence[Actions]) -> list[_Actor]:
 
 
 class _Game:
-    def __init__(self, topology: Topology, actors: list[_Actor], capacity: int):
-        self.actors, self.capacity = actors, capacity
+    def __init__(self, topology: Topology, actors: list[_Actor], have: Have):
+        self.actors, self.have = actors, have
         self.swarms: list[list[_Actor]] = [[] for _ in topology.stages]
         self.teams: dict[tuple[int, int], list[_Actor]] = {}
         for actor in actors:
@@ -109,70 +119,102 @@ class _Game:
             more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
             raise ScheduleError("no rank can go on:\n  " + "\n  ".join(lines[:12]) + more)
         for actor in self.actors:
-            for way, messages in actor.sent.items():
+            for way in ("A", "G"):
                 for other in self.other_end(actor, way, sends=True):
-                    if other.got[way] < len(messages):
-                        lost = Action(actor.stage, "SA" if way == "A" else "SG", messages[other.got[way]])
+                    sent, posted = actor.sent[way], other.posted[way]
+                    if len(posted) < len(sent):
+                        lost = Action(actor.stage, _kind("S", way), sent[len(posted)])
                         raise ScheduleError(f"{lost} of {actor} is never received by {other}")
+                    if len(sent) < len(posted):
+                        idle = Action(other.stage, _kind("P", way), posted[len(sent)])
+                        raise ScheduleError(f"{idle} of {other} gets no message from {actor}")
 
-    def together(self, action: Action, actor: _Actor) -> list[_Actor]:
+    def at_once(self, action: Action, actor: _Actor) -> list[_Actor]:
         """Who does this action at the same time."""
         if action.kind == "N":
             return self.actors
-        return self.swarms[action.stage] if action.kind in ("F", "B", "R") else [actor]
+        return self.swarms[action.stage] if action.kind in ("F", "B", "R", "X", "Y", "G") else [actor]
 
     def other_end(self, actor: _Actor, way: str, *, sends: bool) -> list[_Actor]:
         neighbour = actor.stage + (1 if (way == "A") == sends else -1)
         return self.teams.get((actor.kind_of_replica, neighbour), [])
 
+    def place(self, action: Action) -> tuple[str, int]:
+        """The buffer from which a message of this number is sent."""
+        way, have = action.kind[-1], self.have[action.stage]
+        return way, (action.micro_batch or 0) % (have.slots if way == "A" else have.dx)
+
     def waits(self, actor: _Actor) -> str:
         """What the actor's action waits for; empty if it can start."""
         action = actor.action
         assert action is not None
-        for other in self.together(action, actor):
+        for other in self.at_once(action, actor):
             if other.action is None or other.action[1:] != action[1:]:
                 return f"{Action(other.stage, *action[1:])} of {other.where}"
-        way = action.kind[-1]
-        if action.kind in ("SA", "SG"):
-            for other in self.other_end(actor, way, sends=True):
-                oldest = len(actor.sent[way]) - self.capacity
-                if other.got[way] <= oldest:
-                    wanted = Action(other.stage, "RA" if way == "A" else "RG", actor.sent[way][oldest])
-                    return f"{wanted} of {other.where}"
+        if action.kind in ("WA", "WG"):
+            return self.send_waits(actor, action)
         if action.kind in ("RA", "RG"):
-            number = actor.got[way]
-            for other in self.other_end(actor, way, sends=False):
-                sent = other.sent[way]
-                wanted = Action(other.stage, "SA" if way == "A" else "SG", action.micro_batch)
-                if len(sent) <= number:
-                    return f"{wanted} of {other.where}"
-                if sent[number] != action.micro_batch:
-                    return f"{wanted} of {other}, which sent {wanted._replace(micro_batch=sent[number])} instead"
+            return self.receive_waits(actor, action)
+        return ""
+
+    def send_waits(self, actor: _Actor, action: Action) -> str:
+        """Until every receiver has posted the receive of what was last sent from this buffer."""
+        way, number = action.kind[-1], actor.last.get(self.place(action))
+        if number is not None:
+            for other in self.other_end(actor, way, sends=True):
+                if len(other.posted[way]) <= number:
+                    return f"{Action(other.stage, _kind('P', way), actor.sent[way][number])} of {other.where}"
+        return ""
+
+    def receive_waits(self, actor: _Actor, action: Action) -> str:
+        """Until every sender has sent what this rank has posted a receive for."""
+        way, m = action.kind[-1], action.micro_batch
+        if m not in actor.posted[way]:
+            return f"{Action(actor.stage, _kind('P', way), m)} of {actor}, which did not come before it instead"
+        number = actor.posted[way].index(m)
+        for other in self.other_end(actor, way, sends=False):
+            sent = other.sent[way]
+            wanted = Action(other.stage, _kind("S", way), m)
+            if len(sent) <= number:
+                return f"{wanted} of {other.where}"
+            if sent[number] != m:
+                return f"{wanted} of {other}, which sent {wanted._replace(micro_batch=sent[number])} instead"
         return ""
 
     def advance(self, actor: _Actor) -> None:
         action = actor.action
         assert action is not None
-        for other in self.together(action, actor):
+        for other in self.at_once(action, actor):
             other.at += 1
+        way = action.kind[-1]
         if action.kind in ("SA", "SG"):
-            actor.sent[action.kind[-1]].append(action.micro_batch)
-        if action.kind in ("RA", "RG"):
-            actor.got[action.kind[-1]] += 1
+            actor.last[self.place(action)] = len(actor.sent[way])
+            actor.sent[way].append(action.micro_batch)
+        if action.kind in ("PA", "PG"):
+            actor.posted[way].append(action.micro_batch)
+
+
+def _kind(what: Literal["P", "R", "W", "S"], way: str) -> Kind:
+    return cast("Kind", what + way)
 
 
 def _check_stage(actor: _Actor, stages: int) -> None:
     """Every action is one that this stage can do, and is there once."""
     seen: set[Action] = set()
     for action in actor.actions:
-        first, last = actor.stage == 0, actor.stage == stages - 1
         if action.stage != actor.stage:
             raise ScheduleError(f"{action} of {actor}: these ranks work on stage {actor.stage}")
-        if (first and action.kind in ("RA", "SG")) or (last and action.kind in ("SA", "RG")):
+        if action.kind in _absent(actor.stage, stages):
             raise ScheduleError(f"{action} of {actor}: there is no stage to send to or receive from")
         if action in seen:
             raise ScheduleError(f"{action} of {actor} stands there twice")
         seen.add(action)
+
+
+def _absent(stage: int, stages: int) -> set[str]:
+    """What a stage without a stage before it, or after it, does not do."""
+    before = {"PA", "RA", "WG", "SG"} if stage == 0 else set[str]()
+    return before | ({"WA", "SA", "PG", "RG"} if stage == stages - 1 else set[str]())
 
 
 def _mini_batches(actors: Sequence[_Actor]) -> list[range] | None:
@@ -187,7 +229,7 @@ def _mini_batches(actors: Sequence[_Actor]) -> list[range] | None:
                 f"{action} of {actor} has no number, and elsewhere R or U has: of which mini-batch is it?"
             )
     steps = 1 + max(n for n in numbers if n is not None)
-    count = 1 + max((a.micro_batch or 0 for a, _ in actions if a.kind not in ONCE), default=-1)
+    count = 1 + max((a.micro_batch or 0 for a, _ in actions if a.kind in ("F", "B")), default=-1)
     if count % steps:
         raise ScheduleError(f"{steps} mini-batches cannot have as many micro-batches each: there are {count}")
     each = count // steps
@@ -196,25 +238,27 @@ def _mini_batches(actors: Sequence[_Actor]) -> list[range] | None:
 
 def _check_order(actor: _Actor, stages: int, training: bool, steps: list[range] | None) -> None:
     """Everything that a micro-batch and a step need is there, and after what it needs."""
-    s, last, flying = actor.stage, actor.stage == stages - 1, stages - actor.stage
+    s, flying = actor.stage, stages - actor.stage
     index = {action: i for i, action in enumerate(actor.actions)}
-    passes: list[Kind] = ["RA", "F", "SA", "RG", "B", "SG"] if training else ["RA", "F", "SA"]
-    absent = ({"RA", "SG"} if s == 0 else set()) | ({"SA", "RG"} if last else set())
-    passes = [kind for kind in passes if kind not in absent]
-    norm = any(action.kind == "N" for action in actor.actions)
-    ends = [kind for kind in ONCE if kind != "N" or norm] if training else []
-    here = sorted({a.micro_batch for a in actor.actions if a.kind not in ONCE and a.micro_batch is not None})
+    orders: list[list[Kind]] = [["PA", "RA", "F", "SA"], ["WA", "F"]]
+    if training:
+        orders = [["PA", "RA", "F", "SA", "RG", "B", "SG"], ["WA", "F"], ["PG", "RG"], ["WG", "B"]]
+    absent = _absent(s, stages)
+    orders = [[kind for kind in order if kind not in absent] for order in orders]
+    optional = {action.kind for action in actor.actions} & {"M", "N", "X", "Y"}
+    ends = [kind for kind in ONCE if kind in ("R", "U", "G") or kind in optional] if training else []
+    here = sorted({a.micro_batch for a in actor.actions if a.kind not in (*ONCE, "L") and a.micro_batch is not None})
     chains: list[list[Action]] = []
     for n, micro_batches in [(None, here)] if steps is None else enumerate(steps):
         chains.append([Action(s, kind, n) for kind in ends])
         for m in micro_batches:
-            chains.append([Action(s, kind, m) for kind in passes])
+            chains += [[Action(s, kind, m) for kind in order] for order in orders]
             if training:
                 chains.append([Action(s, "B", m), Action(s, "R", n)])
             if n is not None and m >= flying:
                 chains.append([Action(s, "B", m - flying), Action(s, "F", m)])
             if n:
-                chains.append([Action(s, "U", n - 1), Action(s, "B", m)])
+                chains.append([Action(s, "G", n - 1), Action(s, "B", m)])
     for chain in chains:
         for action in chain:
             if action not in index:
@@ -222,19 +266,47 @@ def _check_order(actor: _Actor, stages: int, training: bool, steps: list[range] 
         for before, after in pairwise(chain):
             if index[before] > index[after]:
                 raise ScheduleError(f"{after} of {actor} comes before {before}")
-    end = Action(s, "U", None if steps is None else len(steps) - 1)
+    changing = False
+    for action in actor.actions:
+        changing = action.kind in ("X", "U", "Y") or (changing and action.kind != "G")
+        if changing and action.kind in ("F", "B"):
+            raise ScheduleError(f"{action} of {actor} comes between an update and its {s}G")
+    end = Action(s, "G", None if steps is None else len(steps) - 1)
     if training and actor.actions[-1] != end:
         raise ScheduleError(f"{actor.actions[-1]} of {actor} comes after {end}")
 
 
-def _check_versions(actors: Sequence[_Actor]) -> None:
-    """All ranks of a swarm use the same weights for a micro-batch: as many updates come before its forward."""
-    known: dict[Action, tuple[int, _Actor]] = {}
-    for actor in actors:
-        updates = 0
-        for action in actor.actions:
-            updates += action.kind == "U"
-            if action.kind == "F":
-                others, other = known.setdefault(action, (updates, actor))
-                if others != updates:
-                    raise ScheduleError(f"{action} of {actor} comes after {updates} updates, of {other} after {others}")
+def _check_buffers(actor: _Actor, have: Buffers, training: bool) -> None:
+    """No buffer is written while it is in use (see `Buffers`)."""
+    first, done = actor.stage == 0, "B" if training else "F"
+    # name, how many, the kind that takes a buffer, the kind after which it is free
+    turns = [("input", have.inputs, "F" if first else "PA", done), ("dy", have.dy, "PG", "B")]
+    turns += [("slot", have.slots, "F", "B")] if training else []
+    # name, how many, who writes it, who sends it, who waits until it was sent
+    sends = [("output", have.slots, "F", "SA", "WA"), ("dx", have.dx, "B", "SG", "WG")]
+    kinds = {action.kind for action in actor.actions}
+    sends = [entry for entry in sends if entry[3] in kinds]
+    used: dict[tuple[str, int], int] = {}
+    unsent: dict[tuple[str, int], Action] = {}  # what was last done with the contents of these buffers
+    for action in actor.actions:
+        m = action.micro_batch
+        if m is None or action.kind in ONCE:
+            continue
+        for name, count, takes, frees in turns:
+            place = name, m % count
+            if action.kind == takes and (other := used.setdefault(place, m)) != m:
+                needed = action._replace(kind=cast("Kind", frees), micro_batch=other)
+                raise ScheduleError(f"{action} of {actor} takes the {name} buffer that {needed} still needs")
+            if action.kind == frees and used.get(place) == m:
+                del used[place]
+        for name, count, writes, send, waits in sends:
+            place = name, m % count
+            if action.kind == waits and place in unsent and unsent[place].kind == send:
+                del unsent[place]
+            if action.kind == writes and place in unsent:
+                wait = action._replace(kind=cast("Kind", waits))
+                raise ScheduleError(
+                    f"{action} of {actor} writes the {name} buffer of {unsent[place]} before {wait} has waited for it"
+                )
+            if action.kind in (writes, send):
+                unsent[place] = action

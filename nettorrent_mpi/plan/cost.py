@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from nettorrent_mpi.plan.actions import Action
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, simulate, steady_seconds
+from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS
+from nettorrent_mpi.plan.timeline import simulate, steady_seconds
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout, partition
 
 PAYS = 2.5  # so many times as much work for memory has to be saved by `in_parts`: measured with 2, 4 and 8 ranks

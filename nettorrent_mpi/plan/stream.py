@@ -13,9 +13,9 @@ which fills the pipeline, and the last ones before a drain, which have no forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from nettorrent_mpi.plan.actions import ONCE, Action, Actions, with_transfers
+from nettorrent_mpi.plan.actions import ONCE, Action, Actions, Kind, complete, step_end
 
 
 def stream_step(
@@ -26,36 +26,40 @@ def stream_step(
     first: bool,
     left: int,
     transfers: bool = True,
-    clip: bool = False,
+    end: Sequence[Kind] = step_end(),
 ) -> Actions:
-    """What `stage` does in one step: [F0 .. F(d-2) if `first`], then F(m+d-1), B(m) for every m; R, (N if `clip`,) U.
+    """What `stage` does in one step: [F0 .. F(d-2) if `first`], then F(m+d-1), B(m) for every m, and the step's `end`;
+    with `transfers` also all that it does and waits for around them.
 
     Micro-batches are numbered from the step's own mini-batch on: m >= micro_batches is one of a later mini-batch.
     `first` is for the first step after a drain; `left` >= 1 says how many mini-batches are still to be done until the
     next drain, this one included: forwards beyond them are left out. For every `left` greater than
-    `staleness_bound(stages, micro_batches, stage)` the list is the same. N lets all stages wait for each other.
+    `reach(stages, micro_batches)` the list is the same. N lets all stages wait for each other.
     """
     assert 0 <= stage < stages
     assert micro_batches >= 1
     assert left >= 1
-    ahead, end = stages - stage - 1, micro_batches * left
-    compute = [Action(stage, "F", m) for m in range(min(ahead, end))] if first else []
+    ahead, until = stages - stage - 1, micro_batches * left
+    compute = [Action(stage, "F", m) for m in range(min(ahead, until))] if first else []
     for m in range(micro_batches):
-        if m + ahead < end:
+        if m + ahead < until:
             compute.append(Action(stage, "F", m + ahead))
         compute.append(Action(stage, "B", m))
-    actions = with_transfers(compute, stages) if transfers else compute
-    return actions + [Action(stage, kind) for kind in ONCE if kind != "N" or clip]
+    if transfers:
+        return complete(compute, stage, stages, stages - stage, until, first=first, end=end)
+    return compute + [Action(stage, kind) for kind in end]
 
 
-def stream(stages: int, micro_batches: int, steps: int, *, transfers: bool = True, clip: bool = False) -> list[Actions]:
+def stream(
+    stages: int, micro_batches: int, steps: int, *, transfers: bool = True, end: Sequence[Kind] = step_end()
+) -> list[Actions]:
     """The lists of all stages for `steps` mini-batches from one drain to the next: the steps of `stream_step`, with
-    micro-batches counted on over the mini-batches, and R, N and U numbered by mini-batch."""
+    micro-batches counted on over the mini-batches, and what is done once per step numbered by mini-batch."""
     lists: list[Actions] = []
     for s in range(stages):
         lists.append([])
         for n in range(steps):
-            step = stream_step(stages, micro_batches, s, first=n == 0, left=steps - n, transfers=transfers, clip=clip)
+            step = stream_step(stages, micro_batches, s, first=n == 0, left=steps - n, transfers=transfers, end=end)
             lists[s] += counted_on(step, micro_batches, n)
     return lists
 
@@ -81,6 +85,12 @@ def staleness_bound(stages: int, micro_batches: int, stage: int) -> int:
     """The most updates between the weights that a micro-batch's forward uses and those that its gradient is applied
     to: ceil((d - 1) / M). The last stage is never late."""
     return -(-(stages - stage - 1) // micro_batches)
+
+
+def reach(stages: int, micro_batches: int) -> int:
+    """How many mini-batches after the present one receives may be posted for: ceil(S / M). It is at most one more than
+    the mini-batches that are begun, which are `staleness_bound` of the first stage."""
+    return -(-stages // micro_batches)
 
 
 def mean_staleness(stages: int, micro_batches: int, stage: int) -> float:

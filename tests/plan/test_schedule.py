@@ -4,32 +4,22 @@ import itertools
 import random
 import re
 import time
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nettorrent_mpi.plan.actions import with_loads
+from nettorrent_mpi.plan.actions import ONCE, Action, Actions, Kind, buffers, parse, peak_stored, step_end
+from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.errors import ScheduleError
-from nettorrent_mpi.plan.schedule import (
-    PIPELINES,
-    Action,
-    Actions,
-    Kind,
-    add_transfers,
-    build,
-    check,
-    forward_only,
-    gpipe,
-    one_f_one_b,
-    parse,
-    peak_stored,
-    simulate,
-    table,
-)
+from nettorrent_mpi.plan.schedule import PIPELINES, build, evaluation, forward_only, gpipe, one_f_one_b
+from nettorrent_mpi.plan.timeline import simulate, table
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 pipelines = st.sampled_from(sorted(PIPELINES))
+ends = st.builds(step_end, clip=st.booleans(), exact=st.booleans(), parts=st.booleans())
+MANY = ["L", "PA", "RA", "F", "WA", "SA", "PG", "RG", "B", "WG", "SG"]  # of a micro-batch
 
 
 def teams(replicas: int, *sizes: tuple[int, int]) -> Topology:
@@ -50,7 +40,7 @@ topologies = st.builds(
 )
 
 
-@given(st.integers(0, 99), st.sampled_from(["F", "B", "L", "SA", "RA", "SG", "RG"]), st.integers(0, 99))
+@given(st.integers(0, 99), st.sampled_from(MANY), st.integers(0, 99))
 def test_actions_print_and_parse(stage: int, kind: Kind, micro_batch: int) -> None:
     action = Action(stage, kind, micro_batch)
     assert str(action) == f"{stage}{kind}{micro_batch}"
@@ -66,9 +56,13 @@ def test_actions_of_a_step_print_and_parse() -> None:
         Action(11, "U", 3),
     ]
     assert str(Action(2, "R", 0)) == "2R0"
+    for kind in ONCE:
+        for number in (None, 0, 7):
+            assert parse(str(Action(3, kind, number))) == Action(3, kind, number)
+    assert set(MANY) | set(ONCE) == set(get_args(Kind))
 
 
-@pytest.mark.parametrize("text", ["", "F0", "2F", "2R-1", "2X1", "2f0", "-1F0", "2F0 "])
+@pytest.mark.parametrize("text", ["", "F0", "2F", "2R-1", "2Z1", "2PR0", "2f0", "-1F0", "2F0 "])
 def test_other_texts_are_no_actions(text: str) -> None:
     with pytest.raises(ScheduleError, match=re.escape(repr(text))):
         parse(text)
@@ -77,36 +71,74 @@ def test_other_texts_are_no_actions(text: str) -> None:
 def test_lists_as_written_by_hand() -> None:
     assert gpipe(2, 2) == [words("0F0 0F1 0B0 0B1"), words("1F0 1F1 1B0 1B1")]
     assert one_f_one_b(2, 3) == [words("0F0 0F1 0B0 0F2 0B1 0B2"), words("1F0 1B0 1F1 1B1 1F2 1B2")]
-    assert build("1f1b", 3, 1, clip=True) == [
-        words("0F0 0SA0 0RG0 0B0 0R 0N 0U"),
-        words("1RA0 1F0 1SA0 1RG0 1B0 1SG0 1R 1N 1U"),
-        words("2RA0 2F0 2B0 2SG0 2R 2N 2U"),
+    assert build("1f1b", 3, 1, end=step_end(clip=True)) == [
+        words("0PG0 0WA0 0F0 0SA0 0L1 0RG0 0B0 0R 0N 0U 0G"),
+        words("1PA0 1PG0 1RA0 1WA0 1F0 1SA0 1RG0 1WG0 1B0 1SG0 1R 1N 1U 1G"),
+        words("2PA0 2RA0 2F0 2WG0 2B0 2SG0 2R 2N 2U 2G"),
     ]
-    assert add_transfers(forward_only(2, 2)) == [words("0F0 0SA0 0F1 0SA1"), words("1RA0 1F0 1RA1 1F1")]
+    # the last of two stages holds one micro-batch, and so has two buffers for inputs; it sends from two
+    assert build("1f1b", 2, 4)[1] == words(
+        "1PA0 1PA1 1RA0 1F0 1WG0 1B0 1PA2 1SG0 1RA1 1F1 1WG1 1B1 1PA3 1SG1 1RA2 1F2 1WG2 1B2 1SG2 "
+        "1RA3 1F3 1WG3 1B3 1SG3 1R 1U 1G"
+    )
+    assert evaluation([2, 1], 3) == [
+        words("0WA0 0F0 0SA0 0WA1 0F1 0SA1 0WA2 0F2 0SA2"),
+        words("1PA0 1PA1 1RA0 1F0 1PA2 1RA1 1F1 1RA2 1F2"),
+    ]
 
 
-LOADS = {  # pipeline, stages, micro-batches: what the first stage does
-    ("1f1b", 1, 1): "0F0 0B0 0L1 0R 0U",
-    ("1f1b", 1, 2): "0F0 0B0 0F1 0B1 0L2 0R 0U",
-    ("1f1b", 2, 3): "0F0 0SA0 0F1 0SA1 0L2 0RG0 0B0 0F2 0SA2 0L3 0RG1 0B1 0RG2 0B2 0R 0U",
-    ("gpipe", 3, 2): "0F0 0SA0 0F1 0SA1 0L2 0RG0 0B0 0RG1 0B1 0R 0U",
+def test_what_ends_a_step() -> None:
+    assert step_end() == ("R", "U", "G")
+    assert step_end(clip=True, parts=True) == ("R", "M", "N", "U", "G")
+    assert step_end(exact=False) == ("R", "X", "U", "Y", "G")
+
+
+@settings(max_examples=200, deadline=None)
+@given(pipelines, st.integers(1, 6), st.integers(1, 8))
+def test_receives_are_posted_as_soon_as_their_buffers_are_free(p: str, stages: int, micro_batches: int) -> None:
+    """Right after the backward that frees the buffer, or first of all; and buffers are waited for right before use."""
+    for s, actions in enumerate(build(p, stages, micro_batches)):
+        have = buffers(s, peak_stored(actions))
+        count = 1 + max(a.micro_batch or 0 for a in actions if a.kind == "B")
+        for kind, ring, there in (("PA", have.inputs, s > 0), ("PG", 2, s < stages - 1)):
+            if there:
+                first = [a.micro_batch for a in actions[: actions.index(Action(s, "F", 0))] if a.kind == kind]
+                assert first == list(range(min(ring, count)))
+                for m in range(ring, count):
+                    i = actions.index(Action(s, kind, m))
+                    assert {a.kind for a in actions[actions.index(Action(s, "B", m - ring)) + 1 : i]} <= {"PA"}
+        for before, action in itertools.pairwise(actions):
+            if action.kind == "F" and s < stages - 1:
+                assert before == Action(s, "WA", action.micro_batch)
+            if action.kind == "B" and s > 0:
+                assert before == Action(s, "WG", action.micro_batch)
+
+
+LOADS = {  # pipeline, stages, micro-batches: what the first stage does, without its transfers
+    ("1f1b", 1, 1): "0F0 0B0 0L1 0R 0U 0G",
+    ("1f1b", 1, 2): "0F0 0B0 0F1 0B1 0L2 0R 0U 0G",
+    ("1f1b", 2, 3): "0F0 0F1 0L2 0RG0 0B0 0F2 0L3 0RG1 0B1 0RG2 0B2 0R 0U 0G",
+    ("gpipe", 3, 2): "0F0 0F1 0L2 0RG0 0B0 0RG1 0B1 0R 0U 0G",
 }
 
 
 @pytest.mark.parametrize("case", LOADS, ids=str)
 def test_rows_are_gathered_before_what_has_to_be_waited_for(case: tuple[str, int, int]) -> None:
-    assert " ".join(map(str, with_loads(build(*case)[0]))) == LOADS[case]
-    evaluation = add_transfers(forward_only(*case[1:]))[0]
-    assert with_loads(evaluation) == evaluation
+    assert " ".join(str(a) for a in build(*case)[0] if a.kind not in ("PG", "WA", "SA")) == LOADS[case]
+    assert not any(a.kind == "L" for a in evaluation([case[2]] * case[1], case[2])[0])
 
 
 @pytest.mark.parametrize("pipeline", sorted(PIPELINES))
 def test_every_schedule_ends(pipeline: str) -> None:
     for stages, micro_batches, clip in itertools.product(range(1, 10), range(1, 13), (False, True)):
         topology = teams(1 + micro_batches % 2, *((1 + s % 2, 1 + s % 3) for s in range(stages)))
-        lists = build(pipeline, stages, micro_batches, clip=clip)
+        lists = build(pipeline, stages, micro_batches, end=step_end(clip=clip, exact=not clip))
         check(topology, lists)
-        check(topology, add_transfers(forward_only(stages, micro_batches)))
+        slots = [peak_stored(actions) for actions in lists]
+        have = [buffers(s, count) for s, count in enumerate(slots)]
+        check(topology, lists, have)
+        for passes in (1, 2 * micro_batches + 3):
+            check(topology, evaluation(slots, passes), have)
         for s, actions in enumerate(lists):
             stored = {"gpipe": micro_batches, "1f1b": min(micro_batches, stages - s), "async": stages - s}
             assert peak_stored(actions) == stored[pipeline]
@@ -120,60 +152,76 @@ def test_nothing_is_stored_in_evaluation() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(topologies, pipelines, st.integers(1, 5), st.integers(1, 3), st.booleans())
-def test_lists_per_rank_or_per_stage(t: Topology, pipeline: str, micro_batches: int, cap: int, clip: bool) -> None:
-    lists = build(pipeline, len(t.stages), micro_batches, clip=clip)
-    check(t, lists, cap)
-    check(t, per_rank(t, lists), cap)
+@given(topologies, pipelines, st.integers(1, 5), ends)
+def test_lists_per_rank_or_per_stage(t: Topology, pipeline: str, micro_batches: int, end: tuple[Kind, ...]) -> None:
+    lists = build(pipeline, len(t.stages), micro_batches, end=end)
+    check(t, lists)
+    check(t, per_rank(t, lists))
 
 
-def plays(topology: Topology, lists: list[Actions], capacity: int, order: random.Random) -> bool:
+def plays(topology: Topology, lists: list[Actions], slots: list[int], order: random.Random) -> bool:
     """Does every rank come to its end? Each rank on its own, in random order: the rules of `check`, written plainly."""
+    dice = random.Random(order.getrandbits(32))
     at = [0] * topology.size
     sent: dict[tuple[int, str], list[int | None]] = {}
-    got: dict[tuple[int, str], int] = {}
+    posted: dict[tuple[int, str], list[int | None]] = {}
+    last: dict[tuple[int, str, int], int] = {}
 
     def now(rank: int) -> Action | None:
         return lists[rank][at[rank]] if at[rank] < len(lists[rank]) else None
 
+    def may(rank: int, action: Action) -> bool:
+        """Has come, or has been taken, what this rank waits for?"""
+        place, way, m = topology.place(rank), action.kind[-1], action.micro_batch
+        if action.kind in ("RA", "RG"):
+            mine = posted.get((rank, way), [])
+            others = topology.team(place.replica, place.stage + (1 if way == "G" else -1))
+            return m in mine and all(sent.get((o, way), [])[mine.index(m) :][:1] == [m] for o in others)
+        if action.kind in ("WA", "WG"):
+            assert m is not None
+            number = last.get((rank, way, m % (slots[place.stage] if way == "A" else 2)))
+            others = topology.team(place.replica, place.stage + (1 if way == "A" else -1))
+            return number is None or all(len(posted.get((o, way), [])) > number for o in others)
+        return True
+
     while True:
         ranks = [rank for rank in range(topology.size) if now(rank)]
-        order.shuffle(ranks)
+        dice.shuffle(ranks)
+        moved = False
         for rank in ranks:
             action, place = now(rank), topology.place(rank)
-            assert action is not None
-            way, group = action.kind[-1], [rank]
-            step = 1 if action.kind in ("SA", "RG") else -1
-            others = topology.team(place.replica, place.stage + step) if action.kind[0] in "SR" and way in "AG" else []
-            if action.kind in ("F", "B", "R"):
+            if action is None:
+                continue
+            group = [rank]
+            if action.kind in ("F", "B", "R", "X", "Y", "G"):
                 group = topology.swarm(place.stage)
             elif action.kind == "N":
                 group = list(range(topology.size))
-            if any((a := now(r)) is None or a[1:] != action[1:] for r in group):
+            if any((a := now(r)) is None or a[1:] != action[1:] for r in group) or not may(rank, action):
                 continue
-            mine = sent.setdefault((rank, way), [])
-            if action.kind[0] == "S":
-                if any(len(mine) - got.get((o, way), 0) >= capacity for o in others):
-                    continue
-                mine.append(action.micro_batch)
-            elif others:
-                number = got.get((rank, way), 0)
-                if any(sent.get((o, way), [])[number : number + 1] != [action.micro_batch] for o in others):
-                    continue
-                got[rank, way] = number + 1
+            way, m = action.kind[-1], action.micro_batch
+            if action.kind in ("SA", "SG"):
+                assert m is not None
+                mine = sent.setdefault((rank, way), [])
+                last[rank, way, m % (slots[place.stage] if way == "A" else 2)] = len(mine)
+                mine.append(m)
+            elif action.kind in ("PA", "PG"):
+                posted.setdefault((rank, way), []).append(m)
             for r in group:
                 at[r] += 1
-            break
-        else:
+            moved = True
+        if not moved:
             return not ranks
 
 
 @settings(max_examples=300, deadline=None)
-@given(topologies, pipelines, st.integers(1, 4), st.integers(1, 2), st.booleans(), st.randoms(use_true_random=False))
+@given(topologies, pipelines, st.integers(1, 4), ends, st.randoms(use_true_random=False))
 def test_check_agrees_with_a_plain_play(
-    t: Topology, pipeline: str, micro_batches: int, capacity: int, clip: bool, order: random.Random
+    t: Topology, pipeline: str, micro_batches: int, end: tuple[Kind, ...], order: random.Random
 ) -> None:
-    lists = per_rank(t, build(pipeline, len(t.stages), micro_batches, clip=clip))
+    whole = build(pipeline, len(t.stages), micro_batches, end=end)
+    slots = [peak_stored(actions) for actions in whole]
+    lists = per_rank(t, whole)
     for _ in range(order.randrange(3)):
         actions = order.choice(lists)
         i, j = order.randrange(len(actions)), order.randrange(len(actions))
@@ -181,38 +229,69 @@ def test_check_agrees_with_a_plain_play(
             del actions[i]
         else:
             actions[i], actions[j] = actions[j], actions[i]
-    ends = plays(t, lists, capacity, order)
+    ends = plays(t, lists, slots, order)
     try:
-        check(t, lists, capacity)
+        check(t, lists, [buffers(s, count) for s, count in enumerate(slots)])
         stuck = False
     except ScheduleError as error:
         stuck = "no rank can go on" in str(error)
     assert stuck == (not ends)
 
 
-@settings(max_examples=200, deadline=None)
-@given(topologies.filter(lambda t: len(t.stages) > 1), pipelines, st.integers(1, 4), st.data())
+several = topologies.filter(lambda t: len(t.stages) > 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(several, pipelines, st.integers(1, 4), st.data())
 def test_a_missing_transfer_is_named(t: Topology, pipeline: str, micro_batches: int, data: st.DataObject) -> None:
     lists = per_rank(t, build(pipeline, len(t.stages), micro_batches))
     rank = data.draw(st.integers(0, t.size - 1))
-    lost = data.draw(st.sampled_from([a for a in lists[rank] if a.kind in ("SA", "RA", "SG", "RG")]))
+    lost = data.draw(st.sampled_from([a for a in lists[rank] if len(a.kind) == 2]))
     lists[rank].remove(lost)
     with pytest.raises(ScheduleError) as error:
         check(t, lists)
+    told = str(error.value)
     if lost.kind[0] == "S":  # its receivers wait for it, by name
         step, receive = (1, "RA") if lost.kind == "SA" else (-1, "RG")
         waiting = rf"at {lost.stage + step}{receive}{lost.micro_batch} waits? for {lost} of ranks? .*\b{rank}\b"
-        assert re.search(waiting, str(error.value))
+        assert re.search(waiting, told)
+    elif lost.kind[0] == "P":  # the rank itself cannot go on
+        wait = lost._replace(kind="RA" if lost.kind == "PA" else "RG")
+        assert re.search(rf"\b{rank}\b.* at {wait} waits? for {lost} of ranks? .*\b{rank}\b", told)
     else:
-        assert re.search(rf"\b{rank}\b", str(error.value))
-        assert str(lost.micro_batch) in str(error.value)
+        assert re.search(rf"{lost} of rank {rank} is missing", told)
+
+
+@settings(max_examples=200, deadline=None)
+@given(several, pipelines, st.integers(2, 6), st.data())
+def test_a_buffer_too_few_is_found(t: Topology, pipeline: str, micro_batches: int, data: st.DataObject) -> None:
+    lists = build(pipeline, len(t.stages), micro_batches)
+    have = [buffers(s, peak_stored(actions)) for s, actions in enumerate(lists)]
+    check(t, lists, have)
+    s = data.draw(st.integers(0, len(lists) - 1))
+    count = 1 + max(a.micro_batch or 0 for a in lists[s] if a.kind == "B")
+    fewer = {}
+    if s and have[s].inputs <= count:
+        fewer["inputs"] = r"\dPA\d+ .* takes the input buffer that \dB\d+ still needs"
+    if s < len(lists) - 1:
+        fewer["dy"] = r"\dPG\d+ .* takes the dy buffer that \dB\d+ still needs"
+    if have[s].slots > 1:
+        fewer["slots"] = r"\dF\d+ .* (takes the slot buffer that \dB\d+ still needs|writes the output buffer of)"
+    name = data.draw(st.sampled_from(sorted(fewer))) if fewer else None
+    if name:
+        have[s] = have[s]._replace(**{name: getattr(have[s], name) - 1})
+        with pytest.raises(ScheduleError, match=fewer[name] + "|no rank can go on"):
+            check(t, lists, have)
 
 
 @pytest.mark.parametrize(
     ("stage", "instead", "told"),
     [
         # crossed receives
-        (1, ("1RA0", "1RA1"), r"rank 1 at 1RA1 waits for 0SA1 of rank 0, which sent 0SA0 instead"),
+        (1, ("1PA0", "1PA1"), r"rank 1 at 1RA0 waits for 0SA0 of rank 0, which sent 0SA1 instead"),
+        (1, ("1RA0", "1RA1"), r"1F0 of rank 1 comes before 1RA0"),
+        # waited for before it is posted
+        (1, ("1PA0", "1RA0"), r"rank 1 at 1RA0 waits for 1PA0 of rank 1"),
         # a forward that one rank does in another order than the rest of its swarm cannot begin
         (2, ("2F0", "2F1"), r"rank 2 at 2F1 waits for 2F1 of rank 3, which is at 2F0"),
         # sent before there is a result, received after use
@@ -230,44 +309,100 @@ def test_swapped_actions_are_named(stage: int, instead: tuple[str, str], told: s
         check(topology, lists)
 
 
+TWO = [  # two stages, two micro-batches
+    "0PG0 0PG1 0WA0 0F0 0SA0 0WA1 0F1 0SA1 0L2 0RG0 0B0 0RG1 0B1 0R 0U 0G",
+    "1PA0 1PA1 1RA0 1F0 1WG0 1B0 1SG0 1RA1 1F1 1WG1 1B1 1SG1 1R 1U 1G",
+]
+
+
 @pytest.mark.parametrize(
-    ("lists", "told"),
+    ("stage", "old", "new", "told"),
     [
-        (["0F0 0SA0 0RG0 0B0 0R 0U", "1RA0 1F0 1B0 1SG0 1U"], r"1R of rank 1 is missing"),
-        (["0F0 0SA0 0RG0 0B0 0R 0U", "1RA0 1F0 1B0 1SG0 1SG0 1R 1U"], r"1SG0 of rank 1 stands there twice"),
-        (["0F0 0SA0 0RG0 0B0 0R 0U", "1RA0 1F0 1SG0 1B0 1R 1U"], r"1SG0 of rank 1 comes before 1B0"),
-        (["0F0 0SA0 0RG0 0B0 0R 0U", "1RA0 1F0 1B0 1R 1SG0 1SA0 1U"], r"1SA0 of rank 1: there is no stage"),
-        (["0F0 0SA0 0RG0 0B0 0R 0U", "1RA0 1F0 1B0 1SG0 1R 1U 0F1"], r"0F1 of rank 1: these ranks work on stage 1"),
-        (["0F0 0SA0 0F1 0SA1", "1RA0 1F0"], r"0SA1 of rank 0 is never received by rank 1"),
-        (["0F0 0SA0 0R 0B0 0U", "1RA0 1F0 1R 1B0 1U"], r"0RG0 of rank 0 is missing"),
-        (["0F0 0SA0 0RG0 0R 0U", "1RA0 1F0 1B0 1SG0 1R 1U"], r"0B0 of rank 0 is missing"),
-        (["0F0 0SA0 0RG0 0R 0B0 0U", "1RA0 1F0 1B0 1SG0 1R 1U"], r"0R of rank 0 comes before 0B0"),
-        (["0F0 0SA0 0RG0 0B0 0R 0N 0U", "1RA0 1F0 1B0 1SG0 1R 1U"], r"0N waits for 1N of rank 1, which has ended"),
-        (["0RG0 0F0 0SA0 0B0 0R 0U", "1RA0 1F0 1B0 1SG0 1R 1U"], r"0RG0 waits for 1SG0 of rank 1, which is at 1RA0"),
-        (["", ""], None),
-        ([""], r"1 lists for 2 stages"),
+        (0, "", "", None),
+        (1, "1R ", "", r"1R of rank 1, which is at 1U|1R of rank 1 is missing"),
+        (1, "1SG0", "1SG0 1SG0", r"1SG0 of rank 1 stands there twice"),
+        (1, "1B0 1SG0", "1SG0 1B0", r"1SG0 of rank 1 comes before 1B0"),
+        (1, "1U", "1SA0 1U", r"1SA0 of rank 1: there is no stage"),
+        (1, "1G", "1G 0F1", r"0F1 of rank 1: these ranks work on stage 1"),
+        (0, "0B1 0R", "0R 0B1", r"0R of rank 0 comes before 0B1"),
+        (0, "0RG1 0B1 ", "0RG1 ", r"0B1 of rank 0 is missing"),
+        (0, "0U 0G", "0G 0U", r"0G of rank 0 comes before 0U"),
+        (0, "0R 0U 0G", "0R 0G", r"0U of rank 0 is missing"),
+        (0, "0R 0U", "0R 0N 0U", r"0N waits for 1N of rank 1, which is at 1R|1N of rank 1, which has ended"),
+        (0, "0WA0 0F0", "0RG0 0WA0 0F0", r"0RG0 of rank 0 stands there twice"),
+        (0, "0PG0 0PG1 ", "0PG0 ", r"rank 0 at 0RG1 waits for 0PG1 of rank 0"),
+        (0, "0WA1 ", "", r"0WA1 of rank 0 is missing"),
+        (0, "0WA1 0F1", "0F1 0WA1", r"0F1 of rank 0 comes before 0WA1"),
+        (1, "1WG1 ", "", r"1WG1 of rank 1 is missing"),
+        (1, "1RA1 1F1", "1F1 1RA1", r"1F1 of rank 1 comes before 1RA1"),
+        (1, "1PA0 1PA1 ", "1PA0 1PA1 1PA2 ", r"1PA2 of rank 1 gets no message from rank 0"),
+        (0, "0RG1 0B1 ", "0B1 0RG1 ", r"0B1 of rank 0 comes before 0RG1"),
     ],
 )
-def test_other_faults_are_named(lists: list[str], told: str | None) -> None:
-    topology, written = teams(1, (1, 1), (1, 1)), [words(text) for text in lists]
+def test_other_faults_are_named(stage: int, old: str, new: str, told: str | None) -> None:
+    texts = [text.replace(old, new) if s == stage else text for s, text in enumerate(TWO)]
+    topology, written = teams(1, (1, 1), (1, 1)), [words(text) for text in texts]
     if told is None:
+        assert written == build("1f1b", 2, 2)
         check(topology, written)
         return
     with pytest.raises(ScheduleError, match=told):
         check(topology, written)
 
 
-def test_capacity_decides() -> None:
-    # stage 0 sends all before it receives; stage 1 sends back what it has before it receives more
-    lists = [build("gpipe", 2, 4)[0], build("1f1b", 2, 4)[1]]
-    check(teams(1, (1, 1), (1, 1)), lists, 2)
-    with pytest.raises(ScheduleError, match="rank 0 at 0SA3 waits for 1RA2 of rank 1, which is at 1SG1"):
-        check(teams(1, (1, 1), (1, 1)), lists, 1)
+def test_lists_have_to_fit() -> None:
+    check(teams(1, (1, 1), (1, 1)), [[], []])
+    with pytest.raises(ScheduleError, match="1 lists for 2 stages"):
+        check(teams(1, (1, 1), (1, 1)), [[]])
+
+
+@pytest.mark.parametrize(
+    ("stage", "old", "new", "told"),
+    [
+        # posted while the buffer's last message is still needed, written while it is still sent
+        (1, "1B1 1PA3", "1PA3 1B1", r"1PA3 of rank 1 takes the input buffer that 1B1 still needs"),
+        (0, "0B1 0PG3", "0PG3 0B1", r"0PG3 of rank 0 takes the dy buffer that 0B1 still needs"),
+        (1, "1SG1", "1WG3 1SG1", r"1B3 of rank 1 writes the dx buffer of 1SG1 before 1WG3 has waited for it"),
+        (0, "0SA1", "0WA3 0SA1", r"0F3 of rank 0 writes the output buffer of 0SA1 before 0WA3 has waited for it"),
+        (0, "0B1", "0WA3 0F3 0B1", r"0F3 of rank 0 takes the input buffer that 0B1 still needs"),
+    ],
+)
+def test_double_use_of_a_buffer_is_named(stage: int, old: str, new: str, told: str) -> None:
+    lists = build("1f1b", 2, 4)
+    text = " ".join(str(a) for a in lists[stage] if a.kind != "L")
+    moved = [word for word in new.split() if word not in old.split()]
+    for word in moved:
+        text = text.replace(f"{word} ", "")
+    assert old in text
+    lists[stage] = words(text.replace(old, new))
+    have = [buffers(0, 2), buffers(1, 1)]
+    with pytest.raises(ScheduleError, match=told):
+        check(teams(1, (1, 1), (1, 1)), lists, have)
+
+
+def test_buffers_decide() -> None:
+    """Stage 0 does all forwards before it receives; stage 1 sends back what it has before it receives more. That ends
+    where stage 0 has a buffer for every output, and waits for ever where it has two."""
+    lists = [build("gpipe", 2, 5)[0], build("1f1b", 2, 5)[1]]
+    topology, have = teams(1, (1, 1), (1, 1)), [buffers(0, 5), buffers(1, 1)]
+    check(topology, lists, have)
+    told = "rank 0 at 0WA4 waits for 1PA2 of rank 1, which is at 1WG2"
+    lists[1] = words(
+        "1PA0 1PA1 1RA0 1F0 1WG0 1B0 1SG0 1RA1 1F1 1WG1 1B1 1SG1 1WG2 "
+        + " ".join(f"1PA{m} 1RA{m} 1F{m} {f'1WG{m} ' * (m > 2)}1B{m} 1SG{m}" for m in (2, 3, 4))
+        + " 1R 1U 1G"
+    )
+    lists[0] = [action for action in lists[0] if action not in words("0PG0 0PG1")]
+    i = lists[0].index(parse("0RG0"))
+    lists[0][i:i] = words("0PG0 0PG1")
+    check(topology, lists, have)
+    with pytest.raises(ScheduleError, match=told):
+        check(topology, lists, [buffers(0, 2), buffers(1, 1)])
 
 
 def test_check_is_quick() -> None:
     topology = teams(10, *[(5, 2)] * 10)
-    lists = per_rank(topology, build("1f1b", 10, 16, clip=True))
+    lists = per_rank(topology, build("1f1b", 10, 16, end=step_end(clip=True)))
     start = time.perf_counter()
     check(topology, lists)
     lists[777].remove(parse("7SA9"))
@@ -292,7 +427,7 @@ def test_the_timeline_respects_order_and_transfers(
     seconds = st.floats(0.01, 5)
     forward, backward, finish = (data.draw(st.lists(seconds, min_size=stages, max_size=stages)) for _ in range(3))
     transfer = data.draw(st.lists(seconds, min_size=stages - 1, max_size=stages - 1))
-    lists = build(pipeline, stages, micro_batches, clip=True)
+    lists = build(pipeline, stages, micro_batches, end=step_end(clip=True))
     line = simulate(lists, forward, backward, transfer, finish)
     times = {event.action: event for events in line.stages for event in events}
     for s, (events, actions) in enumerate(zip(line.stages, lists, strict=True)):

@@ -1,0 +1,154 @@
+"""When every action of a schedule would begin and end: lists of actions timed, and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nettorrent_mpi.plan.actions import Action, Actions
+from nettorrent_mpi.plan.errors import ScheduleError
+from nettorrent_mpi.plan.stream import staleness_bound, stream
+
+Costs = float | Sequence[float]  # seconds: the same for all stages, or one for each
+
+
+class Event(NamedTuple):
+    """An action and when it starts and ends, in seconds from the start of the step."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated step, or several. `bubble` is the part of makespan x stages in which no F or B runs."""
+
+    stages: tuple[tuple[Event, ...], ...]
+    makespan: float
+    bubble: float
+
+
+def simulate(
+    lists: Sequence[Actions], forward: Costs, backward: Costs, transfer: Costs, finish: Costs = 0.0
+) -> Timeline:
+    """Times a step or a window of several: lists per stage, with or without transfers.
+
+    `forward` and `backward` are the seconds of one micro-batch in a stage, `transfer` those from a stage to the next or
+    back (one for each boundary), `finish` those of a stage's R. A send does not keep its stage; a receive waits for the
+    arrival; N waits for all stages; U takes no time. Raises ScheduleError where the lists wait for ever.
+    """
+    count = len(lists)
+    f, b, t, r = (_each(c, n) for c, n in ((forward, count), (backward, count), (transfer, count - 1), (finish, count)))
+    arrival: dict[Action, float] = {}  # keyed by the F or B that it is for
+    events: list[list[Event]] = [[] for _ in lists]
+    at = [0] * count
+    now = [0.0] * count
+    norms: dict[int | None, float] = {}  # when all stages have come to an N
+    moved = True
+    while moved:
+        moved = False
+        for s, actions in enumerate(lists):
+            while at[s] < len(actions):
+                action = actions[at[s]]
+                _, kind, m = action
+                start, there = now[s], 0.0
+                if kind == "N":
+                    if m not in norms:
+                        break
+                    there = norms[m]
+                elif (kind in ("F", "RA") and s > 0) or (kind in ("B", "RG") and s < count - 1):
+                    wanted = Action(s, "F" if kind in ("F", "RA") else "B", m)
+                    if wanted not in arrival:
+                        break
+                    there = arrival[wanted]
+                if kind in ("SA", "SG"):
+                    end = start + (t[s] if kind == "SA" else t[s - 1])
+                else:
+                    if kind in ("F", "B"):  # where the lists hold no transfers, the wait is no part of the compute
+                        start = max(start, there)
+                    end = max(start, there) + {"F": f[s], "B": b[s], "R": r[s]}.get(kind, 0.0)
+                    now[s] = end
+                if kind == "F" and s < count - 1:
+                    arrival[Action(s + 1, "F", m)] = end + t[s]
+                if kind == "B" and s > 0:
+                    arrival[Action(s - 1, "B", m)] = end + t[s - 1]
+                events[s].append(Event(action, start, end))
+                at[s] += 1
+                moved = True
+        met = {actions[i][1:] if i < len(actions) else None for actions, i in zip(lists, at, strict=True)}
+        if not moved and len(met) == 1 and (one := met.pop()) and one[0] == "N":
+            norms[one[1]], moved = max(now), True
+    stuck = [str(actions[i]) for actions, i in zip(lists, at, strict=True) if i < len(actions)]
+    if stuck:
+        raise ScheduleError(f"the schedule waits for ever at {', '.join(stuck)}")
+    makespan = max(now, default=0.0)
+    busy = sum(e.end - e.start for stage in events for e in stage if e.action.kind in ("F", "B"))
+    bubble = 1 - busy / (makespan * count) if makespan else 0.0
+    return Timeline(tuple(map(tuple, events)), makespan, bubble)
+
+
+def steady_bubble(line: Timeline) -> float:
+    """The part of the time in which no F or B runs between warm-up and drain: from when the last stage to do so begins
+    its first B until the first stage to do so has ended its last F. Raises ScheduleError where there is no such time.
+    """
+    compute = [[event for event in events if event.action.kind in ("F", "B")] for events in line.stages]
+    begin = max(min(e.start for e in events if e.action.kind == "B") for events in compute)
+    end = min(max(e.end for e in events if e.action.kind == "F") for events in compute)
+    if end <= begin:
+        raise ScheduleError("the drain begins before the warm-up ends: only more micro-batches have a steady state")
+    busy = sum(max(0.0, min(e.end, end) - max(e.start, begin)) for events in compute for e in events)
+    return max(0.0, 1 - busy / ((end - begin) * len(compute)))
+
+
+def steady_seconds(
+    stages: int, micro_batches: int, forward: Costs, backward: Costs, transfer: Costs, finish: Costs = 0.0
+) -> float:
+    """Seconds that one more mini-batch takes in the middle of a stream; costs as in `simulate`.
+
+    The mean over eight mini-batches or more, a multiple of S: where transfers are slow, S micro-batches go in bursts.
+    """
+    f, b, r = (_each(cost, stages) for cost in (forward, backward, finish))
+    slowest = max(range(stages), key=lambda s: micro_batches * (f[s] + b[s]) + r[s])
+    late = staleness_bound(stages, micro_batches, 0)
+    begin = 2 * late + 1  # the pipeline is full after `late` steps; in as many it draws level with the slowest stage
+    end = begin + stages * -(-8 // stages)
+    # what the last `late` steps leave out comes after what is measured
+    line = simulate(stream(stages, micro_batches, end + late + 1, transfers=False), f, b, transfer, r)
+    times = {e.action.micro_batch: e.end for e in line.stages[slowest] if e.action.kind == "R"}
+    return (times[end] - times[begin]) / (end - begin)
+
+
+def _each(cost: Costs, count: int) -> list[float]:
+    if isinstance(cost, Sequence):
+        assert len(cost) == count, f"{len(cost)} costs for {count}"
+        return list(cost)
+    return [float(cost)] * count
+
+
+def table(lists: Sequence[Actions]) -> str:
+    """The compute of each stage over time, to be printed: stages down, time steps across, every F and B one step.
+
+    In lists of several mini-batches a U stands behind what comes before an update: `B3U`.
+    """
+    compute: list[Actions] = []
+    names: dict[Action, str] = {}
+    for actions in lists:
+        compute.append([])
+        for action in actions:
+            if action.kind in ("F", "B"):
+                compute[-1].append(action)
+                names[action] = f"{action.kind}{action.micro_batch}"
+            elif action.kind == "U" and action.micro_batch is not None and compute[-1]:
+                names[compute[-1][-1]] += "U"
+    line = simulate(compute, 1.0, 1.0, 0.0)
+    width = max(map(len, names.values()), default=1)
+    label = len(f"stage {max(len(lists) - 1, 0)}")
+    rows = [" ".join(["time".ljust(label), *(str(i).rjust(width) for i in range(round(line.makespan)))])]
+    for s, events in enumerate(line.stages):
+        cells = ["."] * round(line.makespan)
+        for action, start, _ in events:
+            cells[round(start)] = names[action]
+        rows.append(" ".join([f"stage {s}".ljust(label), *(cell.rjust(width) for cell in cells)]))
+    return "\n".join(rows)
