@@ -6,14 +6,21 @@ import sys
 from collections.abc import Sequence
 
 from nettorrent_mpi import env
+from nettorrent_mpi.plan.errors import NetTorrentError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code. The environment of BLAS and MPI is set before either loads."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = env.prepare()
-    from nettorrent_mpi.cli.commands import run
+    from nettorrent_mpi.cli.commands import find, launched_first
 
-    return run(list(sys.argv[1:] if arguments is None else arguments), chosen)
+    try:
+        return find(arguments)(arguments, chosen)
+    except NetTorrentError as error:  # of what runs without ranks, or before they have met
+        if launched_first():
+            sys.stderr.write(f"nettorrent: error: {error}\n")
+        return error.exit_code
 
 
 if __name__ == "__main__":

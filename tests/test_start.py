@@ -17,7 +17,7 @@ PROGRAM = f"""
 import sys
 from nettorrent_mpi import env
 chosen = env.prepare()
-from nettorrent_mpi.cli.commands import run
+from nettorrent_mpi.cli.commands import find
 from nettorrent_mpi.engine.engine import Engine
 step = Engine.step
 def told(self, n, *others):
@@ -26,7 +26,8 @@ def told(self, n, *others):
         print(f"rank {{self.world.rank}}:", *sorted({CHECKS | NEVER!r} & set(sys.modules)), flush=True)
     return rows
 Engine.step = told
-sys.exit(run(["train", "--output", sys.argv[1], "--set", "train.steps=2"], chosen))
+arguments = ["train", "--output", sys.argv[1], "--set", "train.steps=2"]
+sys.exit(find(arguments)(arguments, chosen))
 """
 
 

@@ -37,12 +37,11 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
     end = step_end(clip=train.clip_norm is not None, exact=config.exact)
     lists = build(config.pipeline.kind, len(topology.stages), micro_batches, end=end)
     check(topology, lists)
-    steps = train.steps if train.steps is not None else (train.epochs or 1) * setup.sampler.steps_per_epoch
     parameters = sum(layer.parameters for layer in facts)
     rows, epoch = setup.dataset.train.rows, setup.sampler.steps_per_epoch
     operations = sum(layer.operations for layer in facts) / 1e6
     head = [
-        f"data      {config.data.name}: {rows:,} training rows, {epoch:,} steps an epoch, {steps:,} steps in all",
+        f"data      {config.data.name}: {rows:,} training rows, {epoch:,} steps an epoch, {setup.steps:,} steps in all",
         f"network   {len(facts)} weight layers, {parameters:,} parameters, {operations:,.1f} million operations a row",
         f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),

@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.api import Trainer
+from nettorrent_mpi.cli.arguments import parse
+from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.config.sections import Config
-from nettorrent_mpi.engine.checkpoint import restore_parameters
-from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import read_arrays
-from nettorrent_mpi.engine.run_plan import Plan
-from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import DataError, OutputError
+from nettorrent_mpi.planning import load_config, plan
 
 
-def evaluate(world: World, args: argparse.Namespace) -> int:
+def evaluate(arguments: Sequence[str], chosen: str) -> int:
     """Loss and accuracy of RUN's network on its test set (and validation rows), on any number of ranks."""
-    folder = Path(args.run)
-    config = world.once(lambda: _any_ranks(configuration.load(str(folder / "config.yaml"), args.changes)))
-    with world.together():
-        setup = set_up(config, world.size)
-        if setup.dataset.test is None and not len(setup.sampler.validation_rows):
-            raise DataError(
-                "has no test set (x_test, y_test), and the run held back no validation rows: there is nothing to "
-                "evaluate the network on; add a test set",
-                file=config.data.root or config.data.name,
-            )
-    engine = Engine(world, Plan(setup.network, setup.topology, setup.options))
-    with world.together():
-        restore_parameters(engine, folder / "model.h5")
-    with world.together():
-        engine.open_data(setup.dataset, setup.sampler)
-    engine.state.meet()
-    for name, scores in (("validation", engine.evaluate_validation()), ("test", engine.evaluate_test())):
-        if scores is not None and world.rank == 0:
-            accuracy = "" if scores.accuracy is None else f", accuracy {100 * scores.accuracy:.2f} %"
-            sys.stdout.write(f"{name}: loss {scores.loss:.4f}{accuracy}\n")
-    engine.close()
-    return 0
+    with Ranks() as ranks:
+        world = ranks.world
+        with world.together():
+            args = parse(arguments)
+        folder = Path(args.run)
+        config = world.once(lambda: _any_ranks(load_config(folder / "config.yaml", *args.changes)))
+        with world.together():
+            planned = plan(config, ranks=world.size)
+            if planned.setup.dataset.test is None and not len(planned.setup.sampler.validation_rows):
+                raise DataError(
+                    "has no test set (x_test, y_test), and the run held back no validation rows: there is nothing to "
+                    "evaluate the network on; add a test set",
+                    file=config.data.root or config.data.name,
+                )
+        trainer = Trainer(planned, comm=world)
+        ranks.open.append(trainer.close)
+        trainer.load(folder / "model.h5")
+        found = trainer.evaluate()
+        for name, scores in (("validation", found.validation), ("test", found.test)):
+            if scores is not None and world.rank == 0:
+                accuracy = "" if scores.accuracy is None else f", accuracy {100 * scores.accuracy:.2f} %"
+                sys.stdout.write(f"{name}: loss {scores.loss:.4f}{accuracy}\n")
+    return ranks.code
 
 
 def _any_ranks(config: Config) -> Config:

@@ -1,24 +1,20 @@
-"""The run folder: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json, checkpoints/. Rank 0 writes it."""
+"""The run folder: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json. Rank 0 writes it.
+
+The checkpoints in it are written by the trainer.
+"""
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from nettorrent_mpi.config.sections import Config
-from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.engine.checkpoint import file_name
-from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
+from nettorrent_mpi.engine.files import write_whole, written
 from nettorrent_mpi.plan.errors import OutputError
-from nettorrent_mpi.plan.specs import to_plain
 
 OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
-KEPT = 2  # checkpoints: the last one, and the one before for the case that the last cannot be read
 
 
 class RunFolder:
@@ -43,7 +39,7 @@ class RunFolder:
         """Make the folder, write config.yaml and open metrics.jsonl.
 
         A new run removes an earlier one's files; one that goes on after step `after` keeps them, and of metrics.jsonl
-        what was told up to that step.
+        the lines up to that step.
         """
 
         def body() -> None:
@@ -73,23 +69,6 @@ class RunFolder:
 
         self._guard(body, "metrics.jsonl")
 
-    def model(self, arrays: Mapping[str, Array], model: str) -> None:
-        """model.h5."""
-        self._guard(lambda: write_arrays(self.path / "model.h5", {PARAMETERS: arrays}, {"model": model}), "model.h5")
-
-    def checkpoint(self, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]) -> None:
-        """checkpoints/step-N.h5; all but the last ones are removed."""
-        folder = self.path / "checkpoints"
-        name = file_name(int(attributes["step"]))
-
-        def body() -> None:
-            folder.mkdir(exist_ok=True)
-            write_arrays(folder / name, groups, attributes)
-            for old in sorted(folder.glob("step-*.h5"))[:-KEPT]:
-                old.unlink()
-
-        self._guard(body, f"checkpoints/{name}")
-
     def trace(self, trace: str) -> None:
         """trace.json."""
         self._guard(lambda: write_whole(self.path / "trace.json", trace), "trace.json")
@@ -107,38 +86,6 @@ class RunFolder:
     def _guard(self, body: Callable[[], None], name: str) -> None:
         with written(self.path / name):
             body()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def written(path: Path) -> Iterator[None]:
-    """What cannot be written is an OutputError that names the file and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno == errno.ENOSPC or "No space left" in str(error) or error.errno == errno.EDQUOT
-        if full:
-            text = f"{path} could not be written: the disk is full; free some space or choose another --output DIR"
-        else:
-            text = f"{path} could not be written ({error.strerror or error}); choose another folder with --output DIR"
-        raise OutputError(text) from error
-
-
-def model_json(config: Config) -> str:
-    """The network's configuration as model.h5 carries it."""
-    loss = config.model.loss
-    model = {"layers": [to_plain(layer) for layer in config.model.layers], "loss": {loss.kind: loss.options()}}
-    return json.dumps(model)
 
 
 def commit() -> str | None:

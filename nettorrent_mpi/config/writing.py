@@ -43,6 +43,13 @@ def to_plain(config: Config) -> dict[str, Any]:
     return data
 
 
+def model_json(config: Config) -> str:
+    """The network and its loss as JSON, as model.h5 carries them."""
+    loss = config.model.loss
+    model = {"layers": [specs.to_plain(layer) for layer in config.model.layers], "loss": {loss.kind: loss.options()}}
+    return json.dumps(model)
+
+
 def to_yaml(config: Config) -> str:
     """`config` as the text of a file, complete and resolved: `load` gives an equal Config."""
     from nettorrent_mpi.config import yaml_lines

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -78,16 +79,12 @@ class Reports(Generic[Tag]):
         own = values[self._sample]
         values[1] = np.dot(own, own)
 
-    def ready(self, *, wait: bool = False, but: int = 0, to_flag: bool = False) -> list[Report[Tag]]:
-        """The reports that are complete, the oldest first; with `wait` all that were started but the last `but`;
-        `to_flag`: none after the first whose flag is up."""
-        found = []
+    def ready(self, *, wait: bool = False, but: int = 0) -> Iterator[Report[Tag]]:
+        """The reports that are complete, the oldest first; with `wait` all that were started but the last `but`. A
+        report that is not taken is there the next time: no later one is waited for before it is taken."""
         while len(self._under_way) > (but if wait else 0) and (wait or self._under_way[0][1].done()):
             tag, pending = self._under_way.popleft()
-            found.append(self._read(tag, pending.sums()))
-            if to_flag and found[-1].flag:
-                break
-        return found
+            yield self._read(tag, pending.sums())
 
     def _read(self, tag: Tag, sums: np.ndarray) -> Report[Tag]:
         tallies = sums[2 : self._head].reshape(self._replicas, 4)

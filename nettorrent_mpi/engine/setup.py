@@ -12,7 +12,7 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.cpu.choice import Kernels
-from nettorrent_mpi.engine.run_plan import Options
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.losses import check_fit
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
@@ -38,15 +38,34 @@ class Setup:
     options: Options
 
     @property
+    def plan(self) -> Plan:
+        """What the engine is made of."""
+        return Plan(self.network, self.topology, self.options)
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run has in all."""
+        train = self.config.train
+        return train.steps if train.steps is not None else (train.epochs or 1) * self.sampler.steps_per_epoch
+
+    @property
     def layout_line(self) -> str:
         """The layout in one line."""
         return self.topology.describe([facts.name for facts in self.network.facts])
 
+    def place_line(self, rank: int) -> str:
+        """Where a rank stands, in one line."""
+        place = self.topology.place(rank)
+        stage = self.topology.stages[place.stage]
+        names = " ".join(facts.name for facts in self.network.facts[stage.first : stage.stop])
+        return f"replica {place.replica}, stage {place.stage} ({names}), row {place.row}, col {place.col}"
 
-def set_up(config: Config, ranks: int) -> Setup:
-    """Open the data, build the network and lay it out over `ranks`. Raises UserErrors of all kinds."""
+
+def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
+    """Open the data, unless they are given, build the network and lay it out over `ranks`. Raises UserErrors of all
+    kinds."""
     data, train = config.data, config.train
-    dataset = open_dataset(
+    dataset = dataset or open_dataset(
         data.name,
         data.root,
         options=DataOptions(

@@ -12,9 +12,9 @@ from typing import Any
 from nettorrent_mpi.comm import offline  # noqa: F401
 
 # isort: split
-from nettorrent_mpi.cli.run_folder import write_whole, written
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
+from nettorrent_mpi.engine.files import write_whole, written
 from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup import modes, runs, shares, sides

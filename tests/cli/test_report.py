@@ -26,6 +26,7 @@ def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) ->
         config=config.load(None, ["train.batch_size=128", "train.epochs=15", *changes]),
         dataset=SimpleNamespace(train=SimpleNamespace(rows=50_000)),
         sampler=SimpleNamespace(steps_per_epoch=391),
+        steps=15 * 391,
         network=SimpleNamespace(facts=facts),
         topology=topology,
         options=SimpleNamespace(micro_batches=4),

@@ -18,8 +18,8 @@ env.prepare()
 
 from mpi4py import MPI  # noqa: E402
 
+from nettorrent_mpi import planning  # noqa: E402
 from nettorrent_mpi.__main__ import main  # noqa: E402
-from nettorrent_mpi.cli import run  # noqa: E402
 from nettorrent_mpi.engine import checkpoint  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
@@ -33,7 +33,7 @@ from nettorrent_mpi.exchange.replicas import Replicas  # noqa: E402
 from nettorrent_mpi.exchange.rounds import Rounds  # noqa: E402
 
 PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
-    "setup": (run, "set_up", 1),
+    "setup": (planning, "set_up", 1),
     "wiring": (Engine, "__init__", 1),
     "data": (Engine, "open_data", 1),
     "step": (Engine, "step", 4),

@@ -79,7 +79,7 @@ def test_the_sums_of_all_ranks(layout: Topology) -> None:
             expected.append((engine.world.comm.allgather(engine.tally.numbers()), distance(engine)))
             found.start(n, flag=False)
             assert engine.tally.numbers() == (0, 0, 0, 0)
-    told = found.ready(wait=True)
+    told = list(found.ready(wait=True))
     assert [report.tag for report in told] == [1, 3, 5]
     place = [engine.topology.place(rank).replica for rank in range(SIZE)]
     for report, (tallies, far) in zip(told, expected, strict=True):
@@ -136,11 +136,11 @@ def test_one_rank_raises_its_flag_for_all() -> None:
     found.start(1, flag=RANK == SIZE - 1, figures=False)
     found.start(2, flag=True, figures=True)
     found.start(3, flag=False, figures=False)
-    told = found.ready(wait=True, but=1)
+    told = list(found.ready(wait=True, but=1))
     assert [(report.tag, report.flag) for report in told] == [(0, False), (1, True), (2, True)]
     assert not math.isnan(told[2].replicas[0]), "reports of the flag alone leave the figures to the next"
     assert [(report.tag, report.flag) for report in found.ready(wait=True)] == [(3, False)]
-    assert found.ready(wait=True) == []
+    assert list(found.ready(wait=True)) == []
     closed(found, engine)
 
 
@@ -153,7 +153,7 @@ def test_a_late_rank_delays_nobody(shared_path: Path) -> None:
     told: list[Report[int]] = []
     for n in range(3):
         found.start(n, flag=False)
-    told += found.ready(wait=True)
+    told += list(found.ready(wait=True))
     if late:
         end = time.monotonic() + 20
         while len(list(shared_path.glob("*.told"))) < SIZE - 1:
@@ -161,12 +161,12 @@ def test_a_late_rank_delays_nobody(shared_path: Path) -> None:
             time.sleep(0.01)
     for n in range(3, 9):
         found.start(n, flag=late and n == 5)
-        early = found.ready()
+        early = list(found.ready())
         assert late or not early, "nothing can be known of them yet"
         told += early
     if not late:
         (shared_path / f"{RANK}.told").touch()
-    told += found.ready(wait=True)
+    told += list(found.ready(wait=True))
     assert [report.tag for report in told] == list(range(9))
     assert [report.tag for report in told if report.flag] == [5]
     closed(found, engine)

@@ -1,0 +1,273 @@
+"""The Python interface: a network's training over MPI. What can be had without MPI is in planning.py.
+
+    import nettorrent_mpi as nt
+
+    layers = [nt.Conv2d(16, padding="same", activation="relu"), nt.Flatten(), nt.Linear(10)]
+    with nt.Trainer(layers, (x, y, x_test, y_test), optimizer=nt.Adam(0.002), batch_size=64) as trainer:
+        for record in trainer.train(epochs=2):
+            if trainer.rank == 0:
+                print(record.step, record.train_loss, record.test_accuracy)
+        trainer.save("model.h5")
+
+runs on one rank as it stands, and on four as `mpirun -n 4 python script.py`: all ranks run the same script, give the
+same arguments and call the same methods. The command line is made of the same parts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+from nettorrent_mpi.comm.world import AgreedError, World
+from nettorrent_mpi.config.settings import Settings
+from nettorrent_mpi.config.writing import model_json, to_plain
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.cpu import choice as kernels
+from nettorrent_mpi.engine.checkpoint import collect, restore, restore_parameters, restore_replica
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.evaluation import Evaluation
+from nettorrent_mpi.engine.failure import agreed, end_all
+from nettorrent_mpi.engine.files import written
+from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
+from nettorrent_mpi.engine.resuming import find_checkpoint, must_match, write_checkpoint
+from nettorrent_mpi.engine.setup import set_up
+from nettorrent_mpi.engine.trainer import Record, TrainingLoop
+from nettorrent_mpi.plan.errors import NetTorrentError, UserError
+from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
+
+
+class Trainer:
+    """The training of one network by all ranks of a communicator.
+
+    All of them make one with the same arguments and call the same methods in the same order. It is a context manager:
+    leaving it, also by an error that all ranks raise alike (a UserError of bad input, a NonFiniteError), closes this
+    trainer and no other; an error that one rank raises alone ends all ranks of the program at once, because the others
+    would wait for it. Without `with`, an error that ends the script does the same; otherwise `close` it.
+    """
+
+    def __init__(
+        self,
+        network: Architecture | PlannedRun,
+        data: Data | None = None,
+        *,
+        comm: Any = None,
+        output: str | Path | None = None,
+        stop_on_signals: bool = False,
+        **settings: Unpack[Settings],
+    ):
+        """`network`, `data` and `settings` are those of `plan`, or `network` is its result.
+
+        comm: the mpi4py communicator of the ranks that train; None: MPI.COMM_WORLD. It is duplicated.
+        output: a folder for checkpoints, in `checkpoints/`; None: there are none.
+        stop_on_signals: SIGTERM, SIGUSR1 or SIGUSR2 to any rank stops the training on all of them, with a checkpoint.
+
+        Raises UserErrors, on all ranks alike.
+        """
+        self._world = world = comm if isinstance(comm, World) else World(comm)
+        self._closers: list[Callable[[], None]] = [] if world is comm else [world.comm.Free]
+        self._running: weakref.ref[Any] | None = None
+        atexit.register(self._end_of_script)
+        try:
+            self.planned = network if isinstance(network, PlannedRun) else self._plan(network, data, settings)
+            self.setup = self.planned.setup
+            if self.setup.topology.size != world.size:
+                raise AgreedError(f"the plan is for {self.setup.topology.size} ranks, not for {world.size}", 2)
+            self._engine = Engine(world, self.setup.plan)
+            self._closers.insert(0, self._engine.close)
+            with world.together():
+                self._engine.open_data(self.setup.dataset, self.setup.sampler)
+            self._loop = TrainingLoop(self._engine, self.setup.config.train, signals=stop_on_signals)
+            self._closers.insert(0, self._loop.close)
+        except NetTorrentError as error:
+            if agreed(error):
+                self.close()
+            raise
+        if output is not None:
+            self._checkpoints = Path(output, "checkpoints")
+            self._loop.save = self._save_checkpoint
+
+    def _plan(self, network: Architecture, data: Data | None, settings: Mapping[str, Any]) -> PlannedRun:
+        world = self._world
+        with world.together():
+            dataset = opened(data)
+        config = world.once(lambda: configured(network, data, dataset, settings))
+        with world.together():
+            return PlannedRun(set_up(config, world.size, dataset), has_length(network, settings))
+
+    # -- where it stands ----------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among those that train."""
+        return self._world.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks train."""
+        return self._world.size
+
+    @property
+    def step(self) -> int:
+        """Training steps so far, those before a resume included."""
+        return self._loop.step
+
+    @property
+    def stopped_by(self) -> str | None:
+        """What ended the latest `train`: "accuracy", "signal", or None where it came to its end."""
+        return self._loop.stopped_by
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(self, *, epochs: int | None = None, steps: int | None = None) -> Iterator[Record]:
+        """Train for so many epochs or steps more; without either until the run's whole length is done (the settings
+        `epochs` or `steps`, or the configuration's). Gives a record every `report_every` steps, and after each epoch.
+
+        The learning-rate schedule spans the run's whole length, or, where none was set, what is asked for here. All
+        ranks get the same records, each when it has them. To evaluate, save or predict inside the loop, wait for a
+        record with `at_rest`. Leaving the loop early stops all ranks after the same step, a few steps later. Raises
+        NonFiniteError on all ranks where the training diverges.
+        """
+        whole = self.setup.steps
+        if epochs is not None and steps is not None:
+            raise UserError("epochs and steps cannot both be given: leave one out")
+        until = whole
+        if epochs is not None or steps is not None:
+            until = self.step + (steps if steps is not None else (epochs or 0) * self._loop.epoch_steps)
+        run = self._loop.train(until, max(until, whole) if self.planned.has_length else until)
+        self._running = weakref.ref(run)
+        return run
+
+    # -- what has been learned ----------------------------------------------------------------------------------------
+
+    def evaluate(self) -> Evaluation:
+        """Loss and accuracy on the test set and on the validation rows. Of replicas that differ: of the best one, or
+        (gossip) of their average; and so for `parameters` and `save`."""
+        self._at_rest("evaluate")
+        return self._loop.evaluator.evaluate()
+
+    def parameters(self) -> dict[str, Array]:
+        """The whole arrays on all ranks, "<layer>/<name>": linear (inputs, units), conv2d (height, width, channels,
+        filters)."""
+        self._at_rest("parameters")
+        with self._loop.evaluator.network():
+            arrays = self._engine.parameters()
+        found: dict[str, Array] = self._world.comm.bcast(arrays)
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the network to an HDF5 file like model.h5: `/parameters/<layer>/<name>`, whole. Raises OutputError."""
+        self._at_rest("save")
+        with self._loop.evaluator.network():
+            arrays = self._engine.parameters()
+        with self._world.together():
+            if self.rank == 0:
+                with written(Path(path)):
+                    write_arrays(Path(path), {PARAMETERS: arrays}, {"model": model_json(self.setup.config)})
+
+    def load(self, path: str | Path) -> None:
+        """Take the network from a file that `save` or a run has written, of any layout. Raises DataError."""
+        self._at_rest("load")
+        with self._world.together():
+            restore_parameters(self._engine, Path(path))
+        self._engine.state.meet()
+
+    def resume(self, path: str | Path) -> None:
+        """Go on from a checkpoint, or from the newest one in a folder, made with any layout on any number of ranks.
+
+        Raises ConfigError where it was made with other data, another network, optimizer, batch size, seed or dtype.
+        """
+        self._at_rest("resume")
+        with self._world.together():
+            found = find_checkpoint(Path(path))
+            attributes = restore(self._engine, found)
+            must_match(json.loads(str(attributes["config"])), self.setup.config, found)
+        self._engine.state.meet()
+        self._engine.exchange.averaged()
+        with self._world.together():
+            restore_replica(self._engine, found)
+        self._engine.state.meet()
+        self._loop.resume(int(attributes["step"]), int(attributes["samples"]), float(attributes["time"]))
+
+    def _save_checkpoint(self) -> None:
+        """Write checkpoints/step-N.h5; all but the last ones are removed."""
+        loop, config = self._loop, self.setup.config
+        groups = collect(self._engine)
+        with self._world.together():
+            if self.rank == 0:
+                attributes = {"step": loop.step, "samples": loop.samples, "time": loop.time}
+                about = {"model": model_json(config), "config": json.dumps(to_plain(config))}
+                write_checkpoint(self._checkpoints, groups, {**about, **attributes})
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the training as summary.json has them. Replicas that differ become one network, for good."""
+        self._at_rest("summary")
+        loop, world, train = self._loop, self._world, self.setup.config.train
+        latest = {} if loop.evaluation is None else loop.evaluation.figures()
+        final = {"test_accuracy": None, "test_loss": None, **latest, **loop.evaluator.unify()}
+        chosen = ("test_accuracy", "test_loss", "average", "best_replica")
+        return {
+            "world_size": world.size,
+            "layout": self.setup.layout_line,
+            "steps": loop.step,
+            "train_seconds": round(loop.clock.seconds, 3),
+            "samples_per_second": loop.clock.samples_per_second,
+            **{name: final[name] for name in chosen if name in final},
+            "final_loss": loop.loss,
+            "stopped_by": loop.stopped_by or ("epochs" if train.steps is None else "steps"),
+            "exchange": self._engine.exchange_figures(),
+            "kernels": kernels.names(),
+            "mpi": world.library,
+            "mpi_threads": world.threads,
+            "host": world.host,
+        }
+
+    def trace(self) -> str | None:
+        """On rank 0: when each rank did what, as the JSON of a Chrome trace, with the setting `trace`; else None."""
+        self._at_rest("trace")
+        places = [self.setup.place_line(rank) for rank in range(self.size)]
+        return None if self._engine.trace is None else self._engine.trace.gather(self._world, places)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give everything back to MPI. All ranks call; again it does nothing."""
+        atexit.unregister(self._end_of_script)
+        run = None if self._running is None else self._running()
+        if run is not None:
+            run.close()
+        closers, self._closers = self._closers, []
+        for close in closers:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not agreed(error):
+            self._loop.abandoned = True
+            if self.size > 1:
+                end_all(self._world, error)
+        self.close()
+
+    def _end_of_script(self) -> None:
+        """The interpreter ends, and nobody has closed this trainer."""
+        if getattr(sys, "last_type", None) is not None:  # by an error, which has been shown
+            if self.size > 1:
+                self._world.abort(1)
+            if hasattr(self, "_loop"):
+                self._loop.abandoned = True
+        self.close()
+
+    def _at_rest(self, what: str) -> None:
+        if not self._loop.at_rest:
+            raise UserError(
+                f"{what}() inside the loop over train(): wait for a record with at_rest, as after each epoch"
+            )

@@ -1,0 +1,44 @@
+"""The ranks of a command that runs under mpirun, and how it ends on all of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+
+from nettorrent_mpi.comm import world as worlds
+from nettorrent_mpi.comm.shared import free_all
+from nettorrent_mpi.engine.failure import agreed, end_all
+from nettorrent_mpi.plan.errors import NetTorrentError
+
+
+class Ranks:
+    """All ranks of the run, for the length of a command, whose exit code is `code`. No rank outlives another's failure.
+
+    An error that all ranks agree on is told by rank 0 in one line, and every rank ends with its code. A user's mistake
+    that one rank alone sees is told by that rank in one line, anything else with its traceback; both end all ranks.
+    What was put into `open` is closed first, the last one first.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.world = worlds.start()
+        self.open: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, NetTorrentError) and agreed(error):
+            self.code = error.exit_code
+            if self.world.rank == 0:
+                sys.stderr.write(f"nettorrent: error: {error}\n")
+        elif error is not None:
+            self.code = end_all(self.world, error, shown=False)
+            return True
+        for close in reversed(self.open):
+            close()
+        free_all()
+        return True

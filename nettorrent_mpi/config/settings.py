@@ -1,0 +1,76 @@
+"""Settings: what Python gives where a configuration file has its sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal, TypeAlias, TypedDict
+
+from nettorrent_mpi.config.sections import Config, Data, Train
+from nettorrent_mpi.config.writing import plain, to_plain
+from nettorrent_mpi.plan.specs import LayerSpec, Spec
+
+Choice: TypeAlias = Spec | str | Mapping[str, Any]  # nt.Adam(0.002), "adam" or {"adam": {"lr": 0.002}}
+
+
+class Settings(TypedDict, total=False):
+    """How a network is trained: the keys of a configuration file without their sections, with its defaults."""
+
+    loss: Choice  # "cross_entropy"
+    optimizer: Choice  # "adam"
+    schedule: Choice  # of the learning rate: "constant"
+    batch_size: int  # rows for one update, whatever the number of ranks: 128
+    micro_batches: int | Literal["auto"]  # pieces of a mini-batch that follow each other through the pipeline
+    epochs: int  # the length of the run, which the learning-rate schedule spans; or `steps`
+    steps: int
+    clip_norm: float  # the longest gradient of the whole network
+    stop_at: float  # the accuracy (a fraction) that ends the training
+    report_every: int  # steps from one record to the next: 50
+    evaluate_every: int  # epochs from one evaluation to the next: 1
+    checkpoint_every: int  # epochs, where there is an output folder: 1
+    validation: float  # the fraction of the training rows that is held back: 0
+    augment: Sequence[str]  # random changes of training images: "flip", "crop"
+    partition: Literal["shared", "disjoint"]  # disjoint: each replica trains on its own part of the rows
+    layout: str | Mapping[str, Any]  # "layers", "auto", or {"replicas": 2, "swarms": [{"rows": 2, "cols": 1}, ...]}
+    pipeline: Choice  # "1f1b"
+    exchange: Choice  # how replicas agree: "allreduce"
+    seed: int  # every random number comes from it: 1
+    dtype: Literal["float32", "float64"]
+    kernels: Literal["auto", "fastest", "numpy"]
+    trace: bool
+
+
+_SECTIONS = {
+    "loss": "model",
+    **dict.fromkeys((field.name for field in fields(Data)), "data"),
+    **dict.fromkeys((field.name for field in fields(Train)), "train"),
+}
+_EITHER = {"epochs": "steps", "steps": "epochs"}
+
+
+def configure(
+    network: Config | Sequence[LayerSpec], data: Mapping[str, Any] | None, settings: Mapping[str, Any], *, given: bool
+) -> Config:
+    """The configuration of a network with these settings, which take the place of a given configuration's own.
+
+    `data`: the data section; None: the configuration's. `given`: the rows do not come from it, but from the caller.
+    Raises ConfigError.
+    """
+    from nettorrent_mpi.config import reading
+
+    asked = to_plain(network) if isinstance(network, Config) else {"model": {"layers": plain(network)}}
+    if data is not None:
+        asked["data"] = dict(data)
+    elif given:
+        kept = ("validation", "augment", "partition")
+        asked["data"] = {k: v for k, v in asked.get("data", {}).items() if k in kept} | {"name": "digits"}
+    for name, value in settings.items():
+        section = _SECTIONS.get(name)
+        place = asked if section is None else asked.setdefault(section, {})
+        place[name] = {"accuracy": value} if name == "stop_at" else plain(value)
+        if name in _EITHER:
+            place.pop(_EITHER[name], None)
+    config = reading.from_plain(asked)
+    if given:
+        object.__setattr__(config.data, "name", "arrays")  # still being made: nobody has seen it with another name
+    return config

@@ -1,0 +1,34 @@
+"""What an error of one rank means for the others."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from nettorrent_mpi.comm.world import INTERRUPTED, AgreedError, World
+from nettorrent_mpi.plan.errors import NetTorrentError
+
+
+def agreed(error: BaseException) -> bool:
+    """Whether all ranks of the world raise it alike: then it ends what they were doing, and nothing else."""
+    return isinstance(error, AgreedError) or bool(getattr(error, "agreed", False))
+
+
+def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
+    """Tell an error that this rank raised alone, and end all ranks of the program: they would wait for this one for
+    ever. Gives the exit code. `shown`: a user's mistake is told with its traceback, too, not in one line."""
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+    elif isinstance(error, KeyboardInterrupt):
+        code = INTERRUPTED
+        if world.rank == 0:
+            sys.stderr.write("nettorrent: interrupted\n")
+    elif isinstance(error, NetTorrentError) and not shown:
+        code = error.exit_code
+        sys.stderr.write(f"nettorrent: error: {error}\n")
+    else:
+        code = getattr(error, "exit_code", 1)
+        text = "".join(traceback.format_exception(error))
+        sys.stderr.write(f"rank {world.rank} of {world.size} on {world.host} failed:\n{text}")
+    world.abort(code)
+    return code

@@ -1,0 +1,35 @@
+"""Files of a run: written whole or not at all, with errors that name the file and the remedy."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nettorrent_mpi.plan.errors import OutputError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written is an OutputError that names it and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if full:
+            text = f"{path} could not be written: the disk is full; free some space or choose another --output DIR"
+        else:
+            text = f"{path} could not be written ({error.strerror or error}); choose another folder with --output DIR"
+        raise OutputError(text) from error

@@ -1,0 +1,221 @@
+"""The training loop: step after step, with a record of how it goes. It prints nothing and writes no files itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from nettorrent_mpi.config.sections import Train
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.evaluation import Evaluation, Evaluator
+from nettorrent_mpi.engine.reports import Report, Reports
+from nettorrent_mpi.engine.stopping import Stopping
+from nettorrent_mpi.engine.usage import Clock
+from nettorrent_mpi.exchange.base import next_multiple
+from nettorrent_mpi.nn.rates import make_rate
+from nettorrent_mpi.plan.errors import UserError
+from nettorrent_mpi.plan.scores import Scores
+
+SIGNAL, ACCURACY = "signal", "accuracy"
+FIGURES = ("test_loss", "test_accuracy", "validation_loss", "validation_accuracy")
+
+
+@dataclass(frozen=True)
+class Record:
+    """How the training stands after a step, over all ranks; `time` and `samples_per_second` are this rank's own.
+
+    Ranks run apart between two rests, so a record may arrive some steps late. Where `at_rest` is true, all ranks have
+    stopped at that step and may evaluate, save and predict together.
+    """
+
+    step: int  # counted from 1
+    epoch: float  # passes over the training rows so far
+    samples: int  # training rows so far
+    time: float  # seconds since the training began, those before a resume included
+    train_loss: float  # mean over the rows since the record before
+    learning_rate: float
+    samples_per_second: float  # training rows over training time, without the first steps
+    consensus_distance: float | None = None  # of replicas that differ from their mean, relative to it (r.m.s.)
+    # Where there was an evaluation (`evaluated`), and there are such rows; accuracies are fractions.
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    best_replica: int | None = None  # of replicas that train apart, the one that was evaluated
+    evaluated: bool = False
+    at_rest: bool = False
+
+    def line(self) -> dict[str, Any]:
+        """The record as a line of metrics.jsonl has it: figures of an evaluation stand there if there was one."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = FIGURES if self.evaluated else ()
+        return {k: v for k, v in found.items() if (v is not None or k in kept) and k not in ("evaluated", "at_rest")}
+
+
+class TrainingLoop:
+    """Trains an engine's network. Every rank makes one and calls the same methods; all ranks train alike.
+
+    Ranks train on without waiting for each other until they come to rest: where something is evaluated, saved or
+    decided. Reports in between are sums that nobody waits for.
+    """
+
+    def __init__(self, engine: Engine, settings: Train, *, signals: bool = False):
+        self._engine, self._settings = engine, settings
+        self.epoch_steps = engine.sampler.steps_per_epoch
+        self.step = self.samples = 0  # so far, those before a resume included
+        self.loss: float | None = None  # the latest mean training loss
+        self.evaluation: Evaluation | None = None  # the latest one
+        self.stopped_by: str | None = None  # SIGNAL or ACCURACY where one of them ended the last training
+        self.at_rest = True
+        self.abandoned = False  # an error has ended it: nothing may communicate any more
+        self.save: Callable[[], None] | None = None  # writes a checkpoint; all ranks call it, at rest
+        self.clock = Clock()
+        self.evaluator = Evaluator(engine)
+        self._stopping = Stopping(engine.world, engine.bound, signals=signals)
+        self._reports: Reports[Record | None] = Reports(engine)
+        self._began = time.perf_counter()
+        self._left = False
+
+    @property
+    def time(self) -> float:
+        """Seconds since the training began, those before a resume included."""
+        return time.perf_counter() - self._began
+
+    def train(self, until: int, horizon: int) -> Iterator[Record]:
+        """Train until `until` steps are done in all, the wanted accuracy is reached or a rank is asked to stop; gives
+        the records. The learning-rate schedule spans `horizon` steps.
+
+        A caller that leaves the loop early lets the ranks train on until all of them are at rest after the same step.
+        Raises NonFiniteError where the training diverges, on all ranks.
+        """
+        if not self.at_rest:
+            raise UserError("another loop over train() has not come to its end")
+        settings, engine, clock = self._settings, self._engine, self.clock
+        stopping, reports, exchange = self._stopping, self._reports, engine.exchange
+        lr, warmup = settings.optimizer.options()["lr"], settings.schedule.options()["warmup_steps"]
+        rates = make_rate(settings.schedule, lr, horizon, self.epoch_steps)
+        stop: int | None = None
+        reported = False
+        self._begin()
+        while self.step < until:
+            clock.go_on()
+            n = self.step
+            rest = self._next_rest(n, until) if stop is None else stop
+            decay = rates(n) / lr if n >= warmup and rates(n) else 1.0
+            rate = rates(n) * exchange.rate_scale(n / horizon, decay)
+            rows = engine.step(n, rate, rest - n)
+            done = self.step = n + 1
+            self.samples += rows
+            clock.step(rows)
+            epochs = done // self.epoch_steps if done % self.epoch_steps == 0 else 0
+            ask = reported and done < rest  # one step after a report has begun it may have arrived
+            reported = done == rest or bool(epochs) or done % settings.report_every == 0
+            if reported:
+                reports.start(self._record(rate), stopping.asked)
+            elif stopping.due(done):
+                reports.start(None, stopping.asked, figures=False)
+                reported = True
+            if done == 2:
+                stopping.pace(clock.seconds_per_step)
+            try:
+                yield from self._arrived(wait=done == rest, to_request=True)
+            except GeneratorExit:
+                if self._leave():
+                    return
+            know = stopping.all_know(ask=ask) or (done == rest and stopping.heard)
+            if know and stop is None:  # others may be before this one's rest, and wait there
+                stop = min(rest, stopping.last_step(done + 1 + engine.ahead))
+            if done < rest:
+                continue
+            try:
+                yield from self._arrived(wait=True)
+            except GeneratorExit:
+                if self._leave():
+                    return
+            clock.stop()
+            *_, report = reports.ready(wait=True)
+            record, asked, last = self._completed(report), stopping.heard or report.flag, done == until
+            reached = self._reached(exchange.at_rest(done, engine.compare_replicas, report.distance))
+            if self._left:
+                break
+            if last or reached or (epochs and epochs % settings.evaluate_every == 0):
+                self.evaluation = found = self.evaluator.evaluate()
+                record = replace(record, evaluated=True, best_replica=found.best_replica, **found.figures())
+                reached = reached or self._reached(found.deciding)
+            if last or reached or epochs or done % settings.report_every == 0:
+                self.at_rest = True
+                yield replace(record, at_rest=True)
+                self.at_rest = False
+            if self.save and (asked or last or reached or (epochs and epochs % settings.checkpoint_every == 0)):
+                self.save()
+            if reached or (asked and not last):
+                self.stopped_by = SIGNAL if asked and not last else ACCURACY
+                break
+            stopping.pace(clock.seconds_per_step)
+        self.at_rest = True
+
+    def resume(self, step: int, samples: int, seconds: float) -> None:
+        """Go on from what an earlier training has done."""
+        self.step, self.samples = step, samples
+        self._began -= seconds
+
+    def close(self) -> None:
+        """Give the communicators and the signals' handlers back. All ranks call, at rest."""
+        list(self._reports.ready(wait=True))
+        self._stopping.close()
+        self._reports.close()
+
+    def _begin(self) -> None:
+        self.stopped_by, self.at_rest, self._left = None, False, False
+        self.evaluator.unified = self._engine.exchange.count == 1
+        self._stopping.begin()
+
+    def _leave(self) -> bool:
+        """The caller takes no more records: ask all ranks to come to rest; true where this rank is already."""
+        if self.abandoned:
+            return True
+        self._left = True
+        self._stopping.hear(True)
+        if self._engine.world.size > 1:
+            return False
+        list(self._reports.ready(wait=True))
+        self.clock.stop()
+        self.at_rest = True
+        return True
+
+    def _next_rest(self, n: int, until: int) -> int:
+        """After how many steps in all the ranks come to rest next, step n being the next one."""
+        epochs = (self._settings.evaluate_every, self._settings.checkpoint_every)
+        found = [until, *(next_multiple(n, every * self.epoch_steps) for every in epochs)]
+        due = self._engine.exchange.next_rest(n)
+        return min(found if due is None else [*found, due])
+
+    def _arrived(self, *, wait: bool, to_request: bool = False) -> Iterator[Record]:
+        """The records that the ranks' reports complete. `wait`: for all reports but the last, which is told together
+        with what happens at rest; `to_request`: but not beyond one by which some rank asks to stop, because ranks that
+        have heard of it may start no more before all know."""
+        for report in self._reports.ready(wait=wait, but=1):
+            self._stopping.hear(report.flag)
+            record = None if report.tag is None else self._completed(report)
+            if record is not None and not self._left:
+                yield record
+            if to_request and report.flag:
+                break
+
+    def _record(self, rate: float) -> Record:
+        """This step's record, before the other ranks' figures are known."""
+        epoch, seconds = round(self.step / self.epoch_steps, 4), round(self.time, 3)
+        return Record(self.step, epoch, self.samples, seconds, 0.0, rate, self.clock.samples_per_second)
+
+    def _completed(self, report: Report[Record | None]) -> Record:
+        self.loss = report.training.loss
+        self.evaluator.losses = report.replicas
+        assert report.tag is not None
+        return replace(report.tag, train_loss=self.loss, consensus_distance=report.distance)
+
+    def _reached(self, scores: Scores | None) -> bool:
+        """Whether the accuracy is reached at which the training has to stop."""
+        stop = self._settings.stop_at
+        return stop is not None and scores is not None and (scores.accuracy or 0.0) >= stop.accuracy

@@ -1,0 +1,134 @@
+"""Planning a run: from a network, data and settings to who does what when, without MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, Unpack
+
+from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.settings import Settings, configure
+from nettorrent_mpi.data.from_arrays import from_arrays
+from nettorrent_mpi.data.rows import Dataset
+from nettorrent_mpi.engine.setup import Setup, set_up
+from nettorrent_mpi.engine.usage import peak_memory
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.cost import predict
+from nettorrent_mpi.plan.errors import UserError
+from nettorrent_mpi.plan.memory import Memory
+from nettorrent_mpi.plan.specs import LayerSpec
+from nettorrent_mpi.plan.topology import Topology
+
+Architecture: TypeAlias = Config | Network | Sequence[LayerSpec]
+# Rows to train on, and perhaps to test with: (x, y), (x, y, x_test, y_test), an opened data set, or the data section of
+# a configuration. x (rows, features) or (rows, height, width, channels); y (rows,) whole numbers, the classes from 0
+# on, or (rows, outputs) floating-point targets.
+Data: TypeAlias = Sequence[Any] | Dataset | Mapping[str, Any]
+
+
+def load_config(path: str | Path | None = None, *changes: str) -> Config:
+    """The configuration in a YAML file (None: the built-in one for the digits), with changes like those of `--set`:
+    `load_config("configs/mnist.yaml", "train.epochs=2")`. Raises ConfigError, which names file, line and key."""
+    from nettorrent_mpi.config import reading
+
+    return reading.load(None if path is None else str(path), changes)
+
+
+def plan(
+    network: Architecture, data: Data | None = None, *, ranks: int = 1, **settings: Unpack[Settings]
+) -> PlannedRun:
+    """The plan of a run on so many ranks: who holds and does what, when, how fast that should be and what memory it
+    takes. Nothing is communicated, and MPI is not loaded.
+
+    `network` is a configuration (whose values `settings` replace), a network, or its layers. Raises UserErrors: a
+    ConfigError, LayoutError, ShapeError or DataError.
+    """
+    dataset = opened(data)
+    config = configured(network, data, dataset, settings)
+    return PlannedRun(set_up(config, ranks, dataset), has_length(network, settings))
+
+
+class PlannedRun:
+    """The plan of a run; `str` of it is what `--dry-run` shows."""
+
+    def __init__(self, setup: Setup, has_length: bool):
+        self.setup = setup
+        self.has_length = has_length  # whether the length of the run was given
+        self.process_memory = (peak_memory(), peak_memory())  # bytes of rank 0's process and of the others', before all
+
+    @property
+    def config(self) -> Config:
+        """The configuration, complete."""
+        return self.setup.config
+
+    @property
+    def network(self) -> Network:
+        """The network, with the shapes of all layers."""
+        return self.setup.network
+
+    @property
+    def topology(self) -> Topology:
+        """Where every rank stands: replicas, and the stages with their rows and cols."""
+        return self.setup.topology
+
+    @property
+    def layout(self) -> str:
+        """The layout in one line."""
+        return self.setup.layout_line
+
+    @property
+    def schedule(self) -> str:
+        """What each stage does in each time step, as a table: `F0` is the forward pass of micro-batch 0."""
+        from nettorrent_mpi.cli.dry_run import schedule_table
+
+        options = self.setup.options
+        return schedule_table(options.pipeline.kind, len(self.topology.stages), options.micro_batches)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Predicted seconds of a training step."""
+        options = self.setup.options
+        exact, kind = self.config.exact, options.pipeline.kind
+        args = (self.topology, self.network.facts, options.batch_size, options.micro_batches, kind)
+        return predict(*args, exact=exact).seconds
+
+    @property
+    def memory(self) -> list[Memory]:
+        """Predicted bytes of each stage's largest rank, by what they are for."""
+        from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
+
+        return estimate(self.setup, Libraries(*self.process_memory))
+
+    def describe(self, hosts: Sequence[str] | None = None) -> str:
+        """What `--dry-run` shows; `hosts` names each rank's node."""
+        from nettorrent_mpi.cli.dry_run import dry_run
+
+        return dry_run(self.setup, self.memory, hosts)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+def opened(data: Data | None) -> Dataset | None:
+    """The data set that was given as such or as arrays; None where a configuration says what it is."""
+    if data is None or isinstance(data, Dataset | Mapping):
+        return data if isinstance(data, Dataset) else None
+    if len(data) not in (2, 4):
+        raise UserError(f"data has {len(data)} arrays: give (x, y) or (x, y, x_test, y_test)")
+    return from_arrays(*data)
+
+
+def has_length(network: Architecture, settings: Mapping[str, Any]) -> bool:
+    """Whether the length of the run is given."""
+    return isinstance(network, Config) or "epochs" in settings or "steps" in settings
+
+
+def configured(
+    network: Architecture, data: Data | None, dataset: Dataset | None, settings: Mapping[str, Any]
+) -> Config:
+    if data is None and not isinstance(network, Config):
+        raise UserError("a network needs data to train on: give arrays (x, y), a data set, or a data section")
+    if isinstance(network, Config) and data is None and not settings:
+        return network
+    layers = network.layers if isinstance(network, Network) else network
+    return configure(layers, data if isinstance(data, Mapping) else None, settings, given=dataset is not None)
