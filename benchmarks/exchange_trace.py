@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.exchange_runs import Here, train
 from benchmarks.exchange_text import paragraph, percent, table
-from nettorrent_mpi.plan.actions import Action, Actions, parse
+from nettorrent_mpi.plan.actions import Action, Actions, parse, step_end
 from nettorrent_mpi.plan.schedule import one_f_one_b
 from nettorrent_mpi.plan.stream import counted_on, stream
 from nettorrent_mpi.plan.timeline import simulate
@@ -29,8 +29,8 @@ STEPS, SKIPPED = 60, 10  # in the first ones buffers are touched for the first t
 DRAWN = 3  # steps in the picture
 GROUPS = {
     "compute": ("F", "B"),
-    "update": ("R", "N", "U"),
-    "transfers": ("RA", "RG", "SA", "SG"),
+    "update": ("R", "M", "N", "X", "U", "Y", "G"),
+    "transfers": ("PA", "RA", "WA", "SA", "PG", "RG", "WG", "SG"),
 }
 
 
@@ -70,13 +70,16 @@ def simulated(
             counted = action.micro_batch if action.kind in GROUPS["compute"] else None
             named = Action(s, action.kind, None if counted is None else counted - step * micro_batches)
             spans.append(Span(s, named, step, begin, end))
-            step += action.kind == "U"
+            step += action.kind == "G"
     return spans
 
 
 def _flushed(stages: int, micro_batches: int, steps: int) -> list[Actions]:
     """1F1B for several steps, one after the other."""
-    once = [[*compute, Action(s, "R"), Action(s, "U")] for s, compute in enumerate(one_f_one_b(stages, micro_batches))]
+    once = [
+        [*compute, *(Action(s, kind) for kind in step_end())]
+        for s, compute in enumerate(one_f_one_b(stages, micro_batches))
+    ]
     return [[action for n in range(steps) for action in counted_on(actions, micro_batches, n)] for actions in once]
 
 
@@ -197,7 +200,7 @@ def to_markdown(section: dict[str, Any]) -> list[str]:
         f"{section['micro_batches']} micro-batches, {section['steps']} steps; the median of {section['repeats']} "
         "alternating runs, without the first and last steps. The bubble is the part of ranks x time in which no "
         "forward or backward runs. It is the sum of the next three columns: updates, transfers (waiting for messages "
-        "included), and the rest between the actions. Simulated: `plan/schedule.py` with the measured times of F, B "
+        "included), and the rest between the actions. Simulated: `plan/timeline.py` with the measured times of F, B "
         "and update, and messages that take no time. Ideal: equal stages, a backward twice as long as a forward, no "
         "updates."
     )

@@ -145,7 +145,7 @@ class _Shares:
 
 
 def schedule_table(pipeline: str, stages: int, micro_batches: int) -> str:
-    """plan.schedule's table, cut into pieces that fit the width; of a very long one only the beginning."""
+    """The table of plan/timeline.py, cut into pieces that fit the width; of a very long one only the beginning."""
     lines = table(build(pipeline, stages, micro_batches)).splitlines()
     label = len(f"stage {stages - 1}")
     steps = len(lines[0][label:].split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +10,6 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 Array = npt.NDArray[Any]
-
-
-class Together:
-    """Nanoseconds that this process has spent so far in what ranks do together: collective operations, and waiting for
-    other replicas. The trace tells them apart from computing."""
-
-    def __init__(self) -> None:
-        self.spent = 0
-
-    def since(self, began: int) -> None:
-        """It has been so since `began`, a reading of time.perf_counter_ns."""
-        self.spent += time.perf_counter_ns() - began
-
-
-together = Together()
 
 
 class Group:
@@ -41,16 +25,12 @@ class Group:
 
     def barrier(self) -> None:
         """Wait for all."""
-        began = time.perf_counter_ns()
         self.comm.Barrier()
-        together.since(began)
 
     def sum(self, values: Array) -> None:
         """Add up a contiguous array in place; every member gets bitwise the same sums."""
         if self.size > 1:
-            began = time.perf_counter_ns()
             self.comm.Allreduce(MPI.IN_PLACE, values)
-            together.since(began)
 
     def mean(self, values: Array) -> None:
         """The mean of everyone's values, in place; bitwise the same for every member."""
@@ -61,9 +41,7 @@ class Group:
     def reduce_scatter(self, values: Array, part: Array, counts: Sequence[int]) -> None:
         """part <- this member's part of the sum of everyone's `values` (flat, divided as counts tell)."""
         if self.size > 1:
-            began = time.perf_counter_ns()
             self.comm.Reduce_scatter(values, part, counts)
-            together.since(began)
         else:
             np.copyto(part, values)
 
@@ -72,9 +50,7 @@ class Group:
         if self.size > 1:
             mine = whole[sum(counts[: self.index]) :][: counts[self.index]]
             own: Any = MPI.IN_PLACE if mine.ctypes.data == part.ctypes.data else part
-            began = time.perf_counter_ns()
             self.comm.Allgatherv(own, [whole, counts])
-            together.since(began)
         elif whole.ctypes.data != part.ctypes.data:
             np.copyto(whole, part)
 

@@ -13,13 +13,12 @@ with MPI's collective operations, and the order in which they add up is known: t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from mpi4py import MPI
 
-from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Array, Group, together
+from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Array, Group
 from nettorrent_mpi.plan.blocks import span
 
 
@@ -172,11 +171,9 @@ class Rings:
 
     def finish(self, way: Way) -> None:
         """Wait until nothing is to arrive on this way any more."""
-        began = time.perf_counter_ns()
         while way.under_way:
             others = [each for each in self._ways if each.under_way]
             others[MPI.Request.Waitany([each.awaited for each in others])].go_on()
-        together.since(began)
 
     def free(self) -> None:
         """Give the requests back; nothing is under way on any member."""

@@ -107,7 +107,7 @@ class Pipeline:
         trace, methods, progress = self._trace, self._methods, self._progress
         with np.errstate(all="ignore"):  # what is not finite is looked for, and told once
             for action in actions:
-                began = trace.now() if trace else (0, 0)
+                began = trace.now() if trace else 0
                 methods[action.kind](action.micro_batch or 0)
                 if trace:
                     trace.add(step, action, began)

@@ -6,13 +6,12 @@ messages around a ring (comm/ring.py), or where these would be short, or too lon
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.comm.group import Group, together
+from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.ring import Ring, Rings
 from nettorrent_mpi.comm.shared import SharedMemory
 from nettorrent_mpi.device.arrays import Array, Workspace, aligned
@@ -160,12 +159,10 @@ class Segment(Flat):
         if self.shared is not None:
             self._wait()  # until everyone's gradients, or operands, are complete
             if not self.operands:
-                began = time.perf_counter_ns()
                 first, second, *others = (grads[self.shard] for grads in self.all_grads)
                 np.add(first, second, out=self.sums)
                 for grads in others:
                     np.add(self.sums, grads, out=self.sums)
-                together.since(began)
         elif not self._around and self.group.size > 1:
             self.group.reduce_scatter(self.grads, self.sums, self.counts)
 

@@ -7,18 +7,15 @@ import time
 
 import numpy as np
 
-from nettorrent_mpi.comm.group import together
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.plan.actions import Action
 
-# Step, number of the action, begin, end (of a clock that the ranks of a host share), and how long of that ranks did
-# something together, all in nanoseconds.
-COLUMNS = 5
+COLUMNS = 4  # step, number of the action, begin, end: nanoseconds of a clock that the ranks of a host share
 TAG = 77
 
 
 class Trace:
-    """Spans of one rank, in memory made once; the last `capacity` of them are kept."""
+    """A trace keeps one rank's last `capacity` spans, in memory made once."""
 
     def __init__(self, capacity: int = 65536):
         self._spans = np.zeros((capacity, COLUMNS), np.int64)
@@ -27,27 +24,21 @@ class Trace:
         self._names: list[str] = []
 
     @staticmethod
-    def now() -> tuple[int, int]:
-        """(the time, what `together` has counted until then), for `add`."""
-        return time.time_ns(), together.spent
+    def now() -> int:
+        """The time, for `add`."""
+        return time.time_ns()
 
-    def add(self, step: int, action: Action, began: tuple[int, int]) -> None:
-        """The action ended now."""
+    def add(self, step: int, action: Action, began: int) -> None:
+        """Take down an action that began then and has ended now."""
         number = self._numbers.get(action)
         if number is None:
             number = self._numbers[action] = len(self._names)
             self._names.append(str(action))
-        self._spans[self._count % len(self._spans)] = (
-            step,
-            number,
-            began[0],
-            time.time_ns(),
-            together.spent - began[1],
-        )
+        self._spans[self._count % len(self._spans)] = (step, number, began, time.time_ns())
         self._count += 1
 
     def spans(self) -> np.ndarray:
-        """(count, COLUMNS), oldest first."""
+        """The spans are rows of (count, COLUMNS), oldest first."""
         if self._count <= len(self._spans):
             return self._spans[: self._count]
         return np.roll(self._spans, -(self._count % len(self._spans)), axis=0)
@@ -82,8 +73,8 @@ class Trace:
                 {
                     "ph": "X", "pid": rank, "tid": 0, "name": labels[number], "cat": labels[number].strip("0123456789"),
                     "ts": (begin - origin) / 1000, "dur": (end - begin) / 1000,
-                    "args": {"step": step, "together": shared / 1000},
+                    "args": {"step": step},
                 }
-                for step, number, begin, end, shared in theirs.tolist()
+                for step, number, begin, end in theirs.tolist()
             ]  # fmt: skip
         return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})

@@ -11,7 +11,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from nettorrent_mpi.comm.group import Group, together
+from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.mail import Arrived, Mail
 from nettorrent_mpi.exchange.merging import Deadline, FlowControl
 from nettorrent_mpi.exchange.mixer import NUMBER, Mixer, Round
@@ -159,7 +159,6 @@ class Rounds:
                 break
             os.sched_yield()
         self.counts.waited += (time.perf_counter_ns() - began) / 1e9
-        together.since(began)
 
     def _may_come(self, source: int, this: Round) -> bool:
         """Is this round's message of a source to be waited for? One source's messages come in the order of its rounds:

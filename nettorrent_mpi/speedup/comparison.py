@@ -134,7 +134,7 @@ class Comparison:
     def _trace(self, plan: Plan, steps: int) -> None:
         assert plan.config is not None
         assert plan.micro_batches is not None
-        longest = 13 * plan.micro_batches + 8  # actions of a step, and not more
+        longest = 11 * plan.micro_batches + 7  # actions of a step
         steps = max(1, min(steps, TRACED_ACTIONS // longest - shares.SKIPPED))
         config = modes.timed(plan.config, steps + shares.SKIPPED, trace=True)
         text = self._trained(f"trace-{plan.mode}-{plan.ranks}", config, plan.ranks).trace

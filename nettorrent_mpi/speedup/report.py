@@ -14,10 +14,11 @@ from nettorrent_mpi.speedup.sides import DDP, OURS, PEERS, in_words
 
 PICTURES = ("speedup", "efficiency", "accuracy", "shares")
 SHARES = """\
-Parts of each rank's time in a run of its own with `trace: true`. Communication: sending, receiving and summing when
-everybody needed was there, and collective operations inside layers and updates, where ranks may also wait for each
-other. Waiting: for the last rank to come to a sum of gradients. Bubble: for a message that had not been sent. Other:
-between the actions."""
+Parts of each rank's time in a run of its own with `trace: true`. Compute includes the collective operations inside
+layers (divided neurons, batch norm), which the trace does not show apart. Communication: sending, receiving, reducing
+gradients and gathering parameters once everybody needed was there, and exchanging with other replicas. Waiting: for the
+last rank to come to a reduction or a gathering. Bubble: for a message that had not been sent. Other: between the
+actions."""
 
 
 def to_markdown(results: Results, plots: Sequence[str] = ()) -> str:

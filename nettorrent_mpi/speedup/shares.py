@@ -1,15 +1,15 @@
-"""What each rank did with its time, from the trace of a run.
+"""What each rank did with its time, from the actions in the trace of a run.
 
-    compute         loading, forward, backward and update (L, F, B, U), without what ranks do together inside them; and
-                    what in R is not together: gradients that are computed in parts, from everybody's rows
-    communication   sending; receiving and summing once everybody needed was there; the collective operations inside
-                    layers (cols, batch norm) and updates (sharing new weights), and waiting for gossip's deadline
-    waiting         in a sum of gradients (R) or a norm (N) for the last rank to come: ranks were not equally fast
+    compute         loading, forward, backward, gradients in parts, update (L, F, B, M, U). Collective operations inside
+                    layers (cols, batch norm) count here: they are no actions of their own
+    communication   posting receives, sending, waiting for a buffer to be sent; receiving, reducing and gathering (RA,
+                    RG, R, N, G) once everybody needed was there; exchanging with peers (X, Y), deadlines included
+    waiting         in R, N or G for the last rank to come: ranks were not equally fast
     bubble          in a receive (RA, RG) for a message that its sender had not begun to send: the pipeline was empty
     other           between the actions: Python, reports
 
-Together they are the whole time, evaluations left out. Ranks that wait for each other inside layers and updates cannot
-be told from those that communicate there. Ranks of different hosts have different clocks: shares hold for one host.
+Added up they are the whole time, evaluations left out. Ranks of different hosts have different clocks: shares hold for
+one host.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ from nettorrent_mpi.plan.actions import Action, parse
 from nettorrent_mpi.plan.topology import Place
 
 PARTS = ("compute", "communication", "waiting", "bubble", "other")
+MET = ("R", "N", "G")  # what ranks do at the same time
 SKIPPED = 5  # steps at the beginning, in which buffers are touched for the first time
 _PLACE = re.compile(r"rank \d+: replica (\d+), stage (\d+) \(.*\), row (\d+), col (\d+)")
 
 
 class Span(NamedTuple):
-    """What a rank did from begin to end, in microseconds, within a step. `together` of them went by in what it did
-    with others inside the action."""
+    """What a rank did from begin to end, in microseconds, within a step."""
 
     rank: int
     action: Action
     step: int
     begin: float
     end: float
-    together: float
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,10 @@ def read(text: str) -> Trace:
         assert match, names[rank]
         places.append(Place(*map(int, match.groups())))
     spans = [
-        Span(
-            e["pid"], parse(e["name"]), e["args"]["step"], e["ts"], e["ts"] + e["dur"], e["args"]["together"]
-        )
+        Span(e["pid"], parse(e["name"]), e["args"]["step"], e["ts"], e["ts"] + e["dur"])
         for e in events
         if e["ph"] == "X"
-    ]  # fmt: skip
+    ]
     return Trace(places, spans)
 
 
@@ -85,16 +82,12 @@ def _of_one(own: Sequence[Span], whole: float, known: _Known) -> dict[str, float
     for span in own:
         length = span.end - span.begin
         kind = span.action.kind
-        if kind in ("L", "F", "B", "U"):
-            inside = min(span.together, length)
-            told["compute"] += length - inside
-            told["communication"] += inside
+        if kind in ("L", "F", "B", "M", "U"):
+            told["compute"] += length
             continue
         idle = min(length, max(0.0, known.ready(span) - span.begin))
         told["bubble" if kind in ("RA", "RG") else "waiting"] += idle
-        alone = length - min(length, max(idle, span.together)) if kind == "R" else 0.0
-        told["compute"] += alone
-        told["communication"] += length - idle - alone
+        told["communication"] += length - idle
     told["other"] = max(0.0, whole - sum(told.values()))
     return {name: value / whole for name, value in told.items()}
 
@@ -102,10 +95,10 @@ def _of_one(own: Sequence[Span], whole: float, known: _Known) -> dict[str, float
 def _training(spans: Sequence[Span]) -> tuple[list[Span], float]:
     """(a rank's spans that are training, the microseconds from the first to the last without the others).
 
-    A step's list ends with U. What is counted as the same step and comes after it is an evaluation, or a judging of
-    replicas, which training waits for; of the last U's too.
+    A step's list ends with G. What is counted as the same step and comes after it is an evaluation, or a comparison of
+    replicas, which training waits for; of the last G's too.
     """
-    last = {span.step: index for index, span in enumerate(spans) if span.action.kind == "U"}
+    last = {span.step: index for index, span in enumerate(spans) if span.action.kind == "G"}
     own: list[Span] = []
     away, left = 0.0, False
     for index, span in enumerate(spans):
@@ -130,10 +123,9 @@ class _Known:
             place, kind = places[span.rank], span.action.kind
             if kind in ("SA", "SG"):
                 self._sent[place.replica, place.stage, kind, self._number(span)].append((place, span.begin))
-            elif kind in ("R", "N"):
-                for group in self._group(place, kind):
-                    at = (*group, kind, span.step)
-                    self._came[at] = max(self._came.get(at, 0.0), span.begin)
+            elif kind in MET:
+                at = (*self._group(place, kind), kind, span.step)
+                self._came[at] = max(self._came.get(at, 0.0), span.begin)
         self._rows: dict[int, int] = {}
         for place in places:
             self._rows[place.stage] = max(self._rows.get(place.stage, 0), place.row + 1)
@@ -146,10 +138,8 @@ class _Known:
             sent = "SA" if action.kind == "RA" else "SG"
             senders = self._sent.get((place.replica, stage, sent, self._number(span)), [])
             return max((begin for other, begin in senders if self._share_rows(place, other)), default=0.0)
-        if action.kind in ("R", "N"):
-            return max(
-                self._came.get((*group, action.kind, span.step), 0.0) for group in self._group(place, action.kind)
-            )
+        if action.kind in MET:
+            return self._came.get((*self._group(place, action.kind), action.kind, span.step), 0.0)
         return 0.0
 
     def _number(self, span: Span) -> int:
@@ -162,6 +152,7 @@ class _Known:
         return a.row * of_b < (b.row + 1) * of_a and b.row * of_a < (a.row + 1) * of_b
 
     @staticmethod
-    def _group(place: Place, kind: str) -> list[tuple[int, int]]:
-        """Whom a rank sums with, as (stage, col): the same neurons, whatever row and replica; N: everybody."""
-        return [(place.stage, place.col)] if kind == "R" else [(-1, -1)]
+    def _group(place: Place, kind: str) -> tuple[int, int]:
+        """Whom a rank reduces and gathers with, as (stage, col): the holders of the same neurons, whatever row and
+        replica; N: everybody."""
+        return (-1, -1) if kind == "N" else (place.stage, place.col)
