@@ -51,10 +51,11 @@ class Stopwatch:
 
 def measure(config: str, steps: int) -> dict[str, Any]:
     """Seconds of a step, the median over the steps, by what was done. Runs as a rank, alone."""
+    from nettorrent_mpi.device.cpu.product import Product
+
     from nettorrent_mpi.comm.world import World
     from nettorrent_mpi.config import reading as configuration
     from nettorrent_mpi.device.cpu.convolution import Convolution
-    from nettorrent_mpi.device.cpu.product import Product
     from nettorrent_mpi.engine.engine import Engine
     from nettorrent_mpi.engine.run_plan import Plan
     from nettorrent_mpi.engine.setup import set_up

@@ -28,7 +28,6 @@ from nettorrent_mpi.comm.world import AgreedError, World
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.cpu import choice as kernels
 from nettorrent_mpi.engine.checkpoint import collect, restore, restore_parameters, restore_replica
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
@@ -221,7 +220,7 @@ class Trainer:
             "final_loss": loop.loss,
             "stopped_by": loop.stopped_by or ("epochs" if train.steps is None else "steps"),
             "exchange": self._engine.exchange_figures(),
-            "kernels": kernels.names(),
+            "kernels": self._engine.device.names,
             "mpi": world.library,
             "mpi_threads": world.threads,
             "host": world.host,

@@ -128,7 +128,7 @@ class Model(Section):
     loss: Annotated[Spec, _one_of(specs.LOSSES, "loss")] = field(default_factory=specs.CrossEntropy)
 
     def __post_init__(self) -> None:
-        if not any(isinstance(layer, specs.WEIGHTED) for layer in self.layers):
+        if not any(layer.weighted for layer in self.layers):
             raise Mistake("has no layer with weights; add a linear, conv2d or residual layer", "layers")
         _distinct_names(self.layers, "layers")
 

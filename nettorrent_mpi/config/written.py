@@ -84,9 +84,7 @@ def _check_ranges(spec: Spec) -> None:
                 raise Mistake(f"must be {rule[1]}, not {number}", option)
     if isinstance(spec, specs.Sgd) and spec.nesterov and (spec.momentum == 0 or spec.dampening != 0):
         raise Mistake("needs a momentum above 0 and no dampening", "nesterov")
-    if isinstance(spec, specs.Residual) and not any(
-        isinstance(i, specs.WEIGHTED) for i in (*spec.layers, *spec.shortcut)
-    ):
+    if isinstance(spec, specs.Residual) and not any(i.weighted for i in (*spec.layers, *spec.shortcut)):
         raise Mistake("has no layer with weights; add a linear or conv2d layer", "layers")
     if isinstance(spec, LayerSpec) and spec.name is not None and not _NAME.match(spec.name):
         raise Mistake("must begin with a letter and go on with letters, digits, _ and -", "name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,6 +46,11 @@ class Workspace:
         """Memory shared by all layers and slots of this rank: valid until another layer runs."""
         return self._shared.keep(name, shape, dtype)
 
+    def gradient(self, shape: Shape, dy: Array) -> Array:
+        """Scratch memory for a dx of `shape` that does not lie over dy: two buffers take turns along the layers."""
+        dx = self.scratch("dx", shape)
+        return self.scratch("other dx", shape) if np.may_share_memory(dx, dy) else dx
+
     def reshaped(self, array: Array, shape: Shape) -> Array:
         """A C-contiguous array in another shape: the same object whenever the same array comes."""
         key = (id(array), shape)
@@ -63,7 +69,7 @@ class Workspace:
 
     @property
     def bytes(self) -> int:
-        """Of all memory made so far, that of children included; what workspaces share counts where it is shared."""
+        """The size of all memory made so far, that of children included; shared memory counts where it is shared."""
         return sum(memory.nbytes for memory in self._memory.values()) + sum(c.bytes for c in self._children.values())
 
     def _make(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> Array:
@@ -82,3 +88,13 @@ def aligned(size: int, dtype: DType) -> Array:
     raw = np.empty(size * dtype.itemsize + 64, dtype=np.uint8)
     offset = -raw.ctypes.data % 64
     return raw[offset : offset + size * dtype.itemsize].view(dtype)
+
+
+def as_dtype(dtype: DType) -> Any:
+    """The type of an array's elements, whichever way it is named."""
+    return np.dtype(dtype)
+
+
+def quiet() -> AbstractContextManager[Any]:
+    """Inside it nothing is told of overflows and of numbers that are not finite: who wants to know looks for them."""
+    return np.errstate(all="ignore")

@@ -1,14 +1,18 @@
 """The operations on arrays, by name: every device has all of them, and nobody above it computes in another way.
 
-`out` and what an operation is said to change are written in place; nothing is allocated in the steady state. Arrays are
-C-contiguous unless said otherwise.
+`out`, and what an operation is said to change (x <- ...), are written in place; nothing is allocated in the steady
+state. Arrays are C-contiguous unless said otherwise. `_grad` is the backward of a forward: dy is the gradient with
+respect to its output, dx to its input. Suffixes: b rows of a micro-batch, n rows times positions, c channels (the last
+axis), O outputs.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.arrays import Array, Shape
+from nettorrent_mpi.device.geometry import Geometry, Pooling
+from nettorrent_mpi.plan.blocks import Span
 
 
 class FlatOps(Protocol):
@@ -35,6 +39,9 @@ class FlatOps(Protocol):
     def divide(self, x: Array, divisor: float) -> None:
         """x <- x / divisor, rounded once."""
 
+    def store(self, out: Array, x: Array, accumulate: bool) -> None:
+        """out <- x, or out + x with `accumulate`."""
+
     def move(self, x: Array, share: float, towards: Array, origin: Array | None = None) -> None:
         """x <- x + share * (towards - origin); without `origin`: x <- x + share * (towards - x)."""
 
@@ -50,6 +57,205 @@ class FlatOps(Protocol):
     def count_nonfinite(self, y: Array, count: Array) -> None:
         """count[0] <- count[0] + 1 unless the sum of y (of any shape) is finite."""
 
+    def to_half(self, x: Array, halves: Array) -> None:
+        """halves (int16) <- the bits of the float16 numbers nearest to x (float32), ties to even.
 
-class Ops(FlatOps, Protocol):
+        x is from -65504 to 65504, and overwritten.
+        """
+
+    def from_half(self, halves: Array) -> Array:
+        """The float32 numbers that finite float16 numbers are, given their bits (int16): valid until the next call."""
+
+
+class LayerOps(Protocol):
+    """Operations of layers."""
+
+    def matmul(
+        self, a: Array, b: Array, out: Array, turn_a: bool = False, turn_b: bool = False, accumulate: bool = False
+    ) -> None:
+        """out_mn <- (or +=) a_mk @ b_kn. With `turn_a` a is given as (k, m), with `turn_b` b as (n, k).
+
+        a and b may be some columns of matrices. The first axis of `a` as it is given may differ from call to call; the
+        objects of the steady state are remembered.
+        """
+
+    def sum_rows(self, x: Array, out: Array, accumulate: bool = False) -> None:
+        """out_c <- (or +=) the sum of x (b, ..., c) over all but its last axis; out may be of a wider type."""
+
+    def convolve(self, x: Array, weight: Array, bias: Array | None, y: Array, geometry: Geometry) -> None:
+        """y <- the convolution of the images x with weight (height, width, inputs, outputs), plus the bias."""
+
+    def convolve_grad_x(self, weight: Array, dy: Array, dx: Array, geometry: Geometry) -> None:
+        """dx <- the convolution's gradient with respect to x."""
+
+    def convolve_grad_w(self, x: Array, dy: Array, dw: Array, geometry: Geometry, accumulate: bool) -> None:
+        """dw <- (or +=) the convolution's gradient with respect to the weights."""
+
+    def relu(self, x: Array, y: Array) -> None:
+        """y <- max(x, 0); here and in the other activations y may be x itself."""
+
+    def relu_grad(self, y: Array, dy: Array) -> None:
+        """dy <- dy where y > 0, elsewhere 0."""
+
+    def leaky_relu(self, x: Array, y: Array, slope: float) -> None:
+        """y <- x where it is positive, slope * x elsewhere; 0 <= slope <= 1."""
+
+    def leaky_relu_grad(self, y: Array, dy: Array, slope: float) -> None:
+        """dy <- dy where y > 0, elsewhere slope * dy."""
+
+    def sigmoid(self, x: Array, y: Array) -> None:
+        """y <- 1 / (1 + exp(-x))."""
+
+    def sigmoid_grad(self, y: Array, dy: Array) -> None:
+        """dy <- dy * y * (1 - y)."""
+
+    def tanh(self, x: Array, y: Array) -> None:
+        """y <- tanh(x)."""
+
+    def tanh_grad(self, y: Array, dy: Array) -> None:
+        """dy <- dy * (1 - y^2)."""
+
+    def gelu(self, x: Array, y: Array, slope: Array | None) -> None:
+        """y <- x * Phi(x), Phi the normal distribution function; slope <- the derivative Phi(x) + x * phi(x)."""
+
+    def place_codes(self, shape: Shape, part: Span) -> Array:
+        """uint32, flat: a hash of the index of each feature in a row of `shape`, of whose last axis `part` is here.
+
+        It depends on the layer alone, so it is computed once.
+        """
+
+    def keep_mask(self, keep: Array, codes: Array, rate: float, key: int, rows: Span) -> None:
+        """keep (rows, features), bool <- True with probability 1 - rate (rounded to 2^-32).
+
+        Each element is a hash of (key, its global row, the code of its place), whoever holds it.
+        """
+
+    def drop(self, y: Array, keep: Array, scale: float) -> None:
+        """y <- scale * y where `keep`, elsewhere 0."""
+
+    def inverse_root(self, x: Array, eps: float) -> None:
+        """x <- 1 / sqrt(x + eps)."""
+
+    def follow(self, running: Array, value: Array, factor: float, momentum: float) -> None:
+        """running <- running + momentum * (factor * value - running)."""
+
+    def squared_deviations(self, x: Array, mean: Array, total: Array) -> None:
+        """total_c (float64) <- the sum of (x - mean_c)^2 over all but the last axis."""
+
+    def normalize(self, x: Array, mean: Array, scale: Array, weight: Array, bias: Array, y: Array) -> None:
+        """y <- (x - mean_c) * weight_c * scale_c + bias_c; mean and scale are float64."""
+
+    def norm_sums(self, x: Array, dy: Array, mean: Array, scale: Array, sums: Array) -> None:
+        """sums (2, c), float64 <- the sums of (x - mean_c) * scale_c * dy and of dy over all but the last axis."""
+
+    def norm_grad(self, x: Array, dy: Array, mean: Array, scale: Array, weight: Array, sums: Array, count: int) -> None:
+        """dy <- dx = weight * scale * (dy - mean of dy - xhat * mean of (dy * xhat)), xhat = (x - mean) * scale.
+
+        `sums` are those of `norm_sums` over all `count` positions, and are overwritten; with a count of 0 the mean and
+        scale are constants.
+        """
+
+    def sum_features(self, x: Array, total_n: Array) -> None:
+        """total_n <- the sum of x over its last axis."""
+
+    def center(self, x: Array, mean_n: Array, y: Array, squares_n: Array) -> None:
+        """y <- x - mean_n; squares_n <- the sum of y^2 over the last axis."""
+
+    def scale_features(self, y: Array, scale_n: Array, weight: Array, bias: Array) -> None:
+        """y <- y * scale_n * weight_c + bias_c."""
+
+    def layer_norm_sums(
+        self, x: Array, dy: Array, mean_n: Array, scale_n: Array, weight: Array, gradients: Array, sums: Array
+    ) -> None:
+        """gradients (2, c) <- the sums over n of dy * xhat and of dy, where xhat = (x - mean_n) * scale_n.
+
+        Then dy <- weight * dy, and sums (2, n) <- the sums over c of dy * xhat and of dy as it is then.
+        """
+
+    def layer_norm_grad(self, x: Array, dy: Array, mean_n: Array, scale_n: Array, sums: Array) -> None:
+        """dy <- dx = scale_n * (dy + xhat * sums[0] + sums[1]), dy being what `layer_norm_sums` made of it."""
+
+    def max_pool(self, x: Array, y: Array, winner: Array | None, pooling: Pooling) -> None:
+        """y <- the largest number of each window, NaN if there is one; winner <- its first place in the window."""
+
+    def max_pool_grad(self, dy: Array, winner: Array, dx: Array, pooling: Pooling) -> None:
+        """dx <- dy at the winners, elsewhere 0."""
+
+    def avg_pool(self, x: Array, y: Array, pooling: Pooling) -> None:
+        """y <- the mean of each window."""
+
+    def avg_pool_grad(self, dy: Array, dx: Array, pooling: Pooling) -> None:
+        """dx <- the gradient of the means; dy is overwritten."""
+
+    def global_avg_pool(self, x: Array, y: Array) -> None:
+        """y (b, c) <- the mean of each channel of the images x."""
+
+    def global_avg_pool_grad(self, dy: Array, dx: Array) -> None:
+        """dx <- the gradient of the means; dy is overwritten."""
+
+
+class CriterionOps(Protocol):
+    """Operations of losses. They add to `metrics`: [0] the sum of the rows' losses, [1] how many rows are right.
+
+    dy_bO, where it is wanted, <- the gradient of the mean over `total` rows.
+    """
+
+    def cross_entropy(
+        self, y_bO: Array, labels_b: Array, smoothing: float, total: int, dy_bO: Array | None, metrics: Array
+    ) -> None:
+        """The negative log likelihood of the labels after softmax, of which `smoothing` is spread over all outputs."""
+
+    def binary_cross_entropy(
+        self, y_bO: Array, wanted_bO: Array, total: int, dy_bO: Array | None, metrics: Array
+    ) -> None:
+        """The mean of a row of -t log s(y) - (1 - t) log(1 - s(y)), s the sigmoid, t what is wanted."""
+
+    def squared_error(self, y_bO: Array, wanted_bO: Array, total: int, dy_bO: Array | None, metrics: Array) -> None:
+        """The mean of a row of (y - wanted)^2."""
+
+    def one_hot(self, labels_b: Array, out_bO: Array) -> None:
+        """out <- 1 where the label is, elsewhere 0."""
+
+    def count_right(self, y_bO: Array, labels_b: Array, metrics: Array) -> None:
+        """Count the rows whose largest output is the label's."""
+
+    def count_same_side(self, y_bO: Array, wanted_bO: Array, metrics: Array) -> None:
+        """Count the elements that are above 0 exactly where what is wanted is above 1/2."""
+
+
+class UpdateOps(Protocol):
+    """One step of an optimizer, on flat arrays, with the gradients scale * g + decay * p; g stays unchanged."""
+
+    def sgd(self, p: Array, g: Array, rate: float, scale: float = 1.0, decay: float = 0.0) -> None:
+        """p <- p - rate g."""
+
+    def momentum(
+        self, p: Array, g: Array, b: Array, rate: float, beta: float, share: float, nesterov: bool, first: bool,
+        scale: float = 1.0, decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        """b <- beta b + share g, at first g; p <- p - rate b, with Nesterov p - rate (g + beta b)."""
+
+    def adagrad(
+        self, p: Array, g: Array, s: Array, rate: float, eps: float, scale: float = 1.0, decay: float = 0.0
+    ) -> None:
+        """s <- s + g^2; p <- p - rate g / (sqrt(s) + eps)."""
+
+    def rmsprop(
+        self, p: Array, g: Array, s: Array, a: Array | None, b: Array | None, rate: float, alpha: float, eps: float,
+        beta: float, scale: float = 1.0, decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        """s <- alpha s + (1 - alpha) g^2; d = g / (sqrt(s) + eps); p <- p - rate d.
+
+        With a: a <- alpha a + (1 - alpha) g, and sqrt(s - a^2) in place of sqrt(s). With b: b <- beta b + d; p <- p -
+        rate b.
+        """
+
+    def adam(
+        self, p: Array, g: Array, m: Array, v: Array, rate: float, rest1: float, b2: float, rest2: float, eps: float,
+        shrink: float, scale: float = 1.0, decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        """m <- m + rest1 (g - m); v <- b2 v + rest2 g^2; p <- shrink p - rate m / (sqrt(v) + eps)."""
+
+
+class Ops(FlatOps, LayerOps, CriterionOps, UpdateOps, Protocol):
     """All operations of a device."""

@@ -15,8 +15,6 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.rows import Allocate, Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.cpu import blas
-from nettorrent_mpi.device.cpu import choice as kernels
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.gathering import gather
@@ -54,8 +52,7 @@ class Engine:
             plan.topology,
             plan.options,
         )
-        kernels.use(options.kernels)
-        blas.wake(options.dtype)
+        self.device = make_device("cpu", options.kernels)
         self.place = topology.place(world.rank)
         self.exact = plan.exact
         stage = topology.stages[self.place.stage]
@@ -89,13 +86,11 @@ class Engine:
             sums=self.wiring.sums,
             whole=self.wiring.whole,
             stashes=late,
-            matrices=[key for key, _ in self.layers.matrices],
+            device=self.device,
             rows=rows_shared(topology, options.batch_size, self.exact),
         )
         self._end = self._step_end(parts=bool(self.state.operands))
-        self.layers.give_operands(self.state.operands)
         self.tally = Tally()
-        self.device = make_device("cpu", options.kernels)
         self.exchange = self.replicas = make_exchange(
             options.exchange,
             self._shards(),
@@ -109,7 +104,13 @@ class Engine:
             fence=self.state.meet,
         )
         self.update = Update(
-            self.wiring.replica, self.state, self.optimizer, options.clip_norm, self.exchange, self.tally
+            self.wiring.replica,
+            self.state,
+            self.optimizer,
+            options.clip_norm,
+            self.exchange,
+            self.tally,
+            self.device.ops,
         )
         self.trace = Trace() if options.trace else None
         self.pipeline = Pipeline(
@@ -121,6 +122,7 @@ class Engine:
             self.tally,
             seed=options.seed,
             trace=self.trace,
+            device=self.device,
         )
 
     def _prove(self) -> list[int]:

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nettorrent_mpi.comm.mail import SPARE
-from nettorrent_mpi.device.cpu import choice
-from nettorrent_mpi.device.cpu.onednn import library
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.exchange.compression import make_codec
@@ -77,10 +76,8 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
 
 def _kernels(options: Options) -> int:
     """What makes kernels faster is loaded with the first step."""
-    if options.kernels == "numpy":
-        return 0
-    onednn = np.dtype(options.dtype) == np.float32 and library() is not None
-    return NUMBA * choice.installed("numba") + ONEDNN * onednn
+    names = make_device("cpu", options.kernels).names
+    return NUMBA * ("numba" in names) + ONEDNN * ("onednn" in names and np.dtype(options.dtype) == np.float32)
 
 
 def _layers(setup: Setup, rows: int) -> list[Footprint]:
@@ -93,7 +90,9 @@ def _layers(setup: Setup, rows: int) -> list[Footprint]:
     def of(first: int, stop: int, cols: int, here: int, sharers: int) -> Footprint:
         loss = make_loss(options.loss) if stop == network.weight_layers else None
         layers = network.stage(first, stop, cols, 0)
-        elsewhere = [key for key, p in layers.matrices if in_parts(together, sharers, p.local[0], p.local[1])]
+        elsewhere = [
+            key for key, p in layers.parameters if p.product and in_parts(together, sharers, p.local[0], p.local[1])
+        ]
         return footprint(
             layers,
             here,

@@ -13,12 +13,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from nettorrent_mpi.device.arrays import Array, Workspace, aligned
-from nettorrent_mpi.device.cpu.product import Product
+from nettorrent_mpi.device.arrays import Array, aligned
+from nettorrent_mpi.device.ops import Ops
+from nettorrent_mpi.nn.layer import Operands
 from nettorrent_mpi.plan.blocks import Span
 
 
-class Operands:
+class SharedOperands(Operands):
     """x_BI and dy_Bo of a linear layer for the rows B of a mini-batch, in memory that its weights' holders share."""
 
     def __init__(self, x_BI: Array, dy_Bo: Array):
@@ -40,7 +41,7 @@ class Operands:
             _Piece(start, stop, units, out[start - part.start : stop - part.start]) for start, stop in pairwise(cuts)
         ]
 
-    def multiply(self, count: int, workspace: Workspace) -> None:
+    def multiply(self, count: int, ops: Ops) -> None:
         """Compute this rank's part for a mini-batch of `count` rows, which everybody has put."""
         views = self._views.get(count)
         if views is None:
@@ -48,7 +49,7 @@ class Operands:
             views = self._views[count] = dy, [x[:, slice(*piece.inputs)] for piece in self._pieces]
         dy, xs = views
         for piece, x in zip(self._pieces, xs, strict=True):
-            piece.multiply(x, dy, workspace)
+            piece.multiply(x, dy, ops)
 
 
 class _Piece:
@@ -59,9 +60,8 @@ class _Piece:
         self._out, self._skip = out, start % units
         self._whole = out.size == self.inputs.size * units
         self._into = (out if self._whole else aligned(units, out.dtype)).reshape(-1, units)
-        self._product = Product(turn_a=True)
 
-    def multiply(self, x: Array, dy: Array, workspace: Workspace) -> None:
-        self._product(x, dy, self._into, workspace)
+    def multiply(self, x: Array, dy: Array, ops: Ops) -> None:
+        ops.matmul(x, dy, self._into, turn_a=True)
         if not self._whole:
             np.copyto(self._out, self._into[0, self._skip : self._skip + self._out.size])

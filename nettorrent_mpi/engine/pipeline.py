@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from nettorrent_mpi.comm.link import Transfer
-from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
-from nettorrent_mpi.nn.layer import Alone, Params, Pass
+from nettorrent_mpi.nn.layer import Alone, Context, Params
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.losses import Loss
 from nettorrent_mpi.plan.actions import Action, Kind
@@ -43,6 +44,7 @@ class Pipeline:
         *,
         seed: int,
         trace: Trace | None,
+        device: Device,
     ):
         self._wiring, self._layers, self._state, self._end, self._loss = wiring, layers, state, update, loss
         self._trace = trace
@@ -51,11 +53,11 @@ class Pipeline:
             # A message between hosts goes on its way only when its sender and its receiver look after it.
             wiring.world.progress if len(wiring.topology.stages) > 1 else None,
         )
-        self._pass = Pass(seed=seed, team=wiring.team, progress=self._progress)
-        shared = Workspace(state.dtype)
-        slots = wiring.slots
-        self._workspaces = [Workspace(state.dtype, shared) for _ in range(slots)]
-        self._loss_workspaces = [Workspace(state.dtype, shared) for _ in range(slots)]
+        self._device, slots = device, wiring.slots
+        shared = device.workspace(state.dtype)
+        self._workspaces = [device.workspace(state.dtype, shared) for _ in range(slots)]
+        self._ctx = Context(device.ops, shared, seed=seed, team=wiring.team, progress=self._progress)
+        self._metrics = device.zeros((4,), "float64")  # of one micro-batch
         self._saved: list[Any] = [None] * slots
         self._dy: list[Array | None] = [None] * slots
         self._y: list[Array | None] = [None] * slots
@@ -101,7 +103,7 @@ class Pipeline:
         `first` says that the pipeline is empty before.
         """
         self._batches, self._rate, self._step, self._micro_batches = batches, rate, step, micro_batches
-        self._pass.training = training
+        self._ctx.training = training
         if first:
             self._base = 0
         trace, methods, progress = self._trace, self._methods, self._progress
@@ -140,10 +142,11 @@ class Pipeline:
         slot, rows = g % wiring.slots, self._batches.rows(m)
         number = m // self._micro_batches
         x = self._batches.inputs(m, g)
-        self._pass.rows, self._pass.count, self._pass.step = rows.mine, rows.sharing, self._step + number
+        self._ctx.rows, self._ctx.count, self._ctx.step = rows.mine, rows.sharing, self._step + number
+        self._ctx.workspace = self._workspaces[slot]
         params = self._state.params
-        self._params[slot] = params if self._pass.training else None
-        y, self._saved[slot] = self._layers.forward(params, x, self._workspaces[slot], self._pass)
+        self._params[slot] = params if self._ctx.training else None
+        y, self._saved[slot] = self._layers.forward(params, x, self._ctx)
         self._y[slot] = y
         if wiring.is_last:
             self._score(x, y, m, slot)
@@ -152,13 +155,14 @@ class Pipeline:
 
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """The loss of this micro-batch, and its gradient for the backward to come."""
-        training = self._pass.training
+        training = self._ctx.training
         targets, size = self._batches.targets(m), self._batches.size(m) if training else 1
-        result = self._loss.forward(y, targets, size, self._loss_workspaces[slot], gradient=training)
-        self._dy[slot] = result.dy
+        self._metrics[...] = 0
+        self._dy[slot] = self._loss.forward(y, targets, size, self._ctx, self._metrics, training)
+        loss, correct, count, unknown = self._metrics.tolist()
         if self._wiring.place.col == 0:
-            self.tally.add(result.loss_sum, result.correct, len(targets))
-        if not math.isfinite(result.loss_sum):
+            self.tally.add(loss, correct, count, unknown)
+        if not math.isfinite(loss):
             self._diverged(x)
 
     def _await_y(self, m: int) -> None:
@@ -185,16 +189,15 @@ class Pipeline:
     def _backward(self, m: int) -> None:
         wiring, g = self._wiring, self._base + m
         slot, rows = g % wiring.slots, self._batches.rows(m)
-        self._pass.rows, self._pass.count, self._pass.accumulate = rows.mine, rows.sharing, m > 0
-        self._pass.step = self._step
+        self._ctx.rows, self._ctx.count, self._ctx.accumulate = rows.mine, rows.sharing, m > 0
+        self._ctx.step = self._step
         dy = self._dy[slot] if wiring.is_last else wiring.dy(g, rows.mine.size)
         params, self._params[slot] = self._params[slot], None
         assert dy is not None
         assert params is not None
         complete = self._end.complete if m == self._micro_batches - 1 else None  # the last one to add gradients
-        dx = self._layers.backward(
-            params, self._state.grads, self._saved[slot], dy, self._workspaces[slot], self._pass, complete
-        )
+        self._ctx.workspace = self._workspaces[slot]
+        dx = self._layers.backward(params, self._state.grads, self._saved[slot], dy, self._ctx, complete)
         if not wiring.is_first:
             assert dx is not None
             np.copyto(wiring.dx(g, rows.mine.size), dx)
@@ -249,18 +252,19 @@ class Pipeline:
     def _diverged(self, x: Array) -> None:
         """Raise NonFiniteError, naming the first layer of this stage that gives what is not finite."""
         name = self._layers.layers[-1].name
-        quiet = replace(self._pass, team=Alone())
-        workspace = Workspace(self._state.dtype)
+        quiet = replace(self._ctx, team=Alone())
+        workspace = self._device.workspace(self._state.dtype)
         for layer, params in self._layers.with_params(self._state.params):
             if not all(np.isfinite(array).all() for array in params.values()):
                 name = layer.name
                 break
             if self._wiring.team.cols == 1:
-                x, _ = layer.forward(params, x, workspace.child(layer.name), quiet)
+                quiet.workspace = workspace.child(layer.name)
+                x, _ = layer.forward(params, x, quiet)
                 if not np.isfinite(x).all():
                     name = layer.name
                     break
-        raise NonFiniteError(step=self._pass.step, layer=name, rank=self._wiring.world.rank)
+        raise NonFiniteError(step=self._ctx.step, layer=name, rank=self._wiring.world.rank)
 
 
 def _finish(transfer: Transfer | None) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.ring import Ring, Rings
 from nettorrent_mpi.comm.shared import SharedMemory
-from nettorrent_mpi.device.arrays import Array, Workspace, aligned
-from nettorrent_mpi.engine.operands import Operands
+from nettorrent_mpi.device.arrays import Array, aligned
+from nettorrent_mpi.device.ops import Ops
+from nettorrent_mpi.engine.operands import SharedOperands
 from nettorrent_mpi.nn.layer import Parameter
-from nettorrent_mpi.nn.optimizers import Optimizer
+from nettorrent_mpi.nn.optimizers import OptimizerState
 from nettorrent_mpi.plan.blocks import Span, span
 
 PIECE = 256 << 10  # bytes of a shard that go around the ring together, at least
@@ -91,18 +92,17 @@ class Segment(Flat):
         self,
         group: Group,
         blocks: Mapping[str, Parameter],
-        optimizer: Optimizer,
         dtype: Any,
         stashes: int,
         *,
         shared: bool,
         first: int,
-        operands: Mapping[str, Operands] | None = None,
+        operands: Mapping[str, SharedOperands] | None = None,
     ):
         self.shared: SharedMemory | None = None
         super().__init__(group, blocks, dtype, own=False)
         self.first = first
-        self.optimizer = optimizer.init(self.counts[group.index], dtype)
+        self.optimizer: OptimizerState = {}
         self.stashes: list[Array]
         self._rings = Rings()
         self._around: list[Ring] = []  # the rings of the pieces
@@ -166,10 +166,10 @@ class Segment(Flat):
         elif not self._around and self.group.size > 1:
             self.group.reduce_scatter(self.grads, self.sums, self.counts)
 
-    def multiply(self, rows: int, workspace: Workspace) -> None:
+    def multiply(self, rows: int, ops: Ops) -> None:
         """sums <- the shard's gradients, from everyone's operands of a mini-batch of `rows` rows, where there are."""
         for each in self.operands.values():
-            each.multiply(rows, workspace)
+            each.multiply(rows, ops)
 
     def finish_sums(self) -> None:
         """Wait for `sums`."""

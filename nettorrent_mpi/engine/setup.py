@@ -11,7 +11,7 @@ from nettorrent_mpi.config.sections import Config, Layout
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.device.cpu.choice import Kernels
+from nettorrent_mpi.device.device import Kernels
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.losses import check_fit
 from nettorrent_mpi.nn.model import Network

@@ -27,7 +27,8 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.ring import Rings, can_carry
 from nettorrent_mpi.comm.shared import SharedMemory, by_nodes, fits, whole_on_one_node
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.engine.operands import Operands
+from nettorrent_mpi.device.device import Device
+from nettorrent_mpi.engine.operands import SharedOperands
 from nettorrent_mpi.engine.segments import Flat, Segment, round_up
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Parameter
@@ -62,8 +63,8 @@ class State:
     `params` and `grads` map "<layer>/<name>" to this rank's blocks: views of the flat arrays (running statistics are
     not in `grads`). `stashed[i]` maps to the blocks of an earlier version. `flats` are all flat arrays: `segments` and
     `statistics`. Every holder makes one at the same time. `sums` holds the blocks that are divided over the cols alike,
-    `whole` those that are not. Of `matrices` the gradient is one product over the `rows` of a mini-batch (0: not all
-    of them are the holders'); for some of them there are `operands`, which the layers have to be given.
+    `whole` those that are not. The gradient of some (`Parameter.product`) is one product over the `rows` of a
+    mini-batch (0: not all of them are the holders'): where `grads` has `operands` for it, holders compute it in parts.
     """
 
     def __init__(
@@ -76,20 +77,21 @@ class State:
         sums: Group,
         whole: Group,
         stashes: int = 0,
-        matrices: Sequence[str] = (),
+        device: Device,
         rows: int = 0,
     ):
         self.parameters = dict(parameters)
         self.dtype = np.dtype(dtype)
         self.params: dict[str, Array] = {}
-        self.grads: dict[str, Array] = {}
+        self.grads: dict[str, Array | SharedOperands] = {}
         self.segments: list[Segment] = []
         self.statistics: list[Flat] = []
         self.rings = Rings()
         self._ring_groups: list[Group] = []
-        self.operands: dict[str, Operands] = {}
+        self._device = device
+        self.operands: dict[str, SharedOperands] = {}
         self._operands_memory: list[SharedMemory] = []
-        self._matrices, self._rows = frozenset(matrices), rows
+        self._rows = rows
         for group, replicated in ((sums, False), (whole, True)):
             trainable = {key: p for key, p in parameters if p.trainable and p.replicated_sum == replicated}
             others = {key: p for key, p in parameters if not p.trainable and (p.axis is None) == replicated}
@@ -102,8 +104,7 @@ class State:
             self.params |= flat.blocks(self.parameters, flat.params)
         shared: list[Group] = []
         for segment in self.segments:
-            if not segment.operands:
-                self.grads |= segment.blocks(self.parameters, segment.grads)
+            self.grads |= segment.operands or segment.blocks(self.parameters, segment.grads)
             segment.meets = segment.group not in shared
             shared.append(segment.group)
         self.meet()
@@ -123,10 +124,12 @@ class State:
         """One segment, or several where sums of one can travel while backward is still at others."""
         number = {key: i for i, key in enumerate(self.parameters)}
 
-        def segment(keys: Sequence[str], operands: Mapping[str, Operands] | None = None) -> Segment:
+        def segment(keys: Sequence[str], operands: Mapping[str, SharedOperands] | None = None) -> Segment:
             chosen = {key: blocks[key] for key in keys}
             first = min(number[key] for key in keys)
-            return Segment(group, chosen, optimizer, self.dtype, stashes, shared=shared, first=first, operands=operands)
+            made = Segment(group, chosen, self.dtype, stashes, shared=shared, first=first, operands=operands)
+            made.optimizer = optimizer.init(self._device, made.counts[group.index], self.dtype)
+            return made
 
         sizes = {key: round_up(math.prod(parameter.local)) for key, parameter in blocks.items()}
         total = sum(sizes.values()) * self.dtype.itemsize
@@ -154,12 +157,12 @@ class State:
             for each in segments:
                 tag = each.join(self.rings, apart, order, tag)
 
-    def _make_operands(self, group: Group, blocks: Mapping[str, Parameter]) -> dict[str, Operands]:
-        """For the matrices whose gradient the members compute in parts. All of them call."""
+    def _make_operands(self, group: Group, blocks: Mapping[str, Parameter]) -> dict[str, SharedOperands]:
+        """For the weights whose gradient the members compute in parts. All of them call."""
         shapes = {
             key: parameter.local
             for key, parameter in blocks.items()
-            if key in self._matrices and in_parts(self._rows, group.size, parameter.local[0], parameter.local[1])
+            if parameter.product and in_parts(self._rows, group.size, parameter.local[0], parameter.local[1])
         }
         sizes = [round_up(self._rows * length) for shape in shapes.values() for length in shape]
         if not sizes or not fits(group, sum(sizes) * self.dtype.itemsize):
@@ -171,7 +174,7 @@ class State:
             memory.parts[0][end - size :][: self._rows * length].reshape(self._rows, length)
             for end, size, length in zip(ends, sizes, (n for shape in shapes.values() for n in shape), strict=True)
         ]
-        return {key: Operands(x, dy) for key, x, dy in zip(shapes, arrays[::2], arrays[1::2], strict=True)}
+        return {key: SharedOperands(x, dy) for key, x, dy in zip(shapes, arrays[::2], arrays[1::2], strict=True)}
 
     @property
     def flats(self) -> list[Flat]:

@@ -20,11 +20,11 @@ import numpy as np
 
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.mail import Pending
-from nettorrent_mpi.device.arrays import Workspace
+from nettorrent_mpi.device.ops import Ops
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.tally import Tally
 from nettorrent_mpi.exchange.base import Exchange
-from nettorrent_mpi.nn.optimizers import Optimizer, clip_scale, sum_of_squares
+from nettorrent_mpi.nn.optimizers import Optimizer, clip_scale
 
 
 class Update:
@@ -38,6 +38,7 @@ class Update:
         clip_norm: float | None,
         exchange: Exchange,
         tally: Tally,
+        ops: Ops,
     ):
         """`everyone`: the ranks that hold the whole network once, and its gradients: all, or those of a replica."""
         self._everyone, self._state, self._optimizer = everyone, state, optimizer
@@ -47,7 +48,7 @@ class Update:
         self._begun = 0  # segments whose sums were begun in this step
         self._scale = 1.0
         self._squares = np.zeros(1)
-        self._workspace = Workspace(state.dtype)
+        self._ops = ops
 
     @property
     def progress(self) -> list[Callable[[], None]]:
@@ -76,12 +77,12 @@ class Update:
     def multiply(self, rows: int) -> None:
         """Compute this rank's shards of the gradients of a mini-batch of `rows` rows that are computed in parts."""
         for segment in self._state.segments:
-            segment.multiply(rows, self._workspace)
+            segment.multiply(rows, self._ops)
 
     def norm(self) -> None:
         """The global norm over all stages, for clipping (all of them take part): ||g|| over every parameter once."""
         assert self._clip_norm is not None
-        self._squares[0] = sum(sum_of_squares(segment.sums) for segment in self._state.segments)
+        self._squares[0] = sum(self._ops.sum_of_squares(segment.sums) for segment in self._state.segments)
         self._everyone.sum(self._squares)
         self._scale = clip_scale(math.sqrt(self._squares[0]), self._clip_norm)
 
@@ -107,7 +108,7 @@ class Update:
             segment.expect()
         for segment in segments:
             part = segment.params[segment.shard]
-            self._optimizer.update(part, segment.sums, segment.optimizer, rate, step, scale=self._scale)
+            self._optimizer.update(self._ops, part, segment.sums, segment.optimizer, rate, step, self._scale)
             if not self._exchange.changes_after_update:
                 segment.begin_share()  # under the next segment's update
 

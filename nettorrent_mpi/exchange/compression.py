@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, DType, Workspace
-from nettorrent_mpi.device.cpu.half import from_half, to_half
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.plan.errors import ConfigError
 
 PIECE = 32768  # elements that are worked on together: they stay in the second-level cache for all operations
@@ -121,6 +121,10 @@ class Float16Codec(Codec):
 
     gamma = 1.0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._ops = make_device("cpu", "numpy").ops
+
     def bytes(self, size: int, dtype: DType) -> int:
         return 2 * size
 
@@ -129,13 +133,13 @@ class Float16Codec(Codec):
         for piece in _pieces(values.size):
             x = self._memory.keep("x", (piece.stop - piece.start,), np.float32)
             np.clip(_tame(values[piece]), -65504.0, 65504.0, out=x, casting="same_kind")
-            to_half(x, halves[piece], self._memory)
+            self._ops.to_half(x, halves[piece])
 
     def _decode_add(self, message: Array, estimate: Array) -> None:
         halves = message.view(np.int16)
         for piece in _pieces(estimate.size):
             part = estimate[piece]
-            np.add(part, from_half(halves[piece], self._memory), out=part)
+            np.add(part, self._ops.from_half(halves[piece]), out=part)
 
 
 # -- blocks with a scale ----------------------------------------------------------------------------------------------

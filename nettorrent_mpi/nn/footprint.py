@@ -1,4 +1,4 @@
-"""What layers keep and work with, found by letting them do it.
+"""The memory that layers take is found by letting them work.
 
 How much that is only the layers know: an activation may write over its input, a convolution works in blocks. So a
 stage's layers go forward and back with a few rows, then with more, and what their workspaces hold grows with the rows.
@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-import numpy as np
-
-from nettorrent_mpi.device.arrays import Array, DType, Workspace
-from nettorrent_mpi.device.cpu import choice
-from nettorrent_mpi.nn.layer import Pass
+from nettorrent_mpi.device.arrays import Array, DType, Workspace, quiet
+from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.nn.layer import Context, Operands
 from nettorrent_mpi.nn.layers.sequence import Sequence
 from nettorrent_mpi.nn.losses import Loss
 from nettorrent_mpi.plan.blocks import Span
@@ -50,8 +48,8 @@ class _Absent:
         part[...] = 0
 
 
-class _Elsewhere:
-    """Operands that are held by others."""
+class _Elsewhere(Operands):
+    """Operands that are held by others take no memory here."""
 
     def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
         pass
@@ -68,28 +66,36 @@ def footprint(
     labels: bool = True,
     elsewhere: Collection[str] = (),
 ) -> Footprint:
-    """Of micro-batches of `rows` rows in training. `cols` are those that the layers' neurons are divided over,
-    `accumulate` says that a mini-batch has several micro-batches, whose gradients are added up; the last stage's layers
-    come with the loss, whose targets are `labels` or as many numbers as there are outputs. Of the matrices `elsewhere`
-    the layers do not compute the gradient."""
-    layers.give_operands(dict.fromkeys(elsewhere, _Elsewhere()))
-    params = {key: np.zeros(parameter.local, dtype) for key, parameter in layers.parameters}
-    grads = {key: np.zeros(parameter.local, dtype) for key, parameter in layers.parameters if parameter.trainable}
+    """The memory for micro-batches of `rows` rows in training.
+
+    `cols` are those that the layers' neurons are divided over, `accumulate` says that a mini-batch has several
+    micro-batches, whose gradients are added up; the last stage's layers come with the loss, whose targets are `labels`
+    or as many numbers as there are outputs. Of the weights `elsewhere` the layers do not compute the gradient (see
+    `Operands`).
+    """
+    device = make_device("cpu", "numpy")
+    params = {key: device.zeros(parameter.local, dtype) for key, parameter in layers.parameters}
+    grads = {
+        key: _Elsewhere() if key in elsewhere else device.zeros(parameter.local, dtype)
+        for key, parameter in layers.parameters
+        if parameter.trainable
+    }
 
     def trial(count: int) -> Footprint:
-        shared = Workspace(dtype)
-        own = Workspace(dtype, shared)
-        step = Pass(rows=Span(0, count), count=count, team=_Absent(cols))
-        y, saved = layers.forward(params, np.zeros((count, *layers.inputs.local), dtype), own, step)
+        # With NumPy alone: nothing is tried, and what others work with is as little (a block of a megabyte or two).
+        device = make_device("cpu", "numpy")
+        shared = device.workspace(dtype)
+        own = device.workspace(dtype, shared)
+        ctx = Context(device.ops, own, rows=Span(0, count), count=count, team=_Absent(cols))
+        y, saved = layers.forward(params, device.zeros((count, *layers.inputs.local), dtype), ctx)
         if loss is not None:
-            targets = np.zeros(count, np.int64) if labels else np.zeros_like(y)
-            loss.forward(y, targets, max(count, 1), own.child("loss"), gradient=True)
-        for step.accumulate in (False, accumulate):  # twice: shared memory that grew in between was no one's neighbour
-            layers.backward(params, grads, saved, np.zeros(y.shape, dtype), own, step)
-        return Footprint(own.bytes, shared.bytes)
+            targets = device.zeros((count,), "int64") if labels else device.zeros(y.shape, dtype)
+            loss.forward(y, targets, max(count, 1), ctx, device.zeros((4,), "float64"))
+        for ctx.accumulate in (False, accumulate):  # twice: shared memory that grew in between was no one's neighbour
+            layers.backward(params, grads, saved, device.zeros(y.shape, dtype), ctx)
+        return Footprint(own.bytes, shared.bytes + device.working_bytes)
 
-    # With NumPy's kernels: nothing is tried, and what others work with is as little (a block of a megabyte or two).
-    with np.errstate(all="ignore"), choice.numpy_alone():
+    with quiet():
         count = before = min(rows, ROWS)
         few = more = trial(count)
         while count < rows and (count == ROWS or sum(more) < ENOUGH):

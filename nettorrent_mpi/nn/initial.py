@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from math import sqrt
 
-import numpy as np
-
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.random import constant, normal, uniform
 from nettorrent_mpi.nn.layer import Parameter
-from nettorrent_mpi.nn.random import generator
 
 
 def initial_value(parameter: Parameter, seed: int, layer_name: str) -> Array:
     """The whole array (parameter.shape, float64) that `parameter` of layer `layer_name` begins with."""
     if parameter.initial in ("zeros", "ones"):
-        return np.full(parameter.shape, float(parameter.initial == "ones"))
+        return constant(parameter.shape, float(parameter.initial == "ones"))
     scheme, distribution = parameter.initial.rsplit("_", 1)
     fan_in, fan_out = parameter.fans
     variance = {"he": 2.0 / fan_in, "glorot": 2.0 / (fan_in + fan_out), "lecun": 1.0 / fan_in}[scheme]
-    numbers = generator(seed, "initial", layer_name, parameter.name)
     if distribution == "normal":
-        return numbers.standard_normal(parameter.shape) * sqrt(variance)
-    bound = sqrt(3.0 * variance)
-    return numbers.uniform(-bound, bound, parameter.shape)
+        return normal(parameter.shape, sqrt(variance), seed, "initial", layer_name, parameter.name)
+    return uniform(parameter.shape, sqrt(3.0 * variance), seed, "initial", layer_name, parameter.name)

@@ -1,4 +1,4 @@
-"""What a layer is, and what it is told besides its arrays.
+"""The interface of a layer: features, parameters, the team that works on it, and the context of a pass.
 
 Shape legend, for all of nn/: capital letter = the whole dimension, small letter = this rank's part.
 B, b rows of the (micro-)batch; I, i inputs; O, o outputs (neurons or filters); H, W height and width; C, c channels.
@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace
+from nettorrent_mpi.device.ops import Ops
 from nettorrent_mpi.plan.blocks import Span, span
 
 NO_ROWS = Span(0, 0)
-Params = Mapping[str, Array]  # parameter name -> this rank's block; the same keys for gradients
+Params = Mapping[str, Array]  # parameter name -> this rank's block
+Grads = Mapping[str, Any]  # parameter name -> the array for its gradient, or (`Parameter.product`) `Operands`
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Parameter:
     trainable: bool = True
     replicated_sum: bool = False
     fans: tuple[int, int] = (1, 1)  # (fan in, fan out) for the initial values
+    product: bool = False  # is its gradient one product x.T @ dy, which may be given to `Operands`?
 
     @property
     def local(self) -> Shape:
@@ -82,7 +85,7 @@ class Parameter:
 
 
 class Team(Protocol):
-    """What a layer may ask of the ranks that work on the same stage. Every rank of the team calls alike."""
+    """The ranks that work on the same stage, as a layer sees them. All of them make the same calls."""
 
     cols: int
     col: int
@@ -101,7 +104,7 @@ class Team(Protocol):
 
 
 class Alone:
-    """The team of one rank."""
+    """A team of one rank has nobody to exchange anything with."""
 
     cols = 1
     col = 0
@@ -119,17 +122,20 @@ class Alone:
         part[...] = partial_whole
 
 
-class Operands(Protocol):
-    """Takes what the gradient of a matrix of weights is the product of, instead of the layer's own product."""
+class Operands(ABC):
+    """Takes the two matrices whose product is the gradient of a layer's weights, in the place of the product."""
 
+    @abstractmethod
     def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
         """The gradient of the weights has x_bI.T @ dy_bo in it; these are the mini-batch's `rows`."""
 
 
 @dataclass(slots=True)
-class Pass:
-    """What one micro-batch's forward or backward is told besides its arrays."""
+class Context:
+    """What the forward or backward of one micro-batch needs besides its arrays."""
 
+    ops: Ops
+    workspace: Workspace  # the memory of this micro-batch's slot; for a layer, its own part of it
     training: bool = True
     accumulate: bool = False  # False: this micro-batch's gradients overwrite; True: they are added
     seed: int = 0
@@ -156,8 +162,6 @@ class Layer(ABC):
     elementwise: ClassVar[bool] = False
     # Does `backward` read the layer's own output, so that nobody may overwrite it?
     reads_output: ClassVar[bool] = False
-    # Is the gradient of `weight` one product, x.T @ dy, for which `operands` may be set?
-    multiplies: ClassVar[bool] = False
     # May `forward` return the memory of its input as its output (flatten; dropout in evaluation)?
     passes_on: ClassVar[bool] = False
 
@@ -167,21 +171,18 @@ class Layer(ABC):
         self.outputs = outputs
         self.parameters = parameters
         self.in_place = False
-        self.operands: Operands | None = None  # where there are, backward leaves the product to them
         self.needs_dx = True  # False for the first layer of the network: nobody wants its input's gradient
 
     @abstractmethod
-    def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, Any]:
+    def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, Any]:
         """(y, saved): x has shape (b, *inputs.local), y (b, *outputs.local). Zero rows are allowed.
 
-        `saved` holds what backward needs: arrays of workspace.keep, or x itself, which stays unchanged until then.
+        `saved` holds what backward needs: arrays of ctx.workspace.keep, or x itself, which stays unchanged until then.
         """
 
     @abstractmethod
-    def backward(
-        self, params: Params, grads: Params, saved: Any, dy: Array, workspace: Workspace, step: Pass
-    ) -> Array | None:
-        """dx (None where needs_dx is False). Writes (or adds, when step.accumulate) the parameters' gradients."""
+    def backward(self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context) -> Array | None:
+        """dx (None where needs_dx is False). Writes (or adds, when ctx.accumulate) the parameters' gradients."""
 
     @property
     def operations(self) -> float:

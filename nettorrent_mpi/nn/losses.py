@@ -6,33 +6,14 @@ nn/layer.py; N = rows of a data set, k = numbers in one row's float target.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from math import prod
 
-import numpy as np
-
-from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace
-from nettorrent_mpi.device.cpu import passes
-from nettorrent_mpi.device.cpu.loop import compiled
+from nettorrent_mpi.device.arrays import Array, DType, Shape, as_dtype
+from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
 from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
-
-FEW = 64  # outputs, up to which a compiled loop, which takes one exponential at a time, beats NumPy
-UNKNOWN = -1  # LossResult.correct where right and wrong are not defined
-
-
-class LossResult(NamedTuple):
-    """What the last stage learns from some rows of a mini-batch.
-
-    `loss_sum` is the sum over these rows of the loss of a row, so that the sum over all ranks and micro-batches,
-    divided by the rows of the mini-batch, is its mean loss. `correct` counts the rows that were told right, or
-    is UNKNOWN. `dy` has the shape of the outputs, lies in the workspace until this slot is used again, and is None if
-    it was not asked for.
-    """
-
-    loss_sum: float
-    correct: int
-    dy: Array | None
 
 
 class Loss(ABC):
@@ -41,15 +22,26 @@ class Loss(ABC):
     Targets are whole-number labels of shape (b,), or, except for cross-entropy, numbers of shape (b,) or (b, O).
     """
 
-    @abstractmethod
     def forward(
-        self, outputs_bO: Array, targets: Array, total: int, workspace: Workspace, *, gradient: bool = True
-    ) -> LossResult:
-        """The loss of these rows and its gradient with respect to outputs_bO, which stays unchanged.
+        self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, gradient: bool = True
+    ) -> Array | None:
+        """The gradient of these rows' loss with respect to outputs_bO, which stays unchanged; None unless wanted.
 
-        `dy` is the gradient of the mean over the `total` rows of the whole mini-batch, whoever holds the others.
+        It is the gradient of the mean over the `total` rows of the whole mini-batch, whoever holds the others, and lies
+        in ctx.workspace until this slot is used again. Adds to `metrics` (float64, on the device): [0] the sum of the
+        rows' losses, [1] how many rows are right, [2] the rows, [3] 1 where right and wrong are not defined.
         Targets have to be such as `check_targets` lets pass. Allocates nothing after the first call.
         """
+        dy = ctx.workspace.keep("gradient of the loss", outputs_bO.shape) if gradient else None
+        self.compare(outputs_bO, targets, total, ctx, metrics, dy)
+        metrics[2] += len(targets)
+        return dy
+
+    @abstractmethod
+    def compare(
+        self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
+    ) -> None:
+        """Add to metrics [0], [1] and [3], and write dy where there is one."""
 
     @abstractmethod
     def check_targets(self, targets: Array, outputs: Shape) -> None:
@@ -75,7 +67,8 @@ def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DTyp
     `layer` is the last layer's name and `outputs` the shape of one row of its outputs; `target` is the shape of one
     row's target (() for labels), `dtype` the targets' type, `classes` how many classes the data has (None: none).
     """
-    is_label = _are_labels(np.dtype(dtype), 1 + len(target))
+    dtype = as_dtype(dtype)
+    is_label = _are_labels(dtype, 1 + len(target))
     if len(outputs) != 1:
         shape = " x ".join(map(str, outputs))
         raise ShapeError(
@@ -85,7 +78,7 @@ def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DTyp
     units = outputs[0]
     if isinstance(spec, CrossEntropy) and not is_label:
         raise ShapeError(
-            f"the targets of the data are {np.dtype(dtype)} of shape {target} per row, but cross_entropy after layer "
+            f"the targets of the data are {dtype} of shape {target} per row, but cross_entropy after layer "
             f"{layer} needs one whole-number label per row: store whole numbers, or use mean_squared_error"
         )
     if is_label and classes is not None:
@@ -96,10 +89,10 @@ def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DTyp
                 f"layer {layer}, the last one, has {units} units, but the data has {classes} classes: "
                 f"give it {classes} units"
             )
-    if not is_label and np.prod(target, dtype=np.int64) != units:
+    if not is_label and prod(target) != units:
         raise ShapeError(
             f"layer {layer}, the last one, has {units} units, but each row of the data has a target of shape {target}: "
-            f"give it {np.prod(target, dtype=np.int64)} units"
+            f"give it {prod(target)} units"
         )
 
 
@@ -113,64 +106,11 @@ class _CrossEntropy(Loss):
                 f"{label_smoothing} is not between 0 and 1", key="model.loss.cross_entropy.label_smoothing"
             )
         self._smoothing = label_smoothing
-        self._labels = _Labels()
 
-    def forward(
-        self, outputs_bO: Array, targets: Array, total: int, workspace: Workspace, *, gradient: bool = True
-    ) -> LossResult:
-        b, outputs = outputs_bO.shape
-        if outputs <= FEW and compiled():
-            return self._forward_compiled(outputs_bO, targets, total, workspace, gradient)
-        correct = self._labels.read(outputs_bO, targets, workspace)
-        index_b = self._labels.index_b
-        shift_b1 = workspace.scratch("loss_shift", (b, 1), outputs_bO.dtype)
-        if gradient:
-            exp_bO = workspace.keep("loss_dy", (b, outputs), outputs_bO.dtype)
-        else:  # not loss_dy: the last gradient may still be wanted
-            exp_bO = workspace.scratch("loss_work", (b, outputs), outputs_bO.dtype)
-        picked_b = workspace.scratch("loss_picked", (b,), outputs_bO.dtype)
-        sum_b = workspace.scratch("loss_sum", (b,), outputs_bO.dtype)
-        loss_b = workspace.scratch("loss_rows", (b,), outputs_bO.dtype)
-
-        np.max(outputs_bO, axis=1, keepdims=True, out=shift_b1)
-        np.subtract(outputs_bO, shift_b1, out=exp_bO)
-        np.take(exp_bO.reshape(-1), index_b, out=picked_b, mode="clip")
-        smooth, picked_share = self._smoothing / outputs, 1.0 - self._smoothing
-        if self._smoothing:
-            picked_b *= picked_share
-            np.sum(exp_bO, axis=1, out=sum_b)
-            sum_b *= smooth
-            picked_b += sum_b
-        np.exp(exp_bO, out=exp_bO)
-        np.sum(exp_bO, axis=1, out=sum_b)
-        np.log(sum_b, out=loss_b)
-        loss_b -= picked_b
-        loss_sum = float(np.sum(loss_b))
-        if not gradient:
-            return LossResult(loss_sum, correct, None)
-
-        sum_b *= total
-        exp_bO /= sum_b.reshape(b, 1)
-        if self._smoothing:
-            exp_bO -= smooth / total
-        flat = exp_bO.reshape(-1)
-        np.take(flat, index_b, out=picked_b, mode="clip")
-        picked_b -= picked_share / total
-        np.put(flat, index_b, picked_b, mode="clip")
-        return LossResult(loss_sum, correct, exp_bO)
-
-    def _forward_compiled(
-        self, outputs_bO: Array, targets: Array, total: int, workspace: Workspace, gradient: bool
-    ) -> LossResult:
-        """For few outputs, where NumPy would do many small passes."""
-        dtype, shape = outputs_bO.dtype, outputs_bO.shape
-        labels_b = workspace.scratch("loss_index", shape[:1], np.intp)
-        np.copyto(labels_b, targets, casting="unsafe")
-        make = workspace.keep if gradient else workspace.scratch
-        dy_bO = make("loss_dy" if gradient else "loss_work", shape, dtype)
-        numbers = [dtype.type(x) for x in (1.0 / total, self._smoothing / shape[1], 1.0 - self._smoothing)]
-        loss_sum, correct = passes.cross_entropy(outputs_bO, labels_b, *numbers, dy_bO, gradient)
-        return LossResult(float(loss_sum), int(correct), dy_bO if gradient else None)
+    def compare(
+        self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
+    ) -> None:
+        ctx.ops.cross_entropy(outputs_bO, targets, self._smoothing, total, dy, metrics)
 
     def check_targets(self, targets: Array, outputs: Shape) -> None:
         if not _are_labels(targets.dtype, targets.ndim):
@@ -181,28 +121,24 @@ class _CrossEntropy(Loss):
 
 
 class _Elementwise(Loss):
-    """What the losses that compare each output with a number of its own have in common: the mean over all elements."""
+    """The losses that compare each output with a number of its own: the mean over all elements."""
 
-    def __init__(self) -> None:
-        self._labels = _Labels()
+    _name: str
+    _range: str
+    _least: float
+    _most: float
 
-    def forward(
-        self, outputs_bO: Array, targets: Array, total: int, workspace: Workspace, *, gradient: bool = True
-    ) -> LossResult:
-        b, outputs = outputs_bO.shape
-        wanted_bO = workspace.scratch("loss_wanted", (b, outputs), outputs_bO.dtype)
-        if outputs > 1 and _are_labels(targets.dtype, targets.ndim):
-            correct = self._labels.read(outputs_bO, targets, workspace)
-            wanted_bO.fill(0)
-            np.put(wanted_bO.reshape(-1), self._labels.index_b, 1, mode="clip")
+    def compare(
+        self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
+    ) -> None:
+        wanted_bO = ctx.workspace.scratch("wanted outputs", outputs_bO.shape)
+        if outputs_bO.shape[1] > 1 and _are_labels(targets.dtype, targets.ndim):
+            ctx.ops.count_right(outputs_bO, targets, metrics)
+            ctx.ops.one_hot(targets, wanted_bO)
         else:
-            np.copyto(wanted_bO, targets.reshape(b, outputs), casting="unsafe")
-            correct = self._count(outputs_bO, wanted_bO, workspace)
-        dy = workspace.keep("loss_dy", (b, outputs), outputs_bO.dtype) if gradient else None
-        loss_sum = self._compare(outputs_bO, wanted_bO, dy, workspace)
-        if dy is not None:
-            dy *= self._slope / (outputs * total)
-        return LossResult(loss_sum / outputs, correct, dy)
+            ctx.ops.copy(wanted_bO, targets.reshape(outputs_bO.shape))
+            self._count(outputs_bO, wanted_bO, ctx, metrics)
+        self._compare(outputs_bO, wanted_bO, total, ctx, metrics, dy)
 
     def check_targets(self, targets: Array, outputs: Shape) -> None:
         if outputs[-1] > 1 and _are_labels(targets.dtype, targets.ndim):
@@ -211,112 +147,62 @@ class _Elementwise(Loss):
         if targets.size != len(targets) * outputs[-1]:
             raise DataError(f"targets of shape {targets.shape} do not fit {outputs[-1]} outputs per row")
         if targets.size and not (self._least <= targets.min() and targets.max() <= self._most):  # also catches nan
-            row = int(np.flatnonzero(~((targets >= self._least) & (targets <= self._most)))[0]) // outputs[-1]
+            row = int((~((targets >= self._least) & (targets <= self._most))).argmax()) // outputs[-1]
             raise DataError(
                 f"the target of row {row} is {targets[row]}, but {self._name} needs {self._range}: correct the data"
             )
 
-    _name: str
-    _range: str
-    _least: float
-    _most: float
-    _slope: float  # dy is this times what _compare writes into it
-
     @abstractmethod
-    def _compare(self, outputs_bO: Array, wanted_bO: Array, dy: Array | None, workspace: Workspace) -> float:
-        """The sum of all elements' losses, and the gradient but for a factor. May overwrite wanted_bO."""
+    def _compare(
+        self, outputs_bO: Array, wanted_bO: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
+    ) -> None:
+        """Add the loss to metrics[0] and write the gradient."""
 
-    @abstractmethod
-    def _count(self, outputs_bO: Array, wanted_bO: Array, workspace: Workspace) -> int:
-        """How many rows are right, where the targets are numbers."""
+    def _count(self, outputs_bO: Array, wanted_bO: Array, ctx: Context, metrics: Array) -> None:
+        """Count the rows that are right, where the targets are numbers: not defined, unless a loss defines it."""
+        metrics[3] += 1
 
 
 class _BinaryCrossEntropy(_Elementwise):
     """-t log s(x) - (1 - t) log(1 - s(x)) with s the sigmoid, as max(x, 0) - x t + log(1 + exp(-|x|)): no overflow.
 
     A single logit is right if it is above 0 exactly where the target is above 1/2; with class labels for several
-    outputs the largest logit counts; for several float targets `correct` is UNKNOWN.
+    outputs the largest logit counts; for several float targets right and wrong are not defined.
     """
 
-    _name, _range, _least, _most, _slope = "binary_cross_entropy", "numbers from 0 to 1", 0.0, 1.0, 1.0
+    _name, _range, _least, _most = "binary_cross_entropy", "numbers from 0 to 1", 0.0, 1.0
 
-    def _compare(self, outputs_bO: Array, wanted_bO: Array, dy: Array | None, workspace: Workspace) -> float:
-        loss_bO = workspace.scratch("loss_rows", outputs_bO.shape, outputs_bO.dtype)
-        work_bO = workspace.scratch("loss_work", outputs_bO.shape, outputs_bO.dtype)
-        np.abs(outputs_bO, out=work_bO)
-        np.negative(work_bO, out=work_bO)
-        np.exp(work_bO, out=work_bO)  # exp(-|x|)
-        if dy is not None:  # s(x) = exp(min(x, 0)) / (1 + exp(-|x|))
-            np.minimum(outputs_bO, 0, out=dy)
-            np.exp(dy, out=dy)
-            np.add(work_bO, 1, out=loss_bO)
-            dy /= loss_bO
-            dy -= wanted_bO
-        np.log1p(work_bO, out=loss_bO)
-        np.maximum(outputs_bO, 0, out=work_bO)
-        loss_bO += work_bO
-        wanted_bO *= outputs_bO
-        loss_bO -= wanted_bO
-        return float(np.sum(loss_bO))
+    def _compare(
+        self, outputs_bO: Array, wanted_bO: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
+    ) -> None:
+        ctx.ops.binary_cross_entropy(outputs_bO, wanted_bO, total, dy, metrics)
 
-    def _count(self, outputs_bO: Array, wanted_bO: Array, workspace: Workspace) -> int:
-        if outputs_bO.shape[1] != 1:
-            return UNKNOWN
-        told_bO = workspace.scratch("loss_told", outputs_bO.shape, np.bool_)
-        right_bO = workspace.scratch("loss_right", outputs_bO.shape, np.bool_)
-        np.greater(outputs_bO, 0, out=told_bO)
-        np.greater(wanted_bO, 0.5, out=right_bO)
-        np.equal(told_bO, right_bO, out=right_bO)
-        return int(np.count_nonzero(right_bO))
+    def _count(self, outputs_bO: Array, wanted_bO: Array, ctx: Context, metrics: Array) -> None:
+        if outputs_bO.shape[1] == 1:
+            ctx.ops.count_same_side(outputs_bO, wanted_bO, metrics)
+        else:
+            super()._count(outputs_bO, wanted_bO, ctx, metrics)
 
 
 class _MeanSquaredError(_Elementwise):
-    """(x - t)^2. `correct`: the largest output is the class label's; UNKNOWN for targets that are numbers."""
+    """(x - t)^2. A row is right if its largest output is the label's; not defined for targets that are numbers."""
 
-    _name, _range, _slope = "mean_squared_error", "finite numbers", 2.0
-    _least, _most = -float(np.finfo(np.float64).max), float(np.finfo(np.float64).max)
+    _name, _range = "mean_squared_error", "finite numbers"
+    _least, _most = -sys.float_info.max, sys.float_info.max
 
-    def _compare(self, outputs_bO: Array, wanted_bO: Array, dy: Array | None, workspace: Workspace) -> float:
-        error_bO = wanted_bO if dy is None else dy
-        np.subtract(outputs_bO, wanted_bO, out=error_bO)
-        flat = error_bO.reshape(-1)
-        return float(np.dot(flat, flat))
-
-    def _count(self, outputs_bO: Array, wanted_bO: Array, workspace: Workspace) -> int:
-        return UNKNOWN
+    def _compare(
+        self, outputs_bO: Array, wanted_bO: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
+    ) -> None:
+        ctx.ops.squared_error(outputs_bO, wanted_bO, total, dy, metrics)
 
 
-class _Labels:
-    """Where the labels' outputs lie, and how many labels are the largest output."""
-
-    def __init__(self) -> None:
-        self._starts: dict[int, Array] = {}  # number of outputs -> where each row begins in the flat outputs
-        self.index_b: Array = np.empty(0, np.intp)
-
-    def read(self, outputs_bO: Array, labels_b: Array, workspace: Workspace) -> int:
-        """Set index_b, the labels' places in the flat outputs (scratch memory), and return how many are right."""
-        b, outputs = outputs_bO.shape
-        starts = self._starts.get(outputs)
-        if starts is None or len(starts) < b:
-            starts = self._starts[outputs] = np.arange(b, dtype=np.intp) * outputs
-        index_b = workspace.scratch("loss_index", (b,), np.intp)
-        largest_b = workspace.scratch("loss_largest", (b,), np.intp)
-        right_b = workspace.scratch("loss_right", (b,), np.bool_)
-        np.copyto(index_b, labels_b, casting="unsafe")
-        np.argmax(outputs_bO, axis=1, out=largest_b)
-        np.equal(index_b, largest_b, out=right_b)
-        index_b += starts[:b]
-        self.index_b = index_b
-        return int(np.count_nonzero(right_b))
-
-
-def _are_labels(dtype: np.dtype[np.generic], ndim: int) -> bool:
-    return dtype.kind in "iu" and ndim == 1
+def _are_labels(dtype: DType, ndim: int) -> bool:
+    return bool(dtype.kind in "iu" and ndim == 1)
 
 
 def _check_labels(labels: Array, outputs: int) -> None:
     if labels.size and not (labels.min() >= 0 and labels.max() < outputs):
-        row = int(np.flatnonzero((labels < 0) | (labels >= outputs))[0])
+        row = int(((labels < 0) | (labels >= outputs)).argmax())
         raise DataError(
             f"the label of row {row} is {labels[row]}, but the network has {outputs} outputs, for labels 0 to "
             f"{outputs - 1}: give the last layer {max(int(labels.max()) + 1, outputs)} units, or correct the data"

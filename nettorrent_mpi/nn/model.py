@@ -1,18 +1,17 @@
-"""The network: the layers as asked for, with names and shapes, and how they divide into stages."""
+"""The network: layers with names and shapes, and how they divide into stages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-
-import numpy as np
+from math import prod
 
 from nettorrent_mpi.device.arrays import Shape
 from nettorrent_mpi.nn.layer import Features, Layer
 from nettorrent_mpi.nn.layers import Gather
-from nettorrent_mpi.nn.layers.norm import BatchNorm as BatchNormLayer
-from nettorrent_mpi.nn.layers.residual import Residual
-from nettorrent_mpi.nn.layers.sequence import Sequence, has_weights, named
+from nettorrent_mpi.nn.layers.norm import BatchNormLayer
+from nettorrent_mpi.nn.layers.residual import ResidualLayer
+from nettorrent_mpi.nn.layers.sequence import Sequence, named
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.specs import BatchNorm, Flatten, LayerSpec, flat
 from nettorrent_mpi.plan.topology import LayerFacts
@@ -81,7 +80,7 @@ def _all_layers(sequence: Sequence) -> Iterator[Layer]:
     """The layers of a sequence and those inside them."""
     for layer in sequence.layers:
         yield layer
-        if isinstance(layer, Residual):
+        if isinstance(layer, ResidualLayer):
             yield from _all_layers(layer.body)
             yield from _all_layers(layer.shortcut)
 
@@ -93,7 +92,7 @@ def _starts(layers: Seq[LayerSpec]) -> list[int]:
     for i, layer in enumerate(layers):
         if isinstance(layer, Flatten) and flatten is None:
             flatten = i
-        if has_weights(layer):
+        if layer.weighted:
             starts.append(0 if not starts else i if flatten is None else flatten)
             flatten = None
     if not starts:
@@ -102,14 +101,14 @@ def _starts(layers: Seq[LayerSpec]) -> list[int]:
 
 
 def _facts(specs: Seq[LayerSpec], part: Sequence) -> LayerFacts:
-    weights = next(spec for spec in specs if has_weights(spec))
-    matrix = next((parameter.shape for _, parameter in part.matrices), (0, 0))
+    weights = next(spec for spec in specs if spec.weighted)
+    matrix = next((parameter.shape for _, parameter in part.parameters if parameter.product), (0, 0))
     return LayerFacts(
         name=weights.name or weights.kind,
         operations=part.operations,
-        parameters=sum(int(np.prod(p.shape)) for _, p in part.parameters if p.trainable),
+        parameters=sum(prod(p.shape) for _, p in part.parameters if p.trainable),
         units=part.most_cols,
-        inputs=int(np.prod(part.inputs.shape)),
-        outputs=int(np.prod(part.outputs.shape)),
+        inputs=prod(part.inputs.shape),
+        outputs=prod(part.outputs.shape),
         matrix=(matrix[0], matrix[1]),
     )

@@ -45,21 +45,34 @@ class Spec:
 class LayerSpec(Spec):
     """The options of a layer; every layer may carry a name (default: kind and count, `conv2d1`)."""
 
+    weighted: ClassVar[bool] = False  # is it a layer with weights, by which stages are counted?
+    reads_whole: ClassVar[bool] = False  # does it need all features of a row, as every layer with weights does?
+    activates: ClassVar[bool] = False  # is it an activation, for which initial values are chosen?
+
     name: str | None = field(default=None, kw_only=True)
+
+    def widths(self) -> tuple[int, ...]:
+        """How many neurons or filters each of its layers with weights can divide over the cols of a team."""
+        return ()
 
 
 @dataclass(frozen=True)
 class Linear(LayerSpec):
     kind = "linear"
+    weighted = True
     units: int
     activation: Activation | None = None
     bias: bool = True
     initial: Initial = "auto"
 
+    def widths(self) -> tuple[int, ...]:
+        return (self.units,)
+
 
 @dataclass(frozen=True)
 class Conv2d(LayerSpec):
     kind = "conv2d"
+    weighted = True
     filters: int
     kernel: Pair = 3
     stride: Pair = 1
@@ -67,6 +80,9 @@ class Conv2d(LayerSpec):
     activation: Activation | None = None
     bias: bool = True
     initial: Initial = "auto"
+
+    def widths(self) -> tuple[int, ...]:
+        return (self.filters,)
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class GlobalAvgPool2d(LayerSpec):
 @dataclass(frozen=True)
 class Flatten(LayerSpec):
     kind = "flatten"
+    reads_whole = True
 
 
 @dataclass(frozen=True)
@@ -115,34 +132,43 @@ class LayerNorm(LayerSpec):
 @dataclass(frozen=True)
 class Relu(LayerSpec):
     kind = "relu"
+    activates = True
 
 
 @dataclass(frozen=True)
 class LeakyRelu(LayerSpec):
     kind = "leaky_relu"
+    activates = True
     slope: float = 0.01
 
 
 @dataclass(frozen=True)
 class Sigmoid(LayerSpec):
     kind = "sigmoid"
+    activates = True
 
 
 @dataclass(frozen=True)
 class Tanh(LayerSpec):
     kind = "tanh"
+    activates = True
 
 
 @dataclass(frozen=True)
 class Gelu(LayerSpec):
     kind = "gelu"  # the exact one, with erf
+    activates = True
 
 
 @dataclass(frozen=True)
 class Residual(LayerSpec):
     kind = "residual"
+    weighted = True
     layers: tuple[LayerSpec, ...]
     shortcut: tuple[LayerSpec, ...] = ()  # empty: the input itself
+
+    def widths(self) -> tuple[int, ...]:
+        return tuple(width for inner in (*self.layers, *self.shortcut) for width in inner.widths())
 
 
 LAYERS: dict[str, type[LayerSpec]] = {
@@ -152,7 +178,6 @@ LAYERS: dict[str, type[LayerSpec]] = {
         Relu, LeakyRelu, Sigmoid, Tanh, Gelu, Residual,
     )
 }  # fmt: skip
-WEIGHTED = (Linear, Conv2d, Residual)  # the weight layers, by which swarms are counted
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.nn.initial import initial_value
-from nettorrent_mpi.nn.layer import Alone, Features, Pass
+from nettorrent_mpi.nn.layer import Alone, Context, Features
 from nettorrent_mpi.nn.layers import Gather, Sequence
 from nettorrent_mpi.nn.layers.sequence import named
 from nettorrent_mpi.plan import specs
@@ -75,6 +76,7 @@ class Bench:
 
     def __init__(self, layers: list[specs.LayerSpec], shape: tuple[int, ...], dtype: Any = np.float64, seed: int = 1):
         self.specs, self.shape, self.dtype = named(layers), shape, dtype
+        self.device = make_device()
         self.rng = np.random.default_rng(seed)
         self.params: dict[str, Array] = {}
         for key, parameter in self.sequence().parameters:
@@ -93,23 +95,26 @@ class Bench:
         dy = self.rng.standard_normal((rows, *self.sequence().outputs.shape)).astype(self.dtype)
         return x, dy
 
-    def passes(self, x: Array, training: bool = True, **more: Any) -> Pass:
-        return Pass(training=training, seed=3, step=5, rows=Span(10, 10 + len(x)), count=len(x), **more)
+    def context(self, x: Array, training: bool = True, **more: Any) -> Context:
+        """With a workspace of its own; `device` and more may be other ones."""
+        ops = more.pop("device", self.device).ops
+        rows = Span(10, 10 + len(x))
+        return Context(ops, Workspace(self.dtype), training, seed=3, step=5, rows=rows, count=len(x), **more)
 
-    def forward(self, params: dict[str, Array], x: Array, step: Pass) -> Array:
-        y, _ = self.sequence().forward(params, x.copy(), Workspace(self.dtype), step)
+    def forward(self, params: dict[str, Array], x: Array, ctx: Context) -> Array:
+        y, _ = self.sequence().forward(params, x.copy(), ctx)
         return y.copy()
 
     def run(self, x: Array, dy: Array, *, grads: dict[str, Array] | None = None, training: bool = True) -> Result:
         """Forward and backward on one rank; adds to `grads` where they are given."""
         params = {key: value.copy() for key, value in self.params.items()}
-        step = self.passes(x, training, accumulate=grads is not None)
+        ctx = self.context(x, training, accumulate=grads is not None)
         if grads is None:
             grads = {key: np.full_like(params[key], np.nan) for key, p in self.sequence().parameters if p.trainable}
-        sequence, workspace, before = self.sequence(), Workspace(self.dtype), x.copy()
-        y, saved = sequence.forward(params, x, workspace, step)
+        sequence, before = self.sequence(), x.copy()
+        y, saved = sequence.forward(params, x, ctx)
         y = y.copy()
-        dx = sequence.backward(params, grads, saved, dy.copy(), workspace, step)
+        dx = sequence.backward(params, grads, saved, dy.copy(), ctx)
         np.testing.assert_array_equal(x, before, err_msg="the input was overwritten")
         return Result(y, None if dx is None else dx.copy(), params, grads)
 
@@ -128,13 +133,13 @@ class Bench:
             sequence = self.sequence(cols, col)
             own = {key: self.params[key][p.index].copy() for key, p in sequence.parameters}
             own_grads = {key: np.full(p.local, np.nan) for key, p in sequence.parameters if p.trainable}
-            step = self.passes(x, team=ThreadTeam(shared, row, col) if rows * cols > 1 else Alone())
-            step.rows = Span(10 + part.start, 10 + part.stop)
-            workspace = Workspace(self.dtype)
+            team = ThreadTeam(shared, row, col) if rows * cols > 1 else Alone()
+            ctx = self.context(x, team=team, device=make_device())
+            ctx.rows = Span(10 + part.start, 10 + part.stop)
             try:
-                y, saved = sequence.forward(own, x[mine].copy(), workspace, step)
+                y, saved = sequence.forward(own, x[mine].copy(), ctx)
                 y = y.copy()
-                dx = sequence.backward(own, own_grads, saved, dy[mine].copy(), workspace, step)
+                dx = sequence.backward(own, own_grads, saved, dy[mine].copy(), ctx)
             except BaseException:
                 shared.barrier.abort()
                 raise

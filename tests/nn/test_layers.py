@@ -77,7 +77,7 @@ def test_gradients_are_those_of_central_differences(bench, case, rows):
     b = bench(*CASES[case])
     x, dy = b.data(rows)
     result = b.run(x, dy)
-    step = b.passes(x)
+    step = b.context(x)
     # Central differences of 1e-6 leave an error near 1e-9, larger where batch norm divides by few numbers' deviation.
     loose = {"rtol": 2e-5, "atol": 2e-5 if rows == 1 else 2e-6}
 
@@ -135,8 +135,8 @@ def test_rows_do_not_influence_each_other_in_evaluation(bench, case):
     b = bench(*CASES[case])
     x, _ = b.data(4)
     before = {key: value.copy() for key, value in b.params.items()}
-    whole = b.forward(b.params, x, b.passes(x, training=False))
-    single = [b.forward(b.params, row[None], b.passes(row[None], training=False)) for row in x]
+    whole = b.forward(b.params, x, b.context(x, training=False))
+    single = [b.forward(b.params, row[None], b.context(row[None], training=False)) for row in x]
     np.testing.assert_allclose(whole, np.concatenate(single), rtol=1e-12, atol=1e-13)
     for key, value in before.items():
         np.testing.assert_array_equal(b.params[key], value)
@@ -154,9 +154,11 @@ def test_a_workspace_serves_again_and_for_fewer_rows(bench, case):
         expected = b.run(x, dy)
         params = {key: value.copy() for key, value in b.params.items()}
         grads = {key: np.full_like(value, np.nan) for key, value in expected.grads.items()}
-        y, saved = sequence.forward(params, x, workspace, b.passes(x))
+        ctx = b.context(x)
+        ctx.workspace = workspace
+        y, saved = sequence.forward(params, x, ctx)
         alike(y, expected.y)
-        alike(sequence.backward(params, grads, saved, dy.copy(), workspace, b.passes(x)), expected.dx)
+        alike(sequence.backward(params, grads, saved, dy.copy(), ctx), expected.dx)
         for key, value in expected.grads.items():
             alike(grads[key], value)
 
@@ -166,12 +168,12 @@ def test_nobody_computes_the_gradient_of_the_first_input(bench, case):
     b = bench(*CASES[case])
     x, dy = b.data(4)
     expected = b.run(x, dy)
-    sequence, workspace = b.sequence(), Workspace(np.float64)
+    sequence, ctx = b.sequence(), b.context(x)
     sequence.needs_dx = False
     grads = {key: np.full_like(value, np.nan) for key, value in expected.grads.items()}
     params = {key: value.copy() for key, value in b.params.items()}
-    _, saved = sequence.forward(params, x, workspace, b.passes(x))
-    assert sequence.backward(params, grads, saved, dy.copy(), workspace, b.passes(x)) is None
+    _, saved = sequence.forward(params, x, ctx)
+    assert sequence.backward(params, grads, saved, dy.copy(), ctx) is None
     for key, value in expected.grads.items():
         np.testing.assert_array_equal(grads[key], value)
 
@@ -180,16 +182,15 @@ def test_nobody_computes_the_gradient_of_the_first_input(bench, case):
 def test_the_steady_state_allocates_no_arrays(bench, dtype):
     b = bench(MIX, (24, 24, 3), dtype)
     x, dy = b.data(64)
-    sequence, workspace = b.sequence(), Workspace(dtype)
+    sequence, ctx = b.sequence(), b.context(x)
     grads = {key: np.zeros_like(value) for key, value in b.params.items()}
     given = dy.copy()
 
     def train():
-        for accumulate in (False, True):
-            step = b.passes(x, accumulate=accumulate)
-            _, saved = sequence.forward(b.params, x, workspace, step)
+        for ctx.accumulate in (False, True):
+            _, saved = sequence.forward(b.params, x, ctx)
             given[...] = dy
-            sequence.backward(b.params, grads, saved, given, workspace, step)
+            sequence.backward(b.params, grads, saved, given, ctx)
 
     train()
     train()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.device.arrays import Workspace
-from nettorrent_mpi.nn.layers.activations import normal_cdf
+from nettorrent_mpi.device.cpu.elementwise import normal_cdf
 from nettorrent_mpi.plan import specs as s
 
 
@@ -15,7 +15,7 @@ def test_nan_goes_through(bench, spec):
     b = bench([spec], (4, 4, 2))
     x, _ = b.data(2)
     x[1, 0, 1, 1] = x[0, 3, 2, 0] = np.nan
-    y = b.forward({}, x, b.passes(x))
+    y = b.forward({}, x, b.context(x))
     assert np.isnan(y).sum() == 2
 
 
@@ -33,7 +33,7 @@ def test_the_normal_distribution_is_exact_to_the_last_bits(dtype, bound):
 def test_sigmoid_keeps_its_digits_in_both_tails_without_overflow(bench):
     x = np.array([[-700.0, -40.0, 0.0, 40.0, 800.0]])
     with np.errstate(over="raise", divide="raise", invalid="raise"):
-        y = bench([s.Sigmoid()], (5,)).forward({}, x, bench([s.Sigmoid()], (5,)).passes(x))
+        y = bench([s.Sigmoid()], (5,)).forward({}, x, bench([s.Sigmoid()], (5,)).context(x))
     np.testing.assert_allclose(y[0], [np.exp(-700.0), np.exp(-40.0), 0.5, 1.0, 1.0], rtol=1e-14)
 
 
@@ -42,7 +42,7 @@ def test_dropout_chooses_anew_for_each_step_seed_and_layer(bench):
 
     def kept(name: str, **more):
         b = bench([s.Dropout(0.5, name=name)], (200,))
-        step = b.passes(x)
+        step = b.context(x)
         for option, value in more.items():
             setattr(step, option, value)
         return b.forward({}, x, step) > 0
@@ -104,7 +104,7 @@ def test_batch_norm_of_nothing_moves_nothing(bench):
 def test_batch_norm_keeps_its_digits_far_from_zero(bench):
     b = bench([s.BatchNorm()], (2,), np.float32)
     x = (1000 + np.random.default_rng(0).standard_normal((4000, 2))).astype(np.float32)
-    y = b.forward(b.params, x, b.passes(x))
+    y = b.forward(b.params, x, b.context(x))
     exact = (x.astype(float) - x.mean(0, dtype=float)) / np.sqrt(x.astype(float).var(0) + 1e-5)
     scaled = exact * b.params["batch_norm1/weight"] + b.params["batch_norm1/bias"]
     np.testing.assert_allclose(y, scaled, atol=2e-4)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from nettorrent_mpi.device.arrays import Array, Workspace
-from nettorrent_mpi.nn.losses import UNKNOWN, check_fit, make_loss
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.nn.layer import Context
+from nettorrent_mpi.nn.losses import Loss, check_fit, make_loss
 from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
 from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
 
@@ -26,6 +29,30 @@ CASES = [
     pytest.param(MeanSquaredError(), 5, "labels", id="mse-one-hot"),
     pytest.param(MeanSquaredError(), 3, "numbers", id="mse-several"),
 ]
+
+
+class Found(NamedTuple):
+    """What a loss adds to the metrics, and the gradient."""
+
+    loss_sum: float
+    correct: float
+    rows: float
+    unknown: float
+    dy: Array | None
+
+
+def context(dtype: Any = np.float64) -> Context:
+    device = make_device()
+    return Context(device.ops, device.workspace(dtype))
+
+
+def score(
+    loss: Loss, outputs: Array, targets: Array, total: int, ctx: Context | None = None, gradient: bool = True
+) -> Found:
+    metrics = np.zeros(5)
+    dy = loss.forward(outputs, targets, total, ctx or context(), metrics, gradient)
+    assert metrics[4] == 0
+    return Found(*metrics[:4].tolist(), dy)
 
 
 def make_targets(kind: str, rows: int, outputs: int) -> Array:
@@ -46,17 +73,17 @@ def make_outputs(rows: int, outputs: int) -> Array:
 
 @pytest.mark.parametrize(("spec", "outputs", "kind"), CASES)
 def test_gradient_is_the_finite_difference(spec: Spec, outputs: int, kind: str) -> None:
-    loss, workspace = make_loss(spec), Workspace(np.float64)
+    loss, ctx = make_loss(spec), context()
     x, targets = make_outputs(ROWS, outputs), make_targets(kind, ROWS, outputs)
     total = 11  # rows of the whole mini-batch, the others held elsewhere
-    dy = loss.forward(x, targets, total, workspace).dy
+    dy = score(loss, x, targets, total, ctx).dy
     assert dy is not None
     for place in np.ndindex(x.shape):
         sums = []
         for shift in (1e-5, -1e-5):
             moved = x.copy()
             moved[place] += shift
-            sums.append(loss.forward(moved, targets, total, workspace, gradient=False).loss_sum)
+            sums.append(score(loss, moved, targets, total, ctx, gradient=False).loss_sum)
         assert dy[place] == pytest.approx((sums[0] - sums[1]) / 2e-5 / total, rel=1e-6, abs=1e-9)
 
 
@@ -74,7 +101,7 @@ def test_equals_pytorch(spec: Spec, outputs: int, kind: str, scale: float) -> No
         module = torch.nn.BCEWithLogitsLoss() if isinstance(spec, BinaryCrossEntropy) else torch.nn.MSELoss()
         expected = module(tensor, torch.tensor(dense))
     expected.backward()
-    result = make_loss(spec).forward(x, targets, ROWS, Workspace(np.float64))
+    result = score(make_loss(spec), x, targets, ROWS)
     assert result.dy is not None
     assert result.loss_sum / ROWS == pytest.approx(expected.item(), rel=1e-12)
     np.testing.assert_allclose(result.dy, tensor.grad.numpy(), rtol=1e-12, atol=1e-15)
@@ -85,19 +112,20 @@ def test_parts_add_up_and_outputs_stay(spec: Spec, outputs: int, kind: str) -> N
     loss = make_loss(spec)
     x, targets = make_outputs(ROWS, outputs), make_targets(kind, ROWS, outputs)
     before = x.copy()
-    whole = loss.forward(x, targets, ROWS, Workspace(np.float64))
+    whole = score(loss, x, targets, ROWS)
     cuts = [slice(0, 3), slice(3, 3), slice(3, 7)]
-    parts = [loss.forward(x[cut], targets[cut], ROWS, Workspace(np.float64)) for cut in cuts]
+    parts = [score(loss, x[cut], targets[cut], ROWS) for cut in cuts]
     assert sum(part.loss_sum for part in parts) == pytest.approx(whole.loss_sum, rel=1e-13)
-    if whole.correct != UNKNOWN:
-        assert sum(part.correct for part in parts) == whole.correct
+    assert sum(part.correct for part in parts) == whole.correct
+    assert [part.rows for part in parts] == [3, 0, 4]
+    assert {part.unknown for part in parts} == {whole.unknown}
     assert parts[1].loss_sum == 0.0
     assert parts[1].dy is not None
     assert parts[1].dy.shape == (0, outputs)
     assert whole.dy is not None
     np.testing.assert_allclose(np.concatenate([p.dy for p in parts if p.dy is not None]), whole.dy, rtol=1e-13)
-    without = loss.forward(x, targets, ROWS, Workspace(np.float64), gradient=False)
-    assert without == (whole.loss_sum, whole.correct, None)
+    without = score(loss, x, targets, ROWS, gradient=False)
+    assert without == whole._replace(dy=None)
     np.testing.assert_array_equal(x, before)
 
 
@@ -105,34 +133,34 @@ def test_correct_rows() -> None:
     x = np.array([[3.0, 1.0, 2.0], [0.0, 1.0, 5.0], [0.0, 1.0, -5.0]])
     labels = np.array([0, 1, 1])
     for spec in (CrossEntropy(), BinaryCrossEntropy(), MeanSquaredError()):
-        assert make_loss(spec).forward(x, labels, 3, Workspace(np.float64)).correct == 2
+        assert score(make_loss(spec), x, labels, 3)[1:4] == (2, 3, 0)
     logits = np.array([[3.0], [-1.0], [2.0], [-2.0]])
     bits = np.array([1.0, 0.0, 0.0, 1.0])
-    assert make_loss(BinaryCrossEntropy()).forward(logits, bits, 4, Workspace(np.float64)).correct == 2
-    assert make_loss(BinaryCrossEntropy()).forward(logits, bits.astype(int), 4, Workspace(np.float64)).correct == 2
-    assert make_loss(BinaryCrossEntropy()).forward(x, x * 0, 3, Workspace(np.float64)).correct == UNKNOWN
-    assert make_loss(MeanSquaredError()).forward(logits, bits, 4, Workspace(np.float64)).correct == UNKNOWN
+    assert score(make_loss(BinaryCrossEntropy()), logits, bits, 4)[1:4] == (2, 4, 0)
+    assert score(make_loss(BinaryCrossEntropy()), logits, bits.astype(int), 4)[1:4] == (2, 4, 0)
+    assert score(make_loss(BinaryCrossEntropy()), x, x * 0, 3)[1:4:2] == (0, 1)
+    assert score(make_loss(MeanSquaredError()), logits, bits, 4)[1:4:2] == (0, 1)
 
 
 @pytest.mark.parametrize(("spec", "outputs", "kind"), CASES)
 def test_float32_stays_float32_and_the_steady_state_allocates_nothing(spec: Spec, outputs: int, kind: str) -> None:
-    loss, workspace, rows = make_loss(spec), Workspace(np.float32), 65536
+    loss, ctx, rows = make_loss(spec), context(np.float32), 65536
     x = make_outputs(rows, outputs).astype(np.float32)
     targets = make_targets(kind, rows, outputs)
-    first = loss.forward(x, targets, rows, workspace)
+    first = score(loss, x, targets, rows, ctx)
     assert first.dy is not None
     assert first.dy.dtype == np.float32
-    exact = loss.forward(x.astype(np.float64), targets, rows, Workspace(np.float64))
+    exact = score(loss, x.astype(np.float64), targets, rows)
     assert first.loss_sum == pytest.approx(exact.loss_sum, rel=1e-5)
-    loss.forward(x, targets, rows, workspace, gradient=False)
-    loss.forward(x[:100], targets[:100], rows, workspace)
+    score(loss, x, targets, rows, ctx, gradient=False)
+    score(loss, x[:100], targets[:100], rows, ctx)
     gc.collect()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
     for part in (slice(None), slice(0, 100)):
-        loss.forward(x[part], targets[part], rows, workspace)
-    loss.forward(x, targets, rows, workspace, gradient=False)
+        score(loss, x[part], targets[part], rows, ctx)
+    score(loss, x, targets, rows, ctx, gradient=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak - before < rows  # less than one byte a row: no array, only NumPy's iteration buffer of 8192 elements

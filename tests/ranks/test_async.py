@@ -20,11 +20,12 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Workspace
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine import state
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.initial import initial_value
-from nettorrent_mpi.nn.layer import Pass
+from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
@@ -34,6 +35,7 @@ from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.stream import versions
 from nettorrent_mpi.plan.topology import Stage, Topology
 
+DEVICE = make_device()
 SIZE = MPI.COMM_WORLD.size
 WINDOWS = (1, 5, 2, 3, 9)  # mini-batches from one drain to the next
 SHAPE, CLASSES, SEED, BATCH = (7, 6, 2), 5, 5, 37
@@ -170,7 +172,7 @@ class Emulated:
         ]  # fmt: skip
         self.optimizer, self.loss = make_optimizer(OPTIMIZERS[case.network]), make_loss(specs.CrossEntropy(0.1))
         self.memory = [
-            {key: self.optimizer.init(g.size, "float64") for key, g in grads.items()} for grads in self.grads
+            {key: self.optimizer.init(DEVICE, g.size, "float64") for key, g in grads.items()} for grads in self.grads
         ]
         self.dataset, self.sampler = data()
         self.inputs, self.targets = self.dataset.train.inputs(), self.dataset.train.targets()
@@ -196,26 +198,28 @@ class Emulated:
         total = 0.0
         for m, part in enumerate(np.array_split(np.arange(len(rows)), count)):
             span = Span(int(part[0]), int(part[-1]) + 1)
-            told = Pass(accumulate=m > 0, seed=SEED, step=step, rows=span, count=len(part))
+            told = Context(
+                DEVICE.ops, Workspace("float64"), accumulate=m > 0, seed=SEED, step=step, rows=span, count=len(part)
+            )
             total += self.micro_batch(number * count + m, x[part], self.targets[rows[part]], len(rows), told)
         self.losses.append(total / len(rows))
         self.update(step)
 
-    def micro_batch(self, g: int, x: np.ndarray, targets: np.ndarray, rows: int, told: Pass) -> float:
+    def micro_batch(self, g: int, x: np.ndarray, targets: np.ndarray, rows: int, told: Context) -> float:
         """Adds to the gradients; gives the sum of the losses."""
         depth, flow, done = len(self.stages), x, []
         for s, stage in enumerate(self.stages):
             version = self.versions[s][max(0, (g - (depth - s) + 1) // self.case.micro_batches)]
-            workspace = Workspace("float64")
-            flow, saved = stage.forward(version, flow.copy(), workspace, told)
-            done.append((version, saved, workspace))
-        loss = self.loss.forward(flow, targets, rows, Workspace("float64"))
-        back = loss.dy
+            told.workspace = Workspace("float64")
+            flow, saved = stage.forward(version, flow.copy(), told)
+            done.append((version, saved, told.workspace))
+        metrics = np.zeros(4)
+        back = self.loss.forward(flow, targets, rows, told, metrics)
         for s in reversed(range(depth)):
-            version, saved, workspace = done[s]
+            version, saved, told.workspace = done[s]
             assert back is not None
-            back = self.stages[s].backward(version, self.grads[s], saved, back.copy(), workspace, told)
-        return loss.loss_sum
+            back = self.stages[s].backward(version, self.grads[s], saved, back.copy(), told)
+        return float(metrics[0])
 
     def update(self, step: int) -> None:
         depth, case = len(self.stages), self.case
@@ -229,7 +233,7 @@ class Emulated:
             for key, g in grads.items():
                 newest[key] = newest[key].copy()
                 self.optimizer.update(
-                    newest[key].reshape(-1), scale * g.reshape(-1), self.memory[s][key], rate, step + 1
+                    DEVICE.ops, newest[key].reshape(-1), scale * g.reshape(-1), self.memory[s][key], rate, step + 1
                 )
             self.versions[s].append(newest)
 
@@ -237,9 +241,11 @@ class Emulated:
         x = np.empty((len(rows), *SHAPE))
         inputs.batch(rows, x)
         for stage, of_stage in zip(self.stages, self.versions, strict=True):
-            x, _ = stage.forward(of_stage[-1], x.copy(), Workspace("float64"), Pass(training=False))
-        loss = self.loss.forward(x, targets[rows], 1, Workspace("float64"), gradient=False)
-        self.scores += [loss.loss_sum / len(rows), loss.correct / len(rows)]
+            told = Context(DEVICE.ops, Workspace("float64"), training=False)
+            x, _ = stage.forward(of_stage[-1], x.copy(), told)
+        metrics = np.zeros(4)
+        self.loss.forward(x, targets[rows], 1, told, metrics, gradient=False)
+        self.scores += (metrics[:2] / len(rows)).tolist()
 
 
 def compare(mine: Result, reference: Result) -> None:

@@ -7,7 +7,7 @@ nothing: a mini-batch of 37 rows in 3 micro-batches, and a last one of 12.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine import state
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.operands import SharedOperands
 from nettorrent_mpi.engine.run_plan import Options, Plan
-from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
@@ -207,13 +207,13 @@ def test_gradients_in_parts(network: str, micro_batches: int, monkeypatch: pytes
     """Of every linear layer, however much larger its rows are than its weights."""
     monkeypatch.setattr(state, "in_parts", lambda rows, sharers, *_: sharers > 1)
     given = set()
-    give = Layers.give_operands
+    put = SharedOperands.put
 
-    def noted(layers: Layers, operands: Mapping[str, Any]) -> None:
-        given.update(operands)
-        give(layers, operands)
+    def noted(operands: SharedOperands, *arguments: Any) -> None:
+        given.add(operands)
+        put(operands, *arguments)
 
-    monkeypatch.setattr(Layers, "give_operands", noted)
+    monkeypatch.setattr(SharedOperands, "put", noted)
     options = {"micro_batches": micro_batches}
     for topology in dict.fromkeys(layouts(MPI.COMM_WORLD.size, Network(NETWORKS[network], SHAPE))):
         mine = Trained(World(), network, topology, **options)

@@ -19,10 +19,11 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.rows import Dataset, Split
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.initial import initial_value
-from nettorrent_mpi.nn.layer import Pass
+from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import clip_scale, make_optimizer
@@ -32,6 +33,7 @@ from nettorrent_mpi.plan.topology import Place, Stage, Topology
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 SHAPE, CLASSES = (5, 4, 2), 4
+DEVICE = make_device()
 BATCH, PIECES, STEPS = 37, 3, 7  # an epoch has mini-batches of 37, 37 and 12 rows: replica 7 of 8 has none of the last
 SEED, CLIP = 5, 1.5
 NETWORKS = {
@@ -130,7 +132,7 @@ class Serial:
         self.params = {key: initial_value(p, SEED, key.rpartition("/")[0]) for key, p in keys}
         grads = {key: np.zeros(p.shape) for key, p in keys if p.trainable}
         optimizer = make_optimizer(OPTIMIZER)
-        states = {key: optimizer.init(grad.size, np.float64) for key, grad in grads.items()}
+        states = {key: optimizer.init(DEVICE, grad.size, np.float64) for key, grad in grads.items()}
         inputs, targets = self.dataset.train.inputs(), self.dataset.train.targets()
         flip, loss = Augment(("flip",), SHAPE), make_loss(LOSS)
         self.losses: list[tuple[float, int]] = []  # sum and rows of each step
@@ -143,28 +145,28 @@ class Serial:
             for m, piece in enumerate(pieces):
                 mine = rows[slice(*piece)]
                 self.rows_seen |= set(mine.tolist())
-                step = Pass(accumulate=m > 0, seed=SEED, step=n, rows=piece, count=piece.size)
-                x, workspace = np.empty((piece.size, *SHAPE)), Workspace(np.float64)
+                ctx = Context(DEVICE.ops, Workspace(np.float64), True, m > 0, SEED, n, piece, piece.size)
+                x, metrics = np.empty((piece.size, *SHAPE)), np.zeros(4)
                 inputs.batch(mine, x, flip, sampler.augment_key(n))
-                y, saved = self.layers.forward(self.params, x, workspace, step)
-                result = loss.forward(y, targets[mine], max(count, 1), Workspace(np.float64))
-                assert result.dy is not None
-                self.layers.backward(self.params, grads, saved, result.dy, workspace, step)
-                total += result.loss_sum
+                y, saved = self.layers.forward(self.params, x, ctx)
+                dy = loss.forward(y, targets[mine], max(count, 1), ctx, metrics)
+                assert dy is not None
+                self.layers.backward(self.params, grads, saved, dy, ctx)
+                total += float(metrics[0])
             scale = clip_scale(math.sqrt(sum(float((grad**2).sum()) for grad in grads.values())), CLIP)
             for key, grad in grads.items():
                 flat = self.params[key].reshape(-1)
-                optimizer.update(flat, grad.reshape(-1), states[key], RATE, n + 1, scale=scale)
+                optimizer.update(DEVICE.ops, flat, grad.reshape(-1), states[key], RATE, n + 1, scale)
             self.losses.append((total, count))
 
     def loss(self, params: dict[str, Array], split: Split, rows: Array) -> tuple[float, float]:
         """Loss and accuracy."""
         x = np.empty((len(rows), *SHAPE))
         split.inputs().batch(rows, x)
-        workspace = Workspace(np.float64)
-        y, _ = self.layers.forward(params, x, workspace, Pass(training=False, count=len(rows)))
-        result = make_loss(LOSS).forward(y, split.targets()[rows], 1, workspace, gradient=False)
-        return result.loss_sum / len(rows), result.correct / len(rows)
+        ctx, metrics = Context(DEVICE.ops, Workspace(np.float64), training=False, count=len(rows)), np.zeros(4)
+        y, _ = self.layers.forward(params, x, ctx)
+        make_loss(LOSS).forward(y, split.targets()[rows], 1, ctx, metrics, gradient=False)
+        return metrics[0] / len(rows), metrics[1] / len(rows)
 
     def validation(self, params: dict[str, Array]) -> tuple[float, float]:
         return self.loss(params, self.dataset.train, self.validation_rows)

@@ -24,7 +24,7 @@ from nettorrent_mpi.engine import checkpoint, segments, state
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import write_arrays
 from nettorrent_mpi.engine.run_plan import Options, Plan
-from nettorrent_mpi.nn.layers.linear import Linear
+from nettorrent_mpi.nn.layers.linear import LinearLayer
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.topology import Stage, Topology
@@ -165,13 +165,13 @@ def test_sums_begin_under_the_last_backward(
     between_nodes(True)
     monkeypatch.setattr(segments, "PIECE", 1 << 20)
     seen: list[str] = []
-    begin, backward = Way.begin, Linear.backward
+    begin, backward = Way.begin, LinearLayer.backward
 
     def begun(self: Way) -> None:
         seen.append("begin")
         begin(self)
 
-    def gone_back(self: Linear, *arguments: Any) -> Any:
+    def gone_back(self: LinearLayer, *arguments: Any) -> Any:
         found = backward(self, *arguments)
         seen.append(self.name)
         return found
@@ -181,7 +181,7 @@ def test_sums_begin_under_the_last_backward(
         assert layers == [["linear3", "linear4"], ["linear2"], ["linear1"]]
         engine.step(0, 0.01)
         monkeypatch.setattr(Way, "begin", begun)
-        monkeypatch.setattr(Linear, "backward", gone_back)
+        monkeypatch.setattr(LinearLayer, "backward", gone_back)
         engine.step(1, 0.01)
     names = ["linear4", "linear3", "linear2", "linear1"]
     last = ["linear4", "linear3", "begin", "linear2", "begin", "linear1", "begin"]

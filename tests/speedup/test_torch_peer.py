@@ -22,9 +22,10 @@ import torch  # noqa: E402
 from nettorrent_mpi.config import reading as configuration  # noqa: E402
 from nettorrent_mpi.data.augment import Augment  # noqa: E402
 from nettorrent_mpi.device.arrays import Workspace  # noqa: E402
+from nettorrent_mpi.device.device import make_device  # noqa: E402
 from nettorrent_mpi.engine.model_file import read_arrays  # noqa: E402
 from nettorrent_mpi.engine.setup import Setup, set_up  # noqa: E402
-from nettorrent_mpi.nn.layer import Pass  # noqa: E402
+from nettorrent_mpi.nn.layer import Context  # noqa: E402
 from nettorrent_mpi.speedup import torch_peer  # noqa: E402
 from nettorrent_mpi.speedup.torch_network import TorchNetwork  # noqa: E402
 
@@ -72,7 +73,9 @@ def test_same_parameters_and_outputs(name: str) -> None:
     for key, array in theirs.arrays().items():
         np.testing.assert_array_equal(array, weights[key])
     theirs.eval()
-    ours, _ = whole.forward(weights, x.copy(), Workspace(np.dtype(np.float64)), Pass(training=False, count=3))
+    ours, _ = whole.forward(
+        weights, x.copy(), Context(make_device().ops, Workspace(np.dtype(np.float64)), training=False, count=3)
+    )
     with torch.no_grad():
         y = theirs(torch.tensor(np.moveaxis(x, -1, 1))).numpy()
     np.testing.assert_allclose(y, ours, rtol=1e-9, atol=1e-11)

@@ -9,20 +9,44 @@ import math
 from typing import Literal
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace, aligned
-from nettorrent_mpi.device.cpu import choice
+from nettorrent_mpi.device.cpu.convolution import ConvolutionOperations
+from nettorrent_mpi.device.cpu.criteria import CriterionOperations
+from nettorrent_mpi.device.cpu.elementwise import ElementwiseOperations
 from nettorrent_mpi.device.cpu.flat import FlatOperations
+from nettorrent_mpi.device.cpu.half import HalfOperations
+from nettorrent_mpi.device.cpu.masks import MaskOperations
+from nettorrent_mpi.device.cpu.norms import NormOperations
+from nettorrent_mpi.device.cpu.pools import PoolOperations
+from nettorrent_mpi.device.cpu.products import ProductOperations
+from nettorrent_mpi.device.cpu.tuning import Tuning
+from nettorrent_mpi.device.cpu.updates import UpdateOperations
+
+
+class CpuOperations(
+    FlatOperations,
+    HalfOperations,
+    ProductOperations,
+    ConvolutionOperations,
+    ElementwiseOperations,
+    MaskOperations,
+    NormOperations,
+    PoolOperations,
+    CriterionOperations,
+    UpdateOperations,
+):
+    """All operations (device.ops.Ops): each stands in the module of its subject."""
 
 
 class Cpu:
     """A device (device.device.Device) that computes with the fastest of what is installed, or with NumPy alone."""
 
     def __init__(self, kernels: Literal["fastest", "numpy"] = "fastest"):
-        self.kernels = kernels
-        self.ops = FlatOperations()
+        self.tuning = Tuning(kernels)
+        self.ops = CpuOperations(self.tuning)
 
     @property
     def names(self) -> list[str]:
-        return choice.names() if self.kernels == "fastest" else ["numpy"]
+        return self.tuning.names
 
     @property
     def working_bytes(self) -> int:

@@ -1,14 +1,13 @@
-"""How layers walk through memory: in blocks that stay in the cache and rows that are long enough for a ufunc."""
+"""Operations walk through memory in blocks that stay in the cache, and rows that are long enough for a ufunc."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace
-from nettorrent_mpi.device.cpu import passes
-from nettorrent_mpi.device.cpu.loop import compiled
 
 BLOCK = 16384  # elements: a few such float32 arrays fit into the second-level cache of every current processor
 
@@ -17,12 +16,6 @@ def blocks(size: int, block: int = BLOCK) -> Iterator[slice]:
     """[0, size) cut into slices of at most `block`."""
     for start in range(0, size, block):
         yield slice(start, min(start + block, size))
-
-
-def gradient(workspace: Workspace, shape: Shape, dy: Array) -> Array:
-    """Shared memory for a dx of `shape` that does not lie over dy: two buffers take turns along the layers."""
-    dx = workspace.scratch("dx", shape)
-    return workspace.scratch("other dx", shape) if np.may_share_memory(dx, dy) else dx
 
 
 def row_repeats(local: Shape) -> int:
@@ -76,19 +69,11 @@ class RowSum:
         np.add.reduce(self._total_w, axis=0, out=self._total_c)
 
 
+def rows_of(x: Array) -> Array:
+    """x (b, ..., c) as (rows * positions, c), also where c is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def row_block(wide: int) -> int:
     """How many rows of `wide` elements make a block: few enough, too, for the rounding of their sum to stay small."""
     return min(64, max(8, BLOCK // max(wide, 1)))
-
-
-def sum_rows(x: Array, total_c: Array, workspace: Workspace) -> None:
-    """total_c <- the sum of x (b, ..., channels; C-contiguous) over all but its last axis."""
-    if compiled():
-        passes.sum_rows(wide_rows(x, 1), total_c)
-        return
-    repeats = row_repeats(x.shape[1:])
-    x_nw = wide_rows(x, repeats)
-    total = RowSum("of rows", repeats, total_c, workspace)
-    for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
-        total.add(x_nw[block])
-    total.finish()

@@ -1,4 +1,4 @@
-"""Which way to compute a convolution and its gradients is the fastest for a shape."""
+"""Convolution: the fastest algorithm for each geometry, which a trial finds when it is first asked for."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, Workspace
-from nettorrent_mpi.device.cpu import blas, choice, onednn
-from nettorrent_mpi.device.cpu import tuning as trial
-from nettorrent_mpi.device.cpu.loop import compiled
+from nettorrent_mpi.device.cpu import blas, onednn
+from nettorrent_mpi.device.cpu.algorithm import Algorithm
+from nettorrent_mpi.device.cpu.flat import Operations
+from nettorrent_mpi.device.cpu.im2col import Im2colProducts
 from nettorrent_mpi.device.cpu.taps import RowProducts, TapProducts
-from nettorrent_mpi.device.cpu.way import Geometry, Way
-from nettorrent_mpi.device.cpu.windows import WindowProducts
+from nettorrent_mpi.device.cpu.tuning import Tuning
 from nettorrent_mpi.device.cpu.winograd import WinogradProducts
+from nettorrent_mpi.device.geometry import Geometry
 
 # Channels: kernels of 1 x 1 with a stride got wrong gradients in oneDNN 3.2 (jit_1x1:avx2), often but not always.
 WRONG_BELOW = 8
 
 
-class OneDnn(Way):
+class OneDnn(Algorithm):
     """oneDNN's direct convolution. It compiles code for each number of images, which is kept.
 
     All three raise OneDnnError where the library has none for this geometry: the trial does not choose it then.
@@ -56,65 +57,70 @@ class OneDnn(Way):
         self._operation(onednn.WeightGradient, len(x))(x, dy, dw, accumulate)
 
 
-class Convolution:
-    """The fastest way for each of the three, chosen by a trial when it is first asked for."""
+class ConvolutionOperations(Operations):
+    """Convolution of images and its gradients: see device.ops."""
 
-    def __init__(self, geometry: Geometry):
-        self._geometry = geometry
-        self._ways: dict[np.dtype[Any], list[Way]] = {}
-        self._chosen: dict[tuple[str, np.dtype[Any]], Way] = {}
+    def __init__(self, tuning: Tuning):
+        super().__init__(tuning)
+        self._algorithms: dict[tuple[Geometry, np.dtype[Any]], list[Algorithm]] = {}
+        self._fastest_algorithm: dict[tuple[str, Geometry, np.dtype[Any]], Algorithm] = {}
 
-    def forward(self, x: Array, weight: Array, bias: Array | None, y: Array, workspace: Workspace) -> None:
-        """y <- the convolution of x."""
+    def convolve(self, x: Array, weight: Array, bias: Array | None, y: Array, geometry: Geometry) -> None:
         if y.size:
-            way = self._chosen.get(("forward", x.dtype)) or self._choose(
-                "forward", x, y, lambda way, out: way.forward(x, weight, bias, out, workspace)
+            workspace = self.memory(x.dtype)
+            algorithm = self._fastest_algorithm.get(("forward", geometry, x.dtype)) or self._find_fastest(
+                "forward", geometry, x, y, lambda one, out: one.forward(x, weight, bias, out, workspace)
             )
-            way.forward(x, weight, bias, y, workspace)
+            algorithm.forward(x, weight, bias, y, workspace)
 
-    def input_gradient(self, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
-        """dx <- the gradient with respect to x."""
+    def convolve_grad_x(self, weight: Array, dy: Array, dx: Array, geometry: Geometry) -> None:
         if not dy.size:
             dx[...] = 0
             return
-        way = self._chosen.get(("input gradient", dy.dtype)) or self._choose(
-            "input gradient", dy, dx, lambda way, out: way.input_gradient(weight, dy, out, workspace)
+        workspace = self.memory(dy.dtype)
+        algorithm = self._fastest_algorithm.get(("input gradient", geometry, dy.dtype)) or self._find_fastest(
+            "input gradient", geometry, dy, dx, lambda one, out: one.input_gradient(weight, dy, out, workspace)
         )
-        way.input_gradient(weight, dy, dx, workspace)
+        algorithm.input_gradient(weight, dy, dx, workspace)
 
-    def weight_gradient(self, x: Array, dy: Array, dw: Array, accumulate: bool, workspace: Workspace) -> None:
-        """dw <- (or +=) the gradient with respect to the weights."""
+    def convolve_grad_w(self, x: Array, dy: Array, dw: Array, geometry: Geometry, accumulate: bool) -> None:
         if not dy.size:
             if not accumulate:
                 dw[...] = 0
             return
-        way = self._chosen.get(("weight gradient", x.dtype)) or self._choose(
+        workspace = self.memory(x.dtype)
+        algorithm = self._fastest_algorithm.get(("weight gradient", geometry, x.dtype)) or self._find_fastest(
             "weight gradient",
+            geometry,
             x,
             np.empty_like(dw),
-            lambda way, out: way.weight_gradient(x, dy, out, False, workspace),
+            lambda one, out: one.weight_gradient(x, dy, out, False, workspace),
         )
-        way.weight_gradient(x, dy, dw, accumulate, workspace)
+        algorithm.weight_gradient(x, dy, dw, accumulate, workspace)
 
-    def _choose(self, what: str, array: Array, out: Array, run: Callable[[Way, Array], None]) -> Way:
-        ways = self._ways.setdefault(array.dtype, self._possible(array.dtype))
-        trials = {way.name: partial(run, way, out) for way in ways}
-        name = trial.fastest(f"{what} of {len(array)} {array.dtype} images {self._geometry}", trials, out)
-        way = self._chosen[what, array.dtype] = next(way for way in ways if way.name == name)
-        return way
+    def _find_fastest(
+        self, what: str, geometry: Geometry, array: Array, out: Array, run: Callable[[Algorithm, Array], None]
+    ) -> Algorithm:
+        blas.wake(array.dtype)
+        key = geometry, array.dtype
+        if key not in self._algorithms:
+            self._algorithms[key] = algorithms(geometry, array.dtype, self._tuning)
+        trials = {one.name: partial(run, one, out) for one in self._algorithms[key]}
+        name = self._tuning.fastest(f"{what} of {len(array)} {array.dtype} images {geometry}", trials, out)
+        chosen = self._fastest_algorithm[what, *key] = next(one for one in self._algorithms[key] if one.name == name)
+        return chosen
 
-    def _possible(self, dtype: np.dtype[Any]) -> list[Way]:
-        geometry = self._geometry
-        ways: list[Way] = [WindowProducts(geometry)]
-        if not choice.fastest():
-            return ways
-        gemm, library = blas.gemm(dtype), onednn.library()
-        if geometry.stride == (1, 1) and geometry.kernel != (1, 1) and gemm is not None:
-            ways.append(TapProducts(geometry, gemm))
-            if geometry.kernel[1] > 1:
-                ways.append(RowProducts(geometry, gemm))
-        if geometry.stride == (1, 1) and geometry.kernel == (3, 3) and compiled():
-            ways.append(WinogradProducts(geometry))
-        if library is not None and dtype == np.float32:
-            ways.append(OneDnn(geometry, library))
-        return ways
+
+def algorithms(geometry: Geometry, dtype: np.dtype[Any], tuning: Tuning) -> list[Algorithm]:
+    """All algorithms that can compute this geometry with what may be used; im2col always can."""
+    found: list[Algorithm] = [Im2colProducts(geometry)]
+    gemm, library = tuning.gemm(dtype), tuning.onednn()
+    if geometry.stride == (1, 1) and geometry.kernel != (1, 1) and gemm is not None:
+        found.append(TapProducts(geometry, gemm))
+        if geometry.kernel[1] > 1:
+            found.append(RowProducts(geometry, gemm))
+    if geometry.stride == (1, 1) and geometry.kernel == (3, 3) and tuning.compiled:
+        found.append(WinogradProducts(geometry))
+    if library is not None and dtype == np.float32:
+        found.append(OneDnn(geometry, library))
+    return found

@@ -8,14 +8,16 @@ import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, DType, Workspace
 from nettorrent_mpi.device.cpu.blocking import BLOCK, blocks
+from nettorrent_mpi.device.cpu.tuning import Tuning
 
 EXACT_BLOCK = 8192  # elements of float64 that are squared together
 
 
 class Operations:
-    """What all operations share: scratch memory, of each type of numbers its own."""
+    """What all operations share: the device's tuning, and scratch memory, of each type of numbers its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, tuning: Tuning) -> None:
+        self._tuning = tuning
         self._memory: dict[DType, Workspace] = {}
 
     def memory(self, dtype: DType) -> Workspace:
@@ -35,7 +37,7 @@ class FlatOperations(Operations):
     """Operations on flat arrays: see device.ops."""
 
     def copy(self, out: Array, x: Array) -> None:
-        np.copyto(out, x)
+        np.copyto(out, x, casting="unsafe")
 
     def fill(self, out: Array, value: float) -> None:
         out.fill(value)
@@ -54,6 +56,12 @@ class FlatOperations(Operations):
 
     def divide(self, x: Array, divisor: float) -> None:
         np.divide(x, divisor, out=x)
+
+    def store(self, out: Array, x: Array, accumulate: bool) -> None:
+        if accumulate:
+            np.add(out, x, out=out)
+        else:
+            np.copyto(out, x)
 
     def move(self, x: Array, share: float, towards: Array, origin: Array | None = None) -> None:
         change = self.memory(x.dtype).keep("change", (BLOCK,))

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.cpu.flat import Operations
 
 _EXPONENT_32, _SIGN_32 = 0x7F800000, -1 << 31
 _EXPONENT_16, _SIGN_16, _MAGNITUDE_16 = 0x7C00, 0x8000, 0x7FFF
@@ -21,42 +22,46 @@ _SMALLEST_32 = 113 << 23  # the bits of 2^-14, float16's smallest normal number,
 _TIMES_8192 = 13 << 23  # added to the bits of a float32: 2^13 times the number
 
 
-def to_half(x: Array, halves: Array, memory: Workspace) -> None:
-    """halves (int16) <- the bits of the float16 numbers nearest to x (float32), ties to even.
+class HalfOperations(Operations):
+    """Conversion of flat arrays between float32 and float16: see device.ops."""
 
-    Both are flat. x is from -65504 to 65504, and overwritten. Allocates nothing once `memory` has seen the size.
-    """
-    m, s = (memory.keep(name, x.shape, np.float32) for name in ("half m", "half s"))
-    x_bits, m_bits, s_bits = x.view(np.int32), m.view(np.int32), s.view(np.int32)
-    np.bitwise_and(x_bits, _EXPONENT_32, out=m_bits)
-    np.clip(m_bits, _SMALLEST_32, _EXPONENT_32, out=m_bits)  # np.maximum takes longer
-    np.add(m_bits, _TIMES_8192, out=m_bits)
-    np.abs(x, out=s)
-    np.add(s, m, out=s)
-    np.subtract(s_bits, m_bits, out=s_bits)  # the steps
-    np.right_shift(m_bits, 13, out=m_bits)
-    np.add(s_bits, m_bits, out=s_bits)
-    np.subtract(s_bits, (_SMALLEST_32 + _TIMES_8192) >> 13, out=s_bits)
-    np.right_shift(x_bits, 16, out=x_bits)
-    np.bitwise_and(x_bits, _SIGN_16, out=x_bits)
-    np.bitwise_or(s_bits, x_bits, out=s_bits)
-    np.copyto(halves, s_bits, casting="unsafe")
+    def to_half(self, x: Array, halves: Array) -> None:
+        """halves (int16) <- the bits of the float16 numbers nearest to x (float32), ties to even.
 
+        Both are flat. x is from -65504 to 65504, and overwritten. Allocates nothing once `memory` has seen the size.
+        """
+        memory = self.memory(np.float32)
+        m, s = (memory.keep(name, x.shape, np.float32) for name in ("half m", "half s"))
+        x_bits, m_bits, s_bits = x.view(np.int32), m.view(np.int32), s.view(np.int32)
+        np.bitwise_and(x_bits, _EXPONENT_32, out=m_bits)
+        np.clip(m_bits, _SMALLEST_32, _EXPONENT_32, out=m_bits)  # np.maximum takes longer
+        np.add(m_bits, _TIMES_8192, out=m_bits)
+        np.abs(x, out=s)
+        np.add(s, m, out=s)
+        np.subtract(s_bits, m_bits, out=s_bits)  # the steps
+        np.right_shift(m_bits, 13, out=m_bits)
+        np.add(s_bits, m_bits, out=s_bits)
+        np.subtract(s_bits, (_SMALLEST_32 + _TIMES_8192) >> 13, out=s_bits)
+        np.right_shift(x_bits, 16, out=x_bits)
+        np.bitwise_and(x_bits, _SIGN_16, out=x_bits)
+        np.bitwise_or(s_bits, x_bits, out=s_bits)
+        np.copyto(halves, s_bits, casting="unsafe")
 
-def from_half(halves: Array, memory: Workspace) -> Array:
-    """The float32 numbers that finite float16 numbers are, given their bits (int16): flat, in scratch memory."""
-    x, m, s = (memory.keep(name, halves.shape, np.float32) for name in ("half x", "half m", "half s"))
-    x_bits, m_bits, s_bits = x.view(np.int32), m.view(np.int32), s.view(np.int32)
-    np.copyto(x_bits, halves)  # the sign goes to where float32 has it
-    np.bitwise_and(x_bits, _EXPONENT_16, out=m_bits)
-    np.subtract(m_bits, 1 << 10, out=m_bits)
-    np.clip(m_bits, 0, _EXPONENT_16, out=m_bits)
-    np.bitwise_and(x_bits, _MAGNITUDE_16, out=s_bits)
-    np.subtract(s_bits, m_bits, out=s_bits)  # the steps
-    np.left_shift(m_bits, 13, out=m_bits)
-    np.add(m_bits, _SMALLEST_32 + _TIMES_8192, out=m_bits)
-    np.add(s_bits, m_bits, out=s_bits)
-    np.subtract(s, m, out=s)
-    np.bitwise_and(x_bits, _SIGN_32, out=x_bits)
-    np.bitwise_or(s_bits, x_bits, out=s_bits)
-    return s
+    def from_half(self, halves: Array) -> Array:
+        """The float32 numbers that finite float16 numbers are, given their bits (int16): flat, in scratch memory."""
+        memory = self.memory(np.float32)
+        x, m, s = (memory.keep(name, halves.shape, np.float32) for name in ("half x", "half m", "half s"))
+        x_bits, m_bits, s_bits = x.view(np.int32), m.view(np.int32), s.view(np.int32)
+        np.copyto(x_bits, halves)  # the sign goes to where float32 has it
+        np.bitwise_and(x_bits, _EXPONENT_16, out=m_bits)
+        np.subtract(m_bits, 1 << 10, out=m_bits)
+        np.clip(m_bits, 0, _EXPONENT_16, out=m_bits)
+        np.bitwise_and(x_bits, _MAGNITUDE_16, out=s_bits)
+        np.subtract(s_bits, m_bits, out=s_bits)  # the steps
+        np.left_shift(m_bits, 13, out=m_bits)
+        np.add(m_bits, _SMALLEST_32 + _TIMES_8192, out=m_bits)
+        np.add(s_bits, m_bits, out=s_bits)
+        np.subtract(s, m, out=s)
+        np.bitwise_and(x_bits, _SIGN_32, out=x_bits)
+        np.bitwise_or(s_bits, x_bits, out=s_bits)
+        return s

@@ -1,4 +1,4 @@
-"""Loops over elements that Numba compiles, where it is installed: one pass over memory in the place of several.
+"""Loops over elements are compiled by Numba, where it is installed: one pass over memory in the place of several.
 
 Beside every use stands a NumPy path. A loop does the same operations in the same order as that path, and Numba is not
 allowed to reassociate or to contract them: both give the same numbers, bit for bit, except where a loop says otherwise.
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-
-from nettorrent_mpi.device.cpu import choice
 
 
 class Loop:
@@ -31,8 +29,3 @@ class Loop:
             except RuntimeError:  # nowhere to keep the code
                 self._compiled = njit(error_model="numpy", nogil=True)(self._function)
         return self._compiled(*arguments)
-
-
-def compiled() -> bool:
-    """May loops be called?"""
-    return choice.fastest() and choice.installed("numba")

@@ -144,7 +144,7 @@ def _reorder(
     return _Operation(library, description, {_SRC: memory[0], _DST: memory[1]})
 
 
-class Convolution:
+class Primitive:
     """The convolution of `rows` images: `image` = (height, width, channels), `output` likewise, stride and padding
     ((before, after) of the height, then of the width). Raises OneDnnError where the library has none."""
 
@@ -189,7 +189,7 @@ class Convolution:
         return layout, _Memory(self._library, layout, aligned(size, np.float32))
 
 
-class Forward(Convolution):
+class Forward(Primitive):
     """y <- the convolution of x with the weights, plus the bias."""
 
     def __init__(self, library: Library, *shape: Any, bias: bool):
@@ -210,7 +210,7 @@ class Forward(Convolution):
         self._convolve()
 
 
-class InputGradient(Convolution):
+class InputGradient(Primitive):
     """dx <- the gradient with respect to the input."""
 
     def __init__(self, library: Library, *shape: Any):
@@ -232,7 +232,7 @@ class InputGradient(Convolution):
         self._convolve()
 
 
-class WeightGradient(Convolution):
+class WeightGradient(Primitive):
     """dw <- (or +=) the gradient with respect to the weights."""
 
     def __init__(self, library: Library, *shape: Any):

@@ -14,14 +14,15 @@ from typing import ClassVar
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.cpu.algorithm import Algorithm, adjoint_padding, turned
 from nettorrent_mpi.device.cpu.blas import Gemm
 from nettorrent_mpi.device.cpu.blocking import repeated, row_repeats, wide_rows
-from nettorrent_mpi.device.cpu.way import Geometry, Pair, Way, adjoint_padding, turned
+from nettorrent_mpi.device.geometry import Geometry, Pair
 
 BLOCK_BYTES = 1 << 20  # of padded images and outputs that are worked on together
 
 
-class TapProducts(Way):
+class TapProducts(Algorithm):
     """For stride 1; `gemm` adds to what is there. Each product is of one tap."""
 
     name = "taps"

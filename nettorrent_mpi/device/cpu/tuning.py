@@ -1,4 +1,4 @@
-"""Which of several ways to compute the same is the fastest here: tried once, then known.
+"""Which of several ways to compute the same is the fastest here: each is tried once, and the findings are kept.
 
 What was found is kept in a file for each host and version of what is tried, so that later runs begin at once and choose
 alike: `~/.cache/nettorrent_mpi/kernels-HOST.json` (or under XDG_CACHE_HOME). Without a place to keep it each process
@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.cpu import blas, onednn
 
 REPEATS = 5  # of each way, after one that is not counted; the fastest counts
 SECONDS = 0.1  # that a way may take in all, but for the first two
@@ -30,24 +32,44 @@ SAMPLE = 1 << 20  # numbers that are compared, about
 SUBJECTS = 8  # that the file keeps: the latest
 PATIENCE = 20.0  # seconds to wait for other ranks of the host
 
-_known: dict[str, str] = {}  # of this process
 
+class Tuning:
+    """What one device may compute with, and what it has found to be the fastest."""
 
-def fastest(what: str, ways: Mapping[str, Callable[[], object]], out: Array) -> str:
-    """The name of the fastest of `ways`, which all do `what` to `out`; each may be called several times.
+    def __init__(self, kernels: Literal["fastest", "numpy"] = "fastest"):
+        self.kernels = kernels
+        self.compiled = kernels == "fastest" and find_spec("numba") is not None  # may loops be called?
+        self._known: dict[str, str] = {}
 
-    Those that do not give what the first one gives, but for rounding, are out: libraries have bugs on some processors.
-    """
-    if len(ways) == 1:
-        return next(iter(ways))
-    key = f"{what}: {' or '.join(ways)}"
-    if key not in _known:
-        with _open_file() as file:
-            _known.update(_read(file).get(_subject(), {}))
-            if _known.get(key) not in ways:
-                _known[key] = _try(ways, out)
-                _write(file)
-    return _known[key]
+    @property
+    def names(self) -> list[str]:
+        """The libraries that may be used."""
+        return ["numpy", *(["numba"] if self.compiled else []), *(["onednn"] if self.onednn() is not None else [])]
+
+    def gemm(self, dtype: np.dtype[Any]) -> blas.Gemm | None:
+        """BLAS's product of matrices, where it may be used."""
+        return blas.gemm(dtype) if self.kernels == "fastest" else None
+
+    def onednn(self) -> onednn.Library | None:
+        """oneDNN, where it is installed and may be used."""
+        return onednn.library() if self.kernels == "fastest" else None
+
+    def fastest(self, what: str, ways: Mapping[str, Callable[[], object]], out: Array) -> str:
+        """The name of the fastest of `ways`, which all do `what` to `out`; each may be called several times.
+
+        Those that do not give what the first one gives, but for rounding, are out: libraries have bugs on some
+        processors.
+        """
+        if len(ways) == 1:
+            return next(iter(ways))
+        key = f"{what}: {' or '.join(ways)}"
+        if key not in self._known:
+            with _open_file() as file:
+                self._known.update(_read(file).get(_subject(), {}))
+                if self._known.get(key) not in ways:
+                    self._known[key] = _try(ways, out)
+                    _write(file, self._known)
+        return self._known[key]
 
 
 def _try(ways: Mapping[str, Callable[[], object]], out: Array) -> str:
@@ -139,11 +161,11 @@ def _read(file: IO[str] | None) -> dict[str, dict[str, str]]:
         return {}
 
 
-def _write(file: IO[str] | None) -> None:
+def _write(file: IO[str] | None, known: dict[str, str]) -> None:
     if file is None:
         return
     others = [(subject, choices) for subject, choices in _read(file).items() if subject != _subject()]
     with suppress(OSError):  # a full disk keeps nobody from training
         file.truncate(0)
-        file.write(json.dumps(dict([*others[1 - SUBJECTS :], (_subject(), _known)]), indent=1) + "\n")
+        file.write(json.dumps(dict([*others[1 - SUBJECTS :], (_subject(), known)]), indent=1) + "\n")
         file.flush()

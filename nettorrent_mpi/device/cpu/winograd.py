@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.cpu.algorithm import Algorithm, adjoint_padding, turned
 from nettorrent_mpi.device.cpu.loop import Loop
-from nettorrent_mpi.device.cpu.way import Geometry, Way, adjoint_padding, turned
+from nettorrent_mpi.device.geometry import Geometry
 
 BLOCK_BYTES = 1 << 20  # of the transformed tiles that are worked on together: they stay in the second-level cache
 LEAST_TILES = 96  # of a block: products of fewer rows are slow
@@ -170,7 +171,7 @@ def transform_output_back(dy: Array, high: int, wide: int, m_tkc: Array) -> None
                 t += 1
 
 
-class WinogradProducts(Way):
+class WinogradProducts(Algorithm):
     """For kernels of 3 x 3 and stride 1."""
 
     name = "winograd"

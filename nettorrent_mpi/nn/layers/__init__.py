@@ -1,8 +1,8 @@
-"""The layers: stateless objects with explicit parameters, saved values and a workspace. `make` makes one."""
+"""Layers are stateless objects with explicit parameters, saved values and a context. `make` makes one."""
 
 from nettorrent_mpi.nn.layers import activations, conv, dropout, form, linear, norm, pooling, residual
 from nettorrent_mpi.nn.layers.form import Gather
-from nettorrent_mpi.nn.layers.registry import make
+from nettorrent_mpi.nn.layers.registry import make, register_layer
 from nettorrent_mpi.nn.layers.sequence import Sequence
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "make",
     "norm",
     "pooling",
+    "register_layer",
     "residual",
 ]

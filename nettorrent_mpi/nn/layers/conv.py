@@ -1,26 +1,22 @@
-"""Convolution of images (b, height, width, channels), as products of small matrices of windows with the weights."""
+"""Convolution of images (b, height, width, channels)."""
 
 from __future__ import annotations
 
 from math import prod
 
-from nettorrent_mpi.device.arrays import Array, Workspace
-from nettorrent_mpi.device.cpu.blocking import gradient
-from nettorrent_mpi.device.cpu.convolution import Convolution
-from nettorrent_mpi.device.cpu.way import Geometry
-from nettorrent_mpi.device.cpu.windows import places
-from nettorrent_mpi.nn.layer import Features, Layer, Parameter, Params, Pass
-from nettorrent_mpi.nn.layers.linear import add_bias_gradient
-from nettorrent_mpi.nn.layers.registry import Site, makes
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.geometry import Geometry
+from nettorrent_mpi.nn.layer import Context, Features, Grads, Layer, Parameter, Params
+from nettorrent_mpi.nn.layers.registry import Site, register_layer
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import span
 
 
-@makes(specs.Conv2d)
-class Conv2d(Layer):
+@register_layer(specs.Conv2d)
+class Conv2dLayer(Layer):
     """y[h, w, o] = sum over p, q, i of x[h * stride + p, w * stride + q, i] * weight[p, q, i, o] + bias[o].
 
-    The filters o are divided over the cols; dx is partial when they are. `same` padding: see `windows.places`.
+    The filters o are divided over the cols; dx is partial when they are. `same` padding: see device.geometry.places.
     """
 
     def __init__(self, spec: specs.Conv2d, site: Site):
@@ -32,8 +28,6 @@ class Conv2d(Layer):
         site.positive("stride", *stride)
         if spec.padding == "valid":
             site.fits("kernel", kernel, image)
-        high, *vertical = places(image[0], kernel[0], stride[0], spec.padding)
-        wide, *horizontal = places(image[1], kernel[1], stride[1], spec.padding)
         filters, part = spec.filters, span(spec.filters, site.cols, site.col)
         area = kernel[0] * kernel[1]
         weight = Parameter(
@@ -45,29 +39,24 @@ class Conv2d(Layer):
             fans=(area * image[2], area * filters),
         )
         bias = (Parameter("bias", (filters,), axis=0, part=part),) if spec.bias else ()
-        outputs = Features.divided((high, wide, filters), site.cols, site.col)
-        super().__init__(site.name, site.inputs, outputs, (weight, *bias))
         self.bias = spec.bias
-        geometry = Geometry(
-            image, (high, wide, part.size), kernel, stride, (vertical[0], vertical[1]), (horizontal[0], horizontal[1])
-        )
-        self._convolution = Convolution(geometry)
+        self.geometry = Geometry.of(image, part.size, kernel, stride, spec.padding)
+        outputs = Features.divided((*self.geometry.output[:2], filters), site.cols, site.col)
+        super().__init__(site.name, site.inputs, outputs, (weight, *bias))
 
-    def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, Array]:
-        y = workspace.keep("y", (x.shape[0], *self.outputs.local))
-        self._convolution.forward(x, params["weight"], params["bias"] if self.bias else None, y, workspace)
+    def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, Array]:
+        y = ctx.workspace.keep("y", (x.shape[0], *self.outputs.local))
+        ctx.ops.convolve(x, params["weight"], params["bias"] if self.bias else None, y, self.geometry)
         return y, x
 
-    def backward(
-        self, params: Params, grads: Params, saved: Array, dy: Array, workspace: Workspace, step: Pass
-    ) -> Array | None:
+    def backward(self, params: Params, grads: Grads, saved: Array, dy: Array, ctx: Context) -> Array | None:
         if self.bias:
-            add_bias_gradient(grads["bias"], dy, workspace, step)
-        self._convolution.weight_gradient(saved, dy, grads["weight"], step.accumulate, workspace)
+            ctx.ops.sum_rows(dy, grads["bias"], ctx.accumulate)
+        ctx.ops.convolve_grad_w(saved, dy, grads["weight"], self.geometry, ctx.accumulate)
         if not self.needs_dx:
             return None
-        dx = gradient(workspace, saved.shape, dy)
-        self._convolution.input_gradient(params["weight"], dy, dx, workspace)
+        dx = ctx.workspace.gradient(saved.shape, dy)
+        ctx.ops.convolve_grad_x(params["weight"], dy, dx, self.geometry)
         return dx
 
     @property

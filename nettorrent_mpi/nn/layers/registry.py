@@ -1,4 +1,4 @@
-"""From the description of a layer to the layer: each module of this folder enters its layers here."""
+"""The registry knows which class makes the layer that a spec describes: each module of this folder enters its own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from nettorrent_mpi.nn.layer import Features, Layer
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError
-from nettorrent_mpi.plan.specs import LayerSpec
+from nettorrent_mpi.plan.specs import LAYERS, LayerSpec
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a layer stands."""
+    """A site is the place of a layer in the network and in the team."""
 
     name: str
     inputs: Features
@@ -58,8 +58,15 @@ M = TypeVar("M", bound=Maker)
 _makers: dict[type[LayerSpec], Maker] = {}
 
 
-def makes(spec: type[LayerSpec]) -> Callable[[M], M]:
-    """Enter the decorated class as the one that does what `spec` asks for; it is called with (spec, site)."""
+def register_layer(spec: type[LayerSpec]) -> Callable[[M], M]:
+    """Make layers that `spec` describes from the decorated class, which is called with (spec, site).
+
+    The configuration accepts the spec from then on, by its `kind`. So a layer of one's own is a frozen dataclass
+    derived from LayerSpec, with a `kind` and the options, and a class derived from Layer under this decorator. Raises
+    ValueError where there is another layer of that kind.
+    """
+    if LAYERS.setdefault(spec.kind, spec) is not spec:
+        raise ValueError(f"there is a layer of the kind {spec.kind!r} already: give {spec.__name__} another `kind`")
 
     def enter(maker: M) -> M:
         _makers[spec] = maker

@@ -1,22 +1,21 @@
-"""Residual blocks: a composite of two branches whose outputs are added."""
+"""Residual blocks: two branches whose outputs are added."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
-import numpy as np
-
-from nettorrent_mpi.device.arrays import Array, Workspace
-from nettorrent_mpi.nn.layer import Features, Layer, Params, Pass
-from nettorrent_mpi.nn.layers.registry import Site, makes
-from nettorrent_mpi.nn.layers.sequence import Sequence, has_weights, named
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.nn.layer import Context, Features, Grads, Layer, Params
+from nettorrent_mpi.nn.layers.registry import Site, register_layer
+from nettorrent_mpi.nn.layers.sequence import Sequence, named
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 
 
-@makes(specs.Residual)
-class Residual(Layer):
+@register_layer(specs.Residual)
+class ResidualLayer(Layer):
     """y = body(x) + shortcut(x), the shortcut being x itself where it has no layers (He et al., arXiv:1512.03385).
 
     The input is whole, the output divided over the cols: a branch that ends with whole features gives this col's slice
@@ -26,7 +25,7 @@ class Residual(Layer):
 
     def __init__(self, spec: specs.Residual, site: Site):
         assert site.inputs.is_whole, f"{site.name} stands on divided features"
-        if not any(has_weights(inner) for inner in (*spec.layers, *spec.shortcut)):
+        if not any(inner.weighted for inner in (*spec.layers, *spec.shortcut)):
             raise ConfigError(
                 f"layer {site.name}: no layer inside has weights; put a linear or conv2d layer into its `layers`"
             )
@@ -51,35 +50,35 @@ class Residual(Layer):
                 f"shortcut ({self.shortcut.previous}) gives {self.shortcut.outputs.shape}; make `shortcut` give the "
                 "same shape, for example by a conv2d with kernel 1 and the same filters and stride"
             )
-        parameters = tuple(replace(p, name=key) for key, p in self.body.parameters + self.shortcut.parameters)
+        parameters = tuple(
+            replace(p, name=key, product=False) for key, p in self.body.parameters + self.shortcut.parameters
+        )
         super().__init__(site.name, site.inputs, Features.divided(shape, site.cols, site.col), parameters)
 
-    def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, Any]:
-        y = workspace.keep("y", (x.shape[0], *self.outputs.local))
-        body, body_saved = self.body.forward(params, x, workspace, step)
-        shortcut, shortcut_saved = self.shortcut.forward(params, x, workspace, step)
-        np.add(self._own(self.body, body), self._own(self.shortcut, shortcut), out=y)
+    def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, Any]:
+        y = ctx.workspace.keep("y", (x.shape[0], *self.outputs.local))
+        body, body_saved = self.body.forward(params, x, ctx)
+        shortcut, shortcut_saved = self.shortcut.forward(params, x, ctx)
+        ctx.ops.add(self._own(self.body, body), self._own(self.shortcut, shortcut), y)
         return y, (body_saved, shortcut_saved)
 
-    def backward(
-        self, params: Params, grads: Params, saved: Any, dy: Array, workspace: Workspace, step: Pass
-    ) -> Array | None:
+    def backward(self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context) -> Array | None:
         self.body.needs_dx = self.shortcut.needs_dx = self.needs_dx
         # Scratch memory under this layer's name: the inner layers do not touch it.
-        dy_shortcut = self._spread(self.shortcut, dy, "shortcut", workspace)
-        dy_body = self._spread(self.body, dy, "body", workspace) if self._ends_whole(self.body) else dy
-        dx = self.body.backward(params, grads, saved[0], dy_body, workspace, step)
+        dy_shortcut = self._spread(self.shortcut, dy, "shortcut", ctx)
+        dy_body = self._spread(self.body, dy, "body", ctx) if self._ends_whole(self.body) else dy
+        dx = self.body.backward(params, grads, saved[0], dy_body, ctx)
         if not self.shortcut.layers:
             if dx is not None:
-                np.add(dx, dy_shortcut, out=dx)
+                ctx.ops.add(dx, dy_shortcut, dx)
             return dx
         dx_body = None
         if dx is not None:
-            dx_body = workspace.scratch(f"{self.name} dx", dx.shape)
-            np.copyto(dx_body, dx)
-        dx = self.shortcut.backward(params, grads, saved[1], dy_shortcut, workspace, step)
+            dx_body = ctx.workspace.scratch(f"{self.name} dx", dx.shape)
+            ctx.ops.copy(dx_body, dx)
+        dx = self.shortcut.backward(params, grads, saved[1], dy_shortcut, ctx)
         if dx is not None and dx_body is not None:
-            np.add(dx, dx_body, out=dx)
+            ctx.ops.add(dx, dx_body, dx)
         return dx
 
     def _ends_whole(self, branch: Sequence) -> bool:
@@ -89,14 +88,14 @@ class Residual(Layer):
         """This col's part of a branch's output."""
         return y[..., slice(*self.outputs.part)] if self._ends_whole(branch) else y
 
-    def _spread(self, branch: Sequence, dy: Array, which: str, workspace: Workspace) -> Array:
+    def _spread(self, branch: Sequence, dy: Array, which: str, ctx: Context) -> Array:
         """A copy of dy in the shape of the branch's output, with zeros in the other cols' parts."""
-        copy = workspace.scratch(f"{self.name} dy of {which}", (dy.shape[0], *branch.outputs.local))
+        copy = ctx.workspace.scratch(f"{self.name} dy of {which}", (dy.shape[0], *branch.outputs.local))
         if self._ends_whole(branch):
-            copy[...] = 0
-        self._own(branch, copy)[...] = dy
+            ctx.ops.fill(copy, 0)
+        ctx.ops.copy(self._own(branch, copy), dy)
         return copy
 
     @property
     def operations(self) -> float:
-        return self.body.operations + self.shortcut.operations + 2.0 * float(np.prod(self.outputs.shape))
+        return self.body.operations + self.shortcut.operations + 2.0 * prod(self.outputs.shape)

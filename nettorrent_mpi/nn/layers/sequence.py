@@ -1,15 +1,15 @@
-"""Layers one after the other: what a stage is, and each branch of a residual block."""
+"""A sequence is layers one after the other: a stage, or a branch of a residual block."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
-from nettorrent_mpi.device.arrays import Array, Workspace
-from nettorrent_mpi.nn.layer import Features, Layer, Operands, Parameter, Params, Pass
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.nn.layer import Context, Features, Grads, Layer, Parameter, Params
 from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.registry import make
 from nettorrent_mpi.plan import specs
@@ -49,12 +49,11 @@ class Sequence:
         self._of: list[tuple[Params, list[Params]]] = []  # mappings seen so far, and each layer's share of them
         self._needs_dx = True
         self._specs = expanded(layers)
-        weights = [i for i, spec in enumerate(self._specs) if has_weights(spec)]
+        weights = [i for i, spec in enumerate(self._specs) if spec.weighted]
         last = weights[-1] if weights else -1
         for i, spec in enumerate(self._specs):
             assert spec.name is not None
-            wants_whole = has_weights(spec) or isinstance(spec, specs.Flatten)
-            if wants_whole and not self.outputs.is_whole:
+            if (spec.weighted or spec.reads_whole) and not self.outputs.is_whole:
                 self.append(Gather(f"{prefix}{spec.name}.gather", self.outputs, partial or i <= last))
             layer = make(
                 spec,
@@ -102,20 +101,7 @@ class Sequence:
     @property
     def most_cols(self) -> int:
         """The most cols over which every layer with weights gives each at least one neuron or filter."""
-        return min(_units(self._specs), default=1)
-
-    @property
-    def matrices(self) -> Iterator[tuple[str, Parameter]]:
-        """The weights whose gradient is one product, by their keys in `parameters`."""
-        for layer, first in zip(self.layers, self._firsts, strict=True):
-            if layer.multiplies:
-                yield self.parameters[first]
-
-    def give_operands(self, operands: Mapping[str, Operands]) -> None:
-        """Let others compute the gradients of these `matrices`."""
-        for layer, first in zip(self.layers, self._firsts, strict=True):
-            if layer.multiplies:
-                layer.operands = operands.get(self.parameters[first][0])
+        return min((width for spec in self._specs for width in spec.widths()), default=1)
 
     @property
     def operations(self) -> float:
@@ -138,39 +124,41 @@ class Sequence:
         self._of.append((arrays, shares))
         return shares
 
-    def forward(self, params: Params, x: Array, workspace: Workspace, step: Pass) -> tuple[Array, list[Any]]:
-        """(y, saved), as `Layer.forward`."""
-        saved = []
+    def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, list[Any]]:
+        """(y, saved), as `Layer.forward`; each layer has its own part of ctx.workspace."""
+        saved, workspace = [], ctx.workspace
         for layer, key, own in zip(self.layers, self._keys, self._shares(params), strict=True):
-            x, kept = layer.forward(own, x, workspace.child(key), step)
+            ctx.workspace = workspace.child(key)
+            x, kept = layer.forward(own, x, ctx)
             saved.append(kept)
-            if step.progress is not None:
-                step.progress()
+            if ctx.progress is not None:
+                ctx.progress()
+        ctx.workspace = workspace
         return x, saved
 
     def backward(
         self,
         params: Params,
-        grads: Params,
+        grads: Grads,
         saved: list[Any],
         dy: Array,
-        workspace: Workspace,
-        step: Pass,
+        ctx: Context,
         complete: Callable[[int], None] | None = None,
     ) -> Array | None:
         """dx, as `Layer.backward`; None where needs_dx is False. After each layer `complete` is told from which of
         `parameters` on the gradients are written; nobody reads these parameters any more in this backward."""
         gradient: Array | None = dy
-        own, own_grads = self._shares(params), self._shares(grads)
+        own, own_grads, workspace = self._shares(params), self._shares(grads), ctx.workspace
         for i in range(len(self.layers) - 1, -1, -1):
             if gradient is None:
                 break
-            inner = workspace.child(self._keys[i])
-            gradient = self.layers[i].backward(own[i], own_grads[i], saved[i], gradient, inner, step)
+            ctx.workspace = workspace.child(self._keys[i])
+            gradient = self.layers[i].backward(own[i], own_grads[i], saved[i], gradient, ctx)
             if complete is not None:
                 complete(self._firsts[i])
-            if step.progress is not None:
-                step.progress()
+            if ctx.progress is not None:
+                ctx.progress()
+        ctx.workspace = workspace
         return gradient
 
 
@@ -187,37 +175,22 @@ def named(layers: Seq[specs.LayerSpec], where: str = "model.layers") -> tuple[sp
     return tuple(result)
 
 
-def has_weights(spec: specs.LayerSpec) -> bool:
-    """Is it a layer with weights, whose neurons or filters can be divided? A residual block always has some."""
-    return isinstance(spec, specs.Linear | specs.Conv2d | specs.Residual)
-
-
 def expanded(layers: Seq[specs.LayerSpec]) -> list[specs.LayerSpec]:
     """The layers with each `activation:` as a layer of its own."""
     result: list[specs.LayerSpec] = []
     for spec in layers:
         result.append(spec)
-        if isinstance(spec, specs.Linear | specs.Conv2d) and spec.activation:
-            result.append(specs.LAYERS[spec.activation](name=f"{spec.name}.{spec.activation}"))
+        activation = getattr(spec, "activation", None)
+        if activation:
+            result.append(specs.LAYERS[activation](name=f"{spec.name}.{activation}"))
     return result
 
 
 def _activation_after(layers: Seq[specs.LayerSpec], index: int, end: str | None) -> str | None:
     """The kind of the first activation behind a layer and before the next weights."""
     for spec in layers[index + 1 :]:
-        if has_weights(spec):
+        if spec.weighted:
             return None
-        if isinstance(spec, specs.Relu | specs.LeakyRelu | specs.Sigmoid | specs.Tanh | specs.Gelu):
+        if spec.activates:
             return spec.kind
     return end
-
-
-def _units(layers: Seq[specs.LayerSpec]) -> Iterator[int]:
-    """The neurons or filters of all layers with weights."""
-    for spec in layers:
-        if isinstance(spec, specs.Linear):
-            yield spec.units
-        elif isinstance(spec, specs.Conv2d):
-            yield spec.filters
-        elif isinstance(spec, specs.Residual):
-            yield from _units((*spec.layers, *spec.shortcut))

@@ -1,15 +1,15 @@
-"""Convolution as products of a matrix of what the kernel sees (im2col), block by block, with the weights."""
+"""Convolution by im2col: products of a matrix of what the kernel sees, block by block, with the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.cpu.algorithm import Algorithm, adjoint_padding, turned
 from nettorrent_mpi.device.cpu.blocking import repeated, row_repeats, wide_rows
-from nettorrent_mpi.device.cpu.way import Geometry, Pair, Way, adjoint_padding, turned
+from nettorrent_mpi.device.geometry import Geometry, Pair
 
 # Bytes of one block of the matrix: measured best between 0.25 and 2 MiB on cores with 1 MiB of second-level cache,
 # but not fewer than so many rows, since each block also costs a pass over the weights.
@@ -17,21 +17,7 @@ BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 512
 
 
-def places(size: int, kernel: int, stride: int, padding: Literal["valid", "same"]) -> tuple[int, int, int]:
-    """(number of places, padding before, padding after) along one axis; for `valid`, kernel <= size.
-
-    `same` has ceil(size / stride) places. An odd kernel is padded by kernel // 2 before, as PyTorch's
-    Conv2d(padding=kernel // 2) does, whatever the stride; an even one has the odd row or column at the end.
-    """
-    if padding == "valid":
-        return (size - kernel) // stride + 1, 0, 0
-    count = -(-size // stride)
-    reach = (count - 1) * stride + kernel
-    before = kernel // 2 if kernel % 2 else max(reach - size, 0) // 2
-    return count, before, max(reach - size - before, 0)
-
-
-class Windows:
+class Im2col:
     """The places of a kernel over images of `image` = (height, width, channels), padded by (before, after) zeros."""
 
     def __init__(self, image: tuple[int, int, int], kernel: Pair, stride: Pair, vertical: Pair, horizontal: Pair):
@@ -98,18 +84,18 @@ class Windows:
         return padded
 
 
-class WindowProducts(Way):
-    """The windows are made anew in backward: keeping them would take kernel height * width times the memory of x."""
+class Im2colProducts(Algorithm):
+    """Im2col makes its matrix anew in backward: keeping it would take kernel height * width times the memory of x."""
 
-    name = "windows"
+    name = "im2col"
 
     def __init__(self, geometry: Geometry):
         super().__init__(geometry)
         kernel = geometry.kernel
-        self._windows = Windows(geometry.image, kernel, geometry.stride, geometry.vertical, geometry.horizontal)
-        self._adjoint: Windows | None = None
+        self._windows = Im2col(geometry.image, kernel, geometry.stride, geometry.vertical, geometry.horizontal)
+        self._adjoint: Im2col | None = None
         if geometry.stride == (1, 1):
-            self._adjoint = Windows(geometry.output, kernel, (1, 1), *adjoint_padding(geometry))
+            self._adjoint = Im2col(geometry.output, kernel, (1, 1), *adjoint_padding(geometry))
 
     def forward(self, x: Array, weight: Array, bias: Array | None, y: Array, workspace: Workspace) -> None:
         _, wide, filters = self.geometry.output
@@ -140,7 +126,7 @@ class WindowProducts(Way):
         else:
             self._scatter_back(weight, dy, dx, workspace)
 
-    def _correlate_back(self, adjoint: Windows, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
+    def _correlate_back(self, adjoint: Im2col, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
         """dx for stride 1."""
         channels = dx.shape[3]
         weight_ko = turned(weight, workspace).reshape(-1, channels)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nettorrent_mpi.device.arrays import Workspace
+from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.device.random import generator
 from nettorrent_mpi.nn.layer import Features
-from nettorrent_mpi.nn.random import generator, keep_mask, place_codes
 from nettorrent_mpi.plan import seeds
 from nettorrent_mpi.plan.blocks import Span
 
 
 def mask(shape, rate, rows, key=1234567890123456789, cols=1, col=0):
     features = Features.divided(shape, cols, col)
-    codes = place_codes(features)
+    ops = make_device().ops
+    codes = ops.place_codes(features.shape, features.part)
     keep = np.zeros((rows.size, codes.size), dtype=np.bool_)
-    keep_mask(keep, codes, rate, key, rows, Workspace(np.float32))
+    ops.keep_mask(keep, codes, rate, key, rows)
     return keep.reshape(rows.size, *features.local)
 
 

@@ -1,40 +1,18 @@
-"""What a way to compute a convolution and its gradients is.
-
-y[h, w, o] = sum over p, q, i of x[h * down + p - top, w * across + q - left, i] * weight[p, q, i, o] + bias[o],
-of images x (b, height, width, i) and y (b, high, wide, o), both C-contiguous.
-"""
+"""An algorithm for a convolution and its gradients: what each of them offers (see device.geometry for the formula)."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, Workspace
-
-Pair = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Of one image: (height, width, channels) of x and y; the padding is (before, after)."""
-
-    image: tuple[int, int, int]
-    output: tuple[int, int, int]
-    kernel: Pair
-    stride: Pair
-    vertical: Pair
-    horizontal: Pair
-
-    def __str__(self) -> str:
-        sizes = ["x".join(map(str, shape)) for shape in (self.image, self.output, self.kernel, self.stride)]
-        return f"{sizes[0]} to {sizes[1]} by {sizes[2]} every {sizes[3]} in {self.vertical}{self.horizontal}"
+from nettorrent_mpi.device.geometry import Geometry, Pair
 
 
-class Way(ABC):
-    """One way to compute all of it for one geometry. Allocates nothing after the first call of each size."""
+class Algorithm(ABC):
+    """An algorithm computes all three for one geometry. It allocates nothing after the first call of each size."""
 
     name: ClassVar[str]
 

@@ -1,0 +1,93 @@
+"""Dropout's choice: a hash of (key, global row, index in the whole row), whoever holds the element."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from nettorrent_mpi.device.arrays import Array, Shape, Workspace
+from nettorrent_mpi.device.cpu.flat import Operations
+from nettorrent_mpi.device.cpu.loop import Loop
+from nettorrent_mpi.plan.blocks import Span
+
+BLOCK = 16384  # elements that are hashed together: they stay in the first-level cache
+
+
+class MaskOperations(Operations):
+    """Masks for dropout: see device.ops.
+
+    The row makes 64 bits with SplitMix64 (Steele, Lea, Flood 2014), of which half is added to the index's hash before,
+    and half within, a second round of mixing.
+    """
+
+    def place_codes(self, shape: Shape, part: Span) -> Array:
+        places = math.prod(shape[:-1])
+        index = np.arange(places)[:, None] * shape[-1] + np.arange(*part)
+        assert places * shape[-1] < 1 << 32, f"rows of {shape} are too long"
+        code = index.reshape(-1).astype(np.uint32)
+        _mix(code, np.empty_like(code), np.uint32(0))
+        return code
+
+    def keep_mask(self, keep: Array, codes: Array, rate: float, key: int, rows: Span) -> None:
+        memory = self.memory(np.uint32)
+        row_keys = _row_keys(key, rows, memory)
+        threshold = np.uint32(round(rate * 2**32))
+        if self._tuning.compiled:
+            keep_mask(keep, codes, row_keys, threshold)
+            return
+        columns = min(BLOCK, max(codes.size, 1))
+        for first in range(0, rows.size, max(1, BLOCK // columns)):
+            some = slice(first, min(first + max(1, BLOCK // columns), rows.size))
+            for left in range(0, codes.size, columns):
+                across = slice(left, min(left + columns, codes.size))
+                shape = (some.stop - some.start, across.stop - across.start)
+                number, work = memory.scratch("random number", shape), memory.scratch("random work", shape)
+                np.bitwise_xor(codes[across], row_keys[some, :1], out=number)
+                _mix(number, work, row_keys[some, 1:])
+                np.greater_equal(number, threshold, out=keep[some, across])
+
+
+@Loop
+def keep_mask(keep_bf: Array, codes_f: Array, keys_b: Array, threshold: int) -> None:
+    """keep <- whether the hash is at least the threshold; keys_b (b, 2) uint32."""
+    for b in range(keep_bf.shape[0]):
+        before, within = keys_b[b, 0], keys_b[b, 1]
+        keep = keep_bf[b]
+        for i in range(codes_f.size):
+            x = np.uint32(codes_f[i] ^ before)
+            x = np.uint32(x ^ (x >> np.uint32(16)))
+            x = np.uint32(x * np.uint32(0x7FEB352D))
+            x = np.uint32(x + within)
+            x = np.uint32(x ^ (x >> np.uint32(15)))
+            x = np.uint32(x * np.uint32(0x846CA68B))
+            x = np.uint32(x ^ (x >> np.uint32(16)))
+            keep[i] = x >= threshold
+
+
+def _mix(x: Array, work: Array, key: Array | np.uint32) -> None:
+    """x <- a bijection of 32 bits: C. Wellons' lowbias32 (2018), with a key added halfway."""
+    np.right_shift(x, 16, out=work)
+    np.bitwise_xor(x, work, out=x)
+    np.multiply(x, np.uint32(0x7FEB352D), out=x)
+    np.add(x, key, out=x)
+    np.right_shift(x, 15, out=work)
+    np.bitwise_xor(x, work, out=x)
+    np.multiply(x, np.uint32(0x846CA68B), out=x)
+    np.right_shift(x, 16, out=work)
+    np.bitwise_xor(x, work, out=x)
+
+
+def _row_keys(key: int, rows: Span, workspace: Workspace) -> Array:
+    """(rows, 2) uint32: SplitMix64's output number `row` when it begins with `key`."""
+    golden, bits = 0x9E3779B97F4A7C15, (1 << 64) - 1
+    z = workspace.scratch("row keys", (rows.size,), np.uint64)
+    work = workspace.scratch("row keys work", (rows.size,), np.uint64)
+    z[...] = golden
+    np.add.accumulate(z, out=z)
+    np.add(z, np.uint64((key + golden * rows.start) & bits), out=z)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        np.right_shift(z, shift, out=work)
+        np.bitwise_xor(z, work, out=z)
+        np.multiply(z, np.uint64(factor), out=z)
+    return z.view(np.uint32).reshape(rows.size, 2)

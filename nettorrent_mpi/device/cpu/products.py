@@ -1,0 +1,124 @@
+"""Products of matrices: the fastest library for each of a layer's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.cpu import blas
+from nettorrent_mpi.device.cpu.blocking import RowSum, blocks, row_block, row_repeats, wide_rows
+from nettorrent_mpi.device.cpu.flat import Operations
+from nettorrent_mpi.device.cpu.loop import Loop
+from nettorrent_mpi.device.cpu.tuning import Tuning
+
+Run = Callable[[], object]
+Multiply = Callable[[Array, Array, Array, bool], Run]
+"""multiply(a_mk, b_kn, out_mn, accumulate) gives what computes the product each time that it is called."""
+
+REMEMBERED = 1024  # products of arrays that came before; in the steady state three a layer and micro-batch under way
+SUMMED = 64  # rows that are added up in the arrays' own type
+
+
+class ProductOperations(Operations):
+    """Products of matrices and sums of their rows: see device.ops.
+
+    The arrays of the steady state are the same objects in every step. So what a call of a library wants to know of them
+    (sizes, addresses: more work for Python than the call itself, and with small matrices than the product) is put
+    together once for the same objects, which are kept. Nothing is allocated after that.
+    """
+
+    def __init__(self, tuning: Tuning):
+        super().__init__(tuning)
+        self._chosen: dict[tuple[Any, ...], Multiply] = {}
+        self._known: dict[tuple[int, int, int, bool, bool, bool], tuple[Run, Array, Array, Array]] = {}
+
+    def matmul(
+        self, a: Array, b: Array, out: Array, turn_a: bool = False, turn_b: bool = False, accumulate: bool = False
+    ) -> None:
+        key = id(a), id(b), id(out), turn_a, turn_b, accumulate
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) == REMEMBERED:
+                self._known.clear()
+            run = self._prepare(a, b, out, turn_a, turn_b, accumulate)
+            known = self._known[key] = run, a, b, out  # as long as they live their ids are theirs
+        known[0]()
+
+    def _prepare(self, a: Array, b: Array, out: Array, turn_a: bool, turn_b: bool, accumulate: bool) -> Run:
+        first, second = a.T if turn_a else a, b.T if turn_b else b
+        if not (out.size and a.size):  # nothing to learn from, and BLAS wants sizes above 0
+            return self._by_numpy(first, second, out, accumulate)
+        # The rows of a micro-batch, which are those of `a`, may be fewer at times: what came first decides.
+        key = a.shape[1], out.shape[1], turn_a, turn_b, accumulate, out.dtype
+        multiply = self._chosen.get(key)
+        if multiply is None:
+            multiply = self._chosen[key] = self._choose(first, second, out, accumulate)
+        return multiply(first, second, out, accumulate)
+
+    def _choose(self, a: Array, b: Array, out: Array, accumulate: bool) -> Multiply:
+        blas.wake(out.dtype)
+        ways = self.ways(out.dtype)
+        elsewhere = np.empty_like(out)
+        letters = "".join("n" if blas.plain(array) else "t" for array in (a, b))
+        sizes = f"{a.shape[0]}x{a.shape[1]}x{b.shape[1]} {out.dtype} {letters}{' added' if accumulate else ''}"
+        trials = {name: way(a, b, elsewhere, accumulate) for name, way in ways.items()}
+        return ways[self._tuning.fastest(f"product {sizes}", trials, elsewhere)]
+
+    def ways(self, dtype: np.dtype[Any]) -> dict[str, Multiply]:
+        """By the name of the library: all that may be used for matrices of this type."""
+        gemm, library = self._tuning.gemm(dtype), self._tuning.onednn()
+        ways: dict[str, Multiply] = {"numpy": self._by_numpy}
+        if gemm is not None:
+            ways["blas"] = partial(_by, gemm)
+        if library is not None and dtype == np.float32:
+            ways["onednn"] = partial(_by, library.gemm)
+        return ways
+
+    def _by_numpy(self, a: Array, b: Array, out: Array, accumulate: bool) -> Run:
+        if not accumulate:
+            return partial(np.matmul, a, b, out)
+
+        def add() -> None:
+            more = self.memory(out.dtype).scratch("product", out.shape)
+            np.matmul(a, b, out=more)
+            np.add(out, more, out=out)
+
+        return add
+
+    def sum_rows(self, x: Array, out: Array, accumulate: bool = False) -> None:
+        if accumulate:
+            more = self.memory(x.dtype).scratch("row sums", out.shape, out.dtype)
+            self.sum_rows(x, more)
+            np.add(out, more, out=out)
+        elif self._tuning.compiled:
+            sum_rows(wide_rows(x, 1), out)
+        else:
+            repeats = row_repeats(x.shape[1:])
+            x_nw = wide_rows(x, repeats)
+            total = RowSum("of rows", repeats, out, self.memory(x.dtype))
+            for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
+                total.add(x_nw[block])
+            total.finish()
+
+
+def _by(gemm: blas.Gemm, a: Array, b: Array, out: Array, accumulate: bool) -> Run:
+    return gemm.prepare(a, b, out, 1.0 if accumulate else 0.0)
+
+
+@Loop
+def sum_rows(x_nc: Array, total_c: Array) -> None:
+    """total_c <- the sum over n; rounded otherwise than by NumPy."""
+    part_c = np.empty(x_nc.shape[1], x_nc.dtype)
+    total_c[:] = 0
+    for first in range(0, x_nc.shape[0], SUMMED):
+        part_c[:] = 0
+        for n in range(first, min(first + SUMMED, x_nc.shape[0])):
+            x_c = x_nc[n]
+            for c in range(x_c.size):
+                part_c[c] += x_c[c]
+        for c in range(part_c.size):
+            total_c[c] += part_c[c]
