@@ -1,7 +1,101 @@
 """Trains neural networks over MPI with one swarm of ranks per layer.
 
-This module stays light: importing it loads neither NumPy nor MPI, so that `nettorrent_mpi.env` can set their
-environment first.
+    import nettorrent_mpi as nt
+
+What stands in `__all__` is loaded when it is first used (PEP 562): importing the package loads neither NumPy nor MPI,
+so that `nt.prepare()` can set their environment first.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nettorrent_mpi.api import Trainer
+    from nettorrent_mpi.comm.world import AgreedError
+    from nettorrent_mpi.data.dataset import DataOptions, register_dataset
+    from nettorrent_mpi.data.from_arrays import from_arrays
+    from nettorrent_mpi.data.rows import Dataset
+    from nettorrent_mpi.engine.evaluation import Evaluation
+    from nettorrent_mpi.engine.trainer import Record
+    from nettorrent_mpi.env import prepare
+    from nettorrent_mpi.nn.model import Network
+    from nettorrent_mpi.plan.errors import (
+        ConfigError,
+        DataError,
+        LayoutError,
+        NetTorrentError,
+        NonFiniteError,
+        OutputError,
+        ShapeError,
+        UserError,
+    )
+    from nettorrent_mpi.plan.exchange_specs import Allreduce, Async, Elite, Gossip, Gpipe, Nothing, OneFOneB
+    from nettorrent_mpi.plan.specs import (
+        Adagrad,
+        Adam,
+        AdamW,
+        AvgPool2d,
+        BatchNorm,
+        BinaryCrossEntropy,
+        Constant,
+        Conv2d,
+        Cosine,
+        CrossEntropy,
+        Dropout,
+        Exponential,
+        Flatten,
+        Gelu,
+        GlobalAvgPool2d,
+        LayerNorm,
+        LayerSpec,
+        LeakyRelu,
+        Linear,
+        MaxPool2d,
+        MeanSquaredError,
+        Relu,
+        Residual,
+        Rmsprop,
+        Sgd,
+        Sigmoid,
+        Step,
+        Tanh,
+    )
+    from nettorrent_mpi.planning import PlannedRun, load_config, plan
+
+_WHERE = {
+    "api": "Trainer",
+    "comm.world": "AgreedError",
+    "planning": "PlannedRun load_config plan",
+    "env": "prepare",
+    "engine.trainer": "Record",
+    "engine.evaluation": "Evaluation",
+    "nn.model": "Network",
+    "data.rows": "Dataset",
+    "data.from_arrays": "from_arrays",
+    "data.dataset": "DataOptions register_dataset",
+    # layers; losses; optimizers; learning-rate schedules
+    "plan.specs": "AvgPool2d BatchNorm Conv2d Dropout Flatten Gelu GlobalAvgPool2d LayerNorm LayerSpec LeakyRelu Linear "
+    "MaxPool2d Relu Residual Sigmoid Tanh BinaryCrossEntropy CrossEntropy MeanSquaredError "
+    "Adagrad Adam AdamW Rmsprop Sgd Constant Cosine Exponential Step",
+    # pipelines; how replicas agree
+    "plan.exchange_specs": "Async Gpipe OneFOneB Allreduce Elite Gossip Nothing",
+    "plan.errors": "ConfigError DataError LayoutError NetTorrentError NonFiniteError OutputError ShapeError "
+    "UserError",
+}
+_MODULES = {name: module for module, names in _WHERE.items() for name in names.split()}
+__all__ = sorted(_MODULES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

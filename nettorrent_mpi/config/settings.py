@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, TypeAlias, TypedDict
 
+from nettorrent_mpi.config.mistakes import nearest
 from nettorrent_mpi.config.sections import Config, Data, Train
 from nettorrent_mpi.config.writing import plain, to_plain
+from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.specs import LayerSpec, Spec
 
 Choice: TypeAlias = Spec | str | Mapping[str, Any]  # nt.Adam(0.002), "adam" or {"adam": {"lr": 0.002}}
@@ -65,6 +67,8 @@ def configure(
         kept = ("validation", "augment", "partition")
         asked["data"] = {k: v for k, v in asked.get("data", {}).items() if k in kept} | {"name": "digits"}
     for name, value in settings.items():
+        if name not in Settings.__annotations__:
+            raise ConfigError(f"unknown setting {name}; {nearest(name, Settings.__annotations__)}")
         section = _SECTIONS.get(name)
         place = asked if section is None else asked.setdefault(section, {})
         place[name] = {"accuracy": value} if name == "stop_at" else plain(value)

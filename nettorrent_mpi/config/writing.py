@@ -34,8 +34,9 @@ def plain(value: Any) -> Any:
 def to_plain(config: Config) -> dict[str, Any]:
     """`config` as plain data, complete and resolved: `from_plain` gives an equal Config."""
     data: dict[str, Any] = plain(config)
+    spec = DATASETS.get(config.data.name)  # None: arrays that a Python script gives
     for option in SYNTHETIC:
-        if option not in DATASETS[config.data.name].options:
+        if spec is None or option not in spec.options:
             del data["data"][option]
     del data["train"]["steps" if config.train.steps is None else "epochs"]
     if isinstance(config.layout, Layout) and config.layout.swarms is None:

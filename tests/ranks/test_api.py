@@ -1,0 +1,183 @@
+"""The Python interface on all ranks: trainers of arrays, on the world and on parts of it, in turn and closed in any order."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import nettorrent_mpi as nt
+
+SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
+LAYERS = [nt.Linear(12, activation="tanh"), nt.Linear(9, activation="relu"), nt.Linear(3)]
+HOW: dict[str, Any] = {"optimizer": nt.Adam(0.01), "batch_size": 20, "dtype": "float64", "kernels": "numpy"}
+
+
+def rows() -> tuple[np.ndarray, ...]:
+    random = np.random.default_rng(3)
+    x, y = random.normal(size=(100, 6)), random.integers(0, 3, 100)
+    return x[:80], y[:80], x[80:], y[80:]
+
+
+def serial(**train: int) -> dict[str, np.ndarray]:
+    """The weights of the same training on one rank."""
+    with nt.Trainer(LAYERS, rows(), comm=MPI.COMM_SELF, **HOW) as trainer:
+        assert list(trainer.train(**train))
+        return trainer.parameters()
+
+
+def same(mine: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert list(mine) == list(other) == [f"linear{n}/{name}" for n in (1, 2, 3) for name in ("weight", "bias")]
+    for key, array in other.items():
+        np.testing.assert_allclose(mine[key], array, rtol=0, atol=1e-10 * np.abs(array).max(), err_msg=key)
+
+
+def test_a_trainer_gives_the_serial_weights_and_the_same_records_on_all_ranks(world: MPI.Intracomm) -> None:
+    with nt.Trainer(LAYERS, rows(), comm=world, report_every=3, **HOW) as trainer:
+        assert (trainer.rank, trainer.size) == (RANK, SIZE)
+        records = list(trainer.train(epochs=2))
+        assert [record.step for record in records] == [3, 4, 6, 8]
+        assert [record.at_rest for record in records] == [False, True, False, True]
+        assert records[1].test_accuracy is not None
+        assert records[0].test_accuracy is None
+        told = world.allgather([(r.step, r.train_loss, r.test_loss, r.learning_rate) for r in records])
+        assert all(each == told[0] for each in told)
+        found = trainer.evaluate()
+        assert found.test is not None
+        assert (found.test.loss, found.validation) == (records[-1].test_loss, None)
+        same(trainer.parameters(), serial(epochs=2))
+        list(trainer.train(steps=3))
+        assert trainer.step == 11
+        same(trainer.parameters(), serial(steps=11))
+
+
+def test_a_loop_that_is_left_comes_to_rest_and_goes_on(world: MPI.Intracomm) -> None:
+    with nt.Trainer(LAYERS, rows(), comm=world, report_every=2, evaluate_every=100, epochs=25, **HOW) as trainer:
+        for record in trainer.train():
+            if record.step == 6:
+                break
+        steps = world.allgather(trainer.step)
+        assert len(set(steps)) == 1
+        assert 6 <= steps[0] <= 100
+        assert trainer.evaluate().test is not None
+        list(trainer.train())
+        assert trainer.step == 100
+        same(trainer.parameters(), serial(steps=100))
+
+
+def test_between_rests_nothing_collective_is_begun(world: MPI.Intracomm) -> None:
+    with nt.Trainer(LAYERS, rows(), comm=world, report_every=2, **HOW) as trainer:
+        for record in trainer.train(epochs=1):
+            if record.at_rest:
+                assert trainer.evaluate().test is not None
+            else:
+                with pytest.raises(nt.UserError, match="at_rest"):
+                    trainer.evaluate()
+        with pytest.raises(nt.UserError, match="both"):
+            trainer.train(epochs=1, steps=1)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_trainers_on_the_world_and_on_parts_of_it(world: MPI.Intracomm, order: tuple[int, ...]) -> None:
+    part = world.Split(RANK % 2)
+    trainers = [
+        nt.Trainer(LAYERS, rows(), comm=world, **HOW),
+        nt.Trainer(LAYERS, rows(), comm=part, **HOW),
+        nt.Trainer(LAYERS, rows(), comm=world, **(HOW | {"batch_size": 16})),
+    ]
+    for turn in range(2):
+        for trainer in trainers:
+            list(trainer.train(steps=3 + turn))
+    same(trainers[0].parameters(), serial(steps=7))
+    same(trainers[1].parameters(), serial(steps=7))
+    for n in order:
+        trainers[n].close()
+        left = [trainer for m, trainer in enumerate(trainers) if m in order[order.index(n) + 1 :]]
+        for trainer in left:
+            list(trainer.train(steps=1))
+    trainers[0].close()
+    part.Free()
+
+
+def test_mistakes_end_one_trainer_on_all_ranks(world: MPI.Intracomm) -> None:
+    x, y, *_ = rows()
+    with nt.Trainer(LAYERS, (x, y), comm=world, **HOW) as other:
+        for network, data, settings, words in (
+            (LAYERS, (x, y), {"bach_size": 3}, "did you mean batch_size"),
+            (LAYERS, (x, y), {"optimizer": "adm"}, "did you mean adam"),
+            (LAYERS, (x, y[:-1]), {}, "79"),
+            (LAYERS, (x, y, x), {}, r"\(x, y\)"),
+            (LAYERS, None, {}, "needs data"),
+            ([nt.Linear(2)], (x, y), {}, "3 classes"),
+            ([nt.Flatten()], (x, y), {}, "weights"),
+        ):
+            with pytest.raises(nt.AgreedError, match=words):
+                nt.Trainer(network, data, comm=world, **settings)  # type: ignore[arg-type]
+        list(other.train(steps=1))
+
+
+def test_files(world: MPI.Intracomm, shared_path: Path) -> None:
+    with nt.Trainer(LAYERS, rows(), comm=world, output=shared_path, **HOW) as trainer:
+        list(trainer.train(epochs=2))
+        trainer.save(shared_path / "model.h5")
+        mine = trainer.parameters()
+    with nt.Trainer(LAYERS, rows(), comm=world, **HOW) as trainer:
+        trainer.load(shared_path / "model.h5")
+        same(trainer.parameters(), mine)
+        trainer.resume(shared_path)
+        assert trainer.step == 8
+        list(trainer.train(epochs=1))
+        same(trainer.parameters(), serial(epochs=3))
+    with nt.Trainer(LAYERS, rows(), comm=world, **(HOW | {"batch_size": 10})) as trainer:
+        with pytest.raises(nt.AgreedError, match="batch_size"):
+            trainer.resume(shared_path)
+        with pytest.raises(nt.AgreedError, match="could not be written"):
+            trainer.save(shared_path / "no" / "model.h5")
+
+
+def test_a_configuration_with_changes_and_rows_of_ones_own(world: MPI.Intracomm) -> None:
+    random = np.random.default_rng(1)
+    data = random.integers(0, 256, (64, 8, 8, 1), np.uint8), random.integers(0, 10, 64)
+    with nt.Trainer(nt.load_config(None, "train.batch_size=16"), data, comm=world, steps=5) as trainer:
+        assert trainer.planned.config.data.name == "arrays"
+        records = list(trainer.train())
+        assert (trainer.step, records[-1].test_loss, records[-1].samples) == (5, None, 80)
+        assert trainer.summary()["world_size"] == SIZE
+
+
+@pytest.mark.ranks(1, 2, 4)
+def test_replicas_that_differ_are_saved_as_one_network(world: MPI.Intracomm) -> None:
+    if SIZE == 1:
+        with pytest.raises(nt.AgreedError, match="1 replica"):
+            nt.Trainer(LAYERS, rows(), comm=world, exchange="gossip", **HOW)
+        return
+    settings = HOW | {"exchange": {"gossip": {"pairing": "ring"}}, "layout": {"replicas": 2}}
+    with nt.Trainer(LAYERS, rows(), comm=world, **settings) as trainer:
+        records = list(trainer.train(epochs=2))
+        assert records[-1].consensus_distance is not None
+        average = trainer.parameters()
+        assert all(np.isfinite(array).all() for array in average.values())
+        before = trainer.evaluate().test
+        summary = trainer.summary()
+        assert before is not None
+        np.testing.assert_allclose(summary["average"]["test_loss"], before.loss, rtol=1e-12)
+        same(trainer.parameters(), average)
+
+
+def test_signal_handlers_stay_unless_asked_for(world: MPI.Intracomm) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    with nt.Trainer(LAYERS, rows(), comm=world, **HOW):
+        assert signal.getsignal(signal.SIGUSR2) == before
+    with nt.Trainer(LAYERS, rows(), comm=world, stop_on_signals=True, epochs=400, **HOW) as trainer:
+        assert signal.getsignal(signal.SIGUSR2) != before
+        if RANK == SIZE - 1:
+            signal.raise_signal(signal.SIGUSR2)
+        list(trainer.train())
+        assert trainer.stopped_by == "signal"
+        assert len(set(world.allgather(trainer.step))) == 1
+        assert trainer.step < 1600
+    assert signal.getsignal(signal.SIGUSR2) == before
