@@ -9,6 +9,7 @@ so that `nt.prepare()` can set their environment first.
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "api": "Trainer",
     "comm.world": "AgreedError",
-    "planning": "PlannedRun load_config plan",
+    "planning": "PlannedRun load_config",
     "env": "prepare",
     "engine.trainer": "Record",
     "engine.evaluation": "Evaluation",
@@ -78,16 +79,25 @@ _WHERE = {
     "data.from_arrays": "from_arrays",
     "data.dataset": "DataOptions register_dataset",
     # layers; losses; optimizers; learning-rate schedules
-    "plan.specs": "AvgPool2d BatchNorm Conv2d Dropout Flatten Gelu GlobalAvgPool2d LayerNorm LayerSpec LeakyRelu Linear "
-    "MaxPool2d Relu Residual Sigmoid Tanh BinaryCrossEntropy CrossEntropy MeanSquaredError "
+    "plan.specs": "AvgPool2d BatchNorm Conv2d Dropout Flatten Gelu GlobalAvgPool2d LayerNorm LayerSpec LeakyRelu "
+    "Linear MaxPool2d Relu Residual Sigmoid Tanh BinaryCrossEntropy CrossEntropy MeanSquaredError "
     "Adagrad Adam AdamW Rmsprop Sgd Constant Cosine Exponential Step",
     # pipelines; how replicas agree
     "plan.exchange_specs": "Async Gpipe OneFOneB Allreduce Elite Gossip Nothing",
-    "plan.errors": "ConfigError DataError LayoutError NetTorrentError NonFiniteError OutputError ShapeError "
-    "UserError",
+    "plan.errors": "ConfigError DataError LayoutError NetTorrentError NonFiniteError OutputError ShapeError UserError",
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names.split()}
-__all__ = sorted(_MODULES)  # noqa: PLE0605
+__all__ = sorted([*_MODULES, "plan"])  # noqa: PLE0605
+
+
+class _Plan(ModuleType):
+    """The folder plan/, which is the function planning.plan as well: both are called `nettorrent_mpi.plan`."""
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        return import_module(f"{__name__}.planning").plan(*args, **settings)
+
+
+import_module(f"{__name__}.plan").__class__ = _Plan
 
 
 def __getattr__(name: str) -> Any:

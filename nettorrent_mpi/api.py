@@ -24,6 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from nettorrent_mpi import env
+
+if "mpi4py.MPI" not in sys.modules:
+    env.prepare()  # MPI reads its environment when it loads, and so do BLAS threads where NumPy is not loaded yet
+
 from nettorrent_mpi.comm.world import AgreedError, World
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.config.writing import model_json, to_plain

@@ -80,7 +80,7 @@ ONLY = {
 }
 STANDARD_LIBRARY_ONLY = ["", "env", "plan"]
 TOP = {"", "env"}  # may be imported from everywhere
-ENTRY_POINTS = {"train", "__main__"}
+ENTRY_POINTS = {"train", "__main__", ""}  # the package itself names what is public, and loads it when it is used
 
 
 def read() -> dict[str, ast.Module]:
@@ -118,7 +118,7 @@ def violations(trees: dict[str, ast.Module]) -> list[str]:
     graph: dict[str, set[str]] = {}
     for module, tree in trees.items():
         own, others = imports_of(module, tree, modules)
-        graph[module] = own - {module}
+        graph[module] = own - {module} if module else set()  # what the package names it loads when it is used
         folder = module.split(".")[0]
         for name in sorted(own):
             target = name.split(".")[0]

@@ -1,4 +1,4 @@
-"""The Python interface on all ranks: trainers of arrays, on the world and on parts of it, in turn and closed in any order."""
+"""The Python interface on all ranks: trainers on the world and on parts of it, in turn and closed in any order."""
 
 from __future__ import annotations
 

@@ -1,0 +1,75 @@
+"""Scripts that use the Python interface: what their failures mean for other ranks, and what planning loads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+
+Run = subprocess.CompletedProcess[str]
+
+START = """
+import os, sys, time
+import nettorrent_mpi as nt
+import numpy as np
+x, y = np.random.default_rng(0).normal(size=(64, 5)), np.arange(64) % 3
+def fail(rank, error):
+    if trainer.rank == rank:
+        os.write(2, f"FAILED AT {time.time()}\\n".encode())
+        raise error
+trainer = nt.Trainer([nt.Linear(7, activation="relu"), nt.Linear(3)], (x, y), batch_size=8, report_every=2, epochs=50)
+"""
+WITH = "with trainer:\n    for record in trainer.train():\n        "
+WITHOUT = "for record in trainer.train():\n    "
+SCRIPTS = {
+    "with": (START + WITH + "fail(1, RuntimeError('made to fail'))", 1),
+    "without": (START + WITHOUT + "fail(1, RuntimeError('made to fail'))", 1),
+    "a mistake of one rank": (START + WITH + "fail(1, nt.DataError('made to fail'))", 2),
+    "at the end": (START + WITH + "pass\n    fail(1, RuntimeError('made to fail'))", 1),
+    "exit": (START + WITH + "fail(1, SystemExit(3))", 3),
+}
+
+
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+@pytest.mark.parametrize("case", SCRIPTS)
+def test_an_error_of_one_rank_ends_all(mpirun: Callable[..., Run], case: str, mpi: str) -> None:
+    script, code = SCRIPTS[case]
+    done = mpirun(4, ["-c", script], mpi=mpi)
+    ended, text = time.time(), f"\n{done.stdout}\n{done.stderr}"
+    failed = re.search(r"FAILED AT ([\d.]+)", done.stderr)
+    assert failed, text
+    assert done.returncode == code, text
+    assert ended - float(failed[1]) < 2.5, text
+    if case != "exit":
+        assert done.stderr.count("made to fail") == 1, text
+        assert done.stderr.count("Traceback") == 1, text
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_errors_that_all_ranks_raise_end_a_trainer_and_not_the_script(mpirun: Callable[..., Run], ranks: int) -> None:
+    script = START + (
+        "with trainer:\n"
+        "    try:\n"
+        "        nt.Trainer([nt.Linear(3)], (x, y[1:]))\n"
+        "    except nt.UserError as error:\n"
+        "        print('told:', error, flush=True)\n"
+        "    print('steps:', sum(1 for record in trainer.train(steps=4)), flush=True)\n"
+        "with nt.Trainer([nt.Linear(3)], (x, y)) as other:\n"
+        "    raise nt.AgreedError('raised by all', 2)\n"
+    )
+    done = mpirun(ranks, ["-c", script])
+    text = f"\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 1, text  # that of Python, which shows the error
+    assert done.stdout.count("told: x has 64 rows but y has 63") == ranks, text
+    assert done.stdout.count("steps: 2") == ranks, text
+    assert done.stderr.count("AgreedError: raised by all") == ranks, text
+    assert "failed:" not in done.stderr, text
+
+
+def test_a_script_that_forgets_to_close_ends_well(mpirun: Callable[..., Run]) -> None:
+    done = mpirun(3, ["-c", START + "list(trainer.train(steps=3))\nsome = trainer.train(steps=9)\nnext(some)"])
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr.strip("\n\0"), done.stderr
