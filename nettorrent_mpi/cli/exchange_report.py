@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nettorrent_mpi.cli.tables import MOST_LINES, aligned, wrapped
-from nettorrent_mpi.exchange.compression import make_codec
+from nettorrent_mpi.exchange.compression import MessageFormat
 from nettorrent_mpi.exchange.gossip import withholding
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.exchange_specs import Async, ConstantMix, Elite, Gossip, Nothing, PushSumMix, TopK, Whole
+from nettorrent_mpi.plan.exchange_specs import Async, ConstantMix, Elite, Gossip, Nothing, PushSumMix, Whole
 from nettorrent_mpi.plan.mixing import MOST_ROUNDS, rounds_to_consensus, spectral_gap
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 from nettorrent_mpi.plan.specs import Spec
@@ -177,8 +177,7 @@ def _sends(setup: Setup, gossip: Gossip, pairing: Pairing) -> str:
     whole, compress = elements * dtype.itemsize, gossip.compress
     size, smaller = whole, ""
     if not isinstance(compress, Whole):
-        codec = make_codec(compress.kind, compress.fraction if isinstance(compress, TopK) else None)
-        size = codec.bytes(elements, dtype)
+        size = MessageFormat(compress).bytes(elements)
         smaller = f", {compress.kind} makes it {whole / max(size, 1):.1f} times smaller"
     rounds, everybody = range(pairing.period or 1), range(pairing.replicas)
     most = max(len(pairing.sends(number, replica)) for number in rounds for replica in everybody)

@@ -57,14 +57,31 @@ class FlatOps(Protocol):
     def count_nonfinite(self, y: Array, count: Array) -> None:
         """count[0] <- count[0] + 1 unless the sum of y (of any shape) is finite."""
 
-    def to_half(self, x: Array, halves: Array) -> None:
-        """halves (int16) <- the bits of the float16 numbers nearest to x (float32), ties to even.
 
-        x is from -65504 to 65504, and overwritten.
+class MessageOps(Protocol):
+    """Lossy compression of flat float32 or float64 arrays into messages (uint8) that begin on 4 bytes.
+
+    float16  each value rounded to the nearest float16, or to +-65504 beyond
+    int8     of each block of 1024 values the largest magnitude / 127 (float32), all scales first; then each value as
+             the nearest multiple of its block's scale
+    sign     of each block of 128 values the mean magnitude (float32) without the largest, all scales first; then each
+             block's largest value in magnitude (float32), its places (uint8), and all signs, a bit for each (0 is +)
+    topk     the indices (uint32) of the values that are largest in magnitude, as many as the message has room for, of
+             equal ones the first; then these values (float32)
+
+    Values that are not finite count as 0: nothing is said about them and no other value suffers, so the neighbours of a
+    replica that diverged see it stand still. Larger values than a codec can say are cut (float16: to 65504, the others:
+    to 3e35), and the rest follows in later messages. float16 sends 0 below 3e-8, int8 below 1e-38.
+    """
+
+    def encode(self, kind: str, values: Array, message: Array) -> None:
+        """message <- what says `values`, which stay unchanged."""
+
+    def decode_add(self, kind: str, message: Array, estimate: Array) -> None:
+        """estimate <- estimate + what the message says; bit for bit the same wherever it is done.
+
+        `estimate` has the size and type of the values that were encoded.
         """
-
-    def from_half(self, halves: Array) -> Array:
-        """The float32 numbers that finite float16 numbers are, given their bits (int16): valid until the next call."""
 
 
 class LayerOps(Protocol):
@@ -257,5 +274,5 @@ class UpdateOps(Protocol):
         """m <- m + rest1 (g - m); v <- b2 v + rest2 g^2; p <- shrink p - rate m / (sqrt(v) + eps)."""
 
 
-class Ops(FlatOps, LayerOps, CriterionOps, UpdateOps, Protocol):
+class Ops(FlatOps, MessageOps, LayerOps, CriterionOps, UpdateOps, Protocol):
     """All operations of a device."""

@@ -12,7 +12,7 @@ from nettorrent_mpi.comm.mail import SPARE
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.engine.setup import Setup
-from nettorrent_mpi.exchange.compression import make_codec
+from nettorrent_mpi.exchange.compression import MessageFormat
 from nettorrent_mpi.exchange.gossip import withholding
 from nettorrent_mpi.exchange.rounds import LARGEST, receives
 from nettorrent_mpi.nn.footprint import Footprint, footprint
@@ -20,7 +20,7 @@ from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, rows_shared, sharers_of
-from nettorrent_mpi.plan.exchange_specs import Gossip, PushSumMix, TopK, Whole
+from nettorrent_mpi.plan.exchange_specs import Gossip, PushSumMix, Whole
 from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 
@@ -164,8 +164,7 @@ def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int
     def length(count: int) -> int:
         if isinstance(gossip.compress, Whole):
             return count * dtype.itemsize * (1 + (states if "optimizer" in gossip.average else 0))
-        fraction = gossip.compress.fraction if isinstance(gossip.compress, TopK) else None
-        return make_codec(gossip.compress.kind, fraction).bytes(count, dtype)
+        return MessageFormat(gossip.compress).bytes(count)
 
     parts = min(max(parts, -(-length(elements) // LARGEST)), max(elements, 1))
     return length(span(elements, parts, 0).size)

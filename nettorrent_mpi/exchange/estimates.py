@@ -1,4 +1,4 @@
-"""Compressed messages: what each end of a pair knows of the other, kept up by differences (CHOCO-SGD).
+"""Both ends of a pair estimate what the other has, and keep the estimates up by compressed differences (CHOCO-SGD).
 
 Koloskova, Stich, Jaggi 2019 (arXiv 1902.00340), here with an estimate for each direction of each pair, so that the
 pairs may change from round to round: for a -> b both ends hold the same x_hat_ab. In a round a sends q = C(x_a -
@@ -9,31 +9,30 @@ compression leaves out stays in the difference and is sent later: error feedback
 from __future__ import annotations
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.exchange.compression import make_codec
+from nettorrent_mpi.exchange.compression import MessageFormat
 from nettorrent_mpi.exchange.vector import Vector
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.exchange_specs import TopK
 from nettorrent_mpi.plan.specs import Spec
 
 
 class Estimates:
-    """The estimates of one rank: two vectors for every member that it exchanges with, made at the first message."""
+    """Holds one rank's estimates: two vectors for every peer that it exchanges with, made at the first message."""
 
     def __init__(self, compress: Spec, gamma: float | None, vector: Vector):
-        self.codec = make_codec(compress.kind, compress.fraction if isinstance(compress, TopK) else None)
-        self._gamma = self.codec.gamma if gamma is None else gamma
+        self.format = MessageFormat(compress)
+        self._gamma = self.format.gamma if gamma is None else gamma
         self._vector = vector
         self._reference = self._like_vector()
         self._difference = self._like_vector()
-        self._sent: dict[int, Array] = {}  # what the member knows of this vector
-        self._known: dict[int, Array] = {}  # what is known here of the member's
+        self._sent: dict[int, Array] = {}  # what the peer knows of this vector
+        self._known: dict[int, Array] = {}  # what is known here of the peer's
         self.begin()
 
     def _like_vector(self) -> Array:
         return self._vector.device.empty((self._vector.size,), self._vector.dtype)
 
     def begin(self) -> None:
-        """All members are the same now: all estimates begin with the present values."""
+        """Begin all estimates anew with the present values, which are the same for all peers."""
         whole = Span(0, self._vector.size)
         self._vector.read(whole, self._reference)
         for estimate in (*self._sent.values(), *self._known.values()):
@@ -46,18 +45,19 @@ class Estimates:
         return estimates[member][slice(*where)]
 
     def write(self, to: int, where: Span, out: Array) -> None:
-        """out <- the message to a member for the elements `where`; from now on it knows them that well."""
+        """out <- the message to a peer about the elements `where`, whose estimate it will then have."""
         estimate, difference = self._of(self._sent, to, where), self._difference[: where.size]
         self._vector.difference(where, estimate, difference)
-        self.codec.encode(difference, out)
-        self.codec.decode_add(out, estimate)
+        ops = self._vector.device.ops
+        ops.encode(self.format.kind, difference, out)
+        ops.decode_add(self.format.kind, out, estimate)
 
     def read(self, source: int, where: Span, message: Array) -> None:
-        """A member's message has come."""
-        self.codec.decode_add(message, self._of(self._known, source, where))
+        """Add a peer's message to the estimate of it."""
+        self._vector.device.ops.decode_add(self.format.kind, message, self._of(self._known, source, where))
 
     def approach(self, source: int, out: int | None, weight: float, where: Span) -> None:
-        """Move towards `source`, by as much as `out` moves away: the same member, or where messages go one way only,
+        """Move towards `source`, by as much as `out` moves away: the same peer, or where messages go one way only,
         the one that this rank has sent to. Nothing where there is none."""
         if out is not None:
             known, sent = self._of(self._known, source, where), self._of(self._sent, out, where)

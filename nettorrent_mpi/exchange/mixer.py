@@ -1,4 +1,4 @@
-"""What a gossip message does to the vector that this rank owns.
+"""A gossip message moves the vector that this rank owns.
 
     x += g * (theirs - mine at the time of sending)
 
@@ -33,7 +33,7 @@ NUMBER, START, STOP, CLOCK, LOSS, MASS = range(6)  # the places in a message's h
 
 @dataclass
 class Round:
-    """A round that is open: which part, what was sent, from whom messages are expected, which have come."""
+    """An open round knows its part, what was sent, from whom messages are expected, and which have come."""
 
     number: int
     part: int
@@ -46,7 +46,7 @@ class Round:
 
 
 class Mixer:
-    """The vector, its parts, their masses, and the loss and age of this replica's model."""
+    """Merges messages into the vector; keeps the masses of its parts, and the loss and age of this replica's model."""
 
     def __init__(self, spec: Gossip, pairing: Pairing, vector: Vector):
         self._spec, self._pairing, self.vector = spec, pairing, vector
@@ -63,18 +63,18 @@ class Mixer:
         self.masses = np.ones(self.parts)
 
     def where(self, part: int) -> Span:
-        """The elements of a part."""
+        """Return the elements of a part."""
         return span(self.vector.size, self.parts, part)
 
     def length(self, elements: int) -> int:
-        """Bytes of a message about so many elements."""
+        """Return the bytes of a message about so many elements."""
         if self._estimates is not None:
-            return self._estimates.codec.bytes(elements, self.vector.dtype)
+            return self._estimates.format.bytes(elements)
         return elements * self.vector.bytes_per_element
 
     @property
     def compresses(self) -> bool:
-        """Is a message different for each target?"""
+        """Whether a message differs from target to target."""
         return self._estimates is not None
 
     # -- a message is written ---------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Mixer:
         self._merge(message, self._share(message, this, age), 0.0, this)
 
     def _share(self, message: Arrived, this: Round | None, age: int) -> float:
-        """How much is taken of what a message tells, compared with what this rank has."""
+        """Return how much is taken of what a message tells, compared with what this rank has."""
         weight, of_round = (0.5, 0.5) if this is None else (this.expected[message.source], sum(this.expected.values()))
         if self.push_sum or self._estimates is not None:
             return weight
@@ -155,16 +155,16 @@ class Mixer:
         self.clock = merged_clock(g * part, self.clock, self.clock + float(head[CLOCK]) - self._clock_then(own))
 
     def _own(self, message: Arrived, this: Round | None) -> Letter | None:
-        """What this rank sent in the same round, if the message is about the same part."""
+        """Return what this rank sent in the same round, if the message is about the same part."""
         start, stop = message.letter.head[START : STOP + 1]
         return this.own if this is not None and (start, stop) == this.where else None
 
     def _clock_then(self, own: Letter | None) -> float:
-        """This replica's age when it sent `own`, or now."""
+        """Return this replica's age when it sent `own`, or now."""
         return self.clock if own is None else float(own.head[CLOCK])
 
     def _part_with_mass(self, this: Round) -> None:
-        """Push-sum: what was sent away is not here any more. w x - m own = (w - m) x - m (own - x)."""
+        """Take away what push-sum has sent: w x - m own = (w - m) x - m (own - x)."""
         assert this.own is not None
         sent = float(this.own.head[MASS]) * len(this.targets)
         left = float(self.masses[this.part]) - sent
@@ -178,7 +178,7 @@ class Mixer:
         self.vector.mix(where, mass / total, values)
         self.masses[part] = total
 
-    # -- all replicas together --------------------------------------------------------------------------------------
+    # -- at rest ----------------------------------------------------------------------------------------------------
 
     def average(self, peers: Group) -> None:
         """The parameters <- their mean over the replicas; with push-sum the mean weighed by mass, which exchanges do
@@ -191,13 +191,13 @@ class Mixer:
             peers.sum(shard)
 
     def averaged(self) -> None:
-        """All replicas are the same now."""
+        """Begin anew with replicas that are the same."""
         self.masses[...] = 1
         if self._estimates is not None:
             self._estimates.begin()
 
     def mass_of_elements(self) -> Array:
-        """The mass of each element: that of its part."""
+        """Return the mass of each element: that of its part."""
         device = self.vector.device
         whole = device.empty((self.vector.size,), self.vector.dtype)
         for part in range(self.parts):
@@ -205,7 +205,7 @@ class Mixer:
         return whole
 
     def weigh(self, whole: Array) -> None:
-        """Each part gets the mass of its elements; `whole` has zeros in the gaps between arrays. Masses of a run with
+        """Give each part the mass of its elements; `whole` has zeros in the gaps between arrays. Masses of a run with
         other parts give a part the largest of its elements'."""
         for part in range(self.parts):
             inside = whole[slice(*self.where(part))]

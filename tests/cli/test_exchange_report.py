@@ -12,7 +12,7 @@ import pytest
 from nettorrent_mpi.cli.exchange_report import exchange_block, stream_block
 from nettorrent_mpi.cli.tables import WIDTH
 from nettorrent_mpi.config import reading as config
-from nettorrent_mpi.exchange.compression import make_codec
+from nettorrent_mpi.exchange.compression import MessageFormat
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.pairing import possible
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
@@ -137,7 +137,7 @@ def test_what_a_rank_sends(changes: list[str], sends: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", [kind for kind in choices.COMPRESSIONS if kind != "none"])
 def test_compressed_messages_are_as_long_as_the_codec_makes_them(kind: str, dtype: str) -> None:
-    length = make_codec(kind, 0.1 if kind == "topk" else None).bytes(4000, np.dtype(dtype))
+    length = MessageFormat(choices.TopK(0.1) if kind == "topk" else choices.COMPRESSIONS[kind]()).bytes(4000)
     text = told(6, f"exchange.gossip.compress={f'{{{kind}: 0.1}}' if kind == 'topk' else kind}", f"dtype={dtype}")
     value, unit, times = re.search(r"1 message of ([\d.]+) (kB|bytes) .* makes it ([\d.]+) times", text).groups()  # type: ignore[union-attr]
     assert float(value) * {"kB": 1000, "bytes": 1}[unit] == pytest.approx(length, rel=0.01)

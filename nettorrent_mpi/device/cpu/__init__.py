@@ -9,11 +9,11 @@ import math
 from typing import Literal
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace, aligned
+from nettorrent_mpi.device.cpu.codecs import CodecOperations
 from nettorrent_mpi.device.cpu.convolution import ConvolutionOperations
 from nettorrent_mpi.device.cpu.criteria import CriterionOperations
 from nettorrent_mpi.device.cpu.elementwise import ElementwiseOperations
 from nettorrent_mpi.device.cpu.flat import FlatOperations
-from nettorrent_mpi.device.cpu.half import HalfOperations
 from nettorrent_mpi.device.cpu.masks import MaskOperations
 from nettorrent_mpi.device.cpu.norms import NormOperations
 from nettorrent_mpi.device.cpu.pools import PoolOperations
@@ -24,7 +24,7 @@ from nettorrent_mpi.device.cpu.updates import UpdateOperations
 
 class CpuOperations(
     FlatOperations,
-    HalfOperations,
+    CodecOperations,
     ProductOperations,
     ConvolutionOperations,
     ElementwiseOperations,

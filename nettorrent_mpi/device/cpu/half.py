@@ -23,7 +23,7 @@ _TIMES_8192 = 13 << 23  # added to the bits of a float32: 2^13 times the number
 
 
 class HalfOperations(Operations):
-    """Conversion of flat arrays between float32 and float16: see device.ops."""
+    """Converts flat arrays between float32 and float16, for messages."""
 
     def to_half(self, x: Array, halves: Array) -> None:
         """halves (int16) <- the bits of the float16 numbers nearest to x (float32), ties to even.
