@@ -1,4 +1,4 @@
-"""Floor 2: how replicas agree, over flat arrays and a group of peers. It knows neither networks nor engines.
+"""Floor 2: replicas agree by exchanging flat arrays with a group of peers, which takes no network and no engine.
 
 exchange = make_exchange(Gossip("ring"), Shards([array]), peers, device, seed=1)
 for step in range(1, 101):
@@ -36,8 +36,8 @@ def make_exchange(
     share: Callable[[], None] = nothing,
     fence: Callable[[], None] = nothing,
 ) -> Exchange:
-    """The exchange that `spec` (one of exchange_specs.EXCHANGES) asks for, of one rank with its `peers`: the ranks that
-    own the same elements of the other replicas. All peers call, with shards of the same sizes.
+    """Make the exchange that `spec` (one of exchange_specs.EXCHANGES) asks for, of one rank with its `peers`: the ranks
+    that own the same elements of the other replicas. All peers call, with shards of the same sizes.
 
     `peers` is a communicator for this exchange alone, which its caller made and frees after `close`. A group of one has
     nobody to exchange with, whatever `spec` says. `optimizer` tells how the learning rate is scaled (None: not at all),

@@ -1,4 +1,4 @@
-"""What an exchange between replicas does at the end of a step and at rest; by itself it leaves them apart."""
+"""The interface of an exchange says what replicas do at the end of a step and at rest; the base leaves them apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from nettorrent_mpi.plan.scores import Scores
 
 
 class Exchange(Replicas):
-    """The exchange of one rank with its peers; this class is the one of replicas that train apart.
+    """One rank exchanges weights with its peers through this interface; this class itself is for replicas that train
+    apart.
 
     A step (they count from 1) ends with `before_update`, the optimizer's update of the shards, `after_update`. All
     ranks of all replicas call the same methods after the same steps.
@@ -31,16 +32,16 @@ class Exchange(Replicas):
     metric: str = "validation_loss"
 
     def rate_scale(self, done: float, decay: float) -> float:
-        """What the learning rate is multiplied by. `done` is the part of the run that is done, from 0 to 1; `decay`
-        what the schedule has made of the learning rate, from 1 to 0."""
+        """Return what the learning rate is multiplied by. `done` is the part of the run that is done, from 0 to 1;
+        `decay` what the schedule has made of the learning rate, from 1 to 0."""
         return 1.0
 
     def next_rest(self, step: int) -> int | None:
-        """The first step after `step` after which all ranks have to come to rest for `at_rest`; None: none."""
+        """Return the next step, greater than `step`, after which all ranks have to rest for `at_rest`; None: never."""
         return None
 
     def tell_loss(self, loss: float) -> None:
-        """The latest mean training loss of this replica is `loss`."""
+        """Take note of this replica's latest mean training loss."""
 
     def before_update(self, step: int) -> None:
         """Merge into the shards what peers have sent, before the optimizer's update."""
@@ -51,7 +52,7 @@ class Exchange(Replicas):
     def at_rest(
         self, step: int, compare: Callable[[], list[Scores] | None], distance: float | None = None
     ) -> Scores | None:
-        """Do what is due when all ranks rest after `step`; gives the best replica's scores if replicas were compared.
+        """Do what is due when all ranks rest after `step`; return the best replica's scores if replicas were compared.
 
         `compare` evaluates each replica on the validation rows, of which all ranks get the scores; all of them call it.
         `distance` is the replicas' root mean square distance from their mean, relative to it, as far as it is known.
@@ -59,15 +60,15 @@ class Exchange(Replicas):
         return None
 
     def memories(self) -> dict[str, list[Array]]:
-        """What a checkpoint has to hold besides parameters and optimizer state: by name an array like each of the
-        shards' parameters, which a restored run writes. Settled."""
+        """Return what a checkpoint holds besides parameters and optimizer state: by name an array like each of the
+        shards' parameters. A restored run writes into them and calls `recall`. Settled."""
         return {}
 
     def recall(self, step: int) -> None:
-        """The run goes on after `step`: parameters and `memories` were restored, or all replicas are the same."""
+        """Go on after `step`, where parameters and `memories` were restored, or all replicas are the same."""
 
     def figures(self, ranks: Group) -> dict[str, Any]:
-        """What the members of `ranks` did on average, for people. All of them call."""
+        """Return what the members of `ranks` did on average, for people. All of them call."""
         return {}
 
     def close(self) -> None:
@@ -75,5 +76,5 @@ class Exchange(Replicas):
 
 
 def next_multiple(step: int, every: int) -> int:
-    """The first multiple of `every` after `step`."""
+    """Return the first multiple of `every` after `step`."""
     return (step // every + 1) * every

@@ -1,4 +1,4 @@
-"""How much can be exchanged in a round so that nobody waits for it: measured once, on the links as they are."""
+"""One measurement of the links tells how much can be exchanged in a round without anybody waiting for it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ COPIES = 1.0e-9  # seconds a byte that MPI and the kernel spend on a core for a 
 
 
 def parts_that_hide(peers: Group, vector: Vector, seconds: float, messages: int) -> int:
-    """Into how many parts the vector has to be divided so that exchanging one hides under `seconds` of compute.
+    """Return into how many parts the vector has to be divided so that exchanging one hides under `seconds` of compute.
 
-    `messages` are sent by each member in a round. All peers call and get the same answer, the most that
-    any of them needs. All send at once, so what they share of the network is shared in the measurement, too.
+    Each peer sends `messages` in a round. All peers call and get the same answer, the most that any of them needs. All
+    send at once, so what they share of the network is shared in the measurement, too.
     """
     size = vector.size * vector.bytes_per_element
     probe = np.zeros(min(PROBE, max(size, 1024)), np.uint8)  # in the host's memory, as messages are

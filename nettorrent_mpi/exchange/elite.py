@@ -1,4 +1,4 @@
-"""The elite exchange: now and then the best replica's weights are taken over.
+"""The elite exchange now and then lets replicas take over the weights of better ones.
 
 `best`: all take the winner's weights and optimizer state, as NetTorrent did. `tournament`: replicas compete in random
 pairs, and the loser takes the winner's, as LBANN does (Jacobs et al. 2017, "Towards scalable parallel training of deep
@@ -19,12 +19,12 @@ from nettorrent_mpi.plan.scores import Scores, best_of
 
 
 def steps_between(spec: Elite, batch_size: int) -> int:
-    """Steps from one comparison to the next: so many that at least `every_samples` rows are trained on."""
+    """Return the steps from one comparison to the next, enough to train on at least `every_samples` rows."""
     return -(-spec.every_samples // batch_size)
 
 
 def takes(spec: Elite, found: Sequence[Scores], number: int, seed: int) -> list[int]:
-    """Whose weights each replica takes after comparison `number`: its own or a winner's."""
+    """Return, for each replica, whose weights it takes after comparison `number`: its own or a winner's."""
     count = len(found)
     if spec.mode == "best":
         return [best_of(found, spec.metric)] * count

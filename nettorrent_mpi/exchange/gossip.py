@@ -1,4 +1,4 @@
-"""Gossip: replicas average with few others at a time, by messages that travel while the next step computes.
+"""By gossip replicas average with few others at a time, in messages that travel while the next step computes.
 
 A rank exchanges what it owns (its shards, `Vector`) with its peers, which own the same of other replicas. A round goes
 over one part of the vector; the parts take turns, and the pairing goes on when all have had theirs, so that every
@@ -39,8 +39,8 @@ SELDOM = 2  # steps
 
 
 def rate_factor(spec: Gossip, optimizer: Spec | None, replicas: int, done: float, decay: float) -> float:
-    """What a replica multiplies the learning rate by, which is meant for the whole mini-batch. `done` is the part of
-    the run that is done, from 0 to 1; `decay` what the schedule has made of the learning rate, from 1 to 0.
+    """Return what a replica multiplies the learning rate by, which is meant for the whole mini-batch. `done` is the
+    part of the run that is done, from 0 to 1; `decay` what the schedule has made of the learning rate, from 1 to 0.
 
     Adam and its kin divide a step by the size of the gradients, most of which is noise, and a replica's part of the
     mini-batch has sqrt(replicas) times the noise of the whole. Averaged steps become as long, and as noisy, as those of
@@ -61,7 +61,7 @@ def rate_factor(spec: Gossip, optimizer: Spec | None, replicas: int, done: float
 
 
 def withholding(spec: Gossip, replicas: int, parts: int) -> float:
-    """The part of its own steps that a replica does not compute with until others know them; so many parts take turns.
+    """Return the part of its own steps that a replica withholds from itself until peers know them; `parts` take turns.
 
     Until they are averaged, a replica stands beside the others' mean by its own steps, which have sqrt(replicas) times
     the noise of the mean's, and it finds its gradients there. With 1/sqrt(replicas) of the latest step it stands where
@@ -79,7 +79,7 @@ def withholding(spec: Gossip, replicas: int, parts: int) -> float:
 
 
 class GossipExchange(Exchange):
-    """The exchange of one rank that gossips with its peers.
+    """One rank gossips with its peers.
 
     Of its own latest steps it may withhold a part (`withholding`): `before_update` takes a snapshot of the shards, and
     `after_update` takes that part of the change back, until peers know of it.
@@ -205,7 +205,7 @@ class GossipExchange(Exchange):
         self._decide_what_to_withhold()
 
     def _decide_what_to_withhold(self) -> None:
-        """For as many parts as there are now. Settled, so that nothing is withheld."""
+        """Decide for as many parts as there are now. Settled, so that nothing is withheld."""
         self._withhold = withholding(self._spec, self.count, self.mixer.parts)
         arrays = self.shards.parameters if self._withhold else ()
         self._before = [self.device.empty(array.shape, array.dtype) for array in arrays]
@@ -221,7 +221,7 @@ class GossipExchange(Exchange):
         self._last = 0.0
 
     def average(self) -> None:
-        """Statistics, too: training does not read them, and a variance must not be merged by differences."""
+        """Statistics are averaged only here: training does not read them, and differences would spoil a variance."""
         self.mixer.average(self.peers)
         for array in self.shards.statistics:
             self.peers.mean(array)
@@ -236,7 +236,7 @@ class GossipExchange(Exchange):
             self._slow.begin()
 
     def memories(self) -> dict[str, list[Array]]:
-        """SlowMo's momenta and what the last average led to; with push-sum the mass of every parameter."""
+        """Return SlowMo's momenta and what the last average led to; with push-sum the mass of every parameter."""
         slow = self._slow
         found = {"slow_momentum": slow.momenta, "slow_before": slow.before} if slow is not None else {}
         if self.mixer.push_sum:
@@ -251,7 +251,7 @@ class GossipExchange(Exchange):
             self._masses = None
 
     def figures(self, ranks: Group) -> dict[str, Any]:
-        """Rounds, parts, messages merged in time and late, partners skipped, sends held back, seconds waited, bytes."""
+        """Return rounds, parts, messages merged in time and late, peers skipped, sends held back, waiting and bytes."""
         c, parts, steps = self.rounds.counts, self.mixer.parts, max(self._steps, 1)
         sent = (c.bytes + self.rounds.mail.bytes) / steps
         told = np.array([c.rounds, parts, c.merged, c.late, c.skipped, c.held_back, c.waited, sent], np.float64)

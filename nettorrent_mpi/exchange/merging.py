@@ -1,4 +1,4 @@
-"""The arithmetic of merges: how much a replica takes of a peer, whom it trusts to answer, how long it waits.
+"""The arithmetic of merges tells how much a replica takes of a peer, whom it trusts to answer, how long it waits.
 
 Numbers only; who exchanges with whom is in plan/pairing.py. Factors, merged clocks and scores are those of dpwa
 (github.com/loudinthecloud/dpwa, dpwa.py, interpolation.py, conn.py), after Jin et al. 2016, "How to scale distributed
@@ -24,7 +24,7 @@ DEVIATIONS = 5  # of normally distributed round times, 1 in 2700 would come late
 
 
 class Standing(NamedTuple):
-    """What a replica tells about itself with its parameters; also used for oneself.
+    """Tells how far a replica has come; sent along with its parameters, and used for oneself.
 
     `loss` is at least 0; math.nan while it is unknown, because no step was done, and math.inf once it diverged (see
     `told_loss`). `clock` is the age of the model in steps (a fraction after merges, see `merged_clock`).
@@ -35,14 +35,15 @@ class Standing(NamedTuple):
 
 
 def told_loss(loss: float | None) -> float:
-    """The loss as a `Standing` has it: None, not known yet, becomes nan; one that is not finite, nan included, inf."""
+    """Return the loss as a `Standing` has it: None, not known yet, becomes nan; one that is not finite, nan included,
+    inf."""
     if loss is None:
         return math.nan
     return loss if math.isfinite(loss) else math.inf
 
 
 def factor(mix: Spec, divergence_threshold: float, own: Standing, peer: Standing, weight: float) -> float:
-    """The f, from 0 to 1, with which a replica merges a peer: param <- f * peer's + (1 - f) * param.
+    """Return the f, from 0 to 1, with which a replica merges a peer: param <- f * peer's + (1 - f) * param.
 
     With l, c and pl, pc the losses and clocks of oneself and the peer:
 
@@ -86,7 +87,7 @@ def _formula(mix: Spec, own: Standing, peer: Standing, weight: float) -> float:
 
 
 def _share(a: float, b: float, power: int = 1) -> float:
-    """a^power / (a^power + b^power), 1/2 where both are 0. Nothing overflows."""
+    """Return a^power / (a^power + b^power), 1/2 where both are 0. Nothing overflows."""
     if a == b:
         return 0.5
     ratio = (min(a, b) / max(a, b)) ** power
@@ -94,12 +95,12 @@ def _share(a: float, b: float, power: int = 1) -> float:
 
 
 def merged_clock(f: float, clock: float, peer_clock: float) -> float:
-    """The age of a model that took f of a peer."""
+    """Return the age of a model that took f of a peer."""
     return f * peer_clock + (1.0 - f) * clock
 
 
 class FlowControl:
-    """Scores of the peers by how they answered: dpwa's flow control, seen by one replica.
+    """Scores the peers by how they answered: dpwa's flow control, seen by one replica.
 
     `scores` has one for each replica, from 10 to 1000 (its own, too, which nobody looks at): plan.pairing.draw_target
     takes it as it is.
@@ -122,7 +123,7 @@ class FlowControl:
         self._change(peer, -TIMEOUT)
 
     def patience(self, peer: int) -> float:
-        """The part of the deadline that is worth waiting for this peer: 0 with the lowest score, 1 with the highest."""
+        """Return the part of the deadline to wait for this peer: 0 with the lowest score, 1 with the highest."""
         return (self.scores[peer] - LOWEST_SCORE) / (HIGHEST_SCORE - LOWEST_SCORE)
 
     def _change(self, peer: int, by: int) -> None:
@@ -130,7 +131,7 @@ class FlowControl:
 
 
 class Deadline:
-    """How long a round may take: a number of milliseconds, "none" (any time), or "auto".
+    """Tells how long a round may take: a number of milliseconds, "none" (any time), or "auto".
 
     The automatic one is the median of the last WINDOW rounds' times plus DEVIATIONS times their median absolute
     deviation from it: neither is moved by a few stragglers. While fewer than LEAST_ROUNDS are known there is none,
@@ -149,8 +150,8 @@ class Deadline:
         self._changed = False
 
     def add(self, seconds: float) -> None:
-        """A round took this long. Of one that was late, tell the time that it took in the end: if the deadline stood
-        for it, rounds that became slower for good would stay late for ever."""
+        """Take note of a round's time. Of one that was late, tell the time that it took in the end: if the deadline
+        stood for it, rounds that became slower for good would stay late for ever."""
         assert 0.0 <= seconds < math.inf, seconds
         if not self._auto:
             return
@@ -162,7 +163,7 @@ class Deadline:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds from the start of a round to its deadline; None: without limit."""
+        """The deadline lies so many seconds after the start of a round; None: there is none."""
         if self._changed and len(self._sorted) >= LEAST_ROUNDS:
             middle = _median(self._sorted)
             # falls, then rises: sorted in one pass

@@ -1,4 +1,4 @@
-"""What replicas that train apart have in common: their average, the best of them, taking another one's weights."""
+"""Replicas that train apart can be averaged, can show one of them, and can take another one's weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shards:
 
     @property
     def weights(self) -> list[Array]:
-        """All that makes up the replica's network."""
+        """All arrays that make up the replica's network."""
         return [*self.parameters, *self.statistics]
 
     @property
@@ -37,7 +37,7 @@ class Shards:
 
 
 def nothing() -> None:
-    """There is nobody to share with, or to wait for."""
+    """Do nothing: the shards are whole blocks, which have no other holders."""
 
 
 class Replicas:

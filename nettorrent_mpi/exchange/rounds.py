@@ -1,4 +1,4 @@
-"""Rounds of gossip: who is sent what, what is waited for and how long, what comes late.
+"""Rounds of gossip send snapshots to peers, wait for theirs until a deadline, and take in what comes late.
 
 A round opens with a snapshot of a part of the vector, which is sent; it closes, one boundary later where messages
 overlap with compute, by merging what has arrived. Nobody waits for a partner longer than the deadline.
@@ -27,8 +27,8 @@ LARGEST = 1 << 28  # bytes of a message, at most
 
 @dataclass
 class Counts:
-    """What this rank did since the start: rounds, messages merged in time and late, partners that were late (skipped),
-    sends left out because the last one was not taken yet, seconds spent waiting, bytes sent."""
+    """Counts what this rank did since the start: rounds, messages merged in time and late, partners that were late
+    (skipped), sends left out because the last one was not taken yet, seconds spent waiting, bytes sent."""
 
     rounds: int = 0
     merged: int = 0
@@ -40,7 +40,7 @@ class Counts:
 
 
 def receives(pairing: Pairing, me: int) -> int:
-    """How many messages to member `me` may arrive before one is read: so many buffers it has for them."""
+    """Return how many messages to peer `me` may arrive before one is read: so many receives it posts."""
     if pairing.period is None:  # partners are drawn, and more than a few seldom meet
         return min(2 * pairing.replicas, 8)
     sources = {source for i in range(pairing.period) for source, _ in pairing.receives(i, me)}
@@ -48,7 +48,7 @@ def receives(pairing: Pairing, me: int) -> int:
 
 
 class Rounds:
-    """The rounds of one rank with its peers."""
+    """Does the rounds of one rank with its peers."""
 
     def __init__(self, spec: Gossip, pairing: Pairing, peers: Group, mixer: Mixer, seed: int, parts: int):
         self._spec, self._pairing, self._peers, self._mixer, self._seed = spec, pairing, peers, mixer, seed
@@ -66,11 +66,11 @@ class Rounds:
 
     @property
     def is_open(self) -> bool:
-        """Is a round under way?"""
+        """Whether a round is under way."""
         return self._round is not None
 
     def _divided(self, parts: int) -> Mail:
-        """Mail for messages about one of so many parts."""
+        """Make the mail for messages about one of so many parts."""
         mixer = self._mixer
         mixer.divide(max(parts, -(-mixer.length(mixer.vector.size) // LARGEST)))
         length = mixer.length(span(mixer.vector.size, mixer.parts, 0).size)
@@ -82,14 +82,14 @@ class Rounds:
         self.mail = self._divided(parts)
 
     def close_mail(self) -> None:
-        """Give everything back to MPI. All peers call, settled."""
+        """Free all requests. All peers call, settled."""
         self.counts.bytes += self.mail.bytes
         self.mail.close()
 
     # -- a round opens ----------------------------------------------------------------------------------------------
 
     def _takes_place(self, number: int, source: int, target: int) -> bool:
-        """With `probability`; both ends draw the same, and a pair that exchanges draws once."""
+        """Draw, with `probability`; both ends draw the same, and a pair that exchanges draws once."""
         if self._spec.probability >= 1:
             return True
         pair = sorted((source, target)) if self._pairing.symmetric else (source, target)
@@ -115,7 +115,7 @@ class Rounds:
             self._round = this
 
     def _free_target(self, to: int, turn: int) -> int | None:
-        """`to`, if it has taken the last message; with random pairing otherwise another one that has."""
+        """Return `to` if it has taken the last message; with random pairing otherwise another one that has."""
         while self._patient and not self.mail.can_send(to):
             self._sort(self.mail.take())
             os.sched_yield()
@@ -161,9 +161,9 @@ class Rounds:
         self.counts.waited += (time.perf_counter_ns() - began) / 1e9
 
     def _may_come(self, source: int, this: Round) -> bool:
-        """Is this round's message of a source to be waited for? One source's messages come in the order of its rounds:
-        whoever was seen in this round or a later one is ahead, and sends nothing more for it. This lets a rank that has
-        fallen behind catch up."""
+        """Tell whether to wait for a source's message of this round. One source's messages come in the order of its
+        rounds: whoever was seen in this round or a later one is ahead, and sends nothing more for it. This lets a rank
+        that has fallen behind catch up."""
         return source not in this.got and self._seen[source] < this.number
 
     def _too_late(self, this: Round, missing: list[int]) -> bool:
@@ -174,7 +174,7 @@ class Rounds:
         return time.perf_counter() >= this.began + limit * max(self._flow.patience(source) for source in missing)
 
     def _sort(self, arrived: list[Arrived]) -> None:
-        """Messages that the open round expects go there; those from members ahead wait; the others are merged now."""
+        """Give messages that the open round expects to it, keep those of peers ahead, merge the others now."""
         self._held += arrived
         this, waiting = self._round, self._held
         self._held = []
@@ -203,7 +203,7 @@ class Rounds:
         self._make_room()
 
     def _make_room(self) -> None:
-        """There is always a receive posted, or members could wait for each other."""
+        """Keep at least one receive posted, or peers could wait for each other."""
         while self.mail.is_full and self._held and not self._patient:
             self._merge_late(self._held.pop(0), 0)
         if self.mail.is_full:
@@ -231,12 +231,12 @@ class Rounds:
         self._drop(this)
 
     def _drop(self, this: Round) -> None:
-        """A closed round's snapshot is needed no longer than it may be asked for."""
+        """Put back a closed round's snapshot when no late message can ask for it any more."""
         if this.own is not None and all(missed is not this for missed in self._missed.values()):
             self.mail.put_back(this.own)
 
     def _merge_owed(self, message: Arrived) -> None:
-        """From someone whose message a round went on without: as if it had come in time, if it is that message and the
+        """Merge a message that a round went on without: as if it had come in time, if it is that message and the
         part was not exchanged again in the meantime; otherwise with less weight."""
         source = message.source
         owed, self._owed[source] = self._owed[source], 0
@@ -251,7 +251,8 @@ class Rounds:
         self._drop(missed)
 
     def _merge_late(self, message: Arrived, age: int, this: Round | None = None) -> None:
-        """What no open round expects: with less weight the older it is; but mass is mass, and estimates are kept up."""
+        """Merge what no open round expects, with less weight the older it is; but mass is mass, and estimates are kept
+        up."""
         self._mixer.merge_late(message, this, age)
         self.counts.late += 1
         self.mail.release(message)

@@ -1,4 +1,4 @@
-"""Slow momentum at exact averages: SlowMo (Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1)."""
+"""Slow momentum changes exact averages: SlowMo (Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SlowMomentum:
         self.begin()
 
     def begin(self) -> None:
-        """The present values are those that the next average is measured against."""
+        """Measure the next average against the present values."""
         for before, shard in zip(self.before, self._shards, strict=True):
             self._device.ops.copy(before, shard)
 

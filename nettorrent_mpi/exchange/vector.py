@@ -1,4 +1,4 @@
-"""What one rank owns of a replica, addressed as one long vector."""
+"""One long vector addresses all that a rank owns of a replica."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nettorrent_mpi.plan.blocks import Span
 
 
 class Vector:
-    """Flat arrays of one type, one after the other. The same elements have the same numbers in every replica.
+    """Joins flat arrays of one type, one after the other. The same elements have the same numbers in every replica.
 
     Each element is a parameter and what is remembered about it: `parameters` are the arrays of the former, and each of
     `memories` (the optimizer's m, then its v, ...) is a sequence of arrays of the same sizes. They come and go
@@ -35,7 +35,7 @@ class Vector:
         return len(self.layers) * self.dtype.itemsize
 
     def _pieces(self, where: Span, parts: Sequence[Array]) -> Iterator[tuple[Array, slice]]:
-        """(view of a part, which of the elements `where` these are)."""
+        """Yield (view of a part, which of the elements `where` these are)."""
         start, stop = where
         begin = 0
         for part in parts:
@@ -53,11 +53,11 @@ class Vector:
             self.device.ops.add(out[place], piece, out[place])
 
     def _values(self, where: Span, values: Array) -> list[Array]:
-        """Those of the parameters, then those of each memory."""
+        """Return those of the parameters, then those of each memory."""
         return [values[i * where.size : (i + 1) * where.size] for i in range(len(self.layers))]
 
     def withhold(self, changes: Sequence[Array]) -> None:
-        """Changes are withheld in these arrays from now on; in none of an empty sequence. Nothing may be withheld."""
+        """Count these arrays of withheld changes to the values from now on; they are zeros, or there are none."""
         self._withheld = [part for part in changes if part.size]
 
     def release(self, where: Span) -> None:
@@ -96,6 +96,6 @@ class Vector:
             self.device.ops.add(out[place], piece, out[place])
 
     def split(self, whole: Array) -> list[Array]:
-        """A number for each element, as views of the sizes of the parameters' arrays."""
+        """Return `whole`, a number for each element, as views of the sizes of the parameters' arrays."""
         ends = accumulate(self._sizes)
         return [whole[end - size : end] for end, size in zip(ends, self._sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""What can be asked for of the exchange between replicas and of the pipeline, with defaults.
+"""Specs say what is asked for of the exchange between replicas and of the pipeline, with defaults.
 
 Frozen dataclasses like those of plan/specs.py; the first field may be given alone (`compress: {topk: 0.01}`).
 """
@@ -25,7 +25,8 @@ class OneFOneB(Spec):
 
 @dataclass(frozen=True)
 class Async(Spec):
-    """1F1B without flush: mini-batches follow each other without a gap, each stage updates as its gradients come."""
+    """Mini-batches run 1F1B without flush: they follow each other without a gap, each stage updates as its gradients
+    come."""
 
     kind = "async"
     staleness_aware: bool = False  # a stage's learning rate is divided by 1 + its staleness in updates
@@ -115,7 +116,7 @@ class TopK(Spec):
 
 @dataclass(frozen=True)
 class Allreduce(Spec):
-    """Exact: gradients are summed over the replicas, which stay the same."""
+    """Gradients are reduced over all replicas, which stay the same: the exact exchange."""
 
     kind = "allreduce"
 

@@ -1,4 +1,4 @@
-"""How fast a pairing's rounds make the replicas agree: matrices of mixing, spectral gaps, rounds to consensus.
+"""Mixing matrices tell how fast a pairing's rounds make the replicas agree: spectral gaps, rounds to consensus.
 
 A round is a matrix W: the new values are W times the old ones. W[target][source] is the weight of a message, W[i][i]
 what replica i does not send away. So columns sum to 1, and the sum of all values is kept. In a doubly stochastic
@@ -23,7 +23,7 @@ _ROUNDING = 1e-12  # what is below is 0 up to rounding
 
 
 def matrix(pairing: Pairing, number: int) -> list[list[float]]:
-    """W of round `number`, replicas x replicas."""
+    """Return W of round `number`, replicas x replicas."""
     everybody = range(pairing.replicas)
     whole = [[float(i == j) for j in everybody] for i in everybody]
     for source, target, weight in pairing.edges(number):
@@ -33,7 +33,7 @@ def matrix(pairing: Pairing, number: int) -> list[list[float]]:
 
 
 def mixed(pairing: Pairing, number: int, values: Sequence[float]) -> list[float]:
-    """W of round `number` times `values`, one for each replica."""
+    """Return W of round `number` times `values`, one for each replica."""
     result = list(values)
     for source, target, weight in pairing.edges(number):
         part = weight * values[source]
@@ -43,7 +43,7 @@ def mixed(pairing: Pairing, number: int, values: Sequence[float]) -> list[float]
 
 
 def spectral_gap(pairing: Pairing) -> float:
-    """1 minus what a round leaves, in the worst case, of the replicas' distance from their mean; from 0 to 1.
+    """Return 1 minus what a round leaves, in the worst case, of the replicas' distance from their mean; from 0 to 1.
 
     All in closed form. Periodic pairings: a period leaves s, the second largest singular value of the product of its
     matrices, and a round s^(1/period). Rings and grids have the eigenvalues of a torus. The product of the exponential
@@ -72,7 +72,8 @@ def spectral_gap(pairing: Pairing) -> float:
 
 
 def rounds_to_consensus(pairing: Pairing, to: float = 1e-3) -> int | None:
-    """Rounds until the distance from the mean has fallen to `to` times what it was; None: more than MOST_ROUNDS.
+    """Return the rounds until the distance from the mean has fallen to `to` times what it was; None: more than
+    MOST_ROUNDS.
 
     For the worst of a few starting vectors with normally distributed elements, drawn from the pairing's seed. `finite`
     takes its period, whatever `to`. Rings and grids, the slow ones, are computed from their eigenvalues (a vector's
@@ -107,7 +108,8 @@ def _is_torus(pairing: Pairing) -> bool:
 
 
 def _torus_eigenvalues(sides: tuple[int, ...]) -> list[float]:
-    """All but that of the mean, in no order. All weights are 1 / (neighbours + 1); on a side of two, one neighbour."""
+    """Return all but that of the mean, in no order. All weights are 1 / (neighbours + 1); on a side of two, one
+    neighbour."""
     counts = [2 if side > 2 else 1 for side in sides]
     waves = [
         [count * math.cos(2 * math.pi * k / side) for k in range(side)]

@@ -1,4 +1,4 @@
-"""Which replicas exchange with which in which round of gossip averaging.
+"""A pairing tells which replicas exchange with which in which round of gossip averaging.
 
 All of it follows from (kind, number of replicas, seed, number of the round): every replica computes for itself whom it
 sends to and whom it receives from, and nobody has to be asked. plan/mixing.py tells how fast the replicas agree.
@@ -37,7 +37,7 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairing:
-    """Who exchanges with whom; made by `make_pairing`. Rounds count from 0, replicas from 0 to `replicas` - 1."""
+    """Tells who exchanges with whom; made by `make_pairing`. Rounds count from 0, replicas from 0 to `replicas` - 1."""
 
     kind: str
     replicas: int
@@ -48,7 +48,7 @@ class Pairing:
     _edges: dict[int, tuple[Edge, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def edges(self, number: int) -> tuple[Edge, ...]:
-        """The messages of round `number`, sorted; no two have the same source and target.
+        """Return the messages of round `number`, sorted; no two have the same source and target.
 
         Remembered: all rounds of a periodic pairing, the latest ones of another. `complete` has replicas^2 of them; a
         replica that wants to know its own should ask `sends` and `receives`.
@@ -62,12 +62,12 @@ class Pairing:
         return self._edges[number]
 
     def sends(self, number: int, replica: int) -> Shares:
-        """(to, weight) of what `replica` sends in round `number`."""
+        """Return (to, weight) of what `replica` sends in round `number`."""
         assert 0 <= replica < self.replicas, f"replica {replica} of {self.replicas}"
         return _SENDS[self.kind](self, self._reduced(number), replica) if self.replicas > 1 else []
 
     def receives(self, number: int, replica: int) -> Shares:
-        """(from, weight) of what `replica` receives in round `number`."""
+        """Return (from, weight) of what `replica` receives in round `number`."""
         if self.symmetric:
             return self.sends(number, replica)
         assert 0 <= replica < self.replicas, f"replica {replica} of {self.replicas}"
@@ -84,12 +84,12 @@ class Pairing:
 
 
 def possible(replicas: int) -> list[str]:
-    """The kinds that this many replicas can have."""
+    """Return the kinds that this many replicas can have."""
     return [kind for kind in KINDS if _obstacle(kind, replicas) is None]
 
 
 def make_pairing(kind: str, replicas: int, seed: int) -> Pairing:
-    """The pairing of that kind, each replica's value being mixed in a round as the weights say.
+    """Make the pairing of that kind, each replica's value being mixed in a round as the weights say.
 
     ring         with both neighbours, 1/3 each
     exponential  in round t to the replica 2^t further on, 1/2: the one-peer exponential graph (Ying et al. 2021, arXiv
@@ -129,7 +129,7 @@ def make_pairing(kind: str, replicas: int, seed: int) -> Pairing:
 
 
 def draw_target(seed: int, number: int, replica: int, replicas: int, scores: Sequence[float] | None = None) -> int:
-    """Whom `replica` sends to in round `number` of the kind `random`: never itself.
+    """Draw whom `replica` sends to in round `number` of the kind `random`: never itself.
 
     The peer with the highest sum of its score and a random number from 10 to 1000, as in dpwa's flow control
     (github.com/loudinthecloud/dpwa, conn.py): a peer with a low score is drawn seldom, but not never.
@@ -154,7 +154,7 @@ def draw_target(seed: int, number: int, replica: int, replicas: int, scores: Seq
 
 
 def torus(kind: str, replicas: int) -> tuple[int, ...]:
-    """The sides of the torus of a ring (one side) or a grid (rows, cols; as square as can be)."""
+    """Return the sides of the torus of a ring (one side) or a grid (rows, cols; as square as can be)."""
     return (replicas,) if kind == "ring" else _grid_sides(replicas)
 
 
@@ -165,7 +165,7 @@ def _grid_sides(replicas: int) -> tuple[int, int]:
 
 
 def _obstacle(kind: str, replicas: int) -> str | None:
-    """What the kind wants and this number of replicas is not."""
+    """Return what the kind wants and this number of replicas is not."""
     if kind == "hypercube" and replicas & (replicas - 1):
         return "takes a power of two replicas"
     if kind == "grid" and replicas > 1 and min(torus("grid", replicas)) < 2:
@@ -201,7 +201,7 @@ def _shuffle(pairing: Pairing, number: int, replica: int) -> Shares:
 
 @lru_cache(_SOME_ROUNDS)
 def _shuffled(seed: int, number: int, replicas: int) -> tuple[int, ...]:
-    """Each replica's partner; the one that is left over is its own."""
+    """Return each replica's partner; the one that is left over is its own."""
     generator = random.Random(key(seed, "pairing", "shuffle", number))
     order = sorted(range(replicas), key=[generator.random() for _ in range(replicas)].__getitem__)
     partner = list(range(replicas))
@@ -246,7 +246,8 @@ KINDS: tuple[str, ...] = tuple(_SENDS)
 
 @lru_cache(_SOME_ROUNDS)
 def _finite_rounds(replicas: int) -> tuple[dict[int, tuple[int, float]], ...]:
-    """The rounds of the Base-2 graph (Takezawa et al. 2023, algorithm 3 with k = 1): replica -> (its partner, weight).
+    """Return the rounds of the Base-2 graph (Takezawa et al. 2023, algorithm 3 with k = 1): replica -> (its partner,
+    weight).
 
     With replicas = 2^a q, q odd: first 2^a blocks of q each agree within themselves, then hypercubes across the blocks
     finish. That takes a rounds for q = 1, a + 2 floor(log2 q) + 1 otherwise: never more than 2 log2(replicas) + 1.
@@ -265,7 +266,7 @@ def _finite_rounds(replicas: int) -> tuple[dict[int, tuple[int, float]], ...]:
 
 
 def _odd_rounds(count: int) -> list[list[Pair]]:
-    """The rounds of the simple Base-2 graph (algorithm 2 with k = 1) of an odd number of replicas.
+    """Return the rounds of the simple Base-2 graph (algorithm 2 with k = 1) of an odd number of replicas.
 
     They are split into groups of different powers of two, the largest first. Each group agrees on its own average. Then
     group after group exchanges with all that follow, each of which has a partner in it: with the weight
@@ -296,7 +297,7 @@ def _odd_rounds(count: int) -> list[list[Pair]]:
 
 
 def _cube(members: range, bit: int) -> Iterator[Pair]:
-    """Members whose places differ in this bit; a power of two of them."""
+    """Yield pairs of members whose places differ in this bit; a power of two of them."""
     for place in range(len(members)):
         if not place >> bit & 1:
             yield members[place], members[place | 1 << bit], 0.5
