@@ -12,9 +12,9 @@ import pytest
 from nettorrent_mpi.device.device import Device, make_device
 
 
-@pytest.fixture
-def device() -> Device:
-    return make_device("cpu", "numpy")
+@pytest.fixture(params=["numpy", "fastest"])
+def device(request: pytest.FixtureRequest) -> Device:
+    return make_device("cpu", request.param)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 50_003])
