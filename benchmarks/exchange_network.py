@@ -72,7 +72,7 @@ RATIOS = (
 def train_side(side: Side, steps: int, hosts: int, launcher: Hosts) -> tuple[float, list[int], dict[str, Any] | None]:
     """(steps per second, bytes that each host sent in the whole run, what the summary tells of the exchange)."""
     if side.exchange is None:
-        from nettorrent_mpi.speedup import modes  # which keeps MPI from starting; exchange_progress imports this, too
+        from nettorrent_mpi.speedup import modes
 
         settings = settings_of("allreduce", 1, WIDE_LAYERS, steps) | {"train.batch_size": str(ROWS * hosts)}
         config = configuration.load(WIDE, [f"{key}={value}" for key, value in settings.items()])

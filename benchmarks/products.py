@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.comm import offline  # noqa: F401
-
 # isort: split
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.device.cpu.blas import wake

@@ -23,8 +23,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nettorrent_mpi.comm import offline  # noqa: F401
-
 # isort: split
 from benchmarks.rows import AUGMENTED, CIFAR, MNIST
 from nettorrent_mpi.config import reading as configuration

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nettorrent_mpi.engine.evaluation import Evaluation
     from nettorrent_mpi.engine.trainer import Record
     from nettorrent_mpi.env import prepare
+    from nettorrent_mpi.nn.layer import Context, Features, Layer, Parameter
+    from nettorrent_mpi.nn.layers.registry import Site, register_layer
     from nettorrent_mpi.nn.model import Network
     from nettorrent_mpi.plan.errors import (
         ConfigError,
@@ -75,6 +77,8 @@ _WHERE = {
     "engine.trainer": "Record",
     "engine.evaluation": "Evaluation",
     "nn.model": "Network",
+    "nn.layer": "Context Features Layer Parameter",
+    "nn.layers.registry": "Site register_layer",
     "data.rows": "Dataset",
     "data.from_arrays": "from_arrays",
     "data.dataset": "DataOptions register_dataset",

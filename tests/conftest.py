@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import mpi4py
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,8 @@ if "NETTORRENT_TESTS_CACHE" not in os.environ:
 # Only a launcher's children collect tests/ranks.
 if not {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ):
     collect_ignore = ["ranks"]
+    # Tests here communicate nothing; MPI, started, could keep an mpirun that they run from working.
+    mpi4py.rc.initialize = mpi4py.rc.finalize = False
 
 
 class Mpirun(Protocol):

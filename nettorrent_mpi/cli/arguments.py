@@ -10,31 +10,31 @@ from nettorrent_mpi import __version__
 from nettorrent_mpi.plan.errors import UserError
 
 TRAIN = """\
-Trains the network that CONFIG describes on all ranks of the run and writes the results into the output folder:
+Trains the network that CONFIG describes on all ranks of the run, and writes the results to the output folder:
 
     mpirun -n 4 python -m nettorrent_mpi.train configs/mnist.yaml
     mpirun -n 4 python -m nettorrent_mpi.train configs/mnist.yaml --set train.epochs=2 --set layout=auto
     python -m nettorrent_mpi.train configs/cifar.yaml --dry-run --ranks 64
 
-Without mpirun it runs on one rank, the serial baseline. Without CONFIG it trains on the handwritten digits that come
+Without mpirun it runs on one rank: the serial baseline. Without CONFIG it trains on the handwritten digits that ship
 with the package."""
 
 SPEEDUP = """\
-Trains the network that CONFIG describes in every way of parallelizing, on several numbers of ranks, beside one rank and
-beside PyTorch (where it is installed), in turns, and tells how fast each was and why:
+Compares every way of parallelizing the network that CONFIG describes, on several numbers of ranks, with one rank and
+with PyTorch (where it is installed). The runs alternate. The report says how fast each way was, and why:
 
     nettorrent speedup configs/mnist.yaml --ranks 1,2,4,8
     nettorrent speedup configs/digits.yaml --ranks 1,2 --modes rows,1f1b,gossip --peers none --steps 200
     nettorrent speedup configs/mnist.yaml --ranks 1,2,4 --accuracy 0.97
 
-It starts the ranks itself: no mpirun before it. The output folder gets results.json (every figure, the machine, the
-versions), report.md (tables and an analysis made from the figures), pictures as PNG and SVG, and trainings/, the
-configuration of each run. What is not possible, as more pipeline stages than layers, is told in the report."""
+It starts the ranks itself; do not put mpirun before it. The output folder gets results.json (all figures, the machine,
+the versions), report.md (tables, and an analysis of the figures), plots as PNG and SVG, and trainings/ (the
+configuration of each run). The report also lists what is not possible, such as more pipeline stages than layers."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument errors are UserErrors, so that they are told once, not by every rank. No option may be shortened: a part
-    of --help would not be known for it before the ranks meet, and every rank would tell it."""
+    """Raises UserErrors for wrong arguments, so that they are shown once and not by every rank. Options cannot be
+    abbreviated: an abbreviated --help would not be recognised before MPI starts, and every rank would print it."""
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
@@ -51,45 +51,51 @@ def _parser() -> _Parser:
     train = commands.add_parser(
         "train", help="train a network", description=TRAIN, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, see configs/ (default: the digits)")
+    train.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a YAML file; examples are in configs/ (default: the digits)"
+    )
     _add_set(train)
     train.add_argument("--output", metavar="DIR", help="the run's folder (default: the configuration's `output`)")
-    train.add_argument("--overwrite", action="store_true", help="replace another run's results in that folder")
+    train.add_argument("--overwrite", action="store_true", help="replace the results of another run in that folder")
     train.add_argument(
         "--resume", nargs="?", const="", metavar="PATH",
-        help="go on from the newest checkpoint of the output folder, or from PATH (a run's folder or a checkpoint), "
-        "with any layout and number of ranks",
+        help="continue from the newest checkpoint in the output folder, or from PATH (a run folder or a checkpoint); "
+        "layout and number of ranks may differ",
     )  # fmt: skip
     train.add_argument(
-        "--dry-run", action="store_true", help="show layout, schedule, predicted time and memory, and train nothing"
+        "--dry-run", action="store_true", help="show layout, schedule, predicted time and memory without training"
     )
     train.add_argument(
-        "--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks, not for those there are"
+        "--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks instead of those of this run"
     )
 
-    evaluate = commands.add_parser("evaluate", help="loss and accuracy of a finished run on its test set")
+    evaluate = commands.add_parser("evaluate", help="compute loss and accuracy of a finished run on its test set")
     evaluate.add_argument("run", metavar="RUN", help="the run's folder")
     _add_set(evaluate)
 
-    export = commands.add_parser("export", help="a run's weights as a NumPy .npz file")
+    export = commands.add_parser("export", help="write the weights of a run to a NumPy .npz file")
     export.add_argument("run", metavar="RUN", help="the run's folder")
-    export.add_argument("target", metavar="FILE.npz", help="the file to write; it must not exist yet")
+    export.add_argument("target", metavar="FILE.npz", help="the file to create")
 
     _add_speedup(commands)
 
-    data = commands.add_parser("data", help="fetch published data sets, import folders of images")
+    data = commands.add_parser("data", help="download published data sets, import folders of images")
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
-    fetch = kinds.add_parser("fetch", help="download a data set from its publisher, and verify it")
+    fetch = kinds.add_parser("fetch", help="download a data set from its publisher and verify its checksums")
     fetch.add_argument("name", metavar="NAME", help="mnist, fashion_mnist, letters or cifar10")
-    fetch.add_argument("--root", default="data", metavar="DIR", help="where to (default: data)")
-    images = kinds.add_parser("import", help="put a folder of images, one sub-folder per class, into an HDF5 file")
-    images.add_argument("folder", metavar="DIR", help="the folder; each sub-folder is a class")
+    fetch.add_argument("--root", default="data", metavar="DIR", help="the target folder (default: data)")
+    images = kinds.add_parser("import", help="convert a folder of images, one sub-folder per class, to an HDF5 file")
+    images.add_argument("folder", metavar="DIR", help="the folder with one sub-folder per class")
     images.add_argument("target", metavar="FILE.h5", help="the file to write")
-    images.add_argument("--size", metavar="HxW", help="scale all images to this size, as 32x32")
+    images.add_argument("--size", metavar="HxW", help="resize all images, e.g. to 32x32")
     images.add_argument(
-        "--test", type=float, default=0.0, metavar="PART", help="part of each class kept for the test set"
+        "--test",
+        type=float,
+        default=0.0,
+        metavar="PART",
+        help="fraction of each class held out as the test set (default: 0)",
     )
-    images.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    images.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser
 
 
@@ -98,32 +104,38 @@ def _add_speedup(commands: Any) -> None:
         "speedup", help="compare all ways of parallelizing a network, and PyTorch", description=SPEEDUP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, see configs/ (default: the digits)")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a YAML file; examples are in configs/ (default: the digits)"
+    )
     parser.add_argument("--ranks", default="1,2,4", metavar="N,N,...", help="numbers of ranks (default: 1,2,4)")
     parser.add_argument(
         "--modes", metavar="MODE,...",
-        help="some of rows, cols, gpipe, 1f1b, async, replicas, gossip, elite, layers, auto (default: all)",
+        help="a selection of rows, cols, gpipe, 1f1b, async, replicas, gossip, elite, layers, auto (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--peers", metavar="PEER,...",
-        help="some of torch, torch_channels_last, torch_compile, ddp, each with as many threads or processes as there "
-        "are ranks, and with one; or none (default: all, if PyTorch is installed)",
+        help="a selection of torch, torch_channels_last, torch_compile, ddp, each with one thread or process and with "
+        "as many as there are ranks; or none (default: all, if PyTorch is installed)",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of every side (default: 3)")
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="timed steps of a turn (default: what takes one rank about 5 s)"
+        "--repeats", type=int, default=3, metavar="N", help="repetitions of every measurement (default: 3)"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="timed steps per repetition (default: about 5 s of one rank)"
     )
     parser.add_argument(
         "--accuracy", type=float, metavar="A",
-        help="train each mode and peer once until this accuracy, too, and tell when it was reached; the epochs of the "
-        "configuration are the most",
+        help="also train each mode and peer once until it reaches this accuracy, and report the time; at most for the "
+        "epochs of the configuration",
     )  # fmt: skip
     _add_set(parser)
     parser.add_argument("--output", metavar="DIR", help="the folder to write (default: runs/speedup-CONFIG)")
-    parser.add_argument("--overwrite", action="store_true", help="replace another comparison's results in that folder")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the results of another comparison in that folder"
+    )
     parser.add_argument(
         "--launcher", metavar="COMMAND",
-        help="what starts the ranks, with {ranks} for their number, as 'srun --mpi=pmix --ntasks={ranks}' "
+        help="the command that starts {ranks} ranks, e.g. 'srun --mpi=pmix --ntasks={ranks}' "
         "(default: mpirun -n {ranks})",
     )  # fmt: skip
 
@@ -131,7 +143,7 @@ def _add_speedup(commands: Any) -> None:
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-        help="change one value of the configuration, as train.steps=100 or model.layers.0.dropout=0.1; repeatable",
+        help="change a value of the configuration, e.g. train.steps=100 or model.layers.0.dropout=0.1; may be repeated",
     )  # fmt: skip
 
 

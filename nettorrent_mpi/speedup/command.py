@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nettorrent_mpi.comm import offline  # noqa: F401
-
 # isort: split
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config

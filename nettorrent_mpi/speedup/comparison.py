@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nettorrent_mpi.comm import offline  # noqa: F401
-
 # isort: split
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml

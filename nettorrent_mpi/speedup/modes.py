@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nettorrent_mpi.comm import offline  # noqa: F401
-
 # isort: split
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config

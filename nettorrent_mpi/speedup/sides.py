@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nettorrent_mpi.comm import offline  # noqa: F401
-
 # isort: split
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.speedup.machine import nodes_of_job

@@ -23,8 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from nettorrent_mpi.comm import offline  # noqa: F401
-
 # isort: split
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.data.augment import Augment

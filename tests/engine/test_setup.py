@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import mpi4py
 import numpy as np
 import pytest
 
-mpi4py.rc.initialize = mpi4py.rc.finalize = False  # what is tested here communicates nothing
-
-from nettorrent_mpi.config import reading as config  # noqa: E402
-from nettorrent_mpi.config.reading import Config  # noqa: E402
-from nettorrent_mpi.engine.setup import _kernels, lay_out, micro_batches, set_up  # noqa: E402
-from nettorrent_mpi.nn.model import Network  # noqa: E402
-from nettorrent_mpi.plan import exchange_specs as choices  # noqa: E402
-from nettorrent_mpi.plan.cost import auto_layout  # noqa: E402
-from nettorrent_mpi.plan.errors import ConfigError, LayoutError  # noqa: E402
-from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout  # noqa: E402
+from nettorrent_mpi.config import reading as config
+from nettorrent_mpi.config.reading import Config
+from nettorrent_mpi.engine.setup import _kernels, lay_out, micro_batches, set_up
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan.cost import auto_layout
+from nettorrent_mpi.plan.errors import ConfigError, LayoutError
+from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout
 
 
 def load(*changes: str) -> Config:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import mpi4py
 import pytest
 
-mpi4py.rc.initialize = mpi4py.rc.finalize = False  # what is tested here communicates nothing
-
-from nettorrent_mpi.config import reading as configuration  # noqa: E402
-from nettorrent_mpi.config.reading import Config, Layout  # noqa: E402
-from nettorrent_mpi.engine.setup import set_up  # noqa: E402
-from nettorrent_mpi.plan.errors import ConfigError, UserError  # noqa: E402
-from nettorrent_mpi.speedup import command, modes, sides  # noqa: E402
+from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.config.reading import Config, Layout
+from nettorrent_mpi.engine.setup import set_up
+from nettorrent_mpi.plan.errors import ConfigError, UserError
+from nettorrent_mpi.speedup import command, modes, sides
 
 NAMES = list(modes.MODES)
 

@@ -8,26 +8,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mpi4py
 import numpy as np
 import pytest
-
-mpi4py.rc.initialize = mpi4py.rc.finalize = False  # what is tested here communicates nothing
 
 if importlib.util.find_spec("torch") is None:
     pytest.skip("PyTorch, to compare with, is not installed (the extra `compare`)", allow_module_level=True)
 
-import torch  # noqa: E402
+import torch
 
-from nettorrent_mpi.config import reading as configuration  # noqa: E402
-from nettorrent_mpi.data.augment import Augment  # noqa: E402
-from nettorrent_mpi.device.arrays import Workspace  # noqa: E402
-from nettorrent_mpi.device.device import make_device  # noqa: E402
-from nettorrent_mpi.engine.model_file import read_arrays  # noqa: E402
-from nettorrent_mpi.engine.setup import Setup, set_up  # noqa: E402
-from nettorrent_mpi.nn.layer import Context  # noqa: E402
-from nettorrent_mpi.speedup import torch_peer  # noqa: E402
-from nettorrent_mpi.speedup.torch_network import TorchNetwork  # noqa: E402
+from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.data.augment import Augment
+from nettorrent_mpi.device.arrays import Workspace
+from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.engine.model_file import read_arrays
+from nettorrent_mpi.engine.setup import Setup, set_up
+from nettorrent_mpi.nn.layer import Context
+from nettorrent_mpi.speedup import torch_peer
+from nettorrent_mpi.speedup.torch_network import TorchNetwork
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"mnist": (28, 28, 1), "mnist_wide": (28, 28, 1), "letters": (28, 28, 1), "digits": (8, 8, 1)}
