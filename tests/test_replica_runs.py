@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.engine.model_file import read_arrays
-from nettorrent_mpi.exchange.gossip import GROWTH
+from nettorrent_mpi.plan.gossip_rules import GROWTH
 
 HERE = Path(__file__).resolve().parent
 Run = subprocess.CompletedProcess[str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -73,3 +74,26 @@ def test_a_script_that_forgets_to_close_ends_well(mpirun: Callable[..., Run]) ->
     done = mpirun(3, ["-c", START + "list(trainer.train(steps=3))\nsome = trainer.train(steps=9)\nnext(some)"])
     assert done.returncode == 0, done.stderr
     assert not done.stderr.strip("\n\0"), done.stderr
+
+
+PLANNING = """
+import sys
+import nettorrent_mpi as nt
+assert not {'numpy', 'mpi4py', 'pydantic', 'yaml'} & set(sys.modules)
+layers = [nt.Linear(7, activation="relu"), nt.Linear(3)]
+planned = nt.plan(layers, {"name": "synthetic", "shape": [5], "classes": 3}, ranks=6, exchange=EXCHANGE, layout=LAYOUT)
+text = str(planned)
+assert "SCHEDULE" in text and "MEMORY" in text and planned.layout in text
+assert planned.topology.size == 6 and planned.seconds_per_step > 0
+assert len(planned.memory) == len(planned.topology.stages)
+assert "F0" in planned.schedule
+print(*(name for name in sys.modules if name.partition(".")[0] in ("mpi4py", "h5py", "rich")))
+"""
+
+
+@pytest.mark.parametrize(("exchange", "layout"), [("'allreduce'", "'layers'"), ("'gossip'", "{'replicas': 3}")])
+def test_planning_loads_no_mpi(exchange: str, layout: str) -> None:
+    code = PLANNING.replace("EXCHANGE", exchange).replace("LAYOUT", layout)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""

@@ -49,7 +49,9 @@ def test_what_a_training_is_made_of_loads_no_checker(module: str) -> None:
     assert not loaded(f"import mpi4py; mpi4py.rc.initialize = False; import nettorrent_mpi.{module}") & (CHECKS | NEVER)
 
 
-@pytest.mark.parametrize("module", ["engine.setup", "planning", "speedup.command"])
+@pytest.mark.parametrize(
+    "module", ["engine.setup", "planning", "cli.dry_run", "engine.memory_estimate", "speedup.command"]
+)
 def test_planning_and_what_starts_ranks_load_no_mpi(module: str) -> None:
     assert not loaded(f"import nettorrent_mpi.{module}") & {"mpi4py.MPI"}
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nettorrent_mpi.cli.tables import MOST_LINES, aligned, wrapped
-from nettorrent_mpi.exchange.compression import MessageFormat
-from nettorrent_mpi.exchange.gossip import withholding
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.exchange_specs import Async, ConstantMix, Elite, Gossip, Nothing, PushSumMix, Whole
+from nettorrent_mpi.plan.gossip_rules import withholding
 from nettorrent_mpi.plan.mixing import MOST_ROUNDS, rounds_to_consensus, spectral_gap
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 from nettorrent_mpi.plan.specs import Spec

@@ -16,10 +16,10 @@ import numpy as np
 from mpi4py import MPI
 
 from nettorrent_mpi.comm.group import Array, Group
+from nettorrent_mpi.plan.gossip_rules import SPARE
 
 HEADER = 8  # numbers (float64) at the head of every message
 _HEAD = 8 * HEADER  # bytes
-SPARE = 4  # letters to send that there are at once: sends of several rounds overlap
 
 
 class Letter:

@@ -8,19 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.comm.mail import SPARE
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.engine.setup import Setup
-from nettorrent_mpi.exchange.compression import MessageFormat
-from nettorrent_mpi.exchange.gossip import withholding
-from nettorrent_mpi.exchange.rounds import LARGEST, receives
 from nettorrent_mpi.nn.footprint import Footprint, footprint
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, rows_shared, sharers_of
 from nettorrent_mpi.plan.exchange_specs import Gossip, PushSumMix, Whole
+from nettorrent_mpi.plan.gossip_rules import LARGEST, SPARE, receives, withholding
 from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 

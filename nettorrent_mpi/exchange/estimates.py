@@ -9,9 +9,9 @@ compression leaves out stays in the difference and is sent later: error feedback
 from __future__ import annotations
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.exchange.compression import MessageFormat
 from nettorrent_mpi.exchange.vector import Vector
 from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.specs import Spec
 
 

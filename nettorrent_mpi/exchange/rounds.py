@@ -17,12 +17,12 @@ from nettorrent_mpi.exchange.merging import Deadline, FlowControl
 from nettorrent_mpi.exchange.mixer import NUMBER, Mixer, Round
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.exchange_specs import Gossip
+from nettorrent_mpi.plan.gossip_rules import LARGEST, receives
 from nettorrent_mpi.plan.pairing import Pairing, draw_target
 from nettorrent_mpi.plan.seeds import key
 
 TAG = 5
 FIRST_DEADLINE = 5.0  # seconds, before there are enough rounds to tell one
-LARGEST = 1 << 28  # bytes of a message, at most
 
 
 @dataclass
@@ -37,14 +37,6 @@ class Counts:
     held_back: int = 0
     waited: float = 0.0
     bytes: int = 0
-
-
-def receives(pairing: Pairing, me: int) -> int:
-    """Return how many messages to peer `me` may arrive before one is read: so many receives it posts."""
-    if pairing.period is None:  # partners are drawn, and more than a few seldom meet
-        return min(2 * pairing.replicas, 8)
-    sources = {source for i in range(pairing.period) for source, _ in pairing.receives(i, me)}
-    return 2 * len(sources) + 1  # each can be in the open round and one ahead
 
 
 class Rounds:

@@ -12,8 +12,8 @@ import pytest
 from nettorrent_mpi.cli.exchange_report import exchange_block, stream_block
 from nettorrent_mpi.cli.tables import WIDTH
 from nettorrent_mpi.config import reading as config
-from nettorrent_mpi.exchange.compression import MessageFormat
 from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.pairing import possible
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 

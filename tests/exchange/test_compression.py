@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.cpu.codecs import PIECE
 from nettorrent_mpi.device.device import make_device
-from nettorrent_mpi.exchange.compression import MessageFormat
+from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.exchange_specs import Float16, Int8, Sign, TopK
 from nettorrent_mpi.plan.pairing import make_pairing

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from nettorrent_mpi.exchange.gossip import GROWTH, rate_factor, withholding
 from nettorrent_mpi.plan.exchange_specs import Gossip
+from nettorrent_mpi.plan.gossip_rules import GROWTH, rate_factor, withholding
 from nettorrent_mpi.plan.specs import Adagrad, Adam, AdamW, Rmsprop, Sgd, Spec
 
 
