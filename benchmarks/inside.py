@@ -51,11 +51,9 @@ class Stopwatch:
 
 def measure(config: str, steps: int) -> dict[str, Any]:
     """Seconds of a step, the median over the steps, by what was done. Runs as a rank, alone."""
-    from nettorrent_mpi.device.cpu.product import Product
-
     from nettorrent_mpi.comm.world import World
     from nettorrent_mpi.config import reading as configuration
-    from nettorrent_mpi.device.cpu.convolution import Convolution
+    from nettorrent_mpi.device.cpu import CpuOperations
     from nettorrent_mpi.engine.engine import Engine
     from nettorrent_mpi.engine.run_plan import Plan
     from nettorrent_mpi.engine.setup import set_up
@@ -66,9 +64,8 @@ def measure(config: str, steps: int) -> dict[str, Any]:
     for n in range(STEPS_BEFORE):
         engine.step(n, 1e-4)
     watch = Stopwatch()
-    watch.watch(Product, "__call__", "products")
-    for method in ("forward", "input_gradient", "weight_gradient"):
-        watch.watch(Convolution, method, "products")
+    for method in ("matmul", "convolve", "convolve_grad_x", "convolve_grad_w"):
+        watch.watch(CpuOperations, method, "products")
     _watch_layers(watch, engine.layers)
     watch.watch(engine.optimizer, "update", "optimizer")
     watch.watch(engine.pipeline._loss, "forward", "loss")

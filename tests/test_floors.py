@@ -31,6 +31,8 @@ BELOW = {
 ASKED_FOR = {("cli.commands", "speedup.command"), ("planning", "cli.dry_run")}
 # The order within a folder. Modules that are not listed only have to be free of cycles.
 ORDER: dict[str, list[str]] = {
+    "device": ["arrays", "random", "geometry", "ops", "cpu", "device"],
+    "nn": ["layer", "initial", "rates", "optimizers", "losses", "layers", "model", "footprint"],
     "exchange": [
         "replicas",
         "base",
@@ -79,6 +81,10 @@ ONLY = {
     "torch": ["speedup.torch_network", "speedup.torch_peer"],
     "matplotlib": ["speedup.plots"],
 }
+# Packages that these parts do not import: layers, losses and optimizers are formulas over the device's operations.
+NEVER = {"nn": ["numpy"]}
+# Modules of the package that only these parts of it import: nobody above a device knows which library computes.
+INSIDE = {"device.cpu": ["device.cpu", "device.device"], "device.gpu": ["device.gpu", "device.device"]}
 STANDARD_LIBRARY_ONLY = ["", "env", "plan"]
 TOP = {"", "env"}  # may be imported from everywhere
 ENTRY_POINTS = {"train", "__main__", ""}  # the package itself names what is public, and loads it when it is used
@@ -123,6 +129,9 @@ def violations(trees: dict[str, ast.Module]) -> list[str]:
         folder = module.split(".")[0]
         for name in sorted(own):
             target = name.split(".")[0]
+            for place, insiders in INSIDE.items():
+                if inside(name, place) and not any(inside(module, insider) for insider in insiders):
+                    found.append(f"{module} imports {name}, which only {insiders} may")
             if name in TOP or folder in ENTRY_POINTS or (module, name) in ASKED_FOR:
                 continue
             if target == folder:
@@ -132,6 +141,8 @@ def violations(trees: dict[str, ast.Module]) -> list[str]:
         for name in sorted(others):
             if any(inside(module, place) for place in STANDARD_LIBRARY_ONLY) and name not in sys.stdlib_module_names:
                 found.append(f"{module} imports {name}; it may use the standard library only")
+            elif name in NEVER.get(folder, []):
+                found.append(f"{module} imports {name}, which no module of {folder}/ may")
             if name in ONLY and not any(inside(module, place) for place in ONLY[name]):
                 found.append(f"{module} imports {name}, which only {ONLY[name]} may")
         if folder != "cli" and folder not in ENTRY_POINTS:
@@ -174,10 +185,14 @@ def test_every_folder_has_its_floor() -> None:
         ({"env": "def f():\n    import numpy"}, "standard library only"),
         ({"nn.model": "from nettorrent_mpi.comm import world", "comm.world": ""}, "not on a lower floor"),
         ({"plan.cost": "from nettorrent_mpi import cli", "cli": ""}, "not on a lower floor"),
-        ({"data.sampler": "from nettorrent_mpi.nn.layer import Pass", "nn.layer": ""}, "not on a lower floor"),
+        ({"data.sampler": "from nettorrent_mpi.nn.layer import Context", "nn.layer": ""}, "not on a lower floor"),
         ({"plan.blocks": "import nettorrent_mpi.plan.cost", "plan.cost": ""}, "stands after it"),
         ({"engine.state": "from mpi4py import MPI"}, "only ['comm'] may"),
         ({"nn.losses": "import cupy as cp"}, "only ['device.gpu', 'comm.nccl'] may"),
+        ({"nn.losses": "def f():\n    import numpy as np"}, "no module of nn/ may"),
+        ({"device.cpu.norms": "from numba import njit"}, "only ['device.cpu.loop'] may"),
+        ({"engine.state": "from nettorrent_mpi.device.cpu import blas", "device.cpu.blas": ""}, "'device.device'] may"),
+        ({"device.arrays": "from nettorrent_mpi.device.geometry import x", "device.geometry": ""}, "stands after it"),
         ({"nn.losses": "import yaml"}, "only ['config'] may"),
         ({"comm.world": "print('x')"}, "only cli/ does"),
         (

@@ -1,1 +1,1 @@
-"""Floor 0: arrays, and what is computed with them."""
+"""A device holds arrays and computes with them; nobody above this folder knows which library does it."""

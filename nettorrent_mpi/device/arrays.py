@@ -1,4 +1,4 @@
-"""Arrays and the memory they live in."""
+"""A workspace is the memory in which arrays live."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESHAPED = 16  # arrays that a workspace remembers in other shapes; a layer sees
 
 
 class Workspace:
-    """Arrays that are made once and then handed out again, so that the steady state allocates nothing.
+    """A workspace makes arrays once and then hands them out again, so that the steady state allocates nothing.
 
     One workspace belongs to one layer and one micro-batch slot. `keep` gives memory that stays as it is until the same
     slot is used again (what backward needs); `scratch` gives memory that every layer shares and that is valid only
@@ -83,7 +83,7 @@ class Workspace:
 
 
 def aligned(size: int, dtype: DType) -> Array:
-    """An uninitialised flat array of `size` elements that begins on a 64-byte boundary (a cache line)."""
+    """Allocate a flat array of `size` elements, uninitialised, that begins on a 64-byte boundary (a cache line)."""
     dtype = np.dtype(dtype)
     raw = np.empty(size * dtype.itemsize + 64, dtype=np.uint8)
     offset = -raw.ctypes.data % 64
@@ -96,5 +96,5 @@ def as_dtype(dtype: DType) -> Any:
 
 
 def quiet() -> AbstractContextManager[Any]:
-    """Inside it nothing is told of overflows and of numbers that are not finite: who wants to know looks for them."""
+    """Suppress the warnings of overflows and of numbers that are not finite: who wants to know looks for them."""
     return np.errstate(all="ignore")

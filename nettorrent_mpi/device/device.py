@@ -1,4 +1,4 @@
-"""A device: memory for arrays, and the operations on them."""
+"""A device has memory for arrays, and the operations on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Kernels = Literal["fastest", "numpy"]  # the fastest of the libraries that are i
 
 
 class Device(Protocol):
-    """One rank's processor. Each engine makes one of its own; one thread at a time may use it."""
+    """A device is one rank's processor. Each engine makes its own; one thread at a time may use it."""
 
     @property
     def ops(self) -> Ops:
@@ -36,7 +36,7 @@ class Device(Protocol):
 
 
 def make_device(kind: Literal["cpu"] = "cpu", kernels: Kernels = "fastest") -> Device:
-    """The device of a kind. What it computes with is loaded when first needed."""
+    """Make a device of this kind. Its libraries load when first needed."""
     from nettorrent_mpi.device.cpu import Cpu
 
     assert kind == "cpu", kind

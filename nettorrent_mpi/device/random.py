@@ -1,4 +1,4 @@
-"""Random numbers drawn on the host, the same for every device and rank: a function of (seed, purpose, numbers)."""
+"""Random numbers of whole arrays are drawn on the host: a function of (seed, purpose, numbers), never of a rank."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Floor 1: arrays and their derivatives. No communication, no files."""
+"""Layers, losses and optimizers are formulas over a device's operations. They neither communicate nor read files."""

@@ -21,7 +21,7 @@ ENOUGH = 8 << 20  # bytes with which a trial is the last one: whatever works in 
 
 
 class Footprint(NamedTuple):
-    """Bytes that layers take on one rank, parameters and gradients left out."""
+    """A footprint counts the bytes that layers take on one rank, without parameters and gradients."""
 
     kept: int  # of one micro-batch, from its forward to the end of its backward
     shared: int  # among all micro-batches: what whichever layer is at work needs

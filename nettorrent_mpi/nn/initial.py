@@ -1,4 +1,4 @@
-"""Initial values of parameters: whole arrays, the same for every layout, of which each rank takes its block.
+"""Initial values are whole arrays, the same for every layout, of which each rank takes its block.
 
 Sources of the variances: He et al. 2015 (arXiv:1502.01852), 2 / fan in; Glorot and Bengio 2010, 2 / (fan in + fan out);
 LeCun et al. 1998 (Efficient BackProp), 1 / fan in. Gains as in PyTorch's kaiming_ (relu) and xavier_ (1). Uniform

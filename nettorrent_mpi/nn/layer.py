@@ -1,4 +1,4 @@
-"""The interface of a layer: features, parameters, the team that works on it, and the context of a pass.
+"""A layer has features, parameters, a team that works on it, and for each pass a context.
 
 Shape legend, for all of nn/: capital letter = the whole dimension, small letter = this rank's part.
 B, b rows of the (micro-)batch; I, i inputs; O, o outputs (neurons or filters); H, W height and width; C, c channels.
@@ -23,7 +23,7 @@ Grads = Mapping[str, Any]  # parameter name -> the array for its gradient, or (`
 
 @dataclass(frozen=True)
 class Features:
-    """One row of activations: `shape` is the whole row; this rank holds `part` of its last axis.
+    """Features are one row of activations: `shape` is the whole row; this rank holds `part` of its last axis.
 
     `part` is the whole axis unless a layer before divided its neurons or filters over the cols of the team; `parts`
     tells over how many: with fewer neurons than cols one part can be the whole axis while the others are empty.
@@ -53,10 +53,11 @@ class Features:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of a layer, in global coordinates. Each rank holds `part` of `axis` (the whole array if axis is None).
+    """A parameter is one array of a layer, in global coordinates.
 
-    `trainable` is False for running statistics, which no optimizer touches. `replicated_sum` is True where every col
-    holds the whole array but sees only part of its gradient (see `Layer`), so that it is summed over the cols as well.
+    Each rank holds `part` of `axis` (the whole array if axis is None). `trainable` is False for running statistics,
+    which no optimizer touches. `replicated_sum` is True where every col holds the whole array but sees only part of its
+    gradient (see `Layer`), so that it is summed over the cols as well.
     """
 
     name: str
@@ -123,7 +124,7 @@ class Alone:
 
 
 class Operands(ABC):
-    """Takes the two matrices whose product is the gradient of a layer's weights, in the place of the product."""
+    """Operands take the two matrices whose product is the gradient of a layer's weights, instead of the product."""
 
     @abstractmethod
     def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
@@ -132,7 +133,7 @@ class Operands(ABC):
 
 @dataclass(slots=True)
 class Context:
-    """What the forward or backward of one micro-batch needs besides its arrays."""
+    """The context holds what the forward or backward of one micro-batch needs besides its arrays."""
 
     ops: Ops
     workspace: Workspace  # the memory of this micro-batch's slot; for a layer, its own part of it

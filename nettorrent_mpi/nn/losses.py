@@ -1,4 +1,4 @@
-"""Losses: how wrong the network's outputs are, and the gradient that backward starts from.
+"""A loss tells how wrong the network's outputs are, and gives the gradient that backward starts from.
 
 Formulas are PyTorch's (torch.nn.CrossEntropyLoss, BCEWithLogitsLoss, MSELoss, all with reduction="mean"). Shape legend:
 nn/layer.py; N = rows of a data set, k = numbers in one row's float target.
@@ -17,7 +17,7 @@ from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSqua
 
 
 class Loss(ABC):
-    """A loss of outputs_bO (one row of O numbers per sample; b may be 0) and the targets of the same rows.
+    """A loss compares outputs_bO (one row of O numbers per sample; b may be 0) with the targets of the same rows.
 
     Targets are whole-number labels of shape (b,), or, except for cross-entropy, numbers of shape (b,) or (b, O).
     """

@@ -1,4 +1,4 @@
-"""The network: layers with names and shapes, and how they divide into stages."""
+"""A network has layers with names and shapes, and divides into stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nettorrent_mpi.plan.topology import LayerFacts
 
 
 class Network:
-    """A list of layers applied to rows of `input_shape`.
+    """A network is a list of layers applied to rows of `input_shape`.
 
     Weight layers (linear, conv2d, residual) are counted; each takes along the layers that follow it, except that
     flatten, and what comes after it, belongs to the weight layer that reads it; what comes before the first belongs to

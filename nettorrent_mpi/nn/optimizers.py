@@ -1,4 +1,4 @@
-"""Optimizers: how gradients change parameters.
+"""An optimizer changes parameters by their gradients.
 
 Formulas and defaults are PyTorch's (torch.optim, version 2.x). All arrays are flat and of equal length: a rank's shard
 of its stage's parameters. Every formula works element by element, so that any division of the parameters into shards
@@ -21,7 +21,7 @@ OptimizerState: TypeAlias = dict[str, Array]  # name -> flat array, as long as t
 
 
 class Optimizer(ABC):
-    """A pair (init, update). `states` names the arrays that it remembers from step to step."""
+    """An optimizer is a pair (init, update). `states` names the arrays that it remembers from step to step."""
 
     def __init__(self, states: tuple[str, ...], weight_decay: float):
         self.states = states

@@ -1,4 +1,4 @@
-"""Learning rates: the one of each step, as a pure function of the step's number."""
+"""A learning-rate schedule is a pure function from a step's number to its learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU: NumPy, compiled loops, oneDNN, and BLAS as it is.
+"""The CPU computes with NumPy, compiled loops, oneDNN, and BLAS as it is.
 
 Of these only NumPy is needed: where an optional library is missing, or `kernels: numpy` was asked for, it does all.
 """
@@ -34,7 +34,7 @@ class CpuOperations(
     CriterionOperations,
     UpdateOperations,
 ):
-    """All operations (device.ops.Ops): each stands in the module of its subject."""
+    """It has all operations (device.ops.Ops), each of which stands in the module of its subject."""
 
 
 class Cpu:

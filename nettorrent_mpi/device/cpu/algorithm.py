@@ -1,4 +1,4 @@
-"""An algorithm for a convolution and its gradients: what each of them offers (see device.geometry for the formula)."""
+"""An algorithm computes a convolution and its gradients (see device.geometry for the formula)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Algorithm(ABC):
 
 
 def turned(weight: Array, workspace: Workspace) -> Array:
-    """The weight with which dx of stride 1 is itself a convolution, of dy: turned round, inputs and outputs changed."""
+    """Turn the weight round and exchange inputs and outputs: with it dx of stride 1 is itself a convolution, of dy."""
     *kernel, channels, filters = weight.shape
     other = workspace.scratch("turned weight", (*kernel, filters, channels))
     np.copyto(other, weight[::-1, ::-1].transpose(0, 1, 3, 2))

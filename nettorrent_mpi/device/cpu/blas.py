@@ -1,4 +1,4 @@
-"""The BLAS that NumPy has loaded, called directly: NumPy's matmul cannot add a product to what is there.
+"""The BLAS that NumPy has loaded is called directly, as NumPy's matmul cannot add a product to what is there.
 
 Without a BLAS that can be found (Linux only, and not every build) there is none, and NumPy adds in a second pass.
 """
@@ -37,7 +37,7 @@ class Gemm:
         self._call(*self._arguments(a, b, out, beta))
 
     def prepare(self, a: Array, b: Array, out: Array, beta: float) -> Callable[[], object]:
-        """What computes it each time that it is called, as long as the arrays stay where they are."""
+        """Make a function that computes the product whenever it is called, while the arrays stay where they are."""
         arguments = zip(self._call.argtypes, self._arguments(a, b, out, beta), strict=True)
         return partial(self._call, *(kind(value) for kind, value in arguments))
 
@@ -50,7 +50,7 @@ class Gemm:
 
 
 def plain(matrix: Array) -> bool:
-    """Do the elements of a row lie side by side? Otherwise those of a column do."""
+    """Tell whether the elements of a row lie side by side; otherwise those of a column do."""
     return bool(matrix.strides[1] == matrix.itemsize)
 
 
@@ -78,7 +78,7 @@ _NAMES = (
 
 @cache
 def wake(dtype: DType) -> None:
-    """Let OpenBLAS have the memory into which it packs its operands: once for a process, some milliseconds.
+    """Touch the memory into which OpenBLAS packs its operands: once for a process, some milliseconds.
 
     It asks the system for 32 MiB when it is loaded, whose pages exist from when they are first written to. Its kernels
     fetch ahead, beyond what small products have ever written, and a processor takes long over a page that is not there:
@@ -90,7 +90,7 @@ def wake(dtype: DType) -> None:
 
 @cache
 def gemm(dtype: np.dtype[Any]) -> Gemm | None:
-    """For arrays of this type, None where there is no such BLAS."""
+    """Find the product of matrices of this type; None where there is no such BLAS."""
     letter, real = {4: ("s", ctypes.c_float), 8: ("d", ctypes.c_double)}[dtype.itemsize]
     for path in _loaded():
         for before, after, size in _NAMES:
@@ -119,7 +119,7 @@ def _flags(plain_a: bool, plain_b: bool) -> tuple[int, int, int]:
 
 
 def _right(gemm: Gemm, dtype: np.dtype[Any]) -> bool:
-    """Does it compute what it should? Sizes of another type than expected would not."""
+    """Tell whether it computes what it should. Sizes of another type than expected would not."""
     a, b = np.arange(6, dtype=dtype).reshape(2, 3), np.arange(12, dtype=dtype).reshape(3, 4)
     out = np.ones((2, 4), dtype)
     gemm(a, b, out, 1.0)

@@ -1,4 +1,4 @@
-"""Convolution: the fastest algorithm for each geometry, which a trial finds when it is first asked for."""
+"""A convolution is computed by the fastest algorithm for its geometry, which a trial finds at first use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WRONG_BELOW = 8
 
 
 class OneDnn(Algorithm):
-    """oneDNN's direct convolution. It compiles code for each number of images, which is kept.
+    """It calls oneDNN's direct convolution, which compiles code for each number of images, which is kept.
 
     All three raise OneDnnError where the library has none for this geometry: the trial does not choose it then.
     """
@@ -58,7 +58,7 @@ class OneDnn(Algorithm):
 
 
 class ConvolutionOperations(Operations):
-    """Convolution of images and its gradients: see device.ops."""
+    """It computes convolutions of images and their gradients: see device.ops."""
 
     def __init__(self, tuning: Tuning):
         super().__init__(tuning)
@@ -112,7 +112,7 @@ class ConvolutionOperations(Operations):
 
 
 def algorithms(geometry: Geometry, dtype: np.dtype[Any], tuning: Tuning) -> list[Algorithm]:
-    """All algorithms that can compute this geometry with what may be used; im2col always can."""
+    """List the algorithms that can compute this geometry with what may be used; im2col always can."""
     found: list[Algorithm] = [Im2colProducts(geometry)]
     gemm, library = tuning.gemm(dtype), tuning.onednn()
     if geometry.stride == (1, 1) and geometry.kernel != (1, 1) and gemm is not None:

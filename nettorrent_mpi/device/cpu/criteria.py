@@ -1,4 +1,7 @@
-"""Losses and their gradients; formulas in nn.losses. Suffixes: b rows of a micro-batch, O outputs."""
+"""The losses and their gradients are computed here; nn.losses names their sources.
+
+Suffixes: b rows of a micro-batch, O outputs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ FEW = 64  # outputs, up to which a compiled loop, which takes one exponential at
 
 
 class CriterionOperations(Operations):
-    """Losses: see device.ops."""
+    """It computes losses: see device.ops."""
 
     def __init__(self, tuning: Tuning):
         super().__init__(tuning)

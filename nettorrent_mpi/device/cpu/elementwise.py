@@ -1,4 +1,4 @@
-"""Activation functions and dropout, element by element, in blocks that stay in the cache or in one compiled loop."""
+"""Activations and dropout work element by element, in blocks that stay in the cache or in one compiled loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nettorrent_mpi.device.cpu.loop import Loop
 
 
 class ElementwiseOperations(Operations):
-    """Activation functions and dropout: see device.ops."""
+    """It computes activation functions and dropout: see device.ops."""
 
     def relu(self, x: Array, y: Array) -> None:
         if x is y and self._tuning.compiled:

@@ -1,4 +1,4 @@
-"""Operations on flat arrays, in blocks that stay in the second-level cache."""
+"""Operations on flat arrays work in blocks that stay in the second-level cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXACT_BLOCK = 8192  # elements of float64 that are squared together
 
 
 class Operations:
-    """What all operations share: the device's tuning, and scratch memory, of each type of numbers its own."""
+    """All operations share the device's tuning, and scratch memory, of each type of numbers its own."""
 
     def __init__(self, tuning: Tuning) -> None:
         self._tuning = tuning
@@ -35,7 +35,7 @@ class Operations:
 
 
 class FlatOperations(Operations):
-    """Operations on flat arrays: see device.ops."""
+    """It has the operations on flat arrays: see device.ops."""
 
     def copy(self, out: Array, x: Array) -> None:
         np.copyto(out, x, casting="unsafe")

@@ -1,4 +1,4 @@
-"""Convolution by im2col: products of a matrix of what the kernel sees, block by block, with the weights."""
+"""Im2col makes a convolution of products: a matrix of what the kernel sees, block by block, with the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK_ROWS = 512
 
 
 class Im2col:
-    """The places of a kernel over images of `image` = (height, width, channels), padded by (before, after) zeros."""
+    """It knows where a kernel lies over images of `image` = (height, width, channels), padded by (before, after) zeros."""
 
     def __init__(self, image: tuple[int, int, int], kernel: Pair, stride: Pair, vertical: Pair, horizontal: Pair):
         self.image, self.kernel, self.stride = image, kernel, stride

@@ -1,4 +1,4 @@
-"""Dropout's choice: a hash of (key, global row, index in the whole row), whoever holds the element."""
+"""Dropout chooses by a hash of (key, global row, index in the whole row), whoever holds the element."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 16384  # elements that are hashed together: they stay in the first-level
 
 
 class MaskOperations(Operations):
-    """Masks for dropout: see device.ops.
+    """It makes masks for dropout: see device.ops.
 
     The row makes 64 bits with SplitMix64 (Steele, Lea, Flood 2014), of which half is added to the index's hash before,
     and half within, a second round of mixing.

@@ -1,4 +1,4 @@
-"""Normalization: sums of channels in the arrays' type over 64 rows, and of these in float64; sums of rows.
+"""Norms sum up channels in the arrays' type over 64 rows, and these in float64, or the features of each row.
 
 Suffixes: b rows of a micro-batch, c channels, n rows times positions, w channels repeated (see `blocking.row_repeats`).
 """
@@ -16,7 +16,7 @@ ROWS = 64  # that are added up in the arrays' own type
 
 
 class NormOperations(Operations):
-    """What batch norm and layer norm are made of: see device.ops."""
+    """It computes the parts of batch norm and layer norm: see device.ops."""
 
     def inverse_root(self, x: Array, eps: float) -> None:
         x += eps

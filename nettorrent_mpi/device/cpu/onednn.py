@@ -40,7 +40,7 @@ class _Argument(ctypes.Structure):
 
 
 class OneDnnError(RuntimeError):
-    """A call failed; the shape is not supported, or memory ran out."""
+    """A call of oneDNN failed; the shape is not supported, or memory ran out."""
 
 
 class Library:
@@ -117,7 +117,7 @@ class _Memory:
 
 
 class _Operation:
-    """Something that can be executed on memory."""
+    """A primitive of the library that can be executed on memory."""
 
     def __init__(self, library: Library, description: _Handle, memory: dict[int, _Memory]):
         self._library, self._memory = library, memory  # which has to live as long

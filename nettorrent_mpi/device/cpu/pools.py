@@ -1,4 +1,4 @@
-"""Pooling of images (b, height, width, c): maxima and means of windows."""
+"""Pooling takes maxima and means of windows of images (b, height, width, c)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nettorrent_mpi.device.geometry import Pooling
 
 
 class PoolOperations(Operations):
-    """Pooling and its gradients: see device.ops."""
+    """It computes pooling and its gradients: see device.ops."""
 
     def max_pool(self, x: Array, y: Array, winner: Array | None, pooling: Pooling) -> None:
         if winner is not None and self._tuning.compiled:

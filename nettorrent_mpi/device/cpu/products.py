@@ -1,4 +1,4 @@
-"""Products of matrices: the fastest library for each of a layer's shapes."""
+"""A product of matrices is computed by the fastest library for its shapes, which a trial finds at first use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUMMED = 64  # rows that are added up in the arrays' own type
 
 
 class ProductOperations(Operations):
-    """Products of matrices and sums of their rows: see device.ops.
+    """It computes products of matrices and sums of their rows: see device.ops.
 
     The arrays of the steady state are the same objects in every step. So what a call of a library wants to know of them
     (sizes, addresses: more work for Python than the call itself, and with small matrices than the product) is put

@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 20  # of padded images and outputs that are worked on togethe
 
 
 class TapProducts(Algorithm):
-    """For stride 1; `gemm` adds to what is there. Each product is of one tap."""
+    """It serves stride 1 with one product for each tap; `gemm` adds to what is there."""
 
     name = "taps"
     by_rows: ClassVar[bool] = False
@@ -113,7 +113,7 @@ class TapProducts(Algorithm):
 
 
 class RowProducts(TapProducts):
-    """For stride 1. Each product is of a row of the kernel."""
+    """It serves stride 1 with one product for each row of the kernel."""
 
     name = "rows"
     by_rows = True

@@ -1,4 +1,4 @@
-"""Which of several ways to compute the same is the fastest here: each is tried once, and the findings are kept.
+"""The tuning finds the fastest of several ways to compute the same: each is tried once, and the findings are kept.
 
 What was found is kept in a file for each host and version of what is tried, so that later runs begin at once and choose
 alike: `~/.cache/nettorrent_mpi/kernels-HOST.json` (or under XDG_CACHE_HOME). Without a place to keep it each process
@@ -34,7 +34,7 @@ PATIENCE = 20.0  # seconds to wait for other ranks of the host
 
 
 class Tuning:
-    """What one device may compute with, and what it has found to be the fastest."""
+    """It knows which libraries one device may use, and what it has found to be the fastest."""
 
     def __init__(self, kernels: Literal["fastest", "numpy"] = "fastest"):
         self.kernels = kernels
@@ -117,7 +117,7 @@ def _path() -> Path:
 
 @cache
 def _subject() -> str:
-    """What the findings hold for: this processor with these libraries and settings."""
+    """Name what the findings hold for: this processor with these libraries and settings."""
     processor = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

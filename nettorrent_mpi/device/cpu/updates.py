@@ -1,4 +1,4 @@
-"""Optimizers' formulas, element by element, on flat arrays of equal length and type.
+"""The optimizers' formulas work element by element, on flat arrays of equal length and type.
 
 Going over a large array once per operation is bound by memory. Therefore an update works on blocks, which stay in the
 second-level cache for all operations. Where Numba is installed a compiled loop goes over all arrays once instead, with
@@ -28,7 +28,7 @@ BLOCK_BYTES = 128 * 1024
 
 
 class UpdateOperations(Operations):
-    """One step of each optimizer: see device.ops.
+    """It computes one step of each optimizer: see device.ops.
 
     Numbers are Python's floats: NumPy then computes in the arrays' own type, while a float64 scalar of NumPy's would
     turn float32 arrays into float64 ones. Loops want numbers of the arrays' type.

@@ -172,7 +172,7 @@ def transform_output_back(dy: Array, high: int, wide: int, m_tkc: Array) -> None
 
 
 class WinogradProducts(Algorithm):
-    """For kernels of 3 x 3 and stride 1."""
+    """It serves kernels of 3 x 3 and stride 1."""
 
     name = "winograd"
 

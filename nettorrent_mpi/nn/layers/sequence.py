@@ -17,7 +17,7 @@ from nettorrent_mpi.plan.errors import ConfigError
 
 
 class Sequence:
-    """The layers that `layers` describe, as col `col` of a team of `cols` holds them; each spec carries its name.
+    """A sequence has the layers that `layers` describe, as col `col` of `cols` holds them; each spec carries its name.
 
     `activation:` of a layer becomes a layer of its own, "<layer>.<activation>". Where features are divided and a layer
     wants whole ones, a `Gather` is put before it. A layer writes over its input where nobody needs that any more.
