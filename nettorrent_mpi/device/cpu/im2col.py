@@ -18,7 +18,7 @@ BLOCK_ROWS = 512
 
 
 class Im2col:
-    """It knows where a kernel lies over images of `image` = (height, width, channels), padded by (before, after) zeros."""
+    """It knows where a kernel lies over images (height, width, channels), padded by (before, after) zeros."""
 
     def __init__(self, image: tuple[int, int, int], kernel: Pair, stride: Pair, vertical: Pair, horizontal: Pair):
         self.image, self.kernel, self.stride = image, kernel, stride
