@@ -1,4 +1,4 @@
-"""Planning a run: from a network, data and settings to who does what when, without MPI."""
+"""Plans a run without MPI: a network, data and settings become who does what when."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Data: TypeAlias = Sequence[Any] | Dataset | Mapping[str, Any]
 
 
 def load_config(path: str | Path | None = None, *changes: str) -> Config:
-    """The configuration in a YAML file (None: the built-in one for the digits), with changes like those of `--set`:
+    """Read the configuration in a YAML file (None: the built-in one, digits), with changes as `--set` makes them:
     `load_config("configs/mnist.yaml", "train.epochs=2")`. Raises ConfigError, which names file, line and key."""
     from nettorrent_mpi.config import reading
 
@@ -37,8 +37,8 @@ def load_config(path: str | Path | None = None, *changes: str) -> Config:
 def plan(
     network: Architecture, data: Data | None = None, *, ranks: int = 1, **settings: Unpack[Settings]
 ) -> PlannedRun:
-    """The plan of a run on so many ranks: who holds and does what, when, how fast that should be and what memory it
-    takes. Nothing is communicated, and MPI is not loaded.
+    """Plan a run on so many ranks: who holds and does what, when, how fast that should be and what memory it takes.
+    Nothing is communicated, and MPI is not loaded.
 
     `network` is a configuration (whose values `settings` replace), a network, or its layers. Raises UserErrors: a
     ConfigError, LayoutError, ShapeError or DataError.
@@ -49,7 +49,7 @@ def plan(
 
 
 class PlannedRun:
-    """The plan of a run; `str` of it is what `--dry-run` shows."""
+    """A PlannedRun says what a run will do; `str` of it is the report of `--dry-run`."""
 
     def __init__(self, setup: Setup, has_length: bool):
         self.setup = setup
@@ -58,7 +58,7 @@ class PlannedRun:
 
     @property
     def config(self) -> Config:
-        """The configuration, complete."""
+        """The complete configuration."""
         return self.setup.config
 
     @property
@@ -100,7 +100,7 @@ class PlannedRun:
         return estimate(self.setup, Libraries(*self.process_memory))
 
     def describe(self, hosts: Sequence[str] | None = None) -> str:
-        """What `--dry-run` shows; `hosts` names each rank's node."""
+        """Write the report of `--dry-run`; `hosts` names each rank's node."""
         from nettorrent_mpi.cli.dry_run import dry_run
 
         return dry_run(self.setup, self.memory, hosts)
@@ -110,7 +110,7 @@ class PlannedRun:
 
 
 def opened(data: Data | None) -> Dataset | None:
-    """The data set that was given as such or as arrays; None where a configuration says what it is."""
+    """Make a data set of arrays, or return the given one; None where a configuration names it. Raises DataError."""
     if data is None or isinstance(data, Dataset | Mapping):
         return data if isinstance(data, Dataset) else None
     if len(data) not in (2, 4):

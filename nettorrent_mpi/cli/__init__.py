@@ -1,1 +1,1 @@
-"""Floor 3: what a person sees. The only place that knows the configuration file."""
+"""Floor 4: the command line, and everything that a person sees of it."""

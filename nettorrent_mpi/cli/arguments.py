@@ -1,4 +1,4 @@
-"""The words of a command line: every command with its options, and the help that `--help` shows."""
+"""Parses the command line: every command with its options and its `--help`."""
 
 from __future__ import annotations
 
@@ -148,5 +148,5 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """What the words of a command line ask for. Raises UserError."""
+    """Parse a command line. Raises UserError."""
     return _parser().parse_args(arguments)

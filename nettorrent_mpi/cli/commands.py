@@ -1,4 +1,4 @@
-"""The commands: what can be written after `nettorrent`, and what carries it out."""
+"""Finds and runs the commands, the words after `nettorrent`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nettorrent_mpi.plan.errors import ConfigError
 
 
 def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
-    """What carries out this command line: to be called with it, and with how the environment was set; gives the exit
-    code. Of commands that all ranks run together, every rank calls."""
+    """Return the function that carries out a command line. It is called with the command line and with how the
+    environment was set, and returns the exit code. If the command runs on all ranks, each of them calls it."""
     command = next((a for a in arguments if not a.startswith("-")), "")
     if not {"-h", "--help"} & set(arguments):
         if command == "train":
@@ -34,7 +34,7 @@ def launched_first() -> bool:
 
 
 def _run_alone(arguments: Sequence[str], chosen: str) -> int:
-    """A command without ranks, or help."""
+    """Run a command that needs no ranks, or show help."""
     if launched_first():
         args = parse(arguments)
         args.command_line = list(arguments)

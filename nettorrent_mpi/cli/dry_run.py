@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: who does what, when, how fast that is predicted to be, and the memory it takes.
+"""Writes the report of `--dry-run`: who does what, when, how fast that should be, and the memory it takes.
 
 Plain text of at most WIDTH columns, the same on a terminal and in a file.
 """
@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # a report needs neither engine nor MPI
 
 
 def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None = None) -> str:
-    """Everything there is to say about a run before it starts; `memory` is that of each stage's largest rank, `hosts`
-    names each rank's node where it is known.
+    """Describe a run before it starts; `memory` is that of each stage's largest rank, `hosts` names each rank's node
+    where it is known.
 
     Raises ScheduleError if the schedule could wait for ever, which would be a fault of this package.
     """
@@ -70,7 +70,7 @@ def layout_table(
     micro_batches: int,
     hosts: Sequence[str] | None = None,
 ) -> str:
-    """One line per rank; where these are too many, one per row of a team, per team, or per stage of all replicas."""
+    """Write one line per rank; if these are too many, one per row of a team, per team, or per stage."""
     share = _Shares(topology, facts, batch_size, micro_batches)
     ranks = range(topology.size)
     place = topology.place
@@ -117,7 +117,7 @@ def layout_table(
 
 
 class _Shares:
-    """What each rank has of the parameters and of the operations of a step."""
+    """Computes each rank's part of the parameters and of the operations of a step."""
 
     def __init__(self, topology: Topology, facts: Sequence[LayerFacts], batch_size: int, micro_batches: int):
         self._topology, self._facts = topology, facts
@@ -129,7 +129,7 @@ class _Shares:
         return round(sum(w.parameters * self._part(w, stage, col) for w in self._facts[stage.first : stage.stop]))
 
     def cost(self, rank: int) -> float:
-        """Between 0 and 1; all ranks together have 1."""
+        """Return a rank's fraction of the operations; all ranks together have 1."""
         place = self._topology.place(rank)
         stage = self._topology.stages[place.stage]
         key = place[:3]
@@ -165,7 +165,7 @@ def schedule_table(pipeline: str, stages: int, micro_batches: int) -> str:
 
 
 def stages_table(setup: Setup) -> str:
-    """What each stage costs: predicted seconds of a step, micro-batches stored at once."""
+    """Write what each stage costs: predicted seconds of a step, micro-batches stored at once."""
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     train = config.train
     micro_batches = setup.options.micro_batches
@@ -213,7 +213,7 @@ def stages_table(setup: Setup) -> str:
 
 
 def memory_table(memory: Sequence[Memory]) -> str:
-    """A line for each stage; what nothing is needed for has no column."""
+    """Write a line for each stage; columns that would be 0 are left out."""
     names = [field.name for field in fields(Memory) if any(getattr(each, field.name) for each in memory)]
     rows = [
         [str(s), *(_megabytes(getattr(each, name)) for name in names), _megabytes(each.total)]
@@ -236,14 +236,14 @@ def _megabytes(size: int) -> str:
 
 
 def layers(stage: Stage, facts: Sequence[LayerFacts]) -> str:
-    """The weight layers of a stage, shortened."""
+    """Name the weight layers of a stage, shortened."""
     first, last = facts[stage.first].name, facts[stage.stop - 1].name
     name = first if stage.layers == 1 else f"{first}..{last}"
     return name if len(name) <= 28 else name[:25] + "..."
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """12-31 for neighbours; of many separate ranges the first and how many more."""
+    """Write neighbours as 12-31; of many separate ranges the first ones and how many more there are."""
     ordered = sorted(set(numbers))
     found: list[list[int]] = []
     for n in ordered:
@@ -268,7 +268,7 @@ def _spread(numbers: Sequence[int]) -> str:
 
 
 def _percents(shares: Sequence[float]) -> str:
-    """Of one rank; of several, each one's and the sum."""
+    """Write one rank's part, or the smallest and the largest of several."""
     low, high = f"{100 * min(shares):.2f}", f"{100 * max(shares):.2f}"
     if len(shares) == 1:
         return f"{low} %"

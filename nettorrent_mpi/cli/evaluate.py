@@ -1,4 +1,4 @@
-"""`nettorrent evaluate` and `nettorrent export`: what can be done with a finished run."""
+"""Runs `nettorrent evaluate` and `nettorrent export` on a finished run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nettorrent_mpi.planning import load_config, plan
 
 
 def evaluate(arguments: Sequence[str], chosen: str) -> int:
-    """Loss and accuracy of RUN's network on its test set (and validation rows), on any number of ranks."""
+    """Print loss and accuracy of RUN's network on its test set (and validation rows), on any number of ranks."""
     with Ranks() as ranks:
         world = ranks.world
         with world.together():
@@ -48,7 +48,7 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
 
 
 def _any_ranks(config: Config) -> Config:
-    """The configuration of one network, with a layout that every number of ranks can have."""
+    """Make a configuration of one network, with a layout that is possible on any number of ranks."""
     layout = config.layout if isinstance(config.layout, str) else "layers"
     return replace(config, exchange=choices.Allreduce(), pipeline=choices.OneFOneB(), layout=layout)
 

@@ -1,4 +1,4 @@
-"""What `--dry-run` says of the exchange between replicas, and of a pipeline that does not flush."""
+"""Writes what `--dry-run` says of the exchange between replicas, and of a pipeline that does not flush."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AGREED = 1e-3  # the distance at which replicas count as agreed, as part of what
 
 
 def exchange_block(setup: Setup) -> str | None:
-    """Who exchanges what with whom, and how fast the replicas agree; None where there is nothing to say."""
+    """Describe who exchanges what with whom, and how fast the replicas agree; None where there is nothing to say."""
     config, replicas = setup.config, setup.topology.replicas
     exchange = config.exchange
     if replicas == 1 and config.exact:
@@ -44,7 +44,7 @@ def exchange_block(setup: Setup) -> str | None:
 
 
 def stream_block(setup: Setup) -> str | None:
-    """How late each stage's gradients are, and how many weights it keeps therefore; None where the pipeline flushes."""
+    """Describe how stale each stage's gradients are and how many weight versions it keeps; None if it flushes."""
     pipeline, topology, facts = setup.config.pipeline, setup.topology, setup.network.facts
     stages, pieces = len(topology.stages), setup.options.micro_batches
     if not isinstance(pipeline, Async):
@@ -149,7 +149,7 @@ def _gossip(setup: Setup, gossip: Gossip) -> list[str]:
 
 
 def _average(pairing: Pairing, gossip: Gossip) -> str:
-    """Does the average of the replicas stay what it is?"""
+    """Say whether the exchange preserves the average of the replicas."""
     if isinstance(gossip.mix, PushSumMix):
         return "keeps the average, as every message carries its share of the mass"
     if gossip.mix != ConstantMix() or gossip.divergence_threshold > 0:
@@ -162,7 +162,7 @@ def _average(pairing: Pairing, gossip: Gossip) -> str:
 
 
 def _fewer(gossip: Gossip) -> str:
-    """What makes a round do less than the pairing's figures say."""
+    """Name what makes a round achieve less than the pairing's figures say."""
     less = [
         *(["this probability"] if gossip.probability < 1 else []),
         *(["compression"] if not isinstance(gossip.compress, Whole) else []),
@@ -171,7 +171,7 @@ def _fewer(gossip: Gossip) -> str:
 
 
 def _sends(setup: Setup, gossip: Gossip, pairing: Pairing) -> str:
-    """What the rank with most sends in a round."""
+    """Describe what the rank with the most parameters sends in a round."""
     dtype, parts = np.dtype(setup.config.dtype), _parts(setup, gossip)
     elements = span(_vector(setup, states="optimizer" in gossip.average), parts, 0).size
     whole, compress = elements * dtype.itemsize, gossip.compress
@@ -206,7 +206,7 @@ def _parts(setup: Setup, gossip: Gossip) -> int:
 
 
 def _parameters(setup: Setup, stage: int) -> int:
-    """The most parameters that one col of a stage holds."""
+    """Return the most parameters that one col of a stage holds."""
     it = setup.topology.stages[stage]
     held = setup.network.facts[it.first : it.stop]
     return round(sum(layer.parameters * span(layer.units, it.cols, 0).size / layer.units for layer in held))

@@ -1,4 +1,4 @@
-"""What rank 0 tells while the network trains: a live display on a terminal, plain lines everywhere else.
+"""Shows on rank 0 how the training goes: by a live display on a terminal, by plain lines everywhere else.
 
 `rich` is loaded only for the live display. It redraws when there is news and never by a thread of its own, which would
 take time from the rank that runs it.
@@ -17,26 +17,26 @@ _LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun", "prun")
 
 
 class Reporter(Protocol):
-    """Where the run loop's news go. Used on rank 0 only."""
+    """A Reporter shows the records of a training. It is used on rank 0 only."""
 
     def report(self, record: Record) -> None:
-        """News between evaluations: step, epoch, train_loss, learning_rate, samples_per_second, time."""
+        """Show a record between evaluations: step, epoch, train_loss, learning_rate, samples_per_second, time."""
 
     def epoch(self, record: Record) -> None:
-        """News after an evaluation: also test_loss, test_accuracy, validation_accuracy (None where there are none)."""
+        """Show a record with an evaluation: also test_loss, test_accuracy, validation_accuracy (None if not there)."""
 
     def message(self, text: str) -> None:
-        """One line for the reader, kept above the live display."""
+        """Show one line, which stays above the live display."""
 
     def close(self) -> None:
-        """The run is over; the terminal is as it was before."""
+        """Restore the terminal after the run."""
 
 
 def open_reporter(
     stream: TextIO, *, layout: str, ranks: int, environment: str, output: str, steps: int, steps_per_epoch: int
 ) -> Reporter:
-    """The reporter for `stream`, which says at once what is about to run: the layout in one line, the environment that
-    was chosen, the run folder. `steps` is how many the run has in all."""
+    """Make the reporter for `stream`. It first shows the layout in one line, the environment that was chosen and the
+    run folder. `steps` is how many the run has in all."""
     width = terminal_width(stream)
     where = f"{layout} on {ranks} rank{'s' if ranks > 1 else ''}"
     reporter: Reporter
@@ -52,7 +52,7 @@ def open_reporter(
 
 
 def terminal_width(stream: TextIO) -> int | None:
-    """How many columns the terminal behind `stream` has; None if a person does not see it as it is written.
+    """Return the width of the terminal behind `stream`; None if it is not a terminal that a person watches.
 
     Open MPI gives each rank a pseudo-terminal of size 0 x 0 even where mpirun writes to a file, so there it is
     mpirun's own output that counts.
@@ -83,7 +83,7 @@ def _launcher_width() -> int | None:
 
 
 class Lines:
-    """One line for each piece of news, written at once, without control characters: for batch logs."""
+    """Writes one line per record, at once and without control characters: for batch logs."""
 
     def __init__(self, stream: TextIO, steps: int, steps_per_epoch: int):
         self._stream, self._steps, self._per_epoch = stream, steps, steps_per_epoch
@@ -115,7 +115,7 @@ class Lines:
 
 
 class Live:
-    """Bars for the run and the epoch with the newest figures; a line stays for every evaluation."""
+    """Shows bars for the run and the epoch with the latest figures; a line stays for every evaluation."""
 
     def __init__(self, stream: TextIO, steps: int, steps_per_epoch: int, width: int, layout: str):
         from rich.console import Console, Group
@@ -171,14 +171,14 @@ class Live:
 
 
 def figures(record: Record) -> str:
-    """The figures that every report has."""
+    """Write the figures that every record has."""
     loss, speed, distance = record["train_loss"], record["samples_per_second"], record.get("consensus_distance")
     apart = "" if distance is None else f"  replicas {100 * distance:.2g} % apart"
     return f"loss {loss:.4f}  lr {record['learning_rate']:.3g}  {speed:,.0f} samples/s{apart}"
 
 
 def scores(record: Record) -> str:
-    """The figures of an evaluation, as far as there are any."""
+    """Write the figures of an evaluation, as far as there are any."""
     parts = []
     if record.get("test_loss") is not None:
         parts.append(f"test loss {record['test_loss']:.4f}")
@@ -189,12 +189,12 @@ def scores(record: Record) -> str:
 
 
 def remaining(record: Record, steps: int) -> float:
-    """Seconds until the last step, at the pace so far (evaluations included)."""
+    """Estimate the seconds until the last step, at the pace so far (evaluations included)."""
     return float(record["time"] / record["step"] * (steps - record["step"]))
 
 
 def clock(seconds: float) -> str:
-    """90 seconds are 1:30; an hour is 1:00:00."""
+    """Write 90 seconds as 1:30, an hour as 1:00:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""The ranks of a command that runs under mpirun, and how it ends on all of them."""
+"""Starts the ranks of a command, and ends it on all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nettorrent_mpi.plan.errors import NetTorrentError
 
 
 class Ranks:
-    """All ranks of the run, for the length of a command, whose exit code is `code`. No rank outlives another's failure.
+    """Ranks starts MPI for a command, whose exit code is `code`. No rank outlives the failure of another one.
 
     An error that all ranks agree on is told by rank 0 in one line, and every rank ends with its code. A user's mistake
     that one rank alone sees is told by that rank in one line, anything else with its traceback; both end all ranks.

@@ -1,4 +1,4 @@
-"""A training run, from the configuration to the summary."""
+"""Runs `nettorrent train`, from the configuration to the summary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TE
 
 
 def train(arguments: Sequence[str], chosen: str) -> int:
-    """`nettorrent train`. Every rank calls; gives the exit code."""
+    """Run `nettorrent train` on all ranks; returns the exit code."""
     with Ranks() as ranks:
         world = ranks.world
         with world.together():
@@ -59,7 +59,7 @@ def train(arguments: Sequence[str], chosen: str) -> int:
 
 
 def _plan(world: World, args: argparse.Namespace) -> PlannedRun:
-    """What was asked for, planned for all ranks."""
+    """Plan the run that was asked for."""
     before = peak_memory()
     config = world.once(lambda: read(args))
     checker = peak_memory() - before  # loaded on rank 0, to read the configuration
@@ -71,7 +71,7 @@ def _plan(world: World, args: argparse.Namespace) -> PlannedRun:
 
 
 def read(args: argparse.Namespace) -> Config:
-    """The configuration that was asked for. Where this is called pydantic is loaded, and nowhere else in a new run."""
+    """Read the configuration that was asked for. Only here, on rank 0, a new run loads pydantic."""
     config = load_config(args.config, *args.changes)
     if args.ranks is not None and not args.dry_run:
         raise ConfigError("--ranks is for --dry-run; a real run has the ranks that mpirun -n started")
@@ -81,14 +81,14 @@ def read(args: argparse.Namespace) -> Config:
 
 
 class Run:
-    """What a person sees of a run, and finds in its folder. All ranks call; rank 0 tells and writes."""
+    """A Run shows a training to a person and writes its folder. All ranks call; rank 0 shows and writes."""
 
     def __init__(self, world: World, planned: PlannedRun, trainer: Trainer, folder: RunFolder):
         self._world, self._planned, self._trainer, self._folder = world, planned, trainer, folder
         self._reporter: Reporter | None = None
 
     def begin(self, chosen: str, *, resumed: bool) -> None:
-        """Make the folder, and say what is about to run. `chosen` says how the environment was set."""
+        """Create the folder, and show what is about to run. `chosen` says how the environment was set."""
         world, setup = self._world, self._planned.setup
         with world.together():
             if world.rank == 0:
@@ -105,7 +105,7 @@ class Run:
             )
 
     def tell(self, record: Record) -> None:
-        """A record of the training: a line of metrics.jsonl, and news for the reader."""
+        """Write a record to metrics.jsonl, and show it."""
         if self._reporter is None:
             return
         line = record.line()
@@ -113,7 +113,7 @@ class Run:
         (self._reporter.epoch if record.evaluated else self._reporter.report)(line)
 
     def end(self) -> int:
-        """Write what the training has come to; gives the exit code."""
+        """Write the results, unless a signal has stopped the training; returns the exit code."""
         stopped = self._trainer.stopped_by == SIGNAL
         if stopped and self._reporter is not None:
             self._reporter.message(f"stopped by a signal after step {self._trainer.step}; go on with --resume")
@@ -124,7 +124,7 @@ class Run:
         return SIGNALLED if stopped else 0
 
     def _write_results(self) -> None:
-        """model.h5, trace.json, summary.json."""
+        """Write model.h5, trace.json and summary.json."""
         world, trainer = self._world, self._trainer
         summary = trainer.summary()
         trainer.save(self._folder.path / "model.h5")

@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json. Rank 0 writes it.
+"""Writes the run folder on rank 0: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json.
 
 The checkpoints in it are written by the trainer.
 """
@@ -18,14 +18,14 @@ OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json"
 
 
 class RunFolder:
-    """One run's folder. Whatever cannot be written is an OutputError that names the file and the remedy."""
+    """A RunFolder writes the files of one run. Errors are OutputErrors that name the file and the remedy."""
 
     def __init__(self, path: str):
         self.path = Path(path)
         self._metrics: TextIO | None = None
 
     def check(self, overwrite: bool) -> None:
-        """OutputError if the folder holds another run's results, or cannot be a folder at all."""
+        """Raise an OutputError if the folder holds another run's results, or is a file."""
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file, not a folder; choose another with --output DIR")
         there = [name for name in (*OURS, "checkpoints") if (self.path / name).exists()]
@@ -61,7 +61,7 @@ class RunFolder:
         self._guard(body, "config.yaml")
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, there to be read at once."""
+        """Append a line to metrics.jsonl, which can be read at once."""
 
         def body() -> None:
             assert self._metrics is not None
@@ -70,11 +70,11 @@ class RunFolder:
         self._guard(body, "metrics.jsonl")
 
     def trace(self, trace: str) -> None:
-        """trace.json."""
+        """Write trace.json."""
         self._guard(lambda: write_whole(self.path / "trace.json", trace), "trace.json")
 
     def summary(self, summary: Mapping[str, Any]) -> None:
-        """summary.json, the last file of a run: when it is there, the run is complete."""
+        """Write summary.json, the last file of a run: if it is there, the run is complete."""
 
         def body() -> None:
             write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -89,7 +89,7 @@ class RunFolder:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from; None if it runs from elsewhere."""
+    """Return the commit of the checkout that this package runs from; None if it runs from elsewhere."""
     import subprocess
 
     try:

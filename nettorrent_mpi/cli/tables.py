@@ -1,4 +1,4 @@
-"""How a dry run is set on a page: tables and wrapped lines of at most WIDTH columns."""
+"""Formats tables and wrapped lines of at most WIDTH columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MOST_LINES = 40  # of a table: more is folded or left out
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
-    """A table: numbers to the right, columns named in `left` to the left."""
+    """Format a table: columns named in `left` are aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     sides = [str.ljust if name in left else str.rjust for name in header]
     return "\n".join(
@@ -19,7 +19,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence
 
 
 def wrapped(label: str, text: str) -> list[str]:
-    """`text` on as many lines as it takes, broken at spaces; the first begins with the label."""
+    """Break `text` at spaces into as many lines as it takes; the first begins with the label."""
     lines = [label]
     for word in text.split(" "):
         if len(lines[-1]) + 1 + len(word) > WIDTH and lines[-1].strip():

@@ -1,1 +1,1 @@
-"""Floor 1: the YAML file."""
+"""Floor 1: the configuration. Only here pydantic and YAML are known."""

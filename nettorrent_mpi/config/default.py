@@ -1,4 +1,4 @@
-"""The configuration that comes with the package."""
+"""Holds the configuration that ships with the package."""
 
 from __future__ import annotations
 

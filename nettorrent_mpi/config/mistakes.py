@@ -1,4 +1,4 @@
-"""Mistakes in a configuration: our own, and what pydantic found, told in one sentence with the path of the value."""
+"""Explains mistakes in a configuration, our own and those that pydantic found, in one sentence with the key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BOUNDS = {
 
 
 class Mistake(ValueError):  # noqa: N818
-    """One mistake at `path` below the value that is being checked, told in our own words."""
+    """A Mistake is raised by our own checks; `path` leads from the checked value to the wrong one."""
 
     def __init__(self, text: str, *path: str | int):
         super().__init__(text)
@@ -45,7 +45,7 @@ class Mistake(ValueError):  # noqa: N818
 
 
 class Mistakes(ValueError):  # noqa: N818
-    """What pydantic found below `path`."""
+    """Mistakes carry what pydantic found below `path`."""
 
     def __init__(self, error: ValidationError, *path: str | int):
         super().__init__(str(path))
@@ -53,14 +53,14 @@ class Mistakes(ValueError):  # noqa: N818
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """How to go on after an unknown word: the nearest known one, or all of them."""
+    """Suggest a correction of an unknown word: the nearest known one, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"possible: {', '.join(known)}"
 
 
 def shown(value: Any) -> str:
-    """`value` as a person would call it."""
+    """Name `value` as a person would."""
     if isinstance(value, str):
         return f"the text {value[:60]!r}"
     if isinstance(value, dict):
@@ -71,7 +71,7 @@ def shown(value: Any) -> str:
 
 
 class Found(NamedTuple):
-    """One mistake. `wanted` is set where a type is wrong, so that the alternatives of a union can be told together."""
+    """A Found is one mistake. `wanted` is set where a type is wrong: the alternatives of a union are told together."""
 
     path: Path
     text: str
@@ -80,14 +80,14 @@ class Found(NamedTuple):
 
 
 class Known(NamedTuple):
-    """The keys of every section by its path, and what tells the options of a spec that stands at a path."""
+    """Known holds the keys of every section by its path, and finds the options of a spec by its path."""
 
     sections: dict[Path, list[str]]
     options: Callable[[Path], list[str] | None]
 
 
 def explain(error: ValidationError, data: Any, known: Known) -> list[Found]:
-    """The mistakes of `error`, each at a path that exists in `data` (or would, for a missing key)."""
+    """List the mistakes of `error`, each at a path that exists in `data` (or would, for a missing key)."""
     found = _collect(error, data, (), known)
     # a mistake deeper inside makes an alternative's complaint about the whole value worthless
     paths = {f.path for f in found}
@@ -169,7 +169,7 @@ def _given(value: Any) -> str:
 
 
 def _existing(data: Any, place: Path) -> tuple[Path, bool]:
-    """(`place` without the steps that are not in `data`: pydantic adds the alternatives of unions; were there any)."""
+    """Drop the steps of `place` that are not in `data` (pydantic adds those of unions); tells if there were any."""
     path: Path = ()
     skipped = False
     here = data
@@ -185,7 +185,7 @@ def _existing(data: Any, place: Path) -> tuple[Path, bool]:
 
 
 def _hint(path: Path, known: Known) -> str:
-    """What was probably meant by the unknown key at the end of `path`."""
+    """Suggest what was meant by the unknown key at the end of `path`."""
     word = str(path[-1])
     section = tuple("*" if isinstance(part, int) else part for part in path[:-1])
     here = known.sections.get(section) or known.options(path[:-1])

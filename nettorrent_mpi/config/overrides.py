@@ -1,4 +1,4 @@
-"""`--set KEY=VALUE`: changes to a configuration that has been read and not yet checked."""
+"""Applies `--set KEY=VALUE` to a configuration that has been read and not yet checked."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _enterable(here: Any, path: Path, part: str | int, where: Place) -> None:
 
 
 def _opened(value: Any, path: Path, inside: str | int, where: Place) -> Any:
-    """`value` at `path` in the form in which `inside` can be set, whatever short form it is written in.
+    """Expand `value` at `path`, whatever short form it is written in, so that `inside` can be set in it.
 
     Where a spec stands, another kind takes the place of the present one: `train.optimizer.sgd.lr=0.1` over
     `optimizer: adam`; the same kind keeps its other options.

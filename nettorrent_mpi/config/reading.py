@@ -1,7 +1,7 @@
-"""The configuration as it is read from YAML. What may be asked for is in config.sections.
+"""Reads a configuration from YAML. What it may contain is defined in config.sections.
 
-Every mistake is a ConfigError that tells file, line, key and remedy in one sentence. Values that cannot be had are not
-accepted, so nothing in a configuration is ever silently without effect.
+Errors name the file, line and key, and suggest a correction. Values that are not possible are rejected, so nothing in a
+configuration is ever silently ignored.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KNOWN = Known({path: [f.name for f in fields(section)] for path, section in _SE
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in the file at `path` (None: DEFAULT), changed by each KEY=VALUE of `overrides`.
+    """Read the configuration in the file at `path` (None: DEFAULT), changed by each KEY=VALUE of `overrides`.
 
     Raises ConfigError for every mistake of the user's, the unreadable file included.
     """
@@ -61,7 +61,7 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def loads(text: str, file: str, overrides: Sequence[str] = (), output: str | None = None) -> Config:
-    """The configuration in `text`, which messages call `file`; `output` is the run folder where it names none."""
+    """Read the configuration in `text`, which messages call `file`; `output` is the run folder if it names none."""
     document = yaml_lines.read(text, file)
     if document.value is None:
         raise ConfigError("is empty; a configuration needs at least data and model", file=file)
@@ -74,7 +74,7 @@ def loads(text: str, file: str, overrides: Sequence[str] = (), output: str | Non
 
 
 def from_plain(data: dict[str, Any]) -> Config:
-    """The configuration that `config.writing.to_plain` wrote."""
+    """Read the configuration that `config.writing.to_plain` wrote."""
     return _check(Document(data))
 
 

@@ -1,4 +1,4 @@
-"""What a configuration holds: its sections, with their defaults and what does not go together in them.
+"""Defines the sections of a configuration, their defaults, and which values exclude each other.
 
 Frozen dataclasses, so that rank 0 can read the file and the others are given what it found without loading pydantic,
 which checks every value where a file is read (config.reading). What it asks for beyond a type stands in the
@@ -21,7 +21,7 @@ SYNTHETIC: dict[str, Any] = {"rows": 10_000, "test_rows": 1_000, "shape": (28, 2
 
 
 class Bounds:
-    """What a value has to be, in pydantic's words: gt, ge, lt, le, or min_length."""
+    """Bounds limit a value, in pydantic's words: gt, ge, lt, le, or min_length."""
 
     def __init__(self, **bounds: float):
         self._bounds = bounds
@@ -31,7 +31,7 @@ class Bounds:
 
 
 class Read:
-    """A value that a function of our own makes of what was written. It raises Mistake or Mistakes."""
+    """Read converts what was written by a function of our own, which raises Mistake or Mistakes."""
 
     def __init__(self, read: Callable[[Any], Any]):
         self._read = read
@@ -77,7 +77,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Section):
-    """Which rows are trained on, and how they are prepared."""
+    """Data says which rows are trained on, and how they are prepared."""
 
     name: str  # one of plan.data_specs.DATASETS
     root: str | None = None  # the folder that holds mnist/ and so on; the file, for hdf5
@@ -122,7 +122,7 @@ class Data(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Section):
-    """The network. Every layer may carry a name; a swarm counts its weight layers."""
+    """Model describes the network. Every layer may have a name; a swarm counts its weight layers."""
 
     layers: Annotated[tuple[Annotated[LayerSpec, _one_of(specs.LAYERS, "layer")], ...], Bounds(min_length=1)]
     loss: Annotated[Spec, _one_of(specs.LOSSES, "loss")] = field(default_factory=specs.CrossEntropy)
@@ -140,7 +140,7 @@ class StopAt(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Section):
-    """How the network is trained. `epochs` is None where `steps` is given, and the other way round."""
+    """Train says how the network is trained. `epochs` is None where `steps` is given, and the other way round."""
 
     epochs: Count | None = None
     steps: Annotated[int, Bounds(ge=0)] | None = None  # 0: only the initial weights are saved
@@ -171,7 +171,7 @@ class Train(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Swarm(Section):
-    """The ranks of one stage in one replica: `layers` weight layers on a grid of rows x cols."""
+    """A Swarm divides `layers` weight layers of each replica over a grid of rows x cols ranks."""
 
     layers: Count = 1
     rows: Count = 1
@@ -180,7 +180,7 @@ class Swarm(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout(Section):
-    """Without swarms each replica has one swarm per layer, sized by cost, as in `layout: layers`."""
+    """Layout divides the ranks. Without swarms each replica has one per layer, sized by cost (`layout: layers`)."""
 
     replicas: Count = 1
     swarms: Annotated[tuple[Swarm, ...], Bounds(min_length=1)] | None = None
@@ -188,7 +188,7 @@ class Layout(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Section):
-    """A whole configuration."""
+    """Config holds a whole configuration."""
 
     seed: Annotated[int, Bounds(ge=0)] = 1
     dtype: Literal["float32", "float64"] = "float32"
@@ -205,7 +205,7 @@ class Config(Section):
 
     @property
     def exact(self) -> bool:
-        """Do all replicas have the same weights after every step?"""
+        """Whether all replicas have the same weights after every step."""
         return isinstance(self.exchange, choices.Allreduce)
 
     def __post_init__(self) -> None:

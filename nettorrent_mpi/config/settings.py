@@ -1,4 +1,4 @@
-"""Settings: what Python gives where a configuration file has its sections."""
+"""Makes a configuration from the keyword arguments of the Python interface."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Choice: TypeAlias = Spec | str | Mapping[str, Any]  # nt.Adam(0.002), "adam" or 
 
 
 class Settings(TypedDict, total=False):
-    """How a network is trained: the keys of a configuration file without their sections, with its defaults."""
+    """Settings say how a network is trained: the keys of a configuration file without sections, with its defaults."""
 
     loss: Choice  # "cross_entropy"
     optimizer: Choice  # "adam"
@@ -53,7 +53,7 @@ _EITHER = {"epochs": "steps", "steps": "epochs"}
 def configure(
     network: Config | Sequence[LayerSpec], data: Mapping[str, Any] | None, settings: Mapping[str, Any], *, given: bool
 ) -> Config:
-    """The configuration of a network with these settings, which take the place of a given configuration's own.
+    """Make the configuration of a network with these settings, which override those of a given configuration.
 
     `data`: the data section; None: the configuration's. `given`: the rows do not come from it, but from the caller.
     Raises ConfigError.

@@ -1,4 +1,4 @@
-"""Writing a configuration: as plain data, as YAML, as a digest. Only the YAML needs more than the standard library."""
+"""Writes a configuration as plain data, YAML or a digest. Only YAML needs more than the standard library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nettorrent_mpi.plan.specs import LayerSpec, Spec
 
 
 def plain(value: Any) -> Any:
-    """`value` with lists for tuples and {kind: options} for specs: what YAML and JSON can hold."""
+    """Convert `value` to what YAML and JSON can hold: tuples to lists, specs to {kind: options}."""
     if isinstance(value, LayerSpec):
         return plain(specs.to_plain(value))
     if isinstance(value, Spec):
@@ -32,7 +32,7 @@ def plain(value: Any) -> Any:
 
 
 def to_plain(config: Config) -> dict[str, Any]:
-    """`config` as plain data, complete and resolved: `from_plain` gives an equal Config."""
+    """Convert `config` to plain data, complete and resolved: `from_plain` returns an equal Config."""
     data: dict[str, Any] = plain(config)
     spec = DATASETS.get(config.data.name)  # None: arrays that a Python script gives
     for option in SYNTHETIC:
@@ -45,20 +45,20 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def model_json(config: Config) -> str:
-    """The network and its loss as JSON, as model.h5 carries them."""
+    """Write the network and its loss as JSON, for model.h5."""
     loss = config.model.loss
     model = {"layers": [specs.to_plain(layer) for layer in config.model.layers], "loss": {loss.kind: loss.options()}}
     return json.dumps(model)
 
 
 def to_yaml(config: Config) -> str:
-    """`config` as the text of a file, complete and resolved: `load` gives an equal Config."""
+    """Write `config` as the text of a file, complete and resolved: `load` returns an equal Config."""
     from nettorrent_mpi.config import yaml_lines
 
     return yaml_lines.write(to_plain(config))
 
 
 def digest(config: Config) -> str:
-    """SHA-256, in hexadecimal, of everything but the output folder: the same wherever the same is trained."""
+    """Return the SHA-256, in hexadecimal, of everything but the output folder: equal digests mean equal trainings."""
     data = {key: value for key, value in to_plain(config).items() if key != "output"}
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Layers, losses, optimizers, exchanges, ... as they are written ("a name, or a name with its options") become specs.
+"""Converts layers, losses, optimizers and exchanges as they are written (a name, or a name with options) to specs.
 
     flatten            {dropout: 0.25}            {conv2d: {filters: 32, kernel: 3}}
 
@@ -26,12 +26,12 @@ T = TypeVar("T")
 
 
 def strictly(adapter: TypeAdapter[Any], value: Any) -> Any:
-    """`value` checked as JSON: a list may be a tuple and a whole number a float; nothing else is converted."""
+    """Check `value` as JSON: a list may be a tuple and a whole number a float; nothing else is converted."""
     return adapter.validate_json(json.dumps(value), strict=True)
 
 
 def section(kind: type[T], value: Any) -> T:
-    """The section that `value` asks for. Raises Mistakes."""
+    """Read a section. Raises Mistakes."""
     try:
         return cast("T", strictly(TypeAdapter(kind), value))
     except ValidationError as error:
@@ -93,7 +93,7 @@ def _check_ranges(spec: Spec) -> None:
 
 
 def _check_gossip(gossip: choices.Gossip) -> None:
-    """What does not go together in it."""
+    """Raise a Mistake where options exclude each other."""
     if "parameters" not in gossip.average:
         raise Mistake("must hold parameters: write [parameters] or [parameters, optimizer]", "average")
     if len(set(gossip.average)) < len(gossip.average):
@@ -126,7 +126,7 @@ def _check_gossip(gossip: choices.Gossip) -> None:
 
 # ---- reading one spec ----------------------------------------------------------------------------
 def split(value: Any, kinds: Mapping[str, type[Spec]], what: str) -> tuple[str, dict[str, Any]]:
-    """(kind, options by name) of one spec as it was written. Raises Mistake."""
+    """Split a spec as it was written into its kind and its options by name. Raises Mistake."""
     if isinstance(value, str):
         kind, options = value, None
     elif isinstance(value, dict) and len(value) == 1:
@@ -151,7 +151,7 @@ def split(value: Any, kinds: Mapping[str, type[Spec]], what: str) -> tuple[str, 
 
 
 def parse(value: Any, kinds: Mapping[str, type[S]], what: str) -> S:
-    """The spec that `value` asks for. Raises Mistake or Mistakes, whose paths begin below `value`."""
+    """Make the spec that `value` asks for. Raises Mistake or Mistakes, whose paths begin below `value`."""
     if isinstance(value, Spec):
         if type(value) not in kinds.values():
             raise Mistake(f"wants one of {', '.join(kinds)}, not {value.kind}")
@@ -185,7 +185,7 @@ Compression = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.
 
 @dataclass(frozen=True)
 class _Residual(specs.Residual):
-    """specs.Residual as it is written: its layers are again names with options."""
+    """Describes specs.Residual as it is written: its layers are again names with options."""
 
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     shortcut: tuple[Layer, ...] = ()
@@ -193,7 +193,7 @@ class _Residual(specs.Residual):
 
 @dataclass(frozen=True)
 class _Gossip(choices.Gossip):
-    """choices.Gossip as it is written: mix and compress are again names with options."""
+    """Describes choices.Gossip as it is written: mix and compress are again names with options."""
 
     mix: Mix = field(default_factory=choices.ConstantMix)
     compress: Compression = field(default_factory=choices.Whole)
@@ -204,7 +204,7 @@ _WRITTEN: dict[type[Spec], type[Spec]] = {specs.Residual: _Residual, choices.Gos
 
 # ---- where specs stand: for --set, and for the hints after an unknown key ------------------------
 def kinds_at(path: tuple[str | int, ...]) -> tuple[Mapping[str, type[Spec]], str] | None:
-    """(the kinds that may be asked for, what they are) where a spec stands at `path` of a configuration, else None."""
+    """Return the possible kinds, and what they are, if a spec stands at `path` of a configuration; else None."""
     fixed: dict[tuple[str | int, ...], tuple[Mapping[str, type[Spec]], str]] = {
         ("model", "loss"): (specs.LOSSES, "loss"),
         ("train", "optimizer"): (specs.OPTIMIZERS, "optimizer"),
@@ -222,7 +222,7 @@ def kinds_at(path: tuple[str | int, ...]) -> tuple[Mapping[str, type[Spec]], str
 
 
 def options_at(path: tuple[str | int, ...]) -> list[str] | None:
-    """The names of the options at `path`, where the options of a spec stand: `("train", "optimizer", "adam")`."""
+    """Return the names of the options at `path`, where those of a spec stand: `("train", "optimizer", "adam")`."""
     found = kinds_at(path[:-1])
     kind = found[0].get(str(path[-1])) if found and path else None
     return None if kind is None else [f.name for f in fields(kind)]

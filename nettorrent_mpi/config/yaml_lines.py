@@ -1,4 +1,4 @@
-"""YAML that remembers on which line each value stands, and `--set` changes that remember their own text.
+"""Reads YAML and remembers the line of each value, or the text of the `--set` that it comes from.
 
 Scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/, section 10.3), which has fewer surprises than
 the 1.1 rules of PyYAML: `1e-3` is a number, `no` and `on` are texts, `010` is not octal, `2024-01-01` is not a date.
@@ -48,7 +48,7 @@ _Dumper.yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, No
 
 
 class Place(NamedTuple):
-    """Where a value was written: a file and its line, or the text of a `--set`."""
+    """A Place says where a value was written: a file and its line, or the text of a `--set`."""
 
     file: str | None
     line: int | None = None
@@ -56,13 +56,13 @@ class Place(NamedTuple):
 
 @dataclass
 class Document:
-    """Plain data, and the place of every value by its path."""
+    """A Document holds plain data, and the place of every value by its path."""
 
     value: Any
     places: dict[Path, Place] = field(default_factory=dict)
 
     def place(self, path: Path) -> Place:
-        """The place of the value at `path`, or of the nearest value around it."""
+        """Return the place of the value at `path`, or of the nearest value around it."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
@@ -73,18 +73,18 @@ class Document:
         return ConfigError(message, file=place.file, key=dotted(path) or None, line=place.line)
 
     def record(self, path: Path, place: Place) -> None:
-        """Everything at and below `path` was written at `place`."""
+        """Record that everything at and below `path` was written at `place`."""
         self.places = {p: q for p, q in self.places.items() if p[: len(path)] != path}
         self.places[path] = place
 
 
 def dotted(path: Path) -> str:
-    """`model.layers[3].conv2d` for ("model", "layers", 3, "conv2d")."""
+    """Write ("model", "layers", 3, "conv2d") as `model.layers[3].conv2d`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def read(text: str, file: str) -> Document:
-    """The one document in `text`. Raises ConfigError with `file` and the line for whatever is not plain YAML."""
+    """Read the one document in `text`. Raises ConfigError with `file` and the line for what is not plain YAML."""
     document = Document(None, {(): Place(file, None)})
     try:
         root = yaml.compose(text, Loader=_Loader)
@@ -181,5 +181,5 @@ def _whole(text: str) -> int | float:
 
 
 def write(data: Any) -> str:
-    """`data` as YAML that `read` gives back unchanged: keys in their order, short lists and mappings on one line."""
+    """Write `data` as YAML that `read` returns unchanged: keys in their order, short lists and mappings on one line."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)

@@ -1,4 +1,4 @@
-"""Evaluations: the loss and accuracy of one network, or of replicas that differ."""
+"""Evaluates one network, or replicas that differ: loss and accuracy on test and validation rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nettorrent_mpi.plan.scores import Scores, best_of
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found on the test set and on the validation rows; None where there are none.
+    """An Evaluation holds the scores of the test set and of the validation rows; None where there are none.
 
     Of replicas that train apart it is of the best one, `best_replica`, or (gossip) of their average.
     """
@@ -60,7 +60,7 @@ class Evaluator:
             yield best
 
     def evaluate(self) -> Evaluation:
-        """The scores of that network."""
+        """Compute the scores of that network."""
         engine = self._engine
         with self.network() as best:
             validation, test = engine.evaluate_validation(), engine.evaluate_test()
@@ -85,7 +85,7 @@ class Evaluator:
         return {"test_accuracy": final["test_accuracy"], "test_loss": final["test_loss"], **found}
 
     def _best(self) -> tuple[int, str]:
-        """(the best replica, what it was chosen by)."""
+        """Choose the best replica; returns its number and what it was chosen by."""
         found = self._engine.compare_replicas()
         if found is not None:
             return best_of(found, self._metric), self._metric

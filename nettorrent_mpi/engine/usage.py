@@ -1,4 +1,4 @@
-"""What a run takes: time and memory."""
+"""Measures what a run takes: training time and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WARM_UP = 5  # steps that samples_per_second leaves out
 
 
 class Clock:
-    """Training time: without start-up, evaluation and (for the rate) the first steps."""
+    """A Clock measures training time: without start-up, evaluation and (for the rate) the first steps."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -20,7 +20,7 @@ class Clock:
         self._rows = self._warm_rows = 0
 
     def go_on(self) -> None:
-        """Start, or start again; nothing while it runs."""
+        """Start, or continue after `stop`; does nothing while it runs."""
         if self._since is None:
             self._since = time.perf_counter()
 
@@ -30,11 +30,11 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Of training until now."""
+        """Seconds of training until now."""
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def step(self, rows: int) -> None:
-        """A step of this many rows is done."""
+        """Count a step of this many rows."""
         assert self._since is not None
         self._steps += 1
         self._rows += rows
@@ -44,7 +44,7 @@ class Clock:
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean of all steps."""
+        """Mean seconds of all steps."""
         return self.seconds / max(self._steps, 1)
 
     @property
@@ -57,7 +57,7 @@ class Clock:
 
 
 def peak_memory() -> int:
-    """Bytes of physical memory that this process has held at most.
+    """Return the most bytes of physical memory that this process has held.
 
     Pages that it shares with others count, from when it first touches them: those of libraries, and of the training
     rows and weights that the ranks of a node have in common. So the sum over ranks is more than a node has to have.
