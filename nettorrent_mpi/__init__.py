@@ -16,7 +16,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nettorrent_mpi.api import Trainer
-    from nettorrent_mpi.comm.world import AgreedError
     from nettorrent_mpi.data.dataset import DataOptions, register_dataset
     from nettorrent_mpi.data.from_arrays import from_arrays
     from nettorrent_mpi.data.rows import Dataset
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from nettorrent_mpi.nn.layers.registry import Site, register_layer
     from nettorrent_mpi.nn.model import Network
     from nettorrent_mpi.plan.errors import (
+        AgreedError,
         ConfigError,
         DataError,
         LayoutError,
@@ -71,7 +71,6 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "api": "Trainer",
-    "comm.world": "AgreedError",
     "planning": "PlannedRun load_config",
     "env": "prepare",
     "engine.trainer": "Record",
@@ -88,7 +87,8 @@ _WHERE = {
     "Adagrad Adam AdamW Rmsprop Sgd Constant Cosine Exponential Step",
     # pipelines; how replicas agree
     "plan.exchange_specs": "Async Gpipe OneFOneB Allreduce Elite Gossip Nothing",
-    "plan.errors": "ConfigError DataError LayoutError NetTorrentError NonFiniteError OutputError ShapeError UserError",
+    "plan.errors": "AgreedError ConfigError DataError LayoutError NetTorrentError NonFiniteError OutputError "
+    "ShapeError UserError",
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = sorted([*_MODULES, "plan"])  # noqa: PLE0605

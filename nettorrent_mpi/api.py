@@ -29,11 +29,11 @@ from nettorrent_mpi import env
 if "mpi4py.MPI" not in sys.modules:
     env.prepare()  # MPI reads its environment when it loads, and so do BLAS threads where NumPy is not loaded yet
 
-from nettorrent_mpi.comm.world import AgreedError, World
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.engine.checkpoint import collect, restore, restore_parameters, restore_replica
+from nettorrent_mpi.engine.checkpoint import collect, restore, restore_parameters
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
 from nettorrent_mpi.engine.failure import agreed, end_all
@@ -42,7 +42,7 @@ from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
 from nettorrent_mpi.engine.resuming import find_checkpoint, must_match, write_checkpoint
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.trainer import Record, TrainingLoop
-from nettorrent_mpi.plan.errors import NetTorrentError, UserError
+from nettorrent_mpi.plan.errors import AgreedError, NetTorrentError, UserError
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
 
@@ -74,7 +74,7 @@ class Trainer:
         Raises UserErrors, on all ranks alike.
         """
         self._world = world = comm if isinstance(comm, World) else World(comm)
-        self._closers: list[Callable[[], None]] = [] if world is comm else [world.comm.Free]
+        self._closers: list[Callable[[], None]] = [] if world is comm else [world.free]
         self._running: weakref.ref[Any] | None = None
         atexit.register(self._end_of_script)
         try:
@@ -84,7 +84,7 @@ class Trainer:
                 raise AgreedError(f"the plan is for {self.setup.topology.size} ranks, not for {world.size}", 2)
             self._engine = Engine(world, self.setup.plan)
             self._closers.insert(0, self._engine.close)
-            with world.together():
+            with world.agreement():
                 self._engine.open_data(self.setup.dataset, self.setup.sampler)
             self._loop = TrainingLoop(self._engine, self.setup.config.train, signals=stop_on_signals)
             self._closers.insert(0, self._loop.close)
@@ -98,10 +98,10 @@ class Trainer:
 
     def _plan(self, network: Architecture, data: Data | None, settings: Mapping[str, Any]) -> PlannedRun:
         world = self._world
-        with world.together():
+        with world.agreement():
             dataset = opened(data)
         config = world.once(lambda: configured(network, data, dataset, settings))
-        with world.together():
+        with world.agreement():
             return PlannedRun(set_up(config, world.size, dataset), has_length(network, settings))
 
     # -- where it stands ----------------------------------------------------------------------------------------------
@@ -155,21 +155,27 @@ class Trainer:
         self._at_rest("evaluate")
         return self._loop.evaluator.evaluate()
 
+    def predict(self, x: Array) -> Array:
+        """The network's outputs (rows, outputs) for rows x (rows, *input shape), on all ranks; for cross_entropy the
+        largest output is the class. All ranks give the same x, of the training rows' type and scale. Raises DataError.
+        """
+        self._at_rest("predict")
+        with self._loop.evaluator.network():
+            return self._engine.predict(x)
+
     def parameters(self) -> dict[str, Array]:
         """The whole arrays on all ranks, "<layer>/<name>": linear (inputs, units), conv2d (height, width, channels,
         filters)."""
         self._at_rest("parameters")
         with self._loop.evaluator.network():
-            arrays = self._engine.parameters()
-        found: dict[str, Array] = self._world.comm.bcast(arrays)
-        return found
+            return self._engine.parameters(everywhere=True)
 
     def save(self, path: str | Path) -> None:
         """Write the network to an HDF5 file like model.h5: `/parameters/<layer>/<name>`, whole. Raises OutputError."""
         self._at_rest("save")
         with self._loop.evaluator.network():
             arrays = self._engine.parameters()
-        with self._world.together():
+        with self._world.agreement():
             if self.rank == 0:
                 with written(Path(path)):
                     write_arrays(Path(path), {PARAMETERS: arrays}, {"model": model_json(self.setup.config)})
@@ -177,9 +183,7 @@ class Trainer:
     def load(self, path: str | Path) -> None:
         """Take the network from a file that `save` or a run has written, of any layout. Raises DataError."""
         self._at_rest("load")
-        with self._world.together():
-            restore_parameters(self._engine, Path(path))
-        self._engine.state.meet()
+        restore_parameters(self._engine, Path(path))
 
     def resume(self, path: str | Path) -> None:
         """Go on from a checkpoint, or from the newest one in a folder, made with any layout on any number of ranks.
@@ -187,22 +191,20 @@ class Trainer:
         Raises ConfigError where it was made with other data, another network, optimizer, batch size, seed or dtype.
         """
         self._at_rest("resume")
-        with self._world.together():
+        with self._world.agreement():
             found = find_checkpoint(Path(path))
-            attributes = restore(self._engine, found)
+
+        def accept(attributes: Mapping[str, Any]) -> None:
             must_match(json.loads(str(attributes["config"])), self.setup.config, found)
-        self._engine.state.meet()
-        self._engine.exchange.averaged()
-        with self._world.together():
-            restore_replica(self._engine, found)
-        self._engine.state.meet()
+
+        attributes = restore(self._engine, found, accept)
         self._loop.resume(int(attributes["step"]), int(attributes["samples"]), float(attributes["time"]))
 
     def _save_checkpoint(self) -> None:
         """Write checkpoints/step-N.h5; all but the last ones are removed."""
         loop, config = self._loop, self.setup.config
         groups = collect(self._engine)
-        with self._world.together():
+        with self._world.agreement():
             if self.rank == 0:
                 attributes = {"step": loop.step, "samples": loop.samples, "time": loop.time}
                 about = {"model": model_json(config), "config": json.dumps(to_plain(config))}

@@ -57,6 +57,7 @@ ORDER: dict[str, list[str]] = {
         "gossip_rules",
         "compression",
         "blocks",
+        "moves",
         "topology",
         "actions",
         "stream",

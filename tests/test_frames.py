@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-MOST = 8
+MOST = 7
 
 PROGRAM = """
 import sys

@@ -24,11 +24,11 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
     """Print loss and accuracy of RUN's network on its test set (and validation rows), on any number of ranks."""
     with Ranks() as ranks:
         world = ranks.world
-        with world.together():
+        with world.agreement():
             args = parse(arguments)
         folder = Path(args.run)
         config = world.once(lambda: _any_ranks(load_config(folder / "config.yaml", *args.changes)))
-        with world.together():
+        with world.agreement():
             planned = plan(config, ranks=world.size)
             if planned.setup.dataset.test is None and not len(planned.setup.sampler.validation_rows):
                 raise DataError(

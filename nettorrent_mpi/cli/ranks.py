@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import TracebackType
 
 from nettorrent_mpi.comm import world as worlds
-from nettorrent_mpi.comm.shared import free_all
 from nettorrent_mpi.engine.failure import agreed, end_all
 from nettorrent_mpi.plan.errors import NetTorrentError
 
@@ -38,7 +37,10 @@ class Ranks:
         elif error is not None:
             self.code = end_all(self.world, error, shown=False)
             return True
-        for close in reversed(self.open):
-            close()
-        free_all()
+        try:
+            for close in reversed(self.open):
+                close()
+            self.world.free()
+        except BaseException as failure:
+            self.code = end_all(self.world, failure, shown=False)
         return True

@@ -30,7 +30,7 @@ def train(arguments: Sequence[str], chosen: str) -> int:
     """Run `nettorrent train` on all ranks; returns the exit code."""
     with Ranks() as ranks:
         world = ranks.world
-        with world.together():
+        with world.agreement():
             args = parse(arguments)
         world.same("command line", " ".join(arguments))
         world.same("version of nettorrent_mpi", __version__)
@@ -41,7 +41,7 @@ def train(arguments: Sequence[str], chosen: str) -> int:
                 sys.stdout.write(planned.describe(hosts if args.ranks is None else None))
             return 0
         folder, checkpoint = RunFolder(planned.config.output or "runs/run"), None
-        with world.together():
+        with world.agreement():
             if args.resume is not None:
                 checkpoint = find_checkpoint(Path(args.resume) if args.resume else folder.path)
             elif world.rank == 0:
@@ -63,7 +63,7 @@ def _plan(world: World, args: argparse.Namespace) -> PlannedRun:
     before = peak_memory()
     config = world.once(lambda: read(args))
     checker = peak_memory() - before  # loaded on rank 0, to read the configuration
-    with world.together():
+    with world.agreement():
         planned = plan(config, ranks=args.ranks or world.size)
     own = peak_memory()
     planned.process_memory = (own, own - checker)
@@ -90,7 +90,7 @@ class Run:
     def begin(self, chosen: str, *, resumed: bool) -> None:
         """Create the folder, and show what is about to run. `chosen` says how the environment was set."""
         world, setup = self._world, self._planned.setup
-        with world.together():
+        with world.agreement():
             if world.rank == 0:
                 self._folder.create(to_yaml(setup.config), self._trainer.step if resumed else None)
         if world.rank == 0:
@@ -129,11 +129,11 @@ class Run:
         summary = trainer.summary()
         trainer.save(self._folder.path / "model.h5")
         trace = trainer.trace()
-        with world.together():
+        with world.agreement():
             if trace is not None:
                 self._folder.trace(trace)
         peak = max(world.comm.allgather(peak_memory()))
-        with world.together():
+        with world.agreement():
             if world.rank == 0:
                 predicted = max(each.total for each in self._planned.memory)
                 more = {

@@ -1,45 +1,88 @@
-"""A group of ranks and its collective operations on arrays. Nothing here pickles."""
+"""A group of ranks and its collective operations on arrays. What is done in a step pickles nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from mpi4py import MPI
 
-Array = npt.NDArray[Any]
+from nettorrent_mpi.device.arrays import Array
+
+T = TypeVar("T")
 
 
 class Group:
-    """An ordered group of ranks: a communicator. `index` is this rank's place in it.
+    """An ordered group of ranks: a communicator. `index` is this rank's place in it, `nodes` says of each member on
+    which node it runs: the number of the first member there.
 
-    Every operation on a group of one is free of MPI calls (or a copy), so that callers need no special case.
+    Every operation on a group of one is free of MPI calls (or a copy), so that callers need no special case. Who makes
+    a group, or has one made, frees it.
     """
 
-    def __init__(self, comm: MPI.Intracomm):
+    def __init__(self, comm: MPI.Intracomm, nodes: Sequence[int] | None = None):
+        """Without `nodes` all members find them out together."""
+        comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.comm = comm
         self.size: int = comm.Get_size()
         self.index: int = comm.Get_rank()
+        self.nodes = tuple(nodes if nodes is not None else _nodes(comm))
+
+    def free(self) -> None:
+        """Give the communicator back to MPI. All members call."""
+        self.comm.Free()
+
+    def duplicate(self) -> Group:
+        """The same members with messages of their own: what is under way here and there is never confused."""
+        return Group(self.comm.Dup(), self.nodes)
+
+    def subgroup(self, members: Sequence[int]) -> Group:
+        """The group of these members, in this order. They, and nobody else, call, in the same order of groups."""
+        chosen = self.comm.group.Incl(list(members))
+        comm = self.comm.Create_group(chosen, tag=_tag(members))
+        chosen.Free()
+        return Group(comm, [self.nodes[member] for member in members])
+
+    @property
+    def on_one_node(self) -> bool:
+        """Whether all members share one node's memory."""
+        return len(set(self.nodes)) == 1
+
+    @property
+    def node_members(self) -> list[int]:
+        """The members on this rank's node."""
+        return [member for member, node in enumerate(self.nodes) if node == self.nodes[self.index]]
+
+    @property
+    def by_nodes(self) -> list[int]:
+        """All members, those of a node side by side."""
+        return sorted(range(self.size), key=lambda member: (self.nodes.index(self.nodes[member]), member))
+
+    # -- collective operations --------------------------------------------------------------------------------------
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all members."""
         self.comm.Barrier()
 
     def sum(self, values: Array) -> None:
-        """Add up a contiguous array in place; every member gets bitwise the same sums."""
+        """All-reduce a contiguous array in place; every member gets bitwise the same sums."""
         if self.size > 1:
             self.comm.Allreduce(MPI.IN_PLACE, values)
 
     def mean(self, values: Array) -> None:
-        """The mean of everyone's values, in place; bitwise the same for every member."""
+        """values <- the mean of everyone's, bitwise the same for every member."""
         if self.size > 1:
             self.sum(values)
             np.multiply(values, 1 / self.size, out=values)
 
+    def maximum(self, values: Array) -> None:
+        """values <- the largest of everyone's, element by element."""
+        if self.size > 1:
+            self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.MAX)
+
     def reduce_scatter(self, values: Array, part: Array, counts: Sequence[int]) -> None:
-        """part <- this member's part of the sum of everyone's `values` (flat, divided as counts tell)."""
+        """part <- this member's part of the sum of everyone's `values` (flat; member i's part has counts[i])."""
         if self.size > 1:
             self.comm.Reduce_scatter(values, part, counts)
         else:
@@ -60,35 +103,40 @@ class Group:
             for chunk in chunks(values):
                 self.comm.Bcast(chunk, root=source)
 
-    def maximum(self, values: Array) -> None:
-        """The largest of everyone's values, in place."""
-        if self.size > 1:
-            self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.MAX)
+    def gather_objects(self, value: T) -> list[T]:
+        """Everyone's value, for everyone. Pickled: for what happens once."""
+        return self.comm.allgather(value)
+
+    # -- point to point ---------------------------------------------------------------------------------------------
 
     def pass_on(self, values: Array, into: Array) -> None:
         """Send `values` to the next member and receive the one before's: all members at once."""
         to, source = (self.index + 1) % self.size, (self.index - 1) % self.size
         self.comm.Sendrecv(values, to, recvbuf=into, source=source)
 
+    def trade(self, sends: Sequence[tuple[Array, int]], receives: Sequence[tuple[Array, int]], tag: int) -> None:
+        """Send contiguous arrays (array, to) and receive others (array, source), all at once; waits for all. Between
+        two members arrays arrive in the order in which they are sent."""
+        requests = [self.comm.Irecv(c, source, tag) for array, source in receives for c in chunks(array)]
+        requests += [self.comm.Isend(chunk, to, tag) for array, to in sends for chunk in chunks(array)]
+        MPI.Request.Waitall(requests)
+
     def progress(self) -> None:
-        """One call into MPI, so that messages move, of this group or another. Does not wait."""
+        """Make one call into MPI, so that messages move, of this group or another. Does not wait."""
         self.comm.Iprobe()
 
-    def duplicate(self) -> Group:
-        """The same members, with messages of their own: what is under way here and there is never confused."""
-        comm = self.comm.Dup()
-        comm.Set_errhandler(MPI.ERRORS_RETURN)
-        return Group(comm)
 
-    def send(self, values: Array, to: int, tag: int) -> None:
-        """A blocking send of a contiguous array, for what happens once (saving, loading)."""
-        for chunk in chunks(values):
-            self.comm.Send(chunk, dest=to, tag=tag)
+def _nodes(comm: MPI.Intracomm) -> list[int]:
+    """Of each rank the first one that runs on the same node. All ranks call."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    first = node.bcast(comm.Get_rank())
+    node.Free()
+    return comm.allgather(first)
 
-    def receive(self, values: Array, source: int, tag: int) -> None:
-        """The other end of `send`."""
-        for chunk in chunks(values):
-            self.comm.Recv(chunk, source=source, tag=tag)
+
+def _tag(members: Sequence[int]) -> int:
+    """A tag for making this group, so that groups that have ranks in common are not mistaken for one another."""
+    return sum((i + 1) * (member + 7) for i, member in enumerate(members)) % 30000
 
 
 LARGEST_MESSAGE = 1 << 30  # bytes; MPI counts are C ints, and some transports fail at 2 GiB

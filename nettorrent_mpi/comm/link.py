@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from nettorrent_mpi.comm.group import Array, Group, chunks
+from nettorrent_mpi.comm.group import Group, chunks
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.blocks import Span
 
 

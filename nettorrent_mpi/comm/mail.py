@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from nettorrent_mpi.comm.group import Array, Group
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.gossip_rules import SPARE
 
 HEADER = 8  # numbers (float64) at the head of every message

@@ -1,13 +1,13 @@
-"""Sums and copies that go around a ring of ranks, in messages that travel while the ranks compute.
+"""Reduce-scatter and all-gather around a ring of ranks, in messages that travel while the ranks compute.
 
-Every member of a group owns a shard of a flat array. On the first way around, what is to become shard o starts at the
-member behind o, and every member adds its own numbers to it and passes it on, until o has the sum. On the second way
-o's result goes around and everybody keeps a copy. On each way a member sends and receives every shard but one: no way
-to do this has fewer bytes (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms), and nobody hears from two
-members at once, which is what slow links bear worst. Members of a node stand side by side, so that a node's link
+Every member of a group owns a shard of a flat array. In the first lap, what is to become shard o starts at the member
+behind o, and every member adds its own numbers to it and passes it on, until o has the sum. In the second lap o's
+result goes around and everybody keeps a copy. In each lap a member sends and receives every shard but one: nothing that
+does the same has fewer bytes (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms), and nobody hears from
+two members at once, which is what slow links bear worst. Members of a node stand side by side, so that a node's link
 carries each byte once, however many ranks it has.
 
-All is point to point, with a tag for each array and way: the members need not call in the same order, as they have to
+All is point to point, with a tag for each array and lap: the members need not call in the same order, as they have to
 with MPI's collective operations, and the order in which they add up is known: that of the ring.
 """
 
@@ -18,17 +18,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mpi4py import MPI
 
-from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Array, Group
+from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Group
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.blocks import span
 
 
 def can_carry(counts: Sequence[int], itemsize: int, least: int) -> bool:
-    """Is the mean of the shards worth a message, at `least` so many bytes, and none too large for one?"""
+    """Whether the mean shard is worth a message, at `least` so many bytes, and none is too large for one."""
     return sum(counts) * itemsize >= least * len(counts) and max(counts) * itemsize <= LARGEST_MESSAGE
 
 
-class Way:
-    """One way around. What has arrived is taken in, and then is what is sent next."""
+class Lap:
+    """One time around the ring. What has arrived is taken in, and then is what is sent next."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class Way:
 
 
 class Ring:
-    """The two ways of one array: `sums` and `shares`."""
+    """The two laps of one array: `reduce` and `gather`."""
 
     def __init__(
         self,
@@ -128,13 +129,13 @@ class Ring:
         def add(step: int) -> None:
             np.add(came[step], own[step], out=into[step])
 
-        self.sums = Way(
+        self.reduce = Lap(
             [comm.Send_init(shard(grads, step + 1), behind, 2 * tag) for step in steps],
             [comm.Recv_init(array, before, 2 * tag) for array in came],
             len(room),
             add,
         )
-        self.shares = Way(
+        self.gather = Lap(
             [comm.Send_init(shard(params, step), behind, 2 * tag + 1) for step in steps],
             [comm.Recv_init(shard(params, step + 1), before, 2 * tag + 1) for step in steps],
             len(steps),
@@ -143,36 +144,36 @@ class Ring:
 
     def free(self) -> None:
         """Give the requests back; nothing is under way on any member."""
-        self.sums.free()
-        self.shares.free()
+        self.reduce.free()
+        self.gather.free()
 
 
 class Rings:
-    """All rings of a rank: while it waits for one, the others go on."""
+    """The rings of a rank: while it waits for one, the others go on."""
 
     def __init__(self) -> None:
         self._rings: list[Ring] = []
-        self._ways: list[Way] = []
+        self._laps: list[Lap] = []
 
     def __bool__(self) -> bool:
         return bool(self._rings)
 
     def add(self, ring: Ring) -> None:
         """Let this one go on with the others."""
-        ring.sums.post()
+        ring.reduce.post()
         self._rings.append(ring)
-        self._ways += [ring.sums, ring.shares]
+        self._laps += [ring.reduce, ring.gather]
 
     def progress(self) -> None:
         """Take in what has arrived, and pass it on. Does not wait."""
-        for way in self._ways:
-            while way.under_way and way.awaited.Test():
-                way.go_on()
+        for lap in self._laps:
+            while lap.under_way and lap.awaited.Test():
+                lap.go_on()
 
-    def finish(self, way: Way) -> None:
-        """Wait until nothing is to arrive on this way any more."""
-        while way.under_way:
-            others = [each for each in self._ways if each.under_way]
+    def finish(self, lap: Lap) -> None:
+        """Wait until nothing is to arrive in this lap any more."""
+        while lap.under_way:
+            others = [each for each in self._laps if each.under_way]
             others[MPI.Request.Waitany([each.awaited for each in others])].go_on()
 
     def free(self) -> None:
@@ -180,4 +181,4 @@ class Rings:
         for ring in self._rings:
             ring.free()
         self._rings.clear()
-        self._ways.clear()
+        self._laps.clear()

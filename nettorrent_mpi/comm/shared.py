@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from nettorrent_mpi.comm.group import Array, Group
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.device.arrays import Array
 
 BACKING = "/dev/shm"  # where Open MPI and MPICH keep shared windows on Linux
 SPARE = 16 << 20  # bytes that are left free there for MPI's own use
 
 
-# All shared memory of this process that was not given back, in the order in which it was made. Open MPI's MPI_Finalize
-# gives back what is left, waiting for the other members each time, but in an order of its own on every rank: with
-# several groups it then hangs now and then (seen with 4 ranks). So nothing may be left: see `free_all`.
-_open: list[SharedMemory] = []
-
-
 class SharedMemory:
-    """One flat array per member, which all members see. All members call everything here together.
+    """One flat array for each member, which all members see. All members call everything here together.
 
-    Who wants to read what others wrote, or to overwrite what others may still read, calls `meet` before.
+    Who wants to read what others wrote, or to overwrite what others may still read, calls `fence` before. Its owner
+    frees it before MPI ends: Open MPI's MPI_Finalize frees what is left in an order of its own on every rank, waits for
+    the other members each time, and hangs now and then (seen with 4 ranks and several windows).
     """
 
     def __init__(self, group: Group, sizes: Sequence[int], dtype: Any):
-        """`sizes[i]` elements are member i's. All members are on one node (see `whole_on_one_node`)."""
+        """`sizes[i]` elements are member i's. All members are on one node."""
         self._group = group
         dtype = np.dtype(dtype)
         lengths = [-(-size * dtype.itemsize // 64) * 64 for size in sizes]  # each begins on a cache line
@@ -38,9 +35,8 @@ class SharedMemory:
         for member, size in enumerate(sizes):
             memory, _ = self._window.Shared_query(member)
             self.parts.append(np.asarray(memory)[: size * dtype.itemsize].view(dtype))
-        _open.append(self)
 
-    def meet(self) -> None:
+    def fence(self) -> None:
         """Wait for all members; what each wrote before is seen by all afterwards."""
         self._window.Sync()
         self._group.barrier()
@@ -48,45 +44,13 @@ class SharedMemory:
 
     def free(self) -> None:
         """Give the memory back; nobody may use the arrays any more."""
-        _open.remove(self)
         self.parts.clear()
         self._window.Unlock_all()
         self._window.Free()
 
 
-def free_all() -> None:
-    """Give all shared memory back, before MPI ends. Every rank calls; nobody may use any such array any more.
-
-    The order is that of making, which all members of a group have in common with regard to their groups.
-    """
-    while _open:
-        _open[0].free()
-
-
-def node_of(group: Group) -> Group:
-    """The members of `group` that are on this node. Every member of `group` calls."""
-    return Group(cast("MPI.Intracomm", group.comm.Split_type(MPI.COMM_TYPE_SHARED)))
-
-
-def by_nodes(group: Group) -> list[int]:
-    """The members, those of a node side by side. The same answer for all; every member calls."""
-    node = node_of(group)
-    first = node.comm.bcast(group.index)
-    node.comm.Free()
-    firsts = group.comm.allgather(first)
-    return sorted(range(group.size), key=lambda member: (firsts[member], member))
-
-
-def whole_on_one_node(group: Group) -> bool:
-    """Do all members share one node's memory? The same answer for all; every member calls."""
-    node = node_of(group)
-    whole = node.size == group.size
-    node.comm.Free()
-    return bool(group.comm.allreduce(whole, MPI.LAND))
-
-
 def fits(group: Group, size: int) -> bool:
-    """Is there room for so many bytes of shared memory on this node? Containers often have little.
+    """Whether there is room for so many bytes of shared memory on this node: containers often have little.
 
     Every member of `group`, which is on one node, calls and gets the same answer.
     """
@@ -101,16 +65,19 @@ def fits(group: Group, size: int) -> bool:
     return bool(free >= size + SPARE)
 
 
-def share(node: Group, shape: tuple[int, ...], dtype: Any, fill: Callable[[Array], None]) -> Array:
-    """One array for all members of `node`, filled by the first. Private ones where shared memory has no room.
+def shared_array(
+    node: Group, shape: tuple[int, ...], dtype: Any, fill: Callable[[Array], None]
+) -> tuple[Array, SharedMemory | None]:
+    """An array that the first member of `node` fills for all, and the memory that it lies in, which the caller frees.
+    Where shared memory has no room every member fills one of its own (None).
 
-    What `fill` raises is raised by all. The memory lives until `free_all`.
+    What `fill` raises is raised by all members.
     """
     size = int(np.prod(shape, dtype=np.int64))
     if node.size == 1 or not fits(node, size * np.dtype(dtype).itemsize):
         own: Array = np.empty(shape, dtype)
         fill(own)
-        return own
+        return own, None
     memory = SharedMemory(node, [size if i == 0 else 0 for i in range(node.size)], dtype)
     array = memory.parts[0].reshape(shape)
     problem: Exception | None = None
@@ -120,7 +87,9 @@ def share(node: Group, shape: tuple[int, ...], dtype: Any, fill: Callable[[Array
         except Exception as error:  # told to all below
             problem = error
     problem = node.comm.bcast(problem)  # once, at start-up
-    memory.meet()
+    memory.fence()
     if problem is not None:
+        del array
+        memory.free()
         raise problem
-    return array
+    return array, memory

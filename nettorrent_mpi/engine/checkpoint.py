@@ -3,134 +3,94 @@
 Random numbers are functions of the step, so the step's number stands for all of them. Replicas that differ are all
 saved, besides their average, which is what another number of replicas begins with. Nothing is under way between
 replicas when a checkpoint is made; estimates of compressed messages begin anew from the average.
+
+A file is one side of the operation by which blocks come to other ranks (engine/resharding.py): to write it rank 0 wants
+every array whole; to read it each rank takes its own boxes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nettorrent_mpi.device.arrays import Array, aligned
+from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.gathering import gather
-from nettorrent_mpi.engine.model_file import OPTIMIZER, PARAMETERS, REPLICAS, Attribute, opened, read_block
+from nettorrent_mpi.engine.model_file import Attribute, opened, read_box
+from nettorrent_mpi.engine.resharding import REPLICAS, move
+from nettorrent_mpi.engine.state import OPTIMIZER, PARAMETERS
 from nettorrent_mpi.plan.errors import DataError
-
-if TYPE_CHECKING:
-    import h5py
+from nettorrent_mpi.plan.moves import Holding, whole
 
 Groups = dict[str, dict[str, Array]]
 
 
 def collect(engine: Engine) -> Groups:
-    """On rank 0: everything, as `model_file.write_arrays` takes it; elsewhere empty. Collective over all ranks."""
-    count = engine.replicas.count
+    """On rank 0: all arrays whole, as `model_file.write_arrays` takes them; elsewhere empty. Collective over all ranks,
+    which come to rest."""
+    held, group = engine.blocks(), engine.wiring.everyone
+    names: dict[str, None] = {}
+    for each in group.gather_objects([holding.name for holding in held]):
+        names |= dict.fromkeys(each)
     groups: Groups = {}
-    with engine.replicas.shown():  # the average of replicas that differ
-        groups[PARAMETERS] = _gather(engine, 0, engine.state.params)
-    if count > 1:
-        for r in range(count):
-            groups[f"{REPLICAS}/{r}/{PARAMETERS}"] = _gather(engine, r, engine.state.params)
-    for name, shards in _memories(engine).items():
-        found = _gather_memory(engine, shards)
-        if count > 1:
-            groups |= {f"{REPLICAS}/{r}/{name}": whole for r, whole in enumerate(found)}
-        groups[name] = _mean(found)
+    wanted: dict[Holding, Array] = {}
+    if group.index == 0:
+        shapes = engine.shapes()
+        for name in names:
+            folder, key = _folder(name)
+            array = groups.setdefault(folder, {})[key] = np.empty(shapes[key], engine.state.dtype)
+            wanted[Holding(name, whole(array.shape))] = array
+    move(group, held, wanted)
     return groups
 
 
-def _mean(found: Sequence[dict[str, Array]]) -> dict[str, Array]:
-    """Array by array. In memory for one of them only: what is gathered is often what a rank has room for at most."""
-    if len(found) == 1:
-        return found[0]
-    means: dict[str, Array] = {}
-    for key, first in found[0].items():
-        means[key] = first.copy()
-        for other in found[1:]:
-            np.add(means[key], other[key], out=means[key])
-        np.divide(means[key], len(found), out=means[key])
-    return means
+def _folder(name: str) -> tuple[str, str]:
+    """("replicas/1/optimizer/m", "linear1/weight") of "replicas/1/optimizer/m/linear1/weight"."""
+    parts = name.split("/")
+    at = 2 if parts[0] == REPLICAS else 0
+    at += 1 if parts[at] == PARAMETERS else 2
+    return "/".join(parts[:at]), "/".join(parts[at:])
 
 
-def _gather_memory(engine: Engine, shards: Sequence[Array]) -> list[dict[str, Array]]:
-    """One thing that is remembered of every parameter: of each replica."""
-    blocks = _blocks(engine, shards)
-    return [_gather(engine, r, blocks, trainable=True) for r in range(engine.replicas.count)]
+def restore_parameters(engine: Engine, path: Path) -> None:
+    """Let all ranks take their blocks of the parameters from model.h5 or a checkpoint. Raises DataError on all."""
+    with engine.world.agreement():
+        _read(path, engine.shapes(), "", engine.state.blocks())
+    engine.state.fence()
 
 
-def _gather(engine: Engine, replica: int, blocks: Mapping[str, Array], *, trainable: bool = False) -> dict[str, Array]:
-    return gather(engine.world, engine.topology, engine.network, blocks, trainable=trainable, replica=replica)
-
-
-def _memories(engine: Engine) -> dict[str, list[Array]]:
-    """What is remembered of every parameter, by name: the shards of each segment."""
-    segments = engine.state.segments
-    found = {f"{OPTIMIZER}/{name}": [s.optimizer[name] for s in segments] for name in engine.optimizer.states}
-    return found | {f"exchange/{name}": shards for name, shards in engine.exchange.memories().items()}
-
-
-def _blocks(engine: Engine, shards: Sequence[Array]) -> dict[str, Array]:
-    """This rank's blocks, from all holders' shards."""
-    blocks: dict[str, Array] = {}
-    for segment, shard in zip(engine.state.segments, shards, strict=True):
-        whole = aligned(segment.size, engine.state.dtype)
-        segment.group.allgather(shard, whole, segment.counts)
-        blocks |= segment.blocks(engine.state.parameters, whole)
-    return blocks
-
-
-def restore_parameters(engine: Engine, path: Path, group: str = PARAMETERS) -> None:
-    """Let this rank take its blocks of the parameters from model.h5 or a checkpoint. Raises DataError.
-
-    Every rank calls. Holders of the same block write the same values, and have to `State.meet` afterwards.
-    """
-    with opened(path) as file:
-        for key, parameter in engine.state.parameters.items():
-            read_block(file, group, key, parameter, engine.state.params[key])
-
-
-def restore(engine: Engine, path: Path) -> dict[str, Attribute]:
-    """`restore_parameters`, and this rank's part of the optimizer's state; gives the file's attributes."""
-    restore_parameters(engine, path)
-    with opened(path) as file:
+def restore(engine: Engine, path: Path, accept: Callable[[Mapping[str, Attribute]], None]) -> dict[str, Attribute]:
+    """Let all ranks go on from a checkpoint, made with any layout on any number of ranks; gives its attributes, which
+    `accept` has looked at before anything changes. Raises DataError, or what `accept` raises, on all ranks."""
+    with engine.world.agreement(), opened(path) as file:
+        attributes: dict[str, Attribute] = dict(file.attrs)
+        accept(attributes)
         for name in engine.optimizer.states:
             if f"{OPTIMIZER}/{name}" not in file:
                 raise DataError(
                     f"holds no state {name!r} of the optimizer; resume with the optimizer it was made with",
                     file=str(path),
                 )
-        _restore_memories(engine, file, "")
-        return dict(file.attrs)
+        replicas = len(file[REPLICAS]) if REPLICAS in file else 1
+
+    shapes = engine.shapes()
+
+    def read(prefix: str, wanted: Mapping[Holding, Array]) -> None:
+        with engine.world.agreement():
+            _read(path, shapes, prefix, wanted)
+
+    engine.restore(read, int(attributes["step"]), replicas)
+    return attributes
 
 
-def restore_replica(engine: Engine, path: Path) -> None:
-    """Where the checkpoint holds as many replicas as there are, let each take its own; otherwise they go on from the
-    average, which `restore` gave them. Called as `restore_parameters`."""
-    count, own = engine.replicas.count, f"{REPLICAS}/{engine.place.replica}/"
+def _read(path: Path, shapes: Mapping[str, Shape], prefix: str, wanted: Mapping[Holding, Array]) -> None:
+    """wanted <- their parts of the file's arrays, whose names have `prefix` before them. What is no parameter, and is
+    not in the file, stays as it is."""
     with opened(path) as file:
-        step = int(file.attrs["step"])
-        as_many = count > 1 and REPLICAS in file and len(file[REPLICAS]) == count
-        if as_many:
-            _restore_memories(engine, file, own)
-    if as_many:
-        restore_parameters(engine, path, own + PARAMETERS)
-    engine.exchange.recall(step)
-
-
-def _restore_memories(engine: Engine, file: h5py.File, prefix: str) -> None:
-    """What the file does not hold stays as it is."""
-    state = engine.state
-    for name, shards in _memories(engine).items():
-        if prefix + name not in file:
-            continue
-        for segment, shard in zip(state.segments, shards, strict=True):
-            whole = np.zeros(segment.size, state.dtype)
-            for key, block in segment.blocks(state.parameters, whole).items():
-                read_block(file, prefix + name, key, state.parameters[key], block)
-            shard[...] = whole[segment.shard]
+        for (name, box), array in wanted.items():
+            if prefix + name in file or name.startswith(PARAMETERS):
+                read_box(file, prefix + name, shapes[_folder(name)[1]], box, array)
 
 
 def latest(folder: Path) -> Path | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import traceback
 
-from nettorrent_mpi.comm.world import INTERRUPTED, AgreedError, World
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.plan.errors import NetTorrentError
+
+INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
 
 
 def agreed(error: BaseException) -> bool:
     """Whether all ranks of the world raise it alike: then it ends what they were doing, and nothing else."""
-    return isinstance(error, AgreedError) or bool(getattr(error, "agreed", False))
+    return bool(getattr(error, "agreed", False))
 
 
 def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.engine.setup import Setup
-from nettorrent_mpi.nn.footprint import Footprint, footprint
+from nettorrent_mpi.nn.footprint import Footprint, footprint, update_footprint
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
@@ -41,7 +41,8 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
     Lets the layers of every stage work on a few rows (nn.footprint), so it is for a dry run, or a run's end.
     """
     config, topology, facts, options = setup.config, setup.topology, setup.network.facts, setup.options
-    itemsize, states = np.dtype(config.dtype).itemsize, len(make_optimizer(options.optimizer).states)
+    itemsize, optimizer = np.dtype(config.dtype).itemsize, make_optimizer(options.optimizer)
+    states = len(optimizer.states)
     rows = most_rows(options.batch_size, options.micro_batches, topology.replicas)
     found = memory(
         topology,
@@ -58,14 +59,16 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
     result = []
     for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
         own = round(parameters_of(facts[stage.first : stage.stop], stage.cols)) * itemsize
-        # A checkpoint puts one state of the optimizer after the other together, on every rank.
-        blocks = own if states else 0
+        sharers = sharers_of(topology, stage, config.exact)
+        # For a checkpoint each rank of replicas that differ has their average in hand, besides its own.
+        average = 0 if config.exact or topology.replicas == 1 else own + states * own // sharers
         result.append(
             replace(
                 part,
+                layers=part.layers + update_footprint(optimizer, own // itemsize // sharers, config.dtype),
                 rows=_rows(setup, s, -(-rows // stage.rows)),
                 exchange=_exchange(setup, -(-own // itemsize // stage.rows), states),
-                files=blocks + (FILES + _gathered(setup, states) if s == 0 else 0),
+                files=average + (FILES + _gathered(setup, states) if s == 0 else 0),
                 libraries=kernels + (libraries.first if s == 0 else libraries.others),
             )
         )

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.nn.layer import Parameter
+from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.plan.errors import DataError
+from nettorrent_mpi.plan.moves import Box
 
 if TYPE_CHECKING:  # loaded where a file is read or written: most ranks of a run never do
     import h5py
 
-PARAMETERS, OPTIMIZER, REPLICAS = "parameters", "optimizer", "replicas"
+PARAMETERS = "parameters"
 Attribute = str | int | float
 
 
@@ -71,15 +71,14 @@ def read_arrays(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def read_block(file: h5py.File, group: str, key: str, parameter: Parameter, out: Array) -> None:
-    """out <- this rank's block of one array; no more of it is read. Raises DataError if it does not fit."""
-    name = f"{group}/{key}"
-    if name not in file or file[name].shape != parameter.shape:
+def read_box(file: h5py.File, name: str, shape: Shape, box: Box, out: Array) -> None:
+    """out <- a part of one array of this shape; no more of it is read. Raises DataError if there is no such array."""
+    if name not in file or file[name].shape != shape:
         found = f"has shape {file[name].shape}" if name in file else "is missing"
         raise DataError(
-            f"array {name} {found}, the network wants {parameter.shape}; is it another network's?", file=file.filename
+            f"array {name} {found}, the network wants {shape}; is it another network's?", file=file.filename
         )
-    out[...] = file[name][parameter.index]
+    out[...] = file[name][tuple(slice(*span) for span in box)]
 
 
 @contextmanager

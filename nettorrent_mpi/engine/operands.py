@@ -1,4 +1,4 @@
-"""Gradients of weights computed in parts, each from everyone's rows, so that nothing is left to be summed.
+"""Gradients of weights computed in parts, each from everyone's rows, so that nothing is left to be reduced.
 
 The gradient of a linear layer's weights is x_BI.T @ dy_Bo over all rows B of the mini-batch. Ranks that divide the rows
 can each multiply their own and add up the results: every rank writes a matrix of the size of the weights, and reads a
@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
-
-from nettorrent_mpi.device.arrays import Array, aligned
-from nettorrent_mpi.device.ops import Ops
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.nn.layer import Operands
 from nettorrent_mpi.plan.blocks import Span
 
@@ -22,26 +20,26 @@ from nettorrent_mpi.plan.blocks import Span
 class SharedOperands(Operands):
     """x_BI and dy_Bo of a linear layer for the rows B of a mini-batch, in memory that its weights' holders share."""
 
-    def __init__(self, x_BI: Array, dy_Bo: Array):
-        self._x, self._dy = x_BI, dy_Bo
+    def __init__(self, device: Device, x_BI: Array, dy_Bo: Array):
+        self._device, self._x, self._dy = device, x_BI, dy_Bo
         self._pieces: list[_Piece] = []
         self._views: dict[int, tuple[Array, list[Array]]] = {}
 
     def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
-        """These are the mini-batch's `rows`."""
-        np.copyto(self._x[slice(*rows)], x_bI)
-        np.copyto(self._dy[slice(*rows)], dy_bo)
+        self._device.ops.copy(self._x[slice(*rows)], x_bI)
+        self._device.ops.copy(self._dy[slice(*rows)], dy_bo)
 
     def own(self, part: Span, out: Array) -> None:
-        """This rank's part of the gradient are these elements of the flat matrix: they are for `out`."""
+        """Make these elements of the flat matrix this rank's part of the gradient, which `multiply` writes to `out`."""
         units = self._dy.shape[1]
         full = Span(-(-part.start // units), part.stop // units)  # whole rows of the matrix: one for each input
         cuts = sorted({part.start, *(cut * units for cut in full if part.start < cut * units < part.stop), part.stop})
         self._pieces = [
-            _Piece(start, stop, units, out[start - part.start : stop - part.start]) for start, stop in pairwise(cuts)
+            _Piece(self._device, start, stop, units, out[start - part.start : stop - part.start])
+            for start, stop in pairwise(cuts)
         ]
 
-    def multiply(self, count: int, ops: Ops) -> None:
+    def multiply(self, count: int) -> None:
         """Compute this rank's part for a mini-batch of `count` rows, which everybody has put."""
         views = self._views.get(count)
         if views is None:
@@ -49,19 +47,19 @@ class SharedOperands(Operands):
             views = self._views[count] = dy, [x[:, slice(*piece.inputs)] for piece in self._pieces]
         dy, xs = views
         for piece, x in zip(self._pieces, xs, strict=True):
-            piece.multiply(x, dy, ops)
+            piece.multiply(x, dy)
 
 
 class _Piece:
-    """The elements from start to stop of the flat matrix, for `out`: whole rows, or a part of one."""
+    """The elements from start to stop of the flat matrix: whole rows, or a part of one."""
 
-    def __init__(self, start: int, stop: int, units: int, out: Array):
+    def __init__(self, device: Device, start: int, stop: int, units: int, out: Array):
         self.inputs = Span(start // units, -(-stop // units))
-        self._out, self._skip = out, start % units
+        self._ops, self._out, self._skip = device.ops, out, start % units
         self._whole = out.size == self.inputs.size * units
-        self._into = (out if self._whole else aligned(units, out.dtype)).reshape(-1, units)
+        self._into = (out if self._whole else device.empty((units,), out.dtype)).reshape(-1, units)
 
-    def multiply(self, x: Array, dy: Array, ops: Ops) -> None:
-        ops.matmul(x, dy, self._into, turn_a=True)
+    def multiply(self, x: Array, dy: Array) -> None:
+        self._ops.matmul(x, dy, self._into, turn_a=True)
         if not self._whole:
-            np.copyto(self._out, self._into[0, self._skip : self._skip + self._out.size])
+            self._ops.copy(self._out, self._into[0, self._skip : self._skip + self._out.size])

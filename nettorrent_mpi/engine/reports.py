@@ -14,12 +14,14 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from nettorrent_mpi.comm.mail import Pending
-from nettorrent_mpi.engine.engine import Engine, scores
-from nettorrent_mpi.plan.scores import Scores
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.plan.scores import Scores, mean_scores
 
 MOST = 128  # reports under way at once; then the oldest is waited for
 SAMPLE = 4096  # parameters of a replica of which the consensus distance is measured
 ROUNDING = 1e-14  # what is left, relative to the squares, where equal replicas' squares are taken from each other
+
+FLAG, DIVERGED, SQUARES, HEAD = range(4)  # the places in a report; then come four figures of each replica
 
 Tag = TypeVar("Tag")
 
@@ -29,6 +31,7 @@ class Report(NamedTuple, Generic[Tag]):
 
     tag: Tag
     flag: bool  # did any rank raise its flag?
+    diverged: bool  # has any rank seen a value that is not finite?
     training: Scores  # of the rows trained on since the last report
     replicas: list[float]  # the training loss of each replica
     distance: float | None  # root mean square distance of the replicas from their mean, relative to it; None for one
@@ -39,17 +42,17 @@ class Reports(Generic[Tag]):
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._group = engine.world.duplicate()
+        self._group = engine.wiring.channel(engine.wiring.everyone)
         topology, place = engine.topology, engine.place
         self._replicas = topology.replicas
-        self._apart = engine.replicas.count > 1
+        self._apart = engine.exchange.count > 1
         places = topology.size // topology.replicas
         each = max(SAMPLE // places, 8) if self._apart else 0
         inside = engine.world.rank - topology.rank(place.replica, 0, 0, 0)
-        self._shards = [segment.params[segment.shard] for segment in engine.state.segments]
+        self._shards = [bucket.params[bucket.shard] for bucket in engine.state.buckets]
         count = sum(shard.size for shard in self._shards)
         self._stride = max(1, count // each) if each else 1
-        head = 2 + 4 * self._replicas
+        head = HEAD + 4 * self._replicas
         self._sample = slice(head + inside * each, head + (inside + 1) * each)
         self._values = np.zeros(head + places * each)
         self._head, self._each = head, each
@@ -61,10 +64,10 @@ class Reports(Generic[Tag]):
             self._under_way[0][1].sums()
         values = self._values
         values[...] = 0
-        values[0] = flag
+        values[FLAG], values[DIVERGED] = flag, self._engine.pipeline.diverged() is not None
         if figures:
-            place = 2 + 4 * self._engine.place.replica
-            values[place : place + 4] = self._engine.tally.take()
+            place = HEAD + 4 * self._engine.place.replica
+            values[place : place + 4] = self._engine.metrics.take()
             if self._apart:
                 self._add_sample(values)
         self._under_way.append((tag, Pending(self._group, values)))
@@ -77,7 +80,7 @@ class Reports(Generic[Tag]):
             values[at : at + part.size] = part
             at += part.size
         own = values[self._sample]
-        values[1] = np.dot(own, own)
+        values[SQUARES] = np.dot(own, own)
 
     def ready(self, *, wait: bool = False, but: int = 0) -> Iterator[Report[Tag]]:
         """The reports that are complete, the oldest first; with `wait` all that were started but the last `but`. A
@@ -87,17 +90,17 @@ class Reports(Generic[Tag]):
             yield self._read(tag, pending.sums())
 
     def _read(self, tag: Tag, sums: np.ndarray) -> Report[Tag]:
-        tallies = sums[2 : self._head].reshape(self._replicas, 4)
+        tallies = sums[HEAD : self._head].reshape(self._replicas, 4)
         distance = None
         if self._each:
             mean = sums[self._head :] / self._replicas
             norm = float(np.dot(mean, mean))
-            spread = float(sums[1]) / self._replicas - norm
+            spread = float(sums[SQUARES]) / self._replicas - norm
             distance = 0.0 if norm == 0 or spread <= ROUNDING * norm else math.sqrt(spread / norm)
-        losses = [scores(*tally).loss if tally[2] else math.nan for tally in tallies]
-        return Report(tag, bool(sums[0] > 0), scores(*tallies.sum(axis=0)), losses, distance)
+        losses = [mean_scores(*tally).loss if tally[2] else math.nan for tally in tallies]
+        flag, diverged = bool(sums[FLAG] > 0), bool(sums[DIVERGED] > 0)
+        return Report(tag, flag, diverged, mean_scores(*tallies.sum(axis=0)), losses, distance)
 
     def close(self) -> None:
         """Give everything back. All ranks call, when no report is under way."""
         assert not self._under_way
-        self._group.comm.Free()

@@ -25,7 +25,7 @@ class Stopping:
     """
 
     def __init__(self, world: World, bound: Group, *, signals: bool):
-        self._world, self._bound = world, bound.duplicate()
+        self._world, self._bound = world, bound
         self.asked = False
         self.heard = False
         self._question: Pending | None = None
@@ -66,6 +66,5 @@ class Stopping:
 
     def close(self) -> None:
         """Give the communicator and the signals' handlers back. All ranks call, at rest."""
-        self._bound.comm.Free()
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -25,7 +25,7 @@ class Trace:
 
     @staticmethod
     def now() -> int:
-        """The time, for `add`."""
+        """The time, in nanoseconds, for `add`."""
         return time.time_ns()
 
     def add(self, step: int, action: Action, began: int) -> None:
@@ -47,33 +47,22 @@ class Trace:
         """On rank 0: the spans of all ranks as the text of a Chrome trace, whose time begins with the earliest of them;
         elsewhere None. Every rank calls. `places` tells where each rank stands."""
         spans = np.ascontiguousarray(self.spans())
-        names = "\n".join(self._names).encode()
         first = int(spans[:, 2].min()) if len(spans) else time.time_ns()
-        told = world.comm.allgather((len(spans), len(names), first))  # once, at the end
+        told = world.gather_objects((len(spans), self._names, first))  # once, at the end
         origin = min(first for _, _, first in told)
         if world.rank != 0:
-            if len(spans):
-                world.send(spans, 0, TAG)
-                world.send(np.frombuffer(names, np.uint8), 0, TAG)
+            world.trade([(spans, 0)], [], TAG)
             return None
+        found = [spans, *(np.empty((count, COLUMNS), np.int64) for count, _, _ in told[1:])]
+        world.trade([], [(theirs, rank) for rank, theirs in enumerate(found) if rank], TAG)
         events: list[dict[str, object]] = []
-        for rank, (count, length, _) in enumerate(told):
-            theirs, text = spans, names
-            if rank and count:
-                theirs, letters = np.empty((count, COLUMNS), np.int64), np.empty(length, np.uint8)
-                world.receive(theirs, rank, TAG)
-                world.receive(letters, rank, TAG)
-                text = letters.tobytes()
+        for rank, (theirs, (_, names, _)) in enumerate(zip(found, told, strict=True)):
             name = {"name": f"rank {rank}: {places[rank]}"}
             events.append({"ph": "M", "pid": rank, "name": "process_name", "args": name})
-            if not count:
-                continue
-            labels = text.decode().split("\n")
             events += [
                 {
-                    "ph": "X", "pid": rank, "tid": 0, "name": labels[number], "cat": labels[number].strip("0123456789"),
-                    "ts": (begin - origin) / 1000, "dur": (end - begin) / 1000,
-                    "args": {"step": step},
+                    "ph": "X", "pid": rank, "tid": 0, "name": names[number], "cat": names[number].strip("0123456789"),
+                    "ts": (begin - origin) / 1000, "dur": (end - begin) / 1000, "args": {"step": step},
                 }
                 for step, number, begin, end in theirs.tolist()
             ]  # fmt: skip

@@ -73,10 +73,10 @@ class TrainingLoop:
         self.save: Callable[[], None] | None = None  # writes a checkpoint; all ranks call it, at rest
         self.clock = Clock()
         self.evaluator = Evaluator(engine)
-        self._stopping = Stopping(engine.world, engine.bound, signals=signals)
+        self._stopping = Stopping(engine.world, engine.wiring.channel(engine.bound), signals=signals)
         self._reports: Reports[Record | None] = Reports(engine)
         self._began = time.perf_counter()
-        self._left = False
+        self._left = self._diverged = False
 
     @property
     def time(self) -> float:
@@ -105,10 +105,11 @@ class TrainingLoop:
             rest = self._next_rest(n, until) if stop is None else stop
             decay = rates(n) / lr if n >= warmup and rates(n) else 1.0
             rate = rates(n) * exchange.rate_scale(n / horizon, decay)
-            rows = engine.step(n, rate, rest - n)
+            work = engine.prepare(n, rate, rest - n)
+            engine.pipeline.run(work)
             done = self.step = n + 1
-            self.samples += rows
-            clock.step(rows)
+            self.samples += work.rows
+            clock.step(work.rows)
             epochs = done // self.epoch_steps if done % self.epoch_steps == 0 else 0
             ask = reported and done < rest  # one step after a report has begun it may have arrived
             reported = done == rest or bool(epochs) or done % settings.report_every == 0
@@ -126,7 +127,7 @@ class TrainingLoop:
                     return
             know = stopping.all_know(ask=ask) or (done == rest and stopping.heard)
             if know and stop is None:  # others may be before this one's rest, and wait there
-                stop = min(rest, stopping.last_step(done + 1 + engine.ahead))
+                stop = min(rest, stopping.last_step(done + 1 + engine.schedule.ahead))
             if done < rest:
                 continue
             try:
@@ -136,6 +137,8 @@ class TrainingLoop:
                     return
             clock.stop()
             *_, report = reports.ready(wait=True)
+            if self._diverged or report.diverged:
+                engine.check_finite()
             record, asked, last = self._completed(report), stopping.heard or report.flag, done == until
             reached = self._reached(exchange.at_rest(done, engine.compare_replicas, report.distance))
             if self._left:
@@ -168,7 +171,7 @@ class TrainingLoop:
         self._reports.close()
 
     def _begin(self) -> None:
-        self.stopped_by, self.at_rest, self._left = None, False, False
+        self.stopped_by, self.at_rest, self._left, self._diverged = None, False, False, False
         self.evaluator.unified = self._engine.exchange.count == 1
         self._stopping.begin()
 
@@ -197,11 +200,13 @@ class TrainingLoop:
         with what happens at rest; `to_request`: but not beyond one by which some rank asks to stop, because ranks that
         have heard of it may start no more before all know."""
         for report in self._reports.ready(wait=wait, but=1):
-            self._stopping.hear(report.flag)
-            record = None if report.tag is None else self._completed(report)
+            asked = report.flag or report.diverged
+            self._diverged = self._diverged or report.diverged
+            self._stopping.hear(asked)
+            record = None if report.tag is None or report.diverged else self._completed(report)
             if record is not None and not self._left:
                 yield record
-            if to_request and report.flag:
+            if to_request and asked:
                 break
 
     def _record(self, rate: float) -> Record:

@@ -1,4 +1,4 @@
-"""Wiring: groups, links and buffers, derived from (topology, world) and disposable at any step (design rule 3).
+"""Wiring: groups, shared memory, links and buffers, derived from (topology, world) and disposable at any step.
 
 A rank's place in the topology decides everything here. Between neighbouring stages of a replica lies a link: going
 forward, each rank of the reading team gets all inputs of its rows (x_bI) from the ranks that own them (y_bo); going
@@ -7,12 +7,15 @@ backward the same pieces travel the other way, as partial sums over the reading 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
+from nettorrent_mpi.comm.ring import Rings
+from nettorrent_mpi.comm.shared import SharedMemory, shared_array
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace, aligned
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
@@ -24,19 +27,18 @@ FORWARD, BACKWARD = 0, 1
 class WiredTeam:
     """nn.layer.Team over real groups: what layers ask of the ranks that work on the same stage."""
 
-    def __init__(self, statistics: Group, columns: Group):
-        self._statistics = statistics
-        self._columns = columns
-        self.cols = columns.size
-        self.col = columns.index
+    def __init__(self, holders: Group, cols: Group):
+        self._holders, self._cols = holders, cols
+        self.cols = cols.size
+        self.col = cols.index
 
     def sum_over_rows(self, values: Array) -> None:
         """Over all ranks that hold other rows of the micro-batch: of the team, and of replicas where they are exact."""
-        self._statistics.sum(values)
+        self._holders.sum(values)
 
     def sum_over_cols(self, values: Array) -> None:
         """Over the cols of the team."""
-        self._columns.sum(values)
+        self._cols.sum(values)
 
     def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
         """whole_b..C <- part_b..c of all cols: every col's part travels flat and is then put in place."""
@@ -47,7 +49,7 @@ class WiredTeam:
         size = int(np.prod(rest))
         counts = [size * span(whole.shape[-1], self.cols, c).size for c in range(self.cols)]
         flat = workspace.scratch("gather", (sum(counts),))
-        self._columns.allgather(part.reshape(-1), flat, counts)
+        self._cols.allgather(part.reshape(-1), flat, counts)
         for c, piece in self._slices(flat, counts, rest):
             np.copyto(whole[..., slice(*c)], piece)
 
@@ -62,7 +64,7 @@ class WiredTeam:
         flat = workspace.scratch("scatter", (sum(counts),))
         for c, piece in self._slices(flat, counts, rest):
             np.copyto(piece, partial_whole[..., slice(*c)])
-        self._columns.reduce_scatter(flat, part.reshape(-1), counts)
+        self._cols.reduce_scatter(flat, part.reshape(-1), counts)
 
     def _slices(self, flat: Array, counts: list[int], rest: Shape) -> list[tuple[Span, Array]]:
         """(features, the flat array's part for them) of every col."""
@@ -76,16 +78,18 @@ class WiredTeam:
 
 
 class Wiring:
-    """One rank's groups, links and buffers.
+    """One rank's groups, shared memory, links and buffers: all that an engine has of MPI. It is made for one world, and
+    closed with everything that it made, in the order in which it was made.
 
-    The groups: `sums` are those that hold the same neurons and keep the same weights: the rows of the team, over all
-    replicas where the exchange is exact; `whole` the same for blocks that every col holds; `columns` the cols of this
-    row; `swarm` all ranks of the stage; `peers` the same place in every replica that has weights of its own; `replica`
-    all ranks among which the network is held once and every gradient is summed.
+    The groups: `everyone` are all ranks of the world; `holders` hold the same neurons and keep the same weights: the
+    rows of the team, over all replicas where the exchange is exact; `all_holders` the same for blocks that every col
+    holds; `cols` the cols of this row; `peers` the same place in every replica; `replica` all ranks among which the
+    network is held once and every gradient is summed; `readers` the ranks of the first stage on this node, which share
+    the data set's inputs.
 
-    `inputs` is one row's whole shape of what the stage reads, `outputs` of what it writes; None where there is no
-    neighbour. `most_rows` is the most rows that this rank gets of one micro-batch, `slots` how many micro-batches it
-    holds between their forward and the end of their backward.
+    `inputs` is one row's whole shape of what the stage reads, `outputs` of what it writes. `most_rows` is the most rows
+    that this rank gets of one micro-batch, `slots` how many micro-batches it holds between their forward and the end of
+    their backward.
     """
 
     def __init__(
@@ -100,34 +104,67 @@ class Wiring:
         dtype: Any,
         exact: bool = True,
     ):
-        self.world = world
-        self.topology = topology
+        self.world, self.topology = world, topology
         self.place = topology.place(world.rank)
         self.slots, self.exact = slots, exact
         replica, stage, row, col = self.place
         self.is_first = stage == 0
         self.is_last = stage == len(topology.stages) - 1
         self._inputs, self._outputs = inputs, outputs
+        self._made: list[Group] = []
+        self._memories: list[SharedMemory] = []
+        self._groups: dict[tuple[int, ...], Group] = {}
+        self.everyone = self.channel(world)
+        self._groups[tuple(range(world.size))] = self.everyone
         # Groups are made kind by kind on every rank, so that no two ranks wait for each other in different groups.
-        self.swarm = world.group(topology.swarm(stage))
-        self.sums = world.group(topology.exact_group(stage, col) if exact else topology.row_group(replica, stage, col))
-        self.whole = self.swarm if exact else world.group(topology.team(replica, stage))
-        self.columns = world.group(topology.col_group(replica, stage, row))
-        self.replica = world if exact else world.group(topology.replica(replica))
-        # Of the exchange alone, whose messages are not to meet any others.
-        self.peers = world.group([world.rank]) if exact else world.group(topology.peers(stage, row, col)).duplicate()
-        self.team = WiredTeam(self.sums, self.columns)
+        holders = topology.exact_group(stage, col) if exact else topology.row_group(replica, stage, col)
+        self.holders = self._group(holders)
+        self.all_holders = self._group(topology.swarm(stage) if exact else topology.team(replica, stage))
+        self.cols = self._group(topology.col_group(replica, stage, row))
+        self.replica = self.everyone if exact else self._group(topology.replica(replica))
+        self.peers = self._group([world.rank] if exact else topology.peers(stage, row, col))
+        swarm = topology.swarm(0) if self.is_first else [world.rank]
+        self.readers = self._group([rank for rank in swarm if world.nodes[rank] == world.nodes[world.rank]])
+        self.team = WiredTeam(self.holders, self.cols)
+        self.rings = Rings()
         # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use. On the first
         # stage, where nothing arrives, the last buffer is for the rows that are gathered ahead.
         self.ring = slots if self.is_first else slots + 1
         self._x = [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(slots + 1)]
-        local = span(outputs[-1], self.columns.size, col).size
+        local = span(outputs[-1], self.cols.size, col).size
         sizes = most_rows * int(np.prod(outputs[:-1])) * local
         self._dy = [] if self.is_last else [aligned(sizes, dtype) for _ in range(2)]
         self._dx = [] if self.is_first else [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(2)]
         self._views: dict[tuple[int, int], Array] = {}
         self._dy_shape = (*outputs[:-1], local)
         self._transfers: dict[tuple[int, bool, int, int], Transfer] = {}
+
+    # -- groups and shared memory -----------------------------------------------------------------------------------
+
+    def _group(self, ranks: Sequence[int]) -> Group:
+        """The group of these ranks of the world. Its members, and nobody else, ask for it, in the same order."""
+        key = tuple(ranks)
+        if key not in self._groups:
+            self._groups[key] = self.everyone.subgroup(key)
+            self._made.append(self._groups[key])
+        return self._groups[key]
+
+    def channel(self, group: Group) -> Group:
+        """A duplicate of a group for one purpose alone, whose messages nothing else meets. All members call."""
+        self._made.append(group.duplicate())
+        return self._made[-1]
+
+    def shared_memory(self, group: Group, sizes: Sequence[int], dtype: Any) -> SharedMemory:
+        """Memory that the members of `group`, which are on one node, share. All members call."""
+        self._memories.append(SharedMemory(group, sizes, dtype))
+        return self._memories[-1]
+
+    def shared_rows(self, shape: Shape, dtype: Any, fill: Callable[[Array], None]) -> Array:
+        """An array that one of the `readers` fills for all of them. All of them call."""
+        array, memory = shared_array(self.readers, shape, dtype, fill)
+        if memory is not None:
+            self._memories.append(memory)
+        return array
 
     # -- buffers ----------------------------------------------------------------------------------------------------
 
@@ -188,7 +225,7 @@ class Wiring:
         transfer = self._transfers.get(key)
         if transfer is None:
             parts = self._parts(direction, of, sending)
-            transfer = Transfer(self.world, array, parts, direction, sending=sending)
+            transfer = Transfer(self.everyone, array, parts, direction, sending=sending)
             self._transfers[key] = transfer
         return transfer
 
@@ -212,14 +249,19 @@ class Wiring:
                 parts.append(Part(peers[there], _local(piece.rows, own_rows), _local(piece.cols, own_cols), adds))
         return parts
 
-    def free(self) -> None:
-        """Give all requests and groups back to MPI."""
+    def close(self) -> None:
+        """Give everything back to MPI. All ranks call, when nothing is under way; nobody uses the arrays any more."""
         for transfer in self._transfers.values():
             transfer.free()
         self._transfers.clear()
-        if not self.exact:
-            self.peers.comm.Free()
-        self.world.free_groups()
+        self.rings.free()
+        for memory in self._memories:
+            memory.free()
+        for group in self._made:
+            group.free()
+        self._memories.clear()
+        self._made.clear()
+        self._groups.clear()
 
 
 def _local(part: Span, own: Span) -> Span:

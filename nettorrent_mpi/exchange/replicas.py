@@ -100,11 +100,9 @@ class Replicas:
         self.fence()
         own = self.peers.index
         for array in (*self.shards.weights, *self.shards.memories):
-            for to, source in enumerate(takes):
-                if source == own != to:
-                    self.peers.send(array, to, TAG)
-                if to == own != source:
-                    self.peers.receive(array, source, TAG)
+            sends = [(array, to) for to, source in enumerate(takes) if source == own != to]
+            receives = [(array, source) for to, source in enumerate(takes) if to == own != source]
+            self.peers.trade(sends, receives, TAG)
         self.share()
 
     def _all_take(self, best: int | None) -> None:

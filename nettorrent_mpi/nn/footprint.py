@@ -14,6 +14,7 @@ from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.nn.layer import Context, Operands
 from nettorrent_mpi.nn.layers.sequence import Sequence
 from nettorrent_mpi.nn.losses import Loss
+from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import Span
 
 ROWS = 4  # of the first trial
@@ -103,3 +104,11 @@ def footprint(
             more = trial(count)
     ahead = (rows - count) / max(count - before, 1)
     return Footprint(*(round(b + max(b - a, 0) * ahead) for a, b in zip(few, more, strict=True)))
+
+
+def update_footprint(optimizer: Optimizer, elements: int, dtype: DType) -> int:
+    """The bytes that an optimizer works with beside its state, for so many parameters; found with a part of them."""
+    device, size = make_device("cpu", "numpy"), min(elements, ENOUGH // 64)
+    params, grads = device.zeros((size,), dtype), device.zeros((size,), dtype)
+    optimizer.update(device.ops, params, grads, optimizer.init(device, size, dtype), 0.1, 2, 0.5)
+    return device.working_bytes

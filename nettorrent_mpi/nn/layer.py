@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace
 from nettorrent_mpi.device.ops import Ops
 from nettorrent_mpi.plan.blocks import Span, span
+from nettorrent_mpi.plan.moves import Box
 
 NO_ROWS = Span(0, 0)
 Params = Mapping[str, Array]  # parameter name -> this rank's block
@@ -76,6 +77,14 @@ class Parameter:
         if self.axis is None or self.part is None:
             return self.shape
         return (*self.shape[: self.axis], self.part.size, *self.shape[self.axis + 1 :])
+
+    @property
+    def box(self) -> Box:
+        """Which part of the whole array this rank's block is."""
+        return tuple(
+            self.part if axis == self.axis and self.part is not None else Span(0, length)
+            for axis, length in enumerate(self.shape)
+        )
 
     @property
     def index(self) -> tuple[slice, ...]:

@@ -7,8 +7,10 @@ NetTorrentError              exit code 1 unless said otherwise
 │   ├── ShapeError           two layers that do not fit
 │   ├── DataError            a data file that is missing, truncated or corrupt: names file and offset
 │   ├── OutputError          the run folder: another run's results, no space, no permission
-│   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
+│   ├── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
+│   └── AgreedError          another rank's error, which all ranks raise
 ├── NonFiniteError           the training diverged: names step, layer and rank
+├── LostStateError           a part of the training's state that no living rank holds: names the array
 ├── ChildError               a program that this one started failed: names it and shows its last lines
 └── ScheduleError            a schedule that cannot run: names the action that waits
 """
@@ -19,9 +21,11 @@ from collections.abc import Sequence
 
 
 class NetTorrentError(Exception):
-    """The root. `exit_code` is what the program ends with when it is not caught."""
+    """The root. `exit_code` is what the program ends with when it is not caught. `agreed` says that all ranks of a
+    world raise it alike: then it ends what they did, and otherwise the program on all ranks."""
 
     exit_code = 1
+    agreed = False
 
 
 class UserError(NetTorrentError):
@@ -64,6 +68,16 @@ class LaunchError(UserError):
     """The launcher, MPI and the ranks do not agree on what this run is."""
 
 
+class AgreedError(UserError):
+    """An error of some rank, of which every rank knows and which it raises."""
+
+    agreed = True
+
+    def __init__(self, text: str, code: int):
+        super().__init__(text)
+        self.exit_code = code
+
+
 class NonFiniteError(NetTorrentError):
     """A value that is not finite came up in training."""
 
@@ -73,6 +87,14 @@ class NonFiniteError(NetTorrentError):
             f"step {step}: the output of layer {layer} is not finite (seen on rank {rank}); "
             "lower the learning rate, add warm-up, or clip the gradients (train.clip_norm)"
         )
+
+
+class LostStateError(NetTorrentError):
+    """A part of an array that is wanted and that nobody holds."""
+
+    def __init__(self, name: str, part: object):
+        self.name = name
+        super().__init__(f"no living rank holds part {part} of {name}")
 
 
 class ChildError(NetTorrentError):

@@ -14,6 +14,12 @@ class Scores(NamedTuple):
     accuracy: float | None
 
 
+def mean_scores(loss: float, correct: float, rows: float, unknown: float) -> Scores:
+    """The scores of so many rows with these sums of losses and right answers; `unknown` counts how often right was not
+    defined."""
+    return Scores(float(loss) / max(rows, 1), None if unknown else float(correct) / max(rows, 1))
+
+
 def best_of(found: Sequence[Scores], metric: str) -> int:
     """The index of the best replica by `metric`, validation_loss or validation_accuracy; of equals the first.
 

@@ -14,10 +14,12 @@ from nettorrent_mpi.engine.operands import SharedOperands
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.cost import in_parts
 
+DEVICE = make_device()
+
 
 @given(st.integers(1, 9), st.integers(1, 7), st.lists(st.integers(0, 63), max_size=4), st.integers(1, 6))
 def test_parts_of_the_product(inputs: int, units: int, cuts: list[int], count: int) -> None:
-    rows, size, ops = 6, inputs * units, make_device().ops
+    rows, size = 6, inputs * units
     rng = np.random.default_rng(inputs * 100 + units)
     memory = np.full((rows, inputs), np.nan), np.full((rows, units), np.nan)
     x, dy = rng.standard_normal((count, inputs)), rng.standard_normal((count, units))
@@ -25,14 +27,14 @@ def test_parts_of_the_product(inputs: int, units: int, cuts: list[int], count: i
     ends = sorted({0, size, *(cut for cut in cuts if cut < size)})
     parts = []
     for start, stop in [*pairwise(ends), (size, size)]:  # the last one owns nothing
-        operands = SharedOperands(*memory)
+        operands = SharedOperands(DEVICE, *memory)
         operands.own(Span(start, stop), sums[start:stop])
         parts.append(operands)
     for first, last in pairwise(sorted({0, count // 2, count})):  # by different ranks
         parts[0].put(x[first:last], dy[first:last], Span(first, last))
     for operands in parts:
         for _ in range(2):
-            operands.multiply(count, ops)
+            operands.multiply(count)
     np.testing.assert_allclose(sums.reshape(inputs, units), x.T @ dy, rtol=1e-12, atol=1e-13)
 
 

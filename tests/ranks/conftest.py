@@ -105,14 +105,6 @@ def text_of(report: pytest.TestReport) -> str:
     return "\n".join([report.longreprtext, *(f"{title}:\n{text}" for title, text in report.sections)])
 
 
-def pytest_sessionfinish() -> None:
-    """What tests left of shared memory: MPI's end would hang on it."""
-    from nettorrent_mpi.comm.shared import free_all
-
-    verdicts.Barrier()
-    free_all()
-
-
 @pytest.fixture
 def world() -> Generator[MPI.Intracomm, None, None]:
     """A communicator of all ranks for one test."""
@@ -124,15 +116,16 @@ def world() -> Generator[MPI.Intracomm, None, None]:
 @pytest.fixture
 def between_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Called, it makes engines exchange gradients and weights as between nodes, in messages: as if shared memory had no
-    room. True: in several segments, around rings, however small; False: by MPI's own algorithms."""
+    room. True: in several buckets, around rings, however small; False: by MPI's own algorithms."""
 
     def apart(around: bool) -> None:
-        from nettorrent_mpi.engine import segments, state
+        from nettorrent_mpi.comm import reducers
+        from nettorrent_mpi.engine import buckets
 
-        monkeypatch.setattr(state, "fits", lambda *_: False)
-        monkeypatch.setattr(state, "BUCKET", 1000)
-        monkeypatch.setattr(segments, "PIECE", 600)
-        monkeypatch.setattr(state, "LEAST_SHARD", 100 if around else 1 << 40)
+        monkeypatch.setattr(buckets, "fits", lambda *_: False)
+        monkeypatch.setattr(buckets, "FULL", 1000)
+        monkeypatch.setattr(reducers, "PIECE", 600)
+        monkeypatch.setattr(buckets, "LEAST_SHARD", 100 if around else 1 << 40)
 
     return apart
 

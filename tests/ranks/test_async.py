@@ -21,7 +21,7 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.device.device import make_device
-from nettorrent_mpi.engine import state
+from nettorrent_mpi.engine import buckets
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.initial import initial_value
@@ -136,14 +136,14 @@ def train(case: Case, lefts: Sequence[int], pipeline: specs.Spec | None = None) 
     )
     engine = Engine(World(), Plan(network, case.topology, options))
     engine.open_data(*data())
-    assert engine.asynchronous == (pipeline is None and len(case.grids) > 1)
-    if engine.asynchronous:
+    assert engine.schedule.asynchronous == (pipeline is None and len(case.grids) > 1)
+    if engine.schedule.asynchronous:
         held = versions(len(case.grids), case.micro_batches, engine.place.stage)
-        assert len(engine.state.stashed) == held - 1
+        assert len(engine.state.versions) == held - 1
     sums, scores = np.zeros((len(lefts), 4)), []
     for n, left in enumerate(lefts):
         engine.step(n, RATES[case.network] / (1 + n // 7), left)
-        sums[n] = engine.tally.take()
+        sums[n] = engine.metrics.take()
         if left == 1:
             for found in (engine.evaluate_test(), engine.evaluate_validation()):
                 assert found is not None
@@ -314,7 +314,7 @@ def test_any_layout_gives_what_the_definition_says(case: Case, between_nodes: Ca
 @pytest.mark.parametrize("case", [case for case in CASES.get(SIZE, []) if case.shared and case.divides_rows], ids=str)
 def test_gradients_in_parts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a mini-batch are kept until its gradients are computed, and no later ones come among them."""
-    monkeypatch.setattr(state, "in_parts", lambda rows, sharers, *_: sharers > 1)
+    monkeypatch.setattr(buckets, "in_parts", lambda rows, sharers, *_: sharers > 1)
     mine = train(case, counting_down(WINDOWS))
     if MPI.COMM_WORLD.rank == 0:
         compare(mine, Emulated(case, WINDOWS).result)

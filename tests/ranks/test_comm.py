@@ -12,13 +12,14 @@ from mpi4py import MPI
 
 from nettorrent_mpi.comm import group as mpi
 from nettorrent_mpi.comm import shared, world
+from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
-from nettorrent_mpi.comm.shared import SharedMemory, fits, node_of, share, whole_on_one_node
-from nettorrent_mpi.comm.world import AgreedError, World
+from nettorrent_mpi.comm.shared import SharedMemory, fits, shared_array
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.engine.wiring import WiredTeam
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
-from nettorrent_mpi.plan.errors import ConfigError, DataError, LaunchError
+from nettorrent_mpi.plan.errors import AgreedError, ConfigError, DataError, LaunchError
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 
@@ -27,8 +28,7 @@ SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 def ours() -> Iterator[World]:
     made = World()
     yield made
-    made.free_groups()
-    made.comm.Free()
+    made.free()
 
 
 def test_sums_and_gathers(ours: World) -> None:
@@ -52,13 +52,34 @@ def test_sums_and_gathers(ours: World) -> None:
     assert ours.sum_numbers(1.0, RANK) == [SIZE, SIZE * (SIZE - 1) / 2]
 
 
-def test_groups_are_ordered_as_asked_and_made_once(ours: World) -> None:
+def test_groups_are_ordered_as_asked(ours: World) -> None:
     ranks = list(reversed(range(RANK % 2, SIZE, 2)))
-    group = ours.group(ranks)
+    group = ours.subgroup(ranks)
     assert (group.size, ranks[group.index]) == (len(ranks), RANK)
-    assert ours.group(ranks) is group
-    assert ours.group(range(SIZE)) is ours
-    assert ours.group([RANK]).size == 1
+    assert group.nodes == tuple(ours.nodes[rank] for rank in ranks)
+    group.free()
+    alone = ours.subgroup([RANK])
+    assert alone.size == 1
+    alone.free()
+
+
+def test_every_rank_knows_who_shares_its_node(ours: World) -> None:
+    assert ours.on_one_node
+    assert ours.node_members == list(range(SIZE))
+    turned = Group(ours.comm, [rank % 2 for rank in range(SIZE)])
+    assert turned.on_one_node == (SIZE == 1)
+    assert turned.node_members == list(range(RANK % 2, SIZE, 2))
+    assert turned.by_nodes == [*range(0, SIZE, 2), *range(1, SIZE, 2)]
+
+
+def test_arrays_are_traded_in_order(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpi, "LARGEST_MESSAGE", 24)
+    to, source = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    sends = [(np.full(length, 10.0 * RANK + length), to) for length in (7, 0, 2)]
+    receives = [(np.empty(length), source) for length in (7, 0, 2)]
+    ours.trade(sends, receives, 3)
+    for array, _ in receives:
+        np.testing.assert_array_equal(array, 10 * source + array.size)
 
 
 @pytest.mark.parametrize("largest", [mpi.LARGEST_MESSAGE, 24])
@@ -112,7 +133,7 @@ def test_long_arrays_are_cut() -> None:
 
 
 def test_cols_gather_and_scatter(ours: World) -> None:
-    team, workspace = WiredTeam(ours.group([RANK]), ours), Workspace(np.float64)
+    team, workspace = WiredTeam(ours, ours), Workspace(np.float64)
     whole = np.arange(3 * 2 * 11.0).reshape(3, 2, 11)
     own = slice(*span(11, SIZE, RANK))
     gathered = np.empty_like(whole)
@@ -130,8 +151,9 @@ def test_shared_memory_is_one(ours: World) -> None:
         calls.append(1)
         array[...] = np.arange(24).reshape(4, 6)
 
-    node = node_of(ours)
-    array = share(node, (4, 6), np.uint8, fill)
+    node = ours.subgroup(ours.node_members)
+    array, memory = shared_array(node, (4, 6), np.uint8, fill)
+    assert (memory is None) == (SIZE == 1)
     np.testing.assert_array_equal(array, np.arange(24).reshape(4, 6))
     assert len(calls) == (node.index == 0)
     ours.barrier()
@@ -139,27 +161,30 @@ def test_shared_memory_is_one(ours: World) -> None:
         array[3, 5] = 99
     ours.barrier()
     assert array[3, 5] == 99
+    if memory is not None:
+        memory.free()
+    node.free()
 
 
 def test_shared_memory_of_all_is_seen_by_all(ours: World) -> None:
-    assert whole_on_one_node(ours)
     assert fits(ours, 1000)
     assert not fits(ours, 1 << 60)
     memory = SharedMemory(ours, [5 + i for i in range(SIZE)], np.float32)
     for turn in range(3):
         memory.parts[RANK][...] = RANK + turn
-        memory.meet()
+        memory.fence()
         for rank, part in enumerate(memory.parts):
             assert part.shape == (5 + rank,)
             assert SIZE == 1 or part.ctypes.data % 64 == 0
             np.testing.assert_array_equal(part, rank + turn)
-        memory.meet()
+        memory.fence()
     memory.free()
 
 
 def test_without_room_for_shared_memory_each_has_its_own(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "SPARE", 1 << 60)
-    array = share(node_of(ours), (4,), np.float64, lambda array: array.fill(3))
+    array, memory = shared_array(ours, (4,), np.float64, lambda array: array.fill(3))
+    assert memory is None
     array += RANK
     ours.barrier()
     np.testing.assert_array_equal(array, 3 + RANK)
@@ -170,20 +195,20 @@ def test_what_filling_raises_is_raised_by_all(ours: World) -> None:
         raise DataError("broken", file="x", offset=3)
 
     with pytest.raises(DataError, match="x at byte 3: broken"):
-        share(node_of(ours), (4,), np.uint8, fill)
+        shared_array(ours, (4,), np.uint8, fill)
 
 
 def test_one_ranks_mistake_becomes_everyones(ours: World) -> None:
     def alone() -> None:
-        with ours.together():
+        with ours.agreement():
             if RANK == SIZE - 1:
                 raise DataError("only here")
 
     with pytest.raises(AgreedError, match="only here") as caught:
         alone()
-    assert caught.value.exit_code == 2
+    assert (caught.value.exit_code, caught.value.agreed) == (2, True)
     assert ("(on rank" in str(caught.value)) == (SIZE > 1)
-    with ours.together():
+    with ours.agreement():
         pass
 
 

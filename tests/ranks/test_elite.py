@@ -84,7 +84,7 @@ def compare(engine: Engine, number: int) -> Scores:
 def all_bits(engine: Engine) -> list[bytes]:
     """For each replica all that its part at this place holds: parameters, statistics, optimizer state."""
     arrays = [flat.params for flat in engine.state.flats]
-    arrays += [array for segment in engine.state.segments for array in segment.optimizer.values()]
+    arrays += [array for bucket in engine.state.buckets for array in bucket.optimizer.values()]
     found = engine.world.comm.allgather(b"".join(array.tobytes() for array in arrays))
     place = engine.place
     return [found[rank] for rank in engine.topology.peers(place.stage, place.row, place.col)]

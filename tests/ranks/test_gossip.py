@@ -67,17 +67,16 @@ def make(
 
 def own(engine: Engine) -> np.ndarray:
     """What this rank owns, parameters only."""
-    return np.concatenate([s.params[s.shard] for s in engine.state.segments])
+    return np.concatenate([s.params[s.shard] for s in engine.state.buckets])
 
 
 def scatter(engine: Engine, seed: int = 0) -> np.ndarray:
     """Give every replica other parameters; gives its peers' mean."""
-    for segment in engine.state.segments:
-        part = segment.params[segment.shard]
+    for bucket in engine.state.buckets:
+        part = bucket.params[bucket.shard]
         generator = np.random.default_rng([seed, engine.world.rank])
         part[...] = generator.normal(size=part.size) + 0.1 * engine.place.replica
-    for flat in engine.state.flats:
-        flat.share()
+    engine.state.gather_all()
     return of_peers(engine).mean(axis=0)
 
 
@@ -233,8 +232,8 @@ def test_merge_formulas(mix: Any, threshold: float, first: Any, second: Any, f: 
         alone(), pairing="hypercube", mix=mix, divergence_threshold=threshold, overlap=overlap, part=1.0, **PATIENT
     )
     scatter(engine)
-    for segment in engine.state.segments:
-        segment.params[...] = engine.place.replica
+    for bucket in engine.state.buckets:
+        bucket.params[...] = engine.place.replica
     loss, clock = (first, second)[engine.place.replica]
     gossip.mixer.loss, gossip.mixer.clock = loss, clock - 1  # a step adds one
     steps(engine, 0, 1)
@@ -251,7 +250,7 @@ def test_the_loss_of_the_step_before_is_what_counts() -> None:
     engine, gossip = make(alone(), pairing="hypercube", mix=choices.LossMix(), part=1.0, **PATIENT)
     scatter(engine)
     steps(engine, 0, 1, 0.01)
-    told = engine.tally.numbers()
+    told = engine.metrics.values.copy()
     steps(engine, 1, 1, 0.01)
     assert gossip.mixer.loss == pytest.approx(told[0] / told[2])
     engine.close()
@@ -280,7 +279,7 @@ def test_push_sum_is_unbiased_when_messages_are_dropped(
             engine.world.barrier()  # or one rank could be done before another begins
         engine.exchange.settle()
         assert np.abs(own(engine) - mean).max() < (0.2 if mix.kind == "push_sum" else 2) * before
-        with engine.replicas.shown():
+        with engine.exchange.shown():
             off[mix.kind] = np.abs(own(engine) - mean).max()
         engine.close()
     worst = {kind: max(MPI.COMM_WORLD.allgather(value)) for kind, value in off.items()}
@@ -296,7 +295,7 @@ def test_push_sum_keeps_the_weighted_mean_at_every_time() -> None:
         if engine.place.replica == 0 and n % 7 == 3:
             time.sleep(0.02)  # late for everybody
         steps(engine, n, 1)
-    with engine.replicas.shown():
+    with engine.exchange.shown():
         np.testing.assert_allclose(own(engine), mean, rtol=0, atol=1e-13)
     engine.close()
 
@@ -366,8 +365,8 @@ def test_the_optimizers_state_is_averaged_where_asked_for() -> None:
         )
         scatter(engine)
         steps(engine, 0, 3, 0.01)
-        for segment in engine.state.segments:
-            values = np.array(engine.wiring.peers.comm.allgather(segment.optimizer["m"]))
+        for bucket in engine.state.buckets:
+            values = np.array(engine.wiring.peers.comm.allgather(bucket.optimizer["m"]))
             assert (np.abs(values - values[0]).max() < 1e-14) == alike
         engine.close()
 
@@ -389,7 +388,7 @@ def test_an_element_and_what_the_optimizer_remembers_of_it_travel_together(mix: 
     steps(engine, 0, 1, 0.01)  # a round over half of the elements
     alike = {}
     for name in ("params", "m", "v"):
-        arrays = [s.params[s.shard] if name == "params" else s.optimizer[name] for s in engine.state.segments]
+        arrays = [s.params[s.shard] if name == "params" else s.optimizer[name] for s in engine.state.buckets]
         values = np.array(engine.wiring.peers.comm.allgather(np.concatenate(arrays)))
         alike[name] = np.ptp(values, axis=0) < 1e-14
     assert 0.4 < alike["params"].mean() < 0.6
@@ -416,7 +415,7 @@ def test_merges_leave_squares_positive(overlap: bool) -> None:
     scatter(engine)
     for n in range(30):
         engine.step(n, 0.01 if n % 7 else 0.3)
-        assert all((segment.optimizer["v"] >= 0).all() for segment in engine.state.segments)
+        assert all((bucket.optimizer["v"] >= 0).all() for bucket in engine.state.buckets)
     assert gossip.rounds.counts.merged > 0
     engine.close()
 
@@ -425,7 +424,7 @@ def test_merges_leave_squares_positive(overlap: bool) -> None:
 def test_batch_norm_statistics_are_averaged() -> None:
     engine, _ = make(alone(), pairing="complete", overlap=False, part=1.0, **PATIENT)
     steps(engine, 0, 2, 0.01)
-    with engine.replicas.shown():
+    with engine.exchange.shown():
         for flat in engine.state.statistics:
             values = np.array(engine.wiring.peers.comm.allgather(flat.params))
             assert np.abs(values).max() > 0

@@ -17,9 +17,8 @@ from mpi4py import MPI
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import state
+from nettorrent_mpi.engine import buckets
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.operands import SharedOperands
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -154,12 +153,13 @@ class Trained:
         assert validation is not None
         self.scores = [*test, *validation]
         self.arrays = engine.parameters()
+        self.in_parts = engine.state.in_parts
         engine.close()
 
 
 def loss_of(engine: Engine) -> float:
     """The mean loss of the rows trained on since the last call."""
-    loss, _, rows, _ = engine.world.sum_numbers(*engine.tally.take())
+    loss, _, rows, _ = engine.world.sum_numbers(*engine.metrics.take())
     return loss / rows
 
 
@@ -205,21 +205,15 @@ def test_float32(network: str) -> None:
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_gradients_in_parts(network: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every linear layer, however much larger its rows are than its weights."""
-    monkeypatch.setattr(state, "in_parts", lambda rows, sharers, *_: sharers > 1)
-    given = set()
-    put = SharedOperands.put
-
-    def noted(operands: SharedOperands, *arguments: Any) -> None:
-        given.add(operands)
-        put(operands, *arguments)
-
-    monkeypatch.setattr(SharedOperands, "put", noted)
+    monkeypatch.setattr(buckets, "in_parts", lambda rows, sharers, *_: sharers > 1)
+    some = False
     options = {"micro_batches": micro_batches}
     for topology in dict.fromkeys(layouts(MPI.COMM_WORLD.size, Network(NETWORKS[network], SHAPE))):
         mine = Trained(World(), network, topology, **options)
+        some |= mine.in_parts
         if MPI.COMM_WORLD.rank == 0:
             compare(mine, serial(network, **options), 1e-10)
-    assert given, "nobody computed in parts"
+    assert some, "nobody computed in parts"
 
 
 @pytest.mark.ranks(2, 3, 4, 5)

@@ -231,7 +231,7 @@ def test_each_replica_is_a_serial_run(layout: Topology, network: str, partition:
     own = serial(network, layout.replicas, engine.place.replica, partition)
     for n, (loss, rows) in enumerate(own.losses):
         engine.step(n, RATE)
-        sums = np.array(engine.tally.take())[[0, 2]]
+        sums = np.array(engine.metrics.take())[[0, 2]]
         engine.wiring.replica.sum(sums)
         assert sums[1] == rows
         np.testing.assert_allclose(sums[0], loss, rtol=1e-10)
@@ -253,7 +253,7 @@ def check_scores(engine: Engine, own: Serial, all_params: list[dict[str, Array]]
     assert len(scores) == len(all_params)
     np.testing.assert_allclose(scores[engine.place.replica], own.validation(own.params), rtol=1e-9)
     for best, params in ((None, average(all_params)), (1, all_params[1])):
-        with engine.replicas.shown(best):
+        with engine.exchange.shown(best):
             found = (engine.evaluate_test(), engine.evaluate_validation())
             np.testing.assert_allclose(found, (own.test(params), own.validation(params)), rtol=1e-9)  # type: ignore[arg-type]
     assert engine.compare_replicas() == scores
@@ -264,27 +264,27 @@ def check_scores(engine: Engine, own: Serial, all_params: list[dict[str, Array]]
 
 def memories(engine: Engine) -> dict[str, Array]:
     """This rank's part of the optimizer's state."""
-    segments = enumerate(engine.state.segments)
-    return {f"{i}/{name}": array.copy() for i, segment in segments for name, array in segment.optimizer.items()}
+    buckets = enumerate(engine.state.buckets)
+    return {f"{i}/{name}": array.copy() for i, bucket in buckets for name, array in bucket.optimizer.items()}
 
 
 def check_shown(engine: Engine) -> None:
     before = blocks(engine)
     found = of_peers(engine, before)
-    with engine.replicas.shown():
+    with engine.exchange.shown():
         near(engine.state.params, average(found), 2e-15)
         same_bits(blocks(engine), of_peers(engine, blocks(engine))[0])
         of_team_are_alike(engine)
     same_bits(blocks(engine), before)
     for best in {0, len(found) - 1}:
-        with engine.replicas.shown(best):
+        with engine.exchange.shown(best):
             same_bits(blocks(engine), found[best])
         same_bits(blocks(engine), before)
 
 
 def check_become(engine: Engine) -> None:
     own, mean = memories(engine), average(of_peers(engine, blocks(engine)))
-    engine.replicas.become()
+    engine.exchange.become()
     near(engine.state.params, mean, 2e-15)
     same_bits(blocks(engine), of_peers(engine, blocks(engine))[0])
     same_bits(memories(engine), own)  # the optimizer's state stays
@@ -298,7 +298,7 @@ def check_adopt(engine: Engine) -> None:
         [r - r % 2 for r in range(replicas)],  # pairs; an odd one keeps its own
         [replicas - 1 if r in (0, replicas - 1) else r for r in range(replicas)],
     ):
-        engine.replicas.adopt(takes)
+        engine.exchange.adopt(takes)
         found = [found[source] for source in takes]
         weights, optimizer = found[engine.place.replica]
         same_bits(blocks(engine), weights)
@@ -306,9 +306,9 @@ def check_adopt(engine: Engine) -> None:
 
 
 def check_become_the_best(engine: Engine) -> None:
-    last = engine.replicas.count - 1
+    last = engine.exchange.count - 1
     weights, optimizer = of_peers(engine, (blocks(engine), memories(engine)))[last]
-    engine.replicas.become(last)
+    engine.exchange.become(last)
     same_bits(blocks(engine), weights)
     same_bits(memories(engine), optimizer)
 
@@ -360,10 +360,10 @@ def test_push_sum_is_averaged_by_mass() -> None:
     mean = {
         key: sum(each[key][0] * each[key][1] for each in told) / sum(each[key][0] for each in told) for key in before
     }
-    with engine.replicas.shown():
+    with engine.exchange.shown():
         near(engine.state.params, mean, 2e-15)
     same_bits(blocks(engine), before)
-    engine.replicas.become()
+    engine.exchange.become()
     near(engine.state.params, mean, 2e-15)
     assert all((array == 1).all() for array in engine.exchange.memories()["mass"])
     engine.close()
@@ -372,14 +372,14 @@ def test_push_sum_is_averaged_by_mass() -> None:
 def test_with_one_replica_there_is_nothing_to_do() -> None:
     engine = make(topology(1, (SIZE, 1)))
     engine.step(0, RATE)
-    assert engine.replicas.count == 1
+    assert engine.exchange.count == 1
     before = blocks(engine)
-    with engine.replicas.shown():
+    with engine.exchange.shown():
         same_bits(blocks(engine), before)
-    with engine.replicas.shown(0):
+    with engine.exchange.shown(0):
         same_bits(blocks(engine), before)
-    engine.replicas.become()
-    engine.replicas.become(0)
+    engine.exchange.become()
+    engine.exchange.become(0)
     same_bits(blocks(engine), before)
     found, whole = engine.compare_replicas(), engine.evaluate_validation()
     assert found is not None

@@ -59,7 +59,7 @@ def closed(found: Reports[int], engine: Engine) -> None:
 
 def distance(engine: Engine) -> float:
     """Of all replicas from their mean, relative to it, by NumPy from all that the ranks hold."""
-    mine = np.concatenate([segment.params[segment.shard] for segment in engine.state.segments])
+    mine = np.concatenate([bucket.params[bucket.shard] for bucket in engine.state.buckets])
     shards = engine.world.comm.allgather(mine)
     replicas = engine.topology.replicas
     each = engine.world.size // replicas
@@ -76,9 +76,9 @@ def test_the_sums_of_all_ranks(layout: Topology) -> None:
     for n in range(6):
         engine.step(n, 0.3)
         if n % 2:
-            expected.append((engine.world.comm.allgather(engine.tally.numbers()), distance(engine)))
+            expected.append((engine.world.comm.allgather(tuple(engine.metrics.values[:4])), distance(engine)))
             found.start(n, flag=False)
-            assert engine.tally.numbers() == (0, 0, 0, 0)
+            assert not engine.metrics.values.any()
     told = list(found.ready(wait=True))
     assert [report.tag for report in told] == [1, 3, 5]
     place = [engine.topology.place(rank).replica for rank in range(SIZE)]
@@ -103,8 +103,8 @@ def test_equal_replicas_have_no_distance(layout: Topology) -> None:
     engine = make(layout)
     found: Reports[int] = Reports(engine)
     for n in range(8):
-        for i, segment in enumerate(engine.state.segments):
-            part = segment.params[segment.shard]
+        for i, bucket in enumerate(engine.state.buckets):
+            part = bucket.params[bucket.shard]
             part[...] = np.random.default_rng([n, i, *engine.place[1:]]).normal(size=part.size)
         found.start(n, flag=False)
     for report in found.ready(wait=True):
@@ -116,8 +116,8 @@ def test_equal_replicas_have_no_distance(layout: Topology) -> None:
 @pytest.mark.ranks(2, 3, 4)
 def test_the_distance_of_many_parameters_is_measured_at_some() -> None:
     engine = make(Topology(SIZE, (Stage(0, 3, 1, 1),)), units=(200, 100))
-    for segment in engine.state.segments:
-        part = segment.params[segment.shard]
+    for bucket in engine.state.buckets:
+        part = bucket.params[bucket.shard]
         part[...] = np.random.default_rng(RANK).normal(size=part.size) * 0.1 + np.random.default_rng(99).normal(
             size=part.size
         )

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from nettorrent_mpi.comm import shared
+from nettorrent_mpi.comm import reducers
 from nettorrent_mpi.comm.group import Array, Group
-from nettorrent_mpi.comm.ring import Ring, Rings, Way, can_carry
-from nettorrent_mpi.comm.shared import by_nodes
+from nettorrent_mpi.comm.ring import Lap, Ring, Rings, can_carry
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import checkpoint, segments, state
+from nettorrent_mpi.engine import buckets, checkpoint
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import write_arrays
 from nettorrent_mpi.engine.run_plan import Options, Plan
@@ -77,22 +76,22 @@ def test_everybody_gets_the_sums(world: MPI.Intracomm, turned: bool) -> None:
         for i in turns:
             ring, grads, params, sums, own = made[i]
             grads[...] = numbers(RANK, i, turn, grads.size)
-            ring.sums.begin()
+            ring.reduce.begin()
             time.sleep(0.001 * RANK)
             rings.progress()
         for i in reversed(turns):
             ring, grads, params, sums, own = made[i]
-            ring.shares.post()
-            rings.finish(ring.sums)
+            ring.gather.post()
+            rings.finish(ring.reduce)
             whole = sum(numbers(member, i, turn, grads.size) for member in range(SIZE))
             np.testing.assert_array_equal(sums, whole[own])
             params[own] = sums / 2
-            ring.shares.begin()
+            ring.gather.begin()
         for i in turns:
             ring, grads, params, sums, own = made[i]
-            rings.finish(ring.shares)
-            ring.sums.sent()
-            ring.shares.sent()
+            rings.finish(ring.gather)
+            ring.reduce.sent()
+            ring.gather.sent()
             whole = sum(numbers(member, i, turn, grads.size) for member in range(SIZE))
             np.testing.assert_array_equal(params, whole / 2)
     world.Barrier()
@@ -108,19 +107,13 @@ def test_sums_are_the_same_bits_in_every_run(world: MPI.Intracomm) -> None:
         rings, ring = Rings(), Ring(group, range(SIZE), 0, grads, sums, params, [3] * SIZE)
         rings.add(ring)
         time.sleep(0.002 * ((RANK + turn) % SIZE))
-        ring.sums.begin()
-        rings.finish(ring.sums)
-        ring.sums.sent()
+        ring.reduce.begin()
+        rings.finish(ring.reduce)
+        ring.reduce.sent()
         world.Barrier()
         rings.free()
         found.append(sums.tobytes())
     assert len(set(found)) == 1
-
-
-@pytest.mark.ranks(4, 5)
-def test_members_of_a_node_stand_side_by_side(world: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "node_of", lambda group: Group(group.comm.Split(group.index % 2)))
-    assert by_nodes(Group(world)) == [*range(0, SIZE, 2), *range(1, SIZE, 2)]
 
 
 @pytest.mark.ranks(1)
@@ -133,10 +126,10 @@ def test_short_and_huge_shards_are_left_to_mpi() -> None:
 @pytest.mark.ranks(1)
 def test_blocks_are_cut_in_the_order_in_which_backward_completes_them() -> None:
     sizes = {"a/w": 4, "a/b": 1, "b/w": 60, "c/w": 3, "d/in/w": 40, "d/b": 1, "e/w": 1, "e/b": 40}
-    assert state.buckets(sizes, 40, 0) == [["e/w", "e/b"], ["d/in/w", "d/b"], ["b/w", "c/w"], ["a/w", "a/b"]]
-    assert state.buckets(sizes, 40, 6)[2:] == [["a/w", "a/b", "b/w", "c/w"]]
-    assert state.buckets(sizes, 1000, 6) == [list(sizes)]
-    assert state.buckets({"a/w": 1}, 40, 6) == [["a/w"]]
+    assert buckets.cut(sizes, 40, 0) == [["e/w", "e/b"], ["d/in/w", "d/b"], ["b/w", "c/w"], ["a/w", "a/b"]]
+    assert buckets.cut(sizes, 40, 6)[2:] == [["a/w", "a/b", "b/w", "c/w"]]
+    assert buckets.cut(sizes, 1000, 6) == [list(sizes)]
+    assert buckets.cut({"a/w": 1}, 40, 6) == [["a/w"]]
 
 
 # -- a training -------------------------------------------------------------------------------------------------------
@@ -163,11 +156,11 @@ def test_sums_begin_under_the_last_backward(
     between_nodes: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     between_nodes(True)
-    monkeypatch.setattr(segments, "PIECE", 1 << 20)
+    monkeypatch.setattr(reducers, "PIECE", 1 << 20)
     seen: list[str] = []
-    begin, backward = Way.begin, LinearLayer.backward
+    begin, backward = Lap.begin, LinearLayer.backward
 
-    def begun(self: Way) -> None:
+    def begun(self: Lap) -> None:
         seen.append("begin")
         begin(self)
 
@@ -177,15 +170,15 @@ def test_sums_begin_under_the_last_backward(
         return found
 
     with training(Topology(SIZE, (Stage(0, 4, 1, 1),))) as engine:
-        layers = [sorted({key.split("/")[0] for key in segment.places}) for segment in engine.state.segments]
+        layers = [sorted({key.split("/")[0] for key in bucket.places}) for bucket in engine.state.buckets]
         assert layers == [["linear3", "linear4"], ["linear2"], ["linear1"]]
         engine.step(0, 0.01)
-        monkeypatch.setattr(Way, "begin", begun)
+        monkeypatch.setattr(Lap, "begin", begun)
         monkeypatch.setattr(LinearLayer, "backward", gone_back)
         engine.step(1, 0.01)
     names = ["linear4", "linear3", "linear2", "linear1"]
     last = ["linear4", "linear3", "begin", "linear2", "begin", "linear1", "begin"]
-    assert seen == [*names, *last, *["begin"] * 3]  # two micro-batches, then the shares
+    assert seen == [*names, *last, *["begin"] * 3]  # two micro-batches, then the parameters
 
 
 @pytest.mark.ranks(2, 3, 4)
@@ -205,7 +198,7 @@ def test_messages_move_between_the_layers_of_a_stage(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.ranks(2, 4)
-def test_a_checkpoint_knows_no_segments(
+def test_a_checkpoint_knows_no_buckets(
     between_nodes: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, shared_path: Path
 ) -> None:
     """Made with rings, gone on from with shared memory, on another layout."""
@@ -224,8 +217,7 @@ def test_a_checkpoint_knows_no_segments(
         engine.world.barrier()
     monkeypatch.undo()
     with training(cols) as engine:
-        checkpoint.restore(engine, file)
-        engine.state.meet()
+        checkpoint.restore(engine, file, lambda attributes: None)
         steps(engine, range(4, 8))
         found = engine.parameters()
     for key, array in expected.items():

@@ -176,7 +176,7 @@ def test_a_thousand_steps_do_not_grow() -> None:
     for n in range(100, 1100):
         made.step(n, 0.001)
         if n % 100 == 0:
-            made.tally.take()
+            made.metrics.take()
             made.evaluate_test()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 1024, f"{grown} KiB more after 1000 steps"

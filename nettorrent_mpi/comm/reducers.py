@@ -1,0 +1,125 @@
+"""Reducers: how the ranks that hold a bucket alike reduce-scatter its gradients and all-gather its parameters.
+
+Each holder owns a shard of the bucket's flat arrays: it gets the sum of everyone's gradients of the shard, updates the
+shard's parameters, and all holders get everyone's shards (ZeRO stage 1, Rajbhandari et al. 2020). The bytes are those
+of an all-reduce. One interface has several kinds; which of them a bucket has is decided where its memory is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.ring import Ring, Rings
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import Device
+
+PIECE = 256 << 10  # bytes of a shard that go around a ring together, at least
+PIECES = 8  # at most; more make no link busier
+
+
+class Reducer:
+    """The reducer of a holder that is alone: there is nothing to do.
+
+    A step calls `begin_reduce` when the gradients are written, `reduce` before it reads the sums, `expect_gather` when
+    the others' shards of the parameters may change, `begin_gather` when the own shard is updated, and `gather`, after
+    which all parameters are everyone's latest and the gradients may be overwritten. Only `reduce` and `gather` wait.
+    Where holders share memory they fence (`State.fence`) before `reduce` and after `gather`.
+    """
+
+    def begin_reduce(self) -> None:
+        """Let gradients leave that travel in messages."""
+
+    def reduce(self) -> None:
+        """sums <- this shard of the sum of everyone's gradients."""
+
+    def expect_gather(self) -> None:
+        """Let others' shards of the parameters arrive: nobody here reads them until `gather` is done."""
+
+    def begin_gather(self) -> None:
+        """Let this rank's shard of the parameters leave, where it travels in messages."""
+
+    def gather(self) -> None:
+        """params <- everyone's shards."""
+
+
+class CollectiveReducer(Reducer):
+    """Reduces and gathers by MPI's own algorithms."""
+
+    def __init__(self, group: Group, counts: Sequence[int], params: Array, grads: Array, sums: Array):
+        self._group, self._counts = group, counts
+        self._params, self._grads, self._sums = params, grads, sums
+        start = sum(counts[: group.index])
+        self._shard = params[start : start + counts[group.index]]
+
+    def reduce(self) -> None:
+        self._group.reduce_scatter(self._grads, self._sums, self._counts)
+
+    def gather(self) -> None:
+        self._group.allgather(self._shard, self._params, self._counts)
+
+
+class RingReducer(Reducer):
+    """Reduces and gathers around rings, while the ranks compute: in pieces, so that the link is busy with some while
+    others wait to be added."""
+
+    def __init__(
+        self,
+        rings: Rings,
+        group: Group,
+        first_tag: int,
+        counts: Sequence[int],
+        params: Array,
+        grads: Array,
+        sums: Array,
+    ):
+        """Every member makes one, with the same tag, which leaves PIECES tags free from `first_tag` on."""
+        self._rings, self._gathering = rings, False
+        pieces: int = min(max(1, max(counts) * params.dtype.itemsize // PIECE), PIECES)
+        self._around = [
+            Ring(group, group.by_nodes, first_tag + i, grads, sums, params, counts, i, pieces) for i in range(pieces)
+        ]
+        for ring in self._around:
+            rings.add(ring)
+
+    def begin_reduce(self) -> None:
+        for ring in self._around:
+            ring.reduce.begin()
+
+    def reduce(self) -> None:
+        for ring in self._around:
+            self._rings.finish(ring.reduce)
+
+    def expect_gather(self) -> None:
+        for ring in self._around:
+            ring.gather.post()
+
+    def begin_gather(self) -> None:
+        for ring in self._around:
+            ring.gather.begin()
+        self._gathering = True
+
+    def gather(self) -> None:
+        if not self._gathering:
+            self.begin_gather()
+        for ring in self._around:
+            self._rings.finish(ring.gather)
+        for ring in self._around:
+            ring.reduce.sent()  # the next backward overwrites the gradients
+            ring.gather.sent()
+        self._gathering = False
+
+
+class SharedReducer(Reducer):
+    """Reduces where the gradients lie, in memory that the holders of a node share, which also has the only copy of the
+    parameters: nothing is sent or copied."""
+
+    def __init__(self, device: Device, shards: Sequence[Array], sums: Array):
+        """`shards` are everyone's gradients of this rank's shard, in the order in which they are added up."""
+        self._ops, self._shards, self._sums = device.ops, shards, sums
+
+    def reduce(self) -> None:
+        first, second, *others = self._shards
+        self._ops.add(first, second, self._sums)
+        for grads in others:
+            self._ops.add(self._sums, grads, self._sums)

@@ -1,0 +1,259 @@
+"""Buckets: flat arrays of blocks that ranks hold alike, and that are reduced and gathered together.
+
+With cols = 1 all ranks of the swarm hold a stage's blocks alike; with more, the blocks that are divided over the cols
+are held by the ranks of the same col, and the few that are not (`Parameter.replicated_sum`) by the whole swarm. (Where
+the exchange is not exact, replicas differ: then the holders are of one team.) On one node there is one bucket for each
+of these groups of holders, in shared memory, and one more for the matrices whose gradients are computed in parts.
+Between nodes there are several, in the order in which backward completes them: gradients of one travel while backward
+is still at the others.
+
+Inside a bucket each holder updates one part (a shard) of the elements and keeps the optimizer's state for these alone.
+An optimizer works element by element, so this is the serial result. As every element has one owner, what its owner
+alone does to it (an average with other replicas) leaves all holders bitwise alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.reducers import PIECES, CollectiveReducer, Reducer, RingReducer, SharedReducer
+from nettorrent_mpi.comm.ring import can_carry
+from nettorrent_mpi.comm.shared import SharedMemory, fits
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import Device
+from nettorrent_mpi.engine.operands import SharedOperands
+from nettorrent_mpi.engine.wiring import Wiring
+from nettorrent_mpi.nn.layer import Parameter
+from nettorrent_mpi.nn.optimizers import Optimizer
+from nettorrent_mpi.plan.blocks import Span, span
+from nettorrent_mpi.plan.cost import in_parts
+from nettorrent_mpi.plan.moves import Box, boxes_of_range
+
+FULL = 1 << 20  # bytes at which a bucket is full, where buckets travel in messages
+LEAST_SHARD = 16 << 10  # bytes: below, many short messages one after the other take longer than MPI's own algorithms
+LINE = 16  # blocks begin at multiples of this many elements: a cache line of float32
+
+
+def round_up(length: int) -> int:
+    """The elements that a block of that length takes."""
+    return -(-length // LINE) * LINE
+
+
+class Flat:
+    """Blocks that all members of `group` hold alike, one after another in the flat array `params`.
+
+    `counts` of its elements are each member's own, `shard` is this rank's, `places` tells where each block
+    "<layer>/<name>" lies.
+    """
+
+    def __init__(self, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
+        self.group, self.parameters, self.dtype = group, blocks, np.dtype(dtype)
+        self.places: dict[str, slice] = {}
+        size = 0
+        for key, parameter in blocks.items():
+            length = math.prod(parameter.local)
+            self.places[key] = slice(size, size + length)
+            size += round_up(length)
+        self.size = size
+        self.counts = [LINE * span(size // LINE, group.size, i).size for i in range(group.size)]
+        start = sum(self.counts[: group.index])
+        self.shard = slice(start, start + self.counts[group.index])
+        self.params: Array
+
+    def blocks(self, flat: Array) -> dict[str, Array]:
+        """The blocks in `flat`, as views of their shapes."""
+        return {key: flat[place].reshape(self.parameters[key].local) for key, place in self.places.items()}
+
+    def shard_boxes(self, shard: Array) -> Iterator[tuple[str, Box, Array]]:
+        """What `shard`, an array of this rank's elements, holds of each block: (key, box of the whole array, view)."""
+        for key, place in self.places.items():
+            start, stop = max(place.start, self.shard.start), min(place.stop, self.shard.stop)
+            for begin, box in boxes_of_range(self.parameters[key].box, start - place.start, stop - place.start):
+                at = place.start + begin - self.shard.start
+                shape = [each.size for each in box]
+                yield key, box, shard[at : at + math.prod(shape)].reshape(shape)
+
+
+class Statistics(Flat):
+    """Running statistics: no optimizer touches them, and every holder computes the same."""
+
+    def __init__(self, device: Device, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
+        super().__init__(group, blocks, dtype)
+        self.params = device.zeros((self.size,), dtype)  # the gaps between the blocks, too
+        self.reducer: Reducer = Reducer()
+        if group.size > 1:
+            self.reducer = CollectiveReducer(group, self.counts, self.params, self.params, self.params)
+
+
+class Bucket(Flat):
+    """Trainable blocks: besides `params` there are the gradients `grads`, their sums over the holders for the shard
+    (`sums`), and the optimizer's state of the shard. `versions` has room for earlier versions of `params`.
+
+    `first` is where the earliest of the blocks stands among the stage's parameters: when backward has come there, all
+    gradients are written. In shared memory (`memory`) all holders have one `params`. With `operands`, one for each
+    block, there are no gradients: each holder computes the sums of its shard from everyone's rows (engine/operands.py).
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        group: Group,
+        blocks: Mapping[str, Parameter],
+        optimizer: Optimizer,
+        dtype: Any,
+        *,
+        first: int,
+        versions: int,
+        memory: SharedMemory | None = None,
+        operands: Mapping[str, SharedOperands] | None = None,
+    ):
+        super().__init__(group, blocks, dtype)
+        self.first, self.memory, self.operands = first, memory, operands or {}
+        self.optimizer = optimizer.init(device, self.counts[group.index], dtype)
+        self.reducer: Reducer = Reducer()
+        size, copies = self.size, 1 + versions  # of params
+        if memory is not None:
+            own = 0 if operands else size  # elements of gradients
+            params = memory.parts[0][own:]
+            self.params, *self.versions = (params[i * size : (i + 1) * size] for i in range(copies))
+            all_grads = [part[:own] for part in memory.parts]
+            self.grads = all_grads[group.index]
+            device.ops.fill(self.params[self.shard], 0)
+            device.ops.fill(self.grads, 0)
+            self.sums = device.zeros((self.counts[group.index],), dtype)  # the gaps between the blocks, too
+            if not operands:
+                self.reducer = SharedReducer(device, [grads[self.shard] for grads in all_grads], self.sums)
+            for key, each in self.operands.items():
+                self._own(key, each)
+            return
+        self.params, *self.versions = (device.zeros((size,), dtype) for _ in range(copies))
+        self.grads = device.zeros((size,), dtype)
+        self.sums = device.zeros((self.counts[group.index],), dtype) if group.size > 1 else self.grads
+        if group.size > 1:
+            self.reducer = CollectiveReducer(group, self.counts, self.params, self.grads, self.sums)
+
+    def _own(self, key: str, operands: SharedOperands) -> None:
+        """Let the operands write into `sums` what this rank's shard has of their block's gradient."""
+        place = self.places[key]
+        start = min(max(place.start, self.shard.start), self.shard.stop)
+        stop = max(start, min(place.stop, self.shard.stop))
+        into = self.sums[start - self.shard.start : stop - self.shard.start]
+        operands.own(Span(start - place.start, stop - place.start), into)
+
+    def keep_version(self, device: Device, number: int) -> None:
+        """versions[number] <- params. All holders call, before any of them changes its shard."""
+        part = self.shard if self.memory is not None else slice(None)
+        device.ops.copy(self.versions[number][part], self.params[part])
+
+
+def cut(sizes: Mapping[str, int], full: int, least: int) -> list[list[str]]:
+    """The blocks, given in the order of the layers, cut into buckets in the order in which backward completes them. One
+    with so many elements is full; one of fewer than `least` joins the one before. A layer's blocks stay together."""
+    made: list[list[str]] = []
+    filled, layer = full, ""
+    for key in reversed(list(sizes)):
+        above, layer = layer, key.partition("/")[0]
+        if filled >= full and layer != above:
+            made.append([])
+            filled = 0
+        made[-1].insert(0, key)
+        filled += sizes[key]
+    if len(made) > 1 and filled < least:
+        last = made.pop()
+        made[-1] = last + made[-1]
+    return made
+
+
+class BucketMaker:
+    """Divides a stage's trainable blocks into buckets and decides how each is reduced. All holders make the same."""
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        device: Device,
+        parameters: Mapping[str, Parameter],
+        optimizer: Optimizer,
+        dtype: Any,
+        *,
+        versions: int,
+        rows: int,
+    ):
+        """`rows` are those of a mini-batch if the holders have all of them, else 0: then no gradient is computed in
+        parts."""
+        self._wiring, self._device, self._optimizer = wiring, device, optimizer
+        self._dtype, self._versions, self._rows = np.dtype(dtype), versions, rows
+        self._number = {key: i for i, key in enumerate(parameters)}
+
+    def make(self, group: Group, blocks: Mapping[str, Parameter]) -> list[Bucket]:
+        """The buckets of blocks that `group` holds alike."""
+        sizes = {key: round_up(math.prod(parameter.local)) for key, parameter in blocks.items()}
+        bytes_ = sum(sizes.values()) * self._dtype.itemsize
+        shared = group.size > 1 and group.on_one_node and fits(group, (group.size + 1 + self._versions) * bytes_)
+        operands = self._operands(group, blocks) if shared else {}
+        made = [self._bucket(group, blocks, list(operands), shared=True, operands=operands)] if operands else []
+        rest = {key: size for key, size in sizes.items() if key not in operands}
+        if not rest:
+            return made
+        if shared or group.size == 1:
+            return [*made, self._bucket(group, blocks, list(rest), shared=shared)]
+        least = LEAST_SHARD * group.size // self._dtype.itemsize
+        parts = cut(rest, max(FULL // self._dtype.itemsize, least), least)
+        made = [self._bucket(group, blocks, keys, shared=False) for keys in parts]
+        if all(can_carry(bucket.counts, self._dtype.itemsize, LEAST_SHARD) for bucket in made):
+            apart = self._wiring.channel(group)
+            for i, bucket in enumerate(made):
+                arrays = bucket.params, bucket.grads, bucket.sums
+                bucket.reducer = RingReducer(self._wiring.rings, apart, i * PIECES, bucket.counts, *arrays)
+        return made
+
+    def _bucket(
+        self,
+        group: Group,
+        blocks: Mapping[str, Parameter],
+        keys: Sequence[str],
+        *,
+        shared: bool,
+        operands: Mapping[str, SharedOperands] | None = None,
+    ) -> Bucket:
+        chosen = {key: blocks[key] for key in keys}
+        memory = None
+        if shared:
+            size = sum(round_up(math.prod(parameter.local)) for parameter in chosen.values())
+            own = 0 if operands else size  # gradients; the first member's memory has the parameters as well
+            sizes = [own + (1 + self._versions) * size, *[own] * (group.size - 1)]
+            memory = self._wiring.shared_memory(group, sizes, self._dtype)
+        return Bucket(
+            self._device,
+            group,
+            chosen,
+            self._optimizer,
+            self._dtype,
+            first=min(self._number[key] for key in keys),
+            versions=self._versions,
+            memory=memory,
+            operands=operands,
+        )
+
+    def _operands(self, group: Group, blocks: Mapping[str, Parameter]) -> dict[str, SharedOperands]:
+        """Memory for the operands of the matrices whose gradients the holders compute in parts."""
+        shapes = {
+            key: parameter.local
+            for key, parameter in blocks.items()
+            if parameter.product and in_parts(self._rows, group.size, parameter.local[0], parameter.local[1])
+        }
+        sizes = [round_up(self._rows * length) for shape in shapes.values() for length in shape]
+        if not sizes or not fits(group, sum(sizes) * self._dtype.itemsize):
+            return {}
+        memory = self._wiring.shared_memory(group, [sum(sizes), *[0] * (group.size - 1)], self._dtype)
+        ends = np.cumsum(sizes)
+        arrays = [
+            memory.parts[0][end - size :][: self._rows * length].reshape(self._rows, length)
+            for end, size, length in zip(ends, sizes, (n for shape in shapes.values() for n in shape), strict=True)
+        ]
+        pairs = zip(arrays[::2], arrays[1::2], strict=True)
+        return {key: SharedOperands(self._device, *pair) for key, pair in zip(shapes, pairs, strict=True)}

@@ -1,0 +1,70 @@
+"""What one stage of a plan does in each step: its lists of actions, proved, and made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from nettorrent_mpi.engine.run_plan import Plan
+from nettorrent_mpi.plan.actions import Actions, Kind, peak_stored, step_end
+from nettorrent_mpi.plan.checker import check
+from nettorrent_mpi.plan.exchange_specs import Async
+from nettorrent_mpi.plan.schedule import build, evaluation
+from nettorrent_mpi.plan.stream import mean_staleness, reach, staleness_bound, stream_step
+
+
+class StageSchedule:
+    """The lists of a stage, of which those of all stages were proved together. Raises ScheduleError where they cannot
+    come to their end.
+
+    `slots` are the micro-batches that the stage holds between forward and backward. In a pipeline without flush
+    (`asynchronous`) `late` is the most updates between the weights that a forward uses and those that its gradient is
+    applied to, and `ahead` how many mini-batches the first stage begins before the present one is done.
+    """
+
+    def __init__(self, plan: Plan, stage: int):
+        options, stages = plan.options, len(plan.topology.stages)
+        self._pipeline, self._stages, self._stage = options.pipeline.kind, stages, stage
+        self._micro_batches, self._clip, self._exact = options.micro_batches, options.clip_norm is not None, plan.exact
+        lists = build(self._pipeline, stages, self._micro_batches, end=self._end(parts=False))
+        check(plan.topology, lists)
+        self._slots = tuple(peak_stored(actions) for actions in lists)
+        self.slots = self._slots[stage]
+        self.asynchronous = isinstance(options.pipeline, Async) and stages > 1
+        self.late = self.ahead = 0
+        self.rate_scale = 1.0
+        if self.asynchronous:
+            self.late = staleness_bound(stages, self._micro_batches, stage)
+            self.ahead = staleness_bound(stages, self._micro_batches, 0)
+        if isinstance(options.pipeline, Async) and options.pipeline.staleness_aware and self.asynchronous:
+            self.rate_scale = 1 / (1 + mean_staleness(stages, self._micro_batches, stage))
+        self._reach = reach(stages, self._micro_batches)
+
+    def _end(self, *, parts: bool) -> tuple[Kind, ...]:
+        return step_end(clip=self._clip, exact=self._exact, parts=parts)
+
+    def may_follow(self, before: int, left: int) -> bool:
+        """Whether a step may be told that `left` steps are left until rest, when the one before it left `before`."""
+        return before in (0, left) or (left > self.ahead and before >= self._reach)
+
+    def step(self, *, first: bool, left: int, parts: bool) -> Actions:
+        """The list of a training step. `first`: the pipeline is empty before; `left` steps are left until it is again,
+        this one included; `parts`: this rank computes weight gradients in parts."""
+        end = self._end(parts=parts)
+        if self.asynchronous:
+            return _stream(self._stages, self._micro_batches, self._stage, first, min(left, self._reach + 1), end)
+        return _flushed(self._pipeline, self._stages, self._micro_batches, end)[self._stage]
+
+    def evaluation(self, micro_batches: int) -> Actions:
+        """The list of an evaluation of so many micro-batches."""
+        return evaluation(self._slots, micro_batches)[self._stage]
+
+
+@lru_cache(maxsize=64)
+def _stream(stages: int, micro_batches: int, stage: int, first: bool, left: int, end: Sequence[Kind]) -> Actions:
+    return stream_step(stages, micro_batches, stage, first=first, left=left, end=end)
+
+
+@lru_cache(maxsize=64)
+def _flushed(pipeline: str, stages: int, micro_batches: int, end: Sequence[Kind]) -> list[Actions]:
+    return build(pipeline, stages, micro_batches, end=end)
