@@ -12,6 +12,7 @@ from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.topology import Topology
 
 Have = Sequence[Buffers]
+COUPLED = frozenset({"F", "B", "R", "X", "Y", "G"})  # what needs every rank of the swarm at once
 
 
 def check(topology: Topology, lists: Sequence[Actions], have: Have | None = None) -> None:
@@ -133,7 +134,7 @@ class _Game:
         """Who does this action at the same time."""
         if action.kind == "N":
             return self.actors
-        return self.swarms[action.stage] if action.kind in ("F", "B", "R", "X", "Y", "G") else [actor]
+        return self.swarms[action.stage] if action.kind in COUPLED else [actor]
 
     def other_end(self, actor: _Actor, way: str, *, sends: bool) -> list[_Actor]:
         neighbour = actor.stage + (1 if (way == "A") == sends else -1)
@@ -148,12 +149,13 @@ class _Game:
         """What the actor's action waits for; empty if it can start."""
         action = actor.action
         assert action is not None
-        for other in self.at_once(action, actor):
-            if other.action is None or other.action[1:] != action[1:]:
-                return f"{Action(other.stage, *action[1:])} of {other.where}"
-        if action.kind in ("WA", "WG"):
+        if action.kind in COUPLED or action.kind == "N":
+            for other in self.at_once(action, actor):
+                if (there := other.action) is None or there[1:] != action[1:]:
+                    return f"{Action(other.stage, *action[1:])} of {other.where}"
+        elif action.kind in ("WA", "WG"):
             return self.send_waits(actor, action)
-        if action.kind in ("RA", "RG"):
+        elif action.kind in ("RA", "RG"):
             return self.receive_waits(actor, action)
         return ""
 
@@ -201,10 +203,11 @@ def _kind(what: Literal["P", "R", "W", "S"], way: str) -> Kind:
 def _check_stage(actor: _Actor, stages: int) -> None:
     """Every action is one that this stage can do, and is there once."""
     seen: set[Action] = set()
+    absent = _absent(actor.stage, stages)
     for action in actor.actions:
         if action.stage != actor.stage:
             raise ScheduleError(f"{action} of {actor}: these ranks work on stage {actor.stage}")
-        if action.kind in _absent(actor.stage, stages):
+        if action.kind in absent:
             raise ScheduleError(f"{action} of {actor}: there is no stage to send to or receive from")
         if action in seen:
             raise ScheduleError(f"{action} of {actor} stands there twice")
@@ -286,11 +289,12 @@ def _check_buffers(actor: _Actor, have: Buffers, training: bool) -> None:
     sends = [("output", have.slots, "F", "SA", "WA"), ("dx", have.dx, "B", "SG", "WG")]
     kinds = {action.kind for action in actor.actions}
     sends = [entry for entry in sends if entry[3] in kinds]
+    changes = {kind for entry in (*turns, *sends) for kind in entry[2:]}
     used: dict[tuple[str, int], int] = {}
     unsent: dict[tuple[str, int], Action] = {}  # what was last done with the contents of these buffers
     for action in actor.actions:
         m = action.micro_batch
-        if m is None or action.kind in ONCE:
+        if m is None or action.kind not in changes:
             continue
         for name, count, takes, frees in turns:
             place = name, m % count
