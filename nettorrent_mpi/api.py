@@ -32,6 +32,7 @@ if "mpi4py.MPI" not in sys.modules:
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.config.writing import model_json, to_plain
+from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.checkpoint import collect, restore, restore_parameters
 from nettorrent_mpi.engine.engine import Engine
@@ -151,15 +152,20 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """Loss and accuracy on the test set and on the validation rows. Of replicas that differ: of the best one, or
-        (gossip) of their average; and so for `parameters` and `save`."""
+        (gossip) of their average; and so for `predict`, `parameters` and `save`."""
         self._at_rest("evaluate")
         return self._loop.evaluator.evaluate()
 
     def predict(self, x: Array) -> Array:
-        """The network's outputs (rows, outputs) for rows x (rows, *input shape), on all ranks; for cross_entropy the
-        largest output is the class. All ranks give the same x, of the training rows' type and scale. Raises DataError.
+        """Compute the network's outputs (rows, outputs) for the rows x (rows, *input shape), for all ranks.
+
+        All ranks give the same rows, of any number. They are prepared as the training rows are: bytes are scaled to
+        0..1 and floating values are not, then `mean` and `std` apply. For cross entropy the outputs are logits, of
+        which `argmax(axis=1)` is the class. Raises DataError.
         """
         self._at_rest("predict")
+        with self._world.agreement():
+            unlabelled(x, self.setup.dataset.train)
         with self._loop.evaluator.network():
             return self._engine.predict(x)
 

@@ -13,7 +13,7 @@ INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
 
 def agreed(error: BaseException) -> bool:
     """Whether all ranks of the world raise it alike: then it ends what they were doing, and nothing else."""
-    return bool(getattr(error, "agreed", False))
+    return isinstance(error, NetTorrentError) and error.agreed
 
 
 def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:

@@ -120,6 +120,39 @@ def test_mistakes_end_one_trainer_on_all_ranks(world: MPI.Intracomm) -> None:
         list(other.train(steps=1))
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 300])
+def test_predictions_are_the_serial_ones_on_all_ranks(world: MPI.Intracomm, count: int) -> None:
+    x = np.random.default_rng(5).normal(size=(count, 6))
+    found = []
+    for comm in (MPI.COMM_SELF, world):
+        with nt.Trainer(LAYERS, rows(), comm=comm, **HOW) as trainer:
+            list(trainer.train(epochs=1))
+            found.append(trainer.predict(x))
+            if comm is world:
+                scores = trainer.evaluate().test
+                right = trainer.predict(rows()[2]).argmax(axis=1) == rows()[3]
+                assert scores is not None
+                assert scores.accuracy == right.mean()
+                with pytest.raises(nt.AgreedError, match="the network reads"):
+                    trainer.predict(x[:, :5])
+    assert found[0].shape == (count, 3)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-9, atol=1e-12)
+    assert len(set(world.allgather(found[1].tobytes()))) == 1
+
+
+def test_divergence_ends_one_trainer_on_all_ranks(world: MPI.Intracomm, shared_path: Path) -> None:
+    with nt.Trainer(LAYERS, rows(), comm=world, **HOW) as other:
+        settings = HOW | {"optimizer": nt.Sgd(1e200)}
+        with (
+            pytest.raises(nt.NonFiniteError, match="is not finite") as caught,
+            nt.Trainer(LAYERS, rows(), comm=world, output=shared_path, **settings) as trainer,
+        ):
+            list(trainer.train(epochs=20))
+        assert len(set(world.allgather(str(caught.value)))) == 1
+        assert not list(shared_path.rglob("*.h5"))
+        list(other.train(steps=2))
+
+
 def test_files(world: MPI.Intracomm, shared_path: Path) -> None:
     with nt.Trainer(LAYERS, rows(), comm=world, output=shared_path, **HOW) as trainer:
         list(trainer.train(epochs=2))

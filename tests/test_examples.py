@@ -1,0 +1,65 @@
+"""The examples run as they stand, on one rank and on four, and are short."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import tokenize
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+MOST = 25  # lines of code
+Run = subprocess.CompletedProcess[str]
+ARGUMENTS = {"train_config.py": [EXAMPLES.parent / "configs" / "digits.yaml", "train.epochs=2"]}
+GOOD = {"train_config.py": 90.0, "own_network.py": 98.0, "own_layer.py": 90.0}  # percent right that it comes to
+
+
+def lines_of_code(text: str) -> int:
+    """Lines that are neither blank nor comments nor docstrings."""
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            docstrings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    other = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return len({line for t in tokens if t.type not in other for line in range(t.start[0], t.end[0] + 1)} - docstrings)
+
+
+def test_there_are_examples() -> None:
+    assert set(SCRIPTS) == set(GOOD)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_examples_are_short(script: str) -> None:
+    assert lines_of_code((EXAMPLES / script).read_text()) <= MOST
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_examples_run(mpirun: Callable[..., Run], tmp_path: Path, script: str, ranks: int) -> None:
+    done = mpirun(ranks, [EXAMPLES / script, *ARGUMENTS.get(script, [])], cwd=tmp_path, timeout=100)
+    text = f"\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, text
+    assert "Traceback" not in done.stderr, text
+    found = [float(each) for each in re.findall(r"test accuracy ([\d.]+)%", done.stdout)]
+    assert found, text
+    assert found[-1] >= GOOD[script], text
+
+
+def test_the_notebook_is_executed_and_runs(tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    kept: Any = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "it is not kept executed"
+    assert sum(lines_of_code(cell.source) for cell in code) <= MOST
+    again: Any = nbformat.from_dict(kept)
+    nbclient.NotebookClient(again, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for before, after in zip(code, (cell for cell in again.cells if cell.cell_type == "code"), strict=True):
+        assert [each.output_type for each in before.outputs] == [each.output_type for each in after.outputs]
