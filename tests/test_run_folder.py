@@ -364,28 +364,24 @@ def check_dry_run(text: str, ranks: int) -> None:
 
 
 SHARES = """
-from nettorrent_mpi import env; env.prepare()
-from nettorrent_mpi.comm import shared
-from nettorrent_mpi.comm.shared import SharedMemory, node_of, share
-from nettorrent_mpi.comm.world import AgreedError, run_main, start
 import sys
-world = start()
-def body():
-    # Several groups, of which each rank is in others; and MPI's numbers of what is left differ from rank to rank, since
-    # the numbers of what was given back are used again.
-    pair = world.group([world.rank // 2 * 2, world.rank // 2 * 2 + 1])
-    first = [SharedMemory(pair, [10, 10], 'f') for _ in range(4)]
-    for memory in first if world.rank < 2 else []:
-        memory.free()
-    share(node_of(world), (100,), 'f', lambda array: array.fill(1))
-    odd = world.group(list(range(world.rank % 2, 4, 2)))
-    SharedMemory(odd, [10, 10], 'd')
-    SharedMemory(pair, [10, 10], 'd')
-    share(node_of(world), (100,), 'f', lambda array: array.fill(1))
-    raise AgreedError('told to all', 2)
-code = run_main(world, body)
-assert not shared._open  # what is left hangs MPI's end only now and then
-sys.exit(code)
+import nettorrent_mpi as nt
+from nettorrent_mpi.cli.ranks import Ranks
+import numpy as np
+from mpi4py import MPI
+x, y = np.random.default_rng(0).normal(size=(40, 5)), np.arange(40) % 3
+with Ranks() as ranks:
+    # Trainers in several groups, of which each rank is in others; nobody closes all but one of them.
+    pair, odd = (MPI.COMM_WORLD.Split(color) for color in (ranks.world.rank // 2, ranks.world.rank % 2))
+    trainers = []
+    for comm in (pair, odd, MPI.COMM_WORLD, pair):
+        layout = {'swarms': [{'rows': comm.size}]}
+        trainers.append(nt.Trainer([nt.Linear(3)], (x, y), comm=comm, layout=layout, batch_size=8))
+    list(trainers[1].train(steps=2))
+    if ranks.world.rank < 2:
+        trainers[0].close()
+    raise nt.AgreedError('told to all', 2)
+sys.exit(ranks.code)
 """
 
 
