@@ -38,9 +38,9 @@ from nettorrent_mpi.engine.checkpoint import collect, restore, restore_parameter
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
 from nettorrent_mpi.engine.failure import agreed, end_all
-from nettorrent_mpi.engine.files import written
 from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
 from nettorrent_mpi.engine.resuming import find_checkpoint, must_match, write_checkpoint
+from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.trainer import Record, TrainingLoop
 from nettorrent_mpi.plan.errors import AgreedError, NetTorrentError, UserError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,11 @@ def test_what_is_allowed_is_not_told() -> None:
         "train": "from nettorrent_mpi import env\nfrom nettorrent_mpi.cli import run\nprint(run)",
     }
     assert violations({name: ast.parse(source) for name, source in sources.items()}) == []
+
+
+def test_no_name_stands_twice() -> None:
+    trees = read()
+    modules = Counter(path.stem for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
+    classes = Counter(node.name for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef))
+    assert [name for name, count in modules.items() if count > 1] == []
+    assert [name for name, count in classes.items() if count > 1] == []

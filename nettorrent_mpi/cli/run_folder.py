@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from nettorrent_mpi.engine.files import write_whole, written
+from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.plan.errors import OutputError
 
 OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json")

@@ -8,7 +8,7 @@ from typing import Any
 
 from nettorrent_mpi.config import written, yaml_lines
 from nettorrent_mpi.config.mistakes import Mistake, nearest, shown
-from nettorrent_mpi.config.yaml_lines import Document, Path, Place, dotted
+from nettorrent_mpi.config.yaml_lines import Document, Path, Source, dotted
 from nettorrent_mpi.plan.errors import ConfigError
 
 # Of these only one may be given: setting one takes away what the file says of the other.
@@ -23,7 +23,7 @@ def apply(document: Document, overrides: Sequence[str]) -> None:
     """
     chosen: set[Path] = set()
     for text in overrides:
-        where = Place(f"--set {text}")
+        where = Source(f"--set {text}")
         key, equals, value_text = text.partition("=")
         path = _path(key.strip(), equals, where)
         value = yaml_lines.read(value_text, where.file or "").value
@@ -40,14 +40,14 @@ def apply(document: Document, overrides: Sequence[str]) -> None:
                 document.value["train"].pop(other[-1], None)
 
 
-def _path(key: str, equals: str, where: Place) -> Path:
+def _path(key: str, equals: str, where: Source) -> Path:
     parts = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
     if not equals or not all(parts):
         raise ConfigError("wants KEY=VALUE with a dotted KEY, as in --set train.batch_size=64", file=where.file)
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
-def _put(root: Any, path: Path, value: Any, where: Place) -> None:
+def _put(root: Any, path: Path, value: Any, where: Source) -> None:
     """Sets `value` at `path`, making mappings on the way."""
     here: Any = root
     for depth, part in enumerate(path):
@@ -62,7 +62,7 @@ def _put(root: Any, path: Path, value: Any, where: Place) -> None:
         here = below
 
 
-def _enterable(here: Any, path: Path, part: str | int, where: Place) -> None:
+def _enterable(here: Any, path: Path, part: str | int, where: Source) -> None:
     if isinstance(here, dict) and isinstance(part, str):
         return
     if isinstance(here, list) and isinstance(part, int):
@@ -77,7 +77,7 @@ def _enterable(here: Any, path: Path, part: str | int, where: Place) -> None:
     raise ConfigError(reason, file=where.file, key=dotted(path) or None)
 
 
-def _opened(value: Any, path: Path, inside: str | int, where: Place) -> Any:
+def _opened(value: Any, path: Path, inside: str | int, where: Source) -> Any:
     """Expand `value` at `path`, whatever short form it is written in, so that `inside` can be set in it.
 
     Where a spec stands, another kind takes the place of the present one: `train.optimizer.sgd.lr=0.1` over

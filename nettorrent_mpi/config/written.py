@@ -184,7 +184,7 @@ Compression = Annotated[Spec, PlainValidator(lambda value: parse(value, choices.
 
 
 @dataclass(frozen=True)
-class _Residual(specs.Residual):
+class _WrittenResidual(specs.Residual):
     """Describes specs.Residual as it is written: its layers are again names with options."""
 
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
@@ -192,14 +192,14 @@ class _Residual(specs.Residual):
 
 
 @dataclass(frozen=True)
-class _Gossip(choices.Gossip):
+class _WrittenGossip(choices.Gossip):
     """Describes choices.Gossip as it is written: mix and compress are again names with options."""
 
     mix: Mix = field(default_factory=choices.ConstantMix)
     compress: Compression = field(default_factory=choices.Whole)
 
 
-_WRITTEN: dict[type[Spec], type[Spec]] = {specs.Residual: _Residual, choices.Gossip: _Gossip}
+_WRITTEN: dict[type[Spec], type[Spec]] = {specs.Residual: _WrittenResidual, choices.Gossip: _WrittenGossip}
 
 
 # ---- where specs stand: for --set, and for the hints after an unknown key ------------------------

@@ -47,8 +47,8 @@ _Loader.yaml_implicit_resolvers = {None: _RULES}
 _Dumper.yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _RULES}
 
 
-class Place(NamedTuple):
-    """A Place says where a value was written: a file and its line, or the text of a `--set`."""
+class Source(NamedTuple):
+    """A Source says where a value was written: a file and its line, or the text of a `--set`."""
 
     file: str | None
     line: int | None = None
@@ -59,20 +59,20 @@ class Document:
     """A Document holds plain data, and the place of every value by its path."""
 
     value: Any
-    places: dict[Path, Place] = field(default_factory=dict)
+    places: dict[Path, Source] = field(default_factory=dict)
 
-    def place(self, path: Path) -> Place:
+    def place(self, path: Path) -> Source:
         """Return the place of the value at `path`, or of the nearest value around it."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
-        return Place(None)
+        return Source(None)
 
     def error(self, message: str, path: Path = ()) -> ConfigError:
         place = self.place(path)
         return ConfigError(message, file=place.file, key=dotted(path) or None, line=place.line)
 
-    def record(self, path: Path, place: Place) -> None:
+    def record(self, path: Path, place: Source) -> None:
         """Record that everything at and below `path` was written at `place`."""
         self.places = {p: q for p, q in self.places.items() if p[: len(path)] != path}
         self.places[path] = place
@@ -85,7 +85,7 @@ def dotted(path: Path) -> str:
 
 def read(text: str, file: str) -> Document:
     """Read the one document in `text`. Raises ConfigError with `file` and the line for what is not plain YAML."""
-    document = Document(None, {(): Place(file, None)})
+    document = Document(None, {(): Source(file, None)})
     try:
         root = yaml.compose(text, Loader=_Loader)
         if root is not None:
@@ -107,15 +107,15 @@ def read(text: str, file: str) -> Document:
 class _Builder:
     """Turns the nodes of one document into plain data and notes their lines."""
 
-    def __init__(self, file: str, places: dict[Path, Place]):
+    def __init__(self, file: str, places: dict[Path, Source]):
         self.file, self.places = file, places
         self.above: set[int] = set()  # nodes that are being built: an alias to one of them never ends
         self.count = 0
 
     def build(self, node: yaml.Node, path: Path) -> Any:
-        self.places.setdefault(path, Place(self.file, node.start_mark.line + 1))
+        self.places.setdefault(path, Source(self.file, node.start_mark.line + 1))
         if path == ():
-            self.places[path] = Place(self.file, node.start_mark.line + 1)
+            self.places[path] = Source(self.file, node.start_mark.line + 1)
         self.count += 1
         if self.count > MOST_NODES:
             raise self.error(f"more than {MOST_NODES} values", node, path)
@@ -144,7 +144,7 @@ class _Builder:
                 first = self.places[(*path, key)].line
                 raise self.error(f"given twice (first on line {first})", key_node, (*path, key))
             # the line of a key, not of its value: that is where a person looks for it
-            self.places[(*path, key)] = Place(self.file, key_node.start_mark.line + 1)
+            self.places[(*path, key)] = Source(self.file, key_node.start_mark.line + 1)
             built[key] = self.build(value_node, (*path, key))
         return built
 

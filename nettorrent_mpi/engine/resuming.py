@@ -11,8 +11,8 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.checkpoint import file_name, latest
-from nettorrent_mpi.engine.files import written
 from nettorrent_mpi.engine.model_file import Attribute, write_arrays
+from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.plan.errors import ConfigError, OutputError
 
 KEPT = 2  # checkpoints: the last one, and the one before for the case that the last cannot be read

@@ -10,7 +10,7 @@ import numpy as np
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.plan.actions import Action
 
-COLUMNS = 4  # step, number of the action, begin, end: nanoseconds of a clock that the ranks of a host share
+FIELDS = 4  # step, number of the action, begin, end: nanoseconds of a clock that the ranks of a host share
 TAG = 77
 
 
@@ -18,7 +18,7 @@ class Trace:
     """A trace keeps one rank's last `capacity` spans, in memory made once."""
 
     def __init__(self, capacity: int = 65536):
-        self._spans = np.zeros((capacity, COLUMNS), np.int64)
+        self._spans = np.zeros((capacity, FIELDS), np.int64)
         self._count = 0
         self._numbers: dict[Action, int] = {}
         self._names: list[str] = []
@@ -38,7 +38,7 @@ class Trace:
         self._count += 1
 
     def spans(self) -> np.ndarray:
-        """The spans are rows of (count, COLUMNS), oldest first."""
+        """The spans are rows of (count, FIELDS), oldest first."""
         if self._count <= len(self._spans):
             return self._spans[: self._count]
         return np.roll(self._spans, -(self._count % len(self._spans)), axis=0)
@@ -53,7 +53,7 @@ class Trace:
         if world.rank != 0:
             world.trade([(spans, 0)], [], TAG)
             return None
-        found = [spans, *(np.empty((count, COLUMNS), np.int64) for count, _, _ in told[1:])]
+        found = [spans, *(np.empty((count, FIELDS), np.int64) for count, _, _ in told[1:])]
         world.trade([], [(theirs, rank) for rank, theirs in enumerate(found) if rank], TAG)
         events: list[dict[str, object]] = []
         for rank, (theirs, (_, names, _)) in enumerate(zip(found, told, strict=True)):

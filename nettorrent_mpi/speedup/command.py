@@ -21,7 +21,7 @@ from nettorrent_mpi.plan.errors import ChildError, ConfigError, LaunchError, Net
 from nettorrent_mpi.speedup import machine, modes, sides
 from nettorrent_mpi.speedup.comparison import Comparison, tell
 from nettorrent_mpi.speedup.machine import Launcher
-from nettorrent_mpi.speedup.modes import MODES, VALIDATION, Plan
+from nettorrent_mpi.speedup.modes import MODES, VALIDATION, Candidate
 from nettorrent_mpi.speedup.sides import PEERS, Side
 
 TORCH_WARM_UP = 11  # steps: torch_peer.WARM_UP and one of an epoch's last size; that module loads PyTorch
@@ -133,7 +133,7 @@ def _about(
     args: argparse.Namespace,
     name: str,
     setup: Setup,
-    one: Plan,
+    one: Candidate,
     counts: list[int],
     names: list[str],
     everyone: list[Side],

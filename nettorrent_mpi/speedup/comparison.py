@@ -12,12 +12,12 @@ from typing import Any
 # isort: split
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
-from nettorrent_mpi.engine.files import write_whole, written
+from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup import modes, runs, shares, sides
 from nettorrent_mpi.speedup.machine import Launcher
-from nettorrent_mpi.speedup.modes import SERIAL, Plan
+from nettorrent_mpi.speedup.modes import SERIAL, Candidate
 from nettorrent_mpi.speedup.report import PICTURES, failure_in_words, one_line, to_markdown
 from nettorrent_mpi.speedup.sides import COMPILE, OURS, Side
 
@@ -36,7 +36,7 @@ class Comparison:
         self,
         folder: Path,
         launcher: Launcher,
-        plans: Sequence[Plan],
+        plans: Sequence[Candidate],
         everyone: Sequence[Side],
         results: dict[str, Any],
         shared: Config,
@@ -119,7 +119,7 @@ class Comparison:
         self._save()
         tell(f"{label}: {one_line(self._told(side), figure)}")
 
-    def _to_trace(self) -> list[Plan]:
+    def _to_trace(self) -> list[Candidate]:
         """One rank, and each mode on the most ranks that have cores of their own (or else on the fewest)."""
         found = [self._plans[SERIAL, 1]]
         for mode in self._results["modes"]:
@@ -129,7 +129,7 @@ class Comparison:
                 found.append(max(fitting, key=lambda p: p.ranks) if fitting else min(there, key=lambda p: p.ranks))
         return found
 
-    def _trace(self, plan: Plan, steps: int) -> None:
+    def _trace(self, plan: Candidate, steps: int) -> None:
         assert plan.config is not None
         assert plan.micro_batches is not None
         longest = 11 * plan.micro_batches + 7  # actions of a step

@@ -33,7 +33,7 @@ class Mode:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Candidate:
     """A mode on a number of ranks: its configuration and what comes of it, or why there is none."""
 
     mode: str
@@ -133,15 +133,15 @@ def baseline(config: Config, modes: Sequence[str]) -> Config:
     return configuration.from_plain(plain)
 
 
-def serial(config: Config) -> tuple[Plan, Setup]:
+def serial(config: Config) -> tuple[Candidate, Setup]:
     """One rank with the whole network, and what comes of it. Raises UserErrors: what is wrong here is wrong for all."""
     layers = set_up(config, 1).network.weight_layers
     whole = configuration.from_plain(to_plain(config) | {"layout": _one_team(layers)})
     setup = set_up(whole, 1)
-    return Plan(SERIAL, 1, whole, setup.layout_line, setup.options.micro_batches), setup
+    return Candidate(SERIAL, 1, whole, setup.layout_line, setup.options.micro_batches), setup
 
 
-def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts], ranks: int) -> Plan:
+def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts], ranks: int) -> Candidate:
     """What `mode` is on so many ranks. `config` is the user's, which may have options of the mode; `shared` is what
     `baseline` made of it."""
     try:
@@ -155,8 +155,8 @@ def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts],
             if sharing > most:
                 raise ConfigError(f"{sharing} ranks for {most} rows at a time: some would have nothing to do")
     except UserError as error:
-        return Plan(mode, ranks, impossible=str(error))
-    return Plan(mode, ranks, settings, setup.layout_line, pieces)
+        return Candidate(mode, ranks, impossible=str(error))
+    return Candidate(mode, ranks, settings, setup.layout_line, pieces)
 
 
 def timed(config: Config, steps: int, *, trace: bool = False) -> Config:

@@ -30,7 +30,7 @@ SKIPPED = 5  # steps at the beginning, in which buffers are touched for the firs
 _PLACE = re.compile(r"rank \d+: replica (\d+), stage (\d+) \(.*\), row (\d+), col (\d+)")
 
 
-class Span(NamedTuple):
+class TracedSpan(NamedTuple):
     """What a rank did from begin to end, in microseconds, within a step."""
 
     rank: int
@@ -41,14 +41,14 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trace:
+class TracedRun:
     """The spans of a run in the order of each rank, and where the ranks stand."""
 
     places: list[Place]
-    spans: list[Span]
+    spans: list[TracedSpan]
 
 
-def read(text: str) -> Trace:
+def read(text: str) -> TracedRun:
     """A Chrome trace as a run with `trace: true` writes it."""
     events = json.loads(text)["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
@@ -58,14 +58,14 @@ def read(text: str) -> Trace:
         assert match, names[rank]
         places.append(Place(*map(int, match.groups())))
     spans = [
-        Span(e["pid"], parse(e["name"]), e["args"]["step"], e["ts"], e["ts"] + e["dur"])
+        TracedSpan(e["pid"], parse(e["name"]), e["args"]["step"], e["ts"], e["ts"] + e["dur"])
         for e in events
         if e["ph"] == "X"
     ]
-    return Trace(places, spans)
+    return TracedRun(places, spans)
 
 
-def shares(trace: Trace, steps: int, micro_batches: int) -> list[dict[str, float]]:
+def shares(trace: TracedRun, steps: int, micro_batches: int) -> list[dict[str, float]]:
     """For each rank the part of its time that each of PARTS took, from its step SKIPPED (or the first, where there are
     no more) to the last update of training step steps - 1, each step of so many micro-batches."""
     first = SKIPPED if steps > SKIPPED else 0
@@ -75,7 +75,7 @@ def shares(trace: Trace, steps: int, micro_batches: int) -> list[dict[str, float
     return [_of_one(*_training(own), known) for own in by_rank]
 
 
-def _of_one(own: Sequence[Span], whole: float, known: _Known) -> dict[str, float]:
+def _of_one(own: Sequence[TracedSpan], whole: float, known: _Known) -> dict[str, float]:
     told = dict.fromkeys(PARTS, 0.0)
     if not own:
         return told
@@ -92,14 +92,14 @@ def _of_one(own: Sequence[Span], whole: float, known: _Known) -> dict[str, float
     return {name: value / whole for name, value in told.items()}
 
 
-def _training(spans: Sequence[Span]) -> tuple[list[Span], float]:
+def _training(spans: Sequence[TracedSpan]) -> tuple[list[TracedSpan], float]:
     """(a rank's spans that are training, the microseconds from the first to the last without the others).
 
     A step's list ends with G. What is counted as the same step and comes after it is an evaluation, or a comparison of
     replicas, which training waits for; of the last G's too.
     """
     last = {span.step: index for index, span in enumerate(spans) if span.action.kind == "G"}
-    own: list[Span] = []
+    own: list[TracedSpan] = []
     away, left = 0.0, False
     for index, span in enumerate(spans):
         if index > last.get(span.step, len(spans)):
@@ -115,7 +115,7 @@ def _training(spans: Sequence[Span]) -> tuple[list[Span], float]:
 class _Known:
     """When what an action waits for was there."""
 
-    def __init__(self, places: Sequence[Place], spans: Iterable[Span], micro_batches: int):
+    def __init__(self, places: Sequence[Place], spans: Iterable[TracedSpan], micro_batches: int):
         self._places, self._micro_batches = places, micro_batches
         self._sent: dict[tuple[int, int, str, int], list[tuple[Place, float]]] = defaultdict(list)
         self._came: dict[tuple[int, int, str, int], float] = {}
@@ -130,7 +130,7 @@ class _Known:
         for place in places:
             self._rows[place.stage] = max(self._rows.get(place.stage, 0), place.row + 1)
 
-    def ready(self, span: Span) -> float:
+    def ready(self, span: TracedSpan) -> float:
         """The moment from which nobody else was to be waited for, in microseconds; 0 where nobody was."""
         place, action = self._places[span.rank], span.action
         if action.kind in ("RA", "RG"):
@@ -142,7 +142,7 @@ class _Known:
             return self._came.get((*self._group(place, action.kind), action.kind, span.step), 0.0)
         return 0.0
 
-    def _number(self, span: Span) -> int:
+    def _number(self, span: TracedSpan) -> int:
         """The micro-batch, counted through all steps: without flush a stage has some of the next step in its step."""
         return span.step * self._micro_batches + (span.action.micro_batch or 0)
 

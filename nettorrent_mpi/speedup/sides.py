@@ -11,7 +11,7 @@ from typing import Any
 # isort: split
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.speedup.machine import nodes_of_job
-from nettorrent_mpi.speedup.modes import SERIAL, Plan
+from nettorrent_mpi.speedup.modes import SERIAL, Candidate
 
 OURS = "ours"
 TORCH, CHANNELS_LAST, COMPILE, DDP = "torch", "torch_channels_last", "torch_compile", "ddp"
@@ -51,7 +51,7 @@ class Side:
         return asdict(self) | {"samples_per_second": []}
 
 
-def ours(plans: Sequence[Plan]) -> list[Side]:
+def ours(plans: Sequence[Candidate]) -> list[Side]:
     """A side for each plan, possible or not."""
     return [Side(f"{p.mode}-{p.ranks}", p.mode, OURS, p.ranks, p.layout, p.micro_batches, p.impossible) for p in plans]
 

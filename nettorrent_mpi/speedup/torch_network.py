@@ -97,7 +97,7 @@ class TorchNetwork(nn.Module):
             self.modules_by_name[name] = made
             return [_ChannelsLast(), made, _ChannelsFirst()] if x.dim() == 4 else [made]
         elif isinstance(spec, specs.Residual):
-            block = _Residual(spec, tuple(x.shape[1:]), f"{name}/")
+            block = _TorchResidual(spec, tuple(x.shape[1:]), f"{name}/")
             self.modules_by_name |= block.body.modules_by_name | block.shortcut.modules_by_name
             return [block]
         else:
@@ -107,7 +107,7 @@ class TorchNetwork(nn.Module):
         return [made, _ACTIVATIONS[activation]()] if activation else [made]
 
 
-class _Residual(nn.Module):
+class _TorchResidual(nn.Module):
     def __init__(self, spec: specs.Residual, shape: Sequence[int], prefix: str):
         super().__init__()
         inner = named((*spec.layers, *spec.shortcut))  # body and shortcut are counted together

@@ -20,14 +20,14 @@ def load(*changes: str) -> Config:
     return configuration.load(None, changes)
 
 
-def plan(mode: str, ranks: int, *changes: str, names: list[str] | None = None) -> modes.Plan:
+def plan(mode: str, ranks: int, *changes: str, names: list[str] | None = None) -> modes.Candidate:
     config = load(*changes)
     shared = modes.baseline(config, names or [mode])
     _, setup = modes.serial(shared)
     return modes.plan(mode, config, shared, setup.network.facts, ranks)
 
 
-def grids(made: modes.Plan) -> tuple[int, list[tuple[int, int, int]]]:
+def grids(made: modes.Candidate) -> tuple[int, list[tuple[int, int, int]]]:
     """(replicas, (layers, rows, cols) of each swarm)."""
     assert made.config is not None, made.impossible
     assert isinstance(made.config.layout, Layout)
