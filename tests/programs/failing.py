@@ -22,7 +22,7 @@ from nettorrent_mpi import planning  # noqa: E402
 from nettorrent_mpi.__main__ import main  # noqa: E402
 from nettorrent_mpi.engine import checkpoint  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
-from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
+from nettorrent_mpi.engine.pipeline import Pipeline, Work  # noqa: E402
 from nettorrent_mpi.engine.reports import Reports  # noqa: E402
 from nettorrent_mpi.engine.update import Update  # noqa: E402
 from nettorrent_mpi.exchange import gossip  # noqa: E402
@@ -36,7 +36,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "setup": (planning, "set_up", 1),
     "wiring": (Engine, "__init__", 1),
     "data": (Engine, "open_data", 1),
-    "step": (Engine, "step", 4),
+    "step": (Engine, "prepare", 4),
     "forward": (Pipeline, "_forward", 9),
     "backward": (Pipeline, "_backward", 9),
     "reduce": (Update, "reduce", 3),
@@ -61,7 +61,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "collect": (checkpoint, "_gather", 2),
 }
 steps = 0
-original_step = Engine.step
+original_prepare = Engine.prepare
 
 
 def fail_in(phase: str, how: str) -> None:
@@ -90,13 +90,13 @@ def fail(phase: str, how: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
 
 
-def step(self: Engine, *args: Any, **kwargs: Any) -> int:
+def prepare(self: Engine, *args: Any, **kwargs: Any) -> Work:
     global steps
     steps += 1
-    return original_step(self, *args, **kwargs)
+    return original_prepare(self, *args, **kwargs)
 
 
-Engine.step = step  # type: ignore[method-assign]
+Engine.prepare = prepare  # type: ignore[method-assign]
 phase, _, how = sys.argv[1].partition(":")
 rank = int(sys.argv[2])
 if rank == MPI.COMM_WORLD.rank:

@@ -15,16 +15,17 @@ from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.__main__ import main  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
+from nettorrent_mpi.engine.pipeline import Work  # noqa: E402
 
 at, rank = int(sys.argv[1]), int(sys.argv[2])
-original = Engine.step
+original = Engine.prepare
 
 
-def step(self: Engine, n: int, *args: Any) -> int:
+def prepare(self: Engine, n: int, *args: Any) -> Work:
     if n == at and rank == MPI.COMM_WORLD.rank:
         os.kill(os.getpid(), signal.SIGUSR2)
     return original(self, n, *args)
 
 
-Engine.step = step  # type: ignore[method-assign]
+Engine.prepare = prepare  # type: ignore[method-assign]
 sys.exit(main(["train", *sys.argv[3:]]))

@@ -13,7 +13,6 @@ import struct
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from nettorrent_mpi import env
 
@@ -22,19 +21,21 @@ env.prepare()
 from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.__main__ import main  # noqa: E402
-from nettorrent_mpi.engine.engine import Engine  # noqa: E402
+from nettorrent_mpi.engine.pipeline import Pipeline, Work  # noqa: E402
 
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 rank = MPI.COMM_WORLD.rank
 log = os.open(folder / f"steps.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-original = Engine.step
+original = Pipeline.run
 first = last = 0.0
 done = missed = 0
 
 
-def step(self: Engine, *args: Any) -> int:
+def run(self: Pipeline, work: Work) -> None:
     global first, last, done, missed
-    rows = original(self, *args)
+    original(self, work)
+    if not work.training:
+        return
     if missed:
         missed -= 1
     else:
@@ -44,10 +45,9 @@ def step(self: Engine, *args: Any) -> int:
         missed = int((now - last) / (last - first) * done)
     done, last, first = done + 1, now, first or now
     os.write(log, struct.pack("d", now))
-    return rows
 
 
-Engine.step = step  # type: ignore[method-assign]
+Pipeline.run = run  # type: ignore[method-assign]
 (folder / f"pid.{rank}.part").write_text(str(os.getpid()))
 (folder / f"pid.{rank}.part").rename(folder / f"pid.{rank}")
 sys.exit(main(["train", *sys.argv[3:]]))
