@@ -21,10 +21,10 @@ PIECES = 8  # at most; more make no link busier
 class Reducer:
     """The reducer of a holder that is alone: there is nothing to do.
 
-    A step calls `begin_reduce` when the gradients are written, `reduce` before it reads the sums, `expect_gather` when
-    the others' shards of the parameters may change, `begin_gather` when the own shard is updated, and `gather`, after
-    which all parameters are everyone's latest and the gradients may be overwritten. Only `reduce` and `gather` wait.
-    Where holders share memory they fence (`State.fence`) before `reduce` and after `gather`.
+    A step calls `begin_reduce` when the gradients are written, `reduce` and `multiply` before it reads the sums,
+    `expect_gather` when the others' shards of the parameters may change, `begin_gather` when the own shard is updated,
+    and `gather`, after which all parameters are everyone's latest and the gradients may be overwritten. Only `reduce`
+    and `gather` wait. Where holders share memory they fence (`State.fence`) before `reduce` and after `gather`.
     """
 
     def begin_reduce(self) -> None:
@@ -32,6 +32,9 @@ class Reducer:
 
     def reduce(self) -> None:
         """sums <- this shard of the sum of everyone's gradients."""
+
+    def multiply(self, rows: int) -> None:
+        """After `reduce`: compute what of the sums is no sum of gradients, from a mini-batch of `rows` rows."""
 
     def expect_gather(self) -> None:
         """Let others' shards of the parameters arrive: nobody here reads them until `gather` is done."""

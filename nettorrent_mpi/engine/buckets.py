@@ -26,7 +26,7 @@ from nettorrent_mpi.comm.ring import can_carry
 from nettorrent_mpi.comm.shared import SharedMemory, fits
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
-from nettorrent_mpi.engine.operands import SharedOperands
+from nettorrent_mpi.engine.operands import PartsReducer, SharedOperands
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
@@ -126,10 +126,12 @@ class Bucket(Flat):
             device.ops.fill(self.params[self.shard], 0)
             device.ops.fill(self.grads, 0)
             self.sums = device.zeros((self.counts[group.index],), dtype)  # the gaps between the blocks, too
-            if not operands:
+            if operands:
+                self.reducer = PartsReducer(list(operands.values()))
+                for key, each in operands.items():
+                    self._own(key, each)
+            else:
                 self.reducer = SharedReducer(device, [grads[self.shard] for grads in all_grads], self.sums)
-            for key, each in self.operands.items():
-                self._own(key, each)
             return
         self.params, *self.versions = (device.zeros((size,), dtype) for _ in range(copies))
         self.grads = device.zeros((size,), dtype)

@@ -9,8 +9,10 @@ mini-batch is small for the layer, that is much less (`plan.cost.in_parts`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
+from nettorrent_mpi.comm.reducers import Reducer
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.nn.layer import Operands
@@ -63,3 +65,14 @@ class _Piece:
         self._ops.matmul(x, dy, self._into, turn_a=True)
         if not self._whole:
             self._ops.copy(self._out, self._into[0, self._skip : self._skip + self._out.size])
+
+
+class PartsReducer(Reducer):
+    """Computes each holder's shard of the gradients from everyone's operands, in memory that the holders share."""
+
+    def __init__(self, operands: Sequence[SharedOperands]):
+        self._operands = operands
+
+    def multiply(self, rows: int) -> None:
+        for each in self._operands:
+            each.multiply(rows)

@@ -110,8 +110,7 @@ class State:
     def multiply(self, rows: int) -> None:
         """After `reduce`: compute the sums of the shards whose operands the holders share."""
         for bucket in self.buckets:
-            for operands in bucket.operands.values():
-                operands.multiply(rows)
+            bucket.reducer.multiply(rows)
 
     def gather(self) -> None:
         """All trainable parameters <- everyone's shards; nobody reads gradients any more afterwards."""
