@@ -78,7 +78,7 @@ class Pipeline:
         self._y: list[Array | None] = [None] * slots
         self._params: list[Params | None] = [None] * slots  # the version that the slot's forward used, until backward
         self._sending_y: list[Transfer | None] = [None] * slots
-        self._sending_dx: list[Transfer | None] = [None, None]
+        self._sending_dx: list[Transfer | None] = [None] * wiring.buffers.dx
         self._base = self._kept = 0
         self._outputs: Array | None = None
         self._nonfinite: tuple[int, str] | None = None
@@ -209,13 +209,13 @@ class Pipeline:
             ctx.ops.copy(wiring.dx(g, rows.mine.size), dx)
 
     def _await_dx(self, m: int) -> None:
-        _finish(self._sending_dx[(self._base + m) % 2])
+        _finish(self._sending_dx[(self._base + m) % self._wiring.buffers.dx])
 
     def _send_dx(self, m: int) -> None:
         rows, g = self._batches.rows(m), self._base + m
         transfer = self._wiring.send_dx(g, rows.mine.size, rows.whole)
         transfer.start()
-        self._sending_dx[g % 2] = transfer
+        self._sending_dx[g % self._wiring.buffers.dx] = transfer
 
     # -- the end of a step ------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from nettorrent_mpi.comm.ring import Rings
 from nettorrent_mpi.comm.shared import SharedMemory, shared_array
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace, aligned
+from nettorrent_mpi.plan.actions import buffers
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
 from nettorrent_mpi.plan.topology import Topology
 
@@ -127,14 +128,16 @@ class Wiring:
         self.readers = self._group([rank for rank in swarm if world.nodes[rank] == world.nodes[world.rank]])
         self.team = WiredTeam(self.holders, self.cols)
         self.rings = Rings()
+        self.buffers = buffers(stage, slots)
         # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use. On the first
         # stage, where nothing arrives, the last buffer is for the rows that are gathered ahead.
-        self.ring = slots if self.is_first else slots + 1
-        self._x = [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(slots + 1)]
+        self.ring = self.buffers.inputs
+        self._x = [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(self.ring + self.is_first)]
         local = span(outputs[-1], self.cols.size, col).size
         sizes = most_rows * int(np.prod(outputs[:-1])) * local
-        self._dy = [] if self.is_last else [aligned(sizes, dtype) for _ in range(2)]
-        self._dx = [] if self.is_first else [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(2)]
+        self._dy = [] if self.is_last else [aligned(sizes, dtype) for _ in range(self.buffers.dy)]
+        dx_size = most_rows * int(np.prod(inputs))
+        self._dx = [] if self.is_first else [aligned(dx_size, dtype) for _ in range(self.buffers.dx)]
         self._views: dict[tuple[int, int], Array] = {}
         self._dy_shape = (*outputs[:-1], local)
         self._transfers: dict[tuple[int, bool, int, int], Transfer] = {}
@@ -183,11 +186,11 @@ class Wiring:
 
     def dy(self, micro_batch: int, rows: int) -> Array:
         """The buffer for the gradient that the next stage sends: (rows, *local outputs)."""
-        return self._view(self._dy[micro_batch % 2], rows, self._dy_shape)
+        return self._view(self._dy[micro_batch % self.buffers.dy], rows, self._dy_shape)
 
     def dx(self, micro_batch: int, rows: int) -> Array:
         """The buffer from which the gradient goes to the stage before: (rows, *inputs)."""
-        return self._view(self._dx[micro_batch % 2], rows, self._inputs)
+        return self._view(self._dx[micro_batch % self.buffers.dx], rows, self._inputs)
 
     def _view(self, memory: Array, rows: int, shape: Shape) -> Array:
         """The same object for the same rows: layers know the arrays of the steady state again."""
