@@ -1,5 +1,7 @@
 # make run     train the built-in handwritten digits on 4 ranks          RANKS=8 ARGS="--set train.epochs=3"
-# make test    every test, under Open MPI and MPICH                      ARGS="-k floors"   TORCH=1: against PyTorch, too
+# make test    a test of every kind, in minutes                          ARGS="-k floors"   TORCH=1: against PyTorch, too
+# make test-slow   what CI runs besides: the tests marked slow           ARGS=... and TORCH=1 as above
+# make test-all    every test, the long ones too: both MPIs, every rank count, many seeds
 # make check   ruff, ruff format, mypy --strict
 # make bench   the benchmarks, against PyTorch
 # make clean   remove the environments
@@ -24,14 +26,16 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: run test check bench clean
+.PHONY: run test test-slow test-all check bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run
 	$(MPIRUN) -n $(RANKS) $(BIN)/python -m nettorrent_mpi.train --output runs/make --overwrite $(ARGS)
 
-test: $(VENV)/.dev $(MPICH)/.made $(if $(TORCH),$(VENV)/.compare)
-	$(BIN)/python -m pytest $(ARGS)
+test: MARKED := -m "not slow and not long"
+test-slow: MARKED := -m "slow and not long"
+test test-slow test-all: $(VENV)/.dev $(MPICH)/.made $(if $(TORCH),$(VENV)/.compare)
+	$(BIN)/python -m pytest $(MARKED) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -88,7 +88,7 @@ def test_shared_memory_is_made_without_a_needless_error(
 ) -> None:
     code = (
         "from nettorrent_mpi import env; env.prepare(); from nettorrent_mpi.comm.world import start;"
-        "from nettorrent_mpi.comm.shared import SharedMemory; SharedMemory(start(), [4, 4], 'f')"
+        "from nettorrent_mpi.comm.shared import SharedMemory; SharedMemory(start(), [4, 4], 'f').free()"
     )
     done = mpirun(2, ["-c", code])
     assert (done.returncode, done.stderr.strip()) == (0, "")

@@ -14,13 +14,34 @@ import pytest
 HERE = Path(__file__).resolve().parent
 # A rank that is still in the same test after this many seconds prints where it stands and ends the run.
 TEST_LIMIT = 120
-RUN_LIMIT = 420
+RUN_LIMIT = 600
 
 Run = subprocess.CompletedProcess[str]
 
 
+# How the tests of tests/ranks are started: a few of them in `make test`; in CI those marked slow as well, with every
+# rank count; in `make test-all` all of them under both MPIs.
+QUICK = [("openmpi", 1), ("openmpi", 3), ("mpich", 4)]
+SLOW = [("mpich", 2), ("mpich", 5), ("openmpi", 8)]
+LONG = [("openmpi", 2), ("mpich", 1), ("mpich", 3), ("openmpi", 4), ("openmpi", 5), ("mpich", 8)]
+slow, long = pytest.mark.slow, pytest.mark.long
+CASES = [
+    *(pytest.param(*case, "not slow and not long") for case in QUICK),
+    *(pytest.param(*case, "slow and not long", marks=slow) for case in QUICK),
+    *(pytest.param(*case, "not long", marks=slow) for case in SLOW),
+    *(pytest.param(*case, "long", marks=long) for case in QUICK + SLOW),
+    *(pytest.param(*case, "", marks=long) for case in LONG),
+]
+
+
 def run_tests(
-    mpirun: Callable[..., Run], n: int, mpi: str, folder: Path, temporary: Path, limit: int = TEST_LIMIT
+    mpirun: Callable[..., Run],
+    n: int,
+    mpi: str,
+    folder: Path,
+    temporary: Path,
+    limit: int = TEST_LIMIT,
+    marked: str = "",
 ) -> Run:
     # cores are scarce while tests run: waiting ranks always yield
     environment = {
@@ -30,13 +51,14 @@ def run_tests(
     }
     options = ["--color=no", "-p", "no:cacheprovider", f"--basetemp={temporary}", f"--rootdir={HERE.parent}"]
     options += ["-o", f"faulthandler_timeout={limit}", "-o", "faulthandler_exit_on_timeout=true"]
+    if marked:
+        options += ["-m", marked]
     return mpirun(n, ["-m", "pytest", *options, folder], mpi=mpi, env=environment, timeout=RUN_LIMIT)
 
 
-@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
-def test_ranks(mpirun: Callable[..., Run], tmp_path: Path, n: int, mpi: str) -> None:
-    done = run_tests(mpirun, n, mpi, HERE / "ranks", tmp_path / "ranks")
+@pytest.mark.parametrize(("mpi", "n", "marked"), CASES)
+def test_ranks(mpirun: Callable[..., Run], tmp_path: Path, n: int, mpi: str, marked: str) -> None:
+    done = run_tests(mpirun, n, mpi, HERE / "ranks", tmp_path / "ranks", marked=marked)
     assert done.returncode == 0, f"\n{done.stdout}\n{done.stderr}"
     assert re.search(rf"^{n} ranks, {'Open MPI' if mpi == 'openmpi' else 'MPICH'}", done.stdout, re.MULTILINE)
     assert re.search(r"\b\d+ passed", done.stdout)
@@ -92,8 +114,20 @@ def test_it(world):
 }
 
 
-@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
-@pytest.mark.parametrize("case", FAILING)
+QUICKLY_TOLD = [
+    ("one rank's assert, all ranks come back", "mpich"),
+    ("one rank's assert, the others wait for it", "openmpi"),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "mpi"),
+    [
+        pytest.param(case, mpi, marks=() if (case, mpi) in QUICKLY_TOLD else slow)
+        for case in FAILING
+        for mpi in ("openmpi", "mpich")
+    ],
+)
 def test_failure_is_told_quickly(mpirun: Callable[..., Run], tmp_path: Path, mpi: str, case: str) -> None:
     source, expected = FAILING[case]
     folder = tmp_path / "ranks"
@@ -107,6 +141,7 @@ def test_failure_is_told_quickly(mpirun: Callable[..., Run], tmp_path: Path, mpi
     assert time.monotonic() - started < 40
 
 
+@slow
 def test_skip_on_one_rank_skips_on_all(mpirun: Callable[..., Run], tmp_path: Path) -> None:
     folder = tmp_path / "ranks"
     folder.mkdir()

@@ -34,6 +34,7 @@ LARGE = 100.0  # no loss here begins with more than 3
 MICRO_BATCHES = 4  # the most of `micro_batches: auto`, where there are not more stages
 
 Plain = dict[str, Any]
+ORIGINALS: dict[str, Any] = {}  # what `open_windows` stands in for
 
 
 class Run(NamedTuple):
@@ -246,7 +247,7 @@ def main(count: int, seed: int, first: int) -> int:
 
     from nettorrent_mpi.comm import world as worlds
 
-    everyone = worlds.start()  # also lets an exception of one rank end all
+    everyone = worlds.start()
     failed = 0
     began = time.perf_counter()
     for number in range(first, first + count):
@@ -277,17 +278,35 @@ def main(count: int, seed: int, first: int) -> int:
     return 1 if failed else 0
 
 
+def open_windows() -> set[int]:
+    """What tells from now on which windows of shared memory there are."""
+    from nettorrent_mpi.comm.shared import SharedMemory
+
+    found: set[int] = set()
+    make, free = ORIGINALS.setdefault("SharedMemory", (SharedMemory.__init__, SharedMemory.free))
+
+    def made(self: Any, *args: Any) -> None:
+        make(self, *args)
+        found.add(id(self))
+
+    def freed(self: Any) -> None:
+        free(self)
+        found.remove(id(self))
+
+    SharedMemory.__init__, SharedMemory.free = made, freed  # type: ignore[method-assign]
+    return found
+
+
 def train(comm: Any, folder: Path, run: Run, what: str) -> str | None:
     """One run on the ranks of `comm`; on rank 0 what is wrong with it."""
     from nettorrent_mpi.__main__ import main as nettorrent
-    from nettorrent_mpi.comm import shared
     from nettorrent_mpi.comm import world as worlds
 
     config, told = folder / "config.yaml", io.StringIO()
     if comm.rank == 0:
         config.write_text(json.dumps(run.config))
     comm.Barrier()
-    world = worlds.World(comm)
+    world, windows = worlds.World(comm), open_windows()
 
     def abort(code: int) -> None:  # also after what is told in one line
         sys.stderr.write(f"ENDED BY RANK {comm.rank}: {what}\n")
@@ -304,8 +323,8 @@ def train(comm: Any, folder: Path, run: Run, what: str) -> str | None:
         world.abort(1)
         raise
     codes = comm.gather(code)
-    assert not shared._open, "shared memory is left"
-    world.comm.Free()
+    assert not windows, "shared memory is left"
+    assert not world.comm, "the world is left"
     problem = None
     if comm.rank == 0:
         wrong = f"exit codes {codes}" if any(codes) else wrong_in(folder / "run", run)
