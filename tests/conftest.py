@@ -6,6 +6,7 @@ tests/ranks/ holds tests that run inside mpirun, all ranks together; tests/test_
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import signal
@@ -56,6 +57,51 @@ def mpirun() -> Mpirun:
     every process of the run is killed and the test fails, showing the output so far.
     """
     return run
+
+
+class Series(Protocol):
+    def __call__(
+        self,
+        n: int,
+        file: Path,
+        commands: Sequence[Sequence[str | Path]],
+        *,
+        mpi: str = "openmpi",
+        timeout: float = 100,
+        on: bool = False,
+    ) -> list[tuple[int, str, str]]: ...
+
+
+@pytest.fixture(scope="session")
+def series() -> Series:
+    """series(n, file, commands): runs commands of `nettorrent` one after another on the same n ranks.
+
+    Gives (exit code, what rank 0 wrote, what the others wrote) of each. All have to end with 0, or, with `on`, with the
+    same exit code on all ranks.
+    """
+    return run_series
+
+
+def run_series(
+    n: int,
+    file: Path,
+    commands: Sequence[Sequence[str | Path]],
+    *,
+    mpi: str = "openmpi",
+    timeout: float = 100,
+    on: bool = False,
+) -> list[tuple[int, str, str]]:
+    file.write_text(json.dumps([list(map(str, arguments)) for arguments in commands]))
+    program: list[str | Path] = [ROOT / "tests" / "programs" / "series.py", file, *(["on"] if on else [])]
+    done = run(n, program, mpi=mpi, timeout=timeout)
+    results = file.with_name(file.name + ".done")
+    told = [tuple(each) for each in json.loads(results.read_text())] if results.exists() else []
+    whole = f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{told[-1:]}\n{whole}"
+    for command, (code, *text) in zip(commands, told, strict=False):
+        assert code == 0 or (on and code > 0), f"{command}\n{text}\n{whole}"
+    assert len(told) == len(commands), f"{told[-1:]}\n{whole}"
+    return told
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,7 +21,8 @@ import pytest
 HERE = Path(__file__).resolve().parent
 TRAIN = ["-m", "nettorrent_mpi.train"]
 Run = subprocess.CompletedProcess[str]
-MPIS = ["openmpi", "mpich"]
+slow, long = pytest.mark.slow, pytest.mark.long
+MPIS = ["openmpi", pytest.param("mpich", marks=slow)]
 
 CONFIG = """\
 data: {{name: {data}}}
@@ -50,6 +52,11 @@ def told_once(done: Run, code: int, pattern: str) -> None:
     assert "Traceback" not in done.stderr, text
 
 
+def of_series(told: tuple[int, str, str]) -> Run:
+    """One of a series of commands: its exit code and what was written, by which rank ever."""
+    return subprocess.CompletedProcess([], told[0], "", told[1] + told[2])
+
+
 BAD = {
     "unknown key": (["--set", "train.bach_size=3"], r"bach_size.*batch_size"),
     "wrong type": (["--set", "train.batch_size=many"], r"train\.batch_size.*many"),
@@ -69,17 +76,23 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("mpi", MPIS)
-def test_mistakes_are_told_once(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mpi: str, case: str) -> None:
+def test_mistakes_are_told_once(series: Callable[..., Any], tmp_path: Path, config: Path, mpi: str) -> None:
+    commands = [["train", config, "--output", tmp_path / "run", *arguments] for arguments, _ in BAD.values()]
+    told = series(3, tmp_path / "series", commands, mpi=mpi, on=True)
+    for (_, pattern), each in zip(BAD.values(), told, strict=True):
+        told_once(of_series(each), 2, pattern)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("case", "mpi"), [("unknown key", "mpich"), ("missing data", "openmpi")])
+def test_a_mistake_ends_the_program(
+    mpirun: Callable[..., Run], tmp_path: Path, config: Path, mpi: str, case: str
+) -> None:
     arguments, pattern = BAD[case]
     done = mpirun(3, [*TRAIN, config, "--output", tmp_path / "run", *arguments], mpi=mpi, timeout=30)
     told_once(done, 2, pattern)
     assert not (tmp_path / "run").exists()
-
-
-def test_missing_configuration(mpirun: Callable[..., Run], tmp_path: Path) -> None:
-    told_once(mpirun(2, [*TRAIN, tmp_path / "no.yaml"]), 2, r"no\.yaml: there is no such file")
 
 
 def idx(path: Path, array: np.ndarray) -> None:
@@ -88,20 +101,14 @@ def idx(path: Path, array: np.ndarray) -> None:
         file.write(header + array.astype(np.uint8).tobytes())
 
 
-@pytest.fixture
-def mnist(tmp_path: Path) -> Path:
-    folder = tmp_path / "data" / "mnist"
-    folder.mkdir(parents=True)
+def mnist(folder: Path, harm: str) -> Path:
+    """A file of `folder`/mnist, which is harmed; the others are well."""
+    (folder / "mnist").mkdir(parents=True)
     random = np.random.default_rng(0)
     for name, rows in (("train", 64), ("t10k", 32)):
-        idx(folder / f"{name}-images-idx3-ubyte.gz", random.integers(0, 256, (rows, 8, 8)))
-        idx(folder / f"{name}-labels-idx1-ubyte.gz", random.integers(0, 10, rows))
-    return folder
-
-
-@pytest.mark.parametrize("harm", ["truncated", "corrupt", "not gzip"])
-def test_harmed_data_file(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mnist: Path, harm: str) -> None:
-    path = mnist / "train-images-idx3-ubyte.gz"
+        idx(folder / "mnist" / f"{name}-images-idx3-ubyte.gz", random.integers(0, 256, (rows, 8, 8)))
+        idx(folder / "mnist" / f"{name}-labels-idx1-ubyte.gz", random.integers(0, 10, rows))
+    path = folder / "mnist" / "train-images-idx3-ubyte.gz"
     data = bytearray(path.read_bytes())
     if harm == "truncated":
         data = data[: len(data) // 2]
@@ -110,30 +117,41 @@ def test_harmed_data_file(mpirun: Callable[..., Run], tmp_path: Path, config: Pa
     else:
         data = bytearray(b"<html>not found</html>")
     path.write_bytes(bytes(data))
-    arguments = ["--set", "data.name=mnist", "--set", f"data.root={tmp_path / 'data'}", "--output", tmp_path / "run"]
-    done = mpirun(3, [*TRAIN, config, *arguments], timeout=30)
-    told_once(done, 2, r"train-images-idx3-ubyte\.gz at byte \d+")
-    assert not (tmp_path / "run").exists()
+    return path
 
 
-def test_harmed_hdf5_file(mpirun: Callable[..., Run], tmp_path: Path, config: Path) -> None:
-    path = tmp_path / "data.h5"
-    with h5py.File(path, "w") as file:
+def test_harmed_and_missing_files(series: Callable[..., Any], tmp_path: Path, config: Path) -> None:
+    """Of the data and the configuration."""
+    commands: list[list[str | Path]] = [["train", tmp_path / "no.yaml"]]
+    patterns = [r"no\.yaml: there is no such file"]
+    for harm in ("truncated", "corrupt", "not gzip"):
+        mnist(tmp_path / harm, harm)
+        commands.append(["train", config, "--set", "data.name=mnist", "--set", f"data.root={tmp_path / harm}"])
+        patterns.append(r"train-images-idx3-ubyte\.gz at byte \d+")
+    whole, half = tmp_path / "data.h5", tmp_path / "half_data.h5"
+    with h5py.File(whole, "w") as file:
         file["x"], file["y"] = np.zeros((50, 8, 8, 1), np.uint8), np.zeros(49, np.int64)
-    arguments = ["--set", "data.name=hdf5", "--set", f"data.root={path}", "--output", tmp_path / "run"]
-    told_once(mpirun(2, [*TRAIN, config, *arguments]), 2, r"data\.h5")
-    path.write_bytes(path.read_bytes()[:700])
-    told_once(mpirun(2, [*TRAIN, config, *arguments]), 2, r"data\.h5")
+    half.write_bytes(whole.read_bytes()[:700])
+    for path in (whole, half):
+        commands.append(["train", config, "--set", "data.name=hdf5", "--set", f"data.root={path}"])
+        patterns.append(r"data\.h5")
+    for words in commands:
+        words += ["--output", tmp_path / "run"]
+    told = series(3, tmp_path / "series", commands, on=True)
+    for pattern, each in zip(patterns, told, strict=True):
+        told_once(of_series(each), 2, pattern)
     assert not (tmp_path / "run").exists()
 
 
-def test_another_runs_folder(mpirun: Callable[..., Run], tmp_path: Path, config: Path) -> None:
-    run = [*TRAIN, config, "--output", tmp_path / "run"]
-    assert mpirun(2, run).returncode == 0
+@slow
+def test_another_runs_folder(series: Callable[..., Any], tmp_path: Path, config: Path) -> None:
+    run: list[str | Path] = ["train", config, "--output", tmp_path / "run"]
+    series(2, tmp_path / "first", [run])
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    told_once(mpirun(2, run), 2, r"another run's results.*--overwrite")
+    (again,) = series(2, tmp_path / "again", [run], on=True)
+    told_once(of_series(again), 2, r"another run's results.*--overwrite")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    assert mpirun(2, [*run, "--overwrite"]).returncode == 0
+    series(2, tmp_path / "over", [[*run, "--overwrite"]])
 
 
 @pytest.mark.parametrize("mpi", MPIS)
@@ -144,21 +162,26 @@ def test_divergence(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mp
     assert "Warning" not in done.stderr
 
 
+@slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
-@pytest.mark.parametrize("size", ["4k", "8k"])
-def test_full_disk(mpirun: Callable[..., Run], tmp_path: Path, config: Path, size: str) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+def test_full_disk(series: Callable[..., Any], tmp_path: Path, config: Path) -> None:
+    disks = {size: tmp_path / f"disk{size}" for size in ("4k", "8k")}
+    mounted: list[Path] = []
     try:
-        done = mpirun(2, [*TRAIN, config, "--output", disk / "run"])
-        told_once(done, 2, r"could not be written: the disk is full")
-        assert not list(disk.rglob("*.part"))
+        for size, disk in disks.items():
+            disk.mkdir()
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+            done = subprocess.run(mount, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+            mounted.append(disk)
+        commands = [["train", config, "--output", disk / "run"] for disk in mounted]
+        for each in series(2, tmp_path / "series", commands, on=True):
+            told_once(of_series(each), 2, r"could not be written: the disk is full")
+        assert not [path for disk in mounted for path in disk.rglob("*.part")]
     finally:
-        subprocess.run(["umount", disk], check=True)
+        for disk in mounted:
+            subprocess.run(["umount", disk], check=True)
 
 
 PHASES = ["setup", "wiring", "data", "forward", "backward", "reduce", "update", "report", "evaluate", "save", "close"]
@@ -177,8 +200,19 @@ def ended_together(done: Run, phase: str, ended: float, ranks: int = 3) -> None:
     assert f"rank 1 of {ranks}" in done.stderr, text
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("mpi", MPIS)
+BOTH = ["openmpi", "mpich"]
+QUICK = [("openmpi", "forward"), ("mpich", "report")]
+ONCE = [(BOTH[i % 2], phase) for i, phase in enumerate(PHASES) if phase not in ("forward", "report")]
+
+
+@pytest.mark.parametrize(
+    ("mpi", "phase"),
+    [
+        pytest.param(mpi, phase, marks=() if (mpi, phase) in QUICK else slow if (mpi, phase) in ONCE else long)
+        for phase in PHASES
+        for mpi in BOTH
+    ],
+)
 def test_a_raising_rank_ends_all(
     mpirun: Callable[..., Run], tmp_path: Path, config: Path, mpi: str, phase: str
 ) -> None:
@@ -217,19 +251,21 @@ WHERE = {
     "none": ["update", "report", "reports", "shown", "become", "collect"],
     "async": ["forward", "backward", "update", "reports", "evaluate"],
 }
-ALL = [(mode, phase, mpi) for mode, phases in WHERE.items() for phase in phases for mpi in MPIS]
 SOME = [
     (GOSSIP[0], "open", "mpich"), (GOSSIP[1], "finish", "openmpi"), (GOSSIP[2], "settle", "mpich"),
     (GOSSIP[3], "merge", "mpich"), ("elite", "compare", "mpich"), ("tournament", "adopt", "openmpi"),
     ("none", "shown", "mpich"), ("async", "backward", "mpich"),
 ]  # fmt: skip
+ALL = [(mode, phase, mpi) for mode, phases in WHERE.items() for phase in phases for mpi in BOTH]
 
 
-@pytest.mark.parametrize(("mode", "phase", "mpi"), ALL if "NETTORRENT_EVERY_FAILURE" in os.environ else SOME)
+@pytest.mark.parametrize(
+    ("mode", "phase", "mpi"),
+    [pytest.param(*case, marks=() if case == SOME[1] else slow if case in SOME else long) for case in ALL],
+)
 def test_a_raising_rank_ends_replicas_that_wait_for_nobody(
     mpirun: Callable[..., Run], tmp_path: Path, config: Path, mode: str, phase: str, mpi: str
 ) -> None:
-    """NETTORRENT_EVERY_FAILURE=1 tries them all."""
     changes = [word for change in APART[mode] for word in ("--set", change)]
     run = [config, "--output", tmp_path / "run", *SHORT, *changes]
     done = mpirun(4, [HERE / "programs" / "failing.py", phase, "1", *run], mpi=mpi, timeout=60)
@@ -240,7 +276,10 @@ def test_a_raising_rank_ends_replicas_that_wait_for_nobody(
 EARLY = {"exit": 3, "kill": None}
 
 
-@pytest.mark.parametrize(("how", "mpi"), [("exit", "openmpi"), ("exit", "mpich"), ("kill", "mpich")])
+@pytest.mark.parametrize(
+    ("how", "mpi"),
+    [pytest.param("exit", "openmpi", marks=slow), pytest.param("exit", "mpich", marks=slow), ("kill", "mpich")],
+)
 def test_a_rank_that_ends_early_ends_all(
     mpirun: Callable[..., Run], tmp_path: Path, config: Path, how: str, mpi: str
 ) -> None:
@@ -256,7 +295,14 @@ def test_a_rank_that_ends_early_ends_all(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize(("mode", "mpi"), [(GOSSIP[0], "openmpi"), (GOSSIP[3], "mpich"), ("async", "mpich")])
+@pytest.mark.parametrize(
+    ("mode", "mpi"),
+    [
+        (GOSSIP[0], "openmpi"),
+        pytest.param(GOSSIP[3], "mpich", marks=slow),
+        pytest.param("async", "mpich", marks=slow),
+    ],
+)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     mpirun: Callable[..., Run], tmp_path: Path, config: Path, mode: str, mpi: str
 ) -> None:
