@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ import pytest
 from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.plan.gossip_rules import GROWTH
 
-HERE = Path(__file__).resolve().parent
-Run = subprocess.CompletedProcess[str]
 CONFIG = """\
 dtype: float64
 data: {name: synthetic, rows: 320, test_rows: 50, shape: [6], classes: 3, validation: 0.2}
@@ -68,7 +65,7 @@ def printed(figures: dict[str, Any], name: str) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def runs(mpirun: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+def runs(series: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     """Every run, and an evaluation of each, on two ranks."""
     root = tmp_path_factory.mktemp("replica_runs")
     (root / "config.yaml").write_text(CONFIG)
@@ -79,14 +76,7 @@ def runs(mpirun: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -
             sets += ["--set", "train.epochs=null"]
         commands.append(["train", str(root / "config.yaml"), "--output", str(root / name), *sets])
         commands.append(["evaluate", str(root / name)])
-    file = root / "series"
-    file.write_text(json.dumps(commands))
-    done = mpirun(2, [HERE / "programs" / "series.py", file], timeout=100)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    told = json.loads((root / "series.done").read_text())
-    for command, (code, text) in zip(commands, told, strict=False):
-        assert code == 0, f"{command}\n{text}"
-    assert len(told) == len(commands)
+    told = series(2, root / "series", commands)
     return {name: Done(root / name, told[2 * i + 1][1]) for i, name in enumerate(RUNS)}
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -42,6 +43,9 @@ MIXED = "layout={replicas: 1, swarms: [{layers: 1, rows: 1, cols: 2}, {layers: 2
 GOSSIP = "deadline: none, part: 0.25, rate_factor: 1.5"
 
 
+slow = pytest.mark.slow
+
+
 def trained(folder: Path) -> dict[str, np.ndarray]:
     return read_arrays(folder / "model.h5")
 
@@ -58,36 +62,38 @@ def config_file(tmp_path: Path, optimizer: str = OPTIMIZERS[0]) -> Path:
     return path
 
 
-def series(mpirun: Callable[..., Run], n: int, folder: Path, commands: list[list[str]], mpi: str = "openmpi") -> None:
-    """Run commands of `nettorrent` one after another on the same ranks."""
-    file = folder / "series"
-    file.write_text(json.dumps(commands))
-    done = mpirun(n, [HERE / "programs" / "series.py", file], mpi=mpi, timeout=100)
-    told = json.loads((folder / "series.done").read_text()) if done.returncode == 0 else []
-    assert len(told) == len(commands), f"{told[-1:]}\n{done.stdout}\n{done.stderr}"
-    for command, (code, text) in zip(commands, told, strict=True):
-        assert code == 0, f"{command}\n{text}"
-
-
 def command(config: Path, output: Path, *arguments: str | Path, **changes: object) -> list[str]:
     """`train`; `changes` are keys with __ for the dots."""
     sets = [part for key, value in changes.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
     return ["train", str(config), "--output", str(output), *map(str, arguments), *sets]
 
 
+@pytest.fixture(scope="module")
+def resumed(series: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each optimizer: a whole run, and one of three parts on other ranks each time."""
+    root = tmp_path_factory.mktemp("resumed")
+    folders = {optimizer: root / str(i) for i, optimizer in enumerate(OPTIMIZERS)}
+    whole, first, second, third = [], [], [], []
+    for optimizer, folder in folders.items():
+        folder.mkdir()
+        config, parts = config_file(folder, optimizer), folder / "parts"
+        whole.append(command(config, folder / "whole"))
+        first.append(command(config, parts, "--set", MIXED, train__epochs=1))
+        second.append(command(config, parts, "--resume", train__epochs=2))
+        third.append(command(config, parts, "--resume", parts, layout="auto"))
+    series(1, root / "whole", whole)
+    series(3, root / "first", first)
+    series(2, root / "second", second)
+    series(4, root / "third", third, mpi="mpich")
+    return folders
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_resumed_on_other_ranks(mpirun: Callable[..., Run], tmp_path: Path, optimizer: str) -> None:
-    config = config_file(tmp_path, optimizer)
-    assert mpirun(1, [*TRAIN, config, "--output", tmp_path / "whole"]).returncode == 0
-    parts = [config, "--output", tmp_path / "parts"]
-    assert mpirun(3, [*TRAIN, *parts, "--set", "train.epochs=1", "--set", MIXED]).returncode == 0
-    more = mpirun(2, [*TRAIN, *parts, "--resume", "--set", "train.epochs=2"])
-    assert more.returncode == 0, more.stderr
-    again = mpirun(4, [*TRAIN, *parts, "--resume", tmp_path / "parts", "--set", "layout=auto"], mpi="mpich")
-    assert again.returncode == 0, again.stderr
-    same(trained(tmp_path / "parts"), trained(tmp_path / "whole"))
+def test_resumed_on_other_ranks(resumed: dict[str, Path], optimizer: str) -> None:
+    folder = resumed[optimizer]
+    same(trained(folder / "parts"), trained(folder / "whole"))
     whole, told = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "parts")
     )
     assert [record["step"] for record in told] == [record["step"] for record in whole]
@@ -95,11 +101,11 @@ def test_resumed_on_other_ranks(mpirun: Callable[..., Run], tmp_path: Path, opti
     np.testing.assert_allclose([r["train_loss"] for r in told], [r["train_loss"] for r in whole], rtol=1e-9)
     times = [record["time"] for record in told]
     assert times == sorted(times)
-    assert len(list((tmp_path / "parts" / "checkpoints").iterdir())) == 2
+    assert len(list((folder / "parts" / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
-def test_stopped_by_a_signal(mpirun: Callable[..., Run], tmp_path: Path, mpi: str) -> None:
+@pytest.mark.parametrize("mpi", ["openmpi", pytest.param("mpich", marks=slow)])
+def test_stopped_by_a_signal(mpirun: Callable[..., Run], tmp_path: Path, resumed: dict[str, Path], mpi: str) -> None:
     config = config_file(tmp_path)
     run = [config, "--output", tmp_path / "run"]
     stopped = mpirun(3, [HERE / "programs" / "signalled.py", "12", "1", *run], mpi=mpi)
@@ -109,10 +115,10 @@ def test_stopped_by_a_signal(mpirun: Callable[..., Run], tmp_path: Path, mpi: st
     assert "Traceback" not in stopped.stderr
     done = mpirun(2, [*TRAIN, *run, "--resume"], mpi=mpi)
     assert done.returncode == 0, done.stderr
-    assert mpirun(1, [*TRAIN, config, "--output", tmp_path / "whole"]).returncode == 0
-    same(trained(tmp_path / "run"), trained(tmp_path / "whole"))
+    same(trained(tmp_path / "run"), trained(resumed[OPTIMIZERS[0]] / "whole"))
 
 
+@slow
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
 def test_replicas_and_a_pipeline_without_flush_are_stopped_by_a_signal(
     mpirun: Callable[..., Run], tmp_path: Path, mpi: str
@@ -135,32 +141,41 @@ def test_replicas_and_a_pipeline_without_flush_are_stopped_by_a_signal(
     assert steps[-1] == 30
 
 
-def test_what_cannot_be_resumed(mpirun: Callable[..., Run], tmp_path: Path) -> None:
+def test_what_cannot_be_resumed(series: Callable[..., Any], tmp_path: Path) -> None:
     config = config_file(tmp_path)
-    run = [*TRAIN, config, "--output", tmp_path / "run", "--set", "train.epochs=1"]
+    run = command(config, tmp_path / "run", train__epochs=1)
 
-    def refused(*arguments: str | Path) -> str:
-        done = mpirun(2, [*run, *arguments])
-        assert done.returncode == 2, f"{done.stdout}\n{done.stderr}"
-        errors = [line for line in done.stderr.splitlines() if line.startswith("nettorrent: error: ")]
-        assert len(errors) == 1, done.stderr
-        return errors[0]
+    def refused(told: tuple[int, str, str], words: str) -> None:
+        code, *texts = told
+        assert code == 2, texts
+        errors = [line for line in "".join(texts).splitlines() if line.startswith("nettorrent: error: ")]
+        assert len(errors) == 1, texts
+        assert words in errors[0]
 
-    assert "holds no checkpoint" in refused("--resume")
-    assert mpirun(2, run).returncode == 0
-    assert "seed" in refused("--resume", "--set", "seed=7")
-    assert "train.batch_size" in refused("--resume", "--set", "train.batch_size=16")
-    assert "another run's results" in refused()
+    resume = [*run, "--resume"]
+    without, done, seed, size, another = series(
+        2,
+        tmp_path / "before",
+        [resume, run, [*resume, "--set", "seed=7"], [*resume, "--set", "train.batch_size=16"], run],
+        on=True,
+    )
+    refused(without, "holds no checkpoint")
+    assert done[0] == 0, done
+    refused(seed, "seed")
+    refused(size, "train.batch_size")
+    refused(another, "another run's results")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     harmed = tmp_path / "harmed.h5"
     shutil.copy(checkpoint, harmed)
     with harmed.open("r+b") as file:
         file.truncate(harmed.stat().st_size // 2)
-    assert "harmed.h5" in refused("--resume", harmed)
-    assert mpirun(2, [*run, "--resume"]).returncode == 0  # nothing left to do, and nothing lost
-    assert mpirun(2, [*run, "--overwrite"]).returncode == 0
+    # the second one has nothing left to do, and loses nothing
+    told = series(2, tmp_path / "after", [[*resume, str(harmed)], resume, [*run, "--overwrite"]], on=True)
+    refused(told[0], "harmed.h5")
+    assert [code for code, *_ in told[1:]] == [0, 0], told
 
 
+@slow
 def test_a_flipped_bit_of_the_model_seen_by_some_ranks_only(mpirun: Callable[..., Run], tmp_path: Path) -> None:
     """Ranks of the other stage read sound arrays; they must not wait for those that fail."""
     config = config_file(tmp_path)
@@ -205,8 +220,8 @@ REPLICAS = {
 }
 
 
-@pytest.mark.parametrize("ranks", REPLICAS)
-def test_each_replica_goes_on(mpirun: Callable[..., Run], tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=slow)])
+def test_each_replica_goes_on(series: Callable[..., Any], tmp_path: Path, ranks: int) -> None:
     """To the same weights as if it had not stopped, where the layout is the same."""
     config, commands = config_file(tmp_path), []
     for i, (layout, pipeline, exchange) in enumerate(REPLICAS[ranks]):
@@ -218,7 +233,7 @@ def test_each_replica_goes_on(mpirun: Callable[..., Run], tmp_path: Path, ranks:
             commands.append(command(config, parts, "--resume", **how))
         else:
             commands.append(command(config, parts, "--resume", whole / "checkpoints" / "step-0000000020.h5", **how))
-    series(mpirun, ranks, tmp_path, commands, mpi="openmpi" if ranks == 2 else "mpich")
+    series(ranks, tmp_path / "series", commands, mpi="openmpi" if ranks == 2 else "mpich")
     for i, case in enumerate(REPLICAS[ranks]):
         whole, parts = (arrays_of_checkpoint(tmp_path / f"{name}{i}") for name in ("whole", "parts"))
         same(whole, parts)
@@ -240,7 +255,8 @@ def arrays_of_checkpoint(run: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def test_replicas_go_on_as_others(mpirun: Callable[..., Run], tmp_path: Path) -> None:
+@slow
+def test_replicas_go_on_as_others(series: Callable[..., Any], tmp_path: Path) -> None:
     """With another number of replicas, or as one network, a run goes on from the average; and one network's run goes on
     as several replicas. Estimates of compressed messages begin anew: so it need not be the same run, but a good one."""
     config = config_file(tmp_path)
@@ -263,7 +279,7 @@ def test_replicas_go_on_as_others(mpirun: Callable[..., Run], tmp_path: Path) ->
         run, still = tmp_path / f"{name}-{to}", tmp_path / f"{name}-{to}-still"
         commands.append(command(config, run, "--resume", tmp_path / name, **how))
         commands.append(command(config, still, "--resume", tmp_path / name, **how, train__epochs=2))
-    series(mpirun, 4, tmp_path, commands)
+    series(4, tmp_path / "series", commands)
     for name, to, _ in after:
         saved = arrays_of_checkpoint(tmp_path / name)
         average = {key.removeprefix("parameters/"): a for key, a in saved.items() if key.startswith("parameters/")}
