@@ -1,9 +1,9 @@
-"""Trains neural networks over MPI with one swarm of ranks per layer.
+"""nettorrent_mpi trains neural networks over MPI with one swarm of ranks per layer.
 
     import nettorrent_mpi as nt
 
-What stands in `__all__` is loaded when it is first used (PEP 562): importing the package loads neither NumPy nor MPI,
-so that `nt.prepare()` can set their environment first.
+The names in `__all__` load when they are first used (PEP 562): importing the package loads neither NumPy nor MPI, so
+that `nt.prepare()` can set their environment first.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ __all__ = sorted([*_MODULES, "plan"])  # noqa: PLE0605
 
 
 class _Plan(ModuleType):
-    """The folder plan/, which is the function planning.plan as well: both are called `nettorrent_mpi.plan`."""
+    """The subpackage plan/, callable as the function planning.plan: both are `nettorrent_mpi.plan`."""
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
         return import_module(f"{__name__}.planning").plan(*args, **settings)

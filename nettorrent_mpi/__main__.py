@@ -10,7 +10,7 @@ from nettorrent_mpi.plan.errors import NetTorrentError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; gives the exit code. The environment of BLAS and MPI is set before either loads."""
+    """Run a command and return the exit code. The environment of BLAS and MPI is set before either loads."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = env.prepare()
     from nettorrent_mpi.cli.commands import find, launched_first

@@ -1,4 +1,4 @@
-"""The Python interface: a network's training over MPI. What can be had without MPI is in planning.py.
+"""The Python interface: training a network over MPI. The part that works without MPI is in planning.py.
 
     import nettorrent_mpi as nt
 
@@ -9,8 +9,8 @@
                 print(record.step, record.train_loss, record.test_accuracy)
         trainer.save("model.h5")
 
-runs on one rank as it stands, and on four as `mpirun -n 4 python script.py`: all ranks run the same script, give the
-same arguments and call the same methods. The command line is made of the same parts.
+runs on one rank as it is, and on four with `mpirun -n 4 python script.py`: all ranks run the same script, pass the same
+arguments and call the same methods. The command line is built on the same functions.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, 
 
 
 class Trainer:
-    """The training of one network by all ranks of a communicator.
+    """A Trainer trains one network on all ranks of a communicator.
 
-    All of them make one with the same arguments and call the same methods in the same order. It is a context manager:
-    leaving it, also by an error that all ranks raise alike (a UserError of bad input, a NonFiniteError), closes this
+    All ranks make one with the same arguments and call the same methods in the same order. It is a context manager:
+    leaving it, also by an error that all ranks raise alike (a UserError for bad input, a NonFiniteError), closes this
     trainer and no other; an error that one rank raises alone ends all ranks of the program at once, because the others
-    would wait for it. Without `with`, an error that ends the script does the same; otherwise `close` it.
+    would wait for it. An error that ends the script has the same effect without `with`; otherwise `close` the trainer.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class Trainer:
     ):
         """`network`, `data` and `settings` are those of `plan`, or `network` is its result.
 
-        comm: the mpi4py communicator of the ranks that train; None: MPI.COMM_WORLD. It is duplicated.
-        output: a folder for checkpoints, in `checkpoints/`; None: there are none.
+        comm: the mpi4py communicator of the ranks that train (default: MPI.COMM_WORLD). It is duplicated.
+        output: a folder for checkpoints, in `checkpoints/`; None: no checkpoints.
         stop_on_signals: SIGTERM, SIGUSR1 or SIGUSR2 to any rank stops the training on all of them, with a checkpoint.
 
         Raises UserErrors, on all ranks alike.
@@ -105,7 +105,7 @@ class Trainer:
         with world.agreement():
             return PlannedRun(set_up(config, world.size, dataset), has_length(network, settings))
 
-    # -- where it stands ----------------------------------------------------------------------------------------------
+    # -- progress -----------------------------------------------------------------------------------------------------
 
     @property
     def rank(self) -> int:
@@ -114,7 +114,7 @@ class Trainer:
 
     @property
     def size(self) -> int:
-        """How many ranks train."""
+        """The number of ranks that train."""
         return self._world.size
 
     @property
@@ -124,19 +124,19 @@ class Trainer:
 
     @property
     def stopped_by(self) -> str | None:
-        """What ended the latest `train`: "accuracy", "signal", or None where it came to its end."""
+        """What ended the latest `train`: "accuracy", "signal", or None if it ran to its end."""
         return self._loop.stopped_by
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, *, epochs: int | None = None, steps: int | None = None) -> Iterator[Record]:
-        """Train for so many epochs or steps more; without either until the run's whole length is done (the settings
-        `epochs` or `steps`, or the configuration's). Gives a record every `report_every` steps, and after each epoch.
+        """Train for this many more epochs or steps; by default until the length of the run is reached (the settings
+        `epochs` or `steps`, or the configuration's). Yields a record every `report_every` steps and after each epoch.
 
-        The learning-rate schedule spans the run's whole length, or, where none was set, what is asked for here. All
-        ranks get the same records, each when it has them. To evaluate, save or predict inside the loop, wait for a
-        record with `at_rest`. Leaving the loop early stops all ranks after the same step, a few steps later. Raises
-        NonFiniteError on all ranks where the training diverges.
+        The learning-rate schedule spans the length of the run, or, if none was set, the length given here. All ranks
+        get the same records, each when they reach it. To evaluate, save or predict inside the loop, wait for a record
+        with `at_rest`. Leaving the loop early stops all ranks after the same step, a few steps later. Raises
+        NonFiniteError on all ranks if the training diverges.
         """
         whole = self.setup.steps
         if epochs is not None and steps is not None:
@@ -148,20 +148,23 @@ class Trainer:
         self._running = weakref.ref(run)
         return run
 
-    # -- what has been learned ----------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> Evaluation:
-        """Loss and accuracy on the test set and on the validation rows. Of replicas that differ: of the best one, or
-        (gossip) of their average; and so for `predict`, `parameters` and `save`."""
+        """Return loss and accuracy on the test set and on the validation rows.
+
+        If replicas differ, the best one is evaluated, or (gossip) their average; the same holds for `predict`,
+        `parameters` and `save`.
+        """
         self._at_rest("evaluate")
         return self._loop.evaluator.evaluate()
 
     def predict(self, x: Array) -> Array:
-        """Compute the network's outputs (rows, outputs) for the rows x (rows, *input shape), for all ranks.
+        """Return on all ranks the network's outputs (rows, outputs) for the rows x (rows, *input shape).
 
-        All ranks give the same rows, of any number. They are prepared as the training rows are: bytes are scaled to
-        0..1 and floating values are not, then `mean` and `std` apply. For cross entropy the outputs are logits, of
-        which `argmax(axis=1)` is the class. Raises DataError.
+        All ranks pass the same rows, any number of them. They are prepared like the training rows: bytes are scaled to
+        0..1 and floating-point values are not, then `mean` and `std` apply. For cross-entropy the outputs are logits;
+        `argmax(axis=1)` gives the classes. Raises DataError.
         """
         self._at_rest("predict")
         with self._world.agreement():
@@ -170,14 +173,15 @@ class Trainer:
             return self._engine.predict(x)
 
     def parameters(self) -> dict[str, Array]:
-        """The whole arrays on all ranks, "<layer>/<name>": linear (inputs, units), conv2d (height, width, channels,
-        filters)."""
+        """Return the whole arrays on all ranks, "<layer>/<name>": linear (inputs, units), conv2d (height, width,
+        channels, filters)."""
         self._at_rest("parameters")
         with self._loop.evaluator.network():
             return self._engine.parameters(everywhere=True)
 
     def save(self, path: str | Path) -> None:
-        """Write the network to an HDF5 file like model.h5: `/parameters/<layer>/<name>`, whole. Raises OutputError."""
+        """Write the network to an HDF5 file like model.h5: `/parameters/<layer>/<name>`, whole arrays. Raises
+        OutputError."""
         self._at_rest("save")
         with self._loop.evaluator.network():
             arrays = self._engine.parameters()
@@ -187,14 +191,14 @@ class Trainer:
                     write_arrays(Path(path), {PARAMETERS: arrays}, {"model": model_json(self.setup.config)})
 
     def load(self, path: str | Path) -> None:
-        """Take the network from a file that `save` or a run has written, of any layout. Raises DataError."""
+        """Load the network from a file written by `save` or by a run with any layout. Raises DataError."""
         self._at_rest("load")
         restore_parameters(self._engine, Path(path))
 
     def resume(self, path: str | Path) -> None:
-        """Go on from a checkpoint, or from the newest one in a folder, made with any layout on any number of ranks.
+        """Continue from a checkpoint, or from the newest one in a folder, made with any layout on any number of ranks.
 
-        Raises ConfigError where it was made with other data, another network, optimizer, batch size, seed or dtype.
+        Raises ConfigError if it was made with other data, another network, optimizer, batch size, seed or dtype.
         """
         self._at_rest("resume")
         with self._world.agreement():
@@ -207,7 +211,7 @@ class Trainer:
         self._loop.resume(int(attributes["step"]), int(attributes["samples"]), float(attributes["time"]))
 
     def _save_checkpoint(self) -> None:
-        """Write checkpoints/step-N.h5; all but the last ones are removed."""
+        """Write checkpoints/step-N.h5 and remove all but the newest checkpoints."""
         loop, config = self._loop, self.setup.config
         groups = collect(self._engine)
         with self._world.agreement():
@@ -217,7 +221,7 @@ class Trainer:
                 write_checkpoint(self._checkpoints, groups, {**about, **attributes})
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the training as summary.json has them. Replicas that differ become one network, for good."""
+        """Return the figures of the training as in summary.json. Replicas that differ become one network, for good."""
         self._at_rest("summary")
         loop, world, train = self._loop, self._world, self.setup.config.train
         latest = {} if loop.evaluation is None else loop.evaluation.figures()
@@ -240,7 +244,8 @@ class Trainer:
         }
 
     def trace(self) -> str | None:
-        """On rank 0: when each rank did what, as the JSON of a Chrome trace, with the setting `trace`; else None."""
+        """Return on rank 0, with the setting `trace`, when each rank did what, as the JSON of a Chrome trace; else
+        None."""
         self._at_rest("trace")
         places = [self.setup.place_line(rank) for rank in range(self.size)]
         return None if self._engine.trace is None else self._engine.trace.gather(self._world, places)
@@ -248,7 +253,7 @@ class Trainer:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Give everything back to MPI. All ranks call; again it does nothing."""
+        """Free all MPI objects. All ranks call; a second call does nothing."""
         atexit.unregister(self._end_of_script)
         run = None if self._running is None else self._running()
         if run is not None:
@@ -270,7 +275,7 @@ class Trainer:
         self.close()
 
     def _end_of_script(self) -> None:
-        """The interpreter ends, and nobody has closed this trainer."""
+        """Handle the interpreter's exit with trainers that are still open."""
         if getattr(sys, "last_type", None) is not None:  # by an error, which has been shown
             if self.size > 1:
                 self._world.abort(1)

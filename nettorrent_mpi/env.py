@@ -1,4 +1,4 @@
-"""The environment of BLAS and MPI, chosen before NumPy and mpi4py load (they read it once, when they do).
+"""The environment of BLAS and MPI, chosen before NumPy and mpi4py load (they read it only once).
 
 Every rank calls `prepare` first. Only the standard library is imported here.
 """
@@ -13,30 +13,31 @@ from pathlib import Path
 
 # OpenBLAS and MKL read their own variable first, then OpenMP's.
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Threads of BLAS and of OpenMP (oneDNN's) that have nothing to do sleep at once, instead of keeping the others from
-# their cores: both spin otherwise, for milliseconds. Measured with one rank of two threads (OpenBLAS 0.3.31, GNU
+# Idle threads of BLAS and of OpenMP (oneDNN's) sleep at once; otherwise both spin for milliseconds and keep other
+# ranks from their cores. Measured with one rank of two threads (OpenBLAS 0.3.31, GNU
 # OpenMP): the MLP of configs/mnist.yaml 15,700 samples/s instead of 6,000 (one thread: 9,900); NumPy alone loses 1 %.
 _SLEEP = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
 _YIELD = ("OMPI_MCA_mpi_yield_when_idle", "MPIR_CVAR_ENABLE_HEAVY_YIELD")  # of Open MPI and of MPICH
-# Open MPI 5.0.11 prints an error of its UCX component whenever shared memory is made, which another component does.
+# Open MPI 5.0.11 prints an error of its unused UCX component whenever shared memory is allocated.
 _QUIET = {"OMPI_MCA_osc": "^ucx"}
 # Open MPI's component for one-sided messages between nodes looks for networks while MPI starts, and where it finds none
 # that takes a second (measured with 5.0.11: 1.4 s instead of 0.4 s). Ranks of one node have no use for it.
 _ONE_NODE = {"OMPI_MCA_btl": "^ofi"}
-# What an earlier call chose, as NAME=VALUE words: a process that this one starts must not take it for the user's wish.
+# What an earlier call chose, as NAME=VALUE words, so that child processes do not mistake it for the user's setting.
 _CHOSEN = "NETTORRENT_MPI_CHOSEN"
 
 
 def prepare() -> str:
-    """Set BLAS threads and ways of waiting for this rank; tell in one line what was chosen and what was kept.
+    """Set the number of BLAS threads and the waiting mode for this rank; return one line that describes what was chosen
+    and what was kept.
 
-    BLAS threads = cores of the node / ranks on the node, at most the cores that this process may run on, at least 1.
-    Ranks that outnumber the cores yield while they wait. Measured with 8 ranks on 2 cores, a small product and an
-    Allreduce per step: 1 ms instead of 94 ms where Open MPI did not know that it was oversubscribed; with MPICH, while
-    other programs kept the cores busy as well, 5 ms instead of 19 ms.
+    BLAS threads = cores of the node / ranks on the node, at most the cores that this process may run on, at least 1. If
+    ranks outnumber cores, waiting ranks yield. Measured with 8 ranks on 2 cores, a small product and an Allreduce per
+    step: 1 ms instead of 94 ms where Open MPI did not know that it was oversubscribed; with MPICH, while other programs
+    kept the cores busy as well, 5 ms instead of 19 ms.
 
-    A variable that the user set is never changed. OMP_NUM_THREADS rules every BLAS, so where the user set it, no other
-    number of threads is set.
+    A variable that the user set is never changed. OMP_NUM_THREADS controls every BLAS, so if the user set it, no other
+    thread count is set.
     """
     for name in os.environ.keys() - given(os.environ).keys():
         del os.environ[name]
@@ -71,13 +72,13 @@ def prepare() -> str:
 
 
 def given(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what `prepare` chose: as the user has it."""
+    """Return the environment as the user set it, without what `prepare` chose."""
     ours = set(environ.get(_CHOSEN, "").split())
     return {name: value for name, value in environ.items() if name != _CHOSEN and f"{name}={value}" not in ours}
 
 
 def ranks_on_node(environ: Mapping[str, str]) -> int:
-    """How many ranks the launcher put on this node: told by Open MPI, MPICH and Intel MPI, or Slurm's srun; else 1."""
+    """Return the number of ranks on this node, as reported by Open MPI, MPICH, Intel MPI or Slurm's srun; else 1."""
     for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
         count = _positive(environ.get(name))
         if count:
@@ -93,7 +94,7 @@ def ranks_on_node(environ: Mapping[str, str]) -> int:
 
 
 def on_one_node(environ: Mapping[str, str]) -> bool:
-    """Are all ranks of the run on this node, as far as the launcher tells? False where that cannot be known."""
+    """Whether all ranks of the run are on this node according to the launcher; False if unknown."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return environ["OMPI_COMM_WORLD_SIZE"] == environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
     if "SLURM_STEP_ID" in environ:
@@ -102,7 +103,7 @@ def on_one_node(environ: Mapping[str, str]) -> bool:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's short form of tasks on each node: "4(x2),3" is [4, 4, 3]. Anything else gives an empty list."""
+    """Expand Slurm's short form of tasks per node: "4(x2),3" -> [4, 4, 3]. Any other text gives an empty list."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -113,11 +114,11 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def cores_of_node(environ: Mapping[str, str]) -> int:
-    """Cores of this node that the ranks of the run share.
+    """Return the number of cores of this node that the ranks of the run share.
 
     mpirun binds a rank to its own core, so a rank's own affinity may be one core of many; its parent, the launcher's
-    daemon, is not bound, but shares the limits (taskset, a container) that hold for all. A core with several hardware
-    threads counts once. A Slurm job counts no more CPUs than it was given.
+    daemon, is not bound, but is subject to the limits (taskset, a container) that apply to all. A core with several
+    hardware threads counts once. A Slurm job counts no more CPUs than it was allocated.
     """
     cores = _count_cores(_allowed(0) | (_allowed(os.getppid()) if ranks_on_node(environ) > 1 else set()))
     given = _positive(environ.get("SLURM_CPUS_ON_NODE"))
@@ -125,7 +126,7 @@ def cores_of_node(environ: Mapping[str, str]) -> int:
 
 
 def _allowed(process: int) -> set[int]:
-    """The CPUs that a process (0: this one) may run on; empty where that cannot be known."""
+    """Return the CPUs that a process (0: this one) may run on; empty if unknown."""
     try:
         return os.sched_getaffinity(process)
     except (AttributeError, OSError):  # not Linux; the process is gone or hidden
@@ -133,13 +134,13 @@ def _allowed(process: int) -> set[int]:
 
 
 def _count_cores(cpus: set[int]) -> int:
-    """How many cores the CPUs (hardware threads) belong to; of the whole machine if the set is empty."""
+    """Return the number of cores of these CPUs (hardware threads), or of the whole machine if there are none."""
     cores = {_siblings(cpu) for cpu in cpus}
     return len(cores) or os.cpu_count() or 1
 
 
 def _siblings(cpu: int) -> str:
-    """The CPUs of the same core, as Linux writes them: the same text for each of them."""
+    """Return the CPUs of the same core in Linux's notation: the same text for each of them."""
     try:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
     except OSError:
@@ -147,7 +148,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _positive(text: str | None) -> int:
-    """The number in `text`, 0 if there is none."""
+    """Return the number in `text`, or 0."""
     return int(text) if text is not None and text.isdecimal() else 0
 
 

@@ -1,4 +1,4 @@
-"""Plans a run without MPI: a network, data and settings become who does what when."""
+"""Planning a run without MPI: a network, data and settings become who does what when."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nettorrent_mpi.plan.specs import LayerSpec
 from nettorrent_mpi.plan.topology import Topology
 
 Architecture: TypeAlias = Config | Network | Sequence[LayerSpec]
-# Rows to train on, and perhaps to test with: (x, y), (x, y, x_test, y_test), an opened data set, or the data section of
+# Training rows and optional test rows: (x, y), (x, y, x_test, y_test), an opened data set, or the data section of
 # a configuration. x (rows, features) or (rows, height, width, channels); y (rows,) whole numbers, the classes from 0
 # on, or (rows, outputs) floating-point targets.
 Data: TypeAlias = Sequence[Any] | Dataset | Mapping[str, Any]
@@ -37,8 +37,8 @@ def load_config(path: str | Path | None = None, *changes: str) -> Config:
 def plan(
     network: Architecture, data: Data | None = None, *, ranks: int = 1, **settings: Unpack[Settings]
 ) -> PlannedRun:
-    """Plan a run on so many ranks: who holds and does what, when, how fast that should be and what memory it takes.
-    Nothing is communicated, and MPI is not loaded.
+    """Plan a run on `ranks` ranks: who holds and does what when, the predicted speed and the memory. Nothing is
+    communicated, and MPI is not loaded.
 
     `network` is a configuration (whose values `settings` replace), a network, or its layers. Raises UserErrors: a
     ConfigError, LayoutError, ShapeError or DataError.
@@ -49,7 +49,7 @@ def plan(
 
 
 class PlannedRun:
-    """A PlannedRun says what a run will do; `str` of it is the report of `--dry-run`."""
+    """A PlannedRun describes what a run will do; `str` of it is the report of `--dry-run`."""
 
     def __init__(self, setup: Setup, has_length: bool):
         self.setup = setup
@@ -68,7 +68,7 @@ class PlannedRun:
 
     @property
     def topology(self) -> Topology:
-        """Where every rank stands: replicas, and the stages with their rows and cols."""
+        """The position of every rank: replicas, and the stages with their rows and cols."""
         return self.setup.topology
 
     @property
@@ -78,7 +78,8 @@ class PlannedRun:
 
     @property
     def schedule(self) -> str:
-        """What each stage does in each time step, as a table: `F0` is the forward pass of micro-batch 0."""
+        """The schedule as a table of what each stage does in each time step: `F0` is the forward pass of
+        micro-batch 0."""
         from nettorrent_mpi.cli.dry_run import schedule_table
 
         options = self.setup.options
@@ -86,7 +87,7 @@ class PlannedRun:
 
     @property
     def seconds_per_step(self) -> float:
-        """Predicted seconds of a training step."""
+        """The predicted seconds of a training step."""
         options = self.setup.options
         exact, kind = self.config.exact, options.pipeline.kind
         args = (self.topology, self.network.facts, options.batch_size, options.micro_batches, kind)
@@ -94,13 +95,13 @@ class PlannedRun:
 
     @property
     def memory(self) -> list[Memory]:
-        """Predicted bytes of each stage's largest rank, by what they are for."""
+        """The predicted bytes of each stage's largest rank, by purpose."""
         from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
 
         return estimate(self.setup, Libraries(*self.process_memory))
 
     def describe(self, hosts: Sequence[str] | None = None) -> str:
-        """Write the report of `--dry-run`; `hosts` names each rank's node."""
+        """Return the report of `--dry-run`; `hosts` names each rank's node."""
         from nettorrent_mpi.cli.dry_run import dry_run
 
         return dry_run(self.setup, self.memory, hosts)
@@ -110,7 +111,7 @@ class PlannedRun:
 
 
 def opened(data: Data | None) -> Dataset | None:
-    """Make a data set of arrays, or return the given one; None where a configuration names it. Raises DataError."""
+    """Return the data set, made from arrays if need be; None if the configuration names it. Raises DataError."""
     if data is None or isinstance(data, Dataset | Mapping):
         return data if isinstance(data, Dataset) else None
     if len(data) not in (2, 4):

@@ -1,1 +1,1 @@
-"""Floor 1: bytes between ranks. The only place that imports mpi4py; knows nothing of learning."""
+"""Floor 1: bytes between ranks. The only folder that imports mpi4py; it knows nothing of learning."""

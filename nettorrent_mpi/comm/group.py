@@ -1,4 +1,4 @@
-"""A group of ranks and its collective operations on arrays. What is done in a step pickles nothing."""
+"""Groups of ranks with collective operations on arrays. Operations used in a step pickle nothing."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 
 class Group:
-    """An ordered group of ranks: a communicator. `index` is this rank's place in it, `nodes` says of each member on
-    which node it runs: the number of the first member there.
+    """An ordered group of ranks: a communicator. `index` is this rank's position in it; `nodes` gives for each member
+    its node, as the number of the first member there.
 
-    Every operation on a group of one is free of MPI calls (or a copy), so that callers need no special case. Who makes
+    Operations on a group of one make no MPI calls (at most a copy), so that callers need no special case. Whoever makes
     a group, or has one made, frees it.
     """
 
     def __init__(self, comm: MPI.Intracomm, nodes: Sequence[int] | None = None):
-        """Without `nodes` all members find them out together."""
+        """Wrap a communicator; without `nodes` the members determine them collectively."""
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.comm = comm
         self.size: int = comm.Get_size()
@@ -30,15 +30,15 @@ class Group:
         self.nodes = tuple(nodes if nodes is not None else _nodes(comm))
 
     def free(self) -> None:
-        """Give the communicator back to MPI. All members call."""
+        """Free the communicator. All members call."""
         self.comm.Free()
 
     def duplicate(self) -> Group:
-        """The same members with messages of their own: what is under way here and there is never confused."""
+        """Return a group of the same members whose messages cannot match those of this one."""
         return Group(self.comm.Dup(), self.nodes)
 
     def subgroup(self, members: Sequence[int]) -> Group:
-        """The group of these members, in this order. They, and nobody else, call, in the same order of groups."""
+        """Return the group of these members, in this order. Its members alone call, in the same order of groups."""
         chosen = self.comm.group.Incl(list(members))
         comm = self.comm.Create_group(chosen, tag=_tag(members))
         chosen.Free()
@@ -51,12 +51,12 @@ class Group:
 
     @property
     def node_members(self) -> list[int]:
-        """The members on this rank's node."""
+        """Return the members on this rank's node."""
         return [member for member, node in enumerate(self.nodes) if node == self.nodes[self.index]]
 
     @property
     def by_nodes(self) -> list[int]:
-        """All members, those of a node side by side."""
+        """Return all members, those of a node side by side."""
         return sorted(range(self.size), key=lambda member: (self.nodes.index(self.nodes[member]), member))
 
     # -- collective operations --------------------------------------------------------------------------------------
@@ -71,25 +71,27 @@ class Group:
             self.comm.Allreduce(MPI.IN_PLACE, values)
 
     def mean(self, values: Array) -> None:
-        """values <- the mean of everyone's, bitwise the same for every member."""
+        """All-reduce to the mean, in place; every member gets bitwise the same values."""
         if self.size > 1:
             self.sum(values)
             np.multiply(values, 1 / self.size, out=values)
 
     def maximum(self, values: Array) -> None:
-        """values <- the largest of everyone's, element by element."""
+        """All-reduce to the element-wise maximum, in place."""
         if self.size > 1:
             self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.MAX)
 
     def reduce_scatter(self, values: Array, part: Array, counts: Sequence[int]) -> None:
-        """part <- this member's part of the sum of everyone's `values` (flat; member i's part has counts[i])."""
+        """Reduce-scatter: part <- this member's part of the sum of everyone's `values` (flat; member i's part has
+        counts[i])."""
         if self.size > 1:
             self.comm.Reduce_scatter(values, part, counts)
         else:
             np.copyto(part, values)
 
     def allgather(self, part: Array, whole: Array, counts: Sequence[int]) -> None:
-        """whole (flat) <- everyone's parts one after another. `part` may be this member's place in `whole` itself."""
+        """All-gather: whole (flat) <- everyone's parts one after another. `part` may be this member's section of
+        `whole`."""
         if self.size > 1:
             mine = whole[sum(counts[: self.index]) :][: counts[self.index]]
             own: Any = MPI.IN_PLACE if mine.ctypes.data == part.ctypes.data else part
@@ -98,36 +100,38 @@ class Group:
             np.copyto(whole, part)
 
     def broadcast(self, values: Array, source: int) -> None:
-        """values <- those of member `source`, everywhere."""
+        """Broadcast `values` from member `source`, in place."""
         if self.size > 1:
             for chunk in chunks(values):
                 self.comm.Bcast(chunk, root=source)
 
     def gather_objects(self, value: T) -> list[T]:
-        """Everyone's value, for everyone. Pickled: for what happens once."""
+        """Return everyone's value to everyone, pickled: not for use in steps."""
         return self.comm.allgather(value)
 
     # -- point to point ---------------------------------------------------------------------------------------------
 
     def pass_on(self, values: Array, into: Array) -> None:
-        """Send `values` to the next member and receive the one before's: all members at once."""
+        """Send `values` to the next member and receive those of the previous one; all members call."""
         to, source = (self.index + 1) % self.size, (self.index - 1) % self.size
         self.comm.Sendrecv(values, to, recvbuf=into, source=source)
 
     def trade(self, sends: Sequence[tuple[Array, int]], receives: Sequence[tuple[Array, int]], tag: int) -> None:
-        """Send contiguous arrays (array, to) and receive others (array, source), all at once; waits for all. Between
-        two members arrays arrive in the order in which they are sent."""
+        """Exchange contiguous arrays: sends are (array, to), receives (array, source). Waits for all of them.
+
+        Between two members arrays arrive in the order in which they are sent.
+        """
         requests = [self.comm.Irecv(c, source, tag) for array, source in receives for c in chunks(array)]
         requests += [self.comm.Isend(chunk, to, tag) for array, to in sends for chunk in chunks(array)]
         MPI.Request.Waitall(requests)
 
     def progress(self) -> None:
-        """Make one call into MPI, so that messages move, of this group or another. Does not wait."""
+        """Make one nonblocking call into MPI, so that messages progress, of this group or any other."""
         self.comm.Iprobe()
 
 
 def _nodes(comm: MPI.Intracomm) -> list[int]:
-    """Of each rank the first one that runs on the same node. All ranks call."""
+    """Return for each rank the first one that runs on the same node. All ranks call."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     first = node.bcast(comm.Get_rank())
     node.Free()
@@ -135,7 +139,7 @@ def _nodes(comm: MPI.Intracomm) -> list[int]:
 
 
 def _tag(members: Sequence[int]) -> int:
-    """A tag for making this group, so that groups that have ranks in common are not mistaken for one another."""
+    """Return a tag for making this group, so that overlapping groups are not confused."""
     return sum((i + 1) * (member + 7) for i, member in enumerate(members)) % 30000
 
 
@@ -143,7 +147,7 @@ LARGEST_MESSAGE = 1 << 30  # bytes; MPI counts are C ints, and some transports f
 
 
 def chunks(values: Array, largest: int | None = None) -> list[Array]:
-    """A contiguous array as flat byte views of at most `largest` bytes (LARGEST_MESSAGE unless told) each."""
+    """Split a contiguous array into flat byte views of at most `largest` bytes (default: LARGEST_MESSAGE) each."""
     largest = LARGEST_MESSAGE if largest is None else largest
     flat = values.reshape(-1).view(np.uint8)
     return [flat[i : i + largest] for i in range(0, flat.size, largest)]

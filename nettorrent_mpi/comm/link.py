@@ -1,7 +1,7 @@
-"""Transfers: the point-to-point messages that move one micro-batch's array between two teams.
+"""Transfers move one micro-batch's array between two teams by point-to-point messages.
 
 Requests are persistent: made once per buffer, started and completed every step. A part of an array that is not
-contiguous in memory goes through a staging buffer; a part that is added to others (partial gradients) too.
+contiguous in memory, or that is added to others (partial gradients), goes through a staging buffer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from nettorrent_mpi.plan.blocks import Span
 
 
 class Part(NamedTuple):
-    """One message of a transfer: rows and features (of the last axis), local to the array, from or to a peer."""
+    """One message of a transfer: rows and features (of the last axis), local to the array, and the other rank."""
 
     peer: int
     rows: Span
     features: Span
-    add: bool = False  # receiving: add to what earlier parts have brought, instead of replacing
+    add: bool = False  # receiving: add to earlier parts instead of overwriting
 
 
 class Transfer:
@@ -47,7 +47,7 @@ class Transfer:
         self._active = False
 
     def start(self) -> None:
-        """Begin to send what the array holds now, or to receive into it. Does not wait."""
+        """Start to send the array's present contents, or to receive into it. Does not wait."""
         assert not self._active, "a transfer is started again before it finished"
         self._active = True
         if self._sending:
@@ -57,7 +57,7 @@ class Transfer:
             MPI.Prequest.Startall(self._requests)
 
     def finish(self) -> None:
-        """Wait until the array may be used again (sending), or holds what was sent (receiving). Free if not started."""
+        """Wait until the array may be used again (sending) or has been received. Returns at once if not started."""
         if not self._active:
             return
         self._active = False
@@ -72,11 +72,11 @@ class Transfer:
 
     @property
     def active(self) -> bool:
-        """Started and not finished."""
+        """Whether the transfer is started and not finished."""
         return self._active
 
     def free(self) -> None:
-        """Give the requests back to MPI."""
+        """Free the requests."""
         assert not self._active
         for request in self._requests:
             request.Free()

@@ -1,8 +1,8 @@
-"""Mail: messages between the members of a group that nobody waits for.
+"""Mail carries messages between the members of a group without anyone waiting for them.
 
-A message is sent synchronously in MPI's sense (Issend): it is under way until its receiver has begun to take it. So a
-sender knows which members lag behind, and never has more than one message on its way to each; nothing piles up in MPI's
-memory at a member that sleeps. Receives for any sender are posted in advance. Messages of one sender arrive in order.
+A message is sent in MPI's synchronous mode (Issend): it is in flight until its receiver has begun to receive it. So a
+sender knows which members lag behind, and never has more than one message in flight to each; nothing accumulates in
+MPI's memory at a stalled member. Receives for any sender are posted in advance. Messages of one sender arrive in order.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ class Letter:
 
 
 class Arrived(NamedTuple):
-    """A message and who sent it. Hand the letter back with `Mail.release`."""
+    """A received message and its sender. Return the letter with `Mail.release`."""
 
     source: int
     letter: Letter
-    when: float  # time.perf_counter() when it was seen
+    when: float  # time.perf_counter() when it was noticed
 
 
 class Mail:
-    """The mail of one member. `size` is the most bytes of a body; `receives` messages can arrive before one is read."""
+    """The mailbox of one member. `size` is the largest body in bytes; `receives` messages can arrive before one is
+    read."""
 
     def __init__(self, group: Group, size: int, receives: int, tag: int):
         assert _HEAD + size < 1 << 31, "larger messages than MPI counts; send parts"
@@ -67,7 +68,7 @@ class Mail:
             self._posted.append((request, letter))
 
     def letter(self) -> Letter:
-        """A buffer to fill, whose sends have all finished."""
+        """Return a buffer to fill, whose sends have all finished."""
         self._poll()
         for i, letter in enumerate(self._free):
             if not letter.under_way:
@@ -75,17 +76,17 @@ class Mail:
         return Letter(self.size)
 
     def put_back(self, letter: Letter) -> None:
-        """The caller is done with a letter of its own; the buffer is used again once its sends are finished."""
+        """Return an own letter; its buffer is reused once its sends are finished."""
         self._free.append(letter)
 
     def can_send(self, to: int) -> bool:
-        """Has the last message to this member been taken?"""
+        """Whether the last message to this member has been received."""
         if to in self._sending:
             self._poll()
         return to not in self._sending
 
     def send(self, letter: Letter, to: int) -> None:
-        """Begin to send; the letter may not be changed until it is handed out again. `can_send` has said yes."""
+        """Start to send; the letter may not be changed until it is handed out again. Requires `can_send`."""
         assert to not in self._sending
         message = letter.whole[: _HEAD + letter.length]
         self._sending[to] = (self.group.comm.Issend(message, to, self._tag), letter)
@@ -94,7 +95,7 @@ class Mail:
         self.bytes += message.nbytes
 
     def progress(self) -> None:
-        """Let messages move: one call into MPI, for those who compute meanwhile. Does not wait."""
+        """Let messages progress by one nonblocking call into MPI, during compute."""
         if self._posted:
             self._look(self._posted[0])
 
@@ -108,7 +109,7 @@ class Mail:
             self._arrived.append(Arrived(source, letter, time.perf_counter()))
 
     def _poll(self) -> None:
-        """Take in what has arrived, and what was sent."""
+        """Register what has arrived and which sends are complete."""
         for posted in tuple(self._posted):  # in the order of matching, so that one sender's messages keep theirs
             self._look(posted)
         done = [to for to, (request, _) in self._sending.items() if request.Test()]
@@ -116,20 +117,20 @@ class Mail:
             self._sending.pop(to)[1].under_way -= 1
 
     def take(self) -> list[Arrived]:
-        """What has arrived since the last call, in order of arrival."""
+        """Return the messages since the last call, in order of arrival."""
         self._poll()
         taken, self._arrived = self._arrived, []
         return taken
 
     def release(self, arrived: Arrived) -> None:
-        """The message was read: its buffer waits for another one."""
+        """Return a message that was read: its buffer waits for another one."""
         request = self._made.get(id(arrived.letter))
         if request is not None:  # not a copy of `aside`
             request.Start()
             self._posted.append((request, arrived.letter))
 
     def aside(self, arrived: Arrived) -> Arrived:
-        """The message in memory of its own; its buffer waits for another one."""
+        """Copy the message to memory of its own; its buffer waits for another one."""
         if id(arrived.letter) not in self._made:
             return arrived
         copy = Letter(arrived.letter.length)
@@ -139,13 +140,14 @@ class Mail:
 
     @property
     def is_full(self) -> bool:
-        """Has everybody to wait until a message is released?"""
+        """Whether all senders have to wait until a message is released."""
         return not self._posted
 
     def settle(self) -> list[Arrived]:
-        """Wait until every message that anybody sent has arrived; gives those that were not read yet. All call.
+        """Wait until every message that any member sent has arrived; return those that were not read yet. All members
+        call.
 
-        More can arrive than receives are posted: messages are copied aside, so that their buffers take the others.
+        More can arrive than receives are posted: messages are copied aside, so that their buffers receive the others.
         """
         told = np.array(self.sent, np.int64)
         expected = np.empty_like(told)
@@ -158,7 +160,8 @@ class Mail:
             os.sched_yield()
 
     def close(self) -> None:
-        """Give the requests back. All call, after `settle`; when the last one has, another mail may use the tag."""
+        """Free the requests. All members call, after `settle`; once the last one has, another mailbox may use the
+        tag."""
         assert not self._sending
         for request, _ in self._posted:
             request.Cancel()
@@ -167,24 +170,24 @@ class Mail:
             request.Free()
         self._posted.clear()
         self._made.clear()
-        self.group.barrier()  # or a message for that other mail could meet a receive of this one
+        self.group.barrier()  # or a message for the other mailbox could match a receive of this one
 
 
 class Pending:
-    """A sum over a group that is under way (Iallreduce): started by all members in the same order, waited for later."""
+    """A nonblocking all-reduce (Iallreduce): started by all members in the same order, waited for later."""
 
     def __init__(self, group: Group, values: Sequence[float] | Array):
         self._sums = np.array(values, np.float64)
         self._request = group.comm.Iallreduce(MPI.IN_PLACE, self._sums) if group.size > 1 else None
 
     def done(self) -> bool:
-        """Are the sums there? Does not wait."""
+        """Whether the sums are complete. Does not wait."""
         if self._request is not None and self._request.Test():
             self._request = None
         return self._request is None
 
     def sums(self) -> Array:
-        """The sums, which it waits for."""
+        """Wait for the sums and return them."""
         if self._request is not None:
             self._request.Wait()
             self._request = None

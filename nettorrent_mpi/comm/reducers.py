@@ -1,8 +1,8 @@
-"""Reducers: how the ranks that hold a bucket alike reduce-scatter its gradients and all-gather its parameters.
+"""Reducers reduce-scatter a bucket's gradients and all-gather its parameters among its holders.
 
 Each holder owns a shard of the bucket's flat arrays: it gets the sum of everyone's gradients of the shard, updates the
-shard's parameters, and all holders get everyone's shards (ZeRO stage 1, Rajbhandari et al. 2020). The bytes are those
-of an all-reduce. One interface has several kinds; which of them a bucket has is decided where its memory is made.
+shard's parameters, and the shards are all-gathered (ZeRO stage 1, Rajbhandari et al. 2020). The bytes are those of an
+all-reduce. One interface has several kinds; the kind of a bucket is decided where its memory is allocated.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ PIECES = 8  # at most; more make no link busier
 
 
 class Reducer:
-    """The reducer of a holder that is alone: there is nothing to do.
+    """The reducer of a single holder, which has nothing to do, and the interface of all.
 
-    A step calls `begin_reduce` when the gradients are written, `reduce` and `multiply` before it reads the sums,
-    `expect_gather` when the others' shards of the parameters may change, `begin_gather` when the own shard is updated,
-    and `gather`, after which all parameters are everyone's latest and the gradients may be overwritten. Only `reduce`
-    and `gather` wait. Where holders share memory they fence (`State.fence`) before `reduce` and after `gather`.
+    A step calls `begin_reduce` when the gradients are written, `reduce` before it reads the sums, `expect_gather` when
+    the others' shards of the parameters may change, `begin_gather` when the own shard is updated, and `gather`, after
+    which all parameters are up to date and the gradients may be overwritten. Only `reduce` and `gather` wait. Holders
+    that share memory fence (`State.fence`) before `reduce` and after `gather`.
     """
 
     def begin_reduce(self) -> None:
-        """Let gradients leave that travel in messages."""
+        """Start to send the gradients, where they travel in messages."""
 
     def reduce(self) -> None:
         """sums <- this shard of the sum of everyone's gradients."""
@@ -37,17 +37,17 @@ class Reducer:
         """After `reduce`: compute what of the sums is no sum of gradients, from a mini-batch of `rows` rows."""
 
     def expect_gather(self) -> None:
-        """Let others' shards of the parameters arrive: nobody here reads them until `gather` is done."""
+        """Post receives for the others' shards of the parameters: no one here reads them until `gather` is complete."""
 
     def begin_gather(self) -> None:
-        """Let this rank's shard of the parameters leave, where it travels in messages."""
+        """Start to send this rank's shard of the parameters, where it travels in messages."""
 
     def gather(self) -> None:
         """params <- everyone's shards."""
 
 
 class CollectiveReducer(Reducer):
-    """Reduces and gathers by MPI's own algorithms."""
+    """Reduces and gathers by MPI's collective operations."""
 
     def __init__(self, group: Group, counts: Sequence[int], params: Array, grads: Array, sums: Array):
         self._group, self._counts = group, counts
@@ -63,8 +63,8 @@ class CollectiveReducer(Reducer):
 
 
 class RingReducer(Reducer):
-    """Reduces and gathers around rings, while the ranks compute: in pieces, so that the link is busy with some while
-    others wait to be added."""
+    """Reduces and gathers around rings while the ranks compute: in pieces, so that the link carries some while others
+    wait to be added."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class RingReducer(Reducer):
         grads: Array,
         sums: Array,
     ):
-        """Every member makes one, with the same tag, which leaves PIECES tags free from `first_tag` on."""
+        """Set up the rings. Every member passes the same tag; PIECES tags from `first_tag` on must be free."""
         self._rings, self._gathering = rings, False
         pieces: int = min(max(1, max(counts) * params.dtype.itemsize // PIECE), PIECES)
         self._around = [
@@ -114,7 +114,7 @@ class RingReducer(Reducer):
 
 
 class SharedReducer(Reducer):
-    """Reduces where the gradients lie, in memory that the holders of a node share, which also has the only copy of the
+    """Reduces gradients in place, in memory that the holders of a node share, which also has the only copy of the
     parameters: nothing is sent or copied."""
 
     def __init__(self, device: Device, shards: Sequence[Array], sums: Array):

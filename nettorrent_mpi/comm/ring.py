@@ -1,14 +1,14 @@
 """Reduce-scatter and all-gather around a ring of ranks, in messages that travel while the ranks compute.
 
-Every member of a group owns a shard of a flat array. In the first lap, what is to become shard o starts at the member
-behind o, and every member adds its own numbers to it and passes it on, until o has the sum. In the second lap o's
-result goes around and everybody keeps a copy. In each lap a member sends and receives every shard but one: nothing that
-does the same has fewer bytes (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms), and nobody hears from
-two members at once, which is what slow links bear worst. Members of a node stand side by side, so that a node's link
-carries each byte once, however many ranks it has.
+Every member of a group owns a shard of a flat array. In the first lap, the sum for shard o starts at the member after
+o; every member adds its own numbers and passes it on, until o has the total. In the second lap o's result goes around
+and every member keeps a copy. In each lap a member sends and receives every shard but one: no algorithm moves fewer
+bytes (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms), and no member receives from two others at
+once, which slow links handle worst. Members of a node are neighbours, so that a node's link carries each byte once,
+however many ranks it has.
 
-All is point to point, with a tag for each array and lap: the members need not call in the same order, as they have to
-with MPI's collective operations, and the order in which they add up is known: that of the ring.
+All messages are point to point, with a tag for each array and lap: the members need not call in the same order, as with
+MPI's collective operations, and the order of summation is known: that of the ring.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from nettorrent_mpi.plan.blocks import span
 
 
 def can_carry(counts: Sequence[int], itemsize: int, least: int) -> bool:
-    """Whether the mean shard is worth a message, at `least` so many bytes, and none is too large for one."""
+    """Whether the mean shard is worth a message (at least `least` bytes), and none is too large for one."""
     return sum(counts) * itemsize >= least * len(counts) and max(counts) * itemsize <= LARGEST_MESSAGE
 
 
 class Lap:
-    """One time around the ring. What has arrived is taken in, and then is what is sent next."""
+    """One lap around the ring. Each arriving piece is taken in and then passed on."""
 
     def __init__(
         self,
@@ -38,19 +38,19 @@ class Lap:
         ahead: int,
         take: Callable[[int], None],
     ):
-        """`ahead`: how many of the receives may be posted before the first of them was taken in, by `take`(number)."""
+        """`ahead` is the number of receives that may be posted before `take(number)` has taken in the first of them."""
         self._sends, self._receives, self._ahead, self._take = sends, receives, ahead, take
-        self._at = len(receives)  # the next one to arrive; after the last: nothing is under way
+        self._at = len(receives)  # the next one to arrive; after the last: nothing is in flight
         self._posted = 0
 
     def post(self) -> None:
-        """Post the first receives, if they are not."""
+        """Post the first receives, unless they are posted."""
         while self._posted < min(self._ahead, len(self._receives)):
             self._receives[self._posted].Start()
             self._posted += 1
 
     def begin(self) -> None:
-        """This member's own numbers are complete."""
+        """Start: this member's own numbers are complete."""
         assert not self.under_way
         self.post()
         self._at = 0
@@ -58,16 +58,16 @@ class Lap:
 
     @property
     def under_way(self) -> bool:
-        """Is something still to arrive?"""
+        """Whether a piece has yet to arrive."""
         return self._at < len(self._receives)
 
     @property
     def awaited(self) -> MPI.Prequest:
-        """What arrives next."""
+        """The request of the next piece."""
         return self._receives[self._at]
 
     def go_on(self) -> None:
-        """`awaited` has arrived."""
+        """Continue after `awaited` has arrived."""
         self._take(self._at)
         self._at += 1
         if self._posted < len(self._receives):
@@ -79,11 +79,11 @@ class Lap:
             self._posted = 0
 
     def sent(self) -> None:
-        """Wait until everything that was sent may be overwritten."""
+        """Wait until all send buffers may be overwritten."""
         MPI.Request.Waitall(list(self._sends))
 
     def free(self) -> None:
-        """Give the requests back; nothing is under way on any member."""
+        """Free the requests; nothing is in flight on any member."""
         for request in self._receives[: self._posted]:
             request.Cancel()
             request.Wait()
@@ -106,16 +106,15 @@ class Ring:
         piece: int = 0,
         pieces: int = 1,
     ):
-        """`order` is the members' around the ring, `counts` the sizes of their shards, in the group's order. `grads` is
-        used up, `sums` gets this member's shard of the sum; `params` has its shard of the result, and gets the others'.
-        All this of piece `piece` of `pieces` of every shard only.
-        """
+        """`order` is the order of the members around the ring, `counts` the sizes of their shards, in the group's
+        order. `grads` is overwritten, `sums` gets this member's shard of the sum; `params` has its shard of the result,
+        and gets the others'. All this concerns only piece `piece` of `pieces` of every shard."""
         comm, size, place = group.comm, group.size, list(order).index(group.index)
         before, behind = order[place - 1], order[(place + 1) % size]
         starts = np.cumsum([0, *counts])
 
         def shard(array: Array, back: int) -> Array:
-            """The shard of the member so many places before this one."""
+            """Return the shard of the member `back` positions before this one."""
             owner = order[(place - back) % size]
             own = span(counts[owner], pieces, piece)
             return array[starts[owner] + own.start : starts[owner] + own.stop]
@@ -143,13 +142,13 @@ class Ring:
         )
 
     def free(self) -> None:
-        """Give the requests back; nothing is under way on any member."""
+        """Free the requests; nothing is in flight on any member."""
         self.reduce.free()
         self.gather.free()
 
 
 class Rings:
-    """The rings of a rank: while it waits for one, the others go on."""
+    """The rings of a rank: while it waits for one, the others progress."""
 
     def __init__(self) -> None:
         self._rings: list[Ring] = []
@@ -159,25 +158,25 @@ class Rings:
         return bool(self._rings)
 
     def add(self, ring: Ring) -> None:
-        """Let this one go on with the others."""
+        """Let this ring progress with the others."""
         ring.reduce.post()
         self._rings.append(ring)
         self._laps += [ring.reduce, ring.gather]
 
     def progress(self) -> None:
-        """Take in what has arrived, and pass it on. Does not wait."""
+        """Take in what has arrived and pass it on. Does not wait."""
         for lap in self._laps:
             while lap.under_way and lap.awaited.Test():
                 lap.go_on()
 
     def finish(self, lap: Lap) -> None:
-        """Wait until nothing is to arrive in this lap any more."""
+        """Wait until this lap is complete."""
         while lap.under_way:
             others = [each for each in self._laps if each.under_way]
             others[MPI.Request.Waitany([each.awaited for each in others])].go_on()
 
     def free(self) -> None:
-        """Give the requests back; nothing is under way on any member."""
+        """Free the requests; nothing is in flight on any member."""
         for ring in self._rings:
             ring.free()
         self._rings.clear()

@@ -1,4 +1,4 @@
-"""Memory that the ranks of one node share."""
+"""Memory shared by the ranks of one node."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SPARE = 16 << 20  # bytes that are left free there for MPI's own use
 
 
 class SharedMemory:
-    """One flat array for each member, which all members see. All members call everything here together.
+    """One flat array for each member, visible to all members. Its methods are collective.
 
-    Who wants to read what others wrote, or to overwrite what others may still read, calls `fence` before. Its owner
-    frees it before MPI ends: Open MPI's MPI_Finalize frees what is left in an order of its own on every rank, waits for
-    the other members each time, and hangs now and then (seen with 4 ranks and several windows).
+    A member calls `fence` before it reads what others wrote, and before it overwrites what others may still read. The
+    owner frees the memory before MPI ends: Open MPI's MPI_Finalize frees remaining windows in a different order on
+    every rank, waits for the other members each time, and sometimes hangs (seen with 4 ranks and several windows).
     """
 
     def __init__(self, group: Group, sizes: Sequence[int], dtype: Any):
-        """`sizes[i]` elements are member i's. All members are on one node."""
+        """Allocate `sizes[i]` elements for member i. All members are on one node."""
         self._group = group
         dtype = np.dtype(dtype)
-        lengths = [-(-size * dtype.itemsize // 64) * 64 for size in sizes]  # each begins on a cache line
+        lengths = [-(-size * dtype.itemsize // 64) * 64 for size in sizes]  # each starts on a cache line
         self._window = MPI.Win.Allocate_shared(lengths[group.index], 1, comm=group.comm)
         self._window.Lock_all(MPI.MODE_NOCHECK)
         self.parts: list[Array] = []
@@ -37,20 +37,20 @@ class SharedMemory:
             self.parts.append(np.asarray(memory)[: size * dtype.itemsize].view(dtype))
 
     def fence(self) -> None:
-        """Wait for all members; what each wrote before is seen by all afterwards."""
+        """Wait for all members; afterwards all see what each wrote before."""
         self._window.Sync()
         self._group.barrier()
         self._window.Sync()
 
     def free(self) -> None:
-        """Give the memory back; nobody may use the arrays any more."""
+        """Free the memory; the arrays may not be used any more."""
         self.parts.clear()
         self._window.Unlock_all()
         self._window.Free()
 
 
 def fits(group: Group, size: int) -> bool:
-    """Whether there is room for so many bytes of shared memory on this node: containers often have little.
+    """Whether this node has room for `size` bytes of shared memory: containers often have little.
 
     Every member of `group`, which is on one node, calls and gets the same answer.
     """
@@ -68,10 +68,10 @@ def fits(group: Group, size: int) -> bool:
 def shared_array(
     node: Group, shape: tuple[int, ...], dtype: Any, fill: Callable[[Array], None]
 ) -> tuple[Array, SharedMemory | None]:
-    """An array that the first member of `node` fills for all, and the memory that it lies in, which the caller frees.
-    Where shared memory has no room every member fills one of its own (None).
+    """Return an array that the first member of `node` fills for all, and its memory, which the caller frees. If shared
+    memory has no room, every member fills an array of its own (memory None).
 
-    What `fill` raises is raised by all members.
+    Errors of `fill` are raised on all members.
     """
     size = int(np.prod(shape, dtype=np.int64))
     if node.size == 1 or not fits(node, size * np.dtype(dtype).itemsize):
@@ -84,7 +84,7 @@ def shared_array(
     if node.index == 0:
         try:
             fill(array)
-        except Exception as error:  # told to all below
+        except Exception as error:  # raised on all members below
             problem = error
     problem = node.comm.bcast(problem)  # once, at start-up
     memory.fence()

@@ -1,4 +1,4 @@
-"""The world: starting MPI, and errors that all ranks agree on."""
+"""The world of a run: starting MPI, and errors that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 
 class World(Group):
-    """All ranks of a run: a duplicate of MPI_COMM_WORLD, or of another communicator, whose errors are exceptions.
+    """A World has all ranks of a run: a duplicate of MPI_COMM_WORLD, or of another communicator, with errors as
+    exceptions.
 
     All ranks of the communicator make one, use it alike and close it.
     """
@@ -49,11 +50,11 @@ class World(Group):
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
-        """Makes an error that one rank raises inside an error of all ranks.
+        """Turn an error of one rank inside the `with` block into an error of all ranks.
 
-        Every rank enters and leaves; inside there is no communication that a failing rank would leave waiting. The
-        first failing rank's error is raised on all, as an AgreedError with its exit code; what is not a NetTorrentError
-        passes through as it is (and ends the run).
+        Every rank enters and leaves; inside there is no communication in which the others would wait for a failing
+        rank. The error of the first failing rank is raised on all, as an AgreedError with its exit code; an exception
+        that is not a NetTorrentError passes through unchanged (and ends the run).
         """
         problem: tuple[str, int] | None = None
         try:
@@ -67,8 +68,8 @@ class World(Group):
                 raise AgreedError(each[0] + some, each[1])
 
     def once(self, make: Callable[[], T]) -> T:
-        """Gives what rank 0 makes to all ranks (pickled: at start-up). Its NetTorrentError becomes everyone's, as an
-        AgreedError."""
+        """Return rank 0's result of `make` on all ranks (pickled: at start-up only). Its NetTorrentError is raised on
+        all ranks, as an AgreedError."""
         made: T | None = None
         problem: tuple[str, int] | None = None
         if self.rank == 0:
@@ -93,17 +94,16 @@ class World(Group):
                 )
 
     def sum_numbers(self, *values: float) -> list[float]:
-        """Give the sums over all ranks of a few float64 numbers."""
+        """Return the sums over all ranks of a few float64 numbers."""
         array = np.array(values, np.float64)
         self.sum(array)
         return [float(value) for value in array]
 
     def abort(self, code: int) -> None:
-        """End every rank of the program at once, those beyond this world too; what was written before can still be
-        read."""
+        """End every rank of the program at once, also those outside this world; earlier output can still be read."""
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(0.3)  # MPICH's mpirun drops what it has not passed on yet when the ranks end (seen)
+        time.sleep(0.3)  # MPICH's mpirun drops output that it has not forwarded when the ranks end (seen)
         MPI.COMM_WORLD.Abort(code)
 
 

@@ -1,6 +1,6 @@
 """Batches give one rank its rows of a split, micro-batch by micro-batch.
 
-A row's way from the data set to the first layer, and who holds what of it:
+The path of a row from the data set to the first layer, and which ranks hold what of it:
 
     Dataset    the training and the test split; opened, nothing read yet                                    every rank
     Sampler    the row numbers of step n's mini-batch, a function of (seed, n)                              every rank
@@ -27,8 +27,8 @@ from nettorrent_mpi.plan.blocks import Span, span
 
 
 class RowsOfMicroBatch(NamedTuple):
-    """Names the rows of a micro-batch: this rank's, as places in the mini-batch; how many this replica has of it; how
-    many share batch statistics."""
+    """A RowsOfMicroBatch gives the rows of one micro-batch: this rank's, as positions in the mini-batch; how many of
+    them belong to this replica; over how many batch statistics are taken."""
 
     mine: Span
     whole: int
@@ -36,11 +36,11 @@ class RowsOfMicroBatch(NamedTuple):
 
 
 class Batches:
-    """Reads the mini-batches of one split for one rank: those of training steps, or one of given rows.
+    """A Batches object reads the mini-batches of one split for one rank: those of training steps, or one of given rows.
 
-    `allocate` gives the memory for the inputs; whoever passes it owns that memory, and frees it after the last call
-    here. Making an object is collective over the ranks for which `allocate` is; targets are read apart from that
-    (`read_targets`), so that a rank that fails to read its targets leaves nobody waiting.
+    `allocate` provides the memory for the inputs; its owner frees it after the last call here. Construction is
+    collective over the ranks for which `allocate` is collective. Targets are read separately (`read_targets`), so that
+    a rank that fails to read its targets leaves no other rank waiting.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Batches:
         sampler: Sampler | None = None,
         augment: Augment | None = None,
     ):
-        """Opens the inputs. `sampler` and `augment` are for the split that is trained on."""
+        """Open the inputs. `sampler` and `augment` apply to the training split only."""
         self.step = 0  # of the present mini-batch
         self._split, self._wiring, self._sampler, self._augment = split, wiring, sampler, augment
         self._inputs = split.inputs(allocate) if wiring.is_first else None
@@ -60,11 +60,11 @@ class Batches:
         self._taken: dict[int, Array] = {}
         self._known: dict[tuple[int, int], RowsOfMicroBatch] = {}
         self._given: Array | None = None
-        self._chosen, self._rows, self._key = -1, np.empty(0, np.int64), 0  # a step, its rows, its augmentation's key
-        self._loaded = (-1, -1)  # (step, piece of its mini-batch) of the micro-batch whose inputs are there already
+        self._chosen, self._rows, self._key = -1, np.empty(0, np.int64), 0  # a step, its rows, its augmentation key
+        self._loaded = (-1, -1)  # (step, micro-batch) whose inputs were gathered ahead
 
     def read_targets(self, check: Callable[[Array], None]) -> None:
-        """Reads the targets, if there are any and this rank needs them, and lets `check` see all. Not collective."""
+        """Read the targets, if this rank needs them, and pass all of them to `check`. Not collective."""
         if self._wiring.is_last and self._split.read_targets is not None:
             self._targets = self._split.targets()
             check(self._targets)
@@ -72,18 +72,18 @@ class Batches:
     # -- which mini-batch ---------------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, micro_batches: int) -> None:
-        """Makes step's mini-batch the present one; the sampler's next ones follow it. They are augmented."""
+        """Make the mini-batch of `step` the present one, augmented; those of the following steps come after it."""
         self.step, self._micro_batches, self._given, self._alone = step, micro_batches, None, False
 
     def begin_rows(self, rows: Array, micro_batches: int, *, alone: bool = False) -> None:
-        """Makes `rows` (numbers in the split) the present and only mini-batch, not augmented: for an evaluation.
+        """Make `rows` (numbers in the split) the present and only mini-batch, not augmented: for an evaluation.
 
-        `alone`: this replica has all of them, instead of its part.
+        With `alone` this replica takes all of them, otherwise its part.
         """
         self._micro_batches, self._given, self._alone = micro_batches, rows, alone
 
     def batch_size(self, m: int) -> int:
-        """Counts the rows of the whole mini-batch that micro-batch m is a piece of, over all replicas."""
+        """Return the number of rows, over all replicas, of the mini-batch to which micro-batch m belongs."""
         if self._given is not None:
             return len(self._given)
         assert self._sampler is not None
@@ -92,9 +92,9 @@ class Batches:
     # -- micro-batch m ------------------------------------------------------------------------------------------------
 
     def rows(self, m: int) -> RowsOfMicroBatch:
-        """Tells which rows of its mini-batch are micro-batch m's."""
+        """Return which rows of its mini-batch belong to micro-batch m."""
         size, piece = self.batch_size(m), m % self._micro_batches
-        if self._given is not None:  # an evaluation has as many micro-batches as its rows need: nothing to remember
+        if self._given is not None:  # not cached: the number of micro-batches of an evaluation varies
             return self._divide(size, piece)
         known = self._known.get((size, piece))
         if known is None:
@@ -110,19 +110,20 @@ class Batches:
         return RowsOfMicroBatch(Span(start, start + mine.size), replica.size, whole.size if exact else replica.size)
 
     def size(self, m: int) -> int:
-        """Counts the rows over which the loss is averaged: all, or this replica's where it trains apart."""
+        """Return the number of rows that the loss is averaged over: the mini-batch's, or this replica's part where
+        replicas differ."""
         if self._wiring.exact:
             return self.batch_size(m)
         first = m - m % self._micro_batches
         return max(sum(self.rows(n).whole for n in range(first, first + self._micro_batches)), 1)
 
     def load(self, m: int) -> None:
-        """Gathers the inputs of a training micro-batch that is still to come (first stage)."""
+        """Gather the inputs of a later training micro-batch ahead of its turn (first stage)."""
         self._gather(m, self._wiring.ahead(self.rows(m).mine.size))
         self._loaded = self._name(m)
 
     def inputs(self, m: int, g: int) -> Array:
-        """Returns the inputs (rows, *shape) of micro-batch m in buffer g: gathered now, or arrived there."""
+        """Return the inputs (rows, *shape) of micro-batch m in buffer g: gathered now (first stage) or received."""
         loaded = self._given is None and self._loaded == self._name(m)
         if loaded:
             self._wiring.take_ahead(g)
@@ -132,7 +133,7 @@ class Batches:
         return x
 
     def targets(self, m: int) -> Array:
-        """Returns the targets of micro-batch m's rows, valid until the next call of that size (last stage)."""
+        """Return the targets of micro-batch m's rows, valid until the next call of that size (last stage)."""
         assert self._targets is not None
         part = self.rows(m).mine
         out = self._taken.get(part.size)
@@ -149,7 +150,7 @@ class Batches:
             self._inputs.batch(numbers, x_bI, self._augment if self._given is None else None, self._key)
 
     def _numbers(self, m: int) -> Array:
-        """Returns the numbers, in the split, of all rows of micro-batch m's mini-batch, in their order."""
+        """Return the numbers, in the split, of all rows of the mini-batch to which micro-batch m belongs, in order."""
         if self._given is not None:
             return self._given
         assert self._sampler is not None

@@ -1,15 +1,15 @@
-"""Buckets: flat arrays of blocks that ranks hold alike, and that are reduced and gathered together.
+"""Buckets are flat arrays of blocks that the same ranks hold alike and that are reduced and gathered as one.
 
-With cols = 1 all ranks of the swarm hold a stage's blocks alike; with more, the blocks that are divided over the cols
+With cols = 1 all ranks of the swarm hold a stage's blocks alike. With more cols, blocks that are divided over the cols
 are held by the ranks of the same col, and the few that are not (`Parameter.replicated_sum`) by the whole swarm. (Where
-the exchange is not exact, replicas differ: then the holders are of one team.) On one node there is one bucket for each
-of these groups of holders, in shared memory, and one more for the matrices whose gradients are computed in parts.
-Between nodes there are several, in the order in which backward completes them: gradients of one travel while backward
-is still at the others.
+the exchange is not exact, replicas differ, and the holders are ranks of one team.) On one node there is one bucket for
+each of these groups of holders, in shared memory, and one more for the matrices whose gradients are computed in parts.
+Between nodes there are several, in the order in which the backward pass completes them: the gradients of one travel
+while the backward pass continues with the others.
 
-Inside a bucket each holder updates one part (a shard) of the elements and keeps the optimizer's state for these alone.
-An optimizer works element by element, so this is the serial result. As every element has one owner, what its owner
-alone does to it (an average with other replicas) leaves all holders bitwise alike.
+Each holder updates one part (a shard) of a bucket's elements and keeps the optimizer state of that shard only.
+Optimizers work element by element, so the result is that of the serial run. Since every element has one owner, changes
+that the owner makes on its own (averaging with other replicas) leave all holders bitwise alike.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ LINE = 16  # blocks begin at multiples of this many elements: a cache line of fl
 
 
 def round_up(length: int) -> int:
-    """The elements that a block of that length takes."""
+    """Return the number of elements that a block of this length occupies."""
     return -(-length // LINE) * LINE
 
 
 class Flat:
-    """Blocks that all members of `group` hold alike, one after another in the flat array `params`.
+    """A flat array `params` of blocks that all members of `group` hold alike, one after another.
 
-    `counts` of its elements are each member's own, `shard` is this rank's, `places` tells where each block
-    "<layer>/<name>" lies.
+    `counts` gives the elements that each member owns, `shard` this rank's, `places` the position of each block
+    "<layer>/<name>".
     """
 
     def __init__(self, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
@@ -66,11 +66,12 @@ class Flat:
         self.params: Array
 
     def blocks(self, flat: Array) -> dict[str, Array]:
-        """The blocks in `flat`, as views of their shapes."""
+        """Return the blocks in `flat` as views of their shapes."""
         return {key: flat[place].reshape(self.parameters[key].local) for key, place in self.places.items()}
 
     def shard_boxes(self, shard: Array) -> Iterator[tuple[str, Box, Array]]:
-        """What `shard`, an array of this rank's elements, holds of each block: (key, box of the whole array, view)."""
+        """Yield the parts of blocks in `shard`, an array of this rank's elements: (key, box of the whole array,
+        view)."""
         for key, place in self.places.items():
             start, stop = max(place.start, self.shard.start), min(place.stop, self.shard.stop)
             for begin, box in boxes_of_range(self.parameters[key].box, start - place.start, stop - place.start):
@@ -80,7 +81,7 @@ class Flat:
 
 
 class Statistics(Flat):
-    """Running statistics: no optimizer touches them, and every holder computes the same."""
+    """Running statistics of batch norm: no optimizer updates them, and every holder computes the same values."""
 
     def __init__(self, device: Device, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
         super().__init__(group, blocks, dtype)
@@ -91,12 +92,12 @@ class Statistics(Flat):
 
 
 class Bucket(Flat):
-    """Trainable blocks: besides `params` there are the gradients `grads`, their sums over the holders for the shard
-    (`sums`), and the optimizer's state of the shard. `versions` has room for earlier versions of `params`.
+    """A bucket of trainable blocks: `params`, their gradients `grads`, the reduced gradients of the shard (`sums`) and
+    the shard's optimizer state. `versions` has room for earlier versions of `params`.
 
-    `first` is where the earliest of the blocks stands among the stage's parameters: when backward has come there, all
-    gradients are written. In shared memory (`memory`) all holders have one `params`. With `operands`, one for each
-    block, there are no gradients: each holder computes the sums of its shard from everyone's rows (engine/operands.py).
+    `first` is the position of its earliest block among the stage's parameters: once the backward pass has come there,
+    all its gradients are written. In shared memory (`memory`) all holders use one `params`. With `operands`, one for
+    each block, there are no `grads`: each holder computes the gradient of its shard from all rows (engine/operands.py).
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Bucket(Flat):
         self.reducer: Reducer = Reducer()
         size, copies = self.size, 1 + versions  # of params
         if memory is not None:
-            own = 0 if operands else size  # elements of gradients
+            own = 0 if operands else size  # elements of `grads`
             params = memory.parts[0][own:]
             self.params, *self.versions = (params[i * size : (i + 1) * size] for i in range(copies))
             all_grads = [part[:own] for part in memory.parts]
@@ -140,7 +141,7 @@ class Bucket(Flat):
             self.reducer = CollectiveReducer(group, self.counts, self.params, self.grads, self.sums)
 
     def _own(self, key: str, operands: SharedOperands) -> None:
-        """Let the operands write into `sums` what this rank's shard has of their block's gradient."""
+        """Let the operands write this rank's part of their block's gradient into `sums`."""
         place = self.places[key]
         start = min(max(place.start, self.shard.start), self.shard.stop)
         stop = max(start, min(place.stop, self.shard.stop))
@@ -148,14 +149,17 @@ class Bucket(Flat):
         operands.own(Span(start - place.start, stop - place.start), into)
 
     def keep_version(self, device: Device, number: int) -> None:
-        """versions[number] <- params. All holders call, before any of them changes its shard."""
+        """Copy the parameters to versions[number]. All holders call, before any of them changes its shard."""
         part = self.shard if self.memory is not None else slice(None)
         device.ops.copy(self.versions[number][part], self.params[part])
 
 
 def cut(sizes: Mapping[str, int], full: int, least: int) -> list[list[str]]:
-    """The blocks, given in the order of the layers, cut into buckets in the order in which backward completes them. One
-    with so many elements is full; one of fewer than `least` joins the one before. A layer's blocks stay together."""
+    """Cut the blocks, given in layer order, into buckets in the order in which the backward pass completes them.
+
+    A bucket with `full` elements is complete; one of fewer than `least` joins the one before. The blocks of a layer
+    stay in one bucket.
+    """
     made: list[list[str]] = []
     filled, layer = full, ""
     for key in reversed(list(sizes)):
@@ -172,7 +176,7 @@ def cut(sizes: Mapping[str, int], full: int, least: int) -> list[list[str]]:
 
 
 class BucketMaker:
-    """Divides a stage's trainable blocks into buckets and decides how each is reduced. All holders make the same."""
+    """Divides a stage's trainable blocks into buckets and chooses the reducer of each. All holders make the same."""
 
     def __init__(
         self,
@@ -192,7 +196,7 @@ class BucketMaker:
         self._number = {key: i for i, key in enumerate(parameters)}
 
     def make(self, group: Group, blocks: Mapping[str, Parameter]) -> list[Bucket]:
-        """The buckets of blocks that `group` holds alike."""
+        """Return the buckets of the blocks that `group` holds alike."""
         sizes = {key: round_up(math.prod(parameter.local)) for key, parameter in blocks.items()}
         bytes_ = sum(sizes.values()) * self._dtype.itemsize
         shared = group.size > 1 and group.on_one_node and fits(group, (group.size + 1 + self._versions) * bytes_)
@@ -226,7 +230,7 @@ class BucketMaker:
         memory = None
         if shared:
             size = sum(round_up(math.prod(parameter.local)) for parameter in chosen.values())
-            own = 0 if operands else size  # gradients; the first member's memory has the parameters as well
+            own = 0 if operands else size  # gradients; the first member's memory holds the parameters as well
             sizes = [own + (1 + self._versions) * size, *[own] * (group.size - 1)]
             memory = self._wiring.shared_memory(group, sizes, self._dtype)
         return Bucket(
@@ -242,7 +246,7 @@ class BucketMaker:
         )
 
     def _operands(self, group: Group, blocks: Mapping[str, Parameter]) -> dict[str, SharedOperands]:
-        """Memory for the operands of the matrices whose gradients the holders compute in parts."""
+        """Make the shared operands of the matrices whose gradients the holders compute in parts."""
         shapes = {
             key: parameter.local
             for key, parameter in blocks.items()

@@ -1,11 +1,12 @@
-"""Checkpoints: all that a run needs to go on, in global coordinates, so that it goes on with any layout and rank count.
+"""Checkpoints hold the whole training state in global coordinates, so that any layout and rank count can resume from
+it.
 
-Random numbers are functions of the step, so the step's number stands for all of them. Replicas that differ are all
-saved, besides their average, which is what another number of replicas begins with. Nothing is under way between
-replicas when a checkpoint is made; estimates of compressed messages begin anew from the average.
+Random numbers are functions of the step, so only the step number is saved for them. Replicas that differ are all saved,
+besides their average, from which a run with another number of replicas starts. No message between replicas is in flight
+when a checkpoint is made; the estimates of compressed messages restart from the average.
 
-A file is one side of the operation by which blocks come to other ranks (engine/resharding.py): to write it rank 0 wants
-every array whole; to read it each rank takes its own boxes.
+A file is one side of the operation that moves blocks between ranks (engine/resharding.py): to write it, rank 0 takes
+every array whole; to read it, each rank takes its own boxes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Groups = dict[str, dict[str, Array]]
 
 
 def collect(engine: Engine) -> Groups:
-    """On rank 0: all arrays whole, as `model_file.write_arrays` takes them; elsewhere empty. Collective over all ranks,
-    which come to rest."""
+    """Return on rank 0 all arrays whole, as `model_file.write_arrays` takes them; elsewhere nothing. Collective over
+    all ranks, at rest."""
     held, group = engine.blocks(), engine.wiring.everyone
     names: dict[str, None] = {}
     for each in group.gather_objects([holding.name for holding in held]):
@@ -46,7 +47,8 @@ def collect(engine: Engine) -> Groups:
 
 
 def _folder(name: str) -> tuple[str, str]:
-    """("replicas/1/optimizer/m", "linear1/weight") of "replicas/1/optimizer/m/linear1/weight"."""
+    """Split an array's name: "replicas/1/optimizer/m/linear1/weight" -> ("replicas/1/optimizer/m",
+    "linear1/weight")."""
     parts = name.split("/")
     at = 2 if parts[0] == REPLICAS else 0
     at += 1 if parts[at] == PARAMETERS else 2
@@ -54,15 +56,17 @@ def _folder(name: str) -> tuple[str, str]:
 
 
 def restore_parameters(engine: Engine, path: Path) -> None:
-    """Let all ranks take their blocks of the parameters from model.h5 or a checkpoint. Raises DataError on all."""
+    """Load every rank's blocks of the parameters from model.h5 or a checkpoint. Raises DataError on all ranks."""
     with engine.world.agreement():
         _read(path, engine.shapes(), "", engine.state.blocks())
     engine.state.fence()
 
 
 def restore(engine: Engine, path: Path, accept: Callable[[Mapping[str, Attribute]], None]) -> dict[str, Attribute]:
-    """Let all ranks go on from a checkpoint, made with any layout on any number of ranks; gives its attributes, which
-    `accept` has looked at before anything changes. Raises DataError, or what `accept` raises, on all ranks."""
+    """Load the training state from a checkpoint made with any layout on any number of ranks; return its attributes.
+
+    `accept` sees the attributes before anything changes. Raises DataError, or what `accept` raises, on all ranks.
+    """
     with engine.world.agreement(), opened(path) as file:
         attributes: dict[str, Attribute] = dict(file.attrs)
         accept(attributes)
@@ -85,8 +89,8 @@ def restore(engine: Engine, path: Path, accept: Callable[[Mapping[str, Attribute
 
 
 def _read(path: Path, shapes: Mapping[str, Shape], prefix: str, wanted: Mapping[Holding, Array]) -> None:
-    """wanted <- their parts of the file's arrays, whose names have `prefix` before them. What is no parameter, and is
-    not in the file, stays as it is."""
+    """Fill the wanted arrays with their parts of the file's arrays of that name after `prefix`. Arrays other than
+    parameters stay unchanged if the file lacks them."""
     with opened(path) as file:
         for (name, box), array in wanted.items():
             if prefix + name in file or name.startswith(PARAMETERS):
@@ -94,11 +98,11 @@ def _read(path: Path, shapes: Mapping[str, Shape], prefix: str, wanted: Mapping[
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder: the one with the highest step in its name."""
+    """Return the newest checkpoint in a folder: the one with the highest step in its name."""
     found = sorted(folder.glob("step-*.h5"))
     return found[-1] if found else None
 
 
 def file_name(step: int) -> str:
-    """The name of the checkpoint after so many steps."""
+    """Return the name of the checkpoint after this many steps."""
     return f"step-{step:010d}.h5"

@@ -1,4 +1,4 @@
-"""The engine: a network that trains on a world, by a plan. It can leave the world, and attach to another one."""
+"""An engine trains a network on a world according to a plan. It can detach from the world and attach to another one."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ from nettorrent_mpi.plan.scores import Scores, mean_scores
 
 
 class Engine:
-    """One rank's part of a training. All ranks of a world make one, of the same plan, and call the same methods.
+    """An engine is one rank's part of a training. All ranks of a world make one with the same plan and call the same
+    methods.
 
-    With the exact exchange (`plan.exact`) all replicas are the same; otherwise each has its own weights, `exchange`
-    says what they have in common, and an evaluation is of what the replicas are at that time (`exchange.shown`).
+    With the exact exchange (`plan.exact`) all replicas are equal. Otherwise each has its own weights, `exchange` makes
+    them agree, and an evaluation scores the weights that the replicas hold at that time (`exchange.shown`).
     """
 
     def __init__(self, world: World, plan: Plan, blocks: Blocks | None = None):
@@ -51,11 +52,11 @@ class Engine:
     _data: tuple[Dataset, Sampler] | None = None
 
     def attach(self, world: World, plan: Plan, blocks: Blocks | None = None) -> None:
-        """Train on this world by this plan from now on; with `blocks`, from where another engine left off.
+        """Train on this world according to this plan from now on; with `blocks`, from the state of another engine.
 
-        All ranks of the world call. Ranks that hold blocks of the same state, but have no place here, call
-        `blocks.give()` at the same time. The optimizer and the exchange have to be the same as before; where the number
-        of replicas is another one, they all go on from the average.
+        All ranks of the world call. Ranks that hold blocks of the same state without being in this world call
+        `blocks.give()` at the same time. Optimizer and exchange must be the same as before; if the number of replicas
+        changes, all replicas start from the average.
         """
         self.world, self.plan = world, plan
         network, topology, options = plan.network, plan.topology, plan.options
@@ -120,7 +121,7 @@ class Engine:
             trace=self.trace,
             progress=self._progress(),
         )
-        self._left = 0  # steps still planned until the ranks come to rest; 0: they are
+        self._left = 0  # steps planned until the ranks come to rest; 0: they are at rest
         self._steps = 0  # done so far
         if blocks is not None:
             self.restore(blocks.take, blocks.steps, blocks.replicas)
@@ -128,17 +129,21 @@ class Engine:
             self.open_data(*self._data)
 
     def detach(self) -> Blocks:
-        """Leave the world: everything is given back to MPI, and what was learned is kept in memory. All ranks call, at
-        rest. The engine is closed, or attached again."""
+        """Leave the world: free all MPI objects and keep the training state in memory. All ranks call, at rest.
+
+        Afterwards the engine is attached again or closed.
+        """
         held = self.blocks()
         arrays = {holding: array.copy() for holding, array in held.items()}
         self.close()
         return Blocks(self.world, arrays, self.exchange.count, self._steps)
 
     def blocks(self) -> dict[Holding, Array]:
-        """What this rank holds: views of the live arrays where all replicas are the same; of replicas that differ a
-        copy of their average, and each one's own besides (resharding.Blocks tells the names). Collective over all
-        ranks, which come to rest."""
+        """Return the blocks that this rank holds. Collective over all ranks, at rest.
+
+        Where all replicas are equal they are views of the live arrays; where replicas differ, a copy of their average
+        and each one's own besides (`resharding.Blocks` describes the names).
+        """
         self.exchange.settle()
         shards = self.state.shards(self.exchange.memories())
         if self.exchange.count == 1:
@@ -154,11 +159,12 @@ class Engine:
         return average | mine
 
     def restore(self, read: Callable[[str, Mapping[Holding, Array]], None], steps: int, replicas: int) -> None:
-        """Go on after so many steps of a training in which so many replicas differed (1: none). `read(prefix, wanted)`
-        fills the wanted arrays with those of the names that begin with `prefix`. All ranks call.
+        """Continue after `steps` steps of a training in which `replicas` replicas differed (1: none did). All ranks
+        call.
 
-        Replicas that differ first become their average, with which estimates of compressed messages begin; then, if
-        there are as many as before, each becomes its own.
+        `read(prefix, wanted)` fills the wanted arrays with those whose names begin with `prefix`. Replicas that differ
+        first become their average, from which the estimates of compressed messages start; if there are as many as
+        before, each then takes its own weights.
         """
         own = f"{of_replica(self.place.replica, '')}"
         for prefix in ("", own)[: takes(replicas, self.exchange.count)]:
@@ -171,7 +177,7 @@ class Engine:
         self._steps = steps
 
     def close(self) -> None:
-        """Finish what is under way and give everything back to MPI. All ranks call, at rest."""
+        """Finish communication and free all MPI objects. All ranks call, at rest."""
         self.exchange.settle()
         self.pipeline.drain()
         self.update.close()
@@ -181,24 +187,24 @@ class Engine:
 
     @property
     def dataset(self) -> Dataset:
-        """The data set that is open."""
+        """The open data set."""
         assert self._data is not None, "no data set is open"
         return self._data[0]
 
     @property
     def sampler(self) -> Sampler:
-        """What divides the data set's rows into mini-batches."""
+        """The sampler that divides the data set's rows into mini-batches."""
         assert self._data is not None, "no data set is open"
         return self._data[1]
 
     @property
     def bound(self) -> Group:
-        """The ranks that wait for each other inside a step."""
+        """The group of ranks that wait for each other inside a step."""
         return self.wiring.everyone if self.exchange.waits_for_peers else self.wiring.replica
 
     def _progress(self) -> Callable[[], None] | None:
-        """What lets messages move while this rank computes: those of rings, of peers, and between stages, which go on
-        their way only when sender and receiver look after them."""
+        """Let messages move while this rank computes: those of rings, of peers and between stages, which MPI advances
+        only when sender and receiver call it."""
         calls = [self.wiring.rings.progress] if self.wiring.rings else []
         calls += [self.exchange.progress] if self.exchange.progress else []
         calls += [self.wiring.everyone.progress] if len(self.topology.stages) > 1 else []
@@ -214,8 +220,8 @@ class Engine:
     # -- data -------------------------------------------------------------------------------------------------------
 
     def open_data(self, dataset: Dataset, sampler: Sampler) -> None:
-        """Let this rank hold what it needs of the data set: the inputs on the first stage, in memory that the ranks of
-        a node share, and the targets on the last. Collective over the ranks of the first stage."""
+        """Read what this rank needs of the data set: the inputs on the first stage, in memory that the ranks of a node
+        share, and the targets on the last. Collective over the ranks of the first stage."""
         self._data = dataset, sampler
         augment = Augment(self.plan.options.augment, dataset.shape) if self.plan.options.augment else None
         allocate = self.wiring.shared_rows
@@ -226,7 +232,7 @@ class Engine:
                 batches.read_targets(self._check_targets)
 
     def _check_targets(self, targets: Array) -> None:
-        """Raise ShapeError or DataError where the loss cannot have these targets with this network's outputs."""
+        """Raise ShapeError or DataError if these targets do not fit the loss and the network's outputs."""
         loss, network = self.plan.options.loss, self.plan.network
         shape = network.output_shape
         check_fit(loss, network.output_name, shape, targets.shape[1:], targets.dtype, self.dataset.classes)
@@ -235,17 +241,17 @@ class Engine:
     # -- training ---------------------------------------------------------------------------------------------------
 
     def step(self, n: int, rate: float, left: int = 1) -> int:
-        """Do step n: see `prepare`. Gives the mini-batch's rows."""
+        """Run step n (see `prepare`) and return the number of rows of its mini-batch."""
         work = self.prepare(n, rate, left)
         self.pipeline.run(work)
         return work.rows
 
     def prepare(self, n: int, rate: float, left: int = 1) -> Work:
-        """What the pipeline is to run in step n (counted from 0), the next one, at this learning rate.
+        """Return the work of step n (counted from 0), the next one, at this learning rate, for the pipeline to run.
 
-        `left` >= 1 says how many steps will be done until the ranks come to rest, this one included; an asynchronous
-        pipeline runs up to `ahead` mini-batches ahead until then. While it is above `ahead`, the next step may be given
-        any number above `ahead`, not just one less, if `left` was so large that receives are posted as far as can be.
+        `left` >= 1 is the number of steps until the ranks come to rest, this one included; an asynchronous pipeline
+        runs up to `ahead` mini-batches ahead until then. If `left` was so large that all possible receives are posted,
+        the next step may pass any number above `ahead`, not only one less.
         """
         schedule, pieces = self.schedule, self.options.micro_batches
         left, first = left if schedule.asynchronous else 1, self._left == 0
@@ -256,8 +262,8 @@ class Engine:
         return Work(actions, self._train, pieces, n, rate=rate * schedule.rate_scale, first=first)
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError on all ranks if one of them has seen a value that is not finite; it names the earliest
-        step, and the first layer. All ranks call, at rest."""
+        """Raise NonFiniteError on all ranks if one of them has seen a value that is not finite; the error names the
+        earliest step and its first layer. All ranks call, at rest."""
         mine = self.pipeline.diverged()
         found = self.wiring.everyone.gather_objects(None if mine is None else (mine[0], self.place.stage, mine[1]))
         seen = [(*each, rank) for rank, each in enumerate(found) if each is not None]
@@ -270,27 +276,29 @@ class Engine:
     # -- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate_test(self) -> Scores | None:
-        """Loss and accuracy on the test set, None without one. Collective over all ranks, which are at rest.
+        """Return loss and accuracy on the test set, None without one. Collective over all ranks, at rest.
 
-        The replicas divide the rows, so they have to be the same (`exchange.shown`).
+        The replicas divide the rows, so they have to be equal (`exchange.shown`).
         """
         test = self.dataset.test
         return None if self._test is None or test is None else self._evaluate(self._test, np.arange(test.rows))[0]
 
     def evaluate_validation(self) -> Scores | None:
-        """Loss and accuracy on the validation rows, None without any; otherwise as `evaluate_test`."""
+        """Return loss and accuracy on the validation rows, None without any; otherwise like `evaluate_test`."""
         rows = self.sampler.validation_rows
         return self._evaluate(self._train, rows)[0] if len(rows) else None
 
     def compare_replicas(self) -> list[Scores] | None:
-        """Each replica's loss and accuracy on all validation rows, None without any. Collective over all ranks."""
+        """Return each replica's loss and accuracy on all validation rows, None without any. Collective over all
+        ranks."""
         rows = self.sampler.validation_rows
         return self._evaluate(self._train, rows, alone=True) if len(rows) else None
 
     def _evaluate(self, batches: Batches, rows: Array, *, alone: bool = False) -> list[Scores]:
         """Score all rows in one stream of micro-batches as large as those of training, so that the pipeline fills once.
 
-        `alone`: by each replica for itself, giving the scores of each; else together.
+        With `alone` each replica scores all rows, and the result has the scores of each; otherwise the replicas divide
+        them.
         """
         before = self.metrics.take()
         self._forward(batches, rows, alone=alone)
@@ -303,14 +311,16 @@ class Engine:
         return [mean_scores(*replica) for replica in (sums if alone else sums[:1])]
 
     def predict(self, x: Array) -> Array:
-        """Give all ranks the network's outputs (rows, *output_shape) for rows x (rows, *input_shape), which are the
-        same on all ranks and are scaled as the data set's are. All ranks call, at rest. Of replicas that differ the
-        outputs are those of what is shown (`exchange.shown`). Raises DataError."""
+        """Return on all ranks the network's outputs (rows, *output_shape) for the rows x (rows, *input_shape).
+
+        x is the same on all ranks and is scaled like the data set. All ranks call, at rest. Where replicas differ, the
+        outputs are those of the weights shown (`exchange.shown`). Raises DataError.
+        """
         split = unlabelled(x, self.dataset.train)
         outputs = np.zeros((split.rows, *self.network.output_shape), self.state.dtype)
         if split.rows:
             self._forward(Batches(split, self.wiring, private), np.arange(split.rows), outputs=outputs)
-            self.wiring.everyone.sum(outputs)  # zeros where another rank has the row
+            self.wiring.everyone.sum(outputs)  # zeros where another rank computes the row
         return outputs
 
     def _forward(self, batches: Batches, rows: Array, *, alone: bool = False, outputs: Array | None = None) -> None:
@@ -326,19 +336,19 @@ class Engine:
         self.pipeline.run(Work(actions, batches, pieces, step, training=False, outputs=outputs))
 
     def exchange_figures(self) -> dict[str, Any]:
-        """What all ranks did on average to agree, for people. Collective over all ranks."""
+        """Return the exchange's figures, averaged over all ranks, for the report. Collective over all ranks."""
         return {"kind": self.options.exchange.kind, **self.exchange.figures(self.wiring.everyone)}
 
     # -- the model --------------------------------------------------------------------------------------------------
 
     def shapes(self) -> dict[str, Shape]:
-        """The shapes of the network's whole arrays, "<layer>/<name>", in the network's order."""
+        """Return the shapes of the network's whole arrays, "<layer>/<name>", in the network's order."""
         network = self.plan.network
         return {key: parameter.shape for key, parameter in network.stage(0, network.weight_layers, 1, 0).parameters}
 
     def parameters(self, *, everywhere: bool = False) -> dict[str, Array]:
-        """On rank 0, or `everywhere`: the first replica's whole arrays, "<layer>/<name>"; elsewhere nothing. Collective
-        over all ranks."""
+        """Return on rank 0 (or `everywhere`) the first replica's whole arrays, "<layer>/<name>"; elsewhere nothing.
+        Collective over all ranks."""
         here = everywhere or self.world.rank == 0
         arrays = {key: np.empty(shape, self.state.dtype) for key, shape in self.shapes().items()} if here else {}
         wanted = {Holding(f"{PARAMETERS}/{key}", whole(array.shape)): array for key, array in arrays.items()}

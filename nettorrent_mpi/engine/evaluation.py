@@ -1,4 +1,4 @@
-"""Evaluates one network, or replicas that differ: loss and accuracy on test and validation rows."""
+"""The evaluation of one network, or of replicas that differ: loss and accuracy on test and validation rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nettorrent_mpi.plan.scores import Scores, best_of
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An Evaluation holds the scores of the test set and of the validation rows; None where there are none.
+    """An Evaluation holds the scores on the test set and on the validation rows; None where there are none.
 
-    Of replicas that train apart it is of the best one, `best_replica`, or (gossip) of their average.
+    Where replicas train apart they are those of the best one, `best_replica`, or (gossip) of their average.
     """
 
     test: Scores | None
@@ -24,11 +24,11 @@ class Evaluation:
 
     @property
     def deciding(self) -> Scores | None:
-        """The scores that decide when a training stops: those of the validation rows, where there are any."""
+        """The scores that decide when training stops: those on the validation rows, where there are any."""
         return self.validation or self.test
 
     def figures(self) -> dict[str, Any]:
-        """The four figures by their names in metrics.jsonl."""
+        """Return the four figures under their names in metrics.jsonl."""
         found: dict[str, Any] = {}
         for name, scores in (("test", self.test), ("validation", self.validation)):
             found[f"{name}_loss"], found[f"{name}_accuracy"] = scores or (None, None)
@@ -36,10 +36,10 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates the network that a training has come to. All ranks call alike, at rest.
+    """An Evaluator evaluates the network that a training has produced. All ranks call its methods alike, at rest.
 
-    Of replicas that gossip that network is their average; of those that do not, the best one. The best is chosen on
-    the validation rows, or by the training loss where there are none: never on the test set.
+    With gossip that network is the replicas' average; with replicas that stay apart, the best one. The best is chosen
+    on the validation rows, or by the training loss where there are none: never on the test set.
     """
 
     def __init__(self, engine: Engine):
@@ -50,7 +50,7 @@ class Evaluator:
 
     @contextmanager
     def network(self) -> Iterator[int | None]:
-        """Inside, every replica holds the network that the training has come to; gives the best replica's number
+        """Give every replica the weights of that network inside the `with` block; yields the best replica's number
         where it is that one."""
         best = None if self.unified or self._averages else self._best()[0]
         if self.unified:
@@ -60,15 +60,15 @@ class Evaluator:
             yield best
 
     def evaluate(self) -> Evaluation:
-        """Compute the scores of that network."""
+        """Return the scores of that network."""
         engine = self._engine
         with self.network() as best:
             validation, test = engine.evaluate_validation(), engine.evaluate_test()
         return Evaluation(test, validation, best)
 
     def unify(self) -> dict[str, Any]:
-        """Make all replicas that network, for good; gives the scores of their average and of the best of them, by
-        their names in summary.json. Nothing where there is only one network."""
+        """Make all replicas that network for good, and return the scores of their average and of the best of them,
+        under their names in summary.json; nothing where there is only one network."""
         engine = self._engine
         if self.unified:
             return {}
@@ -85,10 +85,10 @@ class Evaluator:
         return {"test_accuracy": final["test_accuracy"], "test_loss": final["test_loss"], **found}
 
     def _best(self) -> tuple[int, str]:
-        """Choose the best replica; returns its number and what it was chosen by."""
+        """Choose the best replica; return its number and the criterion."""
         found = self._engine.compare_replicas()
         if found is not None:
             return best_of(found, self._metric), self._metric
-        if not self.losses:  # nothing was trained, or nothing was left to do: all are as good as known
+        if not self.losses:  # no training loss yet: no replica is known to be better
             return 0, "train_loss"
         return best_of([Scores(loss, None) for loss in self.losses], "train_loss"), "train_loss"

@@ -1,4 +1,4 @@
-"""What an error of one rank means for the others."""
+"""The consequences that an error of one rank has for the others."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
 
 
 def agreed(error: BaseException) -> bool:
-    """Whether all ranks of the world raise it alike: then it ends what they were doing, and nothing else."""
+    """Whether all ranks of the world raise this error alike: then it ends their present operation and nothing else."""
     return isinstance(error, NetTorrentError) and error.agreed
 
 
 def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
-    """Tell an error that this rank raised alone, and end all ranks of the program: they would wait for this one for
-    ever. Gives the exit code. `shown`: a user's mistake is told with its traceback, too, not in one line."""
+    """Print an error that this rank raised alone, and end all ranks of the program, which would wait for this one
+    forever.
+
+    Returns the exit code. With `shown` a user's mistake gets a traceback, too, instead of one line.
+    """
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
     elif isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The memory that a run takes: what a dry run predicts, and what a run's summary holds against the measured peak."""
+"""The memory estimate of a run: a dry run predicts it, and a run's summary compares it with the measured peak."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _INDEX = 8  # bytes of a row's number, and of a label
 
 
 class Libraries(NamedTuple):
-    """Bytes that a process has before it holds anything of the run: of rank 0, which has read the configuration and
-    loaded what checks it, and of the others."""
+    """Bytes that a process uses before it holds anything of the run: rank 0's, which has read and checked the
+    configuration, and the other ranks'."""
 
     first: int
     others: int
 
 
 def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
-    """What the largest rank of each stage is going to hold at most. Stage 0 has rank 0, which writes the files.
+    """Return the most memory that a rank of each stage will hold. Stage 0 has rank 0, which writes the files.
 
-    Lets the layers of every stage work on a few rows (nn.footprint), so it is for a dry run, or a run's end.
+    Runs the layers of every stage on a few rows (nn/footprint.py), so it belongs in a dry run or at the end of a run.
     """
     config, topology, facts, options = setup.config, setup.topology, setup.network.facts, setup.options
     itemsize, optimizer = np.dtype(config.dtype).itemsize, make_optimizer(options.optimizer)
@@ -60,7 +60,7 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
     for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
         own = round(parameters_of(facts[stage.first : stage.stop], stage.cols)) * itemsize
         sharers = sharers_of(topology, stage, config.exact)
-        # For a checkpoint each rank of replicas that differ has their average in hand, besides its own.
+        # For a checkpoint each rank holds the replicas' average besides its own weights, where replicas differ.
         average = 0 if config.exact or topology.replicas == 1 else own + states * own // sharers
         result.append(
             replace(
@@ -76,13 +76,13 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
 
 
 def _kernels(options: Options) -> int:
-    """What makes kernels faster is loaded with the first step."""
+    """Return the bytes of the optional kernel libraries, which are loaded with the first step."""
     names = make_device("cpu", options.kernels).names
     return NUMBA * ("numba" in names) + ONEDNN * ("onednn" in names and np.dtype(options.dtype) == np.float32)
 
 
 def _layers(setup: Setup, rows: int) -> list[Footprint]:
-    """Of each stage's layers, with the most rows that a rank has of a micro-batch."""
+    """Return the arrays of each stage's layers for the largest number of rows that a rank has of a micro-batch."""
     network, topology, options = setup.network, setup.topology, setup.options
 
     together = rows_shared(topology, options.batch_size, setup.config.exact)
@@ -112,8 +112,11 @@ def _layers(setup: Setup, rows: int) -> list[Footprint]:
 
 
 def _rows(setup: Setup, stage: int, here: int) -> int:
-    """The first stage holds all inputs (the ranks of a node share them, and one of them has read all), the last one all
-    targets, and both the order of two epochs, which meet where one turns into the next."""
+    """Return the bytes of rows and targets that a rank of a stage holds.
+
+    The first stage holds all inputs (shared by the ranks of a node, one of which reads them), the last one all targets,
+    and both the row order of two epochs, which overlap where one ends and the next begins.
+    """
     dataset, sampler = setup.dataset, setup.sampler
     splits = [split for split in (dataset.train, dataset.test) if split is not None]
     first, last = stage == 0, stage == len(setup.topology.stages) - 1
@@ -128,8 +131,8 @@ def _rows(setup: Setup, stage: int, here: int) -> int:
 
 
 def _gathered(setup: Setup, states: int) -> int:
-    """What rank 0 gathers of the network for a checkpoint: parameters and all that is remembered of each; of replicas
-    that differ every one, and their average."""
+    """Return the bytes that rank 0 gathers for a checkpoint: parameters and all that is remembered of each; where
+    replicas differ, every replica's and their average."""
     config, replicas = setup.config, setup.topology.replicas
     arrays = 1 + states
     if isinstance(config.exchange, Gossip):
@@ -140,13 +143,13 @@ def _gathered(setup: Setup, states: int) -> int:
 
 
 def _exchange(setup: Setup, elements: int, states: int) -> int:
-    """What a rank that owns `elements` of a replica's parameters holds for the exchange with others that differ."""
+    """Return the bytes that the exchange needs on a rank that owns `elements` of a replica's parameters."""
     config, replicas = setup.config, setup.topology.replicas
     if config.exact or replicas == 1:
         return 0
     array = elements * np.dtype(config.dtype).itemsize
     if not isinstance(config.exchange, Gossip):
-        return array  # its own parameters, while another replica's or the average is evaluated
+        return array  # a copy of its own parameters, while another replica's or the average is evaluated
     gossip = config.exchange
     pairing = make_pairing(gossip.pairing, replicas, config.seed)
     parts = 1 if gossip.part == "auto" else round(1 / gossip.part)  # auto: all, where the links can bear it
@@ -159,7 +162,7 @@ def _exchange(setup: Setup, elements: int, states: int) -> int:
 
 
 def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int) -> int:
-    """Bytes of one message."""
+    """Return the bytes of one message."""
     dtype = np.dtype(setup.config.dtype)
 
     def length(count: int) -> int:
@@ -172,7 +175,7 @@ def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int
 
 
 def _partners(pairing: Pairing, me: int) -> set[int]:
-    """Everyone that a replica exchanges with. Not for partners that are drawn."""
+    """Return all partners of a replica over the rounds of a fixed pairing (not for randomly drawn partners)."""
     rounds = range(pairing.period or 1)
     met = [pair for number in rounds for pair in (*pairing.receives(number, me), *pairing.sends(number, me))]
     return {other for other, _ in met}

@@ -1,12 +1,12 @@
-"""Files of whole arrays, whatever the layout that made them: model.h5 and checkpoints.
+"""Files of whole arrays, independent of the layout that wrote them: model.h5 and checkpoints.
 
     /parameters/<layer>/<name>             linear weight (in, out), conv weight (kh, kw, in, out), ...
-    /optimizer/<state>/<layer>/<name>      checkpoints only: the optimizer's memory of that array
-    /exchange/<state>/<layer>/<name>       checkpoints only: what gossip remembers of that array
+    /optimizer/<state>/<layer>/<name>      checkpoints only: the optimizer state of that array
+    /exchange/<state>/<layer>/<name>       checkpoints only: the gossip state of that array
     /replicas/<number>/...                 checkpoints only, where replicas differ: each of them (above: their mean)
     attribute `model`                      the network's configuration as JSON
 
-Chunked with checksums (fletcher32), so that a flipped bit is an error when read and not a wrong weight.
+Arrays are chunked with checksums (fletcher32), so that a flipped bit is an error when read and not a wrong weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.plan.errors import DataError
 from nettorrent_mpi.plan.moves import Box
 
-if TYPE_CHECKING:  # loaded where a file is read or written: most ranks of a run never do
+if TYPE_CHECKING:  # loaded only where needed: most ranks of a run never read or write a file
     import h5py
 
 PARAMETERS = "parameters"
@@ -31,7 +31,8 @@ Attribute = str | int | float
 
 
 def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]) -> None:
-    """Write a file whole or not at all: under another name first, then renamed. Raises OSError (a full disk)."""
+    """Write a file whole or not at all: under a temporary name first, then renamed. Raises OSError (e.g. a full
+    disk)."""
     import h5py
 
     part = path.with_name(path.name + ".part")
@@ -57,7 +58,8 @@ def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attribut
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
-    """The parameters, "<layer>/<name>" -> whole array. Raises DataError for a missing or damaged file."""
+    """Return the parameters of a file: "<layer>/<name>" -> whole array. Raises DataError if it is missing or
+    damaged."""
     import h5py
 
     arrays: dict[str, Array] = {}
@@ -72,7 +74,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
 
 
 def read_box(file: h5py.File, name: str, shape: Shape, box: Box, out: Array) -> None:
-    """out <- a part of one array of this shape; no more of it is read. Raises DataError if there is no such array."""
+    """Read one box of an array of this shape into `out`, and no more. Raises DataError if the array does not exist."""
     if name not in file or file[name].shape != shape:
         found = f"has shape {file[name].shape}" if name in file else "is missing"
         raise DataError(
@@ -83,7 +85,7 @@ def read_box(file: h5py.File, name: str, shape: Shape, box: Box, out: Array) -> 
 
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
-    """The file, for reading. Raises DataError where it, or what is read from it inside, is missing or damaged."""
+    """Open a file for reading. Raises DataError if it is missing, or if what is read inside is damaged."""
     import h5py
 
     try:

@@ -1,10 +1,10 @@
-"""Gradients of weights computed in parts, each from everyone's rows, so that nothing is left to be reduced.
+"""Weight gradients computed in parts, each part from all rows, so that nothing remains to be reduced.
 
 The gradient of a linear layer's weights is x_BI.T @ dy_Bo over all rows B of the mini-batch. Ranks that divide the rows
-can each multiply their own and add up the results: every rank writes a matrix of the size of the weights, and reads a
-part of everybody's. Or each computes its shard of the matrix from all rows: that is as many operations, in products
-that are taller, and what has to be written and read are x and dy instead. Where the ranks share memory and the
-mini-batch is small for the layer, that is much less (`plan.cost.in_parts`).
+can each multiply their own rows and add up the results: every rank then writes a matrix of the size of the weights and
+reads a part of everybody's. Or each computes its shard of the matrix from all rows: the same number of operations, in
+taller products, while only x and dy are written and read. Where the ranks share memory and the mini-batch is small for
+the layer, that moves much less data (`plan.cost.in_parts`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from nettorrent_mpi.plan.blocks import Span
 
 
 class SharedOperands(Operands):
-    """x_BI and dy_Bo of a linear layer for the rows B of a mini-batch, in memory that its weights' holders share."""
+    """The operands x_BI and dy_Bo of a weight gradient for the rows B of a mini-batch, in memory shared by the weights'
+    holders."""
 
     def __init__(self, device: Device, x_BI: Array, dy_Bo: Array):
         self._device, self._x, self._dy = device, x_BI, dy_Bo
@@ -32,7 +33,7 @@ class SharedOperands(Operands):
         self._device.ops.copy(self._dy[slice(*rows)], dy_bo)
 
     def own(self, part: Span, out: Array) -> None:
-        """Make these elements of the flat matrix this rank's part of the gradient, which `multiply` writes to `out`."""
+        """Make these elements of the flat matrix this rank's part of the gradient; `multiply` writes it to `out`."""
         units = self._dy.shape[1]
         full = Span(-(-part.start // units), part.stop // units)  # whole rows of the matrix: one for each input
         cuts = sorted({part.start, *(cut * units for cut in full if part.start < cut * units < part.stop), part.stop})
@@ -42,7 +43,7 @@ class SharedOperands(Operands):
         ]
 
     def multiply(self, count: int) -> None:
-        """Compute this rank's part for a mini-batch of `count` rows, which everybody has put."""
+        """Compute this rank's part for a mini-batch of `count` rows, once all holders have put theirs."""
         views = self._views.get(count)
         if views is None:
             x, dy = self._x[:count], self._dy[:count]
@@ -53,7 +54,7 @@ class SharedOperands(Operands):
 
 
 class _Piece:
-    """The elements from start to stop of the flat matrix: whole rows, or a part of one."""
+    """The elements from start to stop of the flat matrix: whole rows, or a part of one row."""
 
     def __init__(self, device: Device, start: int, stop: int, units: int, out: Array):
         self.inputs = Span(start // units, -(-stop // units))

@@ -1,4 +1,4 @@
-"""The pipeline: executes a rank's list of actions, one short method per kind of action (design rule 2)."""
+"""The pipeline executes a rank's list of actions, with one short method for each kind of action (design rule 2)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from nettorrent_mpi.plan.actions import Action, Kind
 
 
 class Work(NamedTuple):
-    """A list of actions to execute for the present mini-batch of `batches`, cut into so many pieces (micro-batches).
+    """A list of actions to execute for the present mini-batch of `batches`, cut into `micro_batches` micro-batches.
 
-    `step` counts from 0; `first` says that the pipeline is empty before. With `outputs` nothing is scored: the last
+    `step` counts from 0; `first` says that the pipeline was empty before. With `outputs` nothing is scored: the last
     stage writes its rows of the network's outputs there.
     """
 
@@ -44,11 +44,12 @@ class Work(NamedTuple):
 
 
 class Pipeline:
-    """Runs forward and backward of this rank's stage for the micro-batches of a mini-batch, and the end of its step.
+    """A pipeline runs forward and backward passes of this rank's stage for the micro-batches of a mini-batch, and the
+    end of the step.
 
-    Micro-batches are numbered from the present mini-batch on: number >= micro_batches is one of a following mini-batch
-    (an asynchronous pipeline runs forward ahead). Buffers are rings: the number since the pipeline was last empty
-    (`_base` + number) tells the place in them.
+    Micro-batches are numbered from the present mini-batch on: a number >= micro_batches is one of a following
+    mini-batch (an asynchronous pipeline runs forward passes ahead). Buffers form rings, indexed by the number since the
+    pipeline was last empty (`_base` + number).
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Pipeline:
         if work.first:
             self._base = 0
         trace, methods, progress = self._trace, self._methods, self._progress
-        with quiet():  # what is not finite is looked for, and told once
+        with quiet():  # non-finite values are located once
             for action in work.actions:
                 began = trace.now() if trace else 0
                 methods[action.kind](action.micro_batch or 0)
@@ -122,11 +123,11 @@ class Pipeline:
         self._base += work.pieces
 
     def drain(self) -> None:
-        """Finish every send that is still under way."""
+        """Finish all sends in flight."""
         for transfer in (*self._sending_y, *self._sending_dx):
             _finish(transfer)
 
-    # -- actions, all of micro-batch m ------------------------------------------------------------------------------
+    # -- actions of micro-batch m -----------------------------------------------------------------------------------
 
     def _load(self, m: int) -> None:
         self._batches.load(m)
@@ -159,7 +160,7 @@ class Pipeline:
             ctx.ops.copy(self._outputs[slice(*rows.mine)], y)
 
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
-        """Add the loss of this micro-batch to the metrics, and find its gradient for the backward to come."""
+        """Add the loss of this micro-batch to the metrics, and keep its gradient for the backward pass."""
         training = self._ctx.training
         targets, size = self._batches.targets(m), self._batches.size(m) if training else 1
         metrics = self._metrics.values if self._wiring.place.col == 0 else self._metrics.ignored
@@ -167,7 +168,7 @@ class Pipeline:
         self._look(x, metrics[LOSS : LOSS + 1], metrics)
 
     def _look(self, x: Array, y: Array, metrics: Array) -> None:
-        """Count y if it is not finite; note the step and the layer of the first one that a CPU sees."""
+        """Count y if it is not finite; on a CPU note the step and layer of the first such value."""
         self._ctx.ops.count_nonfinite(y, metrics[NONFINITE:])
         if self._nonfinite is None and metrics[NONFINITE]:
             self._nonfinite = self._ctx.step, self._culprit(x)
@@ -243,7 +244,7 @@ class Pipeline:
         self._end.gather()
 
     def _keep_version(self) -> None:
-        """Where micro-batches are between forward and backward, keep their version of the weights for them."""
+        """Copy the present weights for the micro-batches that are between their forward and backward passes."""
         state = self._state
         under_way = [slot for slot, params in enumerate(self._params) if params is state.params]
         if under_way:
@@ -255,11 +256,11 @@ class Pipeline:
     # -- divergence -------------------------------------------------------------------------------------------------
 
     def diverged(self) -> tuple[int, str] | None:
-        """(step, layer) of the first value that is not finite and that this rank has seen; None: there was none."""
+        """Return (step, layer) of the first non-finite value that this rank has seen, or None."""
         return self._nonfinite
 
     def _culprit(self, x: Array) -> str:
-        """The name of the first layer of this stage that gives what is not finite for these inputs."""
+        """Return the name of the first layer of this stage whose output for these inputs is not finite."""
         workspace, finite = self._device.workspace(self._state.dtype), self._ctx.ops.all_finite
         ctx = replace(self._ctx, team=Alone())
         for layer, params in self._layers.with_params(self._state.params):

@@ -1,7 +1,7 @@
-"""Reports: figures of all ranks, summed while everybody goes on.
+"""Reports sum the figures of all ranks while training continues.
 
-A report is one nonblocking sum over all ranks. Whoever comes first starts its part and trains on; the sums are there
-when the last one has come. So no rank waits for another one only because people want to read how far they are.
+A report is one nonblocking all-reduce over all ranks. Each rank starts its part when it gets there and trains on; the
+sums are complete once the last rank has started. So no rank waits for another one only to report progress.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from nettorrent_mpi.comm.mail import Pending
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.plan.scores import Scores, mean_scores
 
-MOST = 128  # reports under way at once; then the oldest is waited for
-SAMPLE = 4096  # parameters of a replica of which the consensus distance is measured
-ROUNDING = 1e-14  # what is left, relative to the squares, where equal replicas' squares are taken from each other
+MOST = 128  # reports in flight at once; beyond that the oldest is waited for
+SAMPLE = 4096  # parameters of a replica that are sampled for the consensus distance
+ROUNDING = 1e-14  # relative rounding error of the difference where all replicas are equal
 
-FLAG, DIVERGED, SQUARES, HEAD = range(4)  # the places in a report; then come four figures of each replica
+FLAG, DIVERGED, SQUARES, HEAD = range(4)  # positions in a report; four figures of each replica follow
 
 Tag = TypeVar("Tag")
 
 
 class Report(NamedTuple, Generic[Tag]):
-    """What the ranks said. `tag` is what this rank gave when it started the report."""
+    """A Report holds the figures of all ranks. `tag` is what this rank passed when it started the report."""
 
     tag: Tag
-    flag: bool  # did any rank raise its flag?
-    diverged: bool  # has any rank seen a value that is not finite?
-    training: Scores  # of the rows trained on since the last report
+    flag: bool  # whether any rank raised its flag
+    diverged: bool  # whether any rank has seen a non-finite value
+    training: Scores  # scores on the rows trained on since the last report
     replicas: list[float]  # the training loss of each replica
     distance: float | None  # root mean square distance of the replicas from their mean, relative to it; None for one
 
@@ -59,7 +59,7 @@ class Reports(Generic[Tag]):
         self._under_way: deque[tuple[Tag, Pending]] = deque()
 
     def start(self, tag: Tag, flag: bool, *, figures: bool = True) -> None:
-        """Start a report; without `figures` it is about the flag only."""
+        """Start a report; without `figures` it carries only the flags."""
         if len(self._under_way) == MOST:
             self._under_way[0][1].sums()
         values = self._values
@@ -73,7 +73,7 @@ class Reports(Generic[Tag]):
         self._under_way.append((tag, Pending(self._group, values)))
 
     def _add_sample(self, values: np.ndarray) -> None:
-        """Every stride-th parameter of this rank's, at a place that it shares with its peers; and their squares."""
+        """Add every stride-th parameter of this rank, at positions that its peers sample too, and their squares."""
         at = self._sample.start
         for shard in self._shards:
             part = shard[:: self._stride][: self._sample.stop - at]
@@ -83,8 +83,10 @@ class Reports(Generic[Tag]):
         values[SQUARES] = np.dot(own, own)
 
     def ready(self, *, wait: bool = False, but: int = 0) -> Iterator[Report[Tag]]:
-        """The reports that are complete, the oldest first; with `wait` all that were started but the last `but`. A
-        report that is not taken is there the next time: no later one is waited for before it is taken."""
+        """Yield the completed reports, oldest first; with `wait` all started ones but the last `but`.
+
+        A report that is not taken is there the next time: no later one is waited for before it is taken.
+        """
         while len(self._under_way) > (but if wait else 0) and (wait or self._under_way[0][1].done()):
             tag, pending = self._under_way.popleft()
             yield self._read(tag, pending.sums())
@@ -102,5 +104,5 @@ class Reports(Generic[Tag]):
         return Report(tag, flag, diverged, mean_scores(*tallies.sum(axis=0)), losses, distance)
 
     def close(self) -> None:
-        """Give everything back. All ranks call, when no report is under way."""
+        """Free the communicator. All ranks call, when no report is in flight."""
         assert not self._under_way

@@ -1,4 +1,4 @@
-"""State that knows no group: blocks in global coordinates, and how they come to other ranks (plan/moves.py)."""
+"""Resharding moves a training's state, blocks in global coordinates, to the ranks of another layout (plan/moves.py)."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ TAG = 78
 
 
 def takes(replicas: int, now: int) -> int:
-    """How often arrays are taken where so many replicas that differ become as many as there are now: once what all have
-    in common, and each one's own where there are as many."""
+    """Return how often arrays are taken when `replicas` differing replicas become `now`: once their common state, and
+    then each one's own if their number stays the same."""
     return 2 if 1 < replicas == now else 1
 
 
 def of_replica(replica: int, name: str) -> str:
-    """The name of an array of one replica, where replicas differ."""
+    """Return the name of one replica's array, where replicas differ."""
     return f"{REPLICAS}/{replica}/{name}"
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What one rank holds of a training that has come to rest, after so many `steps`.
+    """The blocks that one rank holds of a training at rest after `steps` steps.
 
-    An array's name is "parameters/<layer>/<name>", "optimizer/<state>/<layer>/<name>" or "exchange/...". Where
+    An array is named "parameters/<layer>/<name>", "optimizer/<state>/<layer>/<name>" or "exchange/...". Where
     `replicas` of them differ, these are their average, and each one's own are named "replicas/<number>/..." besides.
-    `group` are all ranks that hold parts of this state: they move together.
+    `group` contains all ranks that hold parts of this state: resharding is collective over it.
     """
 
     group: Group
@@ -43,8 +43,11 @@ class Blocks:
     steps: int
 
     def take(self, prefix: str, wanted: Mapping[Holding, Array]) -> None:
-        """wanted <- the values of the arrays whose names are these with `prefix` before them. What is no parameter, and
-        is nowhere in the group, stays as it is. All ranks of the group call, as often."""
+        """Fill the wanted arrays with the values of those that have these names after `prefix`. All ranks of the group
+        call, equally often.
+
+        Arrays other than parameters stay unchanged if no rank of the group has them.
+        """
         names: set[str] = set().union(*self.group.gather_objects({holding.name for holding in self.arrays}))
         known = {
             Holding(prefix + name, box): array
@@ -54,16 +57,20 @@ class Blocks:
         move(self.group, self.arrays, known)
 
     def give(self, replicas: int = 1) -> None:
-        """Give others what they want of these blocks, and take nothing. Every rank of `group` either does this, or
-        attaches an engine to them; `replicas` are those that differ in that engine's plan."""
+        """Send these blocks to the ranks that want them, and receive none.
+
+        Every rank of `group` either calls this or attaches an engine to its blocks; `replicas` is the number of
+        differing replicas in that engine's plan.
+        """
         for _ in range(takes(self.replicas, replicas)):
             self.take("", {})
 
 
 def move(group: Group, held: Mapping[Holding, Array], wanted: Mapping[Holding, Array]) -> None:
-    """wanted <- the values of blocks that ranks of `group` hold. All of them call, each with its own blocks.
+    """Fill the wanted arrays from the blocks that the ranks of `group` hold. All of them call, each with its own
+    blocks.
 
-    Array by array, so that no more than one is on its way. Raises LostStateError where nobody holds what is wanted.
+    Arrays move one by one, so that at most one is in flight. Raises LostStateError if no rank holds what is wanted.
     """
     old, new = group.gather_objects(list(held)), group.gather_objects(list(wanted))
     for _, group_of_moves in groupby(moves(old, new), key=lambda move: move.name):

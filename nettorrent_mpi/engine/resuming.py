@@ -1,4 +1,5 @@
-"""Checkpoints in a folder: writing the next one, finding the one to go on from, and whether a training may."""
+"""Checkpoints in a folder: writing the next one, finding the one to resume from, and checking that it may be
+resumed."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ from nettorrent_mpi.engine.model_file import Attribute, write_arrays
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.plan.errors import ConfigError, OutputError
 
-KEPT = 2  # checkpoints: the last one, and the one before for the case that the last cannot be read
+KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
 
 
 def write_checkpoint(
     folder: Path, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]
 ) -> None:
-    """Write step-N.h5; all but the last ones are removed. Raises OutputError."""
+    """Write step-N.h5 and remove all but the newest checkpoints. Raises OutputError."""
     path = folder / file_name(int(attributes["step"]))
     with written(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,9 +32,9 @@ def write_checkpoint(
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`: that file itself, or the newest one in a run's folder or a folder of checkpoints.
+    """Return the checkpoint at `path`: that file itself, or the newest one in a run folder or a folder of checkpoints.
 
-    Raises OutputError where there is none.
+    Raises OutputError if there is none.
     """
     if path.is_file():
         return path
@@ -43,12 +44,12 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-# Whatever decides what a step computes: a run can only go on with the same.
+# The values that decide what a step computes: a resumed run must have the same.
 DECISIVE = ("seed", "dtype", "data", "model", "train.batch_size", "train.optimizer")
 
 
 def must_match(before: dict[str, Any], config: Config, path: Path) -> None:
-    """ConfigError where a decisive value differs from the one in the checkpoint's configuration `before`."""
+    """Raise ConfigError if a decisive value differs from the one in the checkpoint's configuration `before`."""
     now = to_plain(config)
     for key in DECISIVE:
         values = []

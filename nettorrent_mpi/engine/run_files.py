@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, with errors that name the file and the remedy."""
+"""The files of a run are written whole or not at all; errors name the file and the remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Inside, a file that cannot be written is an OutputError that names it and the remedy."""
+    """Turn an OSError inside the `with` block into an OutputError that names the file and the remedy."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,5 @@
-"""A run's plan: the network, where every rank stands, and how it trains. Pure and frozen; it knows no communicator."""
+"""A run's plan consists of the network, the position of every rank, and the training options. It is pure and frozen and
+knows no communicator."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from nettorrent_mpi.plan.topology import Topology
 
 @dataclass(frozen=True)
 class Options:
-    """How to train, as far as the engine is concerned."""
+    """The training options that the engine needs."""
 
     loss: Spec
     optimizer: Spec
@@ -33,7 +34,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all ranks of a run agree on before any of them communicates."""
+    """A Plan is what all ranks of a run agree on before any of them communicates."""
 
     network: Network
     topology: Topology

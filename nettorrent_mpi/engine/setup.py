@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: data set, network, topology, engine options."""
+"""The setup turns a configuration into the parts of a run: data set, network, topology, engine options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ SHORT_RUN = 2e11  # floating-point operations of a rank: two seconds of one core
 
 @dataclass(frozen=True)
 class Setup:
-    """What every rank makes alike from the configuration, before any of them communicates."""
+    """A Setup holds the parts of a run that every rank makes alike from the configuration, before any of them
+    communicates."""
 
     config: Config
     dataset: Dataset
@@ -39,12 +40,12 @@ class Setup:
 
     @property
     def plan(self) -> Plan:
-        """What the engine is made of."""
+        """Return the engine's plan."""
         return Plan(self.network, self.topology, self.options)
 
     @property
     def steps(self) -> int:
-        """How many steps the run has in all."""
+        """Return the number of steps of the run."""
         train = self.config.train
         return train.steps if train.steps is not None else (train.epochs or 1) * self.sampler.steps_per_epoch
 
@@ -54,7 +55,7 @@ class Setup:
         return self.topology.describe([facts.name for facts in self.network.facts])
 
     def place_line(self, rank: int) -> str:
-        """Where a rank stands, in one line."""
+        """Describe the position of a rank in one line."""
         place = self.topology.place(rank)
         stage = self.topology.stages[place.stage]
         names = " ".join(facts.name for facts in self.network.facts[stage.first : stage.stop])
@@ -62,8 +63,7 @@ class Setup:
 
 
 def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
-    """Open the data, unless they are given, build the network and lay it out over `ranks`. Raises UserErrors of all
-    kinds."""
+    """Open the data (unless given), build the network and lay it out over `ranks`. Raises every kind of UserError."""
     data, train = config.data, config.train
     dataset = dataset or open_dataset(
         data.name,
@@ -80,7 +80,7 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
         ),
     )
     network = Network(config.model.layers, dataset.shape)
-    if dataset.classes is not None:  # targets that are no labels are looked at when they are read
+    if dataset.classes is not None:  # other targets are checked when they are read
         check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
     topology = lay_out(config, network, ranks)
     pieces = micro_batches(config, network, topology)
@@ -117,7 +117,7 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
 
 
 def _kernels(config: Config, network: Network, ranks: int, epoch_steps: int) -> Kernels:
-    """`auto`: a run that is over in a second or two does not load what would make it faster."""
+    """Resolve `kernels: auto`: a run of a second or two does not load the libraries that would make it faster."""
     if config.kernels != "auto":
         return config.kernels
     steps = config.train.steps if config.train.steps is not None else (config.train.epochs or 1) * epoch_steps
@@ -126,7 +126,7 @@ def _kernels(config: Config, network: Network, ranks: int, epoch_steps: int) -> 
 
 
 def lay_out(config: Config, network: Network, ranks: int) -> Topology:
-    """The topology that the configuration's layout gives on this many ranks. Raises LayoutError."""
+    """Return the topology of the configuration's layout on this many ranks. Raises LayoutError."""
     train, layout, facts = config.train, config.layout, network.facts
     if isinstance(layout, Layout) and layout.swarms is not None:
         swarms = [(swarm.layers, swarm.rows, swarm.cols) for swarm in layout.swarms]
@@ -149,9 +149,12 @@ def lay_out(config: Config, network: Network, ranks: int) -> Topology:
 
 
 def micro_batches(config: Config, network: Network, topology: Topology) -> int:
-    """How many micro-batches a mini-batch has. With batch norm never a matter of the layout: its statistics are of
-    one micro-batch and parallel has to equal serial. An asynchronous pipeline wants as many as it has stages, so that
-    two versions of the weights do, as long as every replica has a row of each."""
+    """Return the number of micro-batches of a mini-batch.
+
+    With batch norm it never depends on the layout: statistics are taken over one micro-batch, and parallel has to equal
+    serial. An asynchronous pipeline wants as many as it has stages, so that two versions of the weights suffice, as
+    long as every replica has a row of each.
+    """
     return _count(config, network, len(topology.stages), topology.replicas)
 
 
@@ -171,8 +174,8 @@ def _pieces(config: Config, automatic: int) -> int:
 
 
 def _check_batch_norm(config: Config, network: Network, topology: Topology, pieces: int) -> None:
-    """ConfigError where a batch norm would see one row at a time: less its mean that is 0, whatever the row."""
-    together = 1 if config.exact else topology.replicas  # that divide a micro-batch and know their own rows only
+    """Raise ConfigError if a batch norm would see one row at a time: minus its mean, every such row is 0."""
+    together = 1 if config.exact else topology.replicas  # that take separate batch statistics
     rows = span(config.train.batch_size, pieces, pieces - 1).size // together
     if network.batch_norms_of_vectors and rows <= 1:
         name, apart = network.batch_norms_of_vectors[0], f" of each of the {together} replicas" if together > 1 else ""
@@ -185,8 +188,8 @@ def _check_batch_norm(config: Config, network: Network, topology: Topology, piec
 
 
 def _check_exchange(config: Config, topology: Topology, pieces: int) -> None:
-    """ConfigError where so many replicas cannot have the exchange that the configuration asks for, or one that trains
-    on its own rows alone would have none."""
+    """Raise ConfigError if the configured exchange is impossible with this number of replicas, or if a replica that
+    trains on its own rows would get none."""
     exchange, replicas, batch_size = config.exchange, topology.replicas, config.train.batch_size
     if replicas == 1 and isinstance(exchange, Elite | Gossip):
         nobody = "take weights from" if isinstance(exchange, Elite) else "average with"
@@ -197,7 +200,7 @@ def _check_exchange(config: Config, topology: Topology, pieces: int) -> None:
         )
     if isinstance(exchange, Gossip):
         make_pairing(exchange.pairing, replicas, config.seed)
-    most = span(batch_size, pieces, 0).size  # rows of a micro-batch: a replica beyond them never has any
+    most = span(batch_size, pieces, 0).size  # rows of the largest micro-batch, one for each replica at most
     if not config.exact and most < replicas:
         raise ConfigError(
             f"{batch_size} rows in {pieces} micro-batch{'es' if pieces > 1 else ''} leave {replicas - most} of the "

@@ -1,4 +1,4 @@
-"""What one stage of a plan does in each step: its lists of actions, proved, and made once."""
+"""The schedule of one stage of a plan: its lists of actions, proved and built once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from nettorrent_mpi.plan.stream import mean_staleness, reach, staleness_bound, s
 
 
 class StageSchedule:
-    """The lists of a stage, of which those of all stages were proved together. Raises ScheduleError where they cannot
-    come to their end.
+    """The lists of actions of one stage, proved together with those of all other stages. Raises ScheduleError if they
+    would deadlock.
 
-    `slots` are the micro-batches that the stage holds between forward and backward. In a pipeline without flush
-    (`asynchronous`) `late` is the most updates between the weights that a forward uses and those that its gradient is
-    applied to, and `ahead` how many mini-batches the first stage begins before the present one is done.
+    `slots` is the number of micro-batches that the stage holds between forward and backward. In a pipeline without
+    flush (`asynchronous`) `late` is the largest number of updates between the weights that a forward pass uses and
+    those that its gradient is applied to, and `ahead` the number of mini-batches that the first stage begins before the
+    present one is complete.
     """
 
     def __init__(self, plan: Plan, stage: int):
@@ -44,19 +45,22 @@ class StageSchedule:
         return step_end(clip=self._clip, exact=self._exact, parts=parts)
 
     def may_follow(self, before: int, left: int) -> bool:
-        """Whether a step may be told that `left` steps are left until rest, when the one before it left `before`."""
+        """Whether a step may be given `left` steps until rest after the one before was given `before`."""
         return before in (0, left) or (left > self.ahead and before >= self._reach)
 
     def step(self, *, first: bool, left: int, parts: bool) -> Actions:
-        """The list of a training step. `first`: the pipeline is empty before; `left` steps are left until it is again,
-        this one included; `parts`: this rank computes weight gradients in parts."""
+        """Return the actions of a training step.
+
+        `first`: the pipeline was empty before; `left`: steps until it is empty again, this one included; `parts`: this
+        rank computes weight gradients in parts.
+        """
         end = self._end(parts=parts)
         if self.asynchronous:
             return _stream(self._stages, self._micro_batches, self._stage, first, min(left, self._reach + 1), end)
         return _flushed(self._pipeline, self._stages, self._micro_batches, end)[self._stage]
 
     def evaluation(self, micro_batches: int) -> Actions:
-        """The list of an evaluation of so many micro-batches."""
+        """Return the actions of an evaluation with this many micro-batches."""
         return evaluation(self._slots, micro_batches)[self._stage]
 
 

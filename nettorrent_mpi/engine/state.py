@@ -1,4 +1,5 @@
-"""A rank's share of the model while it trains: the blocks of its stage, in few flat arrays (engine/buckets.py)."""
+"""The state of a rank is its part of the model during training: the blocks of its stage, in few flat arrays
+(engine/buckets.py)."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ PARAMETERS, OPTIMIZER, EXCHANGE = "parameters", "optimizer", "exchange"  # the f
 class State:
     """Parameters, gradients, running statistics and optimizer state of one rank's stage.
 
-    `params` map "<layer>/<name>" to this rank's blocks, views of the flat arrays; `grads` likewise to where backward
-    writes their gradients (running statistics have none), and `versions[i]` to the blocks of an earlier version.
-    `buckets` stand in the order in which backward completes them. Every holder makes a state at the same time.
+    `params` maps "<layer>/<name>" to this rank's blocks, views of the flat arrays; `grads` likewise to the arrays into
+    which the backward pass writes gradients (running statistics have none), and `versions[i]` to the blocks of an
+    earlier version. `buckets` are in the order in which the backward pass completes them. All holders construct their
+    states at the same time.
     """
 
     def __init__(
@@ -40,7 +42,8 @@ class State:
         versions: int = 0,
         rows: int = 0,
     ):
-        """`versions` are kept besides the newest; `rows` are a mini-batch's, or 0 (see BucketMaker)."""
+        """Allocate the state. `versions` are kept besides the newest; `rows` are a mini-batch's, or 0 (see
+        BucketMaker)."""
         self.parameters = dict(parameters)
         self.dtype = np.dtype(dtype)
         self._device, self._optimizer = device, optimizer
@@ -75,11 +78,11 @@ class State:
 
     @property
     def flats(self) -> list[Flat]:
-        """All flat arrays of parameters: the buckets and the running statistics."""
+        """Return all flat arrays of parameters: the buckets and the running statistics."""
         return [*self.buckets, *self.statistics]
 
     def initialise(self, seed: int) -> None:
-        """Every block <- its part of the initial value, which is the serial run's."""
+        """Set every block to its part of the initial values, which are those of the serial run."""
         self.fence()
         for flat in self.flats:
             if not isinstance(flat, Bucket) or flat.memory is None or flat.group.index == 0:
@@ -89,15 +92,15 @@ class State:
                     self._device.ops.copy(self.params[key], value[parameter.index])
         self.fence()
 
-    # -- what holders do together -----------------------------------------------------------------------------------
+    # -- collective over the holders --------------------------------------------------------------------------------
 
     def fence(self) -> None:
-        """Wait for the holders that share memory: what each wrote before is seen by all. Every holder calls."""
+        """Fence the holders that share memory: afterwards all see what each wrote before. Every holder calls."""
         for memory in self._fences:
             memory.fence()
 
     def reduce(self) -> None:
-        """The sums of each bucket <- this shard of the sum of all holders' gradients."""
+        """Reduce-scatter the gradients: each bucket's `sums` become this shard of the sum of all holders' gradients."""
         self.fence()  # until everyone's gradients, or operands, are complete
         for bucket in self.buckets:
             bucket.reducer.reduce()
@@ -108,36 +111,36 @@ class State:
         return any(bucket.operands for bucket in self.buckets)
 
     def multiply(self, rows: int) -> None:
-        """After `reduce`: compute the sums of the shards whose operands the holders share."""
+        """Compute, after `reduce`, the gradients of the shards whose operands the holders share."""
         for bucket in self.buckets:
             bucket.reducer.multiply(rows)
 
     def gather(self) -> None:
-        """All trainable parameters <- everyone's shards; nobody reads gradients any more afterwards."""
+        """All-gather the trainable parameters; no gradients are read afterwards."""
         for bucket in self.buckets:
             bucket.reducer.gather()
         self.fence()
 
     def gather_all(self) -> None:
-        """`gather`, and the running statistics too: after an exchange has changed shards of both."""
+        """All-gather parameters and running statistics, after an exchange has changed shards of both."""
         self.gather()
         for flat in self.statistics:
             flat.reducer.gather()
 
     def keep_version(self, number: int) -> None:
-        """versions[number] <- the parameters. All holders call, before any of them changes its shard."""
+        """Copy the parameters to versions[number]. All holders call, before any of them changes its shard."""
         for bucket in self.buckets:
             bucket.keep_version(self._device, number)
 
     # -- what this rank holds, in global coordinates ----------------------------------------------------------------
 
     def blocks(self) -> dict[Holding, Array]:
-        """This rank's blocks of parameters and running statistics, as views of the live arrays."""
+        """Return this rank's blocks of parameters and running statistics, as views of the live arrays."""
         return {Holding(f"{PARAMETERS}/{key}", self.parameters[key].box): self.params[key] for key in self.params}
 
     def shards(self, memories: Mapping[str, Sequence[Array]]) -> dict[Holding, Array]:
-        """What this rank alone keeps of each parameter: the optimizer's state of its shards, and the exchange's
-        `memories`: for each name one array for each bucket. Views of the live arrays."""
+        """Return what this rank alone keeps of each parameter, as views of the live arrays: the optimizer state of its
+        shards, and the exchange's `memories`, which have for each name one array for each bucket."""
         named = {f"{OPTIMIZER}/{name}": [b.optimizer[name] for b in self.buckets] for name in self._optimizer.states}
         named |= {f"{EXCHANGE}/{name}": list(shards) for name, shards in memories.items()}
         return {

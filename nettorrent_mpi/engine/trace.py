@@ -1,4 +1,4 @@
-"""The trace: when each rank began and ended each action, for chrome://tracing or ui.perfetto.dev."""
+"""The trace records when each rank began and ended each action, for chrome://tracing or ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Trace:
 
     @staticmethod
     def now() -> int:
-        """The time, in nanoseconds, for `add`."""
+        """Return the time in nanoseconds, for `add`."""
         return time.time_ns()
 
     def add(self, step: int, action: Action, began: int) -> None:
-        """Take down an action that began then and has ended now."""
+        """Record an action that began at `began` and has just ended."""
         number = self._numbers.get(action)
         if number is None:
             number = self._numbers[action] = len(self._names)
@@ -38,14 +38,14 @@ class Trace:
         self._count += 1
 
     def spans(self) -> np.ndarray:
-        """The spans are rows of (count, FIELDS), oldest first."""
+        """Return the spans, oldest first, as an array (count, FIELDS)."""
         if self._count <= len(self._spans):
             return self._spans[: self._count]
         return np.roll(self._spans, -(self._count % len(self._spans)), axis=0)
 
     def gather(self, world: World, places: list[str]) -> str | None:
-        """On rank 0: the spans of all ranks as the text of a Chrome trace, whose time begins with the earliest of them;
-        elsewhere None. Every rank calls. `places` tells where each rank stands."""
+        """Return on rank 0 the spans of all ranks as a Chrome trace (JSON) whose time starts with the earliest span;
+        elsewhere None. Every rank calls. `places` describes each rank's position."""
         spans = np.ascontiguousarray(self.spans())
         first = int(spans[:, 2].min()) if len(spans) else time.time_ns()
         told = world.gather_objects((len(spans), self._names, first))  # once, at the end

@@ -1,4 +1,5 @@
-"""The training loop: step after step, with a record of how it goes. It prints nothing and writes no files itself."""
+"""The training loop runs step after step and yields records of its progress. It prints nothing and writes no files
+itself."""
 
 from __future__ import annotations
 
@@ -24,10 +25,11 @@ FIGURES = ("test_loss", "test_accuracy", "validation_loss", "validation_accuracy
 
 @dataclass(frozen=True)
 class Record:
-    """How the training stands after a step, over all ranks; `time` and `samples_per_second` are this rank's own.
+    """A Record describes the training after a step, over all ranks; `time` and `samples_per_second` are this rank's
+    own.
 
-    Ranks run apart between two rests, so a record may arrive some steps late. Where `at_rest` is true, all ranks have
-    stopped at that step and may evaluate, save and predict together.
+    Ranks do not wait for each other between rests, so a record may arrive some steps late. Where `at_rest` is true, all
+    ranks have stopped at that step and may evaluate, save and predict.
     """
 
     step: int  # counted from 1
@@ -48,17 +50,17 @@ class Record:
     at_rest: bool = False
 
     def line(self) -> dict[str, Any]:
-        """The record as a line of metrics.jsonl has it: figures of an evaluation stand there if there was one."""
+        """Return the record as a line of metrics.jsonl, with the figures of an evaluation if there was one."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         kept = FIGURES if self.evaluated else ()
         return {k: v for k, v in found.items() if (v is not None or k in kept) and k not in ("evaluated", "at_rest")}
 
 
 class TrainingLoop:
-    """Trains an engine's network. Every rank makes one and calls the same methods; all ranks train alike.
+    """A TrainingLoop trains an engine's network. Every rank makes one and calls the same methods.
 
-    Ranks train on without waiting for each other until they come to rest: where something is evaluated, saved or
-    decided. Reports in between are sums that nobody waits for.
+    Ranks train on without waiting for each other until they come to rest: to evaluate, save or decide. Reports in
+    between are nonblocking sums.
     """
 
     def __init__(self, engine: Engine, settings: Train, *, signals: bool = False):
@@ -69,7 +71,7 @@ class TrainingLoop:
         self.evaluation: Evaluation | None = None  # the latest one
         self.stopped_by: str | None = None  # SIGNAL or ACCURACY where one of them ended the last training
         self.at_rest = True
-        self.abandoned = False  # an error has ended it: nothing may communicate any more
+        self.abandoned = False  # an error has ended it: no further communication
         self.save: Callable[[], None] | None = None  # writes a checkpoint; all ranks call it, at rest
         self.clock = Clock()
         self.evaluator = Evaluator(engine)
@@ -84,11 +86,11 @@ class TrainingLoop:
         return time.perf_counter() - self._began
 
     def train(self, until: int, horizon: int) -> Iterator[Record]:
-        """Train until `until` steps are done in all, the wanted accuracy is reached or a rank is asked to stop; gives
-        the records. The learning-rate schedule spans `horizon` steps.
+        """Train until `until` steps are complete, the wanted accuracy is reached or a rank is asked to stop; yield the
+        records. The learning-rate schedule spans `horizon` steps.
 
-        A caller that leaves the loop early lets the ranks train on until all of them are at rest after the same step.
-        Raises NonFiniteError where the training diverges, on all ranks.
+        If the caller leaves the loop early, the ranks train on until all of them are at rest after the same step.
+        Raises NonFiniteError on all ranks if the training diverges.
         """
         if not self.at_rest:
             raise UserError("another loop over train() has not come to its end")
@@ -111,7 +113,7 @@ class TrainingLoop:
             self.samples += work.rows
             clock.step(work.rows)
             epochs = done // self.epoch_steps if done % self.epoch_steps == 0 else 0
-            ask = reported and done < rest  # one step after a report has begun it may have arrived
+            ask = reported and done < rest  # a report may have arrived one step after it was started
             reported = done == rest or bool(epochs) or done % settings.report_every == 0
             if reported:
                 reports.start(self._record(rate), stopping.asked)
@@ -126,7 +128,7 @@ class TrainingLoop:
                 if self._leave():
                     return
             know = stopping.all_know(ask=ask) or (done == rest and stopping.heard)
-            if know and stop is None:  # others may be before this one's rest, and wait there
+            if know and stop is None:  # others may wait at an earlier rest
                 stop = min(rest, stopping.last_step(done + 1 + engine.schedule.ahead))
             if done < rest:
                 continue
@@ -160,12 +162,12 @@ class TrainingLoop:
         self.at_rest = True
 
     def resume(self, step: int, samples: int, seconds: float) -> None:
-        """Go on from what an earlier training has done."""
+        """Continue from the steps, samples and seconds of an earlier training."""
         self.step, self.samples = step, samples
         self._began -= seconds
 
     def close(self) -> None:
-        """Give the communicators and the signals' handlers back. All ranks call, at rest."""
+        """Free the communicators and restore the signal handlers. All ranks call, at rest."""
         list(self._reports.ready(wait=True))
         self._stopping.close()
         self._reports.close()
@@ -176,7 +178,8 @@ class TrainingLoop:
         self._stopping.begin()
 
     def _leave(self) -> bool:
-        """The caller takes no more records: ask all ranks to come to rest; true where this rank is already."""
+        """Ask all ranks to come to rest, because the caller takes no more records; return whether this rank already
+        is."""
         if self.abandoned:
             return True
         self._left = True
@@ -189,16 +192,18 @@ class TrainingLoop:
         return True
 
     def _next_rest(self, n: int, until: int) -> int:
-        """After how many steps in all the ranks come to rest next, step n being the next one."""
+        """Return the step count at which the ranks next come to rest, before step n."""
         epochs = (self._settings.evaluate_every, self._settings.checkpoint_every)
         found = [until, *(next_multiple(n, every * self.epoch_steps) for every in epochs)]
         due = self._engine.exchange.next_rest(n)
         return min(found if due is None else [*found, due])
 
     def _arrived(self, *, wait: bool, to_request: bool = False) -> Iterator[Record]:
-        """The records that the ranks' reports complete. `wait`: for all reports but the last, which is told together
-        with what happens at rest; `to_request`: but not beyond one by which some rank asks to stop, because ranks that
-        have heard of it may start no more before all know."""
+        """Yield the records that the ranks' reports complete.
+
+        `wait`: for all reports but the last, whose record follows at rest. `to_request`: stop at a report by which some
+        rank asks to stop, because ranks that have heard of it may start no more before all know.
+        """
         for report in self._reports.ready(wait=wait, but=1):
             asked = report.flag or report.diverged
             self._diverged = self._diverged or report.diverged
@@ -210,7 +215,7 @@ class TrainingLoop:
                 break
 
     def _record(self, rate: float) -> Record:
-        """This step's record, before the other ranks' figures are known."""
+        """Return this step's record, before the other ranks' figures are known."""
         epoch, seconds = round(self.step / self.epoch_steps, 4), round(self.time, 3)
         return Record(self.step, epoch, self.samples, seconds, 0.0, rate, self.clock.samples_per_second)
 
@@ -221,6 +226,6 @@ class TrainingLoop:
         return replace(report.tag, train_loss=self.loss, consensus_distance=report.distance)
 
     def _reached(self, scores: Scores | None) -> bool:
-        """Whether the accuracy is reached at which the training has to stop."""
+        """Whether the accuracy that ends the training is reached."""
         stop = self._settings.stop_at
         return stop is not None and scores is not None and (scores.accuracy or 0.0) >= stop.accuracy

@@ -1,14 +1,14 @@
-"""The end of a step: gradients are reduced over all who hold the same block, and every holder updates its shard.
+"""The end of a step: gradients are reduced over the holders of each block, and every holder updates its shard.
 
-Each holder gets the sum of its shard of the gradients, updates its shard of the parameters, and all give each other the
-result: the bytes of one all-reduce, but the optimizer's work and state are divided among the holders. On one node the
-shards are read and written where they lie, in shared memory. Between nodes they travel around a ring (comm/ring.py):
-the gradients of a bucket leave when the last backward has come through its layers, and are on their way while it goes
-through the others; and a bucket that is updated is on its way to all while the next one is updated.
+Gradients are reduce-scattered, each holder updates its shard of the parameters, and the shards are all-gathered: the
+bytes of one all-reduce, while the optimizer's work and state are divided among the holders. On one node the shards are
+read and written in place, in shared memory. Between nodes they travel around a ring (comm/ring.py): a bucket's
+gradients leave as soon as the last backward pass has come through its layers, and travel while it goes through the
+others; an updated bucket travels while the next one is updated.
 
-Who holds the same block is the wiring's matter: with the exact exchange the rows of all replicas, otherwise those of
-one team. Then `exchange` brings the replicas nearer to each other: what a rank does to the shard that it owns reaches
-the whole team, so that the rows of a team stay bitwise alike.
+The wiring knows the holders: with the exact exchange the rows of all replicas, otherwise those of one team. Then
+`exchange` brings the replicas nearer to each other: what a rank does to the shard that it owns reaches the whole team,
+so that the rows of a team stay bitwise alike.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nettorrent_mpi.nn.optimizers import Optimizer, clip_scale
 
 
 class Update:
-    """Reduces gradients, updates this rank's shards, exchanges with peers, and gives everyone's shards to everyone.
+    """Reduces gradients, updates this rank's shards, exchanges them with peers, and all-gathers them.
 
     The methods are the actions R, M, N, X, U, Y, G of a schedule (plan/actions.py), in this order; only `reduce`,
     `norm`, `before`, `after` and `gather` wait. Steps count from 1.
@@ -53,38 +53,39 @@ class Update:
         self._loss: Pending | None = None  # the replica's loss of the step before, on its way
 
     def complete(self, first: int) -> None:
-        """In the step's last backward: the gradients of the stage's parameters from number `first` on are written, and
-        what of them travels in messages may leave, under the rest of the backward."""
+        """Note that the last backward pass of the step has written the gradients of the stage's parameters from number
+        `first` on, so that complete buckets may leave under the rest of it."""
         buckets = self._state.buckets
         while self._begun < len(buckets) and buckets[self._begun].first >= first:
             buckets[self._begun].reducer.begin_reduce()
             self._begun += 1
 
     def reduce(self) -> None:
-        """Reduce-scatter the gradients: each holder gets the sum of its shards."""
+        """Reduce-scatter the gradients: each holder gets the sum for its shards."""
         self.complete(0)
         self._begun = 0
         self._state.reduce()
 
     def multiply(self, rows: int) -> None:
-        """Compute this rank's shards of gradients whose operands the holders share, of a mini-batch of `rows`."""
+        """Compute this rank's shards of gradients whose operands the holders share, for a mini-batch of `rows`."""
         self._state.multiply(rows)
 
     def norm(self) -> None:
-        """Find the global norm over all stages, for clipping (all of them take part): ||g|| of every parameter once."""
+        """Compute the global gradient norm over all stages for clipping; every parameter counts once. All stages take
+        part."""
         assert self._clip_norm is not None
         self._squares[0] = sum(self._ops.sum_of_squares(bucket.sums) for bucket in self._state.buckets)
         self._wiring.replica.sum(self._squares)
         self._scale = clip_scale(math.sqrt(self._squares[0]), self._clip_norm)
 
     def before(self, step: int) -> None:
-        """Merge into this rank's shards what its peers have sent."""
+        """Merge into this rank's shards the messages of its peers."""
         if self._losses is not None:
             self._tell_loss(self._losses)
         self._exchange.before_update(step)
 
     def update(self, rate: float, step: int) -> None:
-        """Let the optimizer do one step on this rank's shards. Nobody reads the others' any more."""
+        """Run the optimizer on this rank's shards. No rank reads the other shards of the parameters until `gather`."""
         buckets = self._state.buckets
         for bucket in buckets:
             bucket.reducer.expect_gather()
@@ -99,17 +100,17 @@ class Update:
         self._exchange.after_update(rate, step)
 
     def gather(self) -> None:
-        """All-gather everyone's shards."""
+        """All-gather the shards."""
         self._state.gather()
 
     def close(self) -> None:
-        """Wait for what is under way. All ranks call, at rest."""
+        """Wait for communication in flight. All ranks call, at rest."""
         if self._loss is not None:
             self._loss.sums()
 
     def _tell_loss(self, replica: Group) -> None:
-        """Tell the exchange this replica's loss in the step before. Only its last stage knows it, so it is summed up,
-        under a step's compute."""
+        """Pass the exchange this replica's loss in the previous step. Only the last stage knows it, so it is summed
+        over the replica while a step computes."""
         if self._loss is not None:
             loss, rows = self._loss.sums()
             if rows:

@@ -1,4 +1,4 @@
-"""Measures what a run takes: training time and memory."""
+"""The resources that a run uses: training time and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WARM_UP = 5  # steps that samples_per_second leaves out
 
 
 class Clock:
-    """A Clock measures training time: without start-up, evaluation and (for the rate) the first steps."""
+    """A Clock measures training time, without start-up and evaluation, and for the rate without the first steps."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -30,7 +30,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training until now."""
+        """Seconds of training so far."""
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def step(self, rows: int) -> None:
@@ -44,12 +44,12 @@ class Clock:
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean seconds of all steps."""
+        """Mean seconds per step."""
         return self.seconds / max(self._steps, 1)
 
     @property
     def samples_per_second(self) -> float:
-        """Rows per second; of all steps if there are no more than the warm-up."""
+        """Rows per second without the warm-up; over all steps if there are no others."""
         seconds, rows = self.seconds - self._warm_seconds, self._rows - self._warm_rows
         if rows <= 0:
             seconds, rows = self.seconds, self._rows
@@ -57,12 +57,12 @@ class Clock:
 
 
 def peak_memory() -> int:
-    """Return the most bytes of physical memory that this process has held.
+    """Return the peak resident memory of this process in bytes.
 
-    Pages that it shares with others count, from when it first touches them: those of libraries, and of the training
-    rows and weights that the ranks of a node have in common. So the sum over ranks is more than a node has to have.
+    Shared pages count from when the process first touches them: those of libraries, and of the training rows and
+    weights that the ranks of a node share. So the sum over ranks exceeds the memory that the node needs.
     """
-    try:  # what the system calls the process's own; getrusage goes on from the program that started this one
+    try:  # VmHWM is this process's own; getrusage inherits the peak of the program that started it
         with open("/proc/self/status") as file:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):  # not Linux

@@ -1,8 +1,10 @@
-"""Wiring: groups, shared memory, links and buffers, derived from (topology, world) and disposable at any step.
+"""The wiring holds a rank's groups, shared memory, links and buffers, derived from (topology, world) and disposable at
+any step.
 
-A rank's place in the topology decides everything here. Between neighbouring stages of a replica lies a link: going
-forward, each rank of the reading team gets all inputs of its rows (x_bI) from the ranks that own them (y_bo); going
-backward the same pieces travel the other way, as partial sums over the reading team's cols that the owner adds up.
+It follows from the rank's position in the topology. Between neighbouring stages of a replica lies a link: in the
+forward direction each rank of the reading team gets all inputs of its rows (x_bI) from the ranks that own them (y_bo);
+in the backward direction the same pieces travel the other way, as partial sums over the reading team's cols that the
+owner adds up.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ FORWARD, BACKWARD = 0, 1
 
 
 class WiredTeam:
-    """nn.layer.Team over real groups: what layers ask of the ranks that work on the same stage."""
+    """Implements nn.layer.Team with real groups: the collective operations of layers among the ranks of a stage."""
 
     def __init__(self, holders: Group, cols: Group):
         self._holders, self._cols = holders, cols
@@ -34,15 +36,16 @@ class WiredTeam:
         self.col = cols.index
 
     def sum_over_rows(self, values: Array) -> None:
-        """Over all ranks that hold other rows of the micro-batch: of the team, and of replicas where they are exact."""
+        """All-reduce over all ranks that hold other rows of the micro-batch: of the team, and of all replicas where
+        they are exact."""
         self._holders.sum(values)
 
     def sum_over_cols(self, values: Array) -> None:
-        """Over the cols of the team."""
+        """All-reduce over the cols of the team."""
         self._cols.sum(values)
 
     def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
-        """whole_b..C <- part_b..c of all cols: every col's part travels flat and is then put in place."""
+        """All-gather: whole_b..C <- part_b..c of all cols. Every col's part travels flat and is then put in place."""
         if self.cols == 1:
             np.copyto(whole, part)
             return
@@ -55,7 +58,7 @@ class WiredTeam:
             np.copyto(whole[..., slice(*c)], piece)
 
     def scatter_cols(self, partial_whole: Array, part: Array, workspace: Workspace) -> None:
-        """part_b..c <- this col's slice of the sum over cols of partial_whole_b..C."""
+        """Reduce-scatter: part_b..c <- this col's slice of the sum over cols of partial_whole_b..C."""
         if self.cols == 1:
             np.copyto(part, partial_whole)
             return
@@ -68,7 +71,7 @@ class WiredTeam:
         self._cols.reduce_scatter(flat, part.reshape(-1), counts)
 
     def _slices(self, flat: Array, counts: list[int], rest: Shape) -> list[tuple[Span, Array]]:
-        """(features, the flat array's part for them) of every col."""
+        """Return (features, their part of the flat array) for every col."""
         found, start = [], 0
         features = sum(counts) // max(int(np.prod(rest)), 1)
         for c, count in enumerate(counts):
@@ -79,18 +82,18 @@ class WiredTeam:
 
 
 class Wiring:
-    """One rank's groups, shared memory, links and buffers: all that an engine has of MPI. It is made for one world, and
-    closed with everything that it made, in the order in which it was made.
+    """The wiring of one rank: its groups, shared memory, links and buffers, all MPI objects that an engine has. It is
+    made for one world and closes everything that it made, in the order of creation.
 
-    The groups: `everyone` are all ranks of the world; `holders` hold the same neurons and keep the same weights: the
-    rows of the team, over all replicas where the exchange is exact; `all_holders` the same for blocks that every col
-    holds; `cols` the cols of this row; `peers` the same place in every replica; `replica` all ranks among which the
-    network is held once and every gradient is summed; `readers` the ranks of the first stage on this node, which share
-    the data set's inputs.
+    The groups: `everyone` has all ranks of the world; `holders` those that hold the same neurons and keep the same
+    weights: the rows of the team, over all replicas where the exchange is exact; `all_holders` the same for blocks that
+    every col holds; `cols` the cols of this row; `peers` the same position in every replica; `replica` all ranks among
+    which the network is held once and every gradient is summed; `readers` the ranks of the first stage on this node,
+    which share the data set's inputs.
 
-    `inputs` is one row's whole shape of what the stage reads, `outputs` of what it writes. `most_rows` is the most rows
-    that this rank gets of one micro-batch, `slots` how many micro-batches it holds between their forward and the end of
-    their backward.
+    `inputs` is the whole shape of one row that the stage reads, `outputs` of one that it writes. `most_rows` is the
+    largest number of rows of a micro-batch that this rank gets, `slots` the number of micro-batches that it holds
+    between their forward pass and the end of their backward pass.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class Wiring:
     # -- groups and shared memory -----------------------------------------------------------------------------------
 
     def _group(self, ranks: Sequence[int]) -> Group:
-        """The group of these ranks of the world. Its members, and nobody else, ask for it, in the same order."""
+        """Return the group of these ranks of the world. Its members alone call, in the same order of groups."""
         key = tuple(ranks)
         if key not in self._groups:
             self._groups[key] = self.everyone.subgroup(key)
@@ -153,17 +156,17 @@ class Wiring:
         return self._groups[key]
 
     def channel(self, group: Group) -> Group:
-        """A duplicate of a group for one purpose alone, whose messages nothing else meets. All members call."""
+        """Return a duplicate of a group for one purpose, whose messages cannot match any others. All members call."""
         self._made.append(group.duplicate())
         return self._made[-1]
 
     def shared_memory(self, group: Group, sizes: Sequence[int], dtype: Any) -> SharedMemory:
-        """Memory that the members of `group`, which are on one node, share. All members call."""
+        """Allocate memory that the members of `group`, which are on one node, share. All members call."""
         self._memories.append(SharedMemory(group, sizes, dtype))
         return self._memories[-1]
 
     def shared_rows(self, shape: Shape, dtype: Any, fill: Callable[[Array], None]) -> Array:
-        """An array that one of the `readers` fills for all of them. All of them call."""
+        """Return an array that one of the `readers` fills for all of them. All of them call."""
         array, memory = shared_array(self.readers, shape, dtype, fill)
         if memory is not None:
             self._memories.append(memory)
@@ -172,28 +175,28 @@ class Wiring:
     # -- buffers ----------------------------------------------------------------------------------------------------
 
     def x(self, micro_batch: int, rows: int) -> Array:
-        """The input buffer of a micro-batch: (rows, *inputs)."""
+        """Return the input buffer of a micro-batch: (rows, *inputs)."""
         return self._view(self._x[micro_batch % self.ring], rows, self._inputs)
 
     def ahead(self, rows: int) -> Array:
-        """The first stage's buffer for a micro-batch that is still to come: (rows, *inputs)."""
+        """Return the first stage's buffer for the next micro-batch: (rows, *inputs)."""
         return self._view(self._x[-1], rows, self._inputs)
 
     def take_ahead(self, micro_batch: int) -> None:
-        """The micro-batch has come: `ahead` becomes its input buffer, and what was that is free for the next one."""
+        """Swap buffers: `ahead` becomes the micro-batch's input buffer, and the former one is free for the next."""
         place = micro_batch % self.ring
         self._x[place], self._x[-1] = self._x[-1], self._x[place]
 
     def dy(self, micro_batch: int, rows: int) -> Array:
-        """The buffer for the gradient that the next stage sends: (rows, *local outputs)."""
+        """Return the buffer for the gradient that the next stage sends: (rows, *local outputs)."""
         return self._view(self._dy[micro_batch % self.buffers.dy], rows, self._dy_shape)
 
     def dx(self, micro_batch: int, rows: int) -> Array:
-        """The buffer from which the gradient goes to the stage before: (rows, *inputs)."""
+        """Return the buffer from which the gradient goes to the previous stage: (rows, *inputs)."""
         return self._view(self._dx[micro_batch % self.buffers.dx], rows, self._inputs)
 
     def _view(self, memory: Array, rows: int, shape: Shape) -> Array:
-        """The same object for the same rows: layers know the arrays of the steady state again."""
+        """Return the same view object for the same rows: layers recognise the arrays of the steady state."""
         key = (id(memory), rows)
         view = self._views.get(key)
         if view is None:
@@ -203,26 +206,26 @@ class Wiring:
     # -- links ------------------------------------------------------------------------------------------------------
 
     def receive_x(self, micro_batch: int, rows: int, of: int) -> Transfer:
-        """The transfer that brings the inputs of a micro-batch of `of` rows in this replica."""
+        """Return the transfer that receives the inputs of a micro-batch of `of` rows in this replica."""
         return self._transfer(FORWARD, self.x(micro_batch, rows), of, sending=False)
 
     def send_y(self, y: Array, of: int) -> Transfer:
-        """The transfer that takes the outputs to the next stage."""
+        """Return the transfer that sends the outputs to the next stage."""
         return self._transfer(FORWARD, y, of, sending=True)
 
     def receive_dy(self, micro_batch: int, rows: int, of: int) -> Transfer:
-        """The transfer that brings the outputs' gradient from the next stage."""
+        """Return the transfer that receives the outputs' gradient from the next stage."""
         return self._transfer(BACKWARD, self.dy(micro_batch, rows), of, sending=False)
 
     def send_dx(self, micro_batch: int, rows: int, of: int) -> Transfer:
-        """The transfer that takes the inputs' gradient to the stage before."""
+        """Return the transfer that sends the inputs' gradient to the previous stage."""
         return self._transfer(BACKWARD, self.dx(micro_batch, rows), of, sending=True)
 
     def _transfer(self, direction: int, array: Array, of: int, *, sending: bool) -> Transfer:
-        """Made on first use; afterwards found by what it moves and where that lies.
+        """Return a transfer, made on first use and found again by what it moves and where that lies.
 
-        The direction is tag enough: between two ranks lies at most one link, both go through the micro-batches in the
-        same order, and MPI keeps the order of messages.
+        The direction suffices as the tag: between two ranks lies at most one link, both go through the micro-batches in
+        the same order, and MPI keeps the order of messages.
         """
         key = (direction, sending, of, array.ctypes.data)
         transfer = self._transfers.get(key)
@@ -233,7 +236,7 @@ class Wiring:
         return transfer
 
     def _parts(self, direction: int, of: int, sending: bool) -> list[Part]:
-        """This rank's messages for one micro-batch of `of` rows in its replica."""
+        """Return this rank's messages for one micro-batch of `of` rows in its replica."""
         upstream = self.place.stage - (1 if (direction == FORWARD) != sending else 0)
         shape = self._outputs if upstream == self.place.stage else self._inputs
         writer, reader = self.topology.stages[upstream], self.topology.stages[upstream + 1]
@@ -253,7 +256,7 @@ class Wiring:
         return parts
 
     def close(self) -> None:
-        """Give everything back to MPI. All ranks call, when nothing is under way; nobody uses the arrays any more."""
+        """Free all MPI objects. All ranks call when nothing is in flight; the arrays may not be used afterwards."""
         for transfer in self._transfers.values():
             transfer.free()
         self._transfers.clear()
