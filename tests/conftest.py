@@ -20,6 +20,7 @@ from typing import Protocol
 
 import mpi4py
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if "NETTORRENT_TESTS_CACHE" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = os.environ["NETTORRENT_TESTS_CACHE"] = tempfile.mkdtemp(prefix="nettorrent-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+settings.register_profile("tests", deadline=None)  # the machine may be busy
+settings.load_profile("tests")
 
 # Only a launcher's children collect tests/ranks.
 if not {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ):

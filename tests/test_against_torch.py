@@ -240,7 +240,7 @@ def test_training_equals_pytorch(trained: dict[str, tuple[Path, str]], name: str
     compare(folder, folder / "run")
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_from_the_command_line(
     mpirun: Callable[..., Run], tmp_path: Path, trained: dict[str, tuple[Path, str]], ranks: int
 ) -> None:

@@ -187,7 +187,7 @@ def test_a_slurm_job_counts_its_own_cpus() -> None:
     assert env.cores_of_node({"SLURM_CPUS_ON_NODE": "100000"}) == CORES
 
 
-@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+@pytest.mark.parametrize("mpi", [pytest.param("openmpi", marks=pytest.mark.slow), "mpich"])
 def test_under_a_launcher(mpirun: Callable[..., subprocess.CompletedProcess[str]], mpi: str) -> None:
     unset = dict.fromkeys(THREADS)
     done = mpirun(CORES + 1, ["-c", PREPARE], mpi=mpi, env=unset)

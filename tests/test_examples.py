@@ -41,7 +41,7 @@ def test_examples_are_short(script: str) -> None:
     assert lines_of_code((EXAMPLES / script).read_text()) <= MOST
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_examples_run(mpirun: Callable[..., Run], tmp_path: Path, script: str, ranks: int) -> None:
     done = mpirun(ranks, [EXAMPLES / script, *ARGUMENTS.get(script, [])], cwd=tmp_path, timeout=100)

@@ -34,7 +34,7 @@ sys.exit(main(["train", "--output", sys.argv[1], "--set", "train.steps=2"]))
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_from_main_to_a_layer(
     mpirun: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, ranks: int
 ) -> None:

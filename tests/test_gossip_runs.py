@@ -77,6 +77,7 @@ def run_with_a_standstill(mpirun: Callable[..., Run], folder: Path, mpi: str) ->
     return began, ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
 def test_a_rank_that_is_stopped(mpirun: Callable[..., Run], tmp_path: Path, mpi: str) -> None:
     seen = []

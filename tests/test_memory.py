@@ -36,7 +36,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in ("rows", "gossip") else pytest.mark.slow) for case in CASES]
+)
 def test_a_run_takes_what_was_predicted(mpirun: Mpirun, tmp_path: Path, case: str) -> None:
     data, layers, batch_size, ranks, more = CASES[case]
     sets = [f"data={data}", f"model.layers={layers}", f"train.batch_size={batch_size}", "train.steps=12", *more]

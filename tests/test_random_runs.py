@@ -1,6 +1,6 @@
 """Whole runs in modes that nobody has thought of: configurations are drawn, see programs/random_runs.py.
 
-NETTORRENT_RANDOM_RUNS=200 tries that many under each MPI, instead of a few.
+NETTORRENT_RANDOM_RUNS=200 tries that many under each MPI, instead of a few (100 in the tests marked long).
 """
 
 from __future__ import annotations
@@ -24,14 +24,23 @@ from nettorrent_mpi.plan import pairing
 
 PROGRAM = Path(__file__).resolve().parent / "programs" / "random_runs.py"
 COUNT = int(os.environ.get("NETTORRENT_RANDOM_RUNS", "8"))
+MANY = max(COUNT, 100)
 Run = subprocess.CompletedProcess[str]
 
 
-@pytest.mark.parametrize(("mpi", "seed"), [("openmpi", 1), ("mpich", 2)])
-def test_random_runs(mpirun: Callable[..., Run], mpi: str, seed: int) -> None:
-    done = mpirun(8, [PROGRAM, str(COUNT), str(seed)], mpi=mpi, timeout=90 + 5 * COUNT)
+@pytest.mark.parametrize(
+    ("mpi", "seed", "count"),
+    [
+        ("openmpi", 1, COUNT),
+        pytest.param("mpich", 2, COUNT, marks=pytest.mark.slow),
+        pytest.param("openmpi", 3, MANY, marks=pytest.mark.long),
+        pytest.param("mpich", 4, MANY, marks=pytest.mark.long),
+    ],
+)
+def test_random_runs(mpirun: Callable[..., Run], mpi: str, seed: int, count: int) -> None:
+    done = mpirun(8, [PROGRAM, str(count), str(seed)], mpi=mpi, timeout=90 + 5 * count)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert f"{COUNT} of {COUNT} are well" in done.stdout
+    assert f"{count} of {count} are well" in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from nettorrent_mpi.plan.schedule import build
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE.parent / "configs" / "digits.yaml"
 Mpirun = Callable[..., subprocess.CompletedProcess[str]]
+Series = Callable[..., Any]
 
 # Three weight layers: on three ranks each is one rank's, and there is a batch norm with running statistics.
 CONFIG = """\
@@ -84,25 +85,80 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+Told = tuple[int, str, str]  # exit code, what rank 0 wrote, what the others wrote
+HELPS = ["train", "export", "data fetch"]
+
+
+class OnThree(NamedTuple):
+    """What three ranks did: a run of 3 epochs, an evaluation of it, the same from the run's own configuration; help."""
+
+    run: Done
+    evaluation: Told
+    again: Path
+    helps: dict[str, Told]
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, mpirun: Mpirun) -> Done:
-    """A run of 3 epochs on 3 ranks."""
+def on_three(tmp_path_factory: pytest.TempPathFactory, series: Series) -> OnThree:
     root = tmp_path_factory.mktemp("run_folder")
     config = root / "small.yaml"
     config.write_text(CONFIG)
     changes = [word for change in CHANGES for word in ("--set", change)]
-    run = mpirun(3, ["-m", "nettorrent_mpi.train", config, *changes, "--output", root / "run"])
-    assert run.returncode == 0, run.stderr
-    return Done(root / "run", config, run.stdout)
+    told, evaluation, _, *helps = series(
+        3,
+        root / "series",
+        [
+            ["train", config, *changes, "--output", root / "run"],
+            ["evaluate", root / "run"],
+            ["train", root / "run" / "config.yaml", "--output", root / "again"],
+            *([*command.split(), "--help"] for command in HELPS),
+        ],
+    )
+    assert told[2] == ""
+    run = Done(root / "run", config, told[1])
+    return OnThree(run, evaluation, root / "again", dict(zip(HELPS, helps, strict=True)))
 
 
-def commands(mpirun: Mpirun, folder: Path, *lists: Sequence[str | Path]) -> list[tuple[int, str]]:
-    """(exit code, text) of each command, all run in one process."""
-    file = folder / "commands"
-    file.write_text(json.dumps([list(map(str, arguments)) for arguments in lists]))
-    run = mpirun(1, [HERE / "programs" / "commands.py", file])
-    assert run.returncode == 0, run.stderr
-    return [(code, text) for code, text in json.loads(file.with_name("commands.done").read_text())]
+@pytest.fixture(scope="module")
+def done(on_three: OnThree) -> Done:
+    """A run of 3 epochs on 3 ranks."""
+    return on_three.run
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory: pytest.TempPathFactory, series: Series, done: Done) -> dict[str, list[Told]]:
+    """What one rank did, by the name of the test that looks at it; the folders are below "root"."""
+    root = tmp_path_factory.mktemp("on_one")
+    random = np.random.default_rng(0)
+    with h5py.File(root / "data.h5", "w") as file:
+        file["x"], file["y"] = random.normal(size=(40, 3)), random.integers(0, 2, 40)
+    data, model = f"{{name: hdf5, root: {root}/data.h5}}", "{layers: [{linear: 2}]}"
+    (root / "config.yaml").write_text(f"data: {data}\nmodel: {model}\ntrain: {{steps: 2, batch_size: 8}}\n")
+    (root / "export").mkdir()
+    export = ["export", done.folder]
+    target, other = root / "export" / "model.npz", root / "export" / "model.txt"
+    lists: dict[str, list[list[str | Path]]] = {
+        "export": [[*export, target], [*export, target], [*export, other], ["export", root / "export", target]],
+        "evaluate": [["evaluate", done.folder]],
+        "nothing": [["train", root / "config.yaml", "--output", root / "run"], ["evaluate", root / "run"]],
+        "help": [[*command.split(), "--help"] for command in HELP],
+        "dry": [[*DRY_RUN, "--output", root / "dry", "--ranks", str(count)] for count in COUNTS],
+        "initial": [["train", done.config, *NO_STEPS, "--output", root / "initial"]],
+    }
+    told = iter(series(1, root / "series", [command for group in lists.values() for command in group], on=True))
+    return {"root": [(0, str(root), "")], **{name: [next(told) for _ in group] for name, group in lists.items()}}
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory, series: Series) -> tuple[Path, list[Told]]:
+    """What two ranks did: a dry run, and runs until an accuracy is reached, of the rows held back or the test's."""
+    root = tmp_path_factory.mktemp("on_two")
+    lists: list[list[str | Path]] = [[*DRY_RUN, "--output", root / "dry", "--ranks", "7"]]
+    for held_back in HELD_BACK:
+        changes = ["train.stop_at={accuracy: 0.9}", "train.batch_size=64", f"data.validation={held_back}"]
+        words = [word for change in changes for word in ("--set", change)]
+        lists.append(["train", DIGITS, *words, "--output", root / f"run{held_back}"])
+    return root, series(2, root / "series", lists)
 
 
 def test_files(done: Done) -> None:
@@ -110,15 +166,13 @@ def test_files(done: Done) -> None:
     assert there == {"config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json"}
 
 
-def test_configuration_is_complete(done: Done, tmp_path: Path, mpirun: Mpirun) -> None:
+def test_configuration_is_complete(done: Done, on_three: OnThree) -> None:
     path = done.folder / "config.yaml"
     asked = configuration.load(str(done.config), [*CHANGES, f"output={done.folder}"])
     assert configuration.load(str(path)) == asked
     for key in ("eps: 1.0e-05", "betas:", "weight_decay:", "  allreduce: {}", "  1f1b: {}", "clip_norm: 2.5"):
         assert key in path.read_text()  # what was left out has its default written down
-    run = mpirun(3, ["-m", "nettorrent_mpi.train", path, "--output", tmp_path / "again"])
-    assert run.returncode == 0, run.stderr
-    again = read(tmp_path / "again" / "model.h5")
+    again = read(on_three.again / "model.h5")
     for key, array in done.arrays().items():
         np.testing.assert_allclose(again[key], array, rtol=1e-9, atol=1e-12)
 
@@ -174,23 +228,21 @@ def test_model(done: Done) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_evaluate(done: Done, mpirun: Mpirun, ranks: int) -> None:
-    run = mpirun(ranks, ["-m", "nettorrent_mpi", "evaluate", done.folder])
-    assert run.returncode == 0, run.stderr
+def test_evaluate(done: Done, on_one: dict[str, list[Told]], on_three: OnThree, ranks: int) -> None:
+    code, told, others = on_three.evaluation if ranks == 3 else on_one["evaluate"][0]
+    assert (code, others) == (0, "")
     last = done.metrics()[-1]
     for name in ("validation", "test"):
         wanted = f"{name}: loss {last[f'{name}_loss']:.4f}, accuracy {100 * last[f'{name}_accuracy']:.2f} %\n"
-        assert run.stdout.count(wanted) == 1, run.stdout
-    assert len(run.stdout.splitlines()) == 2
+        assert told.count(wanted) == 1, told
+    assert len(told.splitlines()) == 2
 
 
-def test_export(done: Done, tmp_path: Path, mpirun: Mpirun) -> None:
-    target, other = tmp_path / "model.npz", tmp_path / "model.txt"
-    export: list[str | Path] = ["export", done.folder]
-    first, second, third, fourth = commands(
-        mpirun, tmp_path, [*export, target], [*export, target], [*export, other], ["export", tmp_path, target]
-    )
-    assert first == (0, "")
+def test_export(done: Done, on_one: dict[str, list[Told]]) -> None:
+    folder = Path(on_one["root"][0][1], "export")
+    target = folder / "model.npz"
+    first, second, third, fourth = on_one["export"]
+    assert first == (0, "", "")
     with np.load(target, allow_pickle=False) as exported:
         arrays = done.arrays()
         assert set(exported.files) == set(arrays)
@@ -201,7 +253,7 @@ def test_export(done: Done, tmp_path: Path, mpirun: Mpirun) -> None:
     assert re.search(r"model\.npz exists; choose another name", second[1])
     assert re.search(r"model\.txt: .* \.npz", third[1])
     assert re.search(r"model\.h5: there is no such file", fourth[1])
-    assert {path.name for path in tmp_path.iterdir()} == {"commands", "commands.done", "model.npz"}
+    assert {path.name for path in folder.iterdir()} == {"model.npz"}
 
 
 def test_trace(done: Done) -> None:
@@ -244,14 +296,14 @@ def test_the_log_has_every_report(done: Done) -> None:
     assert len(lines) == 13
 
 
-@pytest.mark.parametrize("held_back", [0.0, 0.1])
-def test_stop_at(tmp_path: Path, mpirun: Mpirun, held_back: float) -> None:
+HELD_BACK = [0.0, 0.1]
+
+
+@pytest.mark.parametrize("held_back", HELD_BACK)
+def test_stop_at(on_two: tuple[Path, list[Told]], held_back: float) -> None:
     """Training ends after the epoch in which the accuracy, of the validation rows where there are any, is reached."""
-    changes = ["train.stop_at={accuracy: 0.9}", "train.batch_size=64", f"data.validation={held_back}"]
-    words = [word for change in changes for word in ("--set", change)]
-    run = mpirun(2, ["-m", "nettorrent_mpi.train", DIGITS, *words, "--output", tmp_path / "run"])
-    assert run.returncode == 0, run.stderr
-    done = Done(tmp_path / "run", DIGITS, run.stdout)
+    root, told = on_two
+    done = Done(root / f"run{held_back}", DIGITS, told[1 + HELD_BACK.index(held_back)][1])
     summary, metrics, key = done.summary(), done.metrics(), "validation_accuracy" if held_back else "test_accuracy"
     assert summary["stopped_by"] == "accuracy"
     epoch = -(-round(1438 * (1 - held_back)) // 64)
@@ -264,16 +316,18 @@ def test_stop_at(tmp_path: Path, mpirun: Mpirun, held_back: float) -> None:
     assert done.arrays().keys() >= {"conv2d1/weight", "linear2/bias"}
 
 
-def test_no_steps_gives_the_initial_weights(tmp_path: Path, mpirun: Mpirun) -> None:
-    config = tmp_path / "small.yaml"
-    config.write_text(CONFIG)
-    steps = ["--set", "train.steps=0", "--set", "train.epochs=null", "--set", "layout=layers"]
+NO_STEPS = ["--set", "train.steps=0", "--set", "train.epochs=null", "--set", "layout=layers"]
+
+
+def test_no_steps_gives_the_initial_weights(
+    tmp_path: Path, mpirun: Mpirun, done: Done, on_one: dict[str, list[Told]]
+) -> None:
+    run = mpirun(4, ["-m", "nettorrent_mpi.train", done.config, *NO_STEPS, "--output", tmp_path / "initial"])
+    assert run.returncode == 0, run.stderr
+    assert on_one["initial"][0][0] == 0, on_one["initial"]
     arrays = []
-    for ranks in (1, 4):
-        output = tmp_path / f"on{ranks}"
-        run = mpirun(ranks, ["-m", "nettorrent_mpi.train", config, *steps, "--output", output])
-        assert run.returncode == 0, run.stderr
-        done = Done(output, config, run.stdout)
+    for ranks, output in ((1, Path(on_one["root"][0][1], "initial")), (4, tmp_path / "initial")):
+        done = Done(output, done.config, "")
         assert done.metrics() == []
         summary = done.summary()
         assert (summary["steps"], summary["stopped_by"], summary["world_size"]) == (0, "steps", ranks)
@@ -289,18 +343,11 @@ def test_no_steps_gives_the_initial_weights(tmp_path: Path, mpirun: Mpirun) -> N
     assert (one["batch_norm1/running_var"] == 1).all()
 
 
-def test_nothing_to_evaluate_on(tmp_path: Path, mpirun: Mpirun) -> None:
-    random = np.random.default_rng(0)
-    with h5py.File(tmp_path / "data.h5", "w") as file:
-        file["x"], file["y"] = random.normal(size=(40, 3)), random.integers(0, 2, 40)
-    config = tmp_path / "config.yaml"
-    data, model = f"{{name: hdf5, root: {tmp_path}/data.h5}}", "{layers: [{linear: 2}]}"
-    config.write_text(f"data: {data}\nmodel: {model}\ntrain: {{steps: 2, batch_size: 8}}\n")
-    run, evaluation = commands(
-        mpirun, tmp_path, ["train", config, "--output", tmp_path / "run"], ["evaluate", tmp_path / "run"]
-    )
+def test_nothing_to_evaluate_on(on_one: dict[str, list[Told]]) -> None:
+    root = Path(on_one["root"][0][1])
+    run, evaluation = on_one["nothing"]
     assert run[0] == 0, run[1]
-    done = Done(tmp_path / "run", config, run[1])
+    done = Done(root / "run", root / "config.yaml", run[1])
     assert done.metrics()[-1]["test_accuracy"] is None
     assert done.summary()["test_accuracy"] is None
     assert evaluation[0] == 2
@@ -319,33 +366,35 @@ HELP = {
 }
 
 
-def test_help(tmp_path: Path, mpirun: Mpirun) -> None:
-    told = commands(mpirun, tmp_path, *([*command.split(), "--help"] for command in HELP))
-    for (command, word), (code, text) in zip(HELP.items(), told, strict=True):
+def test_help(on_one: dict[str, list[Told]]) -> None:
+    for (command, word), (code, text, _) in zip(HELP.items(), on_one["help"], strict=True):
         assert code == 0
         assert text.startswith(f"usage: nettorrent {command}".rstrip())
         assert word in text
 
 
-@pytest.mark.parametrize("command", ["train", "export", "data fetch"])
-def test_help_is_told_once(mpirun: Mpirun, command: str) -> None:
-    run = mpirun(3, ["-m", "nettorrent_mpi", *command.split(), "--help"])
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("usage: nettorrent") == 1
+@pytest.mark.parametrize("command", HELPS)
+def test_help_is_told_once(on_three: OnThree, command: str) -> None:
+    code, *texts = on_three.helps[command]
+    assert code == 0, texts
+    assert "".join(texts).count("usage: nettorrent") == 1
 
 
-def test_dry_runs_use_all_ranks(tmp_path: Path, mpirun: Mpirun) -> None:
-    counts = [1, 2, 3, 7, 64, 1000]
-    arguments: list[str | Path] = ["train", "--dry-run", DIGITS, "--output", tmp_path / "run", "--ranks"]
-    told = commands(mpirun, tmp_path, *([*arguments, str(count)] for count in counts))
-    for count, (code, text) in zip(counts, told, strict=True):
+COUNTS = [1, 2, 3, 7, 64, 1000]
+DRY_RUN: list[str | Path] = ["train", "--dry-run", DIGITS]
+
+
+def test_dry_runs_use_all_ranks(on_one: dict[str, list[Told]], on_two: tuple[Path, list[Told]]) -> None:
+    for count, (code, text, _) in zip(COUNTS, on_one["dry"], strict=True):
         assert code == 0, text
         check_dry_run(text, count)
-    run = mpirun(2, ["-m", "nettorrent_mpi.train", *arguments[1:], "7"])
-    assert run.returncode == 0, run.stderr
-    check_dry_run(run.stdout, 7)
-    assert run.stdout.count("SCHEDULE") == 1  # told once
-    assert not (tmp_path / "run").exists()
+    root, told = on_two
+    code, *texts = told[0]
+    assert code == 0, texts
+    check_dry_run("".join(texts), 7)
+    assert "".join(texts).count("SCHEDULE") == 1  # told once
+    assert not (root / "dry").exists()
+    assert not Path(on_one["root"][0][1], "dry").exists()
 
 
 def check_dry_run(text: str, ranks: int) -> None:
@@ -385,7 +434,9 @@ sys.exit(ranks.code)
 """
 
 
-@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+@pytest.mark.parametrize(
+    "mpi", [pytest.param("openmpi", marks=pytest.mark.slow), pytest.param("mpich", marks=pytest.mark.long)]
+)
 def test_shared_memory_does_not_keep_mpi_from_ending(mpirun: Mpirun, mpi: str) -> None:
     for _ in range(5):
         done = mpirun(4, ["-c", SHARES], mpi=mpi, timeout=30)

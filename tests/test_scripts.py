@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 
@@ -34,8 +35,17 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
-@pytest.mark.parametrize("case", SCRIPTS)
+QUICK = [("with", "openmpi"), ("exit", "mpich")]
+ONCE = [("without", "mpich"), ("a mistake of one rank", "openmpi"), ("at the end", "mpich")]
+
+
+@pytest.mark.parametrize(
+    ("case", "mpi"),
+    [
+        pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow if each in ONCE else pytest.mark.long)
+        for each in product(SCRIPTS, ["openmpi", "mpich"])
+    ],
+)
 def test_an_error_of_one_rank_ends_all(mpirun: Callable[..., Run], case: str, mpi: str) -> None:
     script, code = SCRIPTS[case]
     done = mpirun(4, ["-c", script], mpi=mpi)
@@ -49,7 +59,7 @@ def test_an_error_of_one_rank_ends_all(mpirun: Callable[..., Run], case: str, mp
         assert done.stderr.count("Traceback") == 1, text
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_errors_that_all_ranks_raise_end_a_trainer_and_not_the_script(mpirun: Callable[..., Run], ranks: int) -> None:
     script = START + (
         "with trainer:\n"

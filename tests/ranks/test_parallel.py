@@ -115,10 +115,24 @@ def name(topology: Topology) -> str:
     return f"{topology.replicas}*[{stages}]"
 
 
+def marks(network: int, layout: int, pipeline: str | None) -> list[pytest.MarkDecorator]:
+    """Every layout with one network and one pipeline always, with a second network in CI, with all in test-all."""
+    turn = (layout + network) % len(NETWORKS)
+    if turn == 0 and pipeline in (None, ("gpipe", "1f1b")[layout % 2]):
+        return []
+    return [pytest.mark.slow if turn < 2 else pytest.mark.long]
+
+
 CASES = [
-    pytest.param(network, topology, pipeline, id=f"{network}-{pipeline}-{name(topology)}")
-    for network, specs_ in NETWORKS.items()
-    for i, topology in enumerate(dict.fromkeys(layouts(MPI.COMM_WORLD.size, Network(specs_, SHAPE))))
+    pytest.param(
+        network,
+        topology,
+        pipeline,
+        id=f"{network}-{pipeline}-{name(topology)}",
+        marks=marks(i, j, pipeline if topology.stages[1:] else None),
+    )
+    for i, (network, specs_) in enumerate(NETWORKS.items())
+    for j, topology in enumerate(dict.fromkeys(layouts(MPI.COMM_WORLD.size, Network(specs_, SHAPE))))
     for pipeline in (("gpipe", "1f1b") if len(topology.stages) > 1 else ("1f1b",))
 ]
 
@@ -191,7 +205,7 @@ def test_any_layout_gives_the_serial_weights(network: str, topology: Topology, p
         compare(mine, serial(network), 1e-10)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["mlp", "cnn", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_float32(network: str) -> None:
     options = {"dtype": "float32", "optimizer": specs.Sgd(momentum=0.9), "clip_norm": None, "rate": 0.005}
     topology = layers_layout(Network(NETWORKS[network], SHAPE).facts, MPI.COMM_WORLD.size, 13)
@@ -201,8 +215,15 @@ def test_float32(network: str) -> None:
 
 
 @pytest.mark.ranks(2, 3, 4, 5, 8)
-@pytest.mark.parametrize("network", ["mlp", "cnn"])
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    ("network", "micro_batches"),
+    [
+        ("mlp", 3),
+        pytest.param("mlp", 1, marks=pytest.mark.slow),
+        pytest.param("cnn", 3, marks=pytest.mark.slow),
+        pytest.param("cnn", 1, marks=pytest.mark.long),
+    ],
+)
 def test_gradients_in_parts(network: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every linear layer, however much larger its rows are than its weights."""
     monkeypatch.setattr(buckets, "in_parts", lambda rows, sharers, *_: sharers > 1)
@@ -217,11 +238,14 @@ def test_gradients_in_parts(network: str, micro_batches: int, monkeypatch: pytes
 
 
 @pytest.mark.ranks(2, 3, 4, 5)
-@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(
-    ("around", "clip_norm"),
-    [(True, None), (True, 1.5), (False, 1.5)],
-    ids=["rings", "rings-clipped", "collectives"],
+    ("network", "around", "clip_norm"),
+    [
+        pytest.param(network, *how, id=f"{network}-{ways}", marks=() if (network, ways) == first else pytest.mark.slow)
+        for first in [("cnn", "rings-clipped")]
+        for network in NETWORKS
+        for ways, how in {"rings": (True, None), "rings-clipped": (True, 1.5), "collectives": (False, 1.5)}.items()
+    ],
 )
 def test_without_shared_memory(
     network: str, around: bool, clip_norm: float | None, between_nodes: Callable[[bool], None]
