@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from nettorrent_mpi.nn.layers.registry import Site, register_layer
     from nettorrent_mpi.nn.model import Network
     from nettorrent_mpi.plan.errors import (
-        AgreedError,
         ConfigError,
         DataError,
         LayoutError,
@@ -87,8 +86,7 @@ _WHERE = {
     "Adagrad Adam AdamW Rmsprop Sgd Constant Cosine Exponential Step",
     # pipelines; how replicas agree
     "plan.exchange_specs": "Async Gpipe OneFOneB Allreduce Elite Gossip Nothing",
-    "plan.errors": "AgreedError ConfigError DataError LayoutError NetTorrentError NonFiniteError OutputError "
-    "ShapeError UserError",
+    "plan.errors": "ConfigError DataError LayoutError NetTorrentError NonFiniteError OutputError ShapeError UserError",
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = sorted([*_MODULES, "plan"])  # noqa: PLE0605

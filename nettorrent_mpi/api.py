@@ -43,7 +43,7 @@ from nettorrent_mpi.engine.resuming import find_checkpoint, must_match, write_ch
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.trainer import Record, TrainingLoop
-from nettorrent_mpi.plan.errors import AgreedError, NetTorrentError, UserError
+from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
 
@@ -82,7 +82,8 @@ class Trainer:
             self.planned = network if isinstance(network, PlannedRun) else self._plan(network, data, settings)
             self.setup = self.planned.setup
             if self.setup.topology.size != world.size:
-                raise AgreedError(f"the plan is for {self.setup.topology.size} ranks, not for {world.size}", 2)
+                with world.agreement():
+                    raise LayoutError(f"the plan is for {self.setup.topology.size} ranks, not for {world.size}")
             self._engine = Engine(world, self.setup.plan)
             self._closers.insert(0, self._engine.close)
             with world.agreement():

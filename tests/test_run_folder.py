@@ -429,7 +429,8 @@ with Ranks() as ranks:
     list(trainers[1].train(steps=2))
     if ranks.world.rank < 2:
         trainers[0].close()
-    raise nt.AgreedError('told to all', 2)
+    with ranks.world.agreement():
+        raise nt.UserError('told to all')
 sys.exit(ranks.code)
 """
 

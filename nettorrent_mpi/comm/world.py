@@ -17,7 +17,7 @@ mpi4py.rc.thread_level = "multiple"
 from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.comm.group import Group  # noqa: E402
-from nettorrent_mpi.plan.errors import AgreedError, LaunchError, NetTorrentError  # noqa: E402
+from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError  # noqa: E402
 
 T = TypeVar("T")
 
@@ -53,44 +53,46 @@ class World(Group):
         """Turn an error of one rank inside the `with` block into an error of all ranks.
 
         Every rank enters and leaves; inside there is no communication in which the others would wait for a failing
-        rank. The error of the first failing rank is raised on all, as an AgreedError with its exit code; an exception
-        that is not a NetTorrentError passes through unchanged (and ends the run).
+        rank. The first failing rank's NetTorrentError is raised on all (`agreed`), and names the rank if others had
+        none; an exception that is not a NetTorrentError passes through unchanged, and ends the program.
         """
-        problem: tuple[str, int] | None = None
+        problem: NetTorrentError | None = None
         try:
             yield
         except NetTorrentError as error:
-            problem = (str(error), error.exit_code)
-        found = self.comm.allgather(problem)
+            problem = error
+        found = self.gather_objects(problem)
         for rank, each in enumerate(found):
             if each is not None:
-                some = "" if all(f == each for f in found) else f" (on rank {rank})"
-                raise AgreedError(each[0] + some, each[1])
+                alike = all(str(other) == str(each) for other in found)
+                own = problem if alike and problem is not None else each  # which has its traceback
+                raise _agreed(own, "" if alike else f" (on rank {rank})") from None
 
     def once(self, make: Callable[[], T]) -> T:
         """Return rank 0's result of `make` on all ranks (pickled: at start-up only). Its NetTorrentError is raised on
-        all ranks, as an AgreedError."""
+        all ranks (`agreed`)."""
         made: T | None = None
-        problem: tuple[str, int] | None = None
+        problem: NetTorrentError | None = None
         if self.rank == 0:
             try:
                 made = make()
             except NetTorrentError as error:
-                problem = (str(error), error.exit_code)
+                problem = error
         made, problem = self.comm.bcast((made, problem))
         if problem is not None:
-            raise AgreedError(*problem)
+            raise _agreed(problem) from None
         return cast("T", made)
 
     def same(self, what: str, value: str) -> None:
-        """Raise an AgreedError on all ranks unless every rank holds the same value."""
-        values = self.comm.allgather(value)
+        """Raise a LaunchError on all ranks unless every rank holds the same value."""
+        values = self.gather_objects(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise AgreedError(
-                    f"rank {rank} has another {what} ({other}) than rank 0 ({values[0]}); "
-                    "all ranks have to see the same files and the same installation",
-                    LaunchError.exit_code,
+                raise _agreed(
+                    LaunchError(
+                        f"rank {rank} has another {what} ({other}) than rank 0 ({values[0]}); "
+                        "all ranks have to see the same files and the same installation"
+                    )
                 )
 
     def sum_numbers(self, *values: float) -> list[float]:
@@ -105,6 +107,12 @@ class World(Group):
         sys.stderr.flush()
         time.sleep(0.3)  # MPICH's mpirun drops output that it has not forwarded when the ranks end (seen)
         MPI.COMM_WORLD.Abort(code)
+
+
+def _agreed(error: NetTorrentError, where: str = "") -> NetTorrentError:
+    """The error as all ranks raise it."""
+    error.args, error.agreed = (f"{error}{where}",), True
+    return error
 
 
 def start() -> World:

@@ -19,22 +19,22 @@ class Metrics:
     def __init__(self, device: Device):
         self.values: Array = device.zeros((5,), "float64")
         self.ignored: Array = device.zeros((5,), "float64")
-        self._told = (0.0, 0.0)  # the loss and the rows at the last call of `recent`
+        self._before = (0.0, 0.0, 0.0, 0.0)  # what was added up before the last call of `recent`
 
     def take(self) -> tuple[float, float, float, float]:
         """Return (loss, right, rows, unknown) and set them to zero."""
-        loss, correct, rows, unknown = map(float, self.values[:NONFINITE])
-        self.values[:NONFINITE] = 0
-        self._told = (self._told[0] - loss, self._told[1] - rows)
-        return loss, correct, rows, unknown
+        self.recent()
+        taken, self._before = self._before, (0.0, 0.0, 0.0, 0.0)
+        return taken
 
     def put_back(self, taken: tuple[float, float, float, float]) -> None:
         """Restore the sums that were taken before an evaluation; `recent` starts anew."""
-        self.values[:NONFINITE] = taken
-        self._told = (taken[LOSS], taken[ROWS])
+        self._before = taken
 
     def recent(self) -> tuple[float, float]:
         """Return (loss, rows) since the last call."""
-        now = float(self.values[LOSS]), float(self.values[ROWS])
-        before, self._told = self._told, now
-        return now[0] - before[0], now[1] - before[1]
+        now = [float(value) for value in self.values[:NONFINITE]]
+        self.values[:NONFINITE] = 0
+        loss, correct, rows, unknown = (a + b for a, b in zip(self._before, now, strict=True))
+        self._before = loss, correct, rows, unknown
+        return now[LOSS], now[ROWS]

@@ -11,6 +11,7 @@ from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.exchange_specs import Async
 from nettorrent_mpi.plan.schedule import build, evaluation
 from nettorrent_mpi.plan.stream import mean_staleness, reach, staleness_bound, stream_step
+from nettorrent_mpi.plan.topology import Topology
 
 
 class StageSchedule:
@@ -27,9 +28,7 @@ class StageSchedule:
         options, stages = plan.options, len(plan.topology.stages)
         self._pipeline, self._stages, self._stage = options.pipeline.kind, stages, stage
         self._micro_batches, self._clip, self._exact = options.micro_batches, options.clip_norm is not None, plan.exact
-        lists = build(self._pipeline, stages, self._micro_batches, end=self._end(parts=False))
-        check(plan.topology, lists)
-        self._slots = tuple(peak_stored(actions) for actions in lists)
+        self._slots = _proved(plan.topology, self._pipeline, self._micro_batches, self._end(parts=False))
         self.slots = self._slots[stage]
         self.asynchronous = isinstance(options.pipeline, Async) and stages > 1
         self.late = self.ahead = 0
@@ -62,6 +61,14 @@ class StageSchedule:
     def evaluation(self, micro_batches: int) -> Actions:
         """Return the actions of an evaluation with this many micro-batches."""
         return evaluation(self._slots, micro_batches)[self._stage]
+
+
+@lru_cache(maxsize=64)
+def _proved(topology: Topology, pipeline: str, micro_batches: int, end: Sequence[Kind]) -> tuple[int, ...]:
+    """Prove the lists of all stages; gives how many micro-batches each holds between forward and backward."""
+    lists = build(pipeline, len(topology.stages), micro_batches, end=end)
+    check(topology, lists)
+    return tuple(peak_stored(actions) for actions in lists)
 
 
 @lru_cache(maxsize=64)

@@ -7,8 +7,7 @@ NetTorrentError              exit code 1 unless said otherwise
 │   ├── ShapeError           two layers that do not fit
 │   ├── DataError            a data file that is missing, truncated or corrupt: names file and offset
 │   ├── OutputError          the run folder: another run's results, no space, no permission
-│   ├── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
-│   └── AgreedError          another rank's error, which all ranks raise
+│   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
 ├── NonFiniteError           the training diverged: names step, layer and rank
 ├── LostStateError           a part of the training's state that no living rank holds: names the array
 ├── ChildError               a program that this one started failed: names it and shows its last lines
@@ -66,16 +65,6 @@ class OutputError(UserError):
 
 class LaunchError(UserError):
     """The launcher, MPI and the ranks do not agree on what this run is."""
-
-
-class AgreedError(UserError):
-    """An error of some rank, of which every rank knows and which it raises."""
-
-    agreed = True
-
-    def __init__(self, text: str, code: int):
-        super().__init__(text)
-        self.exit_code = code
 
 
 class NonFiniteError(NetTorrentError):

@@ -115,7 +115,7 @@ def test_mistakes_end_one_trainer_on_all_ranks(world: MPI.Intracomm) -> None:
             ([nt.Linear(2)], (x, y), {}, "3 classes"),
             ([nt.Flatten()], (x, y), {}, "weights"),
         ):
-            with pytest.raises(nt.AgreedError, match=words):
+            with pytest.raises(nt.UserError, match=words):
                 nt.Trainer(network, data, comm=world, **settings)  # type: ignore[arg-type]
         list(other.train(steps=1))
 
@@ -133,7 +133,7 @@ def test_predictions_are_the_serial_ones_on_all_ranks(world: MPI.Intracomm, coun
                 right = trainer.predict(rows()[2]).argmax(axis=1) == rows()[3]
                 assert scores is not None
                 assert scores.accuracy == right.mean()
-                with pytest.raises(nt.AgreedError, match="the network reads"):
+                with pytest.raises(nt.DataError, match="the network reads"):
                     trainer.predict(x[:, :5])
     assert found[0].shape == (count, 3)
     np.testing.assert_allclose(found[1], found[0], rtol=1e-9, atol=1e-12)
@@ -166,9 +166,9 @@ def test_files(world: MPI.Intracomm, shared_path: Path) -> None:
         list(trainer.train(epochs=1))
         same(trainer.parameters(), serial(epochs=3))
     with nt.Trainer(LAYERS, rows(), comm=world, **(HOW | {"batch_size": 10})) as trainer:
-        with pytest.raises(nt.AgreedError, match="batch_size"):
+        with pytest.raises(nt.ConfigError, match="batch_size"):
             trainer.resume(shared_path)
-        with pytest.raises(nt.AgreedError, match="could not be written"):
+        with pytest.raises(nt.OutputError, match="could not be written"):
             trainer.save(shared_path / "no" / "model.h5")
 
 
@@ -185,7 +185,7 @@ def test_a_configuration_with_changes_and_rows_of_ones_own(world: MPI.Intracomm)
 @pytest.mark.ranks(1, 2, 4)
 def test_replicas_that_differ_are_saved_as_one_network(world: MPI.Intracomm) -> None:
     if SIZE == 1:
-        with pytest.raises(nt.AgreedError, match="1 replica"):
+        with pytest.raises(nt.ConfigError, match="1 replica"):
             nt.Trainer(LAYERS, rows(), comm=world, exchange="gossip", **HOW)
         return
     settings = HOW | {"exchange": {"gossip": {"pairing": "ring"}}, "layout": {"replicas": 2}}

@@ -19,7 +19,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.engine.wiring import WiredTeam
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
-from nettorrent_mpi.plan.errors import AgreedError, ConfigError, DataError, LaunchError
+from nettorrent_mpi.plan.errors import ConfigError, DataError, LaunchError
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 
@@ -204,7 +204,7 @@ def test_one_ranks_mistake_becomes_everyones(ours: World) -> None:
             if RANK == SIZE - 1:
                 raise DataError("only here")
 
-    with pytest.raises(AgreedError, match="only here") as caught:
+    with pytest.raises(DataError, match="only here") as caught:
         alone()
     assert (caught.value.exit_code, caught.value.agreed) == (2, True)
     assert ("(on rank" in str(caught.value)) == (SIZE > 1)
@@ -215,7 +215,7 @@ def test_one_ranks_mistake_becomes_everyones(ours: World) -> None:
 def test_all_ranks_must_hold_the_same(ours: World) -> None:
     ours.same("thing", "a")
     if SIZE > 1:
-        with pytest.raises(AgreedError, match=f"rank {SIZE - 1} has another thing"):
+        with pytest.raises(LaunchError, match=f"rank {SIZE - 1} has another thing"):
             ours.same("thing", "b" if RANK == SIZE - 1 else "a")
 
 
@@ -244,6 +244,6 @@ def test_what_one_makes_all_have(ours: World) -> None:
     def fail() -> int:
         raise ConfigError("a mistake", key="seed")
 
-    with pytest.raises(AgreedError, match="a mistake") as caught:
+    with pytest.raises(ConfigError, match="a mistake") as caught:
         ours.once(fail)
     assert (caught.value.exit_code, "on rank" in str(caught.value)) == (2, False)

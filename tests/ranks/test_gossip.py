@@ -250,7 +250,7 @@ def test_the_loss_of_the_step_before_is_what_counts() -> None:
     engine, gossip = make(alone(), pairing="hypercube", mix=choices.LossMix(), part=1.0, **PATIENT)
     scatter(engine)
     steps(engine, 0, 1, 0.01)
-    told = engine.metrics.values.copy()
+    told = engine.metrics.take()
     steps(engine, 1, 1, 0.01)
     assert gossip.mixer.loss == pytest.approx(told[0] / told[2])
     engine.close()
