@@ -34,7 +34,8 @@ _FORM = re.compile(rf"(\d+)(?:(L|F|B|[PRWS][AG])(\d+)|([{''.join(ONCE)}])(\d*))"
 
 
 class Action(NamedTuple):
-    """One thing that a rank of `stage` does. `micro_batch` is the number: of ONCE None, or their mini-batch's."""
+    """An action is one thing that a rank of `stage` does. `micro_batch` is its number; for ONCE it is None, or the
+    mini-batch's number."""
 
     stage: int
     kind: Kind
@@ -48,7 +49,7 @@ Actions = list[Action]
 
 
 def parse(text: str) -> Action:
-    """The action that prints as `text`. Raises ScheduleError for any other text."""
+    """Return the action that prints as `text`. Raises ScheduleError for any other text."""
     match = _FORM.fullmatch(text)
     if not match:
         raise ScheduleError(f"{text!r} is no action; actions look like 2F0, 2SA0, 2R or 2R0")
@@ -58,8 +59,11 @@ def parse(text: str) -> Action:
 
 
 def step_end(*, clip: bool = False, exact: bool = True, parts: bool = False) -> tuple[Kind, ...]:
-    """What follows the last backward of a step: `clip` gradients by their norm; replicas whose exchange is not `exact`
-    exchange; `parts` says that this rank computes weight gradients in parts."""
+    """Return the kinds of actions that follow the last backward pass of a step.
+
+    `clip`: gradients are clipped by their norm; without `exact`, replicas exchange weights; `parts`: this rank computes
+    weight gradients in parts.
+    """
     without = {"M": not parts, "N": not clip, "X": exact, "Y": exact}
     return tuple(kind for kind in ONCE if not without.get(kind))
 
@@ -79,13 +83,14 @@ class Buffers(NamedTuple):
 
 
 def buffers(stage: int, slots: int) -> Buffers:
-    """The buffers of a stage that holds so many micro-batches between F and B. One input more than that lets the next
-    micro-batch arrive while all slots are in use."""
+    """Return the buffers of a stage that holds `slots` micro-batches between F and B. One input more than that lets the
+    next micro-batch arrive while all slots are in use."""
     return Buffers(slots + 1 if stage else slots, slots)
 
 
 def peak_stored(actions: Sequence[Action]) -> int:
-    """The most micro-batches that lie between their F and the end of their B: whose saved values are held."""
+    """Return the largest number of micro-batches between their F and the end of their B, whose saved values are
+    held."""
     backward = {a.micro_batch for a in actions if a.kind == "B"}
     held = peak = 0
     for action in actions:
@@ -105,12 +110,13 @@ def complete(
     first: bool = True,
     end: Sequence[Kind] = (),
 ) -> Actions:
-    """The compute of one stage with everything else that its ranks do or wait for, and the step's `end` behind it.
+    """Complete the compute of one stage with everything else that its ranks do or wait for, followed by the step's
+    `end`.
 
-    Receives are posted as soon as their buffers are free, for micro-batches below `until`, the number of those that
-    come before the pipeline is empty again; `first` says that it is empty before, so that none are posted yet. A
-    message is waited for right before its use, sent as soon as there is a result, and its buffer is waited for right
-    before it is written again.
+    Receives are posted as soon as their buffers are free, for micro-batches below `until`, the number of those before
+    the pipeline is next empty; `first` says that it was empty before, so that none are posted yet. A message is waited
+    for right before its use and sent as soon as the result exists; its buffer is waited for right before it is written
+    again.
     """
     have = buffers(stage, slots)
     compute = list(compute)
@@ -148,10 +154,10 @@ def complete(
 
 
 def _with_loads(actions: Actions) -> Actions:
-    """The first stage's actions of a training step, with the rows of the next micro-batch gathered before each wait,
-    for gradients (RG) or for the swarm (R): there it costs no time. The last one is the next mini-batch's first.
+    """Insert loads into the first stage's actions: the rows of the next micro-batch are gathered before each wait, for
+    gradients (RG) or for the swarm (R), where that costs no time. The last load is for the next mini-batch.
 
-    Nobody else has to do with it: an F whose rows are not there yet gathers them.
+    Other ranks are not involved: an F whose rows were not loaded gathers them itself.
     """
     full: Actions = []
     following: int | None = None

@@ -1,4 +1,5 @@
-"""Who owns which part of a dimension, and which pieces move when an array changes from one division to another."""
+"""Blocks: who owns which part of a dimension, and which pieces move when an array changes from one division to
+another."""
 
 from __future__ import annotations
 
@@ -17,21 +18,24 @@ class Span(NamedTuple):
 
 
 def span(total: int, parts: int, index: int) -> Span:
-    """The part of `total` items that part `index` of `parts` owns: contiguous, sizes differ by at most one,
-    the larger ones first. Nothing ever has to divide evenly; with fewer items than parts the last ones own none."""
+    """Return the part of `total` items that part `index` of `parts` owns.
+
+    Parts are contiguous and differ in size by at most one, the larger ones first. Nothing has to divide evenly; with
+    fewer items than parts the last parts are empty.
+    """
     each, more = divmod(total, parts)
     start = index * each + min(index, more)
     return Span(start, start + each + (index < more))
 
 
 def overlap(a: Span, b: Span) -> Span:
-    """What both spans hold; Span(0, 0) where they share nothing."""
+    """Return the intersection of two spans; Span(0, 0) if it is empty."""
     start, stop = max(a.start, b.start), min(a.stop, b.stop)
     return Span(start, stop) if start < stop else Span(0, 0)
 
 
 def owner(total: int, parts: int, position: int) -> int:
-    """The part whose span holds `position`: the inverse of `span`."""
+    """Return the part whose span holds `position`: the inverse of `span`."""
     assert 0 <= position < total, f"position {position} lies outside 0..{total - 1}"
     each, more = divmod(total, parts)
     longer = more * (each + 1)
@@ -39,8 +43,8 @@ def owner(total: int, parts: int, position: int) -> int:
 
 
 class Grid(NamedTuple):
-    """A team's rows x cols: rows divide the rows of an array, cols its columns. Block (row, col) has the
-    index row * cols + col."""
+    """A team's grid: rows divide the rows of an array, cols its columns. Block (row, col) has the index row * cols +
+    col."""
 
     rows: int
     cols: int
@@ -56,17 +60,17 @@ class Piece(NamedTuple):
 
 
 def redistribute(n_rows: int, n_cols: int, source: Grid, target: Grid, *, replicated: bool = False) -> list[Piece]:
-    """What moves when an array of n_rows x n_cols changes from one grid to another.
+    """Return the pieces that move when an array of n_rows x n_cols changes from one grid to another.
 
     Source block (row, col) holds span(n_rows, rows, row) x span(n_cols, cols, col). Target block (row, col) wants the
-    same of its own grid or, with `replicated`, all columns of its rows (a stage's input: every col of a team reads
-    all features). Every element reaches each block that wants it exactly once.
+    same of its own grid or, with `replicated`, all columns of its rows (a stage's input: every col of a team reads all
+    features). Every element reaches each block that wants it exactly once.
 
-    Sorted by (source, target); at most one piece for such a pair, and none that is empty. As both sides of a link
-    compute the same list, each knows what the other sends.
+    The pieces are sorted by (source, target); there is at most one for each pair, and none is empty. Both sides of a
+    link compute the same list, so each knows what the other sends.
 
     The way back is exactly the transpose: the same pieces with source and target exchanged. Where several targets
-    were sent the same element (`replicated`), each returns a partial gradient and the source adds them up.
+    received the same element (`replicated`), each returns a partial gradient and the source adds them up.
     """
     row_pairs = _overlaps(n_rows, source.rows, target.rows)
     if replicated:
@@ -82,7 +86,7 @@ def redistribute(n_rows: int, n_cols: int, source: Grid, target: Grid, *, replic
 
 
 def _overlaps(total: int, source_parts: int, target_parts: int) -> list[tuple[int, int, Span]]:
-    """(source part, target part, what they share) for all that share something, in order along the dimension."""
+    """Return (source part, target part, intersection) for all parts that intersect, in order along the dimension."""
     pairs: list[tuple[int, int, Span]] = []
     position = 0
     while position < total:

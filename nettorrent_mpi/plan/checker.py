@@ -1,4 +1,5 @@
-"""Proves that the lists of all ranks come to their end in the buffers that there are, or names what waits."""
+"""The checker proves that the lists of all ranks run to completion with the buffers that exist, or names what is
+stuck."""
 
 from __future__ import annotations
 
@@ -12,22 +13,23 @@ from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.topology import Topology
 
 Have = Sequence[Buffers]
-COUPLED = frozenset({"F", "B", "R", "X", "Y", "G"})  # what needs every rank of the swarm at once
+COUPLED = frozenset({"F", "B", "R", "X", "Y", "G"})  # actions that need every rank of the swarm at once
 
 
 def check(topology: Topology, lists: Sequence[Actions], have: Have | None = None) -> None:
-    """Plays the complete lists of all ranks (one per stage, or one per rank) and returns if all come to their end.
+    """Play the complete lists of all ranks (one per stage, or one per rank); return if all run to completion.
 
-    `have` are the buffers of each stage; unless told, those that training with these lists makes. Assumes the
-    strictest: a send is complete only when all its receives are posted; a receive needs its message from every rank of
-    the neighbouring team, in the order sent; F, B, R, X, Y and G need every rank of the swarm at the same action (batch
-    norm and cols couple them), N all ranks. What can move under these rules can always move later, so the order of play
-    does not matter. No buffer may be written while it is in use (see `Buffers`).
+    `have` are the buffers of each stage; by default those needed to train with these lists. The check assumes the
+    strictest semantics: a send is complete only when all its receives are posted; a receive needs its message from
+    every rank of the neighbouring team, in the order sent; F, B, R, X, Y and G need every rank of the swarm at the same
+    action (batch norm and cols couple them), N all ranks. An action that can start under these rules can still start
+    later, so the order of play does not matter. No buffer may be written while it is in use (see `Buffers`).
 
-    Lists in which R and U have numbers are those of several mini-batches of as many micro-batches each, from one drain
-    to the next (plan/stream.py). In these, too, a mini-batch's backwards come before its R, that before its U, and what
-    ends its step before the next mini-batch's backwards, and stage s of S has at most S - s micro-batches in flight.
-    That all ranks of a swarm do a micro-batch's forward after as many updates follows from the play.
+    Lists in which R and U have numbers cover several mini-batches of equally many micro-batches, from one drain to the
+    next (plan/stream.py). There, too, a mini-batch's backward passes come before its R, that before its U, and the
+    actions that end its step before the next mini-batch's backward passes; and stage s of S has at most S - s
+    micro-batches in flight. It follows from the play that all ranks of a swarm run the forward pass of a micro-batch
+    after equally many updates.
 
     Raises ScheduleError, which names the ranks, the actions that wait and what they wait for, or the action that is
     missing, doubled, out of order, or that writes a buffer in use.
@@ -49,17 +51,17 @@ def check(topology: Topology, lists: Sequence[Actions], have: Have | None = None
 
 @dataclass
 class _Actor:
-    """All ranks of a stage that have the same list in replicas that are alike: they move in step."""
+    """All ranks of a stage with the same list, in equivalent replicas: they move in step."""
 
     kind_of_replica: int
     stage: int
     actions: Actions
     ranks: list[int]
     at: int = 0
-    # Of activations (A) and gradients (G): the micro-batches that were sent, and whose receives were posted, in order;
+    # For activations (A) and gradients (G): the micro-batches sent, and those whose receives were posted, in order;
     sent: dict[str, list[int | None]] = field(default_factory=lambda: {"A": [], "G": []})
     posted: dict[str, list[int | None]] = field(default_factory=lambda: {"A": [], "G": []})
-    # and which of these sends was the last one from each buffer.
+    # and the last send from each buffer.
     last: dict[tuple[str, int], int] = field(default_factory=dict)
 
     @property
@@ -114,7 +116,7 @@ class _Game:
                     moved = True
         stuck = [(actor, self.waits(actor)) for actor in self.actors if actor.action]
         if stuck:
-            # what waits for a rank that has ended, or got the wrong message, is nearest to the cause
+            # a wait for a rank that has ended, or for a wrong message, is nearest to the cause
             stuck.sort(key=lambda entry: not entry[1].endswith(("ended", "instead")))
             lines = [f"{actor} at {actor.action} wait{'s' * (len(actor.ranks) == 1)} for {why}" for actor, why in stuck]
             more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
@@ -131,7 +133,7 @@ class _Game:
                         raise ScheduleError(f"{idle} of {other} gets no message from {actor}")
 
     def at_once(self, action: Action, actor: _Actor) -> list[_Actor]:
-        """Who does this action at the same time."""
+        """Return all actors that do this action at the same time."""
         if action.kind == "N":
             return self.actors
         return self.swarms[action.stage] if action.kind in COUPLED else [actor]
@@ -141,12 +143,12 @@ class _Game:
         return self.teams.get((actor.kind_of_replica, neighbour), [])
 
     def place(self, action: Action) -> tuple[str, int]:
-        """The buffer from which a message of this number is sent."""
+        """Return the buffer from which a message of this number is sent."""
         way, have = action.kind[-1], self.have[action.stage]
         return way, (action.micro_batch or 0) % (have.slots if way == "A" else have.dx)
 
     def waits(self, actor: _Actor) -> str:
-        """What the actor's action waits for; empty if it can start."""
+        """Return what the actor's action waits for; empty if it can start."""
         action = actor.action
         assert action is not None
         if action.kind in COUPLED or action.kind == "N":
@@ -160,7 +162,7 @@ class _Game:
         return ""
 
     def send_waits(self, actor: _Actor, action: Action) -> str:
-        """Until every receiver has posted the receive of what was last sent from this buffer."""
+        """Wait until every receiver has posted the receive for the last send from this buffer."""
         way, number = action.kind[-1], actor.last.get(self.place(action))
         if number is not None:
             for other in self.other_end(actor, way, sends=True):
@@ -169,7 +171,7 @@ class _Game:
         return ""
 
     def receive_waits(self, actor: _Actor, action: Action) -> str:
-        """Until every sender has sent what this rank has posted a receive for."""
+        """Wait until every sender has sent the message that this rank has posted a receive for."""
         way, m = action.kind[-1], action.micro_batch
         if m not in actor.posted[way]:
             return f"{Action(actor.stage, _kind('P', way), m)} of {actor}, which did not come before it instead"
@@ -201,7 +203,7 @@ def _kind(what: Literal["P", "R", "W", "S"], way: str) -> Kind:
 
 
 def _check_stage(actor: _Actor, stages: int) -> None:
-    """Every action is one that this stage can do, and is there once."""
+    """Check that every action is possible in this stage and occurs once."""
     seen: set[Action] = set()
     absent = _absent(actor.stage, stages)
     for action in actor.actions:
@@ -215,13 +217,13 @@ def _check_stage(actor: _Actor, stages: int) -> None:
 
 
 def _absent(stage: int, stages: int) -> set[str]:
-    """What a stage without a stage before it, or after it, does not do."""
+    """Return the kinds that a stage without a preceding or following stage does not have."""
     before = {"PA", "RA", "WG", "SG"} if stage == 0 else set[str]()
     return before | ({"WA", "SA", "PG", "RG"} if stage == stages - 1 else set[str]())
 
 
 def _mini_batches(actors: Sequence[_Actor]) -> list[range] | None:
-    """The micro-batches of each mini-batch where R and U have numbers; None where the lists are those of one step."""
+    """Return the micro-batches of each mini-batch where R and U have numbers; None for lists of one step."""
     actions = [(action, actor) for actor in actors for action in actor.actions]
     numbers = {action.micro_batch for action, _ in actions if action.kind in ONCE}
     if numbers <= {None}:
@@ -240,7 +242,7 @@ def _mini_batches(actors: Sequence[_Actor]) -> list[range] | None:
 
 
 def _check_order(actor: _Actor, stages: int, training: bool, steps: list[range] | None) -> None:
-    """Everything that a micro-batch and a step need is there, and after what it needs."""
+    """Check that all actions of a micro-batch and of a step exist, in order of their dependencies."""
     s, flying = actor.stage, stages - actor.stage
     index = {action: i for i, action in enumerate(actor.actions)}
     orders: list[list[Kind]] = [["PA", "RA", "F", "SA"], ["WA", "F"]]
@@ -280,18 +282,18 @@ def _check_order(actor: _Actor, stages: int, training: bool, steps: list[range] 
 
 
 def _check_buffers(actor: _Actor, have: Buffers, training: bool) -> None:
-    """No buffer is written while it is in use (see `Buffers`)."""
+    """Check that no buffer is written while it is in use (see `Buffers`)."""
     first, done = actor.stage == 0, "B" if training else "F"
     # name, how many, the kind that takes a buffer, the kind after which it is free
     turns = [("input", have.inputs, "F" if first else "PA", done), ("dy", have.dy, "PG", "B")]
     turns += [("slot", have.slots, "F", "B")] if training else []
-    # name, how many, who writes it, who sends it, who waits until it was sent
+    # name, how many, the kinds that write it, send it, and wait until it was sent
     sends = [("output", have.slots, "F", "SA", "WA"), ("dx", have.dx, "B", "SG", "WG")]
     kinds = {action.kind for action in actor.actions}
     sends = [entry for entry in sends if entry[3] in kinds]
     changes = {kind for entry in (*turns, *sends) for kind in entry[2:]}
     used: dict[tuple[str, int], int] = {}
-    unsent: dict[tuple[str, int], Action] = {}  # what was last done with the contents of these buffers
+    unsent: dict[tuple[str, int], Action] = {}  # the last action on the contents of each buffer
     for action in actor.actions:
         m = action.micro_batch
         if m is None or action.kind not in changes:

@@ -1,10 +1,10 @@
-"""Lossy compression makes the messages between replicas smaller; error feedback sends later what it leaves out.
+"""Lossy compression makes the messages between replicas smaller; error feedback sends the omitted part later.
 
 CHOCO-SGD (Koloskova, Stich, Jaggi 2019, arXiv 1902.00340): along an edge a -> b both ends hold the same estimate x_hat
-of what a has. In a round a sends q = C(x_a - x_hat), both ends add q to x_hat, and both move by gamma times the
-pairing's weight times x_hat, b up and a down. What a message leaves out stays in x_a - x_hat and goes with a later one,
-so nothing is lost for good, however coarse C is; and because the two ends move by the same numbers, the sum over the
-replicas stays what it was.
+of a's values. In a round a sends q = C(x_a - x_hat), both ends add q to x_hat, and both move by gamma times the
+pairing's weight times x_hat, b up and a down. What a message omits stays in x_a - x_hat and goes with a later one, so
+nothing is lost for good, however coarse C is; and because the two ends move by the same numbers, the sum over the
+replicas is preserved.
 
 A device encodes and decodes (ops.encode, ops.decode_add). All codecs are deterministic and, for finite values within
 their range, contractions: ||x - C(x)||^2 <= (1 - delta) ||x||^2 with delta > 0.
@@ -18,9 +18,9 @@ from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.exchange_specs import TopK
 from nettorrent_mpi.plan.specs import Spec
 
-INT8_BLOCK, SIGN_BLOCK = 1024, 128  # elements with a scale of their own
+INT8_BLOCK, SIGN_BLOCK = 1024, 128  # elements that have one scale
 
-# CHOCO's step that suits a codec, where the user gives none. Tried out by gossip as above of 2 to 16 replicas of 1000
+# CHOCO's step for each codec, unless the user gives one. Found by gossip as above with 2 to 16 replicas of 1000
 # elements on rings, grids, hypercubes, complete, finite, exponential and shuffled graphs, from differences that are
 # normally distributed, or that times exp(2 normal):
 # float16, int8: 1 is quickest, as without codec; 1.4 settles, too.
@@ -35,7 +35,8 @@ _GAMMAS = {"float16": 1.0, "int8": 1.0, "sign": 0.5}
 
 
 class MessageFormat:
-    """Tells the length of compressed messages and CHOCO's step, `gamma`; made of any spec in COMPRESSIONS but `none`.
+    """A MessageFormat gives the length of compressed messages and CHOCO's step, `gamma`, for any spec in COMPRESSIONS
+    but `none`.
 
     Raises ConfigError for a fraction out of range.
     """

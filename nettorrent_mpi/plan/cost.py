@@ -1,9 +1,9 @@
-"""What a layout costs: predicted seconds, and the layout that is predicted to be fastest.
+"""The cost model: predicted seconds of a layout, and the layout that is predicted to be fastest.
 
-Counted for the rank with the most work: spans round up, so a rank's share of rows, units and micro-batches does too.
+Costs are those of the rank with the most work: spans round up, so its numbers of rows, units and micro-batches do too.
 The figures rank layouts; they promise no absolute speed. With an exact exchange replicas and rows differ only in how
-ranks are grouped: all of them sum their gradients and share the optimizer's work. With another (`exact=False`) the rows
-of each team do so on their own; what replicas send each other then travels beside the compute and is not counted.
+ranks are grouped: all of them reduce their gradients and divide the optimizer's work. Without (`exact=False`) the rows
+of each team do so on their own; messages between replicas then travel during compute and are not counted.
 """
 
 from __future__ import annotations
@@ -17,30 +17,32 @@ from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS
 from nettorrent_mpi.plan.timeline import simulate, steady_seconds
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout, partition
 
-PAYS = 2.5  # so many times as much work for memory has to be saved by `in_parts`: measured with 2, 4 and 8 ranks
+PAYS = 2.5  # the factor of memory traffic that `in_parts` has to save: measured with 2, 4 and 8 ranks
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank can do. The defaults are those of one CPU core per rank, float32, messages in shared memory."""
+    """The performance of one rank. The defaults are those of one CPU core per rank, float32, messages in shared
+    memory."""
 
     flops: float = 1e11  # floating-point operations per second of a large matrix product
-    bandwidth: float = 4e9  # bytes per second that one rank moves; its own core copies them, so compute waits meanwhile
-    sums: float = 1.2e10  # the same of gradients, which ranks of a node read where they lie
+    bandwidth: float = 4e9  # bytes per second that one rank moves; its own core copies them, so compute waits
+    sums: float = 1.2e10  # the same for gradients, which ranks of a node read in place
     latency: float = 5e-6  # seconds per message
-    overhead: float = 2e-5  # seconds to call one layer, forward or backward, however little it has to do
+    overhead: float = 2e-5  # overhead in seconds of one layer's forward or backward call
     update: float = 1.5e-9  # seconds for the optimizer to update one parameter
     itemsize: int = 4  # bytes of an element
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One training step. `compute` and `communication` are a rank's seconds in the step, for each stage."""
+    """The prediction of one training step. `compute` and `communication` are a rank's seconds in the step, for each
+    stage."""
 
     seconds: float
     compute: tuple[float, ...]
     communication: tuple[float, ...]
-    bubble: float  # the part of stages x seconds in which a stage waits, the sum of the gradients left out
+    bubble: float  # the part of stages x seconds in which a stage waits, without the reduction of gradients
     bottleneck: int  # the stage with the most compute and communication
 
 
@@ -54,11 +56,11 @@ def predict(
     *,
     exact: bool = True,
 ) -> Prediction:
-    """Predicts one training step; where the pipeline does not flush, one more among many.
+    """Predict one training step; where the pipeline does not flush, one more among many.
 
     A stage's work on a micro-batch is its compute, the copying of what it receives and sends (both ranks pay: messages
-    progress only inside MPI calls), and the gathering of columns between its own layers. These times go through the
-    schedule's simulation; then comes the sum of the gradients as reduce-scatter and all-gather over replicas x rows
+    progress only inside MPI calls), and the all-gathers over cols between its own layers. These times go through the
+    schedule's simulation; then comes the reduction of gradients as reduce-scatter and all-gather over replicas x rows
     (with `exact=False` over rows only; 2 (n-1)/n of the bytes; 2 log2 n messages), between whose halves the optimizer
     updates each rank's part.
     """
@@ -90,7 +92,8 @@ def predict(
 
 @dataclass(frozen=True)
 class _Step:
-    """Seconds of one rank: compute of a micro-batch (both ways); calls and moves in each direction; once per step."""
+    """Seconds of one rank: compute of a micro-batch (both directions); calls and moves in each direction; once per
+    step."""
 
     compute: float
     calls: float
@@ -108,8 +111,8 @@ def _step(
     alike: int,
     machine: Machine,
 ) -> _Step:
-    """`rows` are those of a micro-batch in one replica; `before` and `after` the neighbouring teams; `alike` how many
-    replicas sum their gradients."""
+    """Return the seconds of one stage. `rows` are those of a micro-batch in one replica; `before` and `after` the
+    neighbouring teams; `alike` is the number of replicas that reduce their gradients."""
     here, cols = -(-rows // stage.rows), stage.cols
     work = sum(layer.operations * part_of(layer.units, cols) for layer in held)
     messages = elements = 0.0
@@ -120,7 +123,7 @@ def _step(
         elements += here * held[-1].outputs * part_of(held[-1].units, cols) * after.cols
         messages += min(here, _met(stage.rows, after.rows)) * after.cols
     if cols > 1:
-        for layer in held[:-1]:  # the next layer of this stage wants all columns
+        for layer in held[:-1]:  # the next layer of this stage needs all features
             elements += here * layer.outputs * (cols - 1) / cols
             messages += (cols - 1).bit_length()
     moves = elements * machine.itemsize / machine.bandwidth + messages * machine.latency
@@ -129,28 +132,28 @@ def _step(
 
 
 def _finish(parameters: float, sharers: int, machine: Machine) -> tuple[float, float]:
-    """(seconds to sum gradients of `parameters` over `sharers` ranks, seconds to update them): once per step."""
+    """Return the seconds per step (to reduce gradients of `parameters` over `sharers` ranks, to update them)."""
     moved = 2 * (sharers - 1) / sharers * parameters * machine.itemsize / machine.sums
     return moved + 2 * (sharers - 1).bit_length() * machine.latency, parameters / sharers * machine.update
 
 
 def sharers_of(topology: Topology, stage: Stage, exact: bool) -> int:
-    """How many ranks hold the same weights of a stage."""
+    """Return the number of ranks that hold the same weights of a stage."""
     return stage.rows * (topology.replicas if exact else 1)
 
 
 def rows_shared(topology: Topology, batch_size: int, exact: bool) -> int:
-    """The rows of a mini-batch that these ranks have between them if they are all of it; else 0."""
+    """Return the rows of the mini-batch if these ranks have all of them between them; else 0."""
     return batch_size if exact or topology.replicas == 1 else 0
 
 
 def in_parts(rows: int, sharers: int, inputs: float, units: float) -> bool:
-    """Is it less work for memory that each of `sharers` ranks of a node, which divide the `rows` of a mini-batch,
-    computes a part of the gradient of inputs x units weights from all rows, than that each computes all of it from its
-    own rows, and they add up the results?
+    """Whether computing weight gradients in parts moves less memory: each of `sharers` ranks of a node, which divide
+    the `rows` of a mini-batch, computes a part of the gradient of inputs x units weights from all rows, instead of all
+    of it from its own rows with a reduction of the results.
 
-    Counted are the numbers that a rank writes and reads. In parts: it copies its rows' x and dy to where all can read
-    them, and multiplies its part of everybody's x with everybody's dy. Else: it writes a matrix, reads its part of
+    Counted are the numbers that a rank writes and reads. In parts: it copies its rows' x and dy to shared memory, and
+    multiplies its part of everybody's x with everybody's dy. Otherwise: it writes a matrix, reads its part of
     everybody's and writes their sum.
     """
     if sharers == 1 or rows == 0:
@@ -160,23 +163,24 @@ def in_parts(rows: int, sharers: int, inputs: float, units: float) -> bool:
 
 
 def parameters_of(held: Sequence[LayerFacts], cols: int) -> float:
-    """The most parameters that one col of a stage has."""
+    """Return the largest number of parameters of one col of a stage."""
     return sum(layer.parameters * part_of(layer.units, cols) for layer in held)
 
 
 def most_rows(batch_size: int, micro_batches: int, replicas: int) -> int:
-    """The most rows of a micro-batch in one replica."""
+    """Return the largest number of rows of a micro-batch in one replica."""
     micro_batch = -(-batch_size // micro_batches)
     return -(-micro_batch // replicas)
 
 
 def part_of(units: int, cols: int) -> float:
-    """The largest part of a layer that one of its cols has."""
+    """Return the largest part of a layer on one of its cols."""
     return -(-units // cols) / units
 
 
 def _met(mine: int, theirs: int) -> int:
-    """The most of `theirs` spans that one of `mine` spans of the same rows meets (an upper estimate)."""
+    """Return the largest number of `theirs` spans that overlap one of `mine` spans of the same rows (an upper
+    estimate)."""
     return max(1, -(-theirs // mine)) + (theirs % mine != 0 and mine % theirs != 0)
 
 
@@ -190,12 +194,12 @@ def auto_layout(
     *,
     exact: bool = True,
 ) -> Topology:
-    """`layout: auto`: the least predicted step time among layouts that use all ranks. `pieces` tells how many
-    micro-batches so many stages have.
+    """Choose `layout: auto`: the least predicted step time among layouts that use all ranks. `pieces` gives the number
+    of micro-batches for a number of stages.
 
-    Tries every number of replicas that divides the ranks with every number of stages (cut where the heaviest stage
-    is lightest). The ranks of a replica are divided so that the slowest stage is as fast as can be: a size's rows x
-    cols are its fastest, and the sizes that add up exactly are found by halving the allowed time. The best of these by
+    Tries every number of replicas that divides the ranks with every number of stages (cut where the heaviest stage is
+    lightest). The ranks of a replica are divided so that the slowest stage is as fast as possible: rows x cols of each
+    size are its fastest, and the sizes that add up exactly are found by halving the allowed time. The best of these by
     a closed formula, and `layers_layout`, are then simulated. In ties fewer replicas and fewer stages win.
     """
     machine = machine or Machine()
@@ -204,7 +208,9 @@ def auto_layout(
         team_ranks = ranks // replicas
         known: dict[tuple[Span, int], list[tuple[float, int, int]]] = {}
         alike = replicas if exact else 1
-        for count in range(1 if alike == 1 else 2, min(len(facts), team_ranks) + 1):  # 1 stage: alike are rows, too
+        for count in range(
+            1 if alike == 1 else 2, min(len(facts), team_ranks) + 1
+        ):  # with 1 stage, replicas equal rows
             micro_batches = pieces(count)
             rows = most_rows(batch_size, micro_batches, replicas)
             groups = [(group, micro_batches) for group in partition([layer.operations for layer in facts], count)]
@@ -243,14 +249,15 @@ def _fastest(
     last: bool,
     machine: Machine,
 ) -> list[tuple[float, int, int]]:
-    """For each size 0..ranks the best (seconds of all micro-batches, rows, cols); links as if to a team of one col."""
+    """Return for each size 0..ranks the best (seconds of all micro-batches, rows, cols), with links to teams of one
+    col."""
     infinite = float("inf")
     best = [(infinite, 0, 0)] * (ranks + 1)
     one = Stage(0, 1, 1, 1)
     for cols in range(1, min(ranks, *(layer.units for layer in held)) + 1):
         grid, parameters = Stage(0, len(held), 1, cols), parameters_of(held, cols)
         before, after = (None if first else one), (None if last else one)
-        # everything but the calls and messages grows with the rows that a rank has
+        # everything but calls and messages grows with a rank's rows
         some = _step(grid, held, 1, before, after, alike, machine)
         more = _step(grid, held, 2, before, after, alike, machine)
         slope = more.compute - some.compute + 2 * (more.moves - some.moves)
@@ -265,10 +272,10 @@ def _fastest(
 
 
 def _divide(times: Sequence[Sequence[float]], most: int, ranks: int) -> list[int]:
-    """Sizes, one for each stage, that add up to `ranks` and whose largest time is the least. times[stage][size]."""
+    """Return sizes, one for each stage, that add up to `ranks` with the least largest time, times[stage][size]."""
 
     def sums(limit: float) -> list[int]:
-        """Bit n of entry s: the first s stages can have n ranks together without exceeding the limit."""
+        """Return bit sets: bit n of entry s says that the first s stages can have n ranks in all within the limit."""
         reach = [1]
         for stage in times:
             mask = 0

@@ -1,6 +1,6 @@
-"""These specs say what a configuration may write of each data set: what `data.root` is, which options there are.
+"""Data-set specs say what a configuration may contain for each data set: the meaning of `data.root`, and its options.
 
-How they are opened stands in data/dataset.py. Here are the names, so that a configuration is checked without NumPy.
+Opening them is in data/dataset.py. Only names are here, so that a configuration is checked without NumPy.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Says what `data:` may hold for one data set, besides the options that every data set takes.
+    """A DatasetSpec says what `data:` may contain for one data set, besides the options that every data set takes.
 
-    root: what `data.root` names; None for a data set that has no files.
-    needs_root: whether `data.root` has to be given.
+    root: what `data.root` names; None for a data set without files.
+    needs_root: whether `data.root` is required.
     options: those of OWN_OPTIONS that the data set takes.
     """
 
@@ -38,7 +38,7 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def wrong_option(name: str, given: Mapping[str, object]) -> tuple[str, str] | None:
-    """Finds the first option in `given` that data set `name` does not take: (option, those that take it)."""
+    """Return the first option in `given` that data set `name` does not take, and the data sets that do."""
     for option in OWN_OPTIONS:
         value = given.get(option)
         if value is not None and value is not False and option not in DATASETS[name].options:

@@ -1,15 +1,16 @@
 """Every exception of the package, in one tree.
 
-NetTorrentError              exit code 1 unless said otherwise
-├── UserError                a mistake that the user can mend: exit code 2, one line, no traceback
+NetTorrentError              exit code 1 unless stated otherwise
+├── UserError                a mistake that the user can correct: exit code 2, one line, no traceback
 │   ├── ConfigError          the configuration: names file, key and line
-│   ├── LayoutError          a layout that the network or the rank count cannot have
+│   ├── LayoutError          a layout that the network or the rank count does not allow
 │   ├── ShapeError           two layers that do not fit
 │   ├── DataError            a data file that is missing, truncated or corrupt: names file and offset
 │   ├── OutputError          the run folder: another run's results, no space, no permission
-│   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
+│   ├── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
+│   └── AgreedError          another rank's error, which all ranks raise
 ├── NonFiniteError           the training diverged: names step, layer and rank
-├── LostStateError           a part of the training's state that no living rank holds: names the array
+├── LostStateError           a part of the training state that no living rank holds: names the array
 ├── ChildError               a program that this one started failed: names it and shows its last lines
 └── ScheduleError            a schedule that cannot run: names the action that waits
 """
@@ -20,15 +21,15 @@ from collections.abc import Sequence
 
 
 class NetTorrentError(Exception):
-    """The root. `exit_code` is what the program ends with when it is not caught. `agreed` says that all ranks of a
-    world raise it alike: then it ends what they did, and otherwise the program on all ranks."""
+    """The root of the tree. `exit_code` is the program's exit code if the error is not caught. `agreed` says that all
+    ranks of a world raise it alike: then it ends their present operation, otherwise the program on all ranks."""
 
     exit_code = 1
     agreed = False
 
 
 class UserError(NetTorrentError):
-    """A mistake of the user's; its text says what was wrong, where, and what to do."""
+    """A mistake by the user; the text says what was wrong, where, and how to correct it."""
 
     exit_code = 2
 
@@ -43,7 +44,7 @@ class ConfigError(UserError):
 
 
 class LayoutError(UserError):
-    """A layout that cannot be; the text tells the nearest that can."""
+    """An impossible layout; the text gives the nearest possible one."""
 
 
 class ShapeError(UserError):
@@ -64,11 +65,11 @@ class OutputError(UserError):
 
 
 class LaunchError(UserError):
-    """The launcher, MPI and the ranks do not agree on what this run is."""
+    """The launcher, MPI and the ranks disagree about the run."""
 
 
 class NonFiniteError(NetTorrentError):
-    """A value that is not finite came up in training."""
+    """A value that is not finite occurred in training."""
 
     def __init__(self, *, step: int, layer: str, rank: int):
         self.step, self.layer, self.rank = step, layer, rank
@@ -79,7 +80,7 @@ class NonFiniteError(NetTorrentError):
 
 
 class LostStateError(NetTorrentError):
-    """A part of an array that is wanted and that nobody holds."""
+    """A part of an array that is wanted and that no rank holds."""
 
     def __init__(self, name: str, part: object):
         self.name = name
@@ -87,7 +88,7 @@ class LostStateError(NetTorrentError):
 
 
 class ChildError(NetTorrentError):
-    """A program that was started and failed. `command` is its command line, `lines` are the last ones that it told."""
+    """A started program failed. `command` is its command line, `lines` are its last lines of output."""
 
     def __init__(self, command: str, code: int, lines: Sequence[str]):
         self.command, self.code, self.lines = command, code, list(lines)
@@ -96,4 +97,4 @@ class ChildError(NetTorrentError):
 
 
 class ScheduleError(NetTorrentError):
-    """A schedule that cannot run to its end."""
+    """A schedule that cannot run to completion."""

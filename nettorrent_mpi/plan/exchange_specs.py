@@ -1,4 +1,4 @@
-"""Specs say what is asked for of the exchange between replicas and of the pipeline, with defaults.
+"""Specs of pipelines and of the exchange between replicas: their options and defaults.
 
 Frozen dataclasses like those of plan/specs.py; the first field may be given alone (`compress: {topk: 0.01}`).
 """
@@ -26,13 +26,13 @@ class OneFOneB(Spec):
 @dataclass(frozen=True)
 class Async(Spec):
     """Mini-batches run 1F1B without flush: they follow each other without a gap, each stage updates as its gradients
-    come."""
+    arrive."""
 
     kind = "async"
     staleness_aware: bool = False  # a stage's learning rate is divided by 1 + its staleness in updates
 
 
-# -- how a merge weighs what arrived ----------------------------------------------------------------------------------
+# -- weights of merged messages ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class PushSumMix(Spec):
     kind = "push_sum"
 
 
-# -- how a message is made smaller ------------------------------------------------------------------------------------
+# -- compression of messages ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Nothing(Spec):
 
 @dataclass(frozen=True)
 class Elite(Spec):
-    """Now and then the best replica's weights are taken over, as the validation rows judge."""
+    """At intervals replicas take over the best replica's weights, judged by the validation rows."""
 
     kind = "elite"
     every_samples: int = 1000  # of all replicas together
@@ -156,16 +156,16 @@ class Gossip(Spec):
     mix: Spec = ConstantMix()  # one of MIXES
     divergence_threshold: float = 0.0  # below this loss f shrinks in proportion to the loss; 0: never
     every: int = 1  # steps from one round to the next
-    probability: float = 1.0  # with which a round of a pair takes place
+    probability: float = 1.0  # that a pair's round takes place
     part: float | Literal["auto"] = "auto"  # of all elements, in one round
     compress: Spec = Whole()  # one of COMPRESSIONS
-    gamma: float | None = None  # CHOCO's step towards the others, with compression; None: what suits it
+    gamma: float | None = None  # CHOCO's step towards the others, with compression; None: the codec's
     exact_every: int | None = None  # rounds from one exact average to the next
     slow_momentum: float = 0.0  # SlowMo, at exact averages
     average: tuple[Literal["parameters", "optimizer"], ...] = ("parameters",)
-    # What the learning rate is multiplied by; auto: see exchange.gossip.rate_factor.
+    # The factor on the learning rate; auto: see plan.gossip_rules.rate_factor.
     rate_factor: float | Literal["auto"] = "auto"
-    # The part of its own latest steps that a replica does not compute with yet; auto: see exchange.gossip.withholding.
+    # The part of its own latest steps that a replica withholds from itself; auto: see plan.gossip_rules.withholding.
     withhold: float | Literal["auto"] = "auto"
     overlap: bool = True  # messages travel while the next step computes
     deadline: float | Literal["auto", "none"] = "auto"  # milliseconds that a round may take

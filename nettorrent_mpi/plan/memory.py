@@ -1,8 +1,8 @@
-"""What the ranks of a stage hold, in bytes: for the largest rank of each stage.
+"""The memory model: bytes that the ranks of a stage hold, for the largest rank of each stage.
 
-Everything that is allocated once and kept, as the engine allocates it; what layers keep between forward and backward is
-no matter of planning and is told by who knows them (nn.footprint). Ranks are taken to share one node's memory: of what
-several of them see, each counts all that it touches, because that is what the system counts as a process's memory.
+Counted is everything that the engine allocates once and keeps; what layers keep between forward and backward comes from
+nn/footprint.py. Ranks are taken to share one node's memory: each counts all shared memory that it touches, as the
+system does for a process.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from nettorrent_mpi.plan.topology import LayerFacts, Topology
 class Memory:
     """Bytes of one rank, by what they are for."""
 
-    parameters: int = 0  # in as many versions as the pipeline needs, with their gradients
-    optimizer: int = 0  # this rank's part of its state
-    layers: int = 0  # what layers keep for backward and work with
-    links: int = 0  # buffers of what comes from and goes to neighbouring stages
+    parameters: int = 0  # in the versions that the pipeline needs, with their gradients
+    optimizer: int = 0  # this rank's part of the optimizer state
+    layers: int = 0  # saved for backward, and workspaces of layers
+    links: int = 0  # buffers for transfers from and to neighbouring stages
     rows: int = 0  # of the data set
-    exchange: int = 0  # what replicas that differ send each other, and keep of it
-    files: int = 0  # whole arrays gathered for a checkpoint, and what writes them
-    libraries: int = 0  # Python, NumPy, MPI and the rest: what the process has anyway
+    exchange: int = 0  # messages between replicas that differ, and their state
+    files: int = 0  # whole arrays gathered for a checkpoint, and the HDF5 library
+    libraries: int = 0  # Python, NumPy, MPI and the rest of the process
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return sum(int(getattr(self, field.name)) for field in fields(self))
 
 
@@ -48,13 +48,13 @@ def memory(
     itemsize: int = 4,
     exact: bool = True,
 ) -> list[Memory]:
-    """The largest rank of each stage: parameters, optimizer, layers and links.
+    """Return the memory of the largest rank of each stage: parameters, optimizer, layers and links.
 
-    `layers[s]` are the bytes that the layers of stage s keep of one micro-batch and those that they share among all.
+    `layers[s]` are the bytes that the layers of stage s keep for one micro-batch, and those that they share among all.
     Parameters are those of the rank's neurons, in all versions, its gradients, and where several ranks hold the same
-    neurons once more as much: its part of each one's gradients, which it reads, and of their sum; for matrices whose
-    gradients are computed in parts the operands, and its part of the sum. Of the optimizer's
-    `states` arrays each of these ranks has its part. With `exact=False` replicas hold nothing in common.
+    neurons the same size again: its part of each one's gradients, which it reads, and of their sum; for matrices whose
+    gradients are computed in parts the operands, and its part of the sum. Of the optimizer's `states` arrays each of
+    these ranks has its part. With `exact=False` replicas hold nothing in common.
     """
     rows = most_rows(batch_size, micro_batches, topology.replicas)
     kept = slots(topology, micro_batches, pipeline)
@@ -90,5 +90,5 @@ def memory(
 
 
 def slots(topology: Topology, micro_batches: int, pipeline: str) -> list[int]:
-    """How many micro-batches each stage holds between their forward and their backward."""
+    """Return the number of micro-batches that each stage holds between their forward and backward passes."""
     return [peak_stored(actions) for actions in PIPELINES[pipeline](len(topology.stages), micro_batches)]

@@ -1,9 +1,9 @@
-"""Mixing matrices tell how fast a pairing's rounds make the replicas agree: spectral gaps, rounds to consensus.
+"""Mixing matrices show how fast a pairing's rounds make the replicas agree: spectral gaps, rounds to consensus.
 
 A round is a matrix W: the new values are W times the old ones. W[target][source] is the weight of a message, W[i][i]
-what replica i does not send away. So columns sum to 1, and the sum of all values is kept. In a doubly stochastic
-pairing rows sum to 1, too; in `random` they do not, and a replica's estimate is its value divided by its mass, which
-starts at 1 and is mixed like a value (push-sum).
+what replica i keeps. So columns sum to 1, and the sum of all values is preserved. In a doubly stochastic pairing rows
+sum to 1, too; in `random` they do not, and a replica's estimate is its value divided by its mass, which starts at 1 and
+is mixed like a value (push-sum).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nettorrent_mpi.plan.seeds import key
 
 MOST_ROUNDS = 100_000
 _STARTS = 4  # random starting vectors, of which the worst counts
-_ROUNDING = 1e-12  # what is below is 0 up to rounding
+_ROUNDING = 1e-12  # anything below is 0 up to rounding
 
 
 def matrix(pairing: Pairing, number: int) -> list[list[float]]:
@@ -72,12 +72,12 @@ def spectral_gap(pairing: Pairing) -> float:
 
 
 def rounds_to_consensus(pairing: Pairing, to: float = 1e-3) -> int | None:
-    """Return the rounds until the distance from the mean has fallen to `to` times what it was; None: more than
+    """Return the rounds until the distance from the mean has fallen to `to` times its initial value; None: more than
     MOST_ROUNDS.
 
-    For the worst of a few starting vectors with normally distributed elements, drawn from the pairing's seed. `finite`
-    takes its period, whatever `to`. Rings and grids, the slow ones, are computed from their eigenvalues (a vector's
-    coordinates in the eigenvectors are normally distributed, too); the rest is tried out, with push-sum.
+    It is taken for the worst of a few starting vectors with normally distributed elements, drawn from the pairing's
+    seed. `finite` takes its period, whatever `to`. Rings and grids, the slow ones, are computed from their eigenvalues
+    (a vector's coordinates in the eigenvectors are normally distributed, too); the others are simulated, with push-sum.
     """
     assert _ROUNDING <= to < 1, to
     n = pairing.replicas

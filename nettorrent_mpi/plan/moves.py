@@ -1,7 +1,7 @@
-"""What has to travel when arrays that are divided over ranks in one way are to be divided in another.
+"""Moves are the transfers that bring arrays divided over ranks in one way into another division.
 
-Changing the layout, resuming on other ranks, leaving a dead rank behind and writing whole arrays into a file are this
-one operation. Blocks are boxes in the coordinates of the whole array: no rank needs to know how the others were made.
+Changing the layout, resuming on other ranks, surviving a dead rank and writing whole arrays into a file are this one
+operation. Blocks are boxes in the coordinates of the whole array: no rank needs to know how the others were made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Box: TypeAlias = tuple[Span, ...]  # a part of an array: one span for each axis;
 
 
 class Holding(NamedTuple):
-    """A block that a rank holds, or is to hold: the array's name and which part of it."""
+    """A block that a rank holds, or is to hold: the array's name and the box."""
 
     name: str
     box: Box
@@ -27,7 +27,7 @@ Placement: TypeAlias = Sequence[Sequence[Holding]]  # what each rank holds
 
 
 class Move(NamedTuple):
-    """Rank `source` gives rank `target` the part `box` of an array, out of its block `held`, for the block `wanted`."""
+    """Rank `source` sends rank `target` the part `box` of an array, out of its block `held`, for the block `wanted`."""
 
     source: int
     target: int
@@ -38,23 +38,25 @@ class Move(NamedTuple):
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box of a whole array."""
+    """Return the box of a whole array."""
     return tuple(Span(0, length) for length in shape)
 
 
 def volume(box: Box) -> int:
-    """The number of elements in a box."""
+    """Return the number of elements in a box."""
     return prod(span.size for span in box)
 
 
 def within(inner: Box, outer: Box) -> tuple[slice, ...]:
-    """Where `inner` lies in an array that holds `outer`."""
+    """Return the position of `inner` in an array that holds `outer`."""
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
 
 
 def boxes_of_range(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
-    """The elements start..stop-1 of a block that lies flat in memory (C order), as boxes with the elements of each side
-    by side: pairs (which element the box begins with, box). At most two boxes for each axis, and one."""
+    """Split elements start..stop-1 of a flat block (C order) into boxes of contiguous elements.
+
+    Yields pairs (first element, box), at most two boxes for each axis, and one.
+    """
     if start >= stop:
         return
     if not box:
@@ -63,8 +65,8 @@ def boxes_of_range(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]
     first, rest = box[0], box[1:]
     inner = volume(rest)
     number = start // inner
-    low, high = -(-start // inner), stop // inner  # the first axis' numbers whose elements are all wanted
-    if number == (stop - 1) // inner and stop - start < inner:  # a part of the elements of one number
+    low, high = -(-start // inner), stop // inner  # the indices of the first axis whose elements are all wanted
+    if number == (stop - 1) // inner and stop - start < inner:  # a part of the elements of one index
         at = Span(first.start + number, first.start + number + 1)
         yield from (
             (number * inner + begin, (at, *part))
@@ -80,11 +82,12 @@ def boxes_of_range(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]
 
 
 def moves(old: Placement, new: Placement, alive: Collection[int] | None = None) -> list[Move]:
-    """What each rank gives to which, so that all hold what `new` says: every element once for each block that wants it.
+    """Return what each rank sends to which, so that all hold what `new` says: every element once for each block that
+    wants it.
 
-    A rank takes from itself what it holds; where several others hold a block alike, those that want it are spread over
-    them. Only ranks in `alive` (default: all) give. Sorted by name, target and box: all ranks that compute the list go
-    through it in the same order. Raises LostStateError where nobody alive holds a part that is wanted.
+    A rank takes from itself what it holds; where several others hold the same block, the receivers are spread over
+    them. Only ranks in `alive` (default: all) send. The list is sorted by name, target and box, so all ranks that
+    compute it go through it in the same order. Raises LostStateError if no living rank holds a wanted part.
     """
     holders: dict[str, dict[Box, list[int]]] = {}
     for rank, holdings in enumerate(old):
@@ -115,7 +118,7 @@ def moves(old: Placement, new: Placement, alive: Collection[int] | None = None) 
 
 
 def _without(box: Box, part: Box) -> Iterator[Box]:
-    """What is left of a box without a part of it, as boxes."""
+    """Return what remains of a box without one of its parts, as boxes."""
     for axis, (outer, inner) in enumerate(zip(box, part, strict=True)):
         before, after = Span(outer.start, inner.start), Span(inner.stop, outer.stop)
         yield from ((*part[:axis], piece, *box[axis + 1 :]) for piece in (before, after) if piece.size)

@@ -1,7 +1,7 @@
-"""A pairing tells which replicas exchange with which in which round of gossip averaging.
+"""A pairing determines which replicas exchange with which in each round of gossip averaging.
 
-All of it follows from (kind, number of replicas, seed, number of the round): every replica computes for itself whom it
-sends to and whom it receives from, and nobody has to be asked. plan/mixing.py tells how fast the replicas agree.
+All of it follows from (kind, number of replicas, seed, round number): every replica computes by itself whom it sends to
+and receives from, without asking. plan/mixing.py computes how fast the replicas agree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Shares = list[tuple[int, float]]  # (replica, weight)
 Pair = tuple[int, int, float]  # two replicas that exchange, each taking `weight` of the other's
 
 LOWEST_SCORE, HIGHEST_SCORE = 10, 1000  # of a peer, in dpwa's flow control
-_SOME_ROUNDS = 8  # drawn rounds that are remembered: those that are under way
+_SOME_ROUNDS = 8  # drawn rounds that are cached: those in progress
 
 
 class Edge(NamedTuple):
@@ -37,12 +37,13 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairing:
-    """Tells who exchanges with whom; made by `make_pairing`. Rounds count from 0, replicas from 0 to `replicas` - 1."""
+    """A Pairing gives who exchanges with whom; made by `make_pairing`. Rounds count from 0, replicas from 0 to
+    `replicas` - 1."""
 
     kind: str
     replicas: int
-    seed: int  # matters for what is drawn only
-    period: int | None  # rounds after which it repeats; None: drawn anew for ever
+    seed: int  # used by drawn pairings only
+    period: int | None  # rounds after which it repeats; None: drawn anew each time
     symmetric: bool  # in every round whoever sends to j also receives from j, with the same weight
     doubly_stochastic: bool  # rows and columns of every round's matrix sum to 1: the average is kept
     _edges: dict[int, tuple[Edge, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -50,8 +51,8 @@ class Pairing:
     def edges(self, number: int) -> tuple[Edge, ...]:
         """Return the messages of round `number`, sorted; no two have the same source and target.
 
-        Remembered: all rounds of a periodic pairing, the latest ones of another. `complete` has replicas^2 of them; a
-        replica that wants to know its own should ask `sends` and `receives`.
+        Cached: all rounds of a periodic pairing, the latest ones of another. `complete` has replicas^2 of them; a
+        replica that needs only its own should call `sends` and `receives`.
         """
         number = self._reduced(number)
         if number not in self._edges:
@@ -62,12 +63,12 @@ class Pairing:
         return self._edges[number]
 
     def sends(self, number: int, replica: int) -> Shares:
-        """Return (to, weight) of what `replica` sends in round `number`."""
+        """Return (to, weight) of the messages that `replica` sends in round `number`."""
         assert 0 <= replica < self.replicas, f"replica {replica} of {self.replicas}"
         return _SENDS[self.kind](self, self._reduced(number), replica) if self.replicas > 1 else []
 
     def receives(self, number: int, replica: int) -> Shares:
-        """Return (from, weight) of what `replica` receives in round `number`."""
+        """Return (from, weight) of the messages that `replica` receives in round `number`."""
         if self.symmetric:
             return self.sends(number, replica)
         assert 0 <= replica < self.replicas, f"replica {replica} of {self.replicas}"
@@ -84,7 +85,7 @@ class Pairing:
 
 
 def possible(replicas: int) -> list[str]:
-    """Return the kinds that this many replicas can have."""
+    """Return the kinds of pairing that this number of replicas allows."""
     return [kind for kind in KINDS if _obstacle(kind, replicas) is None]
 
 
@@ -132,15 +133,15 @@ def draw_target(seed: int, number: int, replica: int, replicas: int, scores: Seq
     """Draw whom `replica` sends to in round `number` of the kind `random`: never itself.
 
     The peer with the highest sum of its score and a random number from 10 to 1000, as in dpwa's flow control
-    (github.com/loudinthecloud/dpwa, conn.py): a peer with a low score is drawn seldom, but not never.
-    `scores`: one for each replica (its own is not looked at), from 10 to 1000, higher for those who answer in time;
-    None: all equal. With equal scores the draw depends on (seed, number, replica) only, so that anybody can repeat it;
-    with others it differs from that one only where a score makes it.
+    (github.com/loudinthecloud/dpwa, conn.py): a peer with a low score is drawn seldom, but not never. `scores`: one for
+    each replica (its own is ignored), from 10 to 1000, higher for those who answer in time; None: all equal. With equal
+    scores the draw depends on (seed, number, replica) only, so that any rank can repeat it; with others it differs from
+    that one only where a score makes it.
     """
     assert replicas >= 2
     assert 0 <= replica < replicas
     generator = random.Random(key(seed, "pairing", "random", number, replica))
-    # Of independent random numbers each is as likely as any other to be the highest: one draw says whose it is.
+    # Each of several independent random numbers is equally likely to be the highest: one draw decides.
     favourite = int(generator.random() * (replicas - 1))
     if scores is not None:
         assert len(scores) == replicas, f"{len(scores)} scores, {replicas} replicas"
@@ -165,7 +166,7 @@ def _grid_sides(replicas: int) -> tuple[int, int]:
 
 
 def _obstacle(kind: str, replicas: int) -> str | None:
-    """Return what the kind wants and this number of replicas is not."""
+    """Return the requirement of the kind that this number of replicas does not meet."""
     if kind == "hypercube" and replicas & (replicas - 1):
         return "takes a power of two replicas"
     if kind == "grid" and replicas > 1 and min(torus("grid", replicas)) < 2:
@@ -173,7 +174,7 @@ def _obstacle(kind: str, replicas: int) -> str | None:
     return None
 
 
-# -- each kind: what a replica sends in a round ------------------------------------------------------------------------
+# -- the messages of a replica in a round, by kind ---------------------------------------------------------------------
 
 
 def _on_torus(pairing: Pairing, number: int, replica: int) -> Shares:
@@ -201,7 +202,7 @@ def _shuffle(pairing: Pairing, number: int, replica: int) -> Shares:
 
 @lru_cache(_SOME_ROUNDS)
 def _shuffled(seed: int, number: int, replicas: int) -> tuple[int, ...]:
-    """Return each replica's partner; the one that is left over is its own."""
+    """Return each replica's partner; a replica that is left over is its own."""
     generator = random.Random(key(seed, "pairing", "shuffle", number))
     order = sorted(range(replicas), key=[generator.random() for _ in range(replicas)].__getitem__)
     partner = list(range(replicas))

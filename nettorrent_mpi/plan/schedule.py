@@ -1,8 +1,8 @@
-"""What each rank does in a step, as data: lists of actions, written and completed.
+"""Schedules: what each rank does in a step, as lists of actions, written and completed.
 
-Authors of a schedule write the compute only; `complete` (plan/actions.py) adds what else is done and waited for, and
-`check` (plan/checker.py) proves the result. All ranks of a stage have the same list. The pipeline without flush stands
-in plan/stream.py, what a schedule costs in plan/timeline.py.
+A schedule function writes the compute only; `complete` (plan/actions.py) adds all other actions, and `check`
+(plan/checker.py) proves the result. All ranks of a stage have the same list. The pipeline without flush is in
+plan/stream.py, the simulation of a schedule in plan/timeline.py.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from nettorrent_mpi.plan.stream import stream, window, window_steps
 
 
 def gpipe(stages: int, micro_batches: int) -> list[Actions]:
-    """Compute of each stage: all forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965).
+    """Write the compute of each stage: all forward passes, then all backward passes (Huang et al. 2019, arXiv
+    1811.06965).
 
-    Backwards go in ascending order, as in 1f1b, so that both add up the gradients in the same order.
+    Backward passes go in ascending order, as in 1f1b, so that both add up the gradients in the same order.
     """
     return [_compute(s, micro_batches, micro_batches) for s in range(stages)]
 
 
 def one_f_one_b(stages: int, micro_batches: int) -> list[Actions]:
-    """Compute of each stage: a stage begins its backwards as soon as it can, then alternates (PipeDream-flush,
-    Narayanan et al. 2021, arXiv 2006.09503). As long as gpipe, but stage s stores min(micro_batches, stages - s)."""
+    """Write the compute of each stage: backward passes begin as early as possible, then alternate with forward passes
+    (PipeDream-flush, Narayanan et al. 2021, arXiv 2006.09503). As long as gpipe, but stage s stores min(micro_batches,
+    stages - s)."""
     return [_compute(s, micro_batches, min(micro_batches, stages - s)) for s in range(stages)]
 
 
 def forward_only(stages: int, micro_batches: int) -> list[Actions]:
-    """Compute of each stage in evaluation."""
+    """Write the compute of each stage in evaluation."""
     return [[Action(s, "F", m) for m in range(micro_batches)] for s in range(stages)]
 
 
@@ -39,7 +41,7 @@ STREAMS = frozenset({"async"})
 
 
 def _compute(stage: int, micro_batches: int, ahead: int) -> Actions:
-    """Forwards run `ahead` micro-batches before backwards."""
+    """Write compute in which forward passes run `ahead` micro-batches before backward passes."""
     actions = [Action(stage, "F", m) for m in range(ahead)]
     for m in range(micro_batches):
         actions.append(Action(stage, "B", m))
@@ -49,8 +51,11 @@ def _compute(stage: int, micro_batches: int, ahead: int) -> Actions:
 
 
 def build(pipeline: str, stages: int, micro_batches: int, *, end: Sequence[Kind] = step_end()) -> list[Actions]:
-    """The complete training step of each stage. Of STREAMS the whole window of several mini-batches, for proofs and
-    tables; their single steps are `stream_step`'s."""
+    """Return the complete training step of each stage.
+
+    For STREAMS it is the whole window of several mini-batches, for proofs and tables; their single steps are
+    `stream_step`'s.
+    """
     if pipeline in STREAMS:
         return stream(stages, micro_batches, window_steps(stages, micro_batches), end=end)
     lists = PIPELINES[pipeline](stages, micro_batches)
@@ -58,7 +63,8 @@ def build(pipeline: str, stages: int, micro_batches: int, *, end: Sequence[Kind]
 
 
 def evaluation(slots: Sequence[int], micro_batches: int) -> list[Actions]:
-    """The complete evaluation of each stage, in the buffers of training; `slots` has one number for each stage."""
+    """Return the complete evaluation of each stage, in the buffers of training; `slots` has one number for each
+    stage."""
     stages = len(slots)
     lists = forward_only(stages, micro_batches)
     return [complete(a, s, stages, slots[s], micro_batches) for s, a in enumerate(lists)]

@@ -1,4 +1,4 @@
-"""Scores: what an evaluation gives, and which of several replicas is the best by them."""
+"""Scores are the results of an evaluation, by which the best of several replicas is chosen."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import NamedTuple
 
 
 class Scores(NamedTuple):
-    """The mean loss and the accuracy, from 0 to 1, of some rows; accuracy is None where it is not defined."""
+    """The mean loss and the accuracy (0 to 1) of some rows; accuracy is None where it is not defined."""
 
     loss: float
     accuracy: float | None
 
 
 def mean_scores(loss: float, correct: float, rows: float, unknown: float) -> Scores:
-    """The scores of so many rows with these sums of losses and right answers; `unknown` counts how often right was not
-    defined."""
+    """Return the scores of `rows` rows with these sums of losses and correct answers; `unknown` counts how often
+    correctness was not defined."""
     return Scores(float(loss) / max(rows, 1), None if unknown else float(correct) / max(rows, 1))
 
 
 def best_of(found: Sequence[Scores], metric: str) -> int:
-    """The index of the best replica by `metric`, validation_loss or validation_accuracy; of equals the first.
+    """Return the index of the best replica by `metric`, validation_loss or validation_accuracy; in ties the first.
 
-    A replica whose loss is not finite is the worst by either metric: what it gets right it gets right by chance.
+    A replica whose loss is not finite is the worst by either metric: its correct answers are chance.
     """
 
     def badness(r: int) -> float:

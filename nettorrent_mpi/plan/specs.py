@@ -1,6 +1,6 @@
-"""What can be asked for: the options of every layer, loss, optimizer and learning-rate schedule, with their defaults.
+"""Specs hold the options of every layer, loss, optimizer and learning-rate schedule, with their defaults.
 
-Each is a frozen dataclass, so that the configuration is checked against it and `model.h5` can carry it. The first field
+Each is a frozen dataclass, so that the configuration is checked against it and `model.h5` can store it. The first field
 may be given alone (`dropout: 0.25`). Formulas and defaults are PyTorch's where it has the same thing.
 """
 
@@ -25,34 +25,34 @@ Pair = int | tuple[int, int]  # one number for both height and width, or (height
 
 
 def pair(value: Pair | list[int]) -> tuple[int, int]:
-    """(height, width) of an option that may be one number."""
+    """Return (height, width) of an option that may be one number."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The options of one thing. `kind` is the word that asks for it."""
+    """The options of one component. `kind` is its name in a configuration."""
 
     kind: ClassVar[str] = ""
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def options(self) -> dict[str, Any]:
-        """The options as plain data."""
+        """Return the options as plain data."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class LayerSpec(Spec):
-    """The options of a layer; every layer may carry a name (default: kind and count, `conv2d1`)."""
+    """The options of a layer; every layer may have a name (default: kind and count, `conv2d1`)."""
 
-    weighted: ClassVar[bool] = False  # is it a layer with weights, by which stages are counted?
-    reads_whole: ClassVar[bool] = False  # does it need all features of a row, as every layer with weights does?
-    activates: ClassVar[bool] = False  # is it an activation, for which initial values are chosen?
+    weighted: ClassVar[bool] = False  # whether it is a layer with weights, by which stages are counted
+    reads_whole: ClassVar[bool] = False  # whether it needs all features of a row, as layers with weights do
+    activates: ClassVar[bool] = False  # whether it is an activation, by which initial values are chosen
 
     name: str | None = field(default=None, kw_only=True)
 
     def widths(self) -> tuple[int, ...]:
-        """How many neurons or filters each of its layers with weights can divide over the cols of a team."""
+        """Return the number of neurons or filters of each inner layer with weights, which cols of a team can divide."""
         return ()
 
 
@@ -283,12 +283,12 @@ SCHEDULES: dict[str, type[Spec]] = {s.kind: s for s in (Constant, Step, Exponent
 
 
 def first_field(spec: type[Spec]) -> str | None:
-    """The option that may be given alone, without its name; None where there is no option."""
+    """Return the option that may be given alone, without its name; None if there are no options."""
     return next((f.name for f in fields(spec) if f.name != "name"), None)
 
 
 def flat(layers: Iterable[LayerSpec]) -> Iterator[LayerSpec]:
-    """All layers, those inside residual blocks too."""
+    """Return all layers, including those inside residual blocks."""
     for layer in layers:
         yield layer
         if isinstance(layer, Residual):
@@ -296,7 +296,7 @@ def flat(layers: Iterable[LayerSpec]) -> Iterator[LayerSpec]:
 
 
 def to_plain(layer: LayerSpec) -> dict[str, Any]:
-    """The layer as it stands in a configuration: {kind: {option: value, ...}}."""
+    """Return the layer as in a configuration: {kind: {option: value, ...}}."""
     options = {k: v for k, v in layer.options().items() if v is not None}
     if isinstance(layer, Residual):
         options["layers"] = [to_plain(inner) for inner in layer.layers]

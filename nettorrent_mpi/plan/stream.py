@@ -1,14 +1,15 @@
 """The pipeline that never flushes: 1F1B over mini-batches that follow each other without a gap.
 
-PipeDream (Narayanan et al. 2019, SOSP, section 3.3): every backward uses the weights that its forward used, which the
-stage keeps until then. Here a mini-batch has M micro-batches and one update, as in PipeDream-2BW (Narayanan et al.
-2021, arXiv 2006.09503), and two versions of the weights suffice wherever a stage has at most M + 1 micro-batches in
-flight; unlike there, a forward always uses the newest weights, so that gradients are no later than they must be.
+PipeDream (Narayanan et al. 2019, SOSP, section 3.3): every backward pass uses the weights that its forward pass used,
+which the stage keeps until then. Here a mini-batch has M micro-batches and one update, as in PipeDream-2BW (Narayanan
+et al. 2021, arXiv 2006.09503), and two versions of the weights suffice wherever a stage has at most M + 1 micro-batches
+in flight; unlike there, a forward pass always uses the newest weights, so that gradients are no later than they must
+be.
 
 Stage s of S has d = S - s micro-batches in flight, so that the stages behind it are never without work: in every step
-its forwards are d - 1 micro-batches ahead of its backwards. F(m + d - 1) of step n uses the weights after n updates,
-and floor((m + d - 1) / M) more are made before its gradient's own. All steps are alike but the first after a drain,
-which fills the pipeline, and the last ones before a drain, which have no forwards left to do.
+its forward passes are d - 1 micro-batches ahead of its backward passes. F(m + d - 1) of step n uses the weights after n
+updates, and floor((m + d - 1) / M) more are made before its gradient's own. All steps are alike but the first after a
+drain, which fills the pipeline, and the last ones before a drain, which have no forward passes left.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ def stream_step(
     transfers: bool = True,
     end: Sequence[Kind] = step_end(),
 ) -> Actions:
-    """What `stage` does in one step: [F0 .. F(d-2) if `first`], then F(m+d-1), B(m) for every m, and the step's `end`;
-    with `transfers` also all that it does and waits for around them.
+    """Return the actions of `stage` in one step: [F0 .. F(d-2) if `first`], then F(m+d-1), B(m) for every m, and the
+    step's `end`; with `transfers` also all sends, receives and waits around them.
 
     Micro-batches are numbered from the step's own mini-batch on: m >= micro_batches is one of a later mini-batch.
-    `first` is for the first step after a drain; `left` >= 1 says how many mini-batches are still to be done until the
-    next drain, this one included: forwards beyond them are left out. For every `left` greater than
-    `reach(stages, micro_batches)` the list is the same. N lets all stages wait for each other.
+    `first` is for the first step after a drain; `left` >= 1 is the number of mini-batches until the next drain, this
+    one included: forward passes beyond them are left out. For every `left` greater than `reach(stages, micro_batches)`
+    the list is the same. N makes all stages wait for each other.
     """
     assert 0 <= stage < stages
     assert micro_batches >= 1
@@ -53,8 +54,8 @@ def stream_step(
 def stream(
     stages: int, micro_batches: int, steps: int, *, transfers: bool = True, end: Sequence[Kind] = step_end()
 ) -> list[Actions]:
-    """The lists of all stages for `steps` mini-batches from one drain to the next: the steps of `stream_step`, with
-    micro-batches counted on over the mini-batches, and what is done once per step numbered by mini-batch."""
+    """Return the lists of all stages for `steps` mini-batches from one drain to the next: the steps of `stream_step`,
+    with micro-batches numbered on over the mini-batches, and once-per-step actions numbered by mini-batch."""
     lists: list[Actions] = []
     for s in range(stages):
         lists.append([])
@@ -65,40 +66,41 @@ def stream(
 
 
 def counted_on(actions: Iterable[Action], micro_batches: int, step: int) -> Actions:
-    """The actions of one step as they are numbered in a list of several, in which it is number `step` (from 0 on)."""
+    """Renumber the actions of one step for a list of several, in which it is number `step` (from 0 on)."""
     return [Action(s, kind, step if m is None else m + step * micro_batches) for s, kind, m in actions]
 
 
 def window(stages: int, micro_batches: int) -> list[Actions]:
-    """The compute of each stage in the shortest stream in which every stage has had as many micro-batches in flight,
-    and gradients as late, as they can be. It ends with a drain."""
+    """Return the compute of each stage in the shortest stream in which every stage reaches its largest number of
+    micro-batches in flight and its latest gradients. It ends with a drain."""
     lists = stream(stages, micro_batches, window_steps(stages, micro_batches), transfers=False)
     return [[action for action in actions if action.kind not in ONCE] for actions in lists]
 
 
 def window_steps(stages: int, micro_batches: int) -> int:
-    """Mini-batches of a `window`."""
+    """Return the number of mini-batches of a `window`."""
     return staleness_bound(stages, micro_batches, 0) + 1
 
 
 def staleness_bound(stages: int, micro_batches: int, stage: int) -> int:
-    """The most updates between the weights that a micro-batch's forward uses and those that its gradient is applied
-    to: ceil((d - 1) / M). The last stage is never late."""
+    """Return the largest number of updates between the weights that a micro-batch's forward pass uses and those that
+    its gradient is applied to: ceil((d - 1) / M). The last stage is never late."""
     return -(-(stages - stage - 1) // micro_batches)
 
 
 def reach(stages: int, micro_batches: int) -> int:
-    """How many mini-batches after the present one receives may be posted for: ceil(S / M). It is at most one more than
-    the mini-batches that are begun, which are `staleness_bound` of the first stage."""
+    """Return how many mini-batches after the present one receives may be posted for: ceil(S / M). That is at most one
+    more than the mini-batches that are begun, which are `staleness_bound` of the first stage."""
     return -(-stages // micro_batches)
 
 
 def mean_staleness(stages: int, micro_batches: int, stage: int) -> float:
-    """The mean of these updates over the micro-batches of a mini-batch, once the pipeline is full: (d - 1) / M."""
+    """Return the mean of these updates over the micro-batches of a mini-batch, once the pipeline is full: (d - 1) /
+    M."""
     return (stages - stage - 1) / micro_batches
 
 
 def versions(stages: int, micro_batches: int, stage: int) -> int:
-    """How many versions of its weights a stage holds at most: the newest, and those that its micro-batches in flight
-    have still to use."""
+    """Return the largest number of versions of its weights that a stage holds: the newest, and those still needed by
+    its micro-batches in flight."""
     return staleness_bound(stages, micro_batches, stage) + 1

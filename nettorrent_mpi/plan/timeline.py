@@ -1,4 +1,4 @@
-"""When every action of a schedule would begin and end: lists of actions timed, and drawn."""
+"""The timeline of a schedule: its actions simulated in time, and drawn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """A simulated step, or several. `bubble` is the part of makespan x stages in which no F or B runs."""
+    """One or several simulated steps. `bubble` is the part of makespan x stages in which no F or B runs."""
 
     stages: tuple[tuple[Event, ...], ...]
     makespan: float
@@ -33,11 +33,11 @@ class Timeline:
 def simulate(
     lists: Sequence[Actions], forward: Costs, backward: Costs, transfer: Costs, finish: Costs = 0.0
 ) -> Timeline:
-    """Times a step or a window of several: lists per stage, with or without transfers.
+    """Simulate a step or a window of several: lists per stage, with or without transfers.
 
     `forward` and `backward` are the seconds of one micro-batch in a stage, `transfer` those from a stage to the next or
-    back (one for each boundary), `finish` those of a stage's R. A send does not keep its stage; a receive waits for the
-    arrival; N waits for all stages; U takes no time. Raises ScheduleError where the lists wait for ever.
+    back (one for each boundary), `finish` those of a stage's R. A send does not block its stage; a receive waits for
+    the arrival; N waits for all stages; U takes no time. Raises ScheduleError if the lists deadlock.
     """
     count = len(lists)
     f, b, t, r = (_each(c, n) for c, n in ((forward, count), (backward, count), (transfer, count - 1), (finish, count)))
@@ -45,7 +45,7 @@ def simulate(
     events: list[list[Event]] = [[] for _ in lists]
     at = [0] * count
     now = [0.0] * count
-    norms: dict[int | None, float] = {}  # when all stages have come to an N
+    norms: dict[int | None, float] = {}  # when all stages have reached an N
     moved = True
     while moved:
         moved = False
@@ -66,7 +66,7 @@ def simulate(
                 if kind in ("SA", "SG"):
                     end = start + (t[s] if kind == "SA" else t[s - 1])
                 else:
-                    if kind in ("F", "B"):  # where the lists hold no transfers, the wait is no part of the compute
+                    if kind in ("F", "B"):  # where the lists have no transfers, the wait is not part of the compute
                         start = max(start, there)
                     end = max(start, there) + {"F": f[s], "B": b[s], "R": r[s]}.get(kind, 0.0)
                     now[s] = end
@@ -90,9 +90,8 @@ def simulate(
 
 
 def steady_bubble(line: Timeline) -> float:
-    """The part of the time in which no F or B runs between warm-up and drain: from when the last stage to do so begins
-    its first B until the first stage to do so has ended its last F. Raises ScheduleError where there is no such time.
-    """
+    """Return the part of the time in which no F or B runs between warm-up and drain: from when the last stage starts
+    its first B until the first stage ends its last F. Raises ScheduleError if there is no such time."""
     compute = [[event for event in events if event.action.kind in ("F", "B")] for events in line.stages]
     begin = max(min(e.start for e in events if e.action.kind == "B") for events in compute)
     end = min(max(e.end for e in events if e.action.kind == "F") for events in compute)
@@ -105,16 +104,19 @@ def steady_bubble(line: Timeline) -> float:
 def steady_seconds(
     stages: int, micro_batches: int, forward: Costs, backward: Costs, transfer: Costs, finish: Costs = 0.0
 ) -> float:
-    """Seconds that one more mini-batch takes in the middle of a stream; costs as in `simulate`.
+    """Return the seconds that one more mini-batch takes in the middle of a stream; costs as in `simulate`.
 
-    The mean over eight mini-batches or more, a multiple of S: where transfers are slow, S micro-batches go in bursts.
+    The mean over eight mini-batches or more, a multiple of S: where transfers are slow, S micro-batches travel in
+    bursts.
     """
     f, b, r = (_each(cost, stages) for cost in (forward, backward, finish))
     slowest = max(range(stages), key=lambda s: micro_batches * (f[s] + b[s]) + r[s])
     late = staleness_bound(stages, micro_batches, 0)
-    begin = 2 * late + 1  # the pipeline is full after `late` steps; in as many it draws level with the slowest stage
+    begin = (
+        2 * late + 1
+    )  # the pipeline is full after `late` steps, and has adapted to the slowest stage after as many more
     end = begin + stages * -(-8 // stages)
-    # what the last `late` steps leave out comes after what is measured
+    # the last `late` steps come after the measured ones
     line = simulate(stream(stages, micro_batches, end + late + 1, transfers=False), f, b, transfer, r)
     times = {e.action.micro_batch: e.end for e in line.stages[slowest] if e.action.kind == "R"}
     return (times[end] - times[begin]) / (end - begin)
@@ -128,9 +130,9 @@ def _each(cost: Costs, count: int) -> list[float]:
 
 
 def table(lists: Sequence[Actions]) -> str:
-    """The compute of each stage over time, to be printed: stages down, time steps across, every F and B one step.
+    """Return the compute of each stage over time as text: stages down, time steps across, every F and B one step.
 
-    In lists of several mini-batches a U stands behind what comes before an update: `B3U`.
+    In lists of several mini-batches a U follows the action after which the update is made: `B3U`.
     """
     compute: list[Actions] = []
     names: dict[Action, str] = {}

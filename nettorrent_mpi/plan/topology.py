@@ -1,4 +1,5 @@
-"""Which rank stands where: replicas of stages of rows x cols, the groups that talk to each other, and layouts."""
+"""The topology: which rank stands where in replicas of stages of rows x cols, the groups that communicate, and
+layouts."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from nettorrent_mpi.plan.errors import LayoutError
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What planning knows of one weight layer together with the layers that follow it."""
+    """Facts for planning about one weight layer with the layers that follow it."""
 
     name: str
     operations: float  # floating-point operations, forward and backward, of one row
@@ -24,7 +25,7 @@ class LayerFacts:
     units: int  # neurons or filters: the most cols that can divide it
     inputs: int  # elements of one row that enter
     outputs: int  # elements of one row that leave
-    matrix: tuple[int, int] = (0, 0)  # of a linear layer: inputs and neurons of its weights
+    matrix: tuple[int, int] = (0, 0)  # for a linear layer: inputs and neurons of its weights
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,17 @@ class Stage:
 
     @property
     def size(self) -> int:
-        """Ranks of one team."""
+        """The ranks of one team."""
         return self.rows * self.cols
 
     @property
     def layers(self) -> int:
-        """How many weight layers."""
+        """The number of weight layers."""
         return self.stop - self.first
 
 
 class Place(NamedTuple):
-    """Where a rank stands."""
+    """The position of a rank."""
 
     replica: int
     stage: int
@@ -58,11 +59,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Topology:
-    """The places of a run's ranks: `replicas` copies of the stages.
+    """The topology of a run: `replicas` copies of the stages.
 
     Ranks count up over cols first, then rows, then stages, then replicas. Launchers put neighbouring ranks on the same
-    node, so the ranks that talk most are near: the cols of one row (several times in each layer and micro-batch),
-    then the team, then the next stage (a link in each micro-batch), and last the other replicas (once per step).
+    node, so the ranks that communicate most are near: the cols of one row (several times in each layer and
+    micro-batch), then the team, then the next stage (a link in each micro-batch), and last the other replicas (once per
+    step).
     """
 
     replicas: int
@@ -80,52 +82,53 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """Ranks of the run."""
+        """The ranks of the run."""
         return self.replicas * self._offsets[-1]
 
     def place(self, rank: int) -> Place:
-        """Where `rank` stands."""
+        """Return the position of `rank`."""
         assert 0 <= rank < self.size, f"rank {rank} of {self.size}"
         replica, inside = divmod(rank, self._offsets[-1])
         stage = bisect_right(self._offsets, inside) - 1
         return Place(replica, stage, *divmod(inside - self._offsets[stage], self.stages[stage].cols))
 
     def rank(self, replica: int, stage: int, row: int, col: int) -> int:
-        """Who stands there: the inverse of `place`."""
+        """Return the rank at a position: the inverse of `place`."""
         return replica * self._offsets[-1] + self._offsets[stage] + row * self.stages[stage].cols + col
 
     def team(self, replica: int, stage: int) -> list[int]:
-        """The ranks of one stage in one replica, in the order row * cols + col."""
+        """Return the ranks of one stage in one replica, in the order row * cols + col."""
         first = self.rank(replica, stage, 0, 0)
         return list(range(first, first + self.stages[stage].size))
 
     def replica(self, replica: int) -> list[int]:
-        """All ranks of a replica."""
+        """Return all ranks of a replica."""
         first = self.rank(replica, 0, 0, 0)
         return list(range(first, first + self._offsets[-1]))
 
     def swarm(self, stage: int) -> list[int]:
-        """All ranks of a stage, over all replicas: replicas in order, each team in its order."""
+        """Return all ranks of a stage, over all replicas: replicas in order, each team in its order."""
         return [rank for replica in range(self.replicas) for rank in self.team(replica, stage)]
 
     def peers(self, stage: int, row: int, col: int) -> list[int]:
-        """The ranks of the same place in every replica, among which weights are exchanged."""
+        """Return the ranks at the same position in every replica, among which weights are exchanged."""
         return [self.rank(replica, stage, row, col) for replica in range(self.replicas)]
 
     def row_group(self, replica: int, stage: int, col: int) -> list[int]:
-        """All rows of a team that hold the same neurons (col)."""
+        """Return all rows of a team that hold the same neurons (col)."""
         return [self.rank(replica, stage, row, col) for row in range(self.stages[stage].rows)]
 
     def col_group(self, replica: int, stage: int, row: int) -> list[int]:
-        """All cols of a team that work on the same rows of the mini-batch."""
+        """Return all cols of a team that work on the same rows of the mini-batch."""
         return [self.rank(replica, stage, row, col) for col in range(self.stages[stage].cols)]
 
     def exact_group(self, stage: int, col: int) -> list[int]:
-        """All ranks that hold the same neurons, over replicas, then rows: whose gradients an exact exchange sums."""
+        """Return all ranks that hold the same neurons, over replicas, then rows, whose gradients an exact exchange
+        reduces."""
         return [rank for replica in range(self.replicas) for rank in self.row_group(replica, stage, col)]
 
     def batch_rows(self, place: Place, batch_size: int, micro_batches: int, micro_batch: int) -> Span:
-        """The rows of the mini-batch (0..batch_size-1) that this place has in a micro-batch; may be empty.
+        """Return the rows of the mini-batch (0..batch_size-1) that this place has in a micro-batch; may be empty.
 
         A mini-batch is divided into micro-batches, each over the replicas, and that over the rows of the team, always
         by `span`; all cols of a row have the same rows.
@@ -137,7 +140,8 @@ class Topology:
         return Span(start, start + inner.size)
 
     def describe(self, names: Sequence[str]) -> str:
-        """One line, as "2 replicas x [conv2d1 3x1 | conv2d2..linear1 1x2]"; `names` are the weight layers'."""
+        """Return the layout in one line, like "2 replicas x [conv2d1 3x1 | conv2d2..linear1 1x2]"; `names` are the
+        weight layers'."""
         stages = " | ".join(
             (names[s.first] if s.layers == 1 else f"{names[s.first]}..{names[s.stop - 1]}") + f" {s.rows}x{s.cols}"
             for s in self.stages
@@ -146,8 +150,8 @@ class Topology:
 
 
 def partition(weights: Sequence[float], groups: int) -> list[Span]:
-    """Neighbouring items in `groups` groups of at least one: the heaviest group as light as can be, and of such
-    partitions the one with the least sum of squared weights (dynamic programming over the last cut)."""
+    """Partition neighbouring items into `groups` groups of at least one: the heaviest group as light as possible, and
+    of such partitions the one with the least sum of squared weights (dynamic programming over the last cut)."""
     assert 1 <= groups <= len(weights)
     total = [0.0, *accumulate(weights)]
     n = len(weights)
@@ -170,13 +174,13 @@ def partition(weights: Sequence[float], groups: int) -> list[Span]:
 
 
 def layers_layout(facts: Sequence[LayerFacts], ranks: int, rows: int) -> Topology:
-    """`layout: layers`: one swarm per weight layer, one replica, sizes in proportion to the layers' operations.
+    """Return `layout: layers`: one swarm per weight layer, one replica, sizes in proportion to the layers' operations.
 
     `rows` is the rows of a micro-batch. Sizes are rounded by largest remainder, each at least 1; all ranks are used.
     Each size becomes the rows x cols with the least largest share of the work (in ties the one with more rows), with
     cols <= units. A size with more than `rows` rows in every factoring (a large prime) exchanges ranks with other
-    stages, so that the sizes deviate least from proportion. Only ranks beyond what the network can use at all stay
-    idle. Fewer ranks than layers: neighbouring layers are merged, as evenly as can be, one rank each.
+    stages, so that the sizes deviate least from proportion. Only ranks beyond what the network can use stay idle. With
+    fewer ranks than layers, neighbouring layers are merged as evenly as possible, one rank each.
     """
     assert ranks >= 1
     assert facts
@@ -204,7 +208,7 @@ def layers_layout(facts: Sequence[LayerFacts], ranks: int, rows: int) -> Topolog
 
 
 def factor(size: int, rows: int, layers: Sequence[LayerFacts]) -> tuple[float, int, int]:
-    """(largest share of the layers' work, rows, cols) of the best rows x cols = size; in ties more rows.
+    """Return (largest share of the layers' work, rows, cols) of the best rows x cols = size; in ties more rows.
 
     A rank's share is a whole number of the `rows` rows times a whole number of each layer's units, so the largest
     rounds up. cols are at most the fewest units; a team has more than `rows` rows only where it cannot have fewer.
@@ -223,12 +227,12 @@ def factor(size: int, rows: int, layers: Sequence[LayerFacts]) -> tuple[float, i
 
 @lru_cache(maxsize=100_000)
 def _idles(size: int, rows: int, units: int) -> bool:
-    """Does every factoring of `size` with cols <= units have more than `rows` rows, so that some stay idle?"""
+    """Whether every factoring of `size` with cols <= units has more than `rows` rows, so that some ranks stay idle."""
     return not any(size % cols == 0 for cols in range(-(-size // rows), min(size, units) + 1))
 
 
 def _quotas(weights: Sequence[float], ranks: int, most: Sequence[int]) -> list[float]:
-    """Shares of `ranks` in proportion to the weights, but at least 1 and at most `most` each."""
+    """Return shares of `ranks` in proportion to the weights, but at least 1 and at most `most` each."""
     floor = max(sum(weights) * 1e-12, 1e-300)
     weights = [max(w, floor) for w in weights]
 
@@ -243,7 +247,7 @@ def _quotas(weights: Sequence[float], ranks: int, most: Sequence[int]) -> list[f
 
 
 def _round(quotas: Sequence[float], ranks: int) -> list[int]:
-    """Whole numbers that add up to `ranks`: rounded down, then one more for the largest remainders."""
+    """Round to whole numbers with the sum `ranks`: down, then one up for each of the largest remainders."""
     sizes = [math.floor(q + 1e-9) for q in quotas]
     order = sorted(range(len(quotas)), key=lambda i: (sizes[i] - quotas[i], i))
     for i in order[: ranks - sum(sizes)]:
@@ -253,7 +257,7 @@ def _round(quotas: Sequence[float], ranks: int) -> list[int]:
 
 
 def _mend(quotas: Sequence[float], ranks: int, limits: Sequence[tuple[int, int]]) -> list[int]:
-    """The sizes nearest to the quotas in which no rank idles: least sum of (size - quota)^2 / quota.
+    """Return the sizes nearest to the quotas in which no rank idles: least sum of (size - quota)^2 / quota.
 
     Dynamic programming over stages and ranks used so far, among sizes near the quotas; wider until there is a solution
     (the most a stage can use, rows * units, is always among them in the end).
@@ -281,7 +285,7 @@ def _mend(quotas: Sequence[float], ranks: int, limits: Sequence[tuple[int, int]]
 def given_layout(
     replicas: int, swarms: Sequence[tuple[int, int, int]], facts: Sequence[LayerFacts], ranks: int
 ) -> Topology:
-    """`layout: {replicas, swarms}`: each swarm is (weight layers, rows, cols), in order.
+    """Return `layout: {replicas, swarms}`: each swarm is (weight layers, rows, cols), in order.
 
     Raises LayoutError, which says what would be possible, unless the swarms hold every weight layer once, no cols
     exceed the units of a layer, and replicas x sum of rows x cols is the number of ranks.
@@ -327,7 +331,7 @@ def given_layout(
 
 
 def _nearest(topology: Topology, facts: Sequence[LayerFacts], ranks: int) -> str:
-    """A layout like this one, for this many ranks, as it stands in a configuration."""
+    """Return a similar layout for this many ranks, in configuration syntax."""
     stages = [(s.layers, s.rows, s.cols) for s in topology.stages]
     each = topology.size // topology.replicas
     if ranks % each == 0:
