@@ -208,9 +208,8 @@ def auto_layout(
         team_ranks = ranks // replicas
         known: dict[tuple[Span, int], list[tuple[float, int, int]]] = {}
         alike = replicas if exact else 1
-        for count in range(
-            1 if alike == 1 else 2, min(len(facts), team_ranks) + 1
-        ):  # with 1 stage, replicas equal rows
+        # With 1 stage, replicas that are alike are the same as rows.
+        for count in range(1 if alike == 1 else 2, min(len(facts), team_ranks) + 1):
             micro_batches = pieces(count)
             rows = most_rows(batch_size, micro_batches, replicas)
             groups = [(group, micro_batches) for group in partition([layer.operations for layer in facts], count)]

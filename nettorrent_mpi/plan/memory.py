@@ -66,8 +66,8 @@ def memory(
         parameters, sharers = parameters_of(held, stage.cols), sharers_of(topology, stage, exact)
         kinds = versions(len(kept), micro_batches, s) if pipeline in STREAMS else 1
         copies = kinds + (1 if sharers == 1 else 2)
-        # Inputs of all slots, and of one more that is arriving; gradients come and go in two buffers each. What travels
-        # in pieces of a row, or is added up, is put together in a buffer of its own.
+        # Inputs of all slots, and of one more that is arriving; gradients arrive and leave in two buffers each. Parts
+        # of rows, and partial gradients, go through staging buffers.
         before = topology.stages[s - 1].cols if s > 0 else 1
         after = topology.stages[s + 1].cols if s < last else 1
         inputs, outputs = held[0].inputs, held[-1].outputs * part_of(held[-1].units, stage.cols)
