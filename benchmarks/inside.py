@@ -69,7 +69,7 @@ def measure(config: str, steps: int) -> dict[str, Any]:
     _watch_layers(watch, engine.layers)
     watch.watch(engine.optimizer, "update", "optimizer")
     watch.watch(engine.pipeline._loss, "forward", "loss")
-    watch.watch(engine._train._inputs, "batch", "rows gathered")
+    watch.watch(engine.train._inputs, "batch", "rows gathered")
     for n in range(STEPS_BEFORE, STEPS_BEFORE + steps):
         began = time.perf_counter()
         engine.step(n, 1e-4)

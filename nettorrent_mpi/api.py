@@ -171,7 +171,7 @@ class Trainer:
         with self._world.agreement():
             unlabelled(x, self.setup.dataset.train)
         with self._loop.evaluator.network():
-            return self._engine.predict(x)
+            return self._loop.evaluator.predict(x)
 
     def parameters(self) -> dict[str, Array]:
         """Return the whole arrays on all ranks, "<layer>/<name>": linear (inputs, units), conv2d (height, width,
@@ -249,7 +249,8 @@ class Trainer:
         None."""
         self._at_rest("trace")
         places = [self.setup.place_line(rank) for rank in range(self.size)]
-        return None if self._engine.trace is None else self._engine.trace.gather(self._world, places)
+        trace = self._engine.pipeline.trace
+        return None if trace is None else trace.gather(self._world, places)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -50,11 +50,6 @@ class Group:
         return len(set(self.nodes)) == 1
 
     @property
-    def node_members(self) -> list[int]:
-        """Return the members on this rank's node."""
-        return [member for member, node in enumerate(self.nodes) if node == self.nodes[self.index]]
-
-    @property
     def by_nodes(self) -> list[int]:
         """Return all members, those of a node side by side."""
         return sorted(range(self.size), key=lambda member: (self.nodes.index(self.nodes[member]), member))

@@ -70,11 +70,6 @@ class Transfer:
                 else:
                     np.copyto(view, staging)
 
-    @property
-    def active(self) -> bool:
-        """Whether the transfer is started and not finished."""
-        return self._active
-
     def free(self) -> None:
         """Free the requests."""
         assert not self._active

@@ -27,11 +27,12 @@ from nettorrent_mpi.comm.shared import SharedMemory, fits
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.operands import PartsReducer, SharedOperands
+from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import Span, span
-from nettorrent_mpi.plan.cost import in_parts
+from nettorrent_mpi.plan.cost import in_parts, rows_shared
 from nettorrent_mpi.plan.moves import Box, boxes_of_range
 
 FULL = 1 << 20  # bytes at which a bucket is full, where buckets travel in messages
@@ -180,19 +181,16 @@ class BucketMaker:
 
     def __init__(
         self,
+        plan: Plan,
         wiring: Wiring,
         device: Device,
         parameters: Mapping[str, Parameter],
         optimizer: Optimizer,
-        dtype: Any,
-        *,
         versions: int,
-        rows: int,
     ):
-        """`rows` are those of a mini-batch if the holders have all of them, else 0: then no gradient is computed in
-        parts."""
         self._wiring, self._device, self._optimizer = wiring, device, optimizer
-        self._dtype, self._versions, self._rows = np.dtype(dtype), versions, rows
+        self._dtype, self._versions = np.dtype(plan.options.dtype), versions
+        self._rows = rows_shared(plan.topology, plan.options.batch_size, plan.exact)
         self._number = {key: i for i, key in enumerate(parameters)}
 
     def make(self, group: Group, blocks: Mapping[str, Parameter]) -> list[Bucket]:

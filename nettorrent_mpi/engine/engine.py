@@ -10,8 +10,7 @@ import numpy as np
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.from_arrays import unlabelled
-from nettorrent_mpi.data.rows import Dataset, private
+from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.device.device import make_device
@@ -22,17 +21,14 @@ from nettorrent_mpi.engine.resharding import Blocks, move, of_replica, takes
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.stage_schedule import StageSchedule
 from nettorrent_mpi.engine.state import PARAMETERS, State
-from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
-from nettorrent_mpi.exchange import Shards, make_exchange
+from nettorrent_mpi.exchange import make_exchange
 from nettorrent_mpi.nn.losses import check_fit, make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.cost import rows_shared
 from nettorrent_mpi.plan.errors import NonFiniteError
 from nettorrent_mpi.plan.moves import Holding, whole
-from nettorrent_mpi.plan.scores import Scores, mean_scores
 
 
 class Engine:
@@ -66,60 +62,27 @@ class Engine:
         self.device = make_device("cpu", options.kernels)
         self.layers = network.stage(stage.first, stage.stop, stage.cols, self.place.col)
         self.schedule = StageSchedule(plan, self.place.stage)
-        self.wiring = Wiring(
-            world,
-            topology,
-            inputs=network.inputs(stage.first),
-            outputs=network.inputs(stage.stop),
-            slots=self.schedule.slots,
-            most_rows=topology.batch_rows(self.place, options.batch_size, options.micro_batches, 0).size,
-            dtype=options.dtype,
-            exact=plan.exact,
-        )
+        self.wiring = wiring = Wiring(world, plan, self.schedule.slots)
         self.optimizer = make_optimizer(options.optimizer)
-        self.state = State(
-            self.wiring,
-            self.device,
-            self.layers.parameters,
-            self.optimizer,
-            options.dtype,
-            versions=self.schedule.late,
-            rows=rows_shared(topology, options.batch_size, plan.exact),
-        )
+        parameters, late = self.layers.parameters, self.schedule.late
+        self.state = state = State(plan, wiring, self.device, parameters, self.optimizer, versions=late)
         if blocks is None:
-            self.state.initialise(options.seed)
+            state.initialise(options.seed)
         self.metrics = Metrics(self.device)
         self.exchange = make_exchange(
             options.exchange,
-            Shards(
-                [bucket.params[bucket.shard] for bucket in self.state.buckets],
-                {name: [b.optimizer[name] for b in self.state.buckets] for name in self.optimizer.states},
-                [flat.params[flat.shard] for flat in self.state.statistics],
-            ),
-            self.wiring.channel(self.wiring.peers),
+            state.owned(),
+            wiring.channel(wiring.peers),
             self.device,
             optimizer=options.optimizer,
             seed=options.seed,
             batch_size=options.batch_size,
             report_every=options.report_every,
-            share=self.state.gather_all,
-            fence=self.state.fence,
         )
-        self.update = Update(
-            self.wiring, self.device, self.state, self.optimizer, self.exchange, self.metrics, options.clip_norm
-        )
-        self.trace = Trace() if options.trace else None
+        clip_norm = options.clip_norm
+        self.update = Update(wiring, self.device, state, self.optimizer, self.exchange, self.metrics, clip_norm)
         self.pipeline = Pipeline(
-            self.wiring,
-            self.device,
-            self.layers,
-            self.state,
-            self.update,
-            make_loss(options.loss),
-            self.metrics,
-            seed=options.seed,
-            trace=self.trace,
-            progress=self._progress(),
+            plan, wiring, self.device, self.layers, state, self.update, self.metrics, self._progress()
         )
         self._left = 0  # steps planned until the ranks come to rest; 0: they are at rest
         self._steps = 0  # done so far
@@ -225,9 +188,9 @@ class Engine:
         self._data = dataset, sampler
         augment = Augment(self.plan.options.augment, dataset.shape) if self.plan.options.augment else None
         allocate = self.wiring.shared_rows
-        self._train = Batches(dataset.train, self.wiring, allocate, sampler=sampler, augment=augment)
-        self._test = Batches(dataset.test, self.wiring, allocate) if dataset.test else None
-        for batches in (self._train, self._test):
+        self.train = Batches(dataset.train, self.wiring, allocate, sampler=sampler, augment=augment)
+        self.test = Batches(dataset.test, self.wiring, allocate) if dataset.test else None
+        for batches in (self.train, self.test):
             if batches is not None:
                 batches.read_targets(self._check_targets)
 
@@ -256,10 +219,10 @@ class Engine:
         schedule, pieces = self.schedule, self.options.micro_batches
         left, first = left if schedule.asynchronous else 1, self._left == 0
         assert schedule.may_follow(self._left, left), (self._left, left)
-        self._train.begin_step(n, pieces)
+        self.train.begin_step(n, pieces)
         self._left, self._steps = left - 1, n + 1
         actions = schedule.step(first=first, left=left, parts=self.state.in_parts)
-        return Work(actions, self._train, pieces, n, rate=rate * schedule.rate_scale, first=first)
+        return Work(actions, self.train, pieces, n, rate=rate * schedule.rate_scale, first=first)
 
     def check_finite(self) -> None:
         """Raise NonFiniteError on all ranks if one of them has seen a value that is not finite; the error names the
@@ -273,57 +236,11 @@ class Engine:
             error.agreed = True
             raise error
 
-    # -- evaluation -------------------------------------------------------------------------------------------------
-
-    def evaluate_test(self) -> Scores | None:
-        """Return loss and accuracy on the test set, None without one. Collective over all ranks, at rest.
-
-        The replicas divide the rows, so they have to be equal (`exchange.shown`).
-        """
-        test = self.dataset.test
-        return None if self._test is None or test is None else self._evaluate(self._test, np.arange(test.rows))[0]
-
-    def evaluate_validation(self) -> Scores | None:
-        """Return loss and accuracy on the validation rows, None without any; otherwise like `evaluate_test`."""
-        rows = self.sampler.validation_rows
-        return self._evaluate(self._train, rows)[0] if len(rows) else None
-
-    def compare_replicas(self) -> list[Scores] | None:
-        """Return each replica's loss and accuracy on all validation rows, None without any. Collective over all
-        ranks."""
-        rows = self.sampler.validation_rows
-        return self._evaluate(self._train, rows, alone=True) if len(rows) else None
-
-    def _evaluate(self, batches: Batches, rows: Array, *, alone: bool = False) -> list[Scores]:
-        """Score all rows in one stream of micro-batches as large as those of training, so that the pipeline fills once.
-
-        With `alone` each replica scores all rows, and the result has the scores of each; otherwise the replicas divide
-        them.
-        """
-        before = self.metrics.take()
-        self._forward(batches, rows, alone=alone)
-        sums = np.zeros((self.topology.replicas, 4))
-        sums[self.place.replica if alone else 0] = self.metrics.take()[:4]
-        self.wiring.everyone.sum(sums)
-        self.metrics.put_back(before)
-        if not np.isfinite(sums).all():
-            self.check_finite()
-        return [mean_scores(*replica) for replica in (sums if alone else sums[:1])]
-
-    def predict(self, x: Array) -> Array:
-        """Return on all ranks the network's outputs (rows, *output_shape) for the rows x (rows, *input_shape).
-
-        x is the same on all ranks and is scaled like the data set. All ranks call, at rest. Where replicas differ, the
-        outputs are those of the weights shown (`exchange.shown`). Raises DataError.
-        """
-        split = unlabelled(x, self.dataset.train)
-        outputs = np.zeros((split.rows, *self.network.output_shape), self.state.dtype)
-        if split.rows:
-            self._forward(Batches(split, self.wiring, private), np.arange(split.rows), outputs=outputs)
-            self.wiring.everyone.sum(outputs)  # zeros where another rank computes the row
-        return outputs
-
-    def _forward(self, batches: Batches, rows: Array, *, alone: bool = False, outputs: Array | None = None) -> None:
+    def forward(self, batches: Batches, rows: Array, *, alone: bool = False, outputs: Array | None = None) -> None:
+        """Run these rows (numbers in the batches' split) through the network in one stream of micro-batches as large as
+        those of training, so that the pipeline fills once. All ranks call, at rest. `alone`: by each replica for
+        itself, else the replicas divide the rows. Without `outputs`, which the last stage writes, scores are added to
+        the metrics."""
         assert self._left == 0
         options, replicas = self.plan.options, self.topology.replicas
         most = span(options.batch_size, options.micro_batches, 0).size
@@ -335,11 +252,11 @@ class Engine:
         step = max(self._steps - 1, 0)  # the last one trained, for the trace
         self.pipeline.run(Work(actions, batches, pieces, step, training=False, outputs=outputs))
 
+    # -- what has been learned ----------------------------------------------------------------------------------------
+
     def exchange_figures(self) -> dict[str, Any]:
         """Return the exchange's figures, averaged over all ranks, for the report. Collective over all ranks."""
         return {"kind": self.options.exchange.kind, **self.exchange.figures(self.wiring.everyone)}
-
-    # -- the model --------------------------------------------------------------------------------------------------
 
     def shapes(self) -> dict[str, Shape]:
         """Return the shapes of the network's whole arrays, "<layer>/<name>", in the network's order."""

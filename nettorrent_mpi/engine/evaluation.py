@@ -7,8 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from nettorrent_mpi.data.from_arrays import unlabelled
+from nettorrent_mpi.data.rows import private
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.plan.scores import Scores, best_of
+from nettorrent_mpi.plan.scores import Scores, best_of, mean_scores
 
 
 @dataclass(frozen=True)
@@ -61,32 +67,79 @@ class Evaluator:
 
     def evaluate(self) -> Evaluation:
         """Return the scores of that network."""
-        engine = self._engine
         with self.network() as best:
-            validation, test = engine.evaluate_validation(), engine.evaluate_test()
+            validation, test = self.validation(), self.test()
         return Evaluation(test, validation, best)
 
     def unify(self) -> dict[str, Any]:
         """Make all replicas that network for good, and return the scores of their average and of the best of them,
         under their names in summary.json; nothing where there is only one network."""
-        engine = self._engine
+        exchange = self._engine.exchange
         if self.unified:
             return {}
         best, chosen_by = self._best()
         found = {}
         for name, which in (("average", None), ("best_replica", best)):
-            with engine.exchange.shown(which):
-                test = engine.evaluate_test()
-                found[name] = Evaluation(test, engine.evaluate_validation()).figures()
+            with exchange.shown(which):
+                found[name] = Evaluation(self.test(), self.validation()).figures()
         found["best_replica"] |= {"replica": best, "chosen_by": chosen_by}
-        engine.exchange.become(None if self._averages else best)
+        exchange.become(None if self._averages else best)
         self.unified = True
         final = found["average" if self._averages else "best_replica"]
         return {"test_accuracy": final["test_accuracy"], "test_loss": final["test_loss"], **found}
 
+    # -- the replicas as they are at present --------------------------------------------------------------------------
+
+    def test(self) -> Scores | None:
+        """Return loss and accuracy on the test set, None without one. Collective over all ranks, at rest.
+
+        The replicas divide the rows, so they have to be equal (`exchange.shown`).
+        """
+        test, batches = self._engine.dataset.test, self._engine.test
+        return None if batches is None or test is None else self._scores(batches, np.arange(test.rows))[0]
+
+    def validation(self) -> Scores | None:
+        """Return loss and accuracy on the validation rows, None without any; otherwise like `test`."""
+        rows = self._engine.sampler.validation_rows
+        return self._scores(self._engine.train, rows)[0] if len(rows) else None
+
+    def compare(self) -> list[Scores] | None:
+        """Return each replica's loss and accuracy on all validation rows, None without any. Collective over all
+        ranks."""
+        rows = self._engine.sampler.validation_rows
+        return self._scores(self._engine.train, rows, alone=True) if len(rows) else None
+
+    def predict(self, x: Array) -> Array:
+        """Return on all ranks the network's outputs (rows, *output_shape) for the rows x (rows, *input_shape).
+
+        x is the same on all ranks and is scaled like the data set. All ranks call, at rest. Where replicas differ, the
+        outputs are those of the weights shown (`exchange.shown`). Raises DataError.
+        """
+        engine = self._engine
+        split = unlabelled(x, engine.dataset.train)
+        outputs = np.zeros((split.rows, *engine.network.output_shape), engine.state.dtype)
+        if split.rows:
+            engine.forward(Batches(split, engine.wiring, private), np.arange(split.rows), outputs=outputs)
+            engine.wiring.everyone.sum(outputs)  # zeros where another rank computes the row
+        return outputs
+
+    def _scores(self, batches: Batches, rows: Array, *, alone: bool = False) -> list[Scores]:
+        """Score all rows. With `alone` each replica scores all rows, and the result has the scores of each; otherwise
+        the replicas divide them."""
+        engine, metrics = self._engine, self._engine.metrics
+        before = metrics.take()
+        engine.forward(batches, rows, alone=alone)
+        sums = np.zeros((engine.topology.replicas, 4))
+        sums[engine.place.replica if alone else 0] = metrics.take()
+        engine.wiring.everyone.sum(sums)
+        metrics.put_back(before)
+        if not np.isfinite(sums).all():
+            engine.check_finite()
+        return [mean_scores(*replica) for replica in (sums if alone else sums[:1])]
+
     def _best(self) -> tuple[int, str]:
         """Choose the best replica; return its number and the criterion."""
-        found = self._engine.compare_replicas()
+        found = self.compare()
         if found is not None:
             return best_of(found, self._metric), self._metric
         if not self.losses:  # no training loss yet: no replica is known to be better

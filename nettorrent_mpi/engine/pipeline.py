@@ -11,13 +11,14 @@ from nettorrent_mpi.device.arrays import Array, quiet
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.metrics import LOSS, NONFINITE, Metrics
+from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.layer import Alone, Context, Params
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
-from nettorrent_mpi.nn.losses import Loss
+from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.plan.actions import Action, Kind
 
 
@@ -54,26 +55,24 @@ class Pipeline:
 
     def __init__(
         self,
+        plan: Plan,
         wiring: Wiring,
         device: Device,
         layers: Layers,
         state: State,
         update: Update,
-        loss: Loss,
         metrics: Metrics,
-        *,
-        seed: int,
-        trace: Trace | None,
         progress: Callable[[], None] | None,
     ):
         """`progress` lets messages move; it is called between actions and between layers."""
         self._wiring, self._device, self._layers, self._state = wiring, device, layers, state
-        self._end, self._loss, self._metrics = update, loss, metrics
-        self._trace, self._progress = trace, progress
+        self._end, self._loss, self._metrics = update, make_loss(plan.options.loss), metrics
+        self.trace = Trace() if plan.options.trace else None
+        self._progress = progress
         slots = wiring.slots
         shared = device.workspace(state.dtype)
         self._workspaces = [device.workspace(state.dtype, shared) for _ in range(slots)]
-        self._ctx = Context(device.ops, shared, seed=seed, team=wiring.team, progress=progress)
+        self._ctx = Context(device.ops, shared, seed=plan.options.seed, team=wiring.team, progress=progress)
         self._saved: list[Any] = [None] * slots
         self._dy: list[Array | None] = [None] * slots
         self._y: list[Array | None] = [None] * slots
@@ -111,7 +110,7 @@ class Pipeline:
         step = work.step
         if work.first:
             self._base = 0
-        trace, methods, progress = self._trace, self._methods, self._progress
+        trace, methods, progress = self.trace, self._methods, self._progress
         with quiet():  # non-finite values are located once
             for action in work.actions:
                 began = trace.now() if trace else 0

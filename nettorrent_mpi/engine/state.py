@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,9 @@ from nettorrent_mpi.comm.shared import SharedMemory
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.buckets import Bucket, BucketMaker, Flat, Statistics
+from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.wiring import Wiring
+from nettorrent_mpi.exchange import Shards
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Operands, Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
@@ -33,30 +34,28 @@ class State:
 
     def __init__(
         self,
+        plan: Plan,
         wiring: Wiring,
         device: Device,
         parameters: Sequence[tuple[str, Parameter]],
         optimizer: Optimizer,
-        dtype: Any,
         *,
-        versions: int = 0,
-        rows: int = 0,
+        versions: int,
     ):
-        """Allocate the state. `versions` are kept besides the newest; `rows` are a mini-batch's, or 0 (see
-        BucketMaker)."""
+        """Allocate the state. `versions` are kept besides the newest."""
         self.parameters = dict(parameters)
-        self.dtype = np.dtype(dtype)
+        self.dtype = np.dtype(plan.options.dtype)
         self._device, self._optimizer = device, optimizer
         self.buckets: list[Bucket] = []
         self.statistics: list[Statistics] = []
-        maker = BucketMaker(wiring, device, self.parameters, optimizer, dtype, versions=versions, rows=rows)
+        maker = BucketMaker(plan, wiring, device, self.parameters, optimizer, versions)
         for group, replicated in ((wiring.holders, False), (wiring.all_holders, True)):
             trainable = {key: p for key, p in parameters if p.trainable and p.replicated_sum == replicated}
             others = {key: p for key, p in parameters if not p.trainable and (p.axis is None) == replicated}
             if trainable:
                 self.buckets += maker.make(group, trainable)
             if others:
-                self.statistics.append(Statistics(device, group, others, dtype))
+                self.statistics.append(Statistics(device, group, others, self.dtype))
         self.buckets.sort(key=lambda bucket: -bucket.first)
         fences: dict[Group, SharedMemory] = {}
         for bucket in self.buckets:
@@ -137,6 +136,16 @@ class State:
     def blocks(self) -> dict[Holding, Array]:
         """Return this rank's blocks of parameters and running statistics, as views of the live arrays."""
         return {Holding(f"{PARAMETERS}/{key}", self.parameters[key].box): self.params[key] for key in self.params}
+
+    def owned(self) -> Shards:
+        """What this rank owns of its replica, for the exchange."""
+        return Shards(
+            [bucket.params[bucket.shard] for bucket in self.buckets],
+            {name: [bucket.optimizer[name] for bucket in self.buckets] for name in self._optimizer.states},
+            [flat.params[flat.shard] for flat in self.statistics],
+            share=self.gather_all,
+            fence=self.fence,
+        )
 
     def shards(self, memories: Mapping[str, Sequence[Array]]) -> dict[Holding, Array]:
         """Return what this rank alone keeps of each parameter, as views of the live arrays: the optimizer state of its

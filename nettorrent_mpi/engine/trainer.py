@@ -142,7 +142,7 @@ class TrainingLoop:
             if self._diverged or report.diverged:
                 engine.check_finite()
             record, asked, last = self._completed(report), stopping.heard or report.flag, done == until
-            reached = self._reached(exchange.at_rest(done, engine.compare_replicas, report.distance))
+            reached = self._reached(exchange.at_rest(done, self.evaluator.compare, report.distance))
             if self._left:
                 break
             if last or reached or (epochs and epochs % settings.evaluate_every == 0):

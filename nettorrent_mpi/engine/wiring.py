@@ -21,8 +21,8 @@ from nettorrent_mpi.comm.shared import SharedMemory, shared_array
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace, aligned
 from nettorrent_mpi.plan.actions import buffers
+from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
-from nettorrent_mpi.plan.topology import Topology
 
 FORWARD, BACKWARD = 0, 1
 
@@ -91,29 +91,21 @@ class Wiring:
     which the network is held once and every gradient is summed; `readers` the ranks of the first stage on this node,
     which share the data set's inputs.
 
-    `inputs` is the whole shape of one row that the stage reads, `outputs` of one that it writes. `most_rows` is the
-    largest number of rows of a micro-batch that this rank gets, `slots` the number of micro-batches that it holds
-    between their forward pass and the end of their backward pass.
+    `slots` is the number of micro-batches that this rank holds between their forward pass and the end of their backward
+    pass.
     """
 
-    def __init__(
-        self,
-        world: World,
-        topology: Topology,
-        *,
-        inputs: Shape,
-        outputs: Shape,
-        slots: int,
-        most_rows: int,
-        dtype: Any,
-        exact: bool = True,
-    ):
+    def __init__(self, world: World, plan: Plan, slots: int):
+        topology, options, exact = plan.topology, plan.options, plan.exact
         self.world, self.topology = world, topology
         self.place = topology.place(world.rank)
         self.slots, self.exact = slots, exact
         replica, stage, row, col = self.place
         self.is_first = stage == 0
         self.is_last = stage == len(topology.stages) - 1
+        inputs = plan.network.inputs(topology.stages[stage].first)  # one row's whole shape of what the stage reads
+        outputs = plan.network.inputs(topology.stages[stage].stop)  # and of what it writes
+        most_rows = topology.batch_rows(self.place, options.batch_size, options.micro_batches, 0).size
         self._inputs, self._outputs = inputs, outputs
         self._made: list[Group] = []
         self._memories: list[SharedMemory] = []
@@ -135,14 +127,16 @@ class Wiring:
         # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use. On the first
         # stage, where nothing arrives, the last buffer is for the rows that are gathered ahead.
         self.ring = self.buffers.inputs
-        self._x = [aligned(most_rows * int(np.prod(inputs)), dtype) for _ in range(self.ring + self.is_first)]
         local = span(outputs[-1], self.cols.size, col).size
-        sizes = most_rows * int(np.prod(outputs[:-1])) * local
-        self._dy = [] if self.is_last else [aligned(sizes, dtype) for _ in range(self.buffers.dy)]
-        dx_size = most_rows * int(np.prod(inputs))
-        self._dx = [] if self.is_first else [aligned(dx_size, dtype) for _ in range(self.buffers.dx)]
-        self._views: dict[tuple[int, int], Array] = {}
         self._dy_shape = (*outputs[:-1], local)
+
+        def made(count: int, shape: Shape) -> list[Array]:
+            return [aligned(most_rows * int(np.prod(shape)), options.dtype) for _ in range(count)]
+
+        self._x = made(self.ring + self.is_first, inputs)
+        self._dy = made(0 if self.is_last else self.buffers.dy, self._dy_shape)
+        self._dx = made(0 if self.is_first else self.buffers.dx, inputs)
+        self._views: dict[tuple[int, int], Array] = {}
         self._transfers: dict[tuple[int, bool, int, int], Transfer] = {}
 
     # -- groups and shared memory -----------------------------------------------------------------------------------
@@ -248,7 +242,7 @@ class Wiring:
         own_cols = span(shape[-1], mine.cols, self.place.col) if mine_is_source else Span(0, shape[-1])
         peers = self.topology.team(self.place.replica, upstream + 1 if mine_is_source else upstream)
         parts = []
-        for piece in redistribute(of, shape[-1], source, target, replicated=True):
+        for piece in redistribute(of, shape[-1], source, target):
             here, there = (piece.source, piece.target) if mine_is_source else (piece.target, piece.source)
             if here == index:
                 adds = mine_is_source and not sending and there % target.cols > 0

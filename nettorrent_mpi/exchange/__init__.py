@@ -11,12 +11,10 @@ exchange.close()
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.exchange.base import Exchange
-from nettorrent_mpi.exchange.replicas import Replicas, Shards, nothing
+from nettorrent_mpi.exchange.replicas import Replicas, Shards
 from nettorrent_mpi.plan import exchange_specs
 from nettorrent_mpi.plan.specs import Spec
 
@@ -33,8 +31,6 @@ def make_exchange(
     seed: int = 1,
     batch_size: int = 1,
     report_every: int = 1,
-    share: Callable[[], None] = nothing,
-    fence: Callable[[], None] = nothing,
 ) -> Exchange:
     """Make the exchange that `spec` (one of exchange_specs.EXCHANGES) asks for, of one rank with its `peers`: the ranks
     that own the same elements of the other replicas. All peers call, with shards of the same sizes.
@@ -42,7 +38,7 @@ def make_exchange(
     `peers` is a communicator for this exchange alone, which its caller made and frees after `close`. A group of one has
     nobody to exchange with, whatever `spec` says. `optimizer` tells how the learning rate is scaled (None: not at all),
     `batch_size` how many rows all replicas together train on in a step, `report_every` how many steps lie between two
-    times at which a distance may be known. For `share` and `fence` see Replicas. Where messages are compressed, all
+    times at which a distance may be known. Where messages are compressed, all
     replicas have to be the same when the exchange is made: both ends of a pair begin with the same estimates.
 
     Raises ConfigError for a pairing or a compression that is not possible.
@@ -50,19 +46,9 @@ def make_exchange(
     if peers.size > 1 and isinstance(spec, exchange_specs.Gossip):
         from nettorrent_mpi.exchange.gossip import GossipExchange
 
-        return GossipExchange(
-            spec,
-            shards,
-            peers,
-            device,
-            optimizer=optimizer,
-            seed=seed,
-            report_every=report_every,
-            share=share,
-            fence=fence,
-        )
+        return GossipExchange(spec, shards, peers, device, optimizer=optimizer, seed=seed, report_every=report_every)
     if peers.size > 1 and isinstance(spec, exchange_specs.Elite):
         from nettorrent_mpi.exchange.elite import EliteExchange
 
-        return EliteExchange(spec, shards, peers, device, seed=seed, batch_size=batch_size, share=share, fence=fence)
-    return Exchange(shards, peers, device, share=share, fence=fence)
+        return EliteExchange(spec, shards, peers, device, seed=seed, batch_size=batch_size)
+    return Exchange(shards, peers, device)

@@ -39,19 +39,8 @@ def takes(spec: Elite, found: Sequence[Scores], number: int, seed: int) -> list[
 class EliteExchange(Exchange):
     """Compares the replicas every so many steps and lets the losers take the winners' weights."""
 
-    def __init__(
-        self,
-        spec: Elite,
-        shards: Shards,
-        peers: Group,
-        device: Device,
-        *,
-        seed: int,
-        batch_size: int,
-        share: Callable[[], None],
-        fence: Callable[[], None],
-    ):
-        super().__init__(shards, peers, device, share=share, fence=fence)
+    def __init__(self, spec: Elite, shards: Shards, peers: Group, device: Device, *, seed: int, batch_size: int):
+        super().__init__(shards, peers, device)
         self._spec, self._seed = spec, seed
         self._every = steps_between(spec, batch_size)
         self.metric = spec.metric

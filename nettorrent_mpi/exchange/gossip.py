@@ -56,10 +56,8 @@ class GossipExchange(Exchange):
         optimizer: Spec | None,
         seed: int,
         report_every: int,
-        share: Callable[[], None],
-        fence: Callable[[], None],
     ):
-        super().__init__(shards, peers, device, share=share, fence=fence)
+        super().__init__(shards, peers, device)
         self._spec, self._optimizer, self._report_every = spec, optimizer, report_every
         self.waits_for_peers = spec.deadline == "none"
         self.wants_loss = isinstance(spec.mix, LossMix | LossDivergenceMix)
@@ -148,7 +146,7 @@ class GossipExchange(Exchange):
             if self._slow is not None:
                 self._slow.apply(rate)
             self.averaged()
-            self.share()
+            self.shards.share()
 
     def _calibrate(self) -> None:
         """Choose the parts by what the links and this rank's steps are like. All peers call."""
@@ -156,7 +154,7 @@ class GossipExchange(Exchange):
         if self.mixer.push_sum:  # masses are of the parts as they were
             self.average()
             self.averaged()
-            self.share()
+            self.shards.share()
         seconds = sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
         degree = max(len(self.pairing.sends(0, self.peers.index)), 1)
         self.rounds.divide(parts_that_hide(self.peers, self.mixer.vector, seconds * self._spec.every, degree))
@@ -175,7 +173,7 @@ class GossipExchange(Exchange):
     def settle(self) -> None:
         self.rounds.settle()
         self.mixer.vector.release(Span(0, self.mixer.vector.size))
-        self.share()
+        self.shards.share()
         self._last = 0.0
 
     def average(self) -> None:

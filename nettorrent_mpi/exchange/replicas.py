@@ -13,17 +13,25 @@ from nettorrent_mpi.device.device import Device
 TAG = 79
 
 
+def nothing() -> None:
+    """Do nothing: the shards are whole blocks, which have no other holders."""
+
+
 @dataclass(frozen=True)
 class Shards:
     """The flat arrays that one rank owns of its replica; its peers own the same elements of the other replicas.
 
     `optimizer` has, for each state of the optimizer by its name, an array like each of the `parameters`. `statistics`
-    are arrays that no gradient changes (running means and variances).
+    are arrays that no gradient changes (running means and variances). Where several ranks hold the same blocks and each
+    owns a shard of them, `share` all-gathers the shards among these holders, and `fence` waits until all of them have
+    come, before a shard changes that others read.
     """
 
     parameters: Sequence[Array]
     optimizer: Mapping[str, Sequence[Array]] = field(default_factory=dict)
     statistics: Sequence[Array] = ()
+    share: Callable[[], None] = nothing
+    fence: Callable[[], None] = nothing
 
     @property
     def weights(self) -> list[Array]:
@@ -36,30 +44,13 @@ class Shards:
         return [array for arrays in self.optimizer.values() for array in arrays]
 
 
-def nothing() -> None:
-    """Do nothing: the shards are whole blocks, which have no other holders."""
-
-
 class Replicas:
     """Moves weights between replicas that have come to rest. All ranks of all replicas call every method, after the
-    same step.
-
-    Where several ranks hold the same blocks and each owns a shard of them, `share` all-gathers the shards among these
-    holders, and `fence` waits until all of them have come, before a shard changes that others read. `count` is the
-    number of replicas with weights of their own.
+    same step. `count` is the number of replicas with weights of their own.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        peers: Group,
-        device: Device,
-        *,
-        share: Callable[[], None] = nothing,
-        fence: Callable[[], None] = nothing,
-    ):
+    def __init__(self, shards: Shards, peers: Group, device: Device):
         self.shards, self.peers, self.device = shards, peers, device
-        self.share, self.fence = share, fence
         self.count = peers.size
 
     @contextmanager
@@ -77,10 +68,10 @@ class Replicas:
             self.device.ops.copy(copy, array)
         self._all_take(best)
         yield
-        self.fence()
+        self.shards.fence()
         for copy, array in zip(kept, self.shards.weights, strict=True):
             self.device.ops.copy(array, copy)
-        self.share()
+        self.shards.share()
 
     def become(self, best: int | None = None) -> None:
         """Every replica takes the average of all, or replica `best`'s weights and optimizer state, and keeps it."""
@@ -97,22 +88,22 @@ class Replicas:
         """Replica r takes the weights and optimizer state of replica takes[r], which keeps its own."""
         assert all(takes[source] == source for source in takes)
         self.settle()
-        self.fence()
+        self.shards.fence()
         own = self.peers.index
         for array in (*self.shards.weights, *self.shards.memories):
             sends = [(array, to) for to, source in enumerate(takes) if source == own != to]
             receives = [(array, source) for to, source in enumerate(takes) if to == own != source]
             self.peers.trade(sends, receives, TAG)
-        self.share()
+        self.shards.share()
 
     def _all_take(self, best: int | None) -> None:
-        self.fence()
+        self.shards.fence()
         if best is None:
             self.average()
         else:
             for array in self.shards.weights:
                 self.peers.broadcast(array, best)
-        self.share()
+        self.shards.share()
 
     # -- what an exchange does otherwise ----------------------------------------------------------------------------
 

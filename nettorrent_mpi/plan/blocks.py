@@ -59,29 +59,27 @@ class Piece(NamedTuple):
     cols: Span
 
 
-def redistribute(n_rows: int, n_cols: int, source: Grid, target: Grid, *, replicated: bool = False) -> list[Piece]:
+def redistribute(n_rows: int, n_cols: int, source: Grid, target: Grid) -> list[Piece]:
     """Return the pieces that move when an array of n_rows x n_cols changes from one grid to another.
 
-    Source block (row, col) holds span(n_rows, rows, row) x span(n_cols, cols, col). Target block (row, col) wants the
-    same of its own grid or, with `replicated`, all columns of its rows (a stage's input: every col of a team reads all
+    Source block (row, col) holds span(n_rows, rows, row) x span(n_cols, cols, col). Target block (row, col) wants all
+    columns of the rows span(n_rows, rows, row) of its own grid (a stage's input: every col of a team reads all
     features). Every element reaches each block that wants it exactly once.
 
     The pieces are sorted by (source, target); there is at most one for each pair, and none is empty. Both sides of a
     link compute the same list, so each knows what the other sends.
 
     The way back is exactly the transpose: the same pieces with source and target exchanged. Where several targets
-    received the same element (`replicated`), each returns a partial gradient and the source adds them up.
+    received the same element, each returns a partial gradient and the source adds them up.
     """
     row_pairs = _overlaps(n_rows, source.rows, target.rows)
-    if replicated:
-        wanted = [(i, j, span(n_cols, source.cols, i)) for i in range(source.cols) for j in range(target.cols)]
-        col_pairs = [pair for pair in wanted if pair[2].size]
-    else:
-        col_pairs = _overlaps(n_cols, source.cols, target.cols)
+    held = [(col, span(n_cols, source.cols, col)) for col in range(source.cols)]
     return sorted(
         Piece(source_row * source.cols + source_col, target_row * target.cols + target_col, rows, cols)
         for source_row, target_row, rows in row_pairs
-        for source_col, target_col, cols in col_pairs
+        for source_col, cols in held
+        if cols.size
+        for target_col in range(target.cols)
     )
 
 

@@ -22,6 +22,7 @@ from nettorrent_mpi import planning  # noqa: E402
 from nettorrent_mpi.__main__ import main  # noqa: E402
 from nettorrent_mpi.engine import checkpoint  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
+from nettorrent_mpi.engine.evaluation import Evaluator  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline, Work  # noqa: E402
 from nettorrent_mpi.engine.reports import Reports  # noqa: E402
 from nettorrent_mpi.engine.update import Update  # noqa: E402
@@ -43,7 +44,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "update": (Update, "update", 3),
     "report": (Reports, "start", 2),
     "reports": (Reports, "ready", 2),
-    "evaluate": (Engine, "evaluate_test", 1),
+    "evaluate": (Evaluator, "test", 1),
     "save": (Engine, "parameters", 1),
     "close": (Engine, "close", 1),
     # of replicas that differ

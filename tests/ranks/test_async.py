@@ -23,6 +23,7 @@ from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine import buckets
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Context
@@ -145,7 +146,7 @@ def train(case: Case, lefts: Sequence[int], pipeline: specs.Spec | None = None) 
         engine.step(n, RATES[case.network] / (1 + n // 7), left)
         sums[n] = engine.metrics.take()
         if left == 1:
-            for found in (engine.evaluate_test(), engine.evaluate_validation()):
+            for found in (Evaluator(engine).test(), Evaluator(engine).validation()):
                 assert found is not None
                 scores += found
     engine.world.sum(sums)
@@ -361,7 +362,7 @@ def test_a_drain_cannot_come_before_what_was_begun() -> None:
             with pytest.raises(AssertionError):
                 engine.step(n, 0.01, other)
         with pytest.raises(AssertionError):
-            engine.evaluate_test()
+            Evaluator(engine).test()
         engine.step(n, 0.01, left)
-    assert engine.evaluate_test() is not None
+    assert Evaluator(engine).test() is not None
     engine.close()

@@ -16,6 +16,7 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as exchanges
@@ -237,7 +238,7 @@ def test_engines_live_side_by_side_and_are_closed_in_any_order() -> None:
         engine.close()
         for other, _ in made.values():  # the others are not disturbed
             other.step(10 + number, 0.003)
-            other.evaluate_test()
+            Evaluator(other).test()
     part.free()
     half.Free()
     world.free()

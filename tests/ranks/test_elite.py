@@ -12,6 +12,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.exchange.elite import steps_between, takes
 from nettorrent_mpi.nn.model import Network
@@ -64,10 +65,11 @@ def make(layout: Topology, choice: choices.Elite) -> Engine:
     for n in range(3):
         engine.step(n, 0.05)
 
-    def refuse() -> Scores | None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the test set may not be looked at")
 
-    engine.evaluate_test = refuse  # type: ignore[method-assign]
+    assert engine.test is not None
+    engine.test.begin_rows = refuse  # type: ignore[method-assign]
     return engine
 
 
@@ -75,8 +77,8 @@ def compare(engine: Engine, number: int) -> Scores:
     """Comparison `number`; in between nothing happens."""
     every = steps_between(choices.Elite(), engine.options.batch_size)
     assert engine.exchange.next_rest(number * every - 1) == number * every
-    assert engine.exchange.at_rest(number * every + 1, engine.compare_replicas) is None
-    best = engine.exchange.at_rest(number * every, engine.compare_replicas)
+    assert engine.exchange.at_rest(number * every + 1, Evaluator(engine).compare) is None
+    best = engine.exchange.at_rest(number * every, Evaluator(engine).compare)
     assert best is not None
     return best
 
@@ -100,7 +102,7 @@ def key_of(metric: str, scores: Scores) -> float:
 def test_all_become_the_best(layout: Topology, metric: Any) -> None:
     choice = choices.Elite(metric=metric)
     engine = make(layout, choice)
-    before, found = all_bits(engine), engine.compare_replicas()
+    before, found = all_bits(engine), Evaluator(engine).compare()
     assert found is not None
     assert len(set(before)) == layout.replicas
     assert len(set(engine.world.comm.allgather(tuple(found)))) == 1, "all ranks judge alike"
@@ -119,7 +121,7 @@ def test_losers_take_the_winners_of_random_pairs(layout: Topology) -> None:
     engine = make(layout, choice)
     count = layout.replicas
     for number in (1, 2, 3):
-        before, found = all_bits(engine), engine.compare_replicas()
+        before, found = all_bits(engine), Evaluator(engine).compare()
         assert found is not None
         expected, paired = list(range(count)), set()
         for a, b, _ in make_pairing("shuffle", count, 3).edges(number):

@@ -19,6 +19,7 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine import buckets
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -162,7 +163,7 @@ class Trained:
         for n in range(STEPS):
             engine.step(n, rate or (0.002 if name == "mlp" else 0.02))
             self.losses.append(loss_of(engine))
-        test, validation = engine.evaluate_test(), engine.evaluate_validation()
+        test, validation = Evaluator(engine).test(), Evaluator(engine).validation()
         assert test is not None
         assert validation is not None
         self.scores = [*test, *validation]

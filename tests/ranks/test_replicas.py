@@ -21,6 +21,7 @@ from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Context
@@ -248,15 +249,15 @@ def test_each_replica_is_a_serial_run(layout: Topology, network: str, partition:
 
 def check_scores(engine: Engine, own: Serial, all_params: list[dict[str, Array]]) -> None:
     """Each replica's scores, those of their average, and those of one that is shown."""
-    scores = engine.compare_replicas()
+    scores = Evaluator(engine).compare()
     assert scores is not None
     assert len(scores) == len(all_params)
     np.testing.assert_allclose(scores[engine.place.replica], own.validation(own.params), rtol=1e-9)
     for best, params in ((None, average(all_params)), (1, all_params[1])):
         with engine.exchange.shown(best):
-            found = (engine.evaluate_test(), engine.evaluate_validation())
+            found = (Evaluator(engine).test(), Evaluator(engine).validation())
             np.testing.assert_allclose(found, (own.test(params), own.validation(params)), rtol=1e-9)  # type: ignore[arg-type]
-    assert engine.compare_replicas() == scores
+    assert Evaluator(engine).compare() == scores
 
 
 # -- taking and giving back --------------------------------------------------------------------------------------------
@@ -381,7 +382,7 @@ def test_with_one_replica_there_is_nothing_to_do() -> None:
     engine.exchange.become()
     engine.exchange.become(0)
     same_bits(blocks(engine), before)
-    found, whole = engine.compare_replicas(), engine.evaluate_validation()
+    found, whole = Evaluator(engine).compare(), Evaluator(engine).validation()
     assert found is not None
     assert whole is not None
     np.testing.assert_allclose(found[0], whole, rtol=1e-14)

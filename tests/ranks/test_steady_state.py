@@ -16,6 +16,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -150,18 +151,18 @@ def test_the_rows_of_a_step_are_gathered_in_the_one_before() -> None:
     """Each micro-batch once, the first of a step ahead of it: also where the ranks rest and evaluate in between."""
     network = Network(LAYERS, SHAPE)
     made = engine(layers_layout(network.facts, SIZE, 16), network)
-    gather, gathered = made._train._gather, [0]
+    gather, gathered = made.train._gather, [0]
 
     def counted(*arguments: Any) -> None:
         gathered[0] += 1
         gather(*arguments)
 
-    made._train._gather = counted  # type: ignore[method-assign]
+    made.train._gather = counted  # type: ignore[method-assign]
     for n in range(12):
         made.step(n, 0.001)
         assert gathered[0] == (4 * (n + 1) + 1 if made.wiring.is_first else 0)
         if n % 3 == 0:
-            made.evaluate_test()
+            Evaluator(made).test()
     made.close()
 
 
@@ -177,7 +178,7 @@ def test_a_thousand_steps_do_not_grow() -> None:
         made.step(n, 0.001)
         if n % 100 == 0:
             made.metrics.take()
-            made.evaluate_test()
+            Evaluator(made).test()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 1024, f"{grown} KiB more after 1000 steps"
     made.close()
