@@ -20,8 +20,8 @@ from nettorrent_mpi.comm.ring import Rings
 from nettorrent_mpi.comm.shared import SharedMemory, shared_array
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace, aligned
-from nettorrent_mpi.plan.actions import buffers
 from nettorrent_mpi.engine.run_plan import Plan
+from nettorrent_mpi.plan.actions import buffers
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
 
 FORWARD, BACKWARD = 0, 1
