@@ -60,6 +60,7 @@ ORDER: dict[str, list[str]] = {
         "blocks",
         "moves",
         "topology",
+        "layouts",
         "actions",
         "stream",
         "checker",

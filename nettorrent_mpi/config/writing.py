@@ -1,8 +1,7 @@
-"""Writes a configuration as plain data, YAML or a digest. Only YAML needs more than the standard library."""
+"""Writes a configuration as plain data or YAML. Only YAML needs more than the standard library."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -56,9 +55,3 @@ def to_yaml(config: Config) -> str:
     from nettorrent_mpi.config import yaml_lines
 
     return yaml_lines.write(to_plain(config))
-
-
-def digest(config: Config) -> str:
-    """Return the SHA-256, in hexadecimal, of everything but the output folder: equal digests mean equal trainings."""
-    data = {key: value for key, value in to_plain(config).items() if key != "output"}
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -42,7 +42,6 @@ def import_folder(
     size: tuple[int, int] | None = None,
     *,
     test: float = 0.0,
-    seed: int = 0,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Imported:
@@ -52,7 +51,7 @@ def import_folder(
     directory: files and folders whose names begin with a dot are left out; every other file in a class has to be an
         image of 8 bits per channel. Where all are grey there is one channel, otherwise three (RGB).
     size: (height, width) to scale to (bilinear); without it all images must have one size.
-    test: the fraction of each class, drawn by `seed`, that goes to x_test and y_test.
+    test: the fraction of each class, drawn at random, that goes to x_test and y_test.
     progress: called as progress(images done, images).
 
     The file appears complete or not at all: it is written under another name first. Raises DataError (folder or image
@@ -69,7 +68,7 @@ def import_folder(
     train: list[_Image] = []
     held: list[_Image] = []
     for name, images in zip(classes, by_class, strict=True):
-        order = np.random.Generator(np.random.Philox(key=key(seed, "import", name))).permutation(len(images))
+        order = np.random.Generator(np.random.Philox(key=key(0, "import", name))).permutation(len(images))
         chosen = set(order[: round(len(images) * test)].tolist())
         for index, image in enumerate(images):
             (held if index in chosen else train).append(image)

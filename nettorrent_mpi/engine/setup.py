@@ -19,8 +19,9 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import auto_layout
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError
 from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
+from nettorrent_mpi.plan.layouts import given_layout, layers_layout
 from nettorrent_mpi.plan.pairing import make_pairing
-from nettorrent_mpi.plan.topology import Topology, given_layout, layers_layout
+from nettorrent_mpi.plan.topology import Topology
 
 MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
 SHORT_RUN = 2e11  # floating-point operations of a rank: two seconds of one core

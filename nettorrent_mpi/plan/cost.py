@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from nettorrent_mpi.plan.actions import Action
 from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.layouts import layers_layout, partition
 from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS
 from nettorrent_mpi.plan.timeline import simulate, steady_seconds
-from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout, partition
+from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 PAYS = 2.5  # the factor of memory traffic that `in_parts` has to save: measured with 2, 4 and 8 ranks
 
@@ -43,7 +44,6 @@ class Prediction:
     compute: tuple[float, ...]
     communication: tuple[float, ...]
     bubble: float  # the part of stages x seconds in which a stage waits, without the reduction of gradients
-    bottleneck: int  # the stage with the most compute and communication
 
 
 def predict(
@@ -87,7 +87,7 @@ def predict(
     communication = tuple(count * 2 * t.moves + t.sum for t in steps)
     busy = [count * (f + b) + e for f, b, e in zip(forward, backward, finish, strict=True)]
     bubble = 1 - sum(busy) / (seconds * len(busy)) if seconds else 0.0
-    return Prediction(seconds, compute, communication, bubble, busy.index(max(busy)))
+    return Prediction(seconds, compute, communication, bubble)
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,6 @@ _STARTS = 4  # random starting vectors, of which the worst counts
 _ROUNDING = 1e-12  # anything below is 0 up to rounding
 
 
-def matrix(pairing: Pairing, number: int) -> list[list[float]]:
-    """Return W of round `number`, replicas x replicas."""
-    everybody = range(pairing.replicas)
-    whole = [[float(i == j) for j in everybody] for i in everybody]
-    for source, target, weight in pairing.edges(number):
-        whole[target][source] += weight
-        whole[source][source] -= weight
-    return whole
-
-
 def mixed(pairing: Pairing, number: int, values: Sequence[float]) -> list[float]:
     """Return W of round `number` times `values`, one for each replica."""
     result = list(values)

@@ -16,7 +16,8 @@ from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
-from nettorrent_mpi.plan.topology import LayerFacts, partition
+from nettorrent_mpi.plan.layouts import partition
+from nettorrent_mpi.plan.topology import LayerFacts
 
 APART = ("async", "gossip", "elite")  # modes whose weights are not those of one rank
 Settings = dict[str, Any]  # keys of a configuration, as to_plain writes them

@@ -10,8 +10,9 @@ import pytest
 
 from nettorrent_mpi.cli import dry_run as report
 from nettorrent_mpi.config import reading as config
+from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.memory import Memory
-from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout
+from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 NAMES = ["conv2d1", "conv2d2", "conv2d3", "conv2d4", "linear1", "linear2"]
 OPERATIONS = [5e6, 48e6, 21e6, 36e6, 7e6, 3e4]

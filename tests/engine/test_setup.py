@@ -12,7 +12,8 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.cost import auto_layout
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError
-from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout
+from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.topology import Stage, Topology
 
 
 def load(*changes: str) -> Config:

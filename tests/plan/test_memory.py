@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.schedule import PIPELINES
-from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology, layers_layout
+from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 TWO = [LayerFacts("a", 30.0, 50, 10, 7, 10), LayerFacts("b", 60.0, 44, 4, 10, 4)]
 ALONE = Topology(1, (Stage(0, 2, 1, 1),))

@@ -43,6 +43,16 @@ def whole_period(pairing: Pairing) -> NDArray[np.float64]:
     return result
 
 
+def matrix(pairing: Pairing, number: int) -> list[list[float]]:
+    """W of round `number`, replicas x replicas."""
+    everybody = range(pairing.replicas)
+    whole = [[float(i == j) for j in everybody] for i in everybody]
+    for source, target, weight in pairing.edges(number):
+        whole[target][source] += weight
+        whole[source][source] -= weight
+    return whole
+
+
 def mean_matrix(replicas: int) -> NDArray[np.float64]:
     return np.full((replicas, replicas), 1 / replicas)
 
@@ -301,7 +311,7 @@ def test_what_is_possible() -> None:
 @settings(max_examples=100, deadline=None)
 @given(pairings(most=12), st.integers(0, 20))
 def test_matrix_and_mixed_are_the_same_round(pairing: Pairing, number: int) -> None:
-    W = np.array(mixing.matrix(pairing, number))
+    W = np.array(matrix(pairing, number))
     values = np.arange(pairing.replicas) ** 2.0
     np.testing.assert_allclose(W.sum(axis=0), 1, rtol=0, atol=1e-12)
     np.testing.assert_allclose(mixing.mixed(pairing, number, list(values)), W @ values, rtol=0, atol=1e-9)
@@ -330,7 +340,7 @@ def test_the_spectral_gap_of_drawn_pairings_against_many_rounds(kind: str, repli
     rounds = 3000
     squared = np.zeros((replicas, replicas))
     for number in range(rounds):
-        W = np.array(mixing.matrix(pairing, number))
+        W = np.array(matrix(pairing, number))
         squared += W.T @ W / rounds
     center = np.eye(replicas) - mean_matrix(replicas)
     kept = np.linalg.eigvalsh(center @ squared @ center)[1:]  # the first is the mean's, 0

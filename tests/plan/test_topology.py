@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.errors import LayoutError
-from nettorrent_mpi.plan.topology import (
-    LayerFacts,
-    Place,
-    Stage,
-    Topology,
-    factor,
-    given_layout,
-    layers_layout,
-    partition,
-)
+from nettorrent_mpi.plan.layouts import factor, given_layout, layers_layout, partition
+from nettorrent_mpi.plan.topology import LayerFacts, Place, Stage, Topology
 
 Networks = dict[str, list[LayerFacts]]
 

@@ -21,7 +21,8 @@ from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as exchanges
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout
+from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.topology import Stage, Topology
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 SHAPE, CLASSES, BATCH = (6, 5, 2), 5, 29

@@ -25,7 +25,8 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.cost import auto_layout
-from nettorrent_mpi.plan.topology import Stage, Topology, layers_layout
+from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.topology import Stage, Topology
 
 STEPS = 20
 SHAPE = (7, 6, 2)
