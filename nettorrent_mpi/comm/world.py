@@ -110,7 +110,7 @@ class World(Group):
 
 
 def _agreed(error: NetTorrentError, where: str = "") -> NetTorrentError:
-    """The error as all ranks raise it."""
+    """Mark an error as one that all ranks raise alike."""
     error.args, error.agreed = (f"{error}{where}",), True
     return error
 

@@ -1,7 +1,7 @@
-"""The memory that layers take is found by letting them work.
+"""The memory that layers need is measured by running them.
 
-How much that is only the layers know: an activation may write over its input, a convolution works in blocks. So a
-stage's layers go forward and back with a few rows, then with more, and what their workspaces hold grows with the rows.
+Only the layers know it: an activation may write over its input, a convolution works in blocks. So a stage's layers run
+forward and backward with a few rows, then with more, and the growth of their workspaces with the rows is observed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from nettorrent_mpi.nn.losses import Loss
 from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import Span
 
-ROWS = 4  # of the first trial
-ENOUGH = 8 << 20  # bytes with which a trial is the last one: whatever works in blocks has filled one by then
+ROWS = 4  # rows of the first trial
+ENOUGH = 8 << 20  # bytes at which a trial is the last one: operations in blocks have filled a block by then
 
 
 class Footprint(NamedTuple):
     """A footprint counts the bytes that layers take on one rank, without parameters and gradients."""
 
-    kept: int  # of one micro-batch, from its forward to the end of its backward
-    shared: int  # among all micro-batches: what whichever layer is at work needs
+    kept: int  # for one micro-batch, from its forward to the end of its backward
+    shared: int  # shared by all micro-batches: scratch memory of the layer that runs
 
 
 class _Absent:
-    """A team of `cols` whose other members are not there: it takes the memory that they would make it take."""
+    """A team of `cols` whose other members are absent: it allocates what they would make it allocate."""
 
     def __init__(self, cols: int):
         self.cols, self.col = cols, 0
@@ -50,7 +50,7 @@ class _Absent:
 
 
 class _Elsewhere(Operands):
-    """Operands that are held by others take no memory here."""
+    """Operands that other ranks hold take no memory here."""
 
     def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
         pass
@@ -67,12 +67,11 @@ def footprint(
     labels: bool = True,
     elsewhere: Collection[str] = (),
 ) -> Footprint:
-    """The memory for micro-batches of `rows` rows in training.
+    """Measure the memory for micro-batches of `rows` rows in training.
 
-    `cols` are those that the layers' neurons are divided over, `accumulate` says that a mini-batch has several
-    micro-batches, whose gradients are added up; the last stage's layers come with the loss, whose targets are `labels`
-    or as many numbers as there are outputs. Of the weights `elsewhere` the layers do not compute the gradient (see
-    `Operands`).
+    The layers' neurons are divided over `cols`; `accumulate` says that a mini-batch has several micro-batches, whose
+    gradients are added up; the last stage's layers come with the loss, whose targets are `labels` or as many numbers as
+    there are outputs. The layers do not compute the gradients of the weights `elsewhere` (see `Operands`).
     """
     device = make_device("cpu", "numpy")
     params = {key: device.zeros(parameter.local, dtype) for key, parameter in layers.parameters}
@@ -83,7 +82,7 @@ def footprint(
     }
 
     def trial(count: int) -> Footprint:
-        # With NumPy alone: nothing is tried, and what others work with is as little (a block of a megabyte or two).
+        # With NumPy alone: nothing is tuned, and the other libraries need no more (a block of a megabyte or two).
         device = make_device("cpu", "numpy")
         shared = device.workspace(dtype)
         own = device.workspace(dtype, shared)
@@ -92,7 +91,7 @@ def footprint(
         if loss is not None:
             targets = device.zeros((count,), "int64") if labels else device.zeros(y.shape, dtype)
             loss.forward(y, targets, max(count, 1), ctx, device.zeros((4,), "float64"))
-        for ctx.accumulate in (False, accumulate):  # twice: shared memory that grew in between was no one's neighbour
+        for ctx.accumulate in (False, accumulate):  # twice: while scratch grows, no dy overlaps it
             layers.backward(params, grads, saved, device.zeros(y.shape, dtype), ctx)
         return Footprint(own.bytes, shared.bytes + device.working_bytes)
 
@@ -107,7 +106,7 @@ def footprint(
 
 
 def update_footprint(optimizer: Optimizer, elements: int, dtype: DType) -> int:
-    """The bytes that an optimizer works with beside its state, for so many parameters; found with a part of them."""
+    """Measure the scratch memory of an optimizer for `elements` parameters, with a part of them."""
     device, size = make_device("cpu", "numpy"), min(elements, ENOUGH // 64)
     params, grads = device.zeros((size,), dtype), device.zeros((size,), dtype)
     optimizer.update(device.ops, params, grads, optimizer.init(device, size, dtype), 0.1, 2, 0.5)

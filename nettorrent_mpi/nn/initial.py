@@ -15,7 +15,7 @@ from nettorrent_mpi.nn.layer import Parameter
 
 
 def initial_value(parameter: Parameter, seed: int, layer_name: str) -> Array:
-    """The whole array (parameter.shape, float64) that `parameter` of layer `layer_name` begins with."""
+    """Return the initial value of `parameter` of layer `layer_name`: the whole array (parameter.shape, float64)."""
     if parameter.initial in ("zeros", "ones"):
         return constant(parameter.shape, float(parameter.initial == "ones"))
     scheme, distribution = parameter.initial.rsplit("_", 1)

@@ -1,8 +1,8 @@
-"""A layer has features, parameters, a team that works on it, and for each pass a context.
+"""The interface of a layer: its features, its parameters, the team that computes it, and the context of each pass.
 
-Shape legend, for all of nn/: capital letter = the whole dimension, small letter = this rank's part.
-B, b rows of the (micro-)batch; I, i inputs; O, o outputs (neurons or filters); H, W height and width; C, c channels.
-`partial_` = a sum over the cols that is still to be reduced.
+Shape legend, for all of nn/: capital letter = the whole dimension, small letter = this rank's part. B, b rows of the
+(micro-)batch; I, i inputs; O, o outputs (neurons or filters); H, W height and width; C, c channels. `partial_` = a sum
+over the cols that is still to be reduced.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from nettorrent_mpi.plan.moves import Box
 
 NO_ROWS = Span(0, 0)
 Params = Mapping[str, Array]  # parameter name -> this rank's block
-Grads = Mapping[str, Any]  # parameter name -> the array for its gradient, or (`Parameter.product`) `Operands`
+Grads = Mapping[str, Any]  # parameter name -> array for its gradient, or (`Parameter.product`) `Operands`
 
 
 @dataclass(frozen=True)
 class Features:
     """Features are one row of activations: `shape` is the whole row; this rank holds `part` of its last axis.
 
-    `part` is the whole axis unless a layer before divided its neurons or filters over the cols of the team; `parts`
-    tells over how many: with fewer neurons than cols one part can be the whole axis while the others are empty.
+    `part` is the whole axis unless an earlier layer divided its neurons or filters over the cols of the team; `parts`
+    is their number: with fewer neurons than cols one part can be the whole axis while the others are empty.
     """
 
     shape: Shape
@@ -44,7 +44,7 @@ class Features:
 
     @property
     def local(self) -> Shape:
-        """The shape of one row here."""
+        """The shape of one row on this rank."""
         return (*self.shape[:-1], self.part.size)
 
     @property
@@ -54,22 +54,22 @@ class Features:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter is one array of a layer, in global coordinates.
+    """A Parameter is one array of a layer, in global coordinates.
 
     Each rank holds `part` of `axis` (the whole array if axis is None). `trainable` is False for running statistics,
-    which no optimizer touches. `replicated_sum` is True where every col holds the whole array but sees only part of its
-    gradient (see `Layer`), so that it is summed over the cols as well.
+    which no optimizer updates. `replicated_sum` is True where every col holds the whole array but sees only part of its
+    gradient (see `Layer`), so that it is reduced over the cols as well.
     """
 
     name: str
     shape: Shape
-    initial: str = "zeros"  # a name that nn.initial knows
+    initial: str = "zeros"  # a name known to nn.initial
     axis: int | None = None
     part: Span | None = None
     trainable: bool = True
     replicated_sum: bool = False
     fans: tuple[int, int] = (1, 1)  # (fan in, fan out) for the initial values
-    product: bool = False  # is its gradient one product x.T @ dy, which may be given to `Operands`?
+    product: bool = False  # whether its gradient is one product x.T @ dy, which may go to `Operands`
 
     @property
     def local(self) -> Shape:
@@ -80,7 +80,7 @@ class Parameter:
 
     @property
     def box(self) -> Box:
-        """Which part of the whole array this rank's block is."""
+        """This rank's block as a part of the whole array."""
         return tuple(
             self.part if axis == self.axis and self.part is not None else Span(0, length)
             for axis, length in enumerate(self.shape)
@@ -88,33 +88,34 @@ class Parameter:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Where the block lies in the whole array."""
+        """The slices of this rank's block in the whole array."""
         if self.axis is None or self.part is None:
             return (slice(None),) * len(self.shape)
         return (slice(None),) * self.axis + (slice(*self.part),)
 
 
 class Team(Protocol):
-    """The ranks that work on the same stage, as a layer sees them. All of them make the same calls."""
+    """A layer's view of the ranks of its stage, with collective operations: all of them make the same calls."""
 
     cols: int
     col: int
 
     def sum_over_rows(self, values: Array) -> None:
-        """Add up `values` in place over all ranks that hold other rows of the same global micro-batch."""
+        """All-reduce `values` in place over all ranks that hold other rows of the same global micro-batch."""
 
     def sum_over_cols(self, values: Array) -> None:
-        """Add up `values` in place over the cols of the team (the same rows, other neurons)."""
+        """All-reduce `values` in place over the cols of the team (the same rows, other neurons)."""
 
     def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
-        """whole_b..C <- the parts part_b..c of all cols side by side on the last axis."""
+        """All-gather: whole_b..C <- the parts part_b..c of all cols side by side on the last axis."""
 
     def scatter_cols(self, partial_whole: Array, part: Array, workspace: Workspace) -> None:
-        """part_b..c <- this col's slice of the sum over the cols of partial_whole_b..C (gather_cols' adjoint)."""
+        """Reduce-scatter: part_b..c <- this col's slice of the sum over the cols of partial_whole_b..C (gather_cols'
+        adjoint)."""
 
 
 class Alone:
-    """A team of one rank has nobody to exchange anything with."""
+    """A team of one rank, whose operations do nothing."""
 
     cols = 1
     col = 0
@@ -133,46 +134,48 @@ class Alone:
 
 
 class Operands(ABC):
-    """Operands take the two matrices whose product is the gradient of a layer's weights, instead of the product."""
+    """Operands receive the two matrices whose product is a weight gradient, in place of the product."""
 
     @abstractmethod
     def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
-        """The gradient of the weights has x_bI.T @ dy_bo in it; these are the mini-batch's `rows`."""
+        """Take x_bI and dy_bo of the mini-batch's `rows`: x_bI.T @ dy_bo is their part of the weight gradient."""
 
 
 @dataclass(slots=True)
 class Context:
-    """The context holds what the forward or backward of one micro-batch needs besides its arrays."""
+    """The context of a pass: what the forward or backward of one micro-batch needs besides its arrays."""
 
     ops: Ops
-    workspace: Workspace  # the memory of this micro-batch's slot; for a layer, its own part of it
+    workspace: Workspace  # memory of this micro-batch's slot; for a layer, its own part of it
     training: bool = True
-    accumulate: bool = False  # False: this micro-batch's gradients overwrite; True: they are added
+    accumulate: bool = False  # whether this micro-batch's gradients are added, or overwrite
     seed: int = 0
     step: int = 0
-    rows: Span = NO_ROWS  # these rows' numbers in the whole mini-batch (for dropout)
+    rows: Span = NO_ROWS  # numbers of these rows in the whole mini-batch (for dropout)
     count: int = 0  # rows of the whole micro-batch, over all ranks that share batch statistics
     team: Team = field(default_factory=Alone)
-    progress: Callable[[], None] | None = None  # called between layers, so that messages move while this rank computes
+    progress: Callable[[], None] | None = (
+        None  # called between layers, so that messages progress while this rank computes
+    )
 
 
 class Layer(ABC):
-    """A stateless layer of one rank: shapes are fixed when it is made, arrays are handed in.
+    """A Layer is stateless and belongs to one rank: its shapes are fixed at construction, arrays are passed in.
 
     The input of a layer with weights is always whole (all features of this rank's rows); its neurons or filters, and so
-    its output, may be divided over the cols of the team. Other layers work on whatever part arrives. Because backward
-    is linear in dy, a layer that stands on whole features before divided weights receives, on each col, only a partial
-    dy, and passes on a partial dx; its parameters' gradients are partial too (`Parameter.replicated_sum`).
+    its output, may be divided over the cols of the team. Other layers work on whatever part they get. Because backward
+    is linear in dy, a layer with whole features before divided weights receives, on each col, only a partial dy, and
+    returns a partial dx; its parameters' gradients are partial too (`Parameter.replicated_sum`).
 
     `backward` may overwrite dy, and returns memory that is valid until another layer runs. Neither direction allocates
     after the first step.
     """
 
-    # May `forward` write its output over its input (elementwise layers)? The caller says so per layer in `in_place`.
+    # Whether `forward` may write its output over its input (elementwise layers); the caller decides with `in_place`.
     elementwise: ClassVar[bool] = False
-    # Does `backward` read the layer's own output, so that nobody may overwrite it?
+    # Whether `backward` reads the layer's own output, so that no other layer may overwrite it.
     reads_output: ClassVar[bool] = False
-    # May `forward` return the memory of its input as its output (flatten; dropout in evaluation)?
+    # Whether `forward` may return the memory of its input as its output (flatten; dropout in evaluation).
     passes_on: ClassVar[bool] = False
 
     def __init__(self, name: str, inputs: Features, outputs: Features, parameters: tuple[Parameter, ...] = ()):
@@ -181,20 +184,21 @@ class Layer(ABC):
         self.outputs = outputs
         self.parameters = parameters
         self.in_place = False
-        self.needs_dx = True  # False for the first layer of the network: nobody wants its input's gradient
+        self.needs_dx = True  # False for the first layer of the network, whose input needs no gradient
 
     @abstractmethod
     def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, Any]:
-        """(y, saved): x has shape (b, *inputs.local), y (b, *outputs.local). Zero rows are allowed.
+        """Return (y, saved): x has shape (b, *inputs.local), y (b, *outputs.local). Zero rows are allowed.
 
         `saved` holds what backward needs: arrays of ctx.workspace.keep, or x itself, which stays unchanged until then.
         """
 
     @abstractmethod
     def backward(self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context) -> Array | None:
-        """dx (None where needs_dx is False). Writes (or adds, when ctx.accumulate) the parameters' gradients."""
+        """Return dx (None if needs_dx is False), and write the parameters' gradients (or add them if
+        ctx.accumulate)."""
 
     @property
     def operations(self) -> float:
-        """Floating-point operations of forward and backward for one row of the whole layer."""
+        """Return the floating-point operations of forward and backward for one row of the whole layer."""
         return 0.0

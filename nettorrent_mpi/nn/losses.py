@@ -1,4 +1,4 @@
-"""A loss tells how wrong the network's outputs are, and gives the gradient that backward starts from.
+"""A loss measures the error of the network's outputs and gives the gradient that backward starts from.
 
 Formulas are PyTorch's (torch.nn.CrossEntropyLoss, BCEWithLogitsLoss, MSELoss, all with reduction="mean"). Shape legend:
 nn/layer.py; N = rows of a data set, k = numbers in one row's float target.
@@ -17,7 +17,7 @@ from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSqua
 
 
 class Loss(ABC):
-    """A loss compares outputs_bO (one row of O numbers per sample; b may be 0) with the targets of the same rows.
+    """A Loss compares outputs_bO (one row of O numbers per sample; b may be 0) with the targets of the same rows.
 
     Targets are whole-number labels of shape (b,), or, except for cross-entropy, numbers of shape (b,) or (b, O).
     """
@@ -25,12 +25,13 @@ class Loss(ABC):
     def forward(
         self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, gradient: bool = True
     ) -> Array | None:
-        """The gradient of these rows' loss with respect to outputs_bO, which stays unchanged; None unless wanted.
+        """Return the gradient of these rows' loss with respect to outputs_bO, which stays unchanged; None without
+        `gradient`.
 
-        It is the gradient of the mean over the `total` rows of the whole mini-batch, whoever holds the others, and lies
-        in ctx.workspace until this slot is used again. Adds to `metrics` (float64, on the device): [0] the sum of the
-        rows' losses, [1] how many rows are right, [2] the rows, [3] 1 where right and wrong are not defined.
-        Targets have to be such as `check_targets` lets pass. Allocates nothing after the first call.
+        It is the gradient of the mean over the `total` rows of the whole mini-batch, over all ranks, in memory of
+        ctx.workspace that is valid until this slot is used again. Adds to `metrics` (float64, on the device): [0] the
+        sum of the rows' losses, [1] the number of correct rows, [2] the rows, [3] 1 where correctness is not defined.
+        Targets must have passed `check_targets`. Allocates nothing after the first call.
         """
         dy = ctx.workspace.keep("gradient of the loss", outputs_bO.shape) if gradient else None
         self.compare(outputs_bO, targets, total, ctx, metrics, dy)
@@ -45,14 +46,15 @@ class Loss(ABC):
 
     @abstractmethod
     def check_targets(self, targets: Array, outputs: Shape) -> None:
-        """Raise DataError if one of `targets` (N rows) is none that this loss can have for one row of shape `outputs`.
+        """Raise DataError if one of `targets` (N rows) is invalid for this loss with outputs of shape `outputs` per
+        row.
 
-        Meant for a whole data set, once: it reads all targets, and `forward` checks none.
+        Called once for a whole data set: it reads all targets, and `forward` checks none.
         """
 
 
 def make_loss(spec: Spec) -> Loss:
-    """The loss that `spec` (one of specs.LOSSES) asks for. Raises ConfigError for an option out of range."""
+    """Make the loss that `spec` (one of specs.LOSSES) describes. Raises ConfigError for an option out of range."""
     if isinstance(spec, CrossEntropy):
         return _CrossEntropy(spec.label_smoothing)
     if isinstance(spec, BinaryCrossEntropy):
@@ -62,10 +64,10 @@ def make_loss(spec: Spec) -> Loss:
 
 
 def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DType, classes: int | None) -> None:
-    """Raise ShapeError if the last layer and the data do not fit under the loss `spec`, before anything is trained.
+    """Raise ShapeError if the last layer and the data do not fit the loss `spec`, before training.
 
     `layer` is the last layer's name and `outputs` the shape of one row of its outputs; `target` is the shape of one
-    row's target (() for labels), `dtype` the targets' type, `classes` how many classes the data has (None: none).
+    row's target (() for labels), `dtype` the targets' type, `classes` the number of classes in the data (None: none).
     """
     dtype = as_dtype(dtype)
     is_label = _are_labels(dtype, 1 + len(target))
@@ -97,8 +99,8 @@ def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DTyp
 
 
 class _CrossEntropy(Loss):
-    """Softmax and the negative log likelihood of the label: (1 - e) * -log p_label + e / O * sum(-log p), where
-    e = label_smoothing is spread over all O outputs. Rows are shifted by their largest output: exp cannot overflow."""
+    """Softmax and the negative log likelihood of the label: (1 - e) * -log p_label + e / O * sum(-log p), where e =
+    label_smoothing is spread over all O outputs. Rows are shifted by their largest output, so exp cannot overflow."""
 
     def __init__(self, label_smoothing: float):
         if not 0.0 <= label_smoothing <= 1.0:
@@ -121,7 +123,7 @@ class _CrossEntropy(Loss):
 
 
 class _Elementwise(Loss):
-    """The losses that compare each output with a number of its own: the mean over all elements."""
+    """The base of losses that compare each output with its own target: the mean over all elements."""
 
     _name: str
     _range: str
@@ -159,15 +161,16 @@ class _Elementwise(Loss):
         """Add the loss to metrics[0] and write the gradient."""
 
     def _count(self, outputs_bO: Array, wanted_bO: Array, ctx: Context, metrics: Array) -> None:
-        """Count the rows that are right, where the targets are numbers: not defined, unless a loss defines it."""
+        """Count correct rows where the targets are numbers: not defined, unless a loss defines it."""
         metrics[3] += 1
 
 
 class _BinaryCrossEntropy(_Elementwise):
-    """-t log s(x) - (1 - t) log(1 - s(x)) with s the sigmoid, as max(x, 0) - x t + log(1 + exp(-|x|)): no overflow.
+    """Binary cross-entropy: -t log s(x) - (1 - t) log(1 - s(x)) with s the sigmoid, as max(x, 0) - x t + log(1 +
+    exp(-|x|)): no overflow.
 
-    A single logit is right if it is above 0 exactly where the target is above 1/2; with class labels for several
-    outputs the largest logit counts; for several float targets right and wrong are not defined.
+    A single logit is correct if it is above 0 exactly where the target is above 1/2; with class labels for several
+    outputs the largest logit counts; for several float targets correctness is not defined.
     """
 
     _name, _range, _least, _most = "binary_cross_entropy", "numbers from 0 to 1", 0.0, 1.0
@@ -185,7 +188,8 @@ class _BinaryCrossEntropy(_Elementwise):
 
 
 class _MeanSquaredError(_Elementwise):
-    """(x - t)^2. A row is right if its largest output is the label's; not defined for targets that are numbers."""
+    """Squared error: (x - t)^2. A row is correct if its largest output is the label's; not defined for targets that are
+    numbers."""
 
     _name, _range = "mean_squared_error", "finite numbers"
     _least, _most = -sys.float_info.max, sys.float_info.max

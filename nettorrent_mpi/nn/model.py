@@ -1,4 +1,4 @@
-"""A network has layers with names and shapes, and divides into stages."""
+"""A network is a list of layers with names and shapes that can be divided into stages."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from nettorrent_mpi.plan.topology import LayerFacts
 
 
 class Network:
-    """A network is a list of layers applied to rows of `input_shape`.
+    """A Network is a list of layers applied to rows of `input_shape`.
 
-    Weight layers (linear, conv2d, residual) are counted; each takes along the layers that follow it, except that
-    flatten, and what comes after it, belongs to the weight layer that reads it; what comes before the first belongs to
-    the first.
-    Raises ShapeError where two layers do not fit, ConfigError where there is no weight layer or a name comes twice.
+    Weight layers (linear, conv2d, residual) are counted; each includes the layers that follow it, except that flatten,
+    and what comes after it, belongs to the weight layer that reads it; layers before the first weight layer belong to
+    it. Raises ShapeError if two layers do not fit, ConfigError if there is no weight layer or a name occurs twice.
     """
 
     def __init__(self, layers: Seq[LayerSpec], input_shape: Shape):
@@ -34,7 +33,7 @@ class Network:
         self.output_shape = whole.outputs.shape
         self.output_name = whole.layers[-1].name
         norms = (layer for layer in _all_layers(whole) if isinstance(layer, BatchNormLayer))
-        # The batch norms to which a row brings a single value of each feature: they cannot work on one row.
+        # The batch norms with one value per row and feature, which cannot work on one row.
         self.batch_norms_of_vectors = [layer.name for layer in norms if len(layer.outputs.shape) == 1]
         self._inputs: list[Shape] = []
         self.facts: list[LayerFacts] = []
@@ -48,25 +47,25 @@ class Network:
 
     @property
     def has_batch_norm(self) -> bool:
-        """Does a row's output depend on the other rows of its micro-batch?"""
+        """Whether a row's output depends on the other rows of its micro-batch."""
         return any(isinstance(layer, BatchNorm) for layer in flat(self.layers))
 
     @property
     def weight_layers(self) -> int:
-        """How many weight layers there are: the most stages that the network can have."""
+        """The number of weight layers: the most stages that the network can have."""
         return len(self._starts)
 
     def _slice(self, first: int, stop: int) -> slice:
         return slice(self._starts[first], self._starts[stop] if stop < len(self._starts) else len(self.layers))
 
     def inputs(self, weight_layer: int) -> Shape:
-        """The shape of one row entering this weight layer's part; with weight_layers itself: of the outputs."""
+        """Return the shape of one row entering this weight layer's part; for index weight_layers, of the outputs."""
         return self._inputs[weight_layer]
 
     def stage(self, first: int, stop: int, cols: int, col: int) -> Sequence:
-        """The layers of weight layers first..stop-1 as col `col` of `cols` holds them.
+        """Return the layers of weight layers first..stop-1 for col `col` of `cols`.
 
-        At the network's end divided outputs are gathered, since the loss wants whole rows.
+        At the network's end divided outputs are gathered, since the loss needs whole rows.
         """
         specs = self.layers[self._slice(first, stop)]
         stage = Sequence(specs, inputs=Features.whole(self._inputs[first]), cols=cols, col=col)
@@ -77,7 +76,7 @@ class Network:
 
 
 def _all_layers(sequence: Sequence) -> Iterator[Layer]:
-    """The layers of a sequence and those inside them."""
+    """Yield the layers of a sequence and those inside them."""
     for layer in sequence.layers:
         yield layer
         if isinstance(layer, ResidualLayer):
@@ -86,7 +85,7 @@ def _all_layers(sequence: Sequence) -> Iterator[Layer]:
 
 
 def _starts(layers: Seq[LayerSpec]) -> list[int]:
-    """Where each weight layer's part begins."""
+    """Return the start of each weight layer's part."""
     starts: list[int] = []
     flatten: int | None = None
     for i, layer in enumerate(layers):

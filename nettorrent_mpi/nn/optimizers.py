@@ -1,4 +1,4 @@
-"""An optimizer changes parameters by their gradients.
+"""Optimizers update parameters from their gradients.
 
 Formulas and defaults are PyTorch's (torch.optim, version 2.x). All arrays are flat and of equal length: a rank's shard
 of its stage's parameters. Every formula works element by element, so that any division of the parameters into shards
@@ -21,14 +21,14 @@ OptimizerState: TypeAlias = dict[str, Array]  # name -> flat array, as long as t
 
 
 class Optimizer(ABC):
-    """An optimizer is a pair (init, update). `states` names the arrays that it remembers from step to step."""
+    """An Optimizer is a pair (init, update). `states` names the arrays that it keeps from step to step."""
 
     def __init__(self, states: tuple[str, ...], weight_decay: float):
         self.states = states
-        self.decay = weight_decay  # added to the gradients, times the parameters
+        self.decay = weight_decay  # times the parameters, added to the gradients
 
     def init(self, device: Device, size: int, dtype: DType) -> OptimizerState:
-        """The state before the first step, for `size` parameters of `dtype`."""
+        """Return the state before the first step, for `size` parameters of `dtype`."""
         return {name: device.zeros((size,), dtype) for name in self.states}
 
     @abstractmethod
@@ -37,12 +37,13 @@ class Optimizer(ABC):
     ) -> None:
         """Change `params` and `state` in place by one step with the gradients `scale` * `grads`, which stay unchanged.
 
-        `step` counts from 1. `scale` serves clipping (see `clip_scale`). Allocates nothing after the first call.
+        `step` counts from 1. `scale` is for clipping (see `clip_scale`). Allocates nothing after the first call.
         """
 
 
 def make_optimizer(spec: Spec) -> Optimizer:
-    """The optimizer that `spec` (one of specs.OPTIMIZERS) asks for. Raises ConfigError for an option out of range."""
+    """Make the optimizer that `spec` (one of specs.OPTIMIZERS) describes. Raises ConfigError for an option out of
+    range."""
     _check(spec)
     if isinstance(spec, Sgd):
         return _Sgd(spec)
@@ -55,16 +56,16 @@ def make_optimizer(spec: Spec) -> Optimizer:
 
 
 def clip_scale(norm: float, limit: float) -> float:
-    """What to multiply gradients of the global `norm` with so that it becomes at most `limit`.
+    """Return the factor that limits gradients of the global `norm` to `limit`.
 
-    The formula of torch.nn.utils.clip_grad_norm_; nan where the norm is nan.
+    The formula of torch.nn.utils.clip_grad_norm_; nan if the norm is nan.
     """
     scale = limit / (norm + 1e-6)
     return 1.0 if scale > 1.0 else scale
 
 
 class _Sgd(Optimizer):
-    """b = momentum b + (1 - dampening) g, at first b = g; p -= lr b, with Nesterov p -= lr (g + momentum b)."""
+    """SGD: b = momentum b + (1 - dampening) g, at first b = g; p -= lr b, with Nesterov p -= lr (g + momentum b)."""
 
     def __init__(self, spec: Sgd):
         super().__init__(("momentum",) if spec.momentum else (), spec.weight_decay)
@@ -82,7 +83,7 @@ class _Sgd(Optimizer):
 
 
 class _Adagrad(Optimizer):
-    """s += g^2; p -= lr / (1 + (step - 1) lr_decay) g / (sqrt(s) + eps). Duchi, Hazan, Singer (2011)."""
+    """Adagrad (Duchi, Hazan, Singer 2011): s += g^2; p -= lr / (1 + (step - 1) lr_decay) g / (sqrt(s) + eps)."""
 
     def __init__(self, spec: Adagrad):
         super().__init__(("sum",), spec.weight_decay)
@@ -101,10 +102,10 @@ class _Adagrad(Optimizer):
 
 
 class _Rmsprop(Optimizer):
-    """s = alpha s + (1 - alpha) g^2; d = g / (sqrt(s) + eps); p -= lr d. Tieleman, Hinton (2012).
+    """RMSprop (Tieleman, Hinton 2012): s = alpha s + (1 - alpha) g^2; d = g / (sqrt(s) + eps); p -= lr d.
 
-    Centered: sqrt(s - a^2) in place of sqrt(s), with the mean gradient a = alpha a + (1 - alpha) g. With momentum:
-    b = momentum b + d; p -= lr b.
+    Centered: sqrt(s - a^2) in place of sqrt(s), with the mean gradient a = alpha a + (1 - alpha) g. With momentum: b =
+    momentum b + d; p -= lr b.
     """
 
     def __init__(self, spec: Rmsprop):
@@ -122,10 +123,11 @@ class _Rmsprop(Optimizer):
 
 
 class _Adam(Optimizer):
-    """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps).
+    """Adam (Kingma, Ba 2015): m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p -= lr m / (1 - b1^t) / (sqrt(v / (1 -
+    b2^t)) + eps).
 
-    Kingma, Ba (2015). AdamW (Loshchilov, Hutter 2019) shrinks the parameters by lr * weight_decay before, instead of
-    adding the decay to the gradients.
+    AdamW (Loshchilov, Hutter 2019) first shrinks the parameters by lr * weight_decay, instead of adding the decay to
+    the gradients.
     """
 
     def __init__(self, spec: Adam | AdamW):
@@ -136,7 +138,7 @@ class _Adam(Optimizer):
     def update(
         self, ops: Ops, params: Array, grads: Array, state: OptimizerState, lr: float, step: int, scale: float = 1.0
     ) -> None:
-        # Numerator and denominator times a root: the bias correction costs no operation on arrays.
+        # Numerator and denominator are multiplied by a root, so that bias correction needs no array operation.
         b1, b2 = self._spec.betas
         root = math.sqrt(1.0 - b2**step)
         rate, eps, shrink = lr * root / (1.0 - b1**step), self._spec.eps * root, 1.0 - lr * self._shrink
@@ -145,7 +147,7 @@ class _Adam(Optimizer):
 
 
 def _check(spec: Spec) -> None:
-    """Raise ConfigError for an option with which the formulas make no sense (PyTorch's own limits)."""
+    """Raise ConfigError for an option that the formulas do not allow (PyTorch's own limits)."""
 
     def refuse(option: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{value} is not {wanted}", key=f"train.optimizer.{spec.kind}.{option}")

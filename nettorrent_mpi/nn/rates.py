@@ -10,13 +10,12 @@ from nettorrent_mpi.plan.specs import Constant, Cosine, Exponential, Spec, Step
 
 
 def make_rate(spec: Spec, lr: float, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:
-    """A function from the step's number, counted from 0, to its learning rate. `spec` is one of specs.SCHEDULES.
+    """Return a function from the step's number, counted from 0, to its learning rate. `spec` is one of specs.SCHEDULES.
 
     During the first w = warmup_steps steps, step n has lr * (n + 1) / w. The schedule proper begins after them at lr,
-    and its steps k are counted from there: constant lr; step lr * factor^(k // every); exponential
-    lr * factor^(k / steps_per_epoch); cosine from lr at k = 0 to final * lr at the last of `total_steps`, where it
-    stays if training goes on (if only one step is left after the warm-up, it has lr).
-    Raises ConfigError for an option out of range.
+    and its steps k are counted from there: constant lr; step lr * factor^(k // every); exponential lr * factor^(k /
+    steps_per_epoch); cosine from lr at k = 0 to final * lr at the last of `total_steps`, where it stays if training
+    goes on (if only one step is left after the warm-up, it has lr). Raises ConfigError for an option out of range.
     """
     _check(spec)
     assert isinstance(spec, Constant | Step | Exponential | Cosine), spec
@@ -30,7 +29,7 @@ def make_rate(spec: Spec, lr: float, total_steps: int, steps_per_epoch: float) -
 
 
 def _factor(spec: Constant | Step | Exponential | Cosine, steps: int, steps_per_epoch: float) -> Callable[[int], float]:
-    """What lr is multiplied with at each of the `steps` after the warm-up."""
+    """Return the factor on lr at each of the `steps` after the warm-up."""
     if isinstance(spec, Step):
         every, drop = spec.every, spec.factor
         return lambda k: float(drop ** (k // every))

@@ -7,8 +7,7 @@ NetTorrentError              exit code 1 unless stated otherwise
 │   ├── ShapeError           two layers that do not fit
 │   ├── DataError            a data file that is missing, truncated or corrupt: names file and offset
 │   ├── OutputError          the run folder: another run's results, no space, no permission
-│   ├── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
-│   └── AgreedError          another rank's error, which all ranks raise
+│   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
 ├── NonFiniteError           the training diverged: names step, layer and rank
 ├── LostStateError           a part of the training state that no living rank holds: names the array
 ├── ChildError               a program that this one started failed: names it and shows its last lines

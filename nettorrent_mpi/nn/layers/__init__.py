@@ -1,4 +1,4 @@
-"""Layers are stateless objects with explicit parameters, saved values and a context. `make` makes one."""
+"""Layers are stateless objects with explicit parameters, saved values and a context. `make` constructs one."""
 
 from nettorrent_mpi.nn.layers import activations, conv, dropout, form, linear, norm, pooling, residual
 from nettorrent_mpi.nn.layers.form import Gather

@@ -1,4 +1,4 @@
-"""Activations: element by element, each a layer of its own."""
+"""Activations are element-wise functions, each a layer of its own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nettorrent_mpi.plan.errors import ConfigError
 
 
 class Activation(Layer):
-    """y = f(x), element by element, of whatever part of the features is here."""
+    """An Activation is y = f(x), element by element, on this rank's part of the features."""
 
     elementwise = True
     reads_output = True
-    cost: ClassVar[float] = 10.0  # operations of forward and backward for one element
+    cost: ClassVar[float] = 10.0  # operations per element, forward and backward
 
     def __init__(self, spec: specs.LayerSpec, site: Site):
         super().__init__(site.name, site.inputs, site.inputs)
@@ -35,11 +35,11 @@ class Activation(Layer):
 
     @abstractmethod
     def apply(self, x: Array, y: Array, ctx: Context) -> Array:
-        """y <- f(x), maybe the same array; returns what backward needs."""
+        """Compute y <- f(x), possibly in place; return what backward needs."""
 
     @abstractmethod
     def differentiate(self, saved: Array, dy: Array, ctx: Context) -> None:
-        """dy <- dy * f'(x), from what `apply` returned."""
+        """Compute dy <- dy * f'(x), from what `apply` returned."""
 
     @property
     def operations(self) -> float:
@@ -48,7 +48,7 @@ class Activation(Layer):
 
 @register_layer(specs.Relu)
 class ReluLayer(Activation):
-    """max(x, 0)."""
+    """ReLU computes max(x, 0)."""
 
     cost = 2.0
 
@@ -62,7 +62,8 @@ class ReluLayer(Activation):
 
 @register_layer(specs.LeakyRelu)
 class LeakyReluLayer(Activation):
-    """x where it is positive, slope * x elsewhere; the slope is not negative: the output tells the input's sign."""
+    """Leaky ReLU computes x where it is positive, slope * x elsewhere. The slope is not negative, so the output has the
+    input's sign."""
 
     def __init__(self, spec: specs.LeakyRelu, site: Site):
         if not 0 <= spec.slope <= 1:
@@ -80,7 +81,7 @@ class LeakyReluLayer(Activation):
 
 @register_layer(specs.Sigmoid)
 class SigmoidLayer(Activation):
-    """1 / (1 + exp(-x))."""
+    """The logistic function computes 1 / (1 + exp(-x))."""
 
     def apply(self, x: Array, y: Array, ctx: Context) -> Array:
         ctx.ops.sigmoid(x, y)
@@ -92,7 +93,7 @@ class SigmoidLayer(Activation):
 
 @register_layer(specs.Tanh)
 class TanhLayer(Activation):
-    """tanh(x)."""
+    """The hyperbolic tangent computes tanh(x)."""
 
     def apply(self, x: Array, y: Array, ctx: Context) -> Array:
         ctx.ops.tanh(x, y)
@@ -104,7 +105,8 @@ class TanhLayer(Activation):
 
 @register_layer(specs.Gelu)
 class GeluLayer(Activation):
-    """x * Phi(x), Phi the normal distribution function (1 + erf(x / sqrt 2)) / 2 (Hendrycks, Gimpel: arXiv:1606.08415).
+    """GELU computes x * Phi(x), Phi being the normal distribution function (1 + erf(x / sqrt 2)) / 2 (Hendrycks,
+    Gimpel: arXiv:1606.08415).
 
     In training the derivative Phi(x) + x * phi(x) is kept instead of x.
     """

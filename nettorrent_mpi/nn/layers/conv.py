@@ -1,4 +1,4 @@
-"""Convolution of images (b, height, width, channels)."""
+"""Convolution layers, for images (b, height, width, channels)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from nettorrent_mpi.plan.blocks import span
 
 @register_layer(specs.Conv2d)
 class Conv2dLayer(Layer):
-    """y[h, w, o] = sum over p, q, i of x[h * stride + p, w * stride + q, i] * weight[p, q, i, o] + bias[o].
+    """A convolution: y[h, w, o] = sum over p, q, i of x[h * stride + p, w * stride + q, i] * weight[p, q, i, o] +
+    bias[o].
 
     The filters o are divided over the cols; dx is partial when they are. `same` padding: see device.geometry.places.
     """

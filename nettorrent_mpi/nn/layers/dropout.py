@@ -1,4 +1,4 @@
-"""Dropout, whose choice does not depend on who holds which rows and features."""
+"""Dropout, whose mask does not depend on which rank holds which rows and features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from nettorrent_mpi.plan.errors import ConfigError
 
 @register_layer(specs.Dropout)
 class DropoutLayer(Layer):
-    """In training each number is 0 with probability `rate` and otherwise divided by 1 - rate; else the input itself."""
+    """Dropout sets each number to 0 with probability `rate` in training and divides the others by 1 - rate; otherwise
+    it returns its input."""
 
     elementwise = True
     passes_on = True

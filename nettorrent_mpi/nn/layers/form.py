@@ -1,4 +1,4 @@
-"""Layers that change the form of the features and compute nothing: flatten, and the change from divided to whole."""
+"""Layers that reshape or redistribute features and compute nothing: flatten, and the all-gather of divided features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from nettorrent_mpi.plan import specs
 
 @register_layer(specs.Flatten)
 class FlattenLayer(Layer):
-    """(b, height, width, channels) -> (b, height * width * channels): the same memory. Its input is whole."""
+    """Flatten reshapes (b, height, width, channels) to (b, height * width * channels) in the same memory. Its input is
+    whole."""
 
     passes_on = True
 
@@ -28,11 +29,10 @@ class FlattenLayer(Layer):
 
 
 class Gather(Layer):
-    """y_b..C <- x_b..c of all cols: divided features become whole on every col.
+    """An all-gather of features: y_b..C <- x_b..c of all cols, so that every col has whole features.
 
-    What stands behind either divides its work over the cols, so that each has only a partial dy (`partial`): backward
-    then is a reduce-scatter over the cols. Or every col does the same work there, as with the loss: backward takes its
-    slice.
+    If the next layer divides its work over the cols, each col has only a partial dy (`partial`), and backward is a
+    reduce-scatter over the cols. If every col does the same work, as with the loss, backward takes the col's slice.
     """
 
     def __init__(self, name: str, inputs: Features, partial: bool):

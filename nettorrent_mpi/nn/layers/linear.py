@@ -1,4 +1,4 @@
-"""Fully connected layers: one matrix product each way."""
+"""Fully connected layers: one matrix product in each direction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from nettorrent_mpi.plan.errors import ShapeError
 
 @register_layer(specs.Linear)
 class LinearLayer(Layer):
-    """y_bo = x_bI @ weight_Io + bias_o, the neurons o divided over the cols. dx_bI is partial when they are."""
+    """A linear layer: y_bo = x_bI @ weight_Io + bias_o, the neurons o divided over the cols. dx_bI is partial when they
+    are."""
 
     def __init__(self, spec: specs.Linear, site: Site):
         if len(site.inputs.shape) != 1:

@@ -1,4 +1,5 @@
-"""Batch norm and layer norm: PyTorch's formulas, with sums over whoever holds the other rows or features."""
+"""Batch norm and layer norm: PyTorch's formulas, with sums reduced over the ranks that hold the other rows or
+features."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from nettorrent_mpi.plan.errors import ConfigError
 
 
 class Norm(Layer):
-    """weight_c * (x - mean) / sqrt(variance + eps) + bias_c; weight and bias are divided as the features are."""
+    """The base of both norms: weight_c * (x - mean) / sqrt(variance + eps) + bias_c; weight and bias are divided like
+    the features."""
 
     def __init__(
         self, spec: specs.BatchNorm | specs.LayerNorm, site: Site, statistics: tuple[tuple[str, str], ...] = ()
@@ -44,11 +46,12 @@ class Norm(Layer):
 
 @register_layer(specs.BatchNorm)
 class BatchNormLayer(Norm):
-    """Ioffe and Szegedy 2015. Mean and (biased) variance of each channel over the global micro-batch and all positions.
+    """Batch norm (Ioffe and Szegedy 2015) uses mean and (biased) variance of each channel over the global micro-batch
+    and all positions.
 
-    The sums go over `ctx.team.sum_over_rows` in float64: first the mean, then the squares of what is left, since the
-    difference of two large sums would lose the digits that matter. In training the running statistics (in params, not
-    trainable) move by `momentum` towards them, the running variance towards the unbiased one. A rank without rows
+    The sums are reduced by `ctx.team.sum_over_rows` in float64: first for the mean, then the squared deviations, since
+    the difference of two large sums would lose the significant digits. In training the running statistics (in params,
+    not trainable) move by `momentum` towards them, the running variance towards the unbiased one. A rank without rows
     takes part in the sums.
     """
 
@@ -71,7 +74,7 @@ class BatchNormLayer(Norm):
             ops.squared_deviations(x, mean, scale)
             ctx.team.sum_over_rows(scale)
             ops.divide(scale, count)
-            if ctx.count:  # one number alone has no unbiased variance: the biased one, 0
+            if ctx.count:  # a single number has no unbiased variance: the biased one, 0
                 ops.follow(params["running_mean"], mean, 1.0, self.momentum)
                 ops.follow(params["running_var"], scale, count / max(count - 1, 1), self.momentum)
         else:
@@ -96,7 +99,8 @@ class BatchNormLayer(Norm):
 
 @register_layer(specs.LayerNorm)
 class LayerNormLayer(Norm):
-    """Ba, Kiros, Hinton 2016: over the last axis of each row and position; over all cols where it is divided."""
+    """Layer norm (Ba, Kiros, Hinton 2016) works on the last axis of each row and position, over all cols where it is
+    divided."""
 
     def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, Any]:
         ops, rows, features = ctx.ops, (prod(x.shape[:-1]),), self.inputs.shape[-1]

@@ -1,4 +1,4 @@
-"""Pooling of images (b, height, width, c): each works on whatever channels are here."""
+"""Pooling of images (b, height, width, c), on this rank's channels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nettorrent_mpi.plan import specs
 
 
 class Pool(Layer):
-    """A window that slides over the images without padding; what is left over at the ends is not looked at."""
+    """A pooling window slides over the images without padding; remainders at the edges are ignored."""
 
     def __init__(self, spec: specs.MaxPool2d | specs.AvgPool2d, site: Site):
         high, wide, _ = site.image(spec.kind)
@@ -26,7 +26,7 @@ class Pool(Layer):
         super().__init__(site.name, site.inputs, Features(shape, site.inputs.part, site.inputs.parts))
 
     def output_of(self, x: Array) -> Shape:
-        """The shape of the output here."""
+        """Return the shape of the output on this rank."""
         return x.shape[0], *self.outputs.local
 
     @property
@@ -36,7 +36,8 @@ class Pool(Layer):
 
 @register_layer(specs.MaxPool2d)
 class MaxPool2dLayer(Pool):
-    """The largest number of each window; the first of equal ones, as in PyTorch, gets the gradient. NaN goes on."""
+    """Max pooling takes the largest number of each window; in ties the first gets the gradient, as in PyTorch. NaN
+    propagates."""
 
     def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, Array | None]:
         y = ctx.workspace.keep("y", self.output_of(x))
@@ -55,7 +56,7 @@ class MaxPool2dLayer(Pool):
 
 @register_layer(specs.AvgPool2d)
 class AvgPool2dLayer(Pool):
-    """The mean of each window."""
+    """Average pooling takes the mean of each window."""
 
     def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, None]:
         y = ctx.workspace.keep("y", self.output_of(x))
@@ -72,7 +73,7 @@ class AvgPool2dLayer(Pool):
 
 @register_layer(specs.GlobalAvgPool2d)
 class GlobalAvgPool2dLayer(Layer):
-    """The mean of each channel over the image: (b, height, width, c) -> (b, c)."""
+    """Global average pooling takes the mean of each channel over the image: (b, height, width, c) -> (b, c)."""
 
     def __init__(self, spec: specs.GlobalAvgPool2d, site: Site):
         site.image(spec.kind)

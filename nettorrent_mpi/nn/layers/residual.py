@@ -1,4 +1,4 @@
-"""Residual blocks: two branches whose outputs are added."""
+"""Residual blocks add the outputs of two branches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 
 @register_layer(specs.Residual)
 class ResidualLayer(Layer):
-    """y = body(x) + shortcut(x), the shortcut being x itself where it has no layers (He et al., arXiv:1512.03385).
+    """A residual block: y = body(x) + shortcut(x), the shortcut being x itself if it has no layers (He et al.,
+    arXiv:1512.03385).
 
-    The input is whole, the output divided over the cols: a branch that ends with whole features gives this col's slice
-    of them, and gets its dy with zeros elsewhere, which is a partial one. So dx is partial, as that of any layer with
+    The input is whole, the output divided over the cols: a branch that ends with whole features contributes this col's
+    slice of them, and gets its dy with zeros elsewhere, which is a partial one. So dx is partial, as for any layer with
     weights. Parameters are named "<inner layer>/<name>".
     """
 
@@ -64,7 +65,7 @@ class ResidualLayer(Layer):
 
     def backward(self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context) -> Array | None:
         self.body.needs_dx = self.shortcut.needs_dx = self.needs_dx
-        # Scratch memory under this layer's name: the inner layers do not touch it.
+        # Scratch memory under this layer's name, which the inner layers do not use.
         dy_shortcut = self._spread(self.shortcut, dy, "shortcut", ctx)
         dy_body = self._spread(self.body, dy, "body", ctx) if self._ends_whole(self.body) else dy
         dx = self.body.backward(params, grads, saved[0], dy_body, ctx)
@@ -85,11 +86,11 @@ class ResidualLayer(Layer):
         return not branch.divided and not self.outputs.is_whole
 
     def _own(self, branch: Sequence, y: Array) -> Array:
-        """This col's part of a branch's output."""
+        """Return this col's part of a branch's output."""
         return y[..., slice(*self.outputs.part)] if self._ends_whole(branch) else y
 
     def _spread(self, branch: Sequence, dy: Array, which: str, ctx: Context) -> Array:
-        """A copy of dy in the shape of the branch's output, with zeros in the other cols' parts."""
+        """Return a copy of dy in the shape of the branch's output, with zeros in the other cols' parts."""
         copy = ctx.workspace.scratch(f"{self.name} dy of {which}", (dy.shape[0], *branch.outputs.local))
         if self._ends_whole(branch):
             ctx.ops.fill(copy, 0)

@@ -1,4 +1,4 @@
-"""A sequence is layers one after the other: a stage, or a branch of a residual block."""
+"""A sequence runs layers one after another: a stage, or a branch of a residual block."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nettorrent_mpi.plan.errors import ConfigError
 
 
 class Sequence:
-    """A sequence has the layers that `layers` describe, as col `col` of `cols` holds them; each spec carries its name.
+    """A Sequence holds the layers that `layers` describe, for col `col` of `cols`; each spec carries its name.
 
     `activation:` of a layer becomes a layer of its own, "<layer>.<activation>". Where features are divided and a layer
-    wants whole ones, a `Gather` is put before it. A layer writes over its input where nobody needs that any more.
-    `parameters` are pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these keys.
-    `inputs` are whole. `prefix` goes before the layers' names, not before the keys. `partial` says that, where the last
-    layer's features are whole, each col gets only a part of dy (see `Layer`); `follows` is the kind of the activation
-    that comes after the last layer, `previous` what comes before the first.
+    needs whole ones, a `Gather` is inserted. A layer writes over its input where that is no longer needed. `parameters`
+    are pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these keys. `inputs` are
+    whole. `prefix` goes before the layers' names, not before the keys. `partial` says that, where the last layer's
+    features are whole, each col gets only a part of dy (see `Layer`); `follows` is the kind of the activation after the
+    last layer, `previous` describes what comes before the first.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Sequence:
         self.inputs = self.outputs = inputs
         self.layers: list[Layer] = []
         self.parameters: tuple[tuple[str, Parameter], ...] = ()
-        self.previous = previous  # after the last layer: what made the outputs
+        self.previous = previous  # after the last layer: what produced the outputs
         self._keys: list[str] = []
-        self._firsts: list[int] = []  # where each layer's parameters begin in `parameters`
-        self._free = False  # may the next layer write over the memory that it is handed?
-        self._of: list[tuple[Params, list[Params]]] = []  # mappings seen so far, and each layer's share of them
+        self._firsts: list[int] = []  # start of each layer's parameters in `parameters`
+        self._free = False  # whether the next layer may write over its input
+        self._of: list[tuple[Params, list[Params]]] = []  # mappings seen so far, and each layer's part of them
         self._needs_dx = True
         self._specs = expanded(layers)
         weights = [i for i, spec in enumerate(self._specs) if spec.weighted]
@@ -69,7 +69,7 @@ class Sequence:
             self.previous = f"layer {layer.name}"
 
     def append(self, layer: Layer, key: str | None = None) -> None:
-        """Put a layer after the others; `key` (default: its name) goes before the names of its parameters."""
+        """Append a layer; `key` (default: its name) goes before the names of its parameters."""
         key = layer.name if key is None else key
         layer.in_place = layer.elementwise and self._free
         same_memory = layer.in_place or layer.passes_on
@@ -82,38 +82,40 @@ class Sequence:
 
     @property
     def divided(self) -> bool:
-        """Are the outputs divided over the cols?"""
+        """Whether the outputs are divided over the cols."""
         return not self.outputs.is_whole
 
     @property
     def needs_dx(self) -> bool:
-        """Does anybody want the gradient of the inputs?"""
+        """Whether the gradient of the inputs is needed."""
         return self._needs_dx
 
     @needs_dx.setter
     def needs_dx(self, needed: bool) -> None:
         self._needs_dx = needed
-        for layer in self.layers:  # what comes before the first parameters works for nobody else
+        for layer in self.layers:  # no gradient is needed before the first parameters
             layer.needs_dx = needed
             if layer.parameters:
                 break
 
     @property
     def most_cols(self) -> int:
-        """The most cols over which every layer with weights gives each at least one neuron or filter."""
+        """Return the largest number of cols that gives every layer with weights at least one neuron or filter on
+        each."""
         return min((width for spec in self._specs for width in spec.widths()), default=1)
 
     @property
     def operations(self) -> float:
-        """Floating-point operations of forward and backward for one row of the whole layers."""
+        """Return the floating-point operations of forward and backward for one row of the whole layers."""
         return sum(layer.operations for layer in self.layers)
 
     def with_params(self, params: Params) -> Iterator[tuple[Layer, Params]]:
-        """Each layer with its own parameters."""
+        """Yield each layer with its own parameters."""
         return zip(self.layers, self._shares(params), strict=True)
 
     def _shares(self, arrays: Params) -> list[Params]:
-        """The arrays of each layer, by its own names for them: made once for a mapping, whose arrays stay the same."""
+        """Return the arrays of each layer under its own names for them: cached for a mapping, whose arrays stay the
+        same."""
         for seen, shares in self._of:
             if seen is arrays:
                 return shares
@@ -125,7 +127,7 @@ class Sequence:
         return shares
 
     def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, list[Any]]:
-        """(y, saved), as `Layer.forward`; each layer has its own part of ctx.workspace."""
+        """Return (y, saved) like `Layer.forward`; each layer has its own part of ctx.workspace."""
         saved, workspace = [], ctx.workspace
         for layer, key, own in zip(self.layers, self._keys, self._shares(params), strict=True):
             ctx.workspace = workspace.child(key)
@@ -145,8 +147,11 @@ class Sequence:
         ctx: Context,
         complete: Callable[[int], None] | None = None,
     ) -> Array | None:
-        """dx, as `Layer.backward`; None where needs_dx is False. After each layer `complete` is told from which of
-        `parameters` on the gradients are written; nobody reads these parameters any more in this backward."""
+        """Return dx like `Layer.backward`; None if needs_dx is False.
+
+        After each layer, `complete(first)` says that the gradients of `parameters` from `first` on are written; these
+        parameters are not read any more in this backward pass.
+        """
         gradient: Array | None = dy
         own, own_grads, workspace = self._shares(params), self._shares(grads), ctx.workspace
         for i in range(len(self.layers) - 1, -1, -1):
@@ -163,7 +168,8 @@ class Sequence:
 
 
 def named(layers: Seq[specs.LayerSpec], where: str = "model.layers") -> tuple[specs.LayerSpec, ...]:
-    """The layers with default names (kind and count) where none is given. Raises ConfigError where one comes twice."""
+    """Return the layers with default names (kind and count) where none is given. Raises ConfigError for duplicate
+    names."""
     counts: Counter[str] = Counter()
     result = []
     for layer in layers:
@@ -176,7 +182,7 @@ def named(layers: Seq[specs.LayerSpec], where: str = "model.layers") -> tuple[sp
 
 
 def expanded(layers: Seq[specs.LayerSpec]) -> list[specs.LayerSpec]:
-    """The layers with each `activation:` as a layer of its own."""
+    """Return the layers with each `activation:` as a layer of its own."""
     result: list[specs.LayerSpec] = []
     for spec in layers:
         result.append(spec)
@@ -187,7 +193,7 @@ def expanded(layers: Seq[specs.LayerSpec]) -> list[specs.LayerSpec]:
 
 
 def _activation_after(layers: Seq[specs.LayerSpec], index: int, end: str | None) -> str | None:
-    """The kind of the first activation behind a layer and before the next weights."""
+    """Return the kind of the first activation after a layer and before the next weights."""
     for spec in layers[index + 1 :]:
         if spec.weighted:
             return None
