@@ -1,1 +1,1 @@
-"""A device holds arrays and computes with them; nobody above this folder knows which library does it."""
+"""A device holds arrays and computes with them; no code above this folder depends on which library does it."""

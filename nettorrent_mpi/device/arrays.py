@@ -1,4 +1,4 @@
-"""A workspace is the memory in which arrays live."""
+"""Arrays, and the workspaces that hold them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
-DType: TypeAlias = Any  # whatever numpy.dtype() takes
+DType: TypeAlias = Any  # anything numpy.dtype() accepts
 
-RESHAPED = 16  # arrays that a workspace remembers in other shapes; a layer sees two or three
+RESHAPED = 16  # reshaped arrays that a workspace caches; a layer uses two or three
 
 
 class Workspace:
-    """A workspace makes arrays once and then hands them out again, so that the steady state allocates nothing.
+    """A Workspace allocates arrays once and hands them out again, so that the steady state allocates nothing.
 
-    One workspace belongs to one layer and one micro-batch slot. `keep` gives memory that stays as it is until the same
-    slot is used again (what backward needs); `scratch` gives memory that every layer shares and that is valid only
-    until another layer runs. Asking for a smaller shape under the same name gives a view of the same memory, so the
-    last, smaller batch costs nothing; asking for a larger one makes it anew (once: the first step sees the largest).
-    Contents are undefined when first handed out, and whatever was left there afterwards.
+    One workspace belongs to one layer and one micro-batch slot. `keep` gives memory that stays unchanged until the same
+    slot is used again (for backward); `scratch` gives memory that all layers share and that is valid only until another
+    layer runs. A smaller shape under the same name gives a view of the same memory, so the last, smaller batch costs
+    nothing; a larger one reallocates (once: the first step has the largest). Contents are undefined when first handed
+    out, and later whatever was left there.
     """
 
     def __init__(self, dtype: DType, shared: Workspace | None = None):
@@ -34,7 +34,7 @@ class Workspace:
         self._reshaped: dict[tuple[int, Shape], tuple[Array, Array]] = {}
 
     def keep(self, name: str, shape: Shape, dtype: DType = None) -> Array:
-        """Memory of this layer and slot: C-contiguous, of `shape`, in the workspace's dtype unless told."""
+        """Return memory of this layer and slot: C-contiguous, of `shape`, by default in the workspace's dtype."""
         key = (name, shape, dtype)
         view = self._views.get(key)
         if view is None:
@@ -43,33 +43,35 @@ class Workspace:
         return view
 
     def scratch(self, name: str, shape: Shape, dtype: DType = None) -> Array:
-        """Memory shared by all layers and slots of this rank: valid until another layer runs."""
+        """Return memory shared by all layers and slots of this rank, valid until another layer runs."""
         return self._shared.keep(name, shape, dtype)
 
     def gradient(self, shape: Shape, dy: Array) -> Array:
-        """Scratch memory for a dx of `shape` that does not lie over dy: two buffers take turns along the layers."""
+        """Return scratch memory for a dx of `shape` that does not overlap dy: two buffers alternate along the
+        layers."""
         dx = self.scratch("dx", shape)
         return self.scratch("other dx", shape) if np.may_share_memory(dx, dy) else dx
 
     def reshaped(self, array: Array, shape: Shape) -> Array:
-        """A C-contiguous array in another shape: the same object whenever the same array comes."""
+        """Return a C-contiguous array in another shape: the same object for the same array."""
         key = (id(array), shape)
         known = self._reshaped.get(key)
         if known is None:
             if len(self._reshaped) == RESHAPED:
                 self._reshaped.clear()
-            known = self._reshaped[key] = array, array.reshape(shape)  # as long as it lives its id is its own
+            known = self._reshaped[key] = array, array.reshape(shape)  # its id is unique as long as it lives
         return known[1]
 
     def child(self, name: str) -> Workspace:
-        """The workspace of a layer inside this one (of a composite), sharing its scratch memory."""
+        """Return the workspace of a layer inside this one (of a composite), sharing its scratch memory."""
         if name not in self._children:
             self._children[name] = Workspace(self.dtype, self._shared)
         return self._children[name]
 
     @property
     def bytes(self) -> int:
-        """The size of all memory made so far, that of children included; shared memory counts where it is shared."""
+        """The bytes of all memory allocated so far, that of children included; scratch memory counts where it is
+        shared."""
         return sum(memory.nbytes for memory in self._memory.values()) + sum(c.bytes for c in self._children.values())
 
     def _make(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> Array:
@@ -83,7 +85,7 @@ class Workspace:
 
 
 def aligned(size: int, dtype: DType) -> Array:
-    """Allocate a flat array of `size` elements, uninitialised, that begins on a 64-byte boundary (a cache line)."""
+    """Allocate a flat array of `size` elements, uninitialised, aligned to 64 bytes (a cache line)."""
     dtype = np.dtype(dtype)
     raw = np.empty(size * dtype.itemsize + 64, dtype=np.uint8)
     offset = -raw.ctypes.data % 64
@@ -91,10 +93,10 @@ def aligned(size: int, dtype: DType) -> Array:
 
 
 def as_dtype(dtype: DType) -> Any:
-    """The type of an array's elements, whichever way it is named."""
+    """Return the dtype of any name of a type."""
     return np.dtype(dtype)
 
 
 def quiet() -> AbstractContextManager[Any]:
-    """Suppress the warnings of overflows and of numbers that are not finite: who wants to know looks for them."""
+    """Suppress warnings of overflows and of non-finite numbers, which are counted explicitly."""
     return np.errstate(all="ignore")

@@ -1,4 +1,4 @@
-"""A device has memory for arrays, and the operations on them."""
+"""The interface of a device: memory for arrays, and the operations on them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Literal, Protocol
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace
 from nettorrent_mpi.device.ops import Ops
 
-Kernels = Literal["fastest", "numpy"]  # the fastest of the libraries that are installed, or NumPy alone
+Kernels = Literal["fastest", "numpy"]  # the fastest of the installed libraries, or NumPy alone
 
 
 class Device(Protocol):
-    """A device is one rank's processor. Each engine makes its own; one thread at a time may use it."""
+    """A Device is one rank's processor. Each engine makes its own; only one thread at a time may use it."""
 
     @property
     def ops(self) -> Ops:
@@ -19,20 +19,20 @@ class Device(Protocol):
 
     @property
     def names(self) -> list[str]:
-        """The libraries that compute, by their names."""
+        """The names of the libraries that compute."""
 
     @property
     def working_bytes(self) -> int:
-        """How much memory the operations have taken so far for their intermediate results."""
+        """The bytes of memory that the operations use for intermediate results."""
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
-        """An uninitialised C-contiguous array that begins on a cache line."""
+        """Return an uninitialised C-contiguous array aligned to a cache line."""
 
     def zeros(self, shape: Shape, dtype: DType) -> Array:
-        """The same, of zeros."""
+        """Return an array of zeros, aligned likewise."""
 
     def workspace(self, dtype: DType, shared: Workspace | None = None) -> Workspace:
-        """A workspace in this device's memory."""
+        """Return a workspace in this device's memory."""
 
 
 def make_device(kind: Literal["cpu"] = "cpu", kernels: Kernels = "fastest") -> Device:

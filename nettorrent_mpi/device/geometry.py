@@ -1,4 +1,4 @@
-"""Geometry tells where a kernel or a window lies on images (b, height, width, channels): pure arithmetic."""
+"""The geometry of kernels and windows on images (b, height, width, channels): pure arithmetic."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Geometry:
     def of(
         image: tuple[int, int, int], filters: int, kernel: Pair, stride: Pair, padding: Literal["valid", "same"]
     ) -> Geometry:
-        """The geometry of a convolution with so many filters; for `valid` the kernel fits into the image."""
+        """Return the geometry of a convolution with `filters` filters; for `valid` the kernel fits into the image."""
         high, *vertical = places(image[0], kernel[0], stride[0], padding)
         wide, *horizontal = places(image[1], kernel[1], stride[1], padding)
         before, after = zip(vertical, horizontal, strict=True)
@@ -39,10 +39,10 @@ class Geometry:
 
 
 def places(size: int, kernel: int, stride: int, padding: Literal["valid", "same"]) -> tuple[int, int, int]:
-    """(number of places, padding before, padding after) along one axis; for `valid`, kernel <= size.
+    """Return (number of places, padding before, padding after) along one axis; for `valid`, kernel <= size.
 
-    `same` has ceil(size / stride) places. An odd kernel is padded by kernel // 2 before, as PyTorch's
-    Conv2d(padding=kernel // 2) does, whatever the stride; an even one has the odd row or column at the end.
+    `same` has ceil(size / stride) places. An odd kernel is padded by kernel // 2 before, as in PyTorch's
+    Conv2d(padding=kernel // 2), whatever the stride; an even one has the odd row or column at the end.
     """
     if padding == "valid":
         return (size - kernel) // stride + 1, 0, 0
@@ -62,21 +62,21 @@ class Pooling:
 
     @property
     def count(self) -> Pair:
-        """How many windows there are, down and across; what is left over at the ends is not looked at."""
+        """The number of windows, down and across; remainders at the edges are ignored."""
         (high, wide), (down, across) = self.size, self.stride
         return (self.image[0] - high) // down + 1, (self.image[1] - wide) // across + 1
 
     @property
     def taps(self) -> int:
-        """How many pixels a window has."""
+        """The number of pixels in a window."""
         return self.size[0] * self.size[1]
 
     @property
     def apart(self) -> bool:
-        """Tells whether every pixel lies in at most one window."""
+        """Whether every pixel lies in at most one window."""
         return self.size[0] <= self.stride[0] and self.size[1] <= self.stride[1]
 
     @property
     def tiles(self) -> bool:
-        """Tells whether every pixel lies in exactly one window."""
+        """Whether every pixel lies in exactly one window."""
         return self.size == self.stride and not any(self.image[axis] % self.size[axis] for axis in (0, 1))

@@ -1,9 +1,9 @@
-"""The operations on arrays, by name: every device has all of them, and nobody above it computes in another way.
+"""The operations on arrays, by name: every device implements all of them, and code above computes in no other way.
 
-`out`, and what an operation is said to change (x <- ...), are written in place; nothing is allocated in the steady
-state. Arrays are C-contiguous unless said otherwise. `_grad` is the backward of a forward: dy is the gradient with
-respect to its output, dx to its input. Suffixes: b rows of a micro-batch, n rows times positions, c channels (the last
-axis), O outputs.
+`out`, and arrays written x <- ..., are changed in place; nothing is allocated in the steady state. Arrays are
+C-contiguous unless stated otherwise. `_grad` is the backward of a forward: dy is the gradient with respect to its
+output, dx to its input. Suffixes: b rows of a micro-batch, n rows times positions, c channels (the last axis), O
+outputs.
 """
 
 from __future__ import annotations
@@ -46,41 +46,42 @@ class FlatOps(Protocol):
         """x <- x + share * (towards - origin); without `origin`: x <- x + share * (towards - x)."""
 
     def withhold(self, x: Array, before: Array, kept: Array, part: float) -> None:
-        """x has changed since it was `before`: the `part` of the change is taken back and added to `kept`."""
+        """Take back `part` of the change of x since `before`, and add it to `kept`."""
 
     def sum_of_squares(self, x: Array) -> float:
-        """The sum of the squares, computed in float64 whatever the type."""
+        """Return the sum of the squares, computed in float64 for all types."""
 
     def all_finite(self, x: Array) -> bool:
-        """Tells whether no element is infinite or NaN."""
+        """Whether no element is infinite or NaN."""
 
     def count_nonfinite(self, y: Array, count: Array) -> None:
         """count[0] <- count[0] + 1 unless the sum of y (of any shape) is finite."""
 
 
 class MessageOps(Protocol):
-    """Lossy compression of flat float32 or float64 arrays into messages (uint8) that begin on 4 bytes.
+    """Lossy compression of flat float32 or float64 arrays into messages (uint8) that are aligned to 4 bytes.
 
-    float16  each value rounded to the nearest float16, or to +-65504 beyond
-    int8     of each block of 1024 values the largest magnitude / 127 (float32), all scales first; then each value as
-             the nearest multiple of its block's scale
-    sign     of each block of 128 values the mean magnitude (float32) without the largest, all scales first; then each
-             block's largest value in magnitude (float32), its places (uint8), and all signs, a bit for each (0 is +)
-    topk     the indices (uint32) of the values that are largest in magnitude, as many as the message has room for, of
-             equal ones the first; then these values (float32)
+        float16  each value rounded to the nearest float16, or to +-65504 beyond
+        int8     of each block of 1024 values the largest magnitude / 127 (float32), all scales first; then each value
+                 as the nearest multiple of its block's scale
+        sign     of each block of 128 values the mean magnitude (float32) without the largest, all scales first; then
+                 each block's largest value in magnitude (float32), its places (uint8), and all signs, a bit for each
+                 (0 is +)
+        topk     the indices (uint32) of the values that are largest in magnitude, as many as fit into the message, in
+                 ties the first ones; then these values (float32)
 
-    Values that are not finite count as 0: nothing is said about them and no other value suffers, so the neighbours of a
-    replica that diverged see it stand still. Larger values than a codec can say are cut (float16: to 65504, the others:
-    to 3e35), and the rest follows in later messages. float16 sends 0 below 3e-8, int8 below 1e-38.
+    Non-finite values count as 0: they are not encoded and do not affect other values, so the neighbours of a replica
+    that diverged see it stand still. Values beyond a codec's range are clipped (float16: to 65504, the others: to
+    3e35), and the rest follows in later messages. float16 sends 0 below 3e-8, int8 below 1e-38.
     """
 
     def encode(self, kind: str, values: Array, message: Array) -> None:
-        """message <- what says `values`, which stay unchanged."""
+        """Encode `values`, which stay unchanged, into `message`."""
 
     def decode_add(self, kind: str, message: Array, estimate: Array) -> None:
-        """estimate <- estimate + what the message says; bit for bit the same wherever it is done.
+        """Add the decoded message to `estimate`; bit for bit the same on every rank.
 
-        `estimate` has the size and type of the values that were encoded.
+        `estimate` has the size and type of the encoded values.
         """
 
 
@@ -90,10 +91,10 @@ class LayerOps(Protocol):
     def matmul(
         self, a: Array, b: Array, out: Array, turn_a: bool = False, turn_b: bool = False, accumulate: bool = False
     ) -> None:
-        """out_mn <- (or +=) a_mk @ b_kn. With `turn_a` a is given as (k, m), with `turn_b` b as (n, k).
+        """Compute out_mn <- (or +=) a_mk @ b_kn. With `turn_a` a is given as (k, m), with `turn_b` b as (n, k).
 
-        a and b may be some columns of matrices. The first axis of `a` as it is given may differ from call to call; the
-        objects of the steady state are remembered.
+        a and b may be some columns of matrices. The first axis of `a` may differ from call to call; the objects of the
+        steady state are cached.
         """
 
     def sum_rows(self, x: Array, out: Array, accumulate: bool = False) -> None:
@@ -136,15 +137,16 @@ class LayerOps(Protocol):
         """y <- x * Phi(x), Phi the normal distribution function; slope <- the derivative Phi(x) + x * phi(x)."""
 
     def place_codes(self, shape: Shape, part: Span) -> Array:
-        """uint32, flat: a hash of the index of each feature in a row of `shape`, of whose last axis `part` is here.
+        """Return a hash of the index of each feature in a row of `shape`, whose last axis is held in `part`: uint32,
+        flat.
 
         It depends on the layer alone, so it is computed once.
         """
 
     def keep_mask(self, keep: Array, codes: Array, rate: float, key: int, rows: Span) -> None:
-        """keep (rows, features), bool <- True with probability 1 - rate (rounded to 2^-32).
+        """Compute keep (rows, features), bool <- True with probability 1 - rate (rounded to 2^-32).
 
-        Each element is a hash of (key, its global row, the code of its place), whoever holds it.
+        Each element is a hash of (key, its global row, the code of its place), independent of the rank.
         """
 
     def drop(self, y: Array, keep: Array, scale: float) -> None:
@@ -212,23 +214,24 @@ class LayerOps(Protocol):
 
 
 class CriterionOps(Protocol):
-    """Operations of losses. They add to `metrics`: [0] the sum of the rows' losses, [1] how many rows are right.
+    """Operations of losses. They add to `metrics`: [0] the sum of the rows' losses, [1] the number of correct rows.
 
-    dy_bO, where it is wanted, <- the gradient of the mean over `total` rows.
+    If dy_bO is given, it gets the gradient of the mean over `total` rows.
     """
 
     def cross_entropy(
         self, y_bO: Array, labels_b: Array, smoothing: float, total: int, dy_bO: Array | None, metrics: Array
     ) -> None:
-        """The negative log likelihood of the labels after softmax, of which `smoothing` is spread over all outputs."""
+        """Compute the negative log likelihood of the labels after softmax, with `smoothing` spread over all outputs."""
 
     def binary_cross_entropy(
         self, y_bO: Array, wanted_bO: Array, total: int, dy_bO: Array | None, metrics: Array
     ) -> None:
-        """The mean of a row of -t log s(y) - (1 - t) log(1 - s(y)), s the sigmoid, t what is wanted."""
+        """Compute the mean of each row of -t log s(y) - (1 - t) log(1 - s(y)), s being the sigmoid and t the wanted
+        value."""
 
     def squared_error(self, y_bO: Array, wanted_bO: Array, total: int, dy_bO: Array | None, metrics: Array) -> None:
-        """The mean of a row of (y - wanted)^2."""
+        """Compute the mean of each row of (y - wanted)^2."""
 
     def one_hot(self, labels_b: Array, out_bO: Array) -> None:
         """out <- 1 where the label is, elsewhere 0."""
@@ -237,11 +240,11 @@ class CriterionOps(Protocol):
         """Count the rows whose largest output is the label's."""
 
     def count_same_side(self, y_bO: Array, wanted_bO: Array, metrics: Array) -> None:
-        """Count the elements that are above 0 exactly where what is wanted is above 1/2."""
+        """Count the elements that are above 0 exactly where the wanted value is above 1/2."""
 
 
 class UpdateOps(Protocol):
-    """One step of an optimizer, on flat arrays, with the gradients scale * g + decay * p; g stays unchanged."""
+    """One step of an optimizer on flat arrays, with the gradients scale * g + decay * p; g stays unchanged."""
 
     def sgd(self, p: Array, g: Array, rate: float, scale: float = 1.0, decay: float = 0.0) -> None:
         """p <- p - rate g."""

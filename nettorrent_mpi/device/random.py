@@ -1,4 +1,4 @@
-"""Random numbers of whole arrays are drawn on the host: a function of (seed, purpose, numbers), never of a rank."""
+"""Random arrays are drawn whole on the host: a function of (seed, purpose, numbers), never of a rank."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from nettorrent_mpi.plan import seeds
 
 
 def generator(seed: int, purpose: str, *numbers: int | str) -> np.random.Generator:
-    """A generator for one use of randomness, the same on every rank (see `plan.seeds.key`)."""
+    """Return a generator for one use of randomness, the same on every rank (see `plan.seeds.key`)."""
     return np.random.Generator(np.random.Philox(key=seeds.key(seed, purpose, *numbers)))
 
 
 def constant(shape: Shape, value: float) -> Array:
-    """An array (float64) whose elements are all `value`."""
+    """Return an array (float64) whose elements are all `value`."""
     return np.full(shape, value)
 
 
 def normal(shape: Shape, deviation: float, seed: int, purpose: str, *numbers: int | str) -> Array:
-    """Normal random numbers (float64) of mean 0 and this standard deviation."""
+    """Draw normal random numbers (float64) of mean 0 and this standard deviation."""
     return generator(seed, purpose, *numbers).standard_normal(shape) * deviation
 
 
 def uniform(shape: Shape, bound: float, seed: int, purpose: str, *numbers: int | str) -> Array:
-    """Random numbers (float64) that are uniform from -bound to bound."""
+    """Draw random numbers (float64) that are uniform from -bound to bound."""
     return generator(seed, purpose, *numbers).uniform(-bound, bound, shape)

@@ -1,6 +1,6 @@
-"""The CPU computes with NumPy, compiled loops, oneDNN, and BLAS as it is.
+"""The CPU device computes with NumPy, compiled loops, oneDNN, and direct calls of BLAS.
 
-Of these only NumPy is needed: where an optional library is missing, or `kernels: numpy` was asked for, it does all.
+Only NumPy is required: it replaces optional libraries that are missing, and all of them with `kernels: numpy`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class CpuOperations(
     CriterionOperations,
     UpdateOperations,
 ):
-    """It has all operations (device.ops.Ops), each of which stands in the module of its subject."""
+    """All operations (device.ops.Ops) of the CPU; each is in the module of its subject."""
 
 
 class Cpu:
-    """A device (device.device.Device) that computes with the fastest of what is installed, or with NumPy alone."""
+    """A device (device.device.Device) that computes with the fastest of the installed libraries, or with NumPy
+    alone."""
 
     def __init__(self, kernels: Literal["fastest", "numpy"] = "fastest"):
         self.tuning = Tuning(kernels)

@@ -1,6 +1,6 @@
-"""The BLAS that NumPy has loaded is called directly, as NumPy's matmul cannot add a product to what is there.
+"""Direct calls of the BLAS that NumPy has loaded, because NumPy's matmul cannot add a product to existing values.
 
-Without a BLAS that can be found (Linux only, and not every build) there is none, and NumPy adds in a second pass.
+Where no BLAS is found (it is searched on Linux only, and not every build exports it), NumPy adds in a second pass.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from nettorrent_mpi.device.arrays import Array, DType
 
 
 class Gemm:
-    """gemm(a_mk, b_kn, out_mn, beta): out <- a @ b + beta * out. None is empty. `out` is C-contiguous; a and b
-    are, or some columns of such matrices, or the transposes of these.
+    """A matrix product: gemm(a_mk, b_kn, out_mn, beta) computes out <- a @ b + beta * out. None is empty. `out` is
+    C-contiguous; a and b are, or some columns of such matrices, or the transposes of these.
 
-    `call` is a library's function. Its first arguments, of the types `flags`, are what `before(plain_a, plain_b)`
-    gives; then come sizes and numbers of these types.
+    `call` is a library's function. Its first arguments, of the types `flags`, are returned by `before(plain_a,
+    plain_b)`; then come sizes and numbers of these types.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Gemm:
         self._call(*self._arguments(a, b, out, beta))
 
     def prepare(self, a: Array, b: Array, out: Array, beta: float) -> Callable[[], object]:
-        """Make a function that computes the product whenever it is called, while the arrays stay where they are."""
+        """Return a function that computes the product at each call, as long as the arrays stay in place."""
         arguments = zip(self._call.argtypes, self._arguments(a, b, out, beta), strict=True)
         return partial(self._call, *(kind(value) for kind, value in arguments))
 
@@ -50,23 +50,23 @@ class Gemm:
 
 
 def plain(matrix: Array) -> bool:
-    """Tell whether the elements of a row lie side by side; otherwise those of a column do."""
+    """Whether the elements of a row are adjacent; otherwise those of a column are."""
     return bool(matrix.strides[1] == matrix.itemsize)
 
 
 def _apart(matrix: Array) -> int:
-    """How many elements lie between the beginnings of neighbouring rows, or of columns where it is not plain."""
+    """Return the distance in elements between neighbouring rows, or columns where the matrix is not plain."""
     across = matrix.shape[1] if plain(matrix) else matrix.shape[0]
     return int(max(matrix.strides[not plain(matrix)] // matrix.itemsize, across))
 
 
 def address(array: Array) -> int:
-    """Where its first element lies: a third of what `array.ctypes.data` takes."""
+    """Return the address of the first element, in a third of the time of `array.ctypes.data`."""
     return int(array.__array_interface__["data"][0])
 
 
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
-# Where a build keeps cblas_?gemm: (before, after the name, the type of sizes). NumPy's wheels have the first.
+# Names of cblas_?gemm in different builds: (prefix, suffix, type of sizes). NumPy's wheels have the first.
 _NAMES = (
     ("scipy_cblas_", "64_", ctypes.c_int64),
     ("cblas_", "64_", ctypes.c_int64),
@@ -78,19 +78,19 @@ _NAMES = (
 
 @cache
 def wake(dtype: DType) -> None:
-    """Touch the memory into which OpenBLAS packs its operands: once for a process, some milliseconds.
+    """Touch the memory into which OpenBLAS packs its operands: once per process, for some milliseconds.
 
-    It asks the system for 32 MiB when it is loaded, whose pages exist from when they are first written to. Its kernels
-    fetch ahead, beyond what small products have ever written, and a processor takes long over a page that is not there:
-    on Zen 1 products of 128 rows and 256 columns ran at 10 GFLOP/s, and at 35 after one product of the size below,
-    which fills the place of the first operand (up to 768 x 384 float32 in OpenBLAS 0.3.31).
+    OpenBLAS allocates 32 MiB when it is loaded, whose pages exist only once they are written to. Its kernels prefetch
+    beyond what small products have ever written, and a processor takes long over a missing page: on Zen 1 products of
+    128 rows and 256 columns ran at 10 GFLOP/s, and at 35 after one product of the size below, which fills the place of
+    the first operand (up to 768 x 384 float32 in OpenBLAS 0.3.31).
     """
     np.matmul(np.ones((64, 512), dtype), np.ones((512, 1024), dtype))
 
 
 @cache
 def gemm(dtype: np.dtype[Any]) -> Gemm | None:
-    """Find the product of matrices of this type; None where there is no such BLAS."""
+    """Return the product for matrices of this type, or None without such a BLAS."""
     letter, real = {4: ("s", ctypes.c_float), 8: ("d", ctypes.c_double)}[dtype.itemsize]
     for path in _loaded():
         for before, after, size in _NAMES:
@@ -105,7 +105,7 @@ def gemm(dtype: np.dtype[Any]) -> Gemm | None:
 
 
 def _loaded() -> list[str]:
-    """The BLAS libraries in this process."""
+    """Return the BLAS libraries in this process."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -119,7 +119,7 @@ def _flags(plain_a: bool, plain_b: bool) -> tuple[int, int, int]:
 
 
 def _right(gemm: Gemm, dtype: np.dtype[Any]) -> bool:
-    """Tell whether it computes what it should. Sizes of another type than expected would not."""
+    """Whether the product is correct. Sizes of another type than expected would not be."""
     a, b = np.arange(6, dtype=dtype).reshape(2, 3), np.arange(12, dtype=dtype).reshape(3, 4)
     out = np.ones((2, 4), dtype)
     gemm(a, b, out, 1.0)

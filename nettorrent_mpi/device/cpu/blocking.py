@@ -1,4 +1,5 @@
-"""Operations walk through memory in blocks that stay in the cache, and rows that are long enough for a ufunc."""
+"""Blocking: operations process memory in blocks that stay in the cache, and in rows that are long enough for a
+ufunc."""
 
 from __future__ import annotations
 
@@ -13,16 +14,16 @@ BLOCK = 16384  # elements: a few such float32 arrays fit into the second-level c
 
 
 def blocks(size: int, block: int = BLOCK) -> Iterator[slice]:
-    """[0, size) cut into slices of at most `block`."""
+    """Cut [0, size) into slices of at most `block`."""
     for start in range(0, size, block):
         yield slice(start, min(start + block, size))
 
 
 def row_repeats(local: Shape) -> int:
-    """How many positions to take together so that one row of (positions * channels) is long enough for a ufunc.
+    """Return how many positions to process together so that a row of (positions * channels) is long enough for a ufunc.
 
-    NumPy pays some 10 ns for each run along the last axis; channels are often as few as 16, so a vector per channel
-    is repeated and combined with several positions at once. The result divides the number of positions of a row.
+    NumPy pays some 10 ns for each run along the last axis; channels are often as few as 16, so a vector per channel is
+    repeated and combined with several positions at once. The result divides the number of positions of a row.
     """
     repeats = 1
     for size in reversed(local[:-1]):
@@ -33,22 +34,22 @@ def row_repeats(local: Shape) -> int:
 
 
 def repeated(values: Array, repeats: int, name: str, workspace: Workspace) -> Array:
-    """values (channels,) written `repeats` times one after the other into scratch memory, in the workspace's dtype."""
+    """Write values (channels,) `repeats` times in sequence into scratch memory, in the workspace's dtype."""
     row = workspace.scratch(f"repeated {name}", (repeats * values.size,))
     row.reshape(repeats, values.size)[...] = values
     return row
 
 
 def wide_rows(x: Array, repeats: int) -> Array:
-    """x (b, ..., channels), C-contiguous, seen as (rows, repeats * channels)."""
+    """Return x (b, ..., channels), C-contiguous, as (rows, repeats * channels)."""
     wide = repeats * x.shape[-1]
     return x.reshape(x.size // wide if wide else 0, wide)
 
 
 class RowSum:
-    """A sum over all rows and positions, one number per channel, that grows block by block.
+    """A RowSum accumulates the sum per channel over all rows and positions, block by block.
 
-    So rounding errors grow with the number of blocks only, and the total may be wider than the blocks.
+    So rounding errors grow with the number of blocks only, and the total may have a wider type than the blocks.
     """
 
     def __init__(self, name: str, repeats: int, total_c: Array, workspace: Workspace):
@@ -65,15 +66,16 @@ class RowSum:
         np.add(total_w, self._part_w, out=total_w)
 
     def finish(self) -> None:
-        """total_c <- the sum."""
+        """Write the sum to total_c."""
         np.add.reduce(self._total_w, axis=0, out=self._total_c)
 
 
 def rows_of(x: Array) -> Array:
-    """x (b, ..., c) as (rows * positions, c), also where c is 0."""
+    """Return x (b, ..., c) as (rows * positions, c), also if c is 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def row_block(wide: int) -> int:
-    """How many rows of `wide` elements make a block: few enough, too, for the rounding of their sum to stay small."""
+    """Return the number of rows of `wide` elements in a block: few enough also for a small rounding error of their
+    sum."""
     return min(64, max(8, BLOCK // max(wide, 1)))

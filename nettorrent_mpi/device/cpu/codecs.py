@@ -1,4 +1,4 @@
-"""Lossy codecs of flat arrays: see device.ops, which has the formats of the messages."""
+"""Lossy codecs of flat arrays: see device.ops for the message formats."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.device.cpu.half import HalfOperations
 from nettorrent_mpi.device.cpu.tuning import Tuning
 
-PIECE = 32768  # elements that are worked on together: they stay in the second-level cache for all operations
-_CUT = 2.0**118  # larger values are cut to this: sums over a block remain within float32
-_SAMPLE = 16384  # elements that tell about how large the largest ones are
+PIECE = 32768  # elements processed at a time: they stay in the second-level cache for all operations
+_CUT = 2.0**118  # larger values are clipped to this: sums over a block remain within float32
+_SAMPLE = 16384  # elements sampled to estimate the size of the largest
 
 
 class Codec(ABC):
-    """Encodes and decodes messages of one kind; `operations` have the scratch memory."""
+    """A Codec encodes and decodes messages of one kind; `operations` provides scratch memory."""
 
     def __init__(self, operations: HalfOperations):
         self._operations = operations
@@ -41,14 +41,14 @@ def _pieces(size: int, block: int = 1) -> Iterator[slice]:
 
 
 def _tame(values: Array) -> Array:
-    """The values, or where some are not finite or too large, a copy with 0 for the former, the latter cut."""
-    if float(np.dot(values, values)) <= _CUT * _CUT:  # not if it is nan; one pass without a mask
+    """Return the values; non-finite ones are replaced by 0, and too large ones clipped, in a copy."""
+    if float(np.dot(values, values)) <= _CUT * _CUT:  # False for nan; one pass without a mask
         return values
     return np.clip(np.where(np.isfinite(values), values, 0.0), -_CUT, _CUT)
 
 
 class Float16Codec(Codec):
-    """Each value rounded to the nearest float16, or to +-65504 beyond."""
+    """Rounds each value to the nearest float16, or to +-65504 beyond."""
 
     def encode(self, values: Array, message: Array) -> None:
         halves = message.view(np.int16)
@@ -65,7 +65,7 @@ class Float16Codec(Codec):
 
 
 class _Scaled(Codec):
-    """Messages of a few bits for each element, and of some numbers for each `block` of them: a scale at least."""
+    """The base of codecs with a few bits per element and some numbers per `block` of elements: a scale at least."""
 
     block: int
 
@@ -84,7 +84,7 @@ class _Scaled(Codec):
         return -(-size // self.block)
 
     def _rows(self, values: Array) -> Array:
-        """A piece as a matrix with a block in each row."""
+        """Return a piece as a matrix with a block in each row."""
         return values.reshape(-1, min(values.size, self.block))
 
     def _work(self, size: int, dtype: DType) -> Array:
@@ -92,19 +92,19 @@ class _Scaled(Codec):
 
     @abstractmethod
     def _parts(self, message: Array, size: int, piece: slice) -> tuple[Array, ...]:
-        """Where a piece of `size` elements lies in the message."""
+        """Return the parts of the message for a piece of `size` elements."""
 
     @abstractmethod
     def _pack(self, rows: Array, magnitudes: Array, parts: tuple[Array, ...]) -> None:
-        """parts <- what says `rows`. The memory of their `magnitudes` is free to be used."""
+        """Encode `rows` into `parts`. The memory of their `magnitudes` may be overwritten."""
 
     @abstractmethod
     def _unpack(self, parts: tuple[Array, ...], like: Array) -> Array:
-        """What `_pack` packed: flat, in scratch memory, of the size and type of `like`."""
+        """Decode `parts`: flat, in scratch memory, of the size and type of `like`."""
 
 
 class Int8Codec(_Scaled):
-    """Each value rounded to the nearest of 255 multiples of its block's scale, the largest magnitude / 127."""
+    """Rounds each value to the nearest of 255 multiples of its block's scale, the largest magnitude / 127."""
 
     block = 1024
 
@@ -131,7 +131,7 @@ class Int8Codec(_Scaled):
 
 
 class SignCodec(_Scaled):
-    """Of each block the value that is largest in magnitude, as it is, and of the others the sign times their mean
+    """Sends of each block the value largest in magnitude exactly, and for the others the sign times their mean
     magnitude (0 is positive)."""
 
     block = 128
@@ -171,7 +171,7 @@ class SignCodec(_Scaled):
 
 
 class TopKCodec(Codec):
-    """The values that are largest in magnitude, as many as the message has room for. Of equal ones the first go."""
+    """Sends the values largest in magnitude, as many as fit into the message. In ties the first are sent."""
 
     def encode(self, values: Array, message: Array) -> None:
         size, count = values.size, message.size // 8
@@ -193,16 +193,16 @@ class TopKCodec(Codec):
             estimate[indices[piece]] += sent[piece]
 
     def _nth_largest(self, magnitudes: Array, count: int) -> float:
-        """The `count`-th largest, looked for among those only that exceed what a sample makes a safe guess.
+        """Return the `count`-th largest, searched only among those that exceed a safe guess from a sample.
 
-        With a fraction of 0.01 `encode` takes 1.9 ns per element then; partitioning all alone takes 5.3, and
+        With a fraction of 0.01 `encode` takes 1.9 ns per element then; partitioning everything alone takes 5.3, and
         np.argpartition 7.9 (float32, 2,000,000 elements, one core of an AMD EPYC of family 25).
         """
         size = magnitudes.size
         chosen = self._memory.keep("chosen", (size,), magnitudes.dtype)
         guess = -1.0
         if size >= 4 * _SAMPLE:
-            sample = magnitudes[:: size // _SAMPLE | 1]  # an odd step does not stay in the columns of a matrix
+            sample = magnitudes[:: size // _SAMPLE | 1]  # an odd step does not sample only some columns of a matrix
             expected = sample.size * count / size
             rank = math.ceil(expected + 4.0 * math.sqrt(expected) + 4.0)
             if rank < sample.size:
@@ -216,14 +216,15 @@ class TopKCodec(Codec):
             more = found + int(np.count_nonzero(mask))
             np.compress(mask, part, out=chosen[found:more])
             found = more
-        if found < count:  # the sample deceived
+        if found < count:  # the guess was too high
             np.copyto(chosen, magnitudes)
             found = size
         chosen[:found].partition(found - count)
         return float(chosen[found - count])
 
     def _find(self, compare: np.ufunc, magnitudes: Array, limit: float, indices: Array) -> int:
-        """indices <- where magnitudes compare with the limit, the first ones until `indices` is full. How many."""
+        """Write the indices of magnitudes that compare with the limit, the first ones until `indices` is full; return
+        their number."""
         found = 0
         for piece in _pieces(magnitudes.size):
             if found == indices.size:
@@ -242,8 +243,8 @@ CODECS: dict[str, type[Codec]] = {"float16": Float16Codec, "int8": Int8Codec, "s
 class CodecOperations(HalfOperations):
     """Compressed messages: see device.ops.
 
-    Scratch memory is made when a size is first seen. After that nothing proportional to the size is allocated, but up
-    to some hundred KiB for a piece of an array where NumPy has no `out`.
+    Scratch memory is allocated when a size is first seen. After that no allocation is proportional to the size, except
+    up to some hundred KiB for a piece of an array where NumPy has no `out`.
     """
 
     def __init__(self, tuning: Tuning) -> None:
@@ -252,7 +253,7 @@ class CodecOperations(HalfOperations):
 
     def encode(self, kind: str, values: Array, message: Array) -> None:
         if values.size:
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for
+            with np.errstate(over="ignore", invalid="ignore"):  # non-finite values are searched for
                 self._codec(kind).encode(values, message)
 
     def decode_add(self, kind: str, message: Array, estimate: Array) -> None:

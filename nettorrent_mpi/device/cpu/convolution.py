@@ -1,4 +1,4 @@
-"""A convolution is computed by the fastest algorithm for its geometry, which a trial finds at first use."""
+"""Convolutions are computed by the fastest algorithm for their geometry, which a trial finds at first use."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from nettorrent_mpi.device.cpu.tuning import Tuning
 from nettorrent_mpi.device.cpu.winograd import WinogradProducts
 from nettorrent_mpi.device.geometry import Geometry
 
-# Channels: kernels of 1 x 1 with a stride got wrong gradients in oneDNN 3.2 (jit_1x1:avx2), often but not always.
+# 1 x 1 kernels with a stride got wrong gradients in oneDNN 3.2 (jit_1x1:avx2), often but not always.
 WRONG_BELOW = 8
 
 
 class OneDnn(Algorithm):
-    """It calls oneDNN's direct convolution, which compiles code for each number of images, which is kept.
+    """Calls oneDNN's direct convolution, which compiles and keeps code for each number of images.
 
-    All three raise OneDnnError where the library has none for this geometry: the trial does not choose it then.
+    All three methods raise OneDnnError if the library does not support this geometry: the trial then rejects it.
     """
 
     name = "onednn"
@@ -58,7 +58,7 @@ class OneDnn(Algorithm):
 
 
 class ConvolutionOperations(Operations):
-    """It computes convolutions of images and their gradients: see device.ops."""
+    """Convolutions of images and their gradients: see device.ops."""
 
     def __init__(self, tuning: Tuning):
         super().__init__(tuning)
@@ -112,7 +112,7 @@ class ConvolutionOperations(Operations):
 
 
 def algorithms(geometry: Geometry, dtype: np.dtype[Any], tuning: Tuning) -> list[Algorithm]:
-    """List the algorithms that can compute this geometry with what may be used; im2col always can."""
+    """Return the algorithms that can compute this geometry with the permitted libraries; im2col always can."""
     found: list[Algorithm] = [Im2colProducts(geometry)]
     gemm, library = tuning.gemm(dtype), tuning.onednn()
     if geometry.stride == (1, 1) and geometry.kernel != (1, 1) and gemm is not None:

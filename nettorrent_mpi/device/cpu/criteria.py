@@ -1,4 +1,4 @@
-"""The losses and their gradients are computed here; nn.losses names their sources.
+"""The losses and their gradients on the CPU; nn.losses names their sources.
 
 Suffixes: b rows of a micro-batch, O outputs.
 """
@@ -12,15 +12,15 @@ from nettorrent_mpi.device.cpu.flat import Operations
 from nettorrent_mpi.device.cpu.loop import Loop
 from nettorrent_mpi.device.cpu.tuning import Tuning
 
-FEW = 64  # outputs, up to which a compiled loop, which takes one exponential at a time, beats NumPy
+FEW = 64  # outputs up to which a compiled loop, with one exponential at a time, is faster than NumPy
 
 
 class CriterionOperations(Operations):
-    """It computes losses: see device.ops."""
+    """Losses: see device.ops."""
 
     def __init__(self, tuning: Tuning):
         super().__init__(tuning)
-        self._starts: dict[int, Array] = {}  # number of outputs -> where each row begins in the flat outputs
+        self._starts: dict[int, Array] = {}  # number of outputs -> start of each row in the flat outputs
 
     def cross_entropy(
         self, y_bO: Array, labels_b: Array, smoothing: float, total: int, dy_bO: Array | None, metrics: Array
@@ -116,7 +116,7 @@ class CriterionOperations(Operations):
         metrics[1] += np.count_nonzero(right_bO)
 
     def _places(self, labels_b: Array, outputs: int) -> Array:
-        """Where the labels' outputs lie in the flat outputs: scratch memory."""
+        """Return the positions of the labels' outputs in the flat outputs, in scratch memory."""
         starts = self._starts.get(outputs)
         if starts is None or len(starts) < len(labels_b):
             starts = self._starts[outputs] = np.arange(len(labels_b), dtype=np.intp) * outputs
@@ -130,7 +130,7 @@ class CriterionOperations(Operations):
 def cross_entropy(
     y_bo: Array, labels_b: Array, scale: float, smooth: float, share: float, dy_bo: Array, gradient: bool
 ) -> tuple[float, int]:
-    """(sum of the losses, rows told right); dy <- scale times the gradient. Rounded otherwise than by NumPy.
+    """Return (sum of the losses, correct rows); dy <- scale times the gradient. Rounding differs from NumPy's.
 
     The loss of a row is -share * log p[label] - smooth * sum(log p).
     """

@@ -1,4 +1,4 @@
-"""Activations and dropout work element by element, in blocks that stay in the cache or in one compiled loop."""
+"""Activations and dropout, element by element, in blocks that stay in the cache or in one compiled loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nettorrent_mpi.device.cpu.loop import Loop
 
 
 class ElementwiseOperations(Operations):
-    """It computes activation functions and dropout: see device.ops."""
+    """Activation functions and dropout: see device.ops."""
 
     def relu(self, x: Array, y: Array) -> None:
         if x is y and self._tuning.compiled:
@@ -128,10 +128,10 @@ def relu_grad(y: Array, dy: Array) -> None:
 
 @Loop
 def sigmoid(y: Array) -> None:
-    """y <- 1 / (1 + exp(-y)) (flat, float32), to 1.5e-7; otherwise rounded than by NumPy.
+    """Compute y <- 1 / (1 + exp(-y)) (flat, float32), to 1.5e-7; rounding differs from NumPy's.
 
-    exp(t) = 2^n exp(r) with n a whole number and |r| <= log(2) / 2, of which a polynomial of degree 7 (Cephes' expf by
-    S. Moshier) gives the exponential. Numba calls a function for each exp, which would not work on vectors.
+    exp(t) = 2^n exp(r) with n a whole number and |r| <= log(2) / 2, for which a polynomial of degree 7 (Cephes' expf by
+    S. Moshier) gives the exponential. Numba calls a function for each exp, which prevents vectorization.
     """
     one, least, most = np.float32(1), np.float32(-87), np.float32(88)
     for i in range(y.size):
@@ -169,7 +169,7 @@ STEPS = 32  # points of the table in a unit of x
 
 
 def _taylor_table(terms: int) -> Array:
-    """(points, terms): the coefficients of Phi's Taylor series around -REACH, -REACH + 1/STEPS, ..., REACH.
+    """Return (points, terms): the coefficients of Phi's Taylor series around -REACH, -REACH + 1/STEPS, ..., REACH.
 
     phi(a + h) = sum g_k h^k with g_0 = phi(a) and, as phi' = -x phi, g_{k+1} = -(a g_k + g_{k-1}) / (k + 1).
     Integrated: Phi(a + h) = Phi(a) + sum g_k h^{k+1} / (k + 1).
@@ -193,9 +193,9 @@ _TAYLOR = {
 
 
 def normal_cdf(x: Array, cdf: Array, workspace: Workspace) -> None:
-    """cdf <- Phi(x) to the last few bits of the dtype (float64: 3e-16 absolute), flat arrays of one block.
+    """Compute cdf <- Phi(x) to the last few bits of the dtype (float64: 3e-16 absolute), for flat arrays of one block.
 
-    NumPy has no erf. A Taylor series around the nearest point of a table needs no case distinction, so it runs as a
+    NumPy has no erf. A Taylor series around the nearest point of a table needs no case distinction, so it takes a
     handful of ufuncs over the block.
     """
     table = _TAYLOR[x.dtype]

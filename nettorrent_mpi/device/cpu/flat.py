@@ -1,4 +1,4 @@
-"""Operations on flat arrays work in blocks that stay in the second-level cache."""
+"""Operations on flat arrays, in blocks that stay in the second-level cache."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ EXACT_BLOCK = 8192  # elements of float64 that are squared together
 
 
 class Operations:
-    """All operations share the device's tuning, and scratch memory, of each type of numbers its own."""
+    """The base of all operations: they share the device's tuning, and scratch memory for each element type."""
 
     def __init__(self, tuning: Tuning) -> None:
         self._tuning = tuning
         self._memory: dict[DType, Workspace] = {}
 
     def memory(self, dtype: DType) -> Workspace:
-        """Scratch memory of a type, valid until the next operation."""
+        """Return scratch memory of a type, valid until the next operation."""
         found = self._memory.get(dtype)
         if found is None:
             found = self._memory[dtype] = Workspace(dtype)
@@ -30,12 +30,12 @@ class Operations:
 
     @property
     def working_bytes(self) -> int:
-        """How much scratch memory there is."""
+        """The bytes of scratch memory."""
         return sum(workspace.bytes for workspace in self._memory.values())
 
 
 class FlatOperations(Operations):
-    """It has the operations on flat arrays: see device.ops."""
+    """Operations on flat arrays: see device.ops."""
 
     def copy(self, out: Array, x: Array) -> None:
         np.copyto(out, x, casting="unsafe")

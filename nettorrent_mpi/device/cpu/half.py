@@ -1,12 +1,12 @@
-"""float32 to float16 and back, at a speed that does not depend on the values.
+"""Conversion of float32 to float16 and back, at a speed that does not depend on the values.
 
 NumPy's casts take 2.5 ns per element, and 1.7 back, but 65 and 8 below 6e-5, where float16 is subnormal. These take 1.8
 and 1.6 (2,000,000 elements in pieces of 32768, one core of an AMD EPYC of family 25, NumPy 2.4).
 
 Let p be the largest power of two in |x|, but at least 2^-14. The float16 numbers between p and 2p are the multiples of
 2^-10 p, and these are float32's steps between M = 2^13 p and 2M. So |x| + M is |x| rounded, and the difference of its
-bits to M's counts the steps from 0: up to 1024 if |x| < 2^-14, from 1024 to 2048 otherwise. No subnormal float32 comes
-up on the way, which a process may be set to take for 0.
+bits to M's counts the steps from 0: up to 1024 if |x| < 2^-14, from 1024 to 2048 otherwise. No subnormal float32 occurs
+on the way, which a process may be configured to treat as 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HalfOperations(Operations):
     """Converts flat arrays between float32 and float16, for messages."""
 
     def to_half(self, x: Array, halves: Array) -> None:
-        """halves (int16) <- the bits of the float16 numbers nearest to x (float32), ties to even.
+        """Convert x (float32) to the bits of the nearest float16 numbers, halves (int16), ties to even.
 
         Both are flat. x is from -65504 to 65504, and overwritten. Allocates nothing once `memory` has seen the size.
         """
@@ -48,7 +48,7 @@ class HalfOperations(Operations):
         np.copyto(halves, s_bits, casting="unsafe")
 
     def from_half(self, halves: Array) -> Array:
-        """The float32 numbers that finite float16 numbers are, given their bits (int16): flat, in scratch memory."""
+        """Return finite float16 numbers, given by their bits (int16), as float32: flat, in scratch memory."""
         memory = self.memory(np.float32)
         x, m, s = (memory.keep(name, halves.shape, np.float32) for name in ("half x", "half m", "half s"))
         x_bits, m_bits, s_bits = x.view(np.int32), m.view(np.int32), s.view(np.int32)

@@ -1,4 +1,4 @@
-"""Im2col makes a convolution of products: a matrix of what the kernel sees, block by block, with the weights."""
+"""Im2col computes a convolution by matrix products: the windows of the kernel form a matrix, block by block."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nettorrent_mpi.device.cpu.algorithm import Algorithm, adjoint_padding, turn
 from nettorrent_mpi.device.cpu.blocking import repeated, row_repeats, wide_rows
 from nettorrent_mpi.device.geometry import Geometry, Pair
 
-# Bytes of one block of the matrix: measured best between 0.25 and 2 MiB on cores with 1 MiB of second-level cache,
-# but not fewer than so many rows, since each block also costs a pass over the weights.
+# Bytes of one block of the matrix: measured best between 0.25 and 2 MiB on cores with 1 MiB of second-level cache;
+# and its least rows, since each block also costs a pass over the weights.
 BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 512
 
 
 class Im2col:
-    """It knows where a kernel lies over images (height, width, channels), padded by (before, after) zeros."""
+    """The windows of a kernel over images (height, width, channels), padded by (before, after) zeros."""
 
     def __init__(self, image: tuple[int, int, int], kernel: Pair, stride: Pair, vertical: Pair, horizontal: Pair):
         self.image, self.kernel, self.stride = image, kernel, stride
@@ -32,7 +32,7 @@ class Im2col:
         self.plain = kernel == (1, 1) and stride == (1, 1) and not self.padded  # the matrix is the image itself
 
     def blocks(self, rows: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
-        """(images, rows of places) that make one block of the matrix: several images, or part of a large one."""
+        """Return (images, rows of places) of one block of the matrix: several images, or part of a large one."""
         places = max(BLOCK_ROWS, BLOCK_BYTES // (self.size * itemsize))
         high, wide = self.count
         if high * wide <= 2 * places:
@@ -46,7 +46,7 @@ class Im2col:
                     yield slice(image, image + 1), slice(first, min(first + each, high))
 
     def matrix(self, x: Array, images: slice, rows: slice, workspace: Workspace) -> Array:
-        """(places, numbers of a window): what the kernel sees at the places of a block, in scratch memory.
+        """Return the windows at the places of a block, (places, numbers of a window), in scratch memory.
 
         x (b, height, width, channels) is C-contiguous.
         """
@@ -70,7 +70,7 @@ class Im2col:
         return matrix
 
     def _pad(self, x: Array, top: int, bottom: int, workspace: Workspace) -> Array:
-        """Rows [top, bottom) of the padded images."""
+        """Return rows [top, bottom) of the padded images."""
         count, height, width, channels = x.shape
         left, right = self.horizontal
         padded = workspace.scratch("padded", (count, bottom - top, left + width + right, channels), x.dtype)
@@ -85,7 +85,8 @@ class Im2col:
 
 
 class Im2colProducts(Algorithm):
-    """Im2col makes its matrix anew in backward: keeping it would take kernel height * width times the memory of x."""
+    """The im2col algorithm. It rebuilds the matrix in backward: keeping it would take kernel height * width times the
+    memory of x."""
 
     name = "im2col"
 
@@ -127,7 +128,7 @@ class Im2colProducts(Algorithm):
             self._scatter_back(weight, dy, dx, workspace)
 
     def _correlate_back(self, adjoint: Im2col, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
-        """dx for stride 1."""
+        """Compute dx for stride 1."""
         channels = dx.shape[3]
         weight_ko = turned(weight, workspace).reshape(-1, channels)
         for images, rows in adjoint.blocks(dy.shape[0], dy.itemsize):
@@ -135,7 +136,7 @@ class Im2colProducts(Algorithm):
             np.matmul(seen, weight_ko, out=dx[images, rows].reshape(-1, channels))
 
     def _scatter_back(self, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
-        """dx for larger strides: the gradient of the windows, added up where they came from, one tap at a time."""
+        """Compute dx for larger strides: the gradient of the windows, added up at their origin, one tap at a time."""
         filters = weight.shape[3]
         weight_ko = weight.reshape(-1, filters)
         dx[...] = 0
@@ -152,7 +153,8 @@ class Im2colProducts(Algorithm):
                     np.add(target, taps[:, here_down, here_across, p, q], out=target)
 
     def _reach(self, axis: int, tap: int, places: slice) -> tuple[slice, slice]:
-        """(pixels, places) along an axis: which pixels inside the image a tap of the kernel touches from which places.
+        """Return (pixels, places) along an axis: the pixels inside the image that a tap of the kernel touches, and from
+        which places.
 
         The places are counted from the block's first.
         """

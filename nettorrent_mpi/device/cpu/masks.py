@@ -1,4 +1,5 @@
-"""Dropout chooses by a hash of (key, global row, index in the whole row), whoever holds the element."""
+"""Dropout masks are a hash of (key, global row, index in the whole row), the same on whichever rank holds the
+element."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from nettorrent_mpi.device.cpu.flat import Operations
 from nettorrent_mpi.device.cpu.loop import Loop
 from nettorrent_mpi.plan.blocks import Span
 
-BLOCK = 16384  # elements that are hashed together: they stay in the first-level cache
+BLOCK = 16384  # elements hashed at a time: they stay in the first-level cache
 
 
 class MaskOperations(Operations):
-    """It makes masks for dropout: see device.ops.
+    """Masks for dropout: see device.ops.
 
-    The row makes 64 bits with SplitMix64 (Steele, Lea, Flood 2014), of which half is added to the index's hash before,
-    and half within, a second round of mixing.
+    SplitMix64 (Steele, Lea, Flood 2014) makes 64 bits from the row; half of them is added to the index's hash before a
+    second round of mixing, and half within it.
     """
 
     def place_codes(self, shape: Shape, part: Span) -> Array:
@@ -50,7 +51,7 @@ class MaskOperations(Operations):
 
 @Loop
 def keep_mask(keep_bf: Array, codes_f: Array, keys_b: Array, threshold: int) -> None:
-    """keep <- whether the hash is at least the threshold; keys_b (b, 2) uint32."""
+    """Compute keep <- whether the hash is at least the threshold; keys_b (b, 2) uint32."""
     for b in range(keep_bf.shape[0]):
         before, within = keys_b[b, 0], keys_b[b, 1]
         keep = keep_bf[b]
@@ -66,7 +67,7 @@ def keep_mask(keep_bf: Array, codes_f: Array, keys_b: Array, threshold: int) -> 
 
 
 def _mix(x: Array, work: Array, key: Array | np.uint32) -> None:
-    """x <- a bijection of 32 bits: C. Wellons' lowbias32 (2018), with a key added halfway."""
+    """Apply a bijection of 32 bits to x: C. Wellons' lowbias32 (2018), with a key added halfway."""
     np.right_shift(x, 16, out=work)
     np.bitwise_xor(x, work, out=x)
     np.multiply(x, np.uint32(0x7FEB352D), out=x)
@@ -79,7 +80,7 @@ def _mix(x: Array, work: Array, key: Array | np.uint32) -> None:
 
 
 def _row_keys(key: int, rows: Span, workspace: Workspace) -> Array:
-    """(rows, 2) uint32: SplitMix64's output number `row` when it begins with `key`."""
+    """Return (rows, 2) uint32: SplitMix64's output number `row` when it starts with `key`."""
     golden, bits = 0x9E3779B97F4A7C15, (1 << 64) - 1
     z = workspace.scratch("row keys", (rows.size,), np.uint64)
     work = workspace.scratch("row keys work", (rows.size,), np.uint64)

@@ -1,4 +1,4 @@
-"""Norms sum up channels in the arrays' type over 64 rows, and these in float64, or the features of each row.
+"""Norms: channels are summed in the arrays' type over 64 rows, and these sums, or the features of each row, in float64.
 
 Suffixes: b rows of a micro-batch, c channels, n rows times positions, w channels repeated (see `blocking.row_repeats`).
 """
@@ -12,11 +12,11 @@ from nettorrent_mpi.device.cpu.blocking import RowSum, blocks, repeated, row_blo
 from nettorrent_mpi.device.cpu.flat import Operations
 from nettorrent_mpi.device.cpu.loop import Loop
 
-ROWS = 64  # that are added up in the arrays' own type
+ROWS = 64  # rows that are added up in the arrays' own type
 
 
 class NormOperations(Operations):
-    """It computes the parts of batch norm and layer norm: see device.ops."""
+    """The parts of batch norm and layer norm: see device.ops."""
 
     def inverse_root(self, x: Array, eps: float) -> None:
         x += eps
@@ -181,7 +181,7 @@ def _hat(x_nc: Array, mean_n: Array, scale_n: Array, memory: Workspace) -> Array
 
 @Loop
 def squared_deviations(x_nc: Array, mean_c: Array, total_c: Array) -> None:
-    """total_c (float64) <- the sum over n of (x - mean)^2; rounded otherwise than by NumPy."""
+    """Compute total_c (float64) <- the sum over n of (x - mean)^2; rounding differs from NumPy's."""
     part_c = np.empty(x_nc.shape[1], x_nc.dtype)
     total_c[:] = 0
     for first in range(0, x_nc.shape[0], ROWS):
@@ -206,7 +206,8 @@ def normalize(x_nc: Array, mean_c: Array, factor_c: Array, bias_c: Array, y_nc: 
 
 @Loop
 def norm_sums(x_nc: Array, dy_nc: Array, mean_c: Array, products_c: Array, sums_c: Array) -> None:
-    """products_c, sums_c (float64) <- the sums over n of (x - mean) * dy and of dy; rounded otherwise than by NumPy."""
+    """Compute products_c, sums_c (float64) <- the sums over n of (x - mean) * dy and of dy; rounding differs from
+    NumPy's."""
     product_c = np.empty(x_nc.shape[1], x_nc.dtype)
     part_c = np.empty(x_nc.shape[1], x_nc.dtype)
     products_c[:] = 0

@@ -2,9 +2,9 @@
 
     pip install 'nettorrent_mpi[fast]'
 
-Only what is needed here: products of float32 matrices and convolutions of float32 images. Arrays are NumPy's, in
-NumPy's own order of memory: images (b, height, width, channels), weights (height, width, inputs, outputs). oneDNN lays
-weights out anew for its code in each call; they are small.
+Covers only products of float32 matrices and convolutions of float32 images. Arrays are NumPy's, in NumPy's memory
+order: images (b, height, width, channels), weights (height, width, inputs, outputs). oneDNN reorders weights for its
+code in each call; they are small.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from nettorrent_mpi.device.arrays import Array, aligned
 from nettorrent_mpi.device.cpu.blas import Gemm, address
 
-_VERSION = 3  # of the interface
+_VERSION = 3  # version of the interface
 # Numbers of dnnl_types.h.
 _CPU, _IN_ORDER, _FLOAT32 = 1, 1, 3
 _ANY, _VECTOR, _NHWC, _HWIO = 1, 2, 22, 28  # layouts; the library counts dimensions of weights as (o, i, h, w)
@@ -40,11 +40,11 @@ class _Argument(ctypes.Structure):
 
 
 class OneDnnError(RuntimeError):
-    """A call of oneDNN failed; the shape is not supported, or memory ran out."""
+    """A call of oneDNN failed: the shape is not supported, or memory ran out."""
 
 
 class Library:
-    """The loaded library, an engine and a stream of it; `gemm` multiplies float32 matrices."""
+    """The loaded library with an engine and a stream; `gemm` multiplies float32 matrices."""
 
     def __init__(self, path: str):
         self._calls = ctypes.CDLL(path)
@@ -56,23 +56,23 @@ class Library:
         self._stream = self.make("stream_create", self.engine, _IN_ORDER)
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Raises OneDnnError unless it succeeds."""
+        """Call a function; raises OneDnnError unless it succeeds."""
         status = getattr(self._calls, f"dnnl_{name}")(*arguments)
         if status:
             raise OneDnnError(f"dnnl_{name} failed with status {status}")
 
     def make(self, name: str, *arguments: Any) -> _Handle:
-        """What a call that makes something gives: a handle, its first argument."""
+        """Call a function that creates an object; return the handle, its first argument."""
         made = _Handle()
         self.call(name, ctypes.byref(made), *arguments)
         return made
 
     def layout(self, shape: Sequence[int], tag: int) -> _Handle:
-        """How an array of float32 numbers lies in memory."""
+        """Return the memory layout of an array of float32 numbers."""
         return self.make("memory_desc_create_with_tag", len(shape), _Dimensions(*shape), _FLOAT32, tag)
 
     def wanted(self, description: _Handle, which: int) -> tuple[_Handle, int]:
-        """(the layout that an operation chose, elements that it needs)."""
+        """Return (the layout that an operation chose, the number of elements that it needs)."""
         layout = _Handle(self._calls.dnnl_primitive_desc_query_md(description, which, 0))
         return layout, -(-self._calls.dnnl_memory_desc_get_size(layout) // 4)
 
@@ -89,21 +89,21 @@ def _letters(plain_a: bool, plain_b: bool) -> tuple[bytes, bytes]:
 
 @cache
 def library() -> Library | None:
-    """The library, if there is one: beside this Python (PyPI's onednn-cpu-gomp puts it there), or the system's."""
-    from ctypes.util import find_library  # which starts programs: only where something is looked for
+    """Return the library, if there is one: beside this Python (from PyPI's onednn-cpu-gomp), or the system's."""
+    from ctypes.util import find_library  # starts programs, so only called where needed
 
     beside = [Path(root, "lib", f"libdnnl.so.{_VERSION}") for root in (sys.prefix, site.USER_BASE or sys.prefix)]
     for path in (*map(str, beside), find_library("dnnl")):
         try:
             if path:
                 return Library(path)
-        except (OSError, AttributeError, OneDnnError):  # not for this machine; another version
+        except (OSError, AttributeError, OneDnnError):  # for another machine, or another version
             continue
     return None
 
 
 class _Memory:
-    """An array as the library is told of it; where it lies may change from call to call."""
+    """An array as oneDNN's memory object; its address may change from call to call."""
 
     def __init__(self, library: Library, layout: _Handle, array: Array | None = None):
         self._set = library._calls.dnnl_memory_set_data_handle
@@ -120,7 +120,7 @@ class _Operation:
     """A primitive of the library that can be executed on memory."""
 
     def __init__(self, library: Library, description: _Handle, memory: dict[int, _Memory]):
-        self._library, self._memory = library, memory  # which has to live as long
+        self._library, self._memory = library, memory  # has to live as long
         self._operation = library.make("primitive_create", description)
         self._count = len(memory)
         self._arguments = (_Argument * len(memory))(*(_Argument(number, m.handle) for number, m in memory.items()))
@@ -132,7 +132,7 @@ class _Operation:
 def _reorder(
     library: Library, source: _Handle, target: _Handle, memory: tuple[_Memory, _Memory], add: bool = False
 ) -> _Operation:
-    """target <- (or, with `add`, +=) source, in the target's layout."""
+    """Compute target <- (or, with `add`, +=) source, in the target's layout."""
     attributes = None
     if add:
         attributes, sums = library.make("primitive_attr_create"), library.make("post_ops_create")
@@ -146,7 +146,7 @@ def _reorder(
 
 class Primitive:
     """The convolution of `rows` images: `image` = (height, width, channels), `output` likewise, stride and padding
-    ((before, after) of the height, then of the width). Raises OneDnnError where the library has none."""
+    ((before, after) of the height, then of the width). Raises OneDnnError if the library does not support it."""
 
     def __init__(
         self,
@@ -184,13 +184,13 @@ class Primitive:
         )  # fmt: skip
 
     def _own(self, description: _Handle, which: int) -> tuple[_Handle, _Memory]:
-        """Memory for the weights, or their gradient, as the operation wants it."""
+        """Allocate memory for the weights, or their gradient, in the operation's layout."""
         layout, size = self._library.wanted(description, which)
         return layout, _Memory(self._library, layout, aligned(size, np.float32))
 
 
 class Forward(Primitive):
-    """y <- the convolution of x with the weights, plus the bias."""
+    """Computes y <- the convolution of x with the weights, plus the bias."""
 
     def __init__(self, library: Library, *shape: Any, bias: bool):
         super().__init__(library, *shape)
@@ -211,7 +211,7 @@ class Forward(Primitive):
 
 
 class InputGradient(Primitive):
-    """dx <- the gradient with respect to the input."""
+    """Computes dx <- the gradient with respect to the input."""
 
     def __init__(self, library: Library, *shape: Any):
         super().__init__(library, *shape)
@@ -233,7 +233,7 @@ class InputGradient(Primitive):
 
 
 class WeightGradient(Primitive):
-    """dw <- (or +=) the gradient with respect to the weights."""
+    """Computes dw <- (or +=) the gradient with respect to the weights."""
 
     def __init__(self, library: Library, *shape: Any):
         super().__init__(library, *shape)

@@ -1,4 +1,4 @@
-"""Pooling takes maxima and means of windows of images (b, height, width, c)."""
+"""Pooling: maxima and means of windows of images (b, height, width, c)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nettorrent_mpi.device.geometry import Pooling
 
 
 class PoolOperations(Operations):
-    """It computes pooling and its gradients: see device.ops."""
+    """Pooling and its gradients: see device.ops."""
 
     def max_pool(self, x: Array, y: Array, winner: Array | None, pooling: Pooling) -> None:
         if winner is not None and self._tuning.compiled:
@@ -90,12 +90,12 @@ class PoolOperations(Operations):
 
 
 def _images(x: Array) -> Iterator[slice]:
-    """Blocks of images that stay in the cache while all taps are visited."""
+    """Return blocks of images that stay in the cache while all taps are visited."""
     return blocks(x.shape[0], max(1, 4 * BLOCK // max(1, x[:1].size)))
 
 
 def _taps(x: Array, pooling: Pooling) -> Iterator[Array]:
-    """What each pixel of the window sees at all its places: views of x, in the window's row-major order."""
+    """Return what each pixel of the window sees at all its places: views of x, in the window's row-major order."""
     (high, wide), (down, across) = pooling.count, pooling.stride
     for p in range(pooling.size[0]):
         for q in range(pooling.size[1]):
@@ -104,10 +104,10 @@ def _taps(x: Array, pooling: Pooling) -> Iterator[Array]:
 
 @Loop
 def max_pool(x_bhwc: Array, y_bhwc: Array, winner_bhwc: Array, high: int, wide: int, down: int, across: int) -> None:
-    """The largest number of each window of high x wide, `down` and `across` apart, and the number of its tap.
+    """Compute the largest number of each window of high x wide, `down` and `across` apart, and the number of its tap.
 
-    The taps are compared in numbers as wide as float32, and all are written, changed or not: so the loop runs on
-    vectors on processors that have no masked stores of bytes, too.
+    The taps are compared in numbers as wide as float32, and all are written, changed or not: so the loop also
+    vectorizes on processors without masked stores of bytes.
     """
     taps = np.empty(x_bhwc.shape[3], np.int32)
     for b in range(y_bhwc.shape[0]):
@@ -132,7 +132,7 @@ def max_pool(x_bhwc: Array, y_bhwc: Array, winner_bhwc: Array, high: int, wide: 
 def max_pool_grad(
     dy_bhwc: Array, winner_bhwc: Array, dx_bhwc: Array, high: int, wide: int, down: int, across: int, add: bool
 ) -> None:
-    """dx at the tap that won <- dy, at the others of the window 0; or, with `add`, dx += these."""
+    """Compute dx <- dy at the tap that won, 0 at the others of the window; or, with `add`, dx += these."""
     for b in range(dy_bhwc.shape[0]):
         for h in range(dy_bhwc.shape[1]):
             for w in range(dy_bhwc.shape[2]):

@@ -1,4 +1,4 @@
-"""A product of matrices is computed by the fastest library for its shapes, which a trial finds at first use."""
+"""Matrix products are computed by the fastest library for their shapes, which a trial finds at first use."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Run = Callable[[], object]
 Multiply = Callable[[Array, Array, Array, bool], Run]
 """multiply(a_mk, b_kn, out_mn, accumulate) gives what computes the product each time that it is called."""
 
-REMEMBERED = 1024  # products of arrays that came before; in the steady state three a layer and micro-batch under way
-SUMMED = 64  # rows that are added up in the arrays' own type
+REMEMBERED = 1024  # cached products; in the steady state three per layer and micro-batch in flight
+SUMMED = 64  # rows that are added up in the arrays' type
 
 
 class ProductOperations(Operations):
-    """It computes products of matrices and sums of their rows: see device.ops.
+    """Matrix products and sums of their rows: see device.ops.
 
-    The arrays of the steady state are the same objects in every step. So what a call of a library wants to know of them
-    (sizes, addresses: more work for Python than the call itself, and with small matrices than the product) is put
-    together once for the same objects, which are kept. Nothing is allocated after that.
+    The arrays of the steady state are the same objects in every step. So the arguments of a library call (sizes,
+    addresses: more work for Python than the call itself, and with small matrices than the product) are prepared once
+    for the same objects, which are kept. Nothing is allocated after that.
     """
 
     def __init__(self, tuning: Tuning):
@@ -45,14 +45,14 @@ class ProductOperations(Operations):
             if len(self._known) == REMEMBERED:
                 self._known.clear()
             run = self._prepare(a, b, out, turn_a, turn_b, accumulate)
-            known = self._known[key] = run, a, b, out  # as long as they live their ids are theirs
+            known = self._known[key] = run, a, b, out  # their ids are unique as long as they live
         known[0]()
 
     def _prepare(self, a: Array, b: Array, out: Array, turn_a: bool, turn_b: bool, accumulate: bool) -> Run:
         first, second = a.T if turn_a else a, b.T if turn_b else b
-        if not (out.size and a.size):  # nothing to learn from, and BLAS wants sizes above 0
+        if not (out.size and a.size):  # no trial possible, and BLAS requires sizes above 0
             return self._by_numpy(first, second, out, accumulate)
-        # The rows of a micro-batch, which are those of `a`, may be fewer at times: what came first decides.
+        # The rows of `a`, those of a micro-batch, may be fewer at times: the first product decides.
         key = a.shape[1], out.shape[1], turn_a, turn_b, accumulate, out.dtype
         multiply = self._chosen.get(key)
         if multiply is None:
@@ -69,7 +69,7 @@ class ProductOperations(Operations):
         return ways[self._tuning.fastest(f"product {sizes}", trials, elsewhere)]
 
     def ways(self, dtype: np.dtype[Any]) -> dict[str, Multiply]:
-        """By the name of the library: all that may be used for matrices of this type."""
+        """Return the permitted libraries for matrices of this type, by name."""
         gemm, library = self._tuning.gemm(dtype), self._tuning.onednn()
         ways: dict[str, Multiply] = {"numpy": self._by_numpy}
         if gemm is not None:
@@ -111,7 +111,7 @@ def _by(gemm: blas.Gemm, a: Array, b: Array, out: Array, accumulate: bool) -> Ru
 
 @Loop
 def sum_rows(x_nc: Array, total_c: Array) -> None:
-    """total_c <- the sum over n; rounded otherwise than by NumPy."""
+    """Compute total_c <- the sum over n; rounding differs from NumPy's."""
     part_c = np.empty(x_nc.shape[1], x_nc.dtype)
     total_c[:] = 0
     for first in range(0, x_nc.shape[0], SUMMED):

@@ -1,9 +1,9 @@
-"""Convolution as one product for each tap of the kernel, or for each of its rows, added up.
+"""Convolution as a sum of products, one for each tap of the kernel, or for each of its rows.
 
-The padded images, flattened, are a matrix of pixels by channels. What a tap sees from all places is the same matrix,
-begun some rows later, so that y = sum over taps of matrix[tap:] @ weight[tap], and nothing is copied but for the
-padding. With a row of the kernel for a tap, the matrix has in each row the pixels side by side that a row of the kernel
-sees (row im2col): fewer products, of longer rows. Places that lie in the padding come out, too, and are thrown away.
+The padded images, flattened, are a matrix of pixels by channels. A tap's view of all places is the same matrix from a
+later row on, so that y = sum over taps of matrix[tap:] @ weight[tap], and only the padding is copied. With a row of the
+kernel for a tap, each row of the matrix has side by side the pixels of a row of the kernel (row im2col): fewer
+products, of longer rows. Places in the padding are computed, too, and discarded.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nettorrent_mpi.device.cpu.blas import Gemm
 from nettorrent_mpi.device.cpu.blocking import repeated, row_repeats, wide_rows
 from nettorrent_mpi.device.geometry import Geometry, Pair
 
-BLOCK_BYTES = 1 << 20  # of padded images and outputs that are worked on together
+BLOCK_BYTES = 1 << 20  # bytes of padded images and outputs processed at a time
 
 
 class TapProducts(Algorithm):
-    """It serves stride 1 with one product for each tap; `gemm` adds to what is there."""
+    """The algorithm for stride 1 with one product for each tap; `gemm` adds to the output."""
 
     name = "taps"
     by_rows: ClassVar[bool] = False
@@ -53,7 +53,7 @@ class TapProducts(Algorithm):
                 self._gemm(matrix[first : first + len(seen)].T, seen, dw_ko, 1.0)
 
     def _correlate(self, x: Array, weight: Array, padding: tuple[Pair, Pair], y: Array, workspace: Workspace) -> None:
-        """y <- the convolution of x with stride 1, without bias."""
+        """Compute y <- the convolution of x with stride 1, without bias."""
         high, wide = y.shape[1:3]
         for images, matrix, size, width in self._blocks(x, padding, weight.shape, workspace):
             count = images.stop - images.start
@@ -63,7 +63,7 @@ class TapProducts(Algorithm):
             np.copyto(y[images], out.reshape(count, -1, width, weight.shape[3])[:, :high, :wide])
 
     def _steps(self, weight: Array, width: int) -> Iterator[tuple[int, Array]]:
-        """(the row from which the matrix is begun, the part of `weight` it is multiplied with) of each product."""
+        """Return for each product (the first row of the matrix, the part of `weight` it is multiplied by)."""
         for p, row in enumerate(weight):
             if self.by_rows:
                 yield p * width, row.reshape(-1, weight.shape[3])
@@ -74,11 +74,11 @@ class TapProducts(Algorithm):
     def _blocks(
         self, x: Array, padding: tuple[Pair, Pair], weight: tuple[int, ...], workspace: Workspace
     ) -> Iterator[tuple[slice, Array, int, int]]:
-        """(images, the matrix of what a tap or a row sees, pixels of an image, pixels of a row)."""
+        """Yield (images, the matrix seen by a tap or a row, pixels of an image, pixels of a row)."""
         (top, bottom), (left, right) = padding
         _, height, width, channels = x.shape
         tall, broad = top + height + bottom, left + width + right
-        beyond = (weight[0] - 1) * broad + weight[1] - 1  # what the last tap sees after the last image: thrown away
+        beyond = (weight[0] - 1) * broad + weight[1] - 1  # what the last tap sees after the last image: discarded
         side = weight[1] if self.by_rows else 1  # pixels in a row of the matrix
         each = max(1, BLOCK_BYTES // (tall * broad * (side * weight[2] + weight[3]) * x.itemsize))
         for start in range(0, len(x), each):
@@ -92,7 +92,7 @@ class TapProducts(Algorithm):
 
     @staticmethod
     def _side_by_side(matrix: Array, side: int, workspace: Workspace) -> Array:
-        """Row i <- rows i .. i + side - 1."""
+        """Concatenate row i of the matrix with the following ones: rows i .. i + side - 1."""
         if side == 1:
             return matrix
         count, channels = len(matrix) - side + 1, matrix.shape[1]
@@ -104,7 +104,7 @@ class TapProducts(Algorithm):
         return wide
 
     def _spread(self, dy: Array, size: int, width: int, workspace: Workspace) -> Array:
-        """dy at its places among all pixels, zeros elsewhere: (pixels, filters)."""
+        """Return dy at its places among all pixels, zeros elsewhere: (pixels, filters)."""
         count, high, wide, filters = dy.shape
         spread = workspace.scratch("tap outputs", (count * size, filters))
         spread[...] = 0
@@ -113,7 +113,7 @@ class TapProducts(Algorithm):
 
 
 class RowProducts(TapProducts):
-    """It serves stride 1 with one product for each row of the kernel."""
+    """The algorithm for stride 1 with one product for each row of the kernel."""
 
     name = "rows"
     by_rows = True

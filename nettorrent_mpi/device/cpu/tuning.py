@@ -1,8 +1,8 @@
-"""The tuning finds the fastest of several ways to compute the same: each is tried once, and the findings are kept.
+"""Tuning finds the fastest of several algorithms for the same operation: each is timed once, and the results are kept.
 
-What was found is kept in a file for each host and version of what is tried, so that later runs begin at once and choose
-alike: `~/.cache/nettorrent_mpi/kernels-HOST.json` (or under XDG_CACHE_HOME). Without a place to keep it each process
-tries for itself. The ranks of a host try one after the other, as long as that takes no longer than PATIENCE.
+Results are kept in a file for each host and version of the libraries, so that later runs start at once and choose
+alike: `~/.cache/nettorrent_mpi/kernels-HOST.json` (or under XDG_CACHE_HOME). Without a place for it each process runs
+its own trials. The ranks of a host run them one after another, as long as that takes no longer than PATIENCE.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ from nettorrent_mpi import __version__
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.cpu import blas, onednn
 
-REPEATS = 5  # of each way, after one that is not counted; the fastest counts
-SECONDS = 0.1  # that a way may take in all, but for the first two
-TOLERANCE = {4: 1e-3, 8: 1e-9}  # of the largest number, by the bytes of one: far more than rounding, Winograd's too
-SAMPLE = 1 << 20  # numbers that are compared, about
-SUBJECTS = 8  # that the file keeps: the latest
+REPEATS = 5  # timed calls of each algorithm, after one that is not counted; the fastest counts
+SECONDS = 0.1  # seconds for all calls of an algorithm, but for the first two
+TOLERANCE = {
+    4: 1e-3,
+    8: 1e-9,
+}  # tolerance relative to the largest number, by bytes per element: far more than rounding, also Winograd's
+SAMPLE = 1 << 20  # approximate count of compared numbers
+SUBJECTS = 8  # subjects that the file keeps: the latest
 PATIENCE = 20.0  # seconds to wait for other ranks of the host
 
 
 class Tuning:
-    """It knows which libraries one device may use, and what it has found to be the fastest."""
+    """A Tuning knows which libraries one device may use, and which algorithms it has found to be the fastest."""
 
     def __init__(self, kernels: Literal["fastest", "numpy"] = "fastest"):
         self.kernels = kernels
-        self.compiled = kernels == "fastest" and find_spec("numba") is not None  # may loops be called?
+        self.compiled = kernels == "fastest" and find_spec("numba") is not None  # whether loops may be called
         self._known: dict[str, str] = {}
 
     @property
@@ -47,17 +50,17 @@ class Tuning:
         return ["numpy", *(["numba"] if self.compiled else []), *(["onednn"] if self.onednn() is not None else [])]
 
     def gemm(self, dtype: np.dtype[Any]) -> blas.Gemm | None:
-        """BLAS's product of matrices, where it may be used."""
+        """Return BLAS's product of matrices, if it may be used."""
         return blas.gemm(dtype) if self.kernels == "fastest" else None
 
     def onednn(self) -> onednn.Library | None:
-        """oneDNN, where it is installed and may be used."""
+        """Return oneDNN, if it is installed and may be used."""
         return onednn.library() if self.kernels == "fastest" else None
 
     def fastest(self, what: str, ways: Mapping[str, Callable[[], object]], out: Array) -> str:
-        """The name of the fastest of `ways`, which all do `what` to `out`; each may be called several times.
+        """Return the name of the fastest of `ways`, which all do `what` to `out`; each may be called several times.
 
-        Those that do not give what the first one gives, but for rounding, are out: libraries have bugs on some
+        Those whose results differ from the first one's by more than rounding are rejected: libraries have bugs on some
         processors.
         """
         if len(ways) == 1:
@@ -79,8 +82,8 @@ def _try(ways: Mapping[str, Callable[[], object]], out: Array) -> str:
     for name, way in ways.items():
         out[...] = 0
         try:
-            way()  # makes what it needs, and warms the caches
-        except RuntimeError:  # a library cannot do this size
+            way()  # allocates, and warms the caches
+        except RuntimeError:  # a library does not support this size
             continue
         if right is None:
             right = sample.copy()
@@ -117,7 +120,7 @@ def _path() -> Path:
 
 @cache
 def _subject() -> str:
-    """Name what the findings hold for: this processor with these libraries and settings."""
+    """Name what the results are valid for: this processor with these libraries and settings."""
     processor = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -130,11 +133,11 @@ def _subject() -> str:
 
 @contextmanager
 def _open_file() -> Iterator[IO[str] | None]:
-    """The file of findings, for this process alone; None where there can be none."""
+    """Open the file of results for this process alone; None if that is impossible."""
     try:
         _path().parent.mkdir(parents=True, exist_ok=True)
         file = _path().open("a+", encoding="utf-8")
-    except (OSError, RuntimeError):  # RuntimeError: no home folder is known
+    except (OSError, RuntimeError):  # RuntimeError: the home folder is unknown
         yield None
         return
     with file:
@@ -145,19 +148,19 @@ def _open_file() -> Iterator[IO[str] | None]:
                 break
             except BlockingIOError:
                 time.sleep(0.002)
-            except OSError:  # a file system without locks
+            except OSError:  # the file system has no locks
                 break
         yield file
 
 
 def _read(file: IO[str] | None) -> dict[str, dict[str, str]]:
-    """{subject: {what was tried: the fastest}}."""
+    """Read the file: {subject: {operation: fastest algorithm}}."""
     if file is None:
         return {}
     file.seek(0)
     try:
         return {subject: dict(choices) for subject, choices in json.loads(file.read() or "{}").items()}
-    except (ValueError, TypeError, AttributeError):  # half a file, or another's
+    except (ValueError, TypeError, AttributeError):  # an incomplete or foreign file
         return {}
 
 
@@ -165,7 +168,7 @@ def _write(file: IO[str] | None, known: dict[str, str]) -> None:
     if file is None:
         return
     others = [(subject, choices) for subject, choices in _read(file).items() if subject != _subject()]
-    with suppress(OSError):  # a full disk keeps nobody from training
+    with suppress(OSError):  # a full disk does not prevent training
         file.truncate(0)
         file.write(json.dumps(dict([*others[1 - SUBJECTS :], (_subject(), known)]), indent=1) + "\n")
         file.flush()

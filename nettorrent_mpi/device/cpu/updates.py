@@ -1,9 +1,8 @@
-"""The optimizers' formulas work element by element, on flat arrays of equal length and type.
+"""The optimizers' formulas, element by element, on flat arrays of equal length and type.
 
-Going over a large array once per operation is bound by memory. Therefore an update works on blocks, which stay in the
-second-level cache for all operations. Where Numba is installed a compiled loop goes over all arrays once instead, with
-the same results: five times as fast (Adam, float32, 535,000 parameters, an AMD EPYC of family 25: 0.29 ns each against
-1.45).
+One pass over a large array per operation is memory bound. Therefore an update works on blocks, which stay in the
+second-level cache for all operations. With Numba a compiled loop makes one pass over all arrays instead, with the same
+results: five times as fast (Adam, float32, 535,000 parameters, an AMD EPYC of family 25: 0.29 ns each against 1.45).
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ BLOCK_BYTES = 128 * 1024
 
 
 class UpdateOperations(Operations):
-    """It computes one step of each optimizer: see device.ops.
+    """One step of each optimizer: see device.ops.
 
-    Numbers are Python's floats: NumPy then computes in the arrays' own type, while a float64 scalar of NumPy's would
-    turn float32 arrays into float64 ones. Loops want numbers of the arrays' type.
+    Numbers are Python floats: NumPy then computes in the arrays' own type, while a NumPy float64 scalar would turn
+    float32 arrays into float64 ones. Loops need numbers of the arrays' type.
     """
 
     def sgd(self, p: Array, g: Array, rate: float, scale: float = 1.0, decay: float = 0.0) -> None:
@@ -180,8 +179,8 @@ class UpdateOperations(Operations):
     def _update(
         self, p: Array, g: Array, states: Sequence[Array], scale: float, decay: float, rule: Rule, loop: Rule | None
     ) -> None:
-        """Change p and the states by `rule`, or by the compiled `loop` that does the same, where there is one and it
-        may be called, with the gradients scale * g + decay * p."""
+        """Change p and the states by `rule`, or by the equivalent compiled `loop` if there is one and it may be called,
+        with the gradients scale * g + decay * p."""
         loop = loop if self._tuning.compiled else None
         if loop is not None and scale == 1.0 and not decay:
             loop(p, g, states, p)

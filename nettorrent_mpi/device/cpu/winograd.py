@@ -1,11 +1,11 @@
-"""Convolution with 3 x 3 kernels by Winograd's F(2 x 2, 3 x 3): 16 products in the place of 36.
+"""Convolution with 3 x 3 kernels by Winograd's F(2 x 2, 3 x 3): 16 products instead of 36.
 
 Lavin, Gray: Fast Algorithms for Convolutional Neural Networks (arXiv:1509.09308), section 4.1. The image is cut into
 tiles of 4 x 4 pixels that overlap by two; each gives 2 x 2 outputs y = A^T [(G g G^T) * (B^T d B)] A, where the product
 in the middle, taken over all channels and tiles, is one matrix product for each of the 16 places. The gradients are the
 adjoints: dg = G^T [(B^T d B) * (A dy A^T)] G, and dx is a convolution of dy.
 
-k is the place in the tile, t the tile, c a channel, i an input's and o an output's.
+k is the place in the tile, t the tile, c a channel, i an input channel and o an output channel.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from nettorrent_mpi.device.cpu.algorithm import Algorithm, adjoint_padding, turn
 from nettorrent_mpi.device.cpu.loop import Loop
 from nettorrent_mpi.device.geometry import Geometry
 
-BLOCK_BYTES = 1 << 20  # of the transformed tiles that are worked on together: they stay in the second-level cache
-LEAST_TILES = 96  # of a block: products of fewer rows are slow
+BLOCK_BYTES = 1 << 20  # bytes of transformed tiles processed at a time: they stay in the second-level cache
+LEAST_TILES = 96  # least tiles of a block: products of fewer rows are slow
 
 
 @Loop
@@ -172,7 +172,7 @@ def transform_output_back(dy: Array, high: int, wide: int, m_tkc: Array) -> None
 
 
 class WinogradProducts(Algorithm):
-    """It serves kernels of 3 x 3 and stride 1."""
+    """The algorithm for kernels of 3 x 3 and stride 1."""
 
     name = "winograd"
 
@@ -206,7 +206,8 @@ class WinogradProducts(Algorithm):
     def _convolve(
         self, x: Array, weight: Array, bias: Array | None, top: int, left: int, y: Array, workspace: Workspace
     ) -> None:
-        """y <- the convolution of x, padded by `top` and `left` zeros before and what y needs after, plus the bias."""
+        """Compute y <- the convolution of x, padded by `top` and `left` zeros before and as needed after, plus the
+        bias."""
         high, wide = _tiles(y)
         channels, filters = weight.shape[2:]
         u = workspace.scratch("winograd weight", (16, channels, filters))
@@ -221,15 +222,18 @@ class WinogradProducts(Algorithm):
 
 
 def _tiles(y: Array) -> tuple[int, int]:
-    """Down and across an image of outputs."""
+    """Return the number of tiles down and across an image of outputs."""
     return -(-y.shape[1] // 2), -(-y.shape[2] // 2)
 
 
 def _blocks(
     x: Array, tiles: int, channels: int, filters: int, workspace: Workspace
 ) -> Iterator[tuple[slice, Array, Array]]:
-    """(images, memory for their tiles of inputs, and of outputs). A tile's 16 places lie together: places whose tiles
-    lie together would often be a power of two apart, which the first-level cache does not like."""
+    """Yield (images, memory for their tiles of inputs, and of outputs).
+
+    The 16 places of a tile are adjacent: if the tiles of a place were adjacent, places would often be a power of two
+    apart, which causes conflicts in the first-level cache.
+    """
     wanted = max(LEAST_TILES, BLOCK_BYTES // (16 * (channels + filters) * x.itemsize))
     each = max(1, wanted // tiles)
     for first in range(0, len(x), each):
