@@ -301,8 +301,11 @@ CASES = {
 }
 
 
+QUICK = [pytest.param(case, marks=() if i < 2 else pytest.mark.slow) for i, case in enumerate(CASES.get(SIZE, []))]
+
+
 @pytest.mark.ranks(*CASES)
-@pytest.mark.parametrize("case", CASES.get(SIZE, []), ids=str)
+@pytest.mark.parametrize("case", QUICK, ids=str)
 def test_any_layout_gives_what_the_definition_says(case: Case, between_nodes: Callable[[bool], None]) -> None:
     if not case.shared:
         between_nodes(True)
@@ -311,6 +314,7 @@ def test_any_layout_gives_what_the_definition_says(case: Case, between_nodes: Ca
         compare(mine, Emulated(case, WINDOWS).result)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(3, 4, 5, 8)
 @pytest.mark.parametrize("case", [case for case in CASES.get(SIZE, []) if case.shared and case.divides_rows], ids=str)
 def test_gradients_in_parts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,14 +239,22 @@ def test_gradients_in_parts(network: str, micro_batches: int, monkeypatch: pytes
     assert some, "nobody computed in parts"
 
 
+WAYS = {"rings": (True, None), "rings-clipped": (True, 1.5), "collectives": (False, 1.5)}
+SLOW, LONG = pytest.mark.slow, pytest.mark.long
+BETWEEN_NODES: dict[str, tuple[Any, ...]] = {
+    "mlp": (SLOW, LONG, SLOW),
+    "cnn": (LONG, (), LONG),
+    "resnet": (LONG, LONG, SLOW),
+}
+
+
 @pytest.mark.ranks(2, 3, 4, 5)
 @pytest.mark.parametrize(
     ("network", "around", "clip_norm"),
     [
-        pytest.param(network, *how, id=f"{network}-{ways}", marks=() if (network, ways) == first else pytest.mark.slow)
-        for first in [("cnn", "rings-clipped")]
-        for network in NETWORKS
-        for ways, how in {"rings": (True, None), "rings-clipped": (True, 1.5), "collectives": (False, 1.5)}.items()
+        pytest.param(network, *WAYS[way], id=f"{network}-{way}", marks=mark)
+        for network, marked in BETWEEN_NODES.items()
+        for way, mark in zip(WAYS, marked, strict=True)
     ],
 )
 def test_without_shared_memory(

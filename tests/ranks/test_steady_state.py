@@ -108,8 +108,15 @@ def test_a_step_neither_allocates_nor_pickles(number: int) -> None:
 
 
 @pytest.mark.ranks(2, 3, 4, 5)
-@pytest.mark.parametrize("around", [True, False], ids=["rings", "collectives"])
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize(
+    ("around", "clip_norm"),
+    [
+        pytest.param(True, 1.0, id="rings-clipped"),
+        pytest.param(True, None, id="rings", marks=pytest.mark.slow),
+        pytest.param(False, 1.0, id="collectives-clipped", marks=pytest.mark.slow),
+        pytest.param(False, None, id="collectives", marks=pytest.mark.long),
+    ],
+)
 def test_a_step_between_nodes_neither_allocates_nor_pickles(
     around: bool, clip_norm: float | None, between_nodes: Callable[[bool], None]
 ) -> None:
