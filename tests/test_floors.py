@@ -150,6 +150,8 @@ def violations(trees: dict[str, ast.Module]) -> list[str]:
                 found.append(f"{module} imports {name}, which only {ONLY[name]} may")
         if folder != "cli" and folder not in ENTRY_POINTS:
             found += [f"{module} prints (line {line}); only cli/ does" for line in prints(tree)]
+        if folder != "comm":
+            found += [f"{module} calls {call} (line {line}), which only comm/ does" for call, line in makes(tree)]
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -163,6 +165,21 @@ def out_of_order(folder: str, module: str, name: str) -> list[str]:
     if importing in order and imported in order and order.index(imported) > order.index(importing):
         return [f"{module} imports {name}, which stands after it in its folder's order"]
     return []
+
+
+# What makes something that has to be given back to MPI, and what gives it back. Constructors in comm/ do.
+OF_MPI = {
+    "Dup", "Clone", "Split", "Split_type", "Create_group", "Create_cart", "Create_graph", "Create_intercomm",
+    "Allocate", "Allocate_shared", "Create_dynamic", "Send_init", "Ssend_init", "Recv_init", "Psend_init",
+    "Precv_init", "Allreduce_init", "Bcast_init", "Barrier_init", "Free", "Disconnect",
+}  # fmt: skip
+
+
+def makes(tree: ast.Module) -> list[tuple[str, int]]:
+    """(method, line) of every call that makes or frees a communicator, a window or a persistent request of MPI's."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    methods = [(call.func.attr, call.lineno) for call in calls if isinstance(call.func, ast.Attribute)]
+    return [(name, line) for name, line in methods if name in OF_MPI]
 
 
 def prints(tree: ast.Module) -> list[int]:
@@ -198,6 +215,8 @@ def test_every_folder_has_its_floor() -> None:
         ({"device.arrays": "from nettorrent_mpi.device.geometry import x", "device.geometry": ""}, "stands after it"),
         ({"nn.losses": "import yaml"}, "only ['config'] may"),
         ({"comm.world": "print('x')"}, "only cli/ does"),
+        ({"engine.engine": "def f(world):\n    return world.comm.Dup()"}, "calls Dup (line 2), which only comm/ does"),
+        ({"exchange.gossip": "def f(group):\n    group.comm.Free()"}, "calls Free (line 2), which only comm/ does"),
         (
             {"cli.a": "from nettorrent_mpi.cli.b import x", "cli.b": "from nettorrent_mpi.cli import a"},
             "in a ring",
