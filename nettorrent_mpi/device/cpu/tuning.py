@@ -27,10 +27,8 @@ from nettorrent_mpi.device.cpu import blas, onednn
 
 REPEATS = 5  # timed calls of each algorithm, after one that is not counted; the fastest counts
 SECONDS = 0.1  # seconds for all calls of an algorithm, but for the first two
-TOLERANCE = {
-    4: 1e-3,
-    8: 1e-9,
-}  # tolerance relative to the largest number, by bytes per element: far more than rounding, also Winograd's
+# Relative to the largest number, by bytes per element: far more than rounding, also Winograd's.
+TOLERANCE = {4: 1e-3, 8: 1e-9}
 SAMPLE = 1 << 20  # approximate count of compared numbers
 SUBJECTS = 8  # subjects that the file keeps: the latest
 PATIENCE = 20.0  # seconds to wait for other ranks of the host
