@@ -9,6 +9,7 @@ so that config.mistakes can tell the whole path.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -41,8 +42,8 @@ def section(kind: type[T], value: Any) -> T:
 # ---- what an option may be: by (kind, option), or by option alone; every number of a pair is checked
 Rule = tuple[Callable[[Any], bool], str]
 _COUNT: Rule = (lambda n: n >= 1, "at least 1")
-_POSITIVE: Rule = (lambda x: x > 0, "more than 0")
-_NOT_NEGATIVE: Rule = (lambda x: x >= 0, "at least 0")
+_POSITIVE: Rule = (lambda x: 0 < x < math.inf, "more than 0")
+_NOT_NEGATIVE: Rule = (lambda x: 0 <= x < math.inf, "at least 0")
 _BELOW_ONE: Rule = (lambda x: 0 <= x < 1, "at least 0 and less than 1")
 _ABOVE_ZERO: Rule = (lambda x: 0 < x <= 1, "more than 0 and at most 1")
 _BETWEEN: Rule = (lambda x: 0 < x < 1, "more than 0 and less than 1")
@@ -52,7 +53,7 @@ _RULES: dict[str | tuple[str, str], Rule] = {
     **dict.fromkeys(("lr", "eps", "factor"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "lr_decay", "initial_accumulator", "warmup_steps"), _NOT_NEGATIVE),
     **dict.fromkeys(("rate", "label_smoothing", "betas", "alpha", "momentum"), _BELOW_ONE),
-    **dict.fromkeys(("dampening", "final", ("batch_norm", "momentum")), _FRACTION),
+    **dict.fromkeys(("dampening", "final", "slope", ("batch_norm", "momentum")), _FRACTION),
     # exchanges
     **dict.fromkeys(("exact_every", "every_samples", ("linear", "target")), _COUNT),
     **dict.fromkeys(("deadline", ("consensus", "max"), ("loss_divergence", "target")), _POSITIVE),

@@ -195,8 +195,8 @@ class Layer(ABC):
 
     @abstractmethod
     def backward(self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context) -> Array | None:
-        """Return dx (None if needs_dx is False), and write the parameters' gradients (or add them if
-        ctx.accumulate)."""
+        """Return dx, or None if needs_dx is False (a layer without parameters is not called then), and write the
+        parameters' gradients (or add them if ctx.accumulate)."""
 
     @property
     def operations(self) -> float:

@@ -12,7 +12,7 @@ from math import prod
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, as_dtype
 from nettorrent_mpi.nn.layer import Context
-from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
+from nettorrent_mpi.plan.errors import DataError, ShapeError
 from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
 
 
@@ -103,10 +103,6 @@ class _CrossEntropy(Loss):
     label_smoothing is spread over all O outputs. Rows are shifted by their largest output, so exp cannot overflow."""
 
     def __init__(self, label_smoothing: float):
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ConfigError(
-                f"{label_smoothing} is not between 0 and 1", key="model.loss.cross_entropy.label_smoothing"
-            )
         self._smoothing = label_smoothing
 
     def compare(

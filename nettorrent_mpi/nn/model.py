@@ -10,6 +10,7 @@ from nettorrent_mpi.device.arrays import Shape
 from nettorrent_mpi.nn.layer import Features, Layer
 from nettorrent_mpi.nn.layers import Gather
 from nettorrent_mpi.nn.layers.norm import BatchNormLayer
+from nettorrent_mpi.nn.layers.registry import Site
 from nettorrent_mpi.nn.layers.residual import ResidualLayer
 from nettorrent_mpi.nn.layers.sequence import Sequence, named
 from nettorrent_mpi.plan.errors import ConfigError
@@ -29,7 +30,7 @@ class Network:
         self.layers = named(layers)
         self.input_shape = input_shape
         self._starts = _starts(self.layers)
-        whole = Sequence(self.layers, inputs=Features.whole(input_shape))
+        whole = Sequence(self.layers, Site("", Features.whole(input_shape)))
         self.output_shape = whole.outputs.shape
         self.output_name = whole.layers[-1].name
         norms = (layer for layer in _all_layers(whole) if isinstance(layer, BatchNormLayer))
@@ -40,7 +41,7 @@ class Network:
         shape = input_shape
         for i in range(len(self._starts)):
             self._inputs.append(shape)
-            part = Sequence(self.layers[self._slice(i, i + 1)], inputs=Features.whole(shape))
+            part = Sequence(self.layers[self._slice(i, i + 1)], Site("", Features.whole(shape)))
             shape = part.outputs.shape
             self.facts.append(_facts(self.layers[self._slice(i, i + 1)], part))
         self._inputs.append(shape)
@@ -68,7 +69,7 @@ class Network:
         At the network's end divided outputs are gathered, since the loss needs whole rows.
         """
         specs = self.layers[self._slice(first, stop)]
-        stage = Sequence(specs, inputs=Features.whole(self._inputs[first]), cols=cols, col=col)
+        stage = Sequence(specs, Site("", Features.whole(self._inputs[first]), cols, col))
         if stop == self.weight_layers and cols > 1 and stage.divided:
             stage.append(Gather("gather", stage.outputs, partial=False))
         stage.needs_dx = first > 0

@@ -14,7 +14,6 @@ from typing import TypeAlias
 from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.device.ops import Ops
-from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.specs import Adagrad, Adam, AdamW, Rmsprop, Sgd, Spec
 
 OptimizerState: TypeAlias = dict[str, Array]  # name -> flat array, as long as the parameters
@@ -42,9 +41,7 @@ class Optimizer(ABC):
 
 
 def make_optimizer(spec: Spec) -> Optimizer:
-    """Make the optimizer that `spec` (one of specs.OPTIMIZERS) describes. Raises ConfigError for an option out of
-    range."""
-    _check(spec)
+    """Make the optimizer that `spec` (one of specs.OPTIMIZERS) describes."""
     if isinstance(spec, Sgd):
         return _Sgd(spec)
     if isinstance(spec, Adagrad):
@@ -144,21 +141,3 @@ class _Adam(Optimizer):
         rate, eps, shrink = lr * root / (1.0 - b1**step), self._spec.eps * root, 1.0 - lr * self._shrink
         numbers = rate, 1.0 - b1, b2, 1.0 - b2, eps, shrink
         ops.adam(params, grads, state["m"], state["v"], *numbers, scale, self.decay)
-
-
-def _check(spec: Spec) -> None:
-    """Raise ConfigError for an option that the formulas do not allow (PyTorch's own limits)."""
-
-    def refuse(option: str, value: object, wanted: str) -> None:
-        raise ConfigError(f"{value} is not {wanted}", key=f"train.optimizer.{spec.kind}.{option}")
-
-    options = spec.options()
-    for option in ("lr", "weight_decay", "eps", "momentum", "lr_decay", "initial_accumulator"):
-        if option in options and not 0.0 <= options[option] < math.inf:
-            refuse(option, options[option], "a number of at least 0")
-    if isinstance(spec, Rmsprop) and not 0.0 <= spec.alpha <= 1.0:
-        refuse("alpha", spec.alpha, "between 0 and 1")
-    if isinstance(spec, Adam | AdamW) and not all(0.0 <= beta < 1.0 for beta in spec.betas):
-        refuse("betas", list(spec.betas), "two numbers of at least 0 and below 1")
-    if isinstance(spec, Sgd) and spec.nesterov and (spec.momentum == 0.0 or spec.dampening != 0.0):
-        refuse("nesterov", "true", "possible without momentum or with dampening: set momentum above 0, dampening to 0")

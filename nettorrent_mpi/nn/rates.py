@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.specs import Constant, Cosine, Exponential, Spec, Step
 
 
@@ -17,7 +16,6 @@ def make_rate(spec: Spec, lr: float, total_steps: int, steps_per_epoch: float) -
     steps_per_epoch); cosine from lr at k = 0 to final * lr at the last of `total_steps`, where it stays if training
     goes on (if only one step is left after the warm-up, it has lr). Raises ConfigError for an option out of range.
     """
-    _check(spec)
     assert isinstance(spec, Constant | Step | Exponential | Cosine), spec
     warmup = spec.warmup_steps
     factor = _factor(spec, total_steps - warmup, steps_per_epoch)
@@ -40,13 +38,3 @@ def _factor(spec: Constant | Step | Exponential | Cosine, steps: int, steps_per_
         final, last = spec.final, max(steps - 1, 1)
         return lambda k: final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(k / last, 1.0)))
     return lambda k: 1.0
-
-
-def _check(spec: Spec) -> None:
-    limits = {"warmup_steps": 0, "every": 1, "factor": 0, "final": 0}
-    for option, value in spec.options().items():
-        least = limits[option]
-        if not value >= least:
-            raise ConfigError(
-                f"{value} is not a number of at least {least}", key=f"train.schedule.{spec.kind}.{option}"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from nettorrent_mpi.config import reading as config
 from nettorrent_mpi.config import writing
 from nettorrent_mpi.config.default import DEFAULT
+from nettorrent_mpi.config.mistakes import Mistake
 from nettorrent_mpi.config.reading import Config, Layout, Swarm
+from nettorrent_mpi.config.written import parse
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.errors import ConfigError
@@ -533,7 +536,7 @@ LAYER = st.one_of(
     st.builds(specs.Dropout, unit()),
     st.builds(specs.BatchNorm, unit(), POSITIVE),
     st.builds(specs.LayerNorm, POSITIVE),
-    st.builds(specs.LeakyRelu, st.floats(-1e300, 1e300)),
+    st.builds(specs.LeakyRelu, st.floats(0, 1)),
     st.sampled_from(
         [specs.Flatten(), specs.Relu(), specs.Gelu(), specs.GlobalAvgPool2d(), specs.Tanh(), specs.Sigmoid()]
     ),
@@ -653,6 +656,37 @@ def test_what_is_written_reads_back_equal(  # type: ignore[no-untyped-def]
     again = config.loads(writing.to_yaml(made), "again.yaml")
     assert again == made
     assert config.from_plain(writing.to_plain(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("spec", "option"),
+    [
+        (specs.Sgd(lr=-0.1), "lr"),
+        (specs.Sgd(lr=math.inf), "lr"),
+        (specs.Sgd(nesterov=True), "nesterov"),
+        (specs.Sgd(momentum=0.9, dampening=0.1, nesterov=True), "nesterov"),
+        (specs.Rmsprop(alpha=1.5), "alpha"),
+        (specs.Adam(betas=(0.9, 1.0)), "betas"),
+        (specs.AdamW(weight_decay=math.nan), "weight_decay"),
+        (specs.Adagrad(initial_accumulator=-1.0), "initial_accumulator"),
+        (specs.Step(every=0), "every"),
+        (specs.Constant(warmup_steps=-1), "warmup_steps"),
+        (specs.Exponential(factor=math.nan), "factor"),
+        (specs.Cosine(final=-0.5), "final"),
+        (specs.CrossEntropy(label_smoothing=1.5), "label_smoothing"),
+        (specs.Dropout(1.0), "rate"),
+        (specs.Dropout(-0.1), "rate"),
+        (specs.LeakyRelu(-1.0), "slope"),
+        (specs.BatchNorm(eps=0.0), "eps"),
+        (specs.Residual(layers=(specs.Relu(),)), "layers"),
+    ],
+    ids=str,
+)
+def test_options_of_a_script_are_checked_as_those_of_a_file(spec: specs.Spec, option: str) -> None:
+    kinds = specs.LAYERS | specs.OPTIMIZERS | specs.SCHEDULES | specs.LOSSES
+    with pytest.raises(Mistake) as caught:
+        parse(spec, kinds, "spec")
+    assert caught.value.path == (option,)
 
 
 def test_every_option_of_every_spec_is_accepted() -> None:

@@ -16,6 +16,7 @@ from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Alone, Context, Features
 from nettorrent_mpi.nn.layers import Gather, Sequence
+from nettorrent_mpi.nn.layers.registry import Site
 from nettorrent_mpi.nn.layers.sequence import named
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import Span, span
@@ -84,7 +85,7 @@ class Bench:
             self.params[key] = (value + 0.1 * self.rng.random(value.shape)).astype(dtype)
 
     def sequence(self, cols: int = 1, col: int = 0) -> Sequence:
-        sequence = Sequence(self.specs, inputs=Features.whole(self.shape), cols=cols, col=col)
+        sequence = Sequence(self.specs, Site("", Features.whole(self.shape), cols, col))
         if cols > 1 and sequence.divided:
             sequence.append(Gather("gather", sequence.outputs, partial=False))
         return sequence

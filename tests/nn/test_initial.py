@@ -8,6 +8,7 @@ import pytest
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Features, Parameter
 from nettorrent_mpi.nn.layers import Sequence
+from nettorrent_mpi.nn.layers.registry import Site
 from nettorrent_mpi.nn.layers.sequence import named
 from nettorrent_mpi.plan import specs as s
 
@@ -43,7 +44,7 @@ def test_values_depend_on_seed_and_names_alone():
 def initials(layers, shape=(6, 6, 3)):
     return {
         key: parameter.initial
-        for key, parameter in Sequence(named(layers), inputs=Features.whole(shape)).parameters
+        for key, parameter in Sequence(named(layers), Site("", Features.whole(shape))).parameters
         if key.endswith("weight")
     }
 
@@ -77,7 +78,7 @@ def test_auto_looks_for_the_activation_that_follows():
 
 def test_fans():
     parameters = dict(
-        Sequence(named([s.Conv2d(4, (3, 2)), s.Flatten(), s.Linear(7)]), inputs=Features.whole((6, 6, 3))).parameters
+        Sequence(named([s.Conv2d(4, (3, 2)), s.Flatten(), s.Linear(7)]), Site("", Features.whole((6, 6, 3)))).parameters
     )
     assert parameters["conv2d1/weight"].fans == (18, 24)
     assert parameters["linear1/weight"].fans == (80, 7)

@@ -7,6 +7,7 @@ import pytest
 
 from nettorrent_mpi.nn.layer import Features
 from nettorrent_mpi.nn.layers import Gather, Sequence
+from nettorrent_mpi.nn.layers.registry import Site
 from nettorrent_mpi.nn.layers.sequence import named
 from nettorrent_mpi.plan import specs as s
 
@@ -96,13 +97,13 @@ def test_ranks_without_rows_take_part(bench, network):
 
 def test_gathers_stand_only_where_whole_features_are_wanted():
     layers = named([s.Linear(6, activation="relu"), s.LayerNorm(), s.Linear(6), s.Tanh()])
-    sequence = Sequence(layers, inputs=Features.whole((4,)), cols=2, col=1)
+    sequence = Sequence(layers, Site("", Features.whole((4,)), 2, 1))
     names = [layer.name for layer in sequence.layers]
     assert names == ["linear1", "linear1.relu", "layer_norm1", "linear2.gather", "linear2", "tanh1"]
     assert [layer.partial for layer in sequence.layers if isinstance(layer, Gather)] == [True]
     assert sequence.divided
     assert sequence.outputs.local == (3,)
-    alone = Sequence(layers, inputs=Features.whole((4,)))
+    alone = Sequence(layers, Site("", Features.whole((4,))))
     assert not any(isinstance(layer, Gather) for layer in alone.layers)
     assert not alone.divided
 
@@ -114,19 +115,19 @@ def test_gradients_that_are_partial_are_marked():
     )
     marked = {
         key
-        for key, parameter in Sequence(layers, inputs=Features.whole((4,)), cols=2, col=0).parameters
+        for key, parameter in Sequence(layers, Site("", Features.whole((4,)), 2, 0)).parameters
         if parameter.replicated_sum
     }
     assert marked == {"batch_norm1/weight", "batch_norm1/bias", "layer_norm1/weight", "layer_norm1/bias"}
-    assert not any(p.replicated_sum for _, p in Sequence(layers, inputs=Features.whole((4,))).parameters)
+    assert not any(p.replicated_sum for _, p in Sequence(layers, Site("", Features.whole((4,)))).parameters)
 
 
 def test_blocks_of_all_cols_cover_each_array_once():
     layers = named([s.Conv2d(5, 3), s.BatchNorm(), s.Flatten(), s.Linear(2)])
     covered: dict[str, np.ndarray] = {}
     for col in range(3):
-        for key, p in Sequence(layers, inputs=Features.whole((5, 5, 2)), cols=3, col=col).parameters:
+        for key, p in Sequence(layers, Site("", Features.whole((5, 5, 2)), 3, col)).parameters:
             covered.setdefault(key, np.zeros(p.shape))[p.index] += 1
             assert covered[key][p.index].shape == p.local
     assert all((count == 1).all() for count in covered.values())
-    assert Sequence(layers, inputs=Features.whole((5, 5, 2))).most_cols == 2
+    assert Sequence(layers, Site("", Features.whole((5, 5, 2)))).most_cols == 2

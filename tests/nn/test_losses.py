@@ -13,7 +13,7 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.nn.losses import Loss, check_fit, make_loss
-from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
+from nettorrent_mpi.plan.errors import DataError, ShapeError
 from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
 
 ROWS = 7
@@ -204,8 +204,3 @@ def test_a_last_layer_that_does_not_fit_is_refused() -> None:
         check_fit(MeanSquaredError(), "linear2", (5,), (4,), np.float32, None)
     with pytest.raises(ShapeError, match="give it 3 units"):
         check_fit(BinaryCrossEntropy(), "linear2", (1,), (), np.uint8, 3)
-
-
-def test_label_smoothing_out_of_range_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"label_smoothing: 1\.5"):
-        make_loss(CrossEntropy(label_smoothing=1.5))

@@ -10,7 +10,6 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.nn.layer import Context, Grads, Layer, Params
 from nettorrent_mpi.nn.layers.registry import Site, register_layer
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.errors import ConfigError
 
 
 class Activation(Layer):
@@ -27,9 +26,7 @@ class Activation(Layer):
         y = x if self.in_place else ctx.workspace.keep("y", x.shape)
         return y, self.apply(x, y, ctx)
 
-    def backward(self, params: Params, grads: Grads, saved: Array, dy: Array, ctx: Context) -> Array | None:
-        if not self.needs_dx:
-            return None
+    def backward(self, params: Params, grads: Grads, saved: Array, dy: Array, ctx: Context) -> Array:
         self.differentiate(saved, dy, ctx)
         return dy
 
@@ -66,8 +63,6 @@ class LeakyReluLayer(Activation):
     input's sign."""
 
     def __init__(self, spec: specs.LeakyRelu, site: Site):
-        if not 0 <= spec.slope <= 1:
-            raise ConfigError(f"layer {site.name}: slope is {spec.slope}, but has to be between 0 and 1")
         super().__init__(spec, site)
         self.slope = spec.slope
 

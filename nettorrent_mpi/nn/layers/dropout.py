@@ -8,7 +8,6 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.nn.layer import Context, Grads, Layer, Params
 from nettorrent_mpi.nn.layers.registry import Site, register_layer
 from nettorrent_mpi.plan import seeds, specs
-from nettorrent_mpi.plan.errors import ConfigError
 
 
 @register_layer(specs.Dropout)
@@ -20,8 +19,6 @@ class DropoutLayer(Layer):
     passes_on = True
 
     def __init__(self, spec: specs.Dropout, site: Site):
-        if not 0 <= spec.rate < 1:
-            raise ConfigError(f"layer {site.name}: rate is {spec.rate}, but has to be at least 0 and less than 1")
         super().__init__(site.name, site.inputs, site.inputs)
         self.rate = spec.rate
         self._codes: Array | None = None  # made with the first forward: they depend on the device
@@ -42,9 +39,7 @@ class DropoutLayer(Layer):
         ctx.ops.drop(y, keep, 1 / (1 - self.rate))
         return y, keep
 
-    def backward(self, params: Params, grads: Grads, saved: Array | None, dy: Array, ctx: Context) -> Array | None:
-        if not self.needs_dx:
-            return None
+    def backward(self, params: Params, grads: Grads, saved: Array | None, dy: Array, ctx: Context) -> Array:
         if saved is not None:
             ctx.ops.drop(dy, saved, 1 / (1 - self.rate))
         return dy

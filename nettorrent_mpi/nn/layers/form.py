@@ -24,8 +24,8 @@ class FlattenLayer(Layer):
     def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, None]:
         return ctx.workspace.reshaped(x, (x.shape[0], *self.outputs.shape)), None
 
-    def backward(self, params: Params, grads: Grads, saved: None, dy: Array, ctx: Context) -> Array | None:
-        return ctx.workspace.reshaped(dy, (dy.shape[0], *self.inputs.shape)) if self.needs_dx else None
+    def backward(self, params: Params, grads: Grads, saved: None, dy: Array, ctx: Context) -> Array:
+        return ctx.workspace.reshaped(dy, (dy.shape[0], *self.inputs.shape))
 
 
 class Gather(Layer):
@@ -44,9 +44,7 @@ class Gather(Layer):
         ctx.team.gather_cols(x, y, ctx.workspace)
         return y, None
 
-    def backward(self, params: Params, grads: Grads, saved: None, dy: Array, ctx: Context) -> Array | None:
-        if not self.needs_dx:
-            return None
+    def backward(self, params: Params, grads: Grads, saved: None, dy: Array, ctx: Context) -> Array:
         dx = ctx.workspace.gradient((dy.shape[0], *self.inputs.local), dy)
         if self.partial:
             ctx.team.scatter_cols(dy, dx, ctx.workspace)

@@ -10,7 +10,6 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.nn.layer import Context, Grads, Layer, Parameter, Params
 from nettorrent_mpi.nn.layers.registry import Site, register_layer
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.errors import ConfigError
 
 
 class Norm(Layer):
@@ -20,8 +19,6 @@ class Norm(Layer):
     def __init__(
         self, spec: specs.BatchNorm | specs.LayerNorm, site: Site, statistics: tuple[tuple[str, str], ...] = ()
     ):
-        if not spec.eps > 0:
-            raise ConfigError(f"layer {site.name}: eps is {spec.eps}, but has to be greater than 0")
         inputs = site.inputs
         axis, part = (None, None) if inputs.is_whole else (0, inputs.part)
 

@@ -46,9 +46,7 @@ class MaxPool2dLayer(Pool):
         ctx.ops.max_pool(x, y, winner, self.pooling)
         return y, winner
 
-    def backward(self, params: Params, grads: Grads, saved: Array, dy: Array, ctx: Context) -> Array | None:
-        if not self.needs_dx:
-            return None
+    def backward(self, params: Params, grads: Grads, saved: Array, dy: Array, ctx: Context) -> Array:
         dx = ctx.workspace.gradient((dy.shape[0], *self.inputs.local), dy)
         ctx.ops.max_pool_grad(dy, saved, dx, self.pooling)
         return dx
@@ -63,9 +61,7 @@ class AvgPool2dLayer(Pool):
         ctx.ops.avg_pool(x, y, self.pooling)
         return y, None
 
-    def backward(self, params: Params, grads: Grads, saved: None, dy: Array, ctx: Context) -> Array | None:
-        if not self.needs_dx:
-            return None
+    def backward(self, params: Params, grads: Grads, saved: None, dy: Array, ctx: Context) -> Array:
         dx = ctx.workspace.gradient((dy.shape[0], *self.inputs.local), dy)
         ctx.ops.avg_pool_grad(dy, dx, self.pooling)
         return dx
@@ -84,9 +80,7 @@ class GlobalAvgPool2dLayer(Layer):
         ctx.ops.global_avg_pool(x, y)
         return y, None
 
-    def backward(self, params: Params, grads: Grads, saved: None, dy: Array, ctx: Context) -> Array | None:
-        if not self.needs_dx:
-            return None
+    def backward(self, params: Params, grads: Grads, saved: None, dy: Array, ctx: Context) -> Array:
         dx = ctx.workspace.gradient((dy.shape[0], *self.inputs.local), dy)
         ctx.ops.global_avg_pool_grad(dy, dx)
         return dx

@@ -11,7 +11,7 @@ from nettorrent_mpi.nn.layer import Context, Features, Grads, Layer, Params
 from nettorrent_mpi.nn.layers.registry import Site, register_layer
 from nettorrent_mpi.nn.layers.sequence import Sequence, named
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.errors import ConfigError, ShapeError
+from nettorrent_mpi.plan.errors import ShapeError
 
 
 @register_layer(specs.Residual)
@@ -26,22 +26,9 @@ class ResidualLayer(Layer):
 
     def __init__(self, spec: specs.Residual, site: Site):
         assert site.inputs.is_whole, f"{site.name} stands on divided features"
-        if not any(inner.weighted for inner in (*spec.layers, *spec.shortcut)):
-            raise ConfigError(
-                f"layer {site.name}: no layer inside has weights; put a linear or conv2d layer into its `layers`"
-            )
         inner = named((*spec.layers, *spec.shortcut), site.name)
         self.body, self.shortcut = (
-            Sequence(
-                layers,
-                inputs=site.inputs,
-                cols=site.cols,
-                col=site.col,
-                prefix=f"{site.name}/",
-                previous=site.previous,
-                follows=site.follows,
-                partial=True,
-            )
+            Sequence(layers, replace(site, partial=True))
             for layers in (inner[: len(spec.layers)], inner[len(spec.layers) :])
         )
         shape = self.body.outputs.shape

@@ -9,40 +9,29 @@ from dataclasses import replace
 from typing import Any
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.nn.layer import Context, Features, Grads, Layer, Parameter, Params
+from nettorrent_mpi.nn.layer import Context, Grads, Layer, Parameter, Params
 from nettorrent_mpi.nn.layers.form import Gather
-from nettorrent_mpi.nn.layers.registry import make
+from nettorrent_mpi.nn.layers.registry import Site, make
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.errors import ConfigError
 
 
 class Sequence:
-    """A Sequence holds the layers that `layers` describe, for col `col` of `cols`; each spec carries its name.
+    """A Sequence holds the layers that `layers` describe, at a site of the network; each spec carries its name.
 
     `activation:` of a layer becomes a layer of its own, "<layer>.<activation>". Where features are divided and a layer
     needs whole ones, a `Gather` is inserted. A layer writes over its input where that is no longer needed. `parameters`
-    are pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these keys. `inputs` are
-    whole. `prefix` goes before the layers' names, not before the keys. `partial` says that, where the last layer's
-    features are whole, each col gets only a part of dy (see `Layer`); `follows` is the kind of the activation after the
-    last layer, `previous` describes what comes before the first.
+    are pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these keys. Of the site,
+    `inputs` are whole; `name` (of a residual block, otherwise empty) goes before the layers' names, not before the
+    keys. `partial` says that, where the last layer's features are whole, each col gets only a part of dy (see `Layer`);
+    `follows` is the kind of the activation after the last layer, `previous` describes what comes before the first.
     """
 
-    def __init__(
-        self,
-        layers: Seq[specs.LayerSpec],
-        *,
-        inputs: Features,
-        cols: int = 1,
-        col: int = 0,
-        prefix: str = "",
-        previous: str = "the input",
-        follows: str | None = None,
-        partial: bool = False,
-    ):
-        self.inputs = self.outputs = inputs
+    def __init__(self, layers: Seq[specs.LayerSpec], site: Site):
+        self.inputs = self.outputs = site.inputs
         self.layers: list[Layer] = []
         self.parameters: tuple[tuple[str, Parameter], ...] = ()
-        self.previous = previous  # after the last layer: what produced the outputs
+        self.previous = site.previous  # after the last layer: what produced the outputs
         self._keys: list[str] = []
         self._firsts: list[int] = []  # start of each layer's parameters in `parameters`
         self._free = False  # whether the next layer may write over its input
@@ -53,18 +42,12 @@ class Sequence:
         last = weights[-1] if weights else -1
         for i, spec in enumerate(self._specs):
             assert spec.name is not None
+            name = f"{site.name}/{spec.name}" if site.name else spec.name
             if (spec.weighted or spec.reads_whole) and not self.outputs.is_whole:
-                self.append(Gather(f"{prefix}{spec.name}.gather", self.outputs, partial or i <= last))
-            layer = make(
-                spec,
-                prefix + spec.name,
-                self.outputs,
-                cols,
-                col,
-                _activation_after(self._specs, i, follows),
-                previous=self.previous,
-                partial=cols > 1 and (partial or i < last),
-            )
+                self.append(Gather(f"{name}.gather", self.outputs, site.partial or i <= last))
+            follows = _activation_after(self._specs, i, site.follows)
+            partial = site.cols > 1 and (site.partial or i < last)
+            layer = make(spec, Site(name, self.outputs, site.cols, site.col, follows, self.previous, partial))
             self.append(layer, spec.name)
             self.previous = f"layer {layer.name}"
 
@@ -155,16 +138,17 @@ class Sequence:
         gradient: Array | None = dy
         own, own_grads, workspace = self._shares(params), self._shares(grads), ctx.workspace
         for i in range(len(self.layers) - 1, -1, -1):
-            if gradient is None:
+            layer = self.layers[i]
+            if gradient is None or not (layer.needs_dx or layer.parameters):
                 break
             ctx.workspace = workspace.child(self._keys[i])
-            gradient = self.layers[i].backward(own[i], own_grads[i], saved[i], gradient, ctx)
+            gradient = layer.backward(own[i], own_grads[i], saved[i], gradient, ctx)
             if complete is not None:
                 complete(self._firsts[i])
             if ctx.progress is not None:
                 ctx.progress()
         ctx.workspace = workspace
-        return gradient
+        return gradient if self._needs_dx else None
 
 
 def named(layers: Seq[specs.LayerSpec], where: str = "model.layers") -> tuple[specs.LayerSpec, ...]:
