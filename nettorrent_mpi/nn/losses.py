@@ -54,7 +54,7 @@ class Loss(ABC):
 
 
 def make_loss(spec: Spec) -> Loss:
-    """Make the loss that `spec` (one of specs.LOSSES) describes. Raises ConfigError for an option out of range."""
+    """Make the loss that `spec` (one of specs.LOSSES) describes."""
     if isinstance(spec, CrossEntropy):
         return _CrossEntropy(spec.label_smoothing)
     if isinstance(spec, BinaryCrossEntropy):

@@ -14,7 +14,7 @@ def make_rate(spec: Spec, lr: float, total_steps: int, steps_per_epoch: float) -
     During the first w = warmup_steps steps, step n has lr * (n + 1) / w. The schedule proper begins after them at lr,
     and its steps k are counted from there: constant lr; step lr * factor^(k // every); exponential lr * factor^(k /
     steps_per_epoch); cosine from lr at k = 0 to final * lr at the last of `total_steps`, where it stays if training
-    goes on (if only one step is left after the warm-up, it has lr). Raises ConfigError for an option out of range.
+    goes on (if only one step is left after the warm-up, it has lr).
     """
     assert isinstance(spec, Constant | Step | Exponential | Cosine), spec
     warmup = spec.warmup_steps

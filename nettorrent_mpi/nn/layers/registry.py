@@ -75,23 +75,8 @@ def register_layer(spec: type[LayerSpec]) -> Callable[[M], M]:
     return enter
 
 
-<<<<<<< HEAD
-def make(
-    spec: LayerSpec,
-    name: str,
-    inputs: Features,
-    cols: int = 1,
-    col: int = 0,
-    follows: str | None = None,
-    *,
-    previous: str = "the input",
-    partial: bool = False,
-) -> Layer:
-    """Construct the layer that `spec` describes, for rank `col` of a team of `cols` cols.
-=======
 def make(spec: LayerSpec, site: Site) -> Layer:
-    """The layer that `spec` describes, at a site.
->>>>>>> fa80dc9 (A layer, a loss, an optimizer and a rate take it that the configuration has checked their options)
+    """Construct the layer that `spec` describes, at a site.
 
     The inputs of a layer with weights, and of flatten, have to be whole: `Sequence` inserts a `Gather` where they are
     not. `spec.activation` is ignored: `Sequence` makes it a layer of its own. Raises ShapeError if the inputs do not
