@@ -85,7 +85,7 @@ def _watch_layers(watch: Stopwatch, sequence: Any) -> None:
             _watch_layers(watch, layer.shortcut)
             continue
         for method in ("forward", "backward"):
-            watch.watch(layer, method, f"{type(layer).__name__}, {method}")
+            watch.watch(layer, method, f"{type(layer).__name__.removesuffix('Layer')}, {method}")
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:

@@ -89,6 +89,7 @@ def before_the_update(trace: Trace) -> int:
     return sum(of(trace, 1, "F", n + 1).begin < of(trace, 0, "U", n).begin for n in range(SKIPPED, STEPS - 1))
 
 
+@pytest.mark.slow
 def test_no_flush_in_the_trace(mpirun: Mpirun, tmp_path: Path) -> None:
     figures = []
     for _ in range(TRIES):

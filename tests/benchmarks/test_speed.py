@@ -37,6 +37,7 @@ def test_every_case_is_a_training_of_one_rank_and_of_two(speed: Any) -> None:
         assert set(case.sides) <= known
 
 
+@pytest.mark.slow
 def test_one_turn_of_every_side(speed: Any, tmp_path: Path) -> None:
     """A small network through the whole program, but for PyTorch where it is missing."""
     config = tmp_path / "small.yaml"
@@ -55,6 +56,7 @@ def test_one_turn_of_every_side(speed: Any, tmp_path: Path) -> None:
     assert {(r["side"], r["against"]) for r in told["ratios"]} == {*aims, (speed.OURS_2, speed.OURS)}
 
 
+@pytest.mark.slow
 def test_kernels_are_compared_with_numpy_alone(speed: Any, tmp_path: Path) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(
@@ -103,6 +105,7 @@ def test_the_processor_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None
     assert env["OMP_NUM_THREADS"] == env["OPENBLAS_NUM_THREADS"] == env["MKL_NUM_THREADS"] == "1"
 
 
+@pytest.mark.slow
 def test_where_a_step_goes(speed: Any, tmp_path: Path) -> None:
     config = tmp_path / "digits.yaml"
     config.write_text((ROOT / "configs" / "digits.yaml").read_text() + "kernels: fastest\n")

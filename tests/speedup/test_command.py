@@ -33,7 +33,7 @@ def compare(
 ) -> subprocess.CompletedProcess[str]:
     merged = {**os.environ, **(env or {})}
     return subprocess.run(
-        command(*words, folder=folder), cwd=cwd, env=merged, capture_output=True, text=True, check=False, timeout=200
+        command(*words, folder=folder), cwd=cwd, env=merged, capture_output=True, text=True, check=False, timeout=400
     )
 
 
@@ -107,7 +107,7 @@ def check_files(folder: Path, pictures: set[str]) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+@pytest.mark.parametrize("mpi", ["openmpi", pytest.param("mpich", marks=pytest.mark.slow)])
 def test_modes(tmp_path: Path, installed_mpi: Installed, mpi: str) -> None:
     """Also a mode that is not possible; more ranks than cores on machines with two."""
     words, env = installed_mpi(mpi)
@@ -132,6 +132,7 @@ def test_modes(tmp_path: Path, installed_mpi: Installed, mpi: str) -> None:
     assert {path.stem for path in (tmp_path / "trainings").iterdir()} >= {name for name in told if "5" not in name}
 
 
+@pytest.mark.slow
 def test_peers_train_the_same(tmp_path: Path, installed_mpi: Installed) -> None:
     """After an epoch, in float64 and without dropout, everybody's accuracy is the same."""
     pytest.importorskip("torch", reason="PyTorch, to compare with, is not installed (the extra `compare`)")
@@ -160,6 +161,7 @@ sys.exit(subprocess.run(sys.argv[2:]).returncode)
 """
 
 
+@pytest.mark.slow
 def test_a_failing_program(tmp_path: Path) -> None:
     """What was measured before stays; the command that failed and its last lines are told."""
     (tmp_path / "launch.py").write_text(FAILING)
@@ -181,7 +183,7 @@ def test_a_failing_program(tmp_path: Path) -> None:
     assert "--overwrite" in again.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted(tmp_path: Path, number: int) -> None:
     """The program that runs at the moment is ended, too."""
     marker = tmp_path / "started"
