@@ -1,1 +1,1 @@
-"""This folder reads data sets: published formats, arrays of one's own, the order of the rows, augmentation."""
+"""Readers of data sets: published formats, NumPy arrays, the order of the rows, augmentation."""

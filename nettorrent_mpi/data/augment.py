@@ -1,10 +1,10 @@
-"""Augmentation changes training images at random, by (key, row number) alone: equally on whatever rank it is done.
+"""Augmentation changes training images at random, depending on (key, row number) only, so alike on every rank.
 
     flip   left and right exchanged, for every second image
-    crop   the image is surrounded by 4 zero pixels on each side and a random part of its own size is cut out
+    crop   the image is padded by 4 zero pixels on each side and a random part of the original size is cut out
 
 as is usual for CIFAR-10 (He et al., Deep Residual Learning for Image Recognition, 2015, section 4.2). The padding is
-the stored value zero: it is put on before the rows are scaled.
+the stored value zero: it is applied before the rows are scaled.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Augment:
         self._hash, self._work = np.empty(0, np.uint64), np.empty(0, np.uint64)
 
     def apply(self, indices: Array, key: int, raw_bR: Array, out_bR: Array) -> None:
-        """out_bR[i] <- raw_bR[i] changed as (key, indices[i]) says; both uint8, (b, bytes of a row)."""
+        """Compute out_bR[i] <- raw_bR[i] changed by (key, indices[i]); both uint8, (b, bytes of a row)."""
         count = len(indices)
         height, width = self._height, self._width
-        # A pixel is one item of as many bytes as it has, whatever the channels and their type.
+        # A pixel is one item of all its bytes, whatever the channels and their type.
         pixel = np.dtype((np.void, raw_bR.shape[1] // (height * width)))
         source, target = (x.view(pixel).reshape(count, height, width) for x in (raw_bR, out_bR))
         if self.crop:
@@ -59,7 +59,7 @@ class Augment:
                 # Multiply and shift maps 16 random bits onto 0..8 without a division.
                 dy = ((bits >> 8 & 0xFFFF) * (2 * PADDING + 1) >> 16) - PADDING
                 dx = ((bits >> 24 & 0xFFFF) * (2 * PADDING + 1) >> 16) - PADDING
-                # Where nothing of a small image is left in the part, both ends meet and nothing is copied.
+                # If nothing of a small image is left in the part, both ends coincide and nothing is copied.
                 top, left = min(height, max(0, -dy)), min(width, max(0, -dx))
                 bottom, right = max(top, min(height, height - dy)), max(left, min(width, width - dx))
                 target[row, top:bottom, left:right] = image[top + dy : bottom + dy, left + dx : right + dx]
@@ -67,7 +67,8 @@ class Augment:
                 target[row] = image
 
     def _bits(self, indices: Array, key: int) -> list[int]:
-        """Gives 64 random bits for each row by the output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+        """Return 64 random bits for each row from the output function of SplitMix64 (Steele, Lea, Flood, OOPSLA
+        2014)."""
         count = len(indices)
         if len(self._hash) < count:
             self._hash, self._work = np.empty(count, np.uint64), np.empty(count, np.uint64)

@@ -19,7 +19,7 @@ _BLOCK = 500  # records at a time: 1.5 MB
 
 
 class CifarFiles:
-    """Reads the binary files of one split, one after the other. Opening looks at sizes only. Raises DataError."""
+    """Reads the binary files of one split in sequence. Opening checks sizes only. Raises DataError."""
 
     def __init__(self, paths: Sequence[Path], remedy: str):
         self._paths, self._remedy = paths, remedy
@@ -32,7 +32,7 @@ class CifarFiles:
             self.rows += size // _RECORD
 
     def images(self, out_bHWC: Array) -> None:
-        """Fills out_bHWC, (rows, 32, 32, 3) uint8."""
+        """Fill out_bHWC, (rows, 32, 32, 3) uint8."""
         row = 0
         for _, _, block in self._blocks():
             planes_bCHW = block[:, 1:].reshape(-1, 3, 32, 32)
@@ -40,7 +40,7 @@ class CifarFiles:
             row += len(block)
 
     def labels(self) -> Array:
-        """Reads all labels: (rows,) int64."""
+        """Read all labels: (rows,) int64."""
         labels = np.empty(self.rows, np.int64)
         row = 0
         for path, first, block in self._blocks():
@@ -53,7 +53,7 @@ class CifarFiles:
         return labels
 
     def _blocks(self) -> Iterator[tuple[Path, int, Array]]:
-        """Yields (file, number of the first record, records as (b, 3073) bytes), each valid until the next one."""
+        """Yield (file, number of the first record, records as (b, 3073) bytes), each valid until the next one."""
         buffer = np.empty((_BLOCK, _RECORD), np.uint8)
         total = 0
         for path in self._paths:

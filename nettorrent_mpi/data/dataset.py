@@ -1,15 +1,15 @@
-"""A data set is opened by its name.
+"""Data sets are opened by their names.
 
     mnist, fashion_mnist   ROOT/mnist, ROOT/fashion_mnist: IDX files, 28 x 28 x 1, 10 classes
     letters                ROOT/letters: EMNIST letters, IDX files, 28 x 28 x 1, 26 classes (stored as 1..26)
     cifar10                ROOT/cifar-10-batches-bin: binary version, 32 x 32 x 3, 10 classes
     digits                 in the package (see digits/README.md): 8 x 8 x 1, 10 classes
     hdf5                   ROOT is the file: see hdf5.py
-    synthetic              made from a seed: see synthetic.py
+    synthetic              generated from a seed: see synthetic.py
 
-`register_dataset` adds others; what a configuration may say of each stands in plan/data_specs.py. Opening is cheap
-(headers and sizes of files) and finds what can be found early, equally on every rank; the values are read by the ranks
-that need them. Nothing here reads pickled data.
+`register_dataset` adds others; plan/data_specs.py says what a configuration may contain for each. Opening is cheap
+(headers and sizes of files) and detects most errors early, alike on every rank; the values are read by the ranks that
+need them. Nothing here reads pickled data.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class DataOptions:
-    """These options of `data:` in a configuration concern the data set itself.
+    """The options of `data:` in a configuration that concern the data set itself.
 
-    mean, std: subtracted from and divided into the values after these were scaled to 0..1 (floating data are taken as
-        they are): one number, or one for each channel.
-    transposed (letters): the images are stored column by column. The publisher's EMNIST files are; set it to see the
-        letters upright. Files that were put upright already need it false.
-    rows, test_rows, shape, classes (synthetic): 10,000 and 1,000 rows of shape (28, 28, 1) in 10 classes, unless told.
-    seed: the run's, for data that are made from one.
+    mean, std: values x become (x - mean) / std after they were scaled to 0..1 (floating-point data are not scaled):
+        one number, or one for each channel.
+    transposed (letters): the images are stored column by column, as in the publisher's EMNIST files; set it to get
+        upright letters. Files that are upright already need it false.
+    rows, test_rows, shape, classes (synthetic): by default 10,000 and 1,000 rows of shape (28, 28, 1) in 10 classes.
+    seed: the run's, for generated data.
     """
 
     mean: float | Sequence[float] | None = None
@@ -59,10 +59,10 @@ Opener: TypeAlias = Callable[[str | None, DataOptions], Dataset]
 
 
 def open_dataset(name: str, root: str | None, *, options: DataOptions | None = None) -> Dataset:
-    """Opens data set `name` under the folder (for hdf5: the file) `root`; digits and synthetic need none.
+    """Open data set `name` under the folder (for hdf5: the file) `root`; digits and synthetic need none.
 
     Raises ConfigError for an unknown name, a missing root and options that this data set does not have; DataError for
-    files that are missing, truncated or not of the right kind, as far as headers and sizes tell.
+    files that are missing, truncated or of the wrong kind, as far as headers and sizes show.
     """
     opener = _OPENERS.get(name)
     if opener is None:
@@ -79,7 +79,7 @@ def open_dataset(name: str, root: str | None, *, options: DataOptions | None = N
 
 
 def register_dataset(name: str, *, needs_root: bool = False, options: Sequence[str] = ()) -> Callable[[Opener], Opener]:
-    """Lets configurations name a data set of one's own: decorates the function that opens it.
+    """Let configurations name a custom data set: a decorator of the function that opens it.
 
         @nt.register_dataset("mine")
         def open_mine(root: str | None, options: nt.DataOptions) -> nt.Dataset:
@@ -87,9 +87,9 @@ def register_dataset(name: str, *, needs_root: bool = False, options: Sequence[s
                 return nt.from_arrays(file["x"], file["y"], mean=options.mean, std=options.std)
 
     and then `data: {name: mine, root: ...}`. Every rank registers it before the configuration is read, and calls the
-    function. `needs_root`: `data.root` has to be given. `options`: those of `transposed`, `rows`, `test_rows`, `shape`
-    and `classes` that the function makes use of; any other in the configuration is a mistake. Registering a name of
-    one's own again replaces it. Raises ConfigError for the name of a data set of the package, and for unknown options.
+    function. `needs_root`: `data.root` is required. `options`: those of `transposed`, `rows`, `test_rows`, `shape` and
+    `classes` that the function uses; any other in the configuration is an error. Registering a custom name again
+    replaces it. Raises ConfigError for the name of a data set of the package, and for unknown options.
     """
     unknown = [option for option in options if option not in OWN_OPTIONS]
     if unknown:
@@ -161,7 +161,7 @@ def _open_idx_files(
 def _read_images(images: IdxFile, transposed: bool, out: Array) -> None:
     images.read(out)
     if transposed:
-        for first in range(0, len(out), 1024):  # in blocks, so that the copy that it takes stays small
+        for first in range(0, len(out), 1024):  # in blocks, so that the copy stays small
             block = out[first : first + 1024]
             block[...] = block.transpose(0, 2, 1, 3).copy()
 

@@ -1,8 +1,8 @@
-"""Data sets are downloaded from their publishers.
+"""Downloads of data sets from their publishers.
 
-Every download is checked against a SHA-256 sum before it takes its name. The sums are those of the files that the
-publishers' MD5 sums (fashion_mnist, letters, cifar10) or the original distribution (mnist) identify. A download that
-was interrupted goes on where it stopped (HTTP Range, a file with the suffix .part).
+Every download is checked against a SHA-256 sum before it gets its name. The sums are those of the files that the
+publishers' MD5 sums (fashion_mnist, letters, cifar10) or the original distribution (mnist) identify. An interrupted
+download resumes where it stopped (HTTP Range, a file with the suffix .part).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TIMEOUT = 30.0  # seconds without a byte
 
 @dataclass(frozen=True)
 class Download:
-    """Says where a file is found: its name, the addresses to try in turn, its sum."""
+    """A Download describes a file: its name, the addresses to try in turn, its sum."""
 
     name: str
     urls: tuple[str, ...]
@@ -43,7 +43,8 @@ class Download:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Tells how to get a data set into ROOT/folder: its files, or one archive and the members to take out of it."""
+    """A Recipe describes how to get a data set into ROOT/folder: its files, or one archive and the members to
+    extract."""
 
     folder: str
     downloads: tuple[Download, ...]
@@ -116,14 +117,14 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def fetch(name: str, root: Path, progress: Progress | None = None, *, recipes: Mapping[str, Recipe] = RECIPES) -> Path:
-    """Sees to it that data set `name` lies under the folder `root`, and returns its folder.
+    """Make data set `name` available under the folder `root`, and return its folder.
 
-    Files that are there and can be read are left as they are; damaged ones are replaced, each at once and only by a
-    complete download with the right sum. An archive (letters, cifar10) is removed after its members were taken out.
-    EMNIST's own images lie on their sides: see dataset.DataOptions.transposed.
+    Existing readable files are kept; damaged ones are replaced, each atomically and only by a complete download with
+    the right sum. An archive (letters, cifar10) is removed after extraction. EMNIST's own images are transposed: see
+    dataset.DataOptions.transposed.
 
-    Raises ConfigError for an unknown name, and DataError where nothing can be reached (it then tells which files to put
-    where), where what came has another sum, and where the disk does not take it.
+    Raises ConfigError for an unknown name, and DataError if nothing can be reached (the message says which files to put
+    where), if a download has another sum, or if the disk is full.
     """
     recipe = recipes.get(name)
     if recipe is None:
@@ -145,7 +146,7 @@ def fetch(name: str, root: Path, progress: Progress | None = None, *, recipes: M
 
 
 def _complete(name: str, root: Path) -> bool:
-    """Tells whether the data set is there, by reading it to its end."""
+    """Whether the data set is complete, by reading all of it."""
     try:
         dataset = open_dataset(name, str(root))
         for split in (dataset.train, dataset.test):
@@ -158,7 +159,7 @@ def _complete(name: str, root: Path) -> bool:
 
 
 def _download(download: Download, file: Path, progress: Progress | None, by_hand: str) -> None:
-    """Gets the file from the first address that has it, under its name only when its sum is right."""
+    """Download the file from the first address that has it; it gets its name only when its sum is right."""
     part = file.with_name(file.name + ".part")
     failures = []
     for url in download.urls:
@@ -181,7 +182,7 @@ def _download(download: Download, file: Path, progress: Progress | None, by_hand
 
 
 def _transfer(url: str, part: Path, name: str, progress: Progress | None) -> None:
-    """Appends to `part` what it lacks. Raises OSError or HTTPException for the network, DataError for the disk."""
+    """Append the missing bytes to `part`. Raises OSError or HTTPException for the network, DataError for the disk."""
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "nettorrent_mpi"} | ({"Range": f"bytes={done}-"} if done else {})
     try:
@@ -190,12 +191,12 @@ def _transfer(url: str, part: Path, name: str, progress: Progress | None) -> Non
         error.close()
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not done:
             raise
-        part.unlink()  # longer than the file is: not a beginning of it
+        part.unlink()  # longer than the file: not its beginning
         _transfer(url, part, name, progress)
         return
     with response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            done = 0  # the server sends it all
+            done = 0  # the server sends the whole file
         length = response.headers.get("Content-Length")
         total = done + int(length) if length is not None else None
         with _creating(part, append=done > 0) as output:
@@ -209,9 +210,9 @@ def _transfer(url: str, part: Path, name: str, progress: Progress | None) -> Non
 
 
 def _unpack(archive: Path, folder: Path, members: tuple[str, ...]) -> None:
-    """Takes the members out of a .zip or .tar.gz; they get their last name in `folder`, each at once.
+    """Extract the members of a .zip or .tar.gz into `folder` under their last name, each atomically.
 
-    Names inside the archive only select: where anything is written is decided here, and links are refused.
+    Names inside the archive only select members: the target path is decided here, and links are refused.
     """
     try:
         with _reader(archive) as read:
@@ -233,7 +234,7 @@ def _unpack(archive: Path, folder: Path, members: tuple[str, ...]) -> None:
 
 @contextmanager
 def _reader(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
-    """Yields a function that opens a member of the archive by its name."""
+    """Yield a function that opens a member of the archive by its name."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as bundle:
             yield bundle.open
@@ -256,7 +257,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _creating(path: Path, *, append: bool = False) -> Iterator[IO[bytes]]:
-    """Opens the file for writing without a buffer, so that a full disk shows in the write itself."""
+    """Open the file for writing without a buffer, so that a full disk raises in the write itself."""
     with _writing(path):
         file = open(path, "ab" if append else "wb", buffering=0)  # noqa: SIM115  closed below
     with file:
@@ -280,7 +281,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _by_hand(name: str, root: Path, recipe: Recipe) -> str:
-    """Tells what to do where there is no network."""
+    """Explain what to do without a network."""
     files = ", ".join(f"{download.urls[0]} as {root / recipe.folder / download.name}" for download in recipe.downloads)
     again = " and run this again (it unpacks them)" if recipe.members else ""
     return (

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a file that is opened here becomes a DataError: which file, at which byte, what to do."""
+"""Files of data sets: every error in reading becomes a DataError with the file, the byte and the remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK = 1 << 14  # compressed bytes at a time; deflate makes at most 1032 times
 
 @contextmanager
 def opening(path: Path, remedy: str) -> Iterator[io.BufferedReader]:
-    """Opens the file for reading in binary; an error of the operating system becomes a DataError with `remedy`."""
+    """Open the file for reading in binary; an error of the operating system becomes a DataError with `remedy`."""
     try:
         with open(path, "rb") as file:
             yield file
@@ -28,16 +28,16 @@ def opening(path: Path, remedy: str) -> Iterator[io.BufferedReader]:
 
 
 def size_of(path: Path, remedy: str) -> int:
-    """Returns the file's size in bytes."""
+    """Return the file's size in bytes."""
     with opening(path, remedy) as file:
         return os.fstat(file.fileno()).st_size
 
 
 def gunzip(path: Path, remedy: str) -> Iterator[bytes]:
-    """Yields the decompressed pieces of a gzip file of one member or several; verifies the checksum of each.
+    """Yield the decompressed pieces of a gzip file with one or several members; the checksum of each is verified.
 
     A DataError's offset is the first compressed byte that cannot be right: the exact byte for damage that breaks the
-    deflate stream, the member's trailer where only the CRC-32 or the length disagree, the end of a truncated file.
+    deflate stream, the member's trailer if only the CRC-32 or the length disagree, the end of a truncated file.
     """
     inflate = zlib.decompressobj(wbits=31)
     position = 0
@@ -65,7 +65,7 @@ def gunzip(path: Path, remedy: str) -> Iterator[bytes]:
 
 
 def _first_bad(inflate: zlib._Decompress, chunk: bytes) -> int:
-    """Returns how many bytes of `chunk` the decompressor takes before it fails."""
+    """Return the number of bytes of `chunk` that the decompressor accepts before it fails."""
     for index in range(len(chunk)):
         try:
             inflate.decompress(chunk[index : index + 1])

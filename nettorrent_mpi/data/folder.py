@@ -1,4 +1,4 @@
-"""A folder of images, one sub-folder per class, is imported into an HDF5 data set.
+"""Import of a folder of images, one sub-folder per class, into an HDF5 data set.
 
 It needs Pillow (the extra `images`).
 """
@@ -23,7 +23,7 @@ _GREY, _COLOUR = ("1", "L"), ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", 
 
 
 class Imported(NamedTuple):
-    """Says what import_folder wrote."""
+    """The result of `import_folder`."""
 
     rows: int
     test_rows: int
@@ -45,14 +45,14 @@ def import_folder(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Imported:
-    """Writes the images of `directory`/CLASS/ into the HDF5 file `target`: x (rows, height, width, channels) uint8,
-    y (rows,) the class's place among the sorted sub-folder names, which the attribute `classes` lists.
+    """Write the images of `directory`/CLASS/ into the HDF5 file `target`: x (rows, height, width, channels) uint8, y
+    (rows,) the index of the class among the sorted sub-folder names, which the attribute `classes` lists.
 
-    directory: files and folders whose names begin with a dot are left out; every other file in a class has to be an
-        image of 8 bits per channel. Where all are grey there is one channel, otherwise three (RGB).
-    size: (height, width) to scale to (bilinear); without it all images must have one size.
-    test: the fraction of each class, drawn at random, that goes to x_test and y_test.
-    progress: called as progress(images done, images).
+        directory: files and folders whose names begin with a dot are ignored; every other file in a class has to be an
+            image of 8 bits per channel. If all are grey there is one channel, otherwise three (RGB).
+        size: (height, width) to scale to (bilinear); without it all images must have one size.
+        test: the fraction of each class, drawn by `seed`, that goes to x_test and y_test.
+        progress: called as progress(images done, images).
 
     The file appears complete or not at all: it is written under another name first. Raises DataError (folder or image
     unusable), ConfigError (an argument out of range), OutputError (target exists, cannot be written, Pillow missing).
@@ -109,7 +109,7 @@ def _pillow() -> ModuleType:
 
 
 def _list(directory: Path) -> tuple[list[str], list[list[_Image]]]:
-    """Returns (sorted names of the classes, the sorted images of each)."""
+    """Return (sorted names of the classes, the sorted images of each)."""
     if not directory.is_dir():
         raise DataError("no such folder; name the one that holds a sub-folder per class", file=str(directory))
     try:
@@ -128,7 +128,7 @@ def _list(directory: Path) -> tuple[list[str], list[list[_Image]]]:
 
 
 def _common_shape(pillow: ModuleType, images: list[_Image], size: tuple[int, int] | None) -> tuple[int, int, int]:
-    """Returns the shape of a row; reads the headers of all images, so that errors come before anything is written."""
+    """Return the shape of a row; reads the headers of all images, so that errors occur before anything is written."""
     channels = 1
     first: tuple[int, int] | None = None
     for path, _ in images:
@@ -175,7 +175,7 @@ def _pixels(pillow: ModuleType, path: Path, shape: tuple[int, int, int]) -> Arra
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns whatever Pillow raises for a broken image into a DataError that names it."""
+    """Turn whatever Pillow raises for a broken image into a DataError that names it."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""NumPy arrays become a data set: they are checked, and described as the rows of files are."""
+"""Data sets of NumPy arrays, which are checked and described like the rows of files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ def from_arrays(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
 ) -> Dataset:
-    """Makes a data set of arrays that every rank holds alike.
+    """Make a data set of arrays that every rank holds alike.
 
-    x: (rows, features) or (rows, height, width, channels). uint8 is scaled to 0..1, floating values are taken as they
-        are. Not copied if C-contiguous (a memory map stays in its file): leave it as it is while it is trained on.
-    y: (rows,) integer labels 0 .. classes - 1, or (rows, k) floating targets.
-    x_test, y_test: the test set, like x and y.
-    classes: how many there are; unless told, one more than the largest label of y and y_test.
-    mean, std: subtracted from and divided into the scaled values: one number, or one per channel (last dimension).
+        x: (rows, features) or (rows, height, width, channels). uint8 is scaled to 0..1, floating-point values are used
+            unchanged. Not copied if C-contiguous (a memory map stays in its file): do not change it during training.
+        y: (rows,) integer labels 0 .. classes - 1, or (rows, k) floating-point targets.
+        x_test, y_test: the test set, like x and y.
+        classes: the number of classes; by default one more than the largest label of y and y_test.
+        mean, std: scaled values x become (x - mean) / std: one number, or one per channel (last dimension).
 
-    Raises DataError for arrays that are none of this, or do not fit each other; ConfigError for wrong `mean` and `std`.
+    Raises DataError for arrays of other shapes or types, or that do not fit each other; ConfigError for wrong `mean`
+    and `std`.
     """
     given = {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
     arrays = {name: np.asarray(values) for name, values in given.items() if values is not None}
@@ -52,10 +53,10 @@ def from_arrays(
 
 
 def unlabelled(x: npt.ArrayLike, like: Split) -> Split:
-    """Makes a split without targets, for predictions, of rows that are prepared as those of `like` are.
+    """Make a split without targets, for predictions, of rows that are prepared like those of `like`.
 
-    x: (rows, *like.shape), of like's dtype, and then scaled as its rows are; or floating, and then taken to be on the
-    scale of 0..1 already where `like` holds bytes. `mean` and `std` apply in both cases. Raises DataError.
+    x: (rows, *like.shape), of like's dtype, and then scaled like its rows; or floating-point, and then taken to be on
+    the scale of 0..1 already if `like` holds bytes. `mean` and `std` apply in both cases. Raises DataError.
     """
     rows = np.asarray(x)
     if rows.shape[1:] != like.shape or rows.ndim == 0:
@@ -70,10 +71,10 @@ def unlabelled(x: npt.ArrayLike, like: Split) -> Split:
 
 
 def check_arrays(arrays: Mapping[str, Any], file: str | None = None) -> None:
-    """Raises DataError unless x and y, and perhaps x_test and y_test, can be a data set.
+    """Raise DataError unless x and y, and perhaps x_test and y_test, can be a data set.
 
-    x is (rows, ...), uint8 or floating, not empty; y is (rows,) integers or (rows, k) floating. They are NumPy arrays,
-    or data sets in an HDF5 file: their shape and dtype is all that is looked at.
+    x is (rows, ...), uint8 or floating-point, not empty; y is (rows,) integers or (rows, k) floating-point. They are
+    NumPy arrays, or data sets in an HDF5 file: only their shape and dtype are used.
     """
     if ("x_test" in arrays) != ("y_test" in arrays):
         raise DataError("x_test and y_test come together: give both or none", file=file)
@@ -101,7 +102,7 @@ def check_arrays(arrays: Mapping[str, Any], file: str | None = None) -> None:
 
 
 def as_targets(values: Array, classes: int | None, name: str, file: str | None = None) -> Array:
-    """Returns targets as the engine reads them: int64 labels, or, where `classes` is None, floats in native byte order.
+    """Return targets in the engine's form: int64 labels, or, if `classes` is None, floats in native byte order.
 
     Raises DataError for a label that is not in 0 .. classes - 1.
     """

@@ -24,10 +24,10 @@ REMEDY = "write the file again (`nettorrent data import` makes one from a folder
 
 
 def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> Dataset:
-    """Opens the file as a data set.
+    """Open the file as a data set.
 
-    Reads metadata only, except where labels come without the attribute `classes`: their largest then tells how many
-    classes there are, so they are read. Raises DataError, and ConfigError for wrong `mean` and `std`.
+    Reads metadata only, unless labels come without the attribute `classes`: then they are read, because the largest
+    gives the number of classes. Raises DataError, and ConfigError for wrong `mean` and `std`.
     """
     with opening(path, "set data.root to an HDF5 file"):
         pass
@@ -55,7 +55,7 @@ def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Seq
 
 
 def _open_rows(path: Path, name: str) -> Take:
-    """Maps the rows, or keeps the file open for reading them. Raises DataError where the file is too short."""
+    """Map the rows, or keep the file open for reading them. Raises DataError if the file is too short."""
     with _opened(path) as file:
         data = _dataset(file, path, name)
         offset = data.id.get_offset()
@@ -70,7 +70,7 @@ def _open_rows(path: Path, name: str) -> Take:
 
 
 def _targets(path: Path, name: str, classes: int | None) -> Array:
-    """Reads all targets: (rows,) int64 labels below `classes`, or (rows, k) floats where `classes` is None."""
+    """Read all targets: (rows,) int64 labels below `classes`, or (rows, k) floats if `classes` is None."""
     with _opened(path) as file:
         data = _dataset(file, path, name)
         try:
@@ -81,12 +81,12 @@ def _targets(path: Path, name: str, classes: int | None) -> Array:
 
 
 def _take_through_hdf5(path: Path, name: str) -> Take:
-    """Makes the `Take` that reads rows through HDF5: each needed row once, in the file's order, then put in place."""
+    """Make the `Take` that reads rows through HDF5: each needed row once, in the file's order, then put in place."""
     file = _open(path)
     data = _dataset(file, path, name)
 
     def take(indices: Array, out_bR: Array) -> None:
-        assert file, "closed"  # `take` holds the file: HDF5 closes it, and what is in it, with its last reference
+        assert file, "closed"  # `take` holds the file: HDF5 closes it and its objects with the last reference
         rows, places = np.unique(indices, return_inverse=True)
         try:
             values = data[rows]
@@ -129,7 +129,7 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
 
 
 def _unreadable(path: Path, data: h5py.Dataset, rows: Array, error: OSError) -> DataError:
-    """Makes the error for rows that HDF5 cannot read: it names the first of them and where its chunk lies."""
+    """Make the error for rows that HDF5 cannot read: it names the first of them and the position of its chunk."""
     name = str(data.name).lstrip("/")
     for row in rows:
         try:

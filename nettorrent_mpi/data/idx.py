@@ -20,7 +20,7 @@ from nettorrent_mpi.plan.errors import DataError
 
 @dataclass(frozen=True)
 class IdxFile:
-    """Reads an IDX file of unsigned bytes; its header was read, and its length agrees with that."""
+    """An IDX file of unsigned bytes, whose header was read and whose length agrees with it."""
 
     path: Path
     shape: tuple[int, ...]
@@ -29,16 +29,16 @@ class IdxFile:
 
     @property
     def header(self) -> int:
-        """Counts the bytes before the values."""
+        """Return the number of bytes before the values."""
         return 4 + 4 * len(self.shape)
 
     @property
     def length(self) -> int:
-        """Counts the bytes of the file, decompressed."""
+        """Return the number of bytes of the file, decompressed."""
         return self.header + int(np.prod(self.shape, dtype=np.int64))
 
     def read(self, out: Array) -> None:
-        """Fills `out` (uint8, C-contiguous, as many values as the file has). Raises DataError."""
+        """Fill `out` (uint8, C-contiguous, as many values as the file has). Raises DataError."""
         flat = out.reshape(-1)
         done = -self.header
         for piece in gunzip(self.path, self.remedy) if self.compressed else self._pieces():
@@ -52,7 +52,7 @@ class IdxFile:
             raise _wrong_length(self, done + self.header)
 
     def labels(self, classes: int, first: int) -> Array:
-        """Reads the values as labels 0 .. classes - 1 (int64), where the file counts from `first`."""
+        """Read the values as labels 0 .. classes - 1 (int64), where the file counts from `first`."""
         stored = np.empty(self.shape, np.uint8)
         self.read(stored)
         labels = stored.astype(np.int64) - first
@@ -71,10 +71,10 @@ class IdxFile:
 
 
 def open_idx(folder: Path, name: str, dimensions: int, remedy: str) -> IdxFile:
-    """Finds `name`.gz or `name` in the folder, reads its header and compares its length.
+    """Find `name`.gz or `name` in the folder, read its header and compare its length.
 
-    A gzip file says its length in its last four bytes; only where that disagrees is it decompressed here, to tell what
-    is wrong with it. Raises DataError.
+    A gzip file states its length in its last four bytes; only if that disagrees is it decompressed here, to find the
+    error. Raises DataError.
     """
     path = folder / f"{name}.gz"
     if not path.exists() and (folder / name).exists():

@@ -29,15 +29,16 @@ Take: TypeAlias = Callable[[Array, Array], None]
 
 
 def private(shape: Shape, dtype: np.dtype[Any], fill: Fill) -> Array:
-    """Allocates memory of this process alone: the plain `Allocate`."""
+    """Allocate memory of this process alone: the plain `Allocate`."""
     array = np.empty(shape, dtype)
     fill(array)
     return array
 
 
 def take_from(rows: Array) -> Take:
-    """Makes the `Take` of rows in memory or in a memory map: a C-contiguous array, its first dimension the rows."""
-    # As bytes, because take() on values that are unaligned or of the other byte order copies the whole array first.
+    """Make the `Take` of rows in memory or in a memory map: a C-contiguous array with the rows as its first
+    dimension."""
+    # As bytes, because take() on unaligned values, or of the other byte order, copies the whole array first.
     data = np.asarray(rows).reshape(len(rows), int(np.prod(rows.shape[1:]))).view(np.uint8)
 
     def take(indices: Array, out_bR: Array) -> None:
@@ -47,7 +48,7 @@ def take_from(rows: Array) -> Take:
 
 
 class Scaling:
-    """Scales rows: x <- (x * unit - mean) / std.
+    """A Scaling scales rows: x <- (x * unit - mean) / std.
 
     `mean` and `std` are one number, or one per channel (last dimension of a row).
 
@@ -71,13 +72,13 @@ class Scaling:
         self._cache: dict[np.dtype[Any], tuple[Array | None, Array | None]] = {}
 
     def without_unit(self) -> Scaling:
-        """Returns the same mean and std for values that are scaled by `unit` already."""
+        """Return the same mean and std for values that are already scaled by `unit`."""
         other = copy(self)
         other.factor, other._cache = 1.0 / self._stds, {}
         return other
 
     def apply(self, x_bR: Array) -> None:
-        """Scales in place; x_bR is (b, R), of a floating type."""
+        """Scale x_bR (b, R), of a floating-point type, in place."""
         terms = self._cache.get(x_bR.dtype)
         if terms is None:
             terms = self._cache[x_bR.dtype] = (
@@ -93,7 +94,7 @@ class Scaling:
     def _term(self, values: Array, neutral: float, dtype: np.dtype[Any]) -> Array | None:
         if np.all(values == values[0]):
             return None if values[0] == neutral else np.asarray(values[0], dtype)
-        # One value per element: broadcasting along a last dimension of three would run three elements at a time.
+        # One value per element: broadcasting along a last dimension of three would process three elements at a time.
         return np.tile(values, self._size // len(values)).astype(dtype)
 
 
@@ -108,7 +109,7 @@ def _per_channel(name: str, value: float | Sequence[float] | None, default: floa
 
 
 class Inputs:
-    """Gathers mini-batches of an opened split. It holds buffers for the largest mini-batch asked for yet."""
+    """The opened inputs of a split, which gathers mini-batches. It holds buffers for the largest mini-batch so far."""
 
     def __init__(self, take: Take, rows: int, shape: Shape, dtype: np.dtype[Any], scaling: Scaling):
         self.rows, self.shape, self.dtype = rows, shape, dtype
@@ -117,12 +118,12 @@ class Inputs:
         self._raw = self._augmented = np.empty((0, self._row_bytes), np.uint8)
 
     def batch(self, indices: Array, out: Array, augment: Augment | None = None, key: int = 0) -> None:
-        """Gathers a mini-batch: out[i] <- row indices[i], scaled, in out's dtype; augmented first, with `augment`.
+        """Gather a mini-batch: out[i] <- row indices[i], scaled, in out's dtype; with `augment`, augmented first.
 
-        `indices` (b,) integers in [0, rows), in any order, repeats allowed; `out` (b, *shape), C-contiguous, floating.
-        What row i becomes depends on (key, i) alone: any division of a batch gives the same rows. `key` comes from
-        Sampler.augment_key. Nothing is allocated once the largest batch was seen (except by compressed or chunked HDF5
-        files, and then in their library).
+        `indices` (b,) integers in [0, rows), in any order, repeats allowed; `out` (b, *shape), C-contiguous,
+        floating-point. The result for row i depends on (key, i) alone: any division of a batch gives the same rows.
+        `key` comes from Sampler.augment_key. Nothing is allocated after the largest batch (except for compressed or
+        chunked HDF5 files, inside their library).
         """
         count = len(indices)
         assert out.shape == (count, *self.shape), (out.shape, count, self.shape)
@@ -147,10 +148,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Split:
-    """A split is the training or the test part of a data set. Nothing is read before inputs() or targets().
+    """A Split is the training or the test part of a data set. Nothing is read before inputs() or targets().
 
-    `open_rows` opens the stored rows, (rows, *shape) of `dtype`; `read_targets` reads all targets, or is None where
-    the rows have none (for predictions).
+    `open_rows` opens the stored rows, (rows, *shape) of `dtype`; `read_targets` reads all targets, or is None if there
+    are none (for predictions).
     """
 
     rows: int
@@ -162,7 +163,7 @@ class Split:
 
     @classmethod
     def of_bytes(cls, rows: int, shape: Shape, scaling: Scaling, fill: Fill, targets: Callable[[], Array]) -> Split:
-        """Makes a split whose rows are bytes that `fill` writes into memory, once `inputs` allocates it."""
+        """Make a split whose rows are bytes that `fill` writes into memory, once `inputs` allocates it."""
 
         def open_rows(allocate: Allocate) -> Take:
             return take_from(allocate((rows, *shape), BYTE, fill))
@@ -171,7 +172,7 @@ class Split:
 
     @classmethod
     def of_array(cls, x: Array, scaling: Scaling, targets: Array | None) -> Split:
-        """Makes a split of rows that are in memory already, x (rows, *shape); not copied if x is C-contiguous."""
+        """Make a split of rows in memory, x (rows, *shape); not copied if x is C-contiguous."""
         take = take_from(np.ascontiguousarray(x))
 
         def read_targets() -> Array:
@@ -182,16 +183,16 @@ class Split:
         return cls(len(x), x.shape[1:], x.dtype, scaling, lambda allocate: take, read)
 
     def inputs(self, allocate: Allocate = private) -> Inputs:
-        """Reads the rows (or opens them, where they are read batch by batch). Only ranks that need inputs call this.
+        """Read the rows (or open them, if they are read batch by batch). Only ranks that need inputs call this.
 
-        Raises DataError where the file turns out to be corrupt or truncated.
+        Raises DataError if the file proves to be corrupt or truncated.
         """
         return Inputs(self.open_rows(allocate), self.rows, self.shape, self.dtype, self.scaling)
 
     def targets(self) -> Array:
-        """Reads all targets of the split: (rows,) int64 labels, or (rows, k) floats. Every call reads anew.
+        """Read all targets of the split: (rows,) int64 labels, or (rows, k) floats. Every call reads anew.
 
-        Raises DataError where the file is corrupt or a label lies outside its classes.
+        Raises DataError if the file is corrupt or a label is not one of the classes.
         """
         assert self.read_targets is not None, "these rows have no targets"
         return self.read_targets()
@@ -199,9 +200,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set is a training and perhaps a test split.
+    """A Dataset has a training split and perhaps a test split.
 
-    `shape` is that of one row; `classes` is None where the targets are not labels.
+    `shape` is that of one row; `classes` is None if the targets are not labels.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""The sampler says which rows are for training, and in which order: a function of the seed and the epoch, never of the
-ranks; where every replica has its own part of the rows, of the replicas and micro-batches, too."""
+"""The sampler decides which rows are for training, and in which order: a function of the seed and the epoch, never of
+the ranks; with a separate part of the rows for each replica, also of the numbers of replicas and micro-batches."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from nettorrent_mpi.plan.seeds import key
 
 
 class Sampler:
-    """Divides the rows of a training set into training and validation rows and walks through the former in epochs.
+    """A Sampler divides the rows of a training set into training and validation rows and goes through the former in
+    epochs.
 
-    `validation` is the fraction kept back, rounded to whole rows, drawn by the seed alone: the same on
-    every rank. Raises ConfigError where no row would be left for training or a number is out of its range.
+    `validation` is the fraction held back, rounded to whole rows, drawn by the seed alone: the same on every rank.
+    Raises ConfigError if no row would be left for training or a number is out of range.
 
     With `partition="disjoint"` each of the `replicas` has a part of the training rows, drawn once, and never trains on
-    another's. Who has which rows of a mini-batch is decided by their position in it: `span` divides them over
+    another's. The replica of a row in a mini-batch is decided by its position: `span` divides them over
     `micro_batches`, and each of these over the replicas (plan.topology's `batch_rows`). So a part is as large as its
     replica has positions in an epoch, and every epoch puts the part's rows, shuffled anew, at these positions.
     """
@@ -56,11 +57,12 @@ class Sampler:
         self._orders: dict[int, Array] = {}
 
     def epoch(self, step: int) -> int:
-        """Returns the epoch, counted from 0, that the global step belongs to."""
+        """Return the epoch, counted from 0, that the global step belongs to."""
         return step // self.steps_per_epoch
 
     def order(self, epoch: int) -> Array:
-        """Returns the training rows in the epoch's order; read-only. Two are kept: steps may overlap at the turn."""
+        """Return the training rows in the epoch's order; read-only. Two are cached: steps of adjacent epochs may
+        overlap."""
         order = self._orders.get(epoch)
         if order is None:
             if self.partition == "disjoint" and self.replicas > 1:
@@ -74,7 +76,7 @@ class Sampler:
         return order
 
     def size(self, step: int) -> int:
-        """Returns how many rows the mini-batch of a global step has."""
+        """Return the number of rows in the mini-batch of a global step."""
         batch = step % self.steps_per_epoch
         return min(self.batch_size, len(self.training_rows) - batch * self.batch_size)
 
@@ -84,7 +86,7 @@ class Sampler:
         return self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def _in_parts(self, epoch: int) -> Array:
-        """Returns the order in which every replica finds the rows of its own part, and no others, at its positions."""
+        """Return the order in which every replica finds the rows of its own part, and no others, at its positions."""
         order = np.empty_like(self.training_rows)
         for replica, (part, positions) in enumerate(self._parts):
             order[positions] = _generator(self.seed, "order", epoch, replica).permutation(part)
@@ -92,7 +94,8 @@ class Sampler:
 
     @cached_property
     def _parts(self) -> list[tuple[Array, Array]]:
-        """Lists (its part of the training rows, its positions in the order of an epoch), of one length, by replica."""
+        """Return for each replica (its part of the training rows, its positions in the order of an epoch), of one
+        length."""
         full, last = divmod(len(self.training_rows), self.batch_size)
         replicas = np.concatenate([np.tile(self._owners(self.batch_size), full), self._owners(last)])
         cuts = np.cumsum(np.bincount(replicas, minlength=self.replicas))[:-1]
@@ -101,18 +104,18 @@ class Sampler:
         return list(zip(np.split(shuffled, cuts), np.split(positions, cuts), strict=True))
 
     def _owners(self, size: int) -> Array:
-        """Returns the replica that has each position of a mini-batch of `size` rows."""
+        """Return the replica at each position of a mini-batch of `size` rows."""
         pieces = _spans(np.array(size), self.micro_batches)  # the rows of each micro-batch
         sizes = _spans(pieces, self.replicas)  # [micro-batch, replica]
         return np.repeat(np.tile(np.arange(self.replicas), self.micro_batches), sizes.ravel())
 
     def augment_key(self, step: int) -> int:
-        """Returns the key that Inputs.batch takes for the random changes of this step's epoch."""
+        """Return the key for Inputs.batch's random changes in this step's epoch."""
         return key(self.seed, "augment", self.epoch(step))
 
 
 def _spans(totals: Array, parts: int) -> Array:
-    """Returns the sizes of plan.blocks' `span` for all `parts` of every total, in a last dimension of their own."""
+    """Return the sizes of plan.blocks' `span` for all `parts` of every total, in an additional last dimension."""
     each, more = np.divmod(totals[..., np.newaxis], parts)
     return each + (np.arange(parts) < more)
 

@@ -1,4 +1,4 @@
-"""A synthetic data set is made from a seed, of any size and shape, for trials of speed; it can be learned.
+"""A synthetic data set is generated from a seed, in any size and shape, for speed measurements; it can be learned.
 
 Every class has a prototype of random bytes; a row is the mean of its class's prototype and of as much random noise.
 """
@@ -17,7 +17,7 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class SyntheticRows:
-    """Makes one split, equal for equal (seed, split, rows, shape, classes)."""
+    """The rows of one split, equal for equal (seed, split, rows, shape, classes)."""
 
     seed: int
     split: str
@@ -26,7 +26,7 @@ class SyntheticRows:
     classes: int
 
     def fill(self, out: Array) -> None:
-        """Fills (rows, *shape) uint8, block by block: at most a few MB, and the prototypes, beside `out`."""
+        """Fill (rows, *shape) uint8, block by block: it needs at most a few MB, and the prototypes, besides `out`."""
         size = int(np.prod(self.shape))
         prototypes = self._generator("prototypes").integers(0, 128, (self.classes, size), np.uint8)
         noise = self._generator("noise", self.split)
@@ -39,7 +39,7 @@ class SyntheticRows:
             block += prototypes[labels[first : first + step]]
 
     def labels(self) -> Array:
-        """Returns (rows,) int64, drawn evenly from the classes."""
+        """Return (rows,) int64, drawn evenly from the classes."""
         return self._generator("labels", self.split).integers(0, self.classes, self.rows, np.int64)
 
     def _generator(self, *use: str) -> np.random.Generator:

@@ -1,1 +1,1 @@
-"""Floor 4: all modes compared with each other and with PyTorch. Starts programs; is no rank itself."""
+"""The comparison of all modes with each other and with PyTorch. It starts programs and is no rank itself."""

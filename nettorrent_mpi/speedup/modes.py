@@ -1,5 +1,5 @@
-"""The ways of parallelizing that are compared: what each lays over a configuration for a number of ranks, and why one
-is not possible there."""
+"""The modes of parallelizing that are compared: each changes a configuration for a number of ranks, or says why it is
+impossible."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
 from nettorrent_mpi.plan.layouts import partition
 from nettorrent_mpi.plan.topology import LayerFacts
 
-APART = ("async", "gossip", "elite")  # modes whose weights are not those of one rank
-Settings = dict[str, Any]  # keys of a configuration, as to_plain writes them
+APART = ("async", "gossip", "elite")  # modes whose weights differ from those of one rank
+Settings = dict[str, Any]  # configuration keys as in to_plain
 SERIAL = "serial"
-VALIDATION = 0.1  # of the training rows, where elite needs some and the configuration keeps none back
+VALIDATION = 0.1  # part of the training rows, if elite needs some and the configuration holds none back
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A way of parallelizing. `settings` gets the configuration, the weight layers and the ranks."""
+    """A mode of parallelizing. `settings` gets the configuration, the weight layers and the ranks."""
 
     title: str
     settings: Callable[[Config, Sequence[LayerFacts], int], Settings]
@@ -35,7 +35,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mode on a number of ranks: its configuration and what comes of it, or why there is none."""
+    """A mode on a number of ranks, with its configuration and layout, or the reason why it is impossible."""
 
     mode: str
     ranks: int
@@ -61,7 +61,7 @@ def _cols(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
 
 
 def _stages(facts: Sequence[LayerFacts], ranks: int) -> Settings:
-    """A rank for each stage; where there are fewer ranks than layers, neighbours are merged as evenly as can be."""
+    """Return one rank per stage; with fewer ranks than layers, neighbours are merged as evenly as possible."""
     if ranks > len(facts):
         raise ConfigError(f"{ranks} stages for {len(facts)} weight layers: a stage needs one at least")
     parts = partition([layer.operations for layer in facts], ranks)
@@ -119,14 +119,14 @@ MODES: dict[str, Mode] = {
 
 
 def baseline(config: Config, modes: Sequence[str]) -> Config:
-    """The configuration that all sides share: one rank, nothing exchanged; `modes` will be compared with it.
+    """Return the configuration that all sides share: one rank, no exchange; `modes` will be compared with it.
 
-    Elite chooses on validation rows; where the configuration keeps none back and elite is among the modes, a tenth is
-    kept back from every side, so that all train on the same rows.
+    Elite chooses on validation rows; if the configuration holds none back and elite is among the modes, a tenth is held
+    back from every side, so that all train on the same rows.
     """
     changes: Settings = {"layout": {"replicas": 1}, "pipeline": {"1f1b": {}}, "exchange": {"allreduce": {}}}
     changes |= {"trace": False, "output": None}
-    if config.kernels == "auto":  # a measured run is short, and stands for a long one
+    if config.kernels == "auto":  # a measured run is short, but represents a long one
         changes["kernels"] = "fastest"
     plain = to_plain(config) | changes
     if "elite" in modes and config.data.validation == 0:
@@ -135,7 +135,7 @@ def baseline(config: Config, modes: Sequence[str]) -> Config:
 
 
 def serial(config: Config) -> tuple[Candidate, Setup]:
-    """One rank with the whole network, and what comes of it. Raises UserErrors: what is wrong here is wrong for all."""
+    """Return one rank with the whole network, and its setup. Raises UserErrors: an error here is one for all sides."""
     layers = set_up(config, 1).network.weight_layers
     whole = configuration.from_plain(to_plain(config) | {"layout": _one_team(layers)})
     setup = set_up(whole, 1)
@@ -143,8 +143,8 @@ def serial(config: Config) -> tuple[Candidate, Setup]:
 
 
 def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts], ranks: int) -> Candidate:
-    """What `mode` is on so many ranks. `config` is the user's, which may have options of the mode; `shared` is what
-    `baseline` made of it."""
+    """Return `mode` on this number of ranks. `config` is the user's, which may have options of the mode; `shared` is
+    `baseline`'s result."""
     try:
         changed = to_plain(shared) | MODES[mode].settings(config, facts, ranks)
         settings = configuration.from_plain(changed)
@@ -161,7 +161,8 @@ def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts],
 
 
 def timed(config: Config, steps: int, *, trace: bool = False) -> Config:
-    """`config` for a measurement of so many steps: nothing is evaluated, reported or saved before their end."""
+    """Return `config` for a measurement of this many steps: nothing is evaluated, reported or saved before their
+    end."""
     never = steps + 1
     changes = {"steps": steps, "report_every": never, "evaluate_every": never, "checkpoint_every": never}
     plain = to_plain(config)
@@ -170,8 +171,8 @@ def timed(config: Config, steps: int, *, trace: bool = False) -> Config:
 
 
 def until(config: Config, accuracy: float) -> Config:
-    """`config` for a training that ends at this accuracy, judged after every epoch, or with the configuration's own
-    epochs or steps. Checkpoints would cost time that PyTorch does not spend."""
+    """Return `config` for a training that ends at this accuracy, evaluated after every epoch, or with the
+    configuration's own epochs or steps. Checkpoints would cost time that PyTorch does not spend."""
     plain = to_plain(config)
     changes = {"stop_at": {"accuracy": accuracy}, "evaluate_every": 1, "checkpoint_every": 10**6}
     return configuration.from_plain(plain | {"train": plain["train"] | changes})

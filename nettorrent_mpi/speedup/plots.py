@@ -1,4 +1,4 @@
-"""Pictures of the figures, as PNG and SVG. The only module that loads matplotlib (the extra `plots`)."""
+"""Pictures of the figures, as PNG and SVG. Only this module loads matplotlib (the extra `plots`)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from nettorrent_mpi.speedup.report import PICTURES
 from nettorrent_mpi.speedup.shares import PARTS
 from nettorrent_mpi.speedup.sides import PEERS, in_words
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; where they do not suffice, marks differ.
+# Okabe and Ito's colours, which colour-blind people can distinguish; where they do not suffice, marks differ.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _PEER_LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _PART_COLOURS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#BBBBBB"), strict=True))
 
-# Text stays text and names one font, so that files are small; the same figures give the same bytes.
+# Text stays text in one font, so that files are small; the same figures give the same bytes.
 STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "nettorrent", "font.family": "DejaVu Sans"}
 
 
 def draw(results: Results, folder: Path) -> list[str]:
-    """NAME.png and NAME.svg in `folder` for every picture that there are figures for; gives the names."""
+    """Write NAME.png and NAME.svg into `folder` for every picture that has figures; return the names."""
     drawn = []
     with mpl.rc_context(STYLE):
         for name, make in _MAKERS.items():
@@ -45,7 +45,7 @@ def draw(results: Results, folder: Path) -> list[str]:
 
 
 def _lines(found: list[Figure], value: Callable[[float, Figure], float], axes: Axes) -> None:
-    """A line for every mode and peer over the cores that it was given; bars reach from the least figure to the most."""
+    """Draw a line for every mode and peer over its cores, with bars from the smallest to the largest figure."""
     serial = next(figure for figure in found if figure.mode == SERIAL)
     for mode in dict.fromkeys(figure.mode for figure in found):
         own = [figure for figure in found if figure.mode == mode]
@@ -64,7 +64,7 @@ def _lines(found: list[Figure], value: Callable[[float, Figure], float], axes: A
 
 
 def _style(mode: str) -> dict[str, Any]:
-    """How a mode or a peer is drawn, in every picture."""
+    """Return the style of a mode or a peer, the same in every picture."""
     style: dict[str, Any] = {"linewidth": 1.2, "markersize": 4}
     if mode == SERIAL:
         return style | {"color": "#000000", "marker": ".", "linestyle": (0, (1, 1))}
@@ -101,13 +101,13 @@ def _over_ranks(results: Results, value: Callable[[float, Figure], float], title
 
 
 def _base(results: Results) -> float:
-    """Samples per second of one rank."""
+    """Return the samples per second of one rank."""
     told: list[float] = next((s["samples_per_second"] for s in results["sides"] if s["mode"] == SERIAL), [])
     return median(told) if told else 1.0
 
 
 def speedup(results: Results) -> Picture | None:
-    """Speedup against one rank of ours over the ranks, with the ideal line."""
+    """Draw the speedup relative to one rank of ours over the ranks, with the ideal line."""
     base = _base(results)
     drawn = _over_ranks(results, lambda figure, _: figure / base, "speedup against one rank")
     if drawn is None:
@@ -122,7 +122,7 @@ def speedup(results: Results) -> Picture | None:
 
 
 def efficiency(results: Results) -> Picture | None:
-    """Speedup by the number of ranks."""
+    """Draw speedup divided by the number of ranks."""
     base = _base(results)
     drawn = _over_ranks(results, lambda figure, of: figure / base / of.cpus, "efficiency")
     if drawn is None:
@@ -136,7 +136,7 @@ def efficiency(results: Results) -> Picture | None:
 
 
 def accuracy(results: Results) -> Picture | None:
-    """Accuracy over wall time, judged after every epoch."""
+    """Draw accuracy over wall time, evaluated after every epoch."""
     told = results["accuracy"]
     runs = [run for run in told["runs"] if run["curve"]] if told else []
     if not runs:
@@ -159,7 +159,7 @@ def accuracy(results: Results) -> Picture | None:
 
 
 def shares(results: Results) -> Picture | None:
-    """What every rank did with its time, a group of bars for each mode."""
+    """Draw how every rank spent its time, a group of bars for each mode."""
     traces = results["traces"]
     if not traces:
         return None
@@ -188,7 +188,7 @@ def shares(results: Results) -> Picture | None:
 
 
 def tidy(axes: Axes) -> None:
-    """A grid behind what is drawn, and no frame above and on the right."""
+    """Draw a grid behind the data, and no frame at the top and right."""
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)

@@ -1,4 +1,4 @@
-"""results.json for people: tables, and an analysis in words that is made from the figures."""
+"""The report: results.json as tables, with an analysis in words from the figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ actions."""
 
 
 def to_markdown(results: Results, plots: Sequence[str] = ()) -> str:
-    """The whole report; `plots` are the names of the pictures that lie beside it, without their endings."""
+    """Return the whole report; `plots` are the names of the pictures beside it, without their suffixes."""
     lines = [f"# Speedup of {results['config']}", "", *_head(results), ""]
     if not results["complete"]:
         lines += [f"**Not complete: {failure_in_words(results)}. What follows is what there is.**", ""]
@@ -45,7 +45,7 @@ def to_markdown(results: Results, plots: Sequence[str] = ()) -> str:
 
 
 def failure_in_words(results: Results) -> str:
-    """Why the comparison has not come to its end."""
+    """Explain why the comparison is incomplete."""
     failure = results["failure"]
     if failure is None:
         return "it is still running, or was killed"
@@ -104,7 +104,7 @@ def _line(figure: Figure, cores: int) -> str:
 
 
 def _cell(text: str) -> str:
-    """What stands in a cell must not end it: layouts have bars between their stages."""
+    """Escape the text of a table cell: layouts have bars between their stages."""
     return text.replace("\n", " ").replace("|", r"\|")
 
 
@@ -146,7 +146,7 @@ def _accuracy(results: Results) -> list[str]:
 
 
 def equality(results: Results) -> list[str]:
-    """What all sides have in common, where they differ, and what the figures leave out."""
+    """Describe what all sides have in common, where they differ, and what the figures do not include."""
     alike = (
         "All sides train the same network from the same initial weights with the same optimizer, learning rates, data "
         f"type and mini-batches of {results['batch_size']} rows, which are the same rows in the same order."
@@ -181,5 +181,5 @@ def equality(results: Results) -> list[str]:
 
 
 def one_line(side: dict[str, Any], figure: float) -> str:
-    """For the terminal, after a turn."""
+    """Return a line for the terminal after a turn."""
     return f"{in_words(side)}: {figure:,.0f} samples/s"

@@ -1,4 +1,4 @@
-"""Measured programs: started one after the other, and what they leave."""
+"""Measured programs: started one after another, with their results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any
 from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup.machine import Launcher, environment
 
-LAST_LINES = 12  # of a program that failed
-PATIENCE = 10  # seconds that a program which is told to stop has for it
+LAST_LINES = 12  # lines of a failed program's output that are shown
+PATIENCE = 10  # seconds that a program has to stop
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training of this package left in its run folder."""
+    """The results of a training of this package in its run folder."""
 
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -31,8 +31,7 @@ class Trained:
 
 
 def run(command: Sequence[str], threads: int = 1) -> str:
-    """The standard output of a program. Raises ChildError if it fails; if this program is stopped meanwhile, that one
-    is stopped, too."""
+    """Return the standard output of a program. Raises ChildError if it fails; stopping this program stops it, too."""
     with subprocess.Popen(
         command,
         env=environment(threads),
@@ -41,7 +40,7 @@ def run(command: Sequence[str], threads: int = 1) -> str:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that what the launcher has started can be stopped together
+        start_new_session=True,  # so that all processes of the launcher can be stopped
     ) as process:
         try:
             out, err = process.communicate()
@@ -55,7 +54,7 @@ def run(command: Sequence[str], threads: int = 1) -> str:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """End a launcher, which then ends its ranks; whatever is left in its session is killed."""
+    """Stop a launcher, which then ends its ranks; remaining processes of its session are killed."""
     process.terminate()
     try:
         process.communicate(timeout=PATIENCE)
@@ -65,7 +64,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def train(config: Path, ranks: int, launcher: Launcher) -> Trained:
-    """A training of the configuration in this file, on so many ranks, in a run folder that is gone afterwards."""
+    """Train the configuration in this file on `ranks` ranks, in a temporary run folder."""
     with tempfile.TemporaryDirectory(prefix="nettorrent-") as folder:
         output = Path(folder, "run")
         run(launcher.command(ranks, training(config, output)))
@@ -73,7 +72,7 @@ def train(config: Path, ranks: int, launcher: Launcher) -> Trained:
 
 
 def left_in(output: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
-    """(summary, metrics, trace) of a run folder."""
+    """Return (summary, metrics, trace) of a run folder."""
     trace = output / "trace.json"
     return (
         json.loads((output / "summary.json").read_text()),
@@ -83,12 +82,12 @@ def left_in(output: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str | N
 
 
 def training(config: Path, output: Path) -> list[str]:
-    """The training command, without its launcher."""
+    """Return the training command, without its launcher."""
     return [sys.executable, "-m", "nettorrent_mpi.train", str(config), "--output", str(output)]
 
 
 def torch_peer(config: Path, options: Sequence[str], threads: int) -> dict[str, Any]:
-    """What torch_peer.py told of the configuration in this file."""
+    """Return torch_peer.py's output for the configuration in this file."""
     program = [sys.executable, "-m", "nettorrent_mpi.speedup.torch_peer", str(config)]
     lines = run([*program, "--threads", str(threads), *options], threads).splitlines()
     told: dict[str, Any] = json.loads(lines[-1])
@@ -96,8 +95,8 @@ def torch_peer(config: Path, options: Sequence[str], threads: int) -> dict[str, 
 
 
 def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:
-    """(seconds since training began, epoch, accuracy) wherever it was measured: of the validation rows, which stop_at
-    looks at, or of the test set where none are kept back."""
+    """Return (seconds since training began, epoch, accuracy) of each evaluation: on the validation rows, which stop_at
+    uses, or on the test set if none are held back."""
     found = []
     for record in metrics:
         accuracy = record.get("validation_accuracy")

@@ -1,15 +1,14 @@
-"""What each rank did with its time, from the actions in the trace of a run.
+"""The shares of each rank's time, computed from the actions in the trace of a run.
 
     compute         loading, forward, backward, gradients in parts, update (L, F, B, M, U). Collective operations inside
-                    layers (cols, batch norm) count here: they are no actions of their own
+                    layers (cols, batch norm) count here, since they are no actions of their own
     communication   posting receives, sending, waiting for a buffer to be sent; receiving, reducing and gathering (RA,
-                    RG, R, N, G) once everybody needed was there; exchanging with peers (X, Y), deadlines included
-    waiting         in R, N or G for the last rank to come: ranks were not equally fast
+                    RG, R, N, G) once all required ranks were there; exchanging with peers (X, Y), deadlines included
+    waiting         in R, N or G for the last rank to arrive: ranks were not equally fast
     bubble          in a receive (RA, RG) for a message that its sender had not begun to send: the pipeline was empty
     other           between the actions: Python, reports
 
-Added up they are the whole time, evaluations left out. Ranks of different hosts have different clocks: shares hold for
-one host.
+Their sum is the whole time without evaluations. Clocks of different hosts differ: shares are valid for one host.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from nettorrent_mpi.plan.actions import Action, parse
 from nettorrent_mpi.plan.topology import Place
 
 PARTS = ("compute", "communication", "waiting", "bubble", "other")
-MET = ("R", "N", "G")  # what ranks do at the same time
-SKIPPED = 5  # steps at the beginning, in which buffers are touched for the first time
+MET = ("R", "N", "G")  # actions that ranks do at the same time
+SKIPPED = 5  # first steps, in which buffers are touched for the first time
 _PLACE = re.compile(r"rank \d+: replica (\d+), stage (\d+) \(.*\), row (\d+), col (\d+)")
 
 
 class TracedSpan(NamedTuple):
-    """What a rank did from begin to end, in microseconds, within a step."""
+    """A TracedSpan is one action of a rank, from begin to end in microseconds, within a step."""
 
     rank: int
     action: Action
@@ -42,14 +41,14 @@ class TracedSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class TracedRun:
-    """The spans of a run in the order of each rank, and where the ranks stand."""
+    """The spans of a run in the order of each rank, and the ranks' positions."""
 
     places: list[Place]
     spans: list[TracedSpan]
 
 
 def read(text: str) -> TracedRun:
-    """A Chrome trace as a run with `trace: true` writes it."""
+    """Read a Chrome trace as written by a run with `trace: true`."""
     events = json.loads(text)["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     places = []
@@ -66,8 +65,8 @@ def read(text: str) -> TracedRun:
 
 
 def shares(trace: TracedRun, steps: int, micro_batches: int) -> list[dict[str, float]]:
-    """For each rank the part of its time that each of PARTS took, from its step SKIPPED (or the first, where there are
-    no more) to the last update of training step steps - 1, each step of so many micro-batches."""
+    """Return for each rank the fraction of its time on each of PARTS, from its step SKIPPED (or the first, if there are
+    no more) to the last update of training step steps - 1, each step with `micro_batches` micro-batches."""
     first = SKIPPED if steps > SKIPPED else 0
     chosen = [span for span in trace.spans if first <= span.step < steps]
     known = _Known(trace.places, chosen, micro_batches)
@@ -93,10 +92,10 @@ def _of_one(own: Sequence[TracedSpan], whole: float, known: _Known) -> dict[str,
 
 
 def _training(spans: Sequence[TracedSpan]) -> tuple[list[TracedSpan], float]:
-    """(a rank's spans that are training, the microseconds from the first to the last without the others).
+    """Return (a rank's spans that are training, the microseconds from the first to the last without the others).
 
-    A step's list ends with G. What is counted as the same step and comes after it is an evaluation, or a comparison of
-    replicas, which training waits for; of the last G's too.
+    A step's list ends with G. Spans of the same step number after it belong to an evaluation, or a comparison of
+    replicas, which training waits for; so do those after the last G.
     """
     last = {span.step: index for index, span in enumerate(spans) if span.action.kind == "G"}
     own: list[TracedSpan] = []
@@ -113,7 +112,7 @@ def _training(spans: Sequence[TracedSpan]) -> tuple[list[TracedSpan], float]:
 
 
 class _Known:
-    """When what an action waits for was there."""
+    """The times at which the messages and ranks that actions wait for were there."""
 
     def __init__(self, places: Sequence[Place], spans: Iterable[TracedSpan], micro_batches: int):
         self._places, self._micro_batches = places, micro_batches
@@ -131,7 +130,7 @@ class _Known:
             self._rows[place.stage] = max(self._rows.get(place.stage, 0), place.row + 1)
 
     def ready(self, span: TracedSpan) -> float:
-        """The moment from which nobody else was to be waited for, in microseconds; 0 where nobody was."""
+        """Return the time in microseconds at which the last other rank was ready; 0 if none is involved."""
         place, action = self._places[span.rank], span.action
         if action.kind in ("RA", "RG"):
             stage = place.stage + (-1 if action.kind == "RA" else 1)
@@ -143,16 +142,17 @@ class _Known:
         return 0.0
 
     def _number(self, span: TracedSpan) -> int:
-        """The micro-batch, counted through all steps: without flush a stage has some of the next step in its step."""
+        """Return the micro-batch's number over all steps: without flush a stage has some of the next step in its
+        step."""
         return span.step * self._micro_batches + (span.action.micro_batch or 0)
 
     def _share_rows(self, a: Place, b: Place) -> bool:
-        """Do ranks of neighbouring teams have rows of a micro-batch in common? As if rows were divided evenly."""
+        """Whether ranks of neighbouring teams have rows of a micro-batch in common, as if rows were divided evenly."""
         of_a, of_b = self._rows[a.stage], self._rows[b.stage]
         return a.row * of_b < (b.row + 1) * of_a and b.row * of_a < (a.row + 1) * of_b
 
     @staticmethod
     def _group(place: Place, kind: str) -> tuple[int, int]:
-        """Whom a rank reduces and gathers with, as (stage, col): the holders of the same neurons, whatever row and
-        replica; N: everybody."""
+        """Return the group that a rank reduces and gathers with, as (stage, col): the holders of the same neurons, over
+        rows and replicas; for N all ranks."""
         return (-1, -1) if kind == "N" else (place.stage, place.col)

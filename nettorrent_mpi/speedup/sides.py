@@ -1,4 +1,4 @@
-"""Who is compared: this package's modes on each number of ranks, and PyTorch on as many cores."""
+"""The sides of a comparison: this package's modes on each number of ranks, and PyTorch on as many cores."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ PEERS = {
     COMPILE: "PyTorch, torch.compile",
     DDP: "PyTorch, DistributedDataParallel (gloo)",
 }
-OPTIONS = {TORCH: [], CHANNELS_LAST: ["--channels-last"], COMPILE: ["--compile"], DDP: []}  # of torch_peer.py
+OPTIONS = {TORCH: [], CHANNELS_LAST: ["--channels-last"], COMPILE: ["--compile"], DDP: []}  # options of torch_peer.py
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that take turns. `cpus` is what it may use: ranks, processes or threads."""
+    """A Side is one participant of the comparison. `cpus` is the number of its ranks, processes or threads."""
 
     name: str  # "rows-2"
     mode: str  # a key of modes.MODES, SERIAL, or one of PEERS
     kind: str  # OURS or TORCH
     cpus: int
-    layout: str | None = None  # of ours, in one line
+    layout: str | None = None  # of our modes, in one line
     micro_batches: int | None = None
-    impossible: str | None = None  # why it is not measured
+    impossible: str | None = None  # the reason why it is not measured
 
     @property
     def options(self) -> list[str]:
-        """Of torch_peer.py, besides its threads."""
+        """Return the options for torch_peer.py, except its threads."""
         return [*OPTIONS[self.mode], *(["--processes", str(self.cpus)] if self.mode == DDP else [])]
 
     @property
     def threads(self) -> int:
-        """Of each process."""
+        """The threads of each process."""
         return self.cpus if self.kind == TORCH and self.mode != DDP else 1
 
     def plain(self) -> dict[str, Any]:
-        """For results.json."""
+        """Return the side's entry in results.json."""
         return asdict(self) | {"samples_per_second": []}
 
 
 def ours(plans: Sequence[Candidate]) -> list[Side]:
-    """A side for each plan, possible or not."""
+    """Return a side for each candidate, possible or not."""
     return [Side(f"{p.mode}-{p.ranks}", p.mode, OURS, p.ranks, p.layout, p.micro_batches, p.impossible) for p in plans]
 
 
 def torch_is_there() -> bool:
-    """Can PyTorch be imported? It is not loaded here."""
+    """Whether PyTorch can be imported. It is not loaded here."""
     return importlib.util.find_spec("torch") is not None
 
 
 def peers(names: Sequence[str], ranks: Sequence[int], setup: Setup) -> list[Side]:
-    """PyTorch's sides on the same numbers of cores, with the reason where one could not do the same as `setup`."""
+    """Return PyTorch's sides on the same numbers of cores, with the reason if one could not do the same as `setup`."""
     found = []
     for name in names:
         for count in ranks:
             if name == DDP and count == 1:
-                continue  # which is plain PyTorch
+                continue  # the same as plain PyTorch
             why = _unequal(name, count, setup)
             found.append(Side(f"{name}-{count}", name, TORCH, count, impossible=why))
     return found
@@ -86,7 +86,7 @@ def _unequal(name: str, count: int, setup: Setup) -> str | None:
 
 
 def in_words(side: dict[str, Any]) -> str:
-    """ "rows, 2 ranks"."""
+    """Describe a side: "rows, 2 ranks"."""
     unit = "rank" if side["kind"] == OURS else "process" if side["mode"] == DDP else "thread"
     several = {"rank": "ranks", "process": "processes", "thread": "threads"}
     name = "one rank" if side["mode"] == SERIAL else side["mode"]

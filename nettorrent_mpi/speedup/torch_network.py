@@ -31,10 +31,10 @@ _OPTIMIZERS = {
 
 
 class TorchNetwork(nn.Module):
-    """The layers that `layers` describe, applied to rows of `shape` as PyTorch has them (channels first).
+    """The layers that `layers` describe in PyTorch, applied to rows of `shape` (channels first, as PyTorch has them).
 
-    `modules_by_name` maps the names that model.h5 uses to the modules with parameters. Values are those that PyTorch
-    draws until `load` sets them. float32; `.double()` makes it float64.
+    `modules_by_name` maps the names in model.h5 to the modules with parameters. Values are those that PyTorch draws
+    until `load` sets them. float32; `.double()` makes it float64.
     """
 
     def __init__(self, layers: Sequence[specs.LayerSpec], shape: Sequence[int], prefix: str = ""):
@@ -47,7 +47,7 @@ class TorchNetwork(nn.Module):
                 self.stack.append(module)
                 probe = module(probe).detach()
         self.output_shape = tuple(probe.shape[1:])
-        for module in self.modules():  # what trying the layers out has left in the statistics
+        for module in self.modules():  # undo the effect of the trial pass on the statistics
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.reset_running_stats()
 
@@ -67,7 +67,7 @@ class TorchNetwork(nn.Module):
                 tensor.copy_(value)
 
     def arrays(self) -> dict[str, Array]:
-        """All parameters and statistics, as model.h5 has them."""
+        """Return all parameters and statistics, as in model.h5."""
         return {key: to_numpy(tensor) for key, tensor in self._tensors()}
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
@@ -79,13 +79,13 @@ class TorchNetwork(nn.Module):
         ]
 
     def _made(self, spec: specs.LayerSpec, x: Tensor, name: str) -> list[nn.Module]:
-        """What one layer becomes; `x` has the shape of its input."""
+        """Return one layer's module; `x` has the shape of its input."""
         made: nn.Module
         if isinstance(spec, specs.Linear):
             made = nn.Linear(x.shape[1], spec.units, bias=spec.bias)
         elif isinstance(spec, specs.Conv2d):
             kernel = specs.pair(spec.kernel)
-            odd = all(size % 2 for size in kernel)  # an even kernel wants more padding at the end, so a string
+            odd = all(size % 2 for size in kernel)  # an even kernel needs more padding at the end, so a string
             same: Any = tuple(size // 2 for size in kernel) if odd else "same"
             padding = same if spec.padding == "same" else 0
             made = nn.Conv2d(x.shape[1], spec.filters, kernel, spec.stride, padding, bias=spec.bias)
@@ -135,7 +135,7 @@ def _without_parameters(spec: specs.LayerSpec) -> list[nn.Module]:
         return [nn.AvgPool2d(spec.size, spec.stride)]
     if isinstance(spec, specs.GlobalAvgPool2d):
         return [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    if isinstance(spec, specs.Flatten):  # in the order of this package, so that the next weights mean the same
+    if isinstance(spec, specs.Flatten):  # in this package's order, so that the next weights correspond
         return [_ChannelsLast(), nn.Flatten()]
     if isinstance(spec, specs.Dropout):
         return [nn.Dropout(spec.rate)]
@@ -145,7 +145,7 @@ def _without_parameters(spec: specs.LayerSpec) -> list[nn.Module]:
 
 
 def make_optimizer(spec: specs.Spec, parameters: Sequence[Tensor]) -> Any:
-    """PyTorch's optimizer of the same name, with the same options; its default implementation."""
+    """Return PyTorch's optimizer of the same name, with the same options and its default implementation."""
     options = spec.options()
     if "initial_accumulator" in options:
         options["initial_accumulator_value"] = options.pop("initial_accumulator")
@@ -153,7 +153,7 @@ def make_optimizer(spec: specs.Spec, parameters: Sequence[Tensor]) -> Any:
 
 
 def loss_of(spec: specs.Spec, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean loss of these rows, a scalar. `targets` as `Split.targets` gives them."""
+    """Return the mean loss of these rows, a scalar. `targets` are from `Split.targets`."""
     if isinstance(spec, specs.CrossEntropy):
         return functional.cross_entropy(outputs, targets, label_smoothing=spec.label_smoothing)
     if targets.dim() == 1:
@@ -166,20 +166,21 @@ def loss_of(spec: specs.Spec, outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def count_right(spec: specs.Spec, outputs: Tensor, targets: Tensor) -> int:
-    """How many rows are told right, as this package counts them; targets are labels."""
+    """Return the number of correct rows, as this package counts them; targets are labels."""
     if outputs.shape[1] == 1 and isinstance(spec, specs.BinaryCrossEntropy):
         return int(((outputs.reshape(-1) > 0) == (targets > 0.5)).sum())
     return int((outputs.argmax(1) == targets).sum())
 
 
 def to_torch(name: str, array: Array) -> Tensor:
-    """An array of model.h5 as PyTorch has it: only weights of linear and conv2d have more than one dimension."""
+    """Convert an array of model.h5 to PyTorch's layout: only weights of linear and conv2d have more than one
+    dimension."""
     if name == "weight" and array.ndim > 1:
         array = array.T if array.ndim == 2 else np.transpose(array, (3, 2, 0, 1))
     return torch.tensor(np.ascontiguousarray(array))
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """The other way round."""
+    """Convert a PyTorch array to the layout of model.h5."""
     array: Array = tensor.detach().numpy()
     return array.T if array.ndim == 2 else np.transpose(array, (2, 3, 1, 0)) if array.ndim == 4 else array

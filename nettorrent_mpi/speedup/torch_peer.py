@@ -2,9 +2,9 @@
 
     python -m nettorrent_mpi.speedup.torch_peer CONFIG.yaml --steps 100 [--threads 2] [--processes 2] ...
 
-prints one line of JSON. A step is all that training needs: gathering the rows of the mini-batch from what the files
-hold, kept in memory, changing and scaling them, forward, loss, backward, optimizer. The mini-batch goes through in one
-piece, except where batch norm takes its statistics of a micro-batch. Needs PyTorch, the extra `compare`.
+prints one line of JSON. A step includes all that training needs: gathering the rows of the mini-batch from the stored
+values in memory, augmenting and scaling them, forward, loss, backward, optimizer. The mini-batch is processed as a
+whole, unless batch norm takes its statistics over a micro-batch. Needs PyTorch, the extra `compare`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ WARM_UP = 10  # steps before the timed ones
 
 
 def channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a row in PyTorch."""
+    """Return the shape of a row in PyTorch."""
     return (shape[2], shape[0], shape[1]) if len(shape) == 3 else shape
 
 
 class Rows:
-    """A split's rows in memory as the file has them (bytes, or floats), and mini-batches of them."""
+    """A split's rows in memory as stored in the file (bytes, or floats), and mini-batches of them."""
 
     def __init__(self, split: Split, dtype: torch.dtype, augment: Augment | None, channels_last: bool):
         raw = np.empty((split.rows, int(np.prod(split.shape)) * split.dtype.itemsize), np.uint8)
@@ -51,7 +51,7 @@ class Rows:
         rows = raw.view(split.dtype).reshape(split.rows, *split.shape)
         rows = rows.astype(split.dtype.newbyteorder("="), copy=False)
         self._images = len(split.shape) == 3
-        self._last = self._images and (channels_last or augment is not None)  # how rows lie in memory
+        self._last = self._images and (channels_last or augment is not None)  # memory layout of rows
         self._format = torch.channels_last if channels_last and self._images else torch.contiguous_format
         first = self._images and not self._last
         self._rows = torch.from_numpy(np.ascontiguousarray(np.moveaxis(rows, -1, 1)) if first else rows)
@@ -63,7 +63,7 @@ class Rows:
         self._offset = None if (offset == 0).all() else torch.tensor(offset, dtype=dtype).reshape(channels)
 
     def batch(self, rows: np.ndarray[Any, Any], key: int = 0, *, training: bool = True) -> tuple[Tensor, Tensor]:
-        """(inputs, targets) of these rows; `key` seeds the augmentation, which only training has."""
+        """Return (inputs, targets) of these rows; `key` seeds the augmentation, in training only."""
         chosen = torch.tensor(rows)
         x = self._rows.index_select(0, chosen)
         if self._augment is not None and training:
@@ -88,7 +88,7 @@ class Peer:
         config, network = setup.config, setup.network
         self._setup, self._rank, self._size = setup, rank, options.processes
         self._loss, self._clip = config.model.loss, config.train.clip_norm
-        # A process's rows go through in one piece: what batch norm sees would otherwise be another mini-batch.
+        # A process's rows are processed as a whole, or batch norm would see another mini-batch.
         self._pieces = setup.options.micro_batches if network.has_batch_norm else 1
         self._dtype = torch.float64 if config.dtype == "float64" else torch.float32
         self._channels_last = options.channels_last
@@ -101,13 +101,13 @@ class Peer:
         self._model: Any = self.network
         if options.processes > 1:
             self._model = nn.parallel.DistributedDataParallel(self.network)
-        if options.compile:  # a size of its own for the last, shorter mini-batch of an epoch
+        if options.compile:  # the size of the last, shorter mini-batch of an epoch
             self._model = torch.compile(self._model, dynamic=False)
         self._optimizer = make_optimizer(config.train.optimizer, list(self.network.parameters()))
         self._judged: tuple[Rows, np.ndarray[Any, Any]] | None = None
 
     def step(self, n: int, rate: float) -> None:
-        """Training step n, counted from 0."""
+        """Run training step n, counted from 0."""
         sampler = self._setup.sampler
         rows, key = sampler.rows(n), sampler.augment_key(n)
         for group in self._optimizer.param_groups:
@@ -120,7 +120,7 @@ class Peer:
                 continue
             x, targets = self._train_rows.batch(mine, key)
             outputs = self._model(x)
-            # DistributedDataParallel averages over the processes; the share of the rows makes it the mean over them.
+            # DistributedDataParallel averages over the processes; the fraction of the rows makes it the mean over rows.
             share = len(mine) * self._size / len(rows)
             loss = loss_of(self._loss, outputs, targets) * share if len(mine) else outputs.sum() * 0
             loss.backward()
@@ -129,7 +129,7 @@ class Peer:
         self._optimizer.step()
 
     def read_judged(self) -> None:
-        """Hold the rows that stop_at looks at: validation rows if some are kept back, otherwise the test set."""
+        """Read the rows that stop_at evaluates: validation rows if some are held back, otherwise the test set."""
         sampler, test = self._setup.sampler, self._setup.dataset.test
         if len(sampler.validation_rows):
             self._judged = self._train_rows, sampler.validation_rows
@@ -137,7 +137,7 @@ class Peer:
             self._judged = Rows(test, self._dtype, None, self._channels_last), np.arange(test.rows)
 
     def accuracy(self) -> float | None:
-        """On the rows that were read for it, by all processes together; None where there are none."""
+        """Return the accuracy on these rows over all processes; None if there are none."""
         if self._judged is None:
             return None
         rows, chosen = self._judged
@@ -160,13 +160,13 @@ class Peer:
 
 
 def initial_weights(setup: Setup) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays that this package begins with, "<layer>/<name>"."""
+    """Return the initial arrays of this package, "<layer>/<name>"."""
     whole = setup.network.stage(0, setup.network.weight_layers, 1, 0)
     return {key: initial_value(p, setup.config.seed, key.rpartition("/")[0]) for key, p in whole.parameters}
 
 
 def measure_speed(peer: Peer, setup: Setup, steps: int) -> dict[str, Any]:
-    """Samples of all processes per second in `steps` steps, after WARM_UP others."""
+    """Return the samples of all processes per second in `steps` steps, after WARM_UP others."""
     sampler, train = setup.sampler, setup.config.train
     rate = make_rate(train.schedule, train.optimizer.options()["lr"], steps, sampler.steps_per_epoch)
     for n in range(WARM_UP):
@@ -205,7 +205,7 @@ def train_until(peer: Peer, setup: Setup, accuracy: float) -> dict[str, Any]:
 
 
 def train(options: argparse.Namespace, rank: int) -> dict[str, Any]:
-    """What this process measured."""
+    """Return the measurements of this process."""
     torch.set_num_threads(options.threads)
     setup = set_up(configuration.load(options.config), 1)
     torch.manual_seed(setup.config.seed + rank)  # of dropout
@@ -223,7 +223,8 @@ def train(options: argparse.Namespace, rank: int) -> dict[str, Any]:
 
 
 def train_one_of_many(rank: int, options: argparse.Namespace, meeting_point: str) -> None:
-    """One process of DistributedDataParallel over gloo; process 0 tells. The meeting point is a URL of PyTorch's."""
+    """Run one process of DistributedDataParallel over gloo; process 0 prints. The meeting point is a URL of
+    PyTorch's."""
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=options.processes)
     measured = train(options, rank)
     dist.barrier()
