@@ -1,1 +1,1 @@
-"""Floor 4: the command line, and everything that a person sees of it."""
+"""Floor 5: the command line and its output."""

@@ -1,4 +1,4 @@
-"""Parses the command line: every command with its options and its `--help`."""
+"""The command line: every command with its options and its `--help`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds and runs the commands, the words after `nettorrent`."""
+"""The commands, the words after `nettorrent`: finding and running them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
 
 
 def launched_first() -> bool:
-    """Whether this process is the first of its launcher: it tells what is told once even where MPI cannot be asked."""
+    """Whether this process is the first of its launcher: it prints what is printed once even if MPI cannot be used."""
     variables = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in variables if name in os.environ), "0") == "0"
 

@@ -1,4 +1,4 @@
-"""Writes the report of `--dry-run`: who does what, when, how fast that should be, and the memory it takes.
+"""The report of `--dry-run`: who does what when, the predicted speed, and the memory.
 
 Plain text of at most WIDTH columns, the same on a terminal and in a file.
 """
@@ -21,15 +21,15 @@ from nettorrent_mpi.plan.stream import window_steps
 from nettorrent_mpi.plan.timeline import table
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
-if TYPE_CHECKING:  # a report needs neither engine nor MPI
+if TYPE_CHECKING:  # the report needs neither engine nor MPI
     from nettorrent_mpi.engine.setup import Setup
 
 
 def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None = None) -> str:
-    """Describe a run before it starts; `memory` is that of each stage's largest rank, `hosts` names each rank's node
-    where it is known.
+    """Describe a run before it starts; `memory` is that of each stage's largest rank, `hosts` names each rank's node if
+    known.
 
-    Raises ScheduleError if the schedule could wait for ever, which would be a fault of this package.
+    Raises ScheduleError if the schedule could deadlock, which would be an error of this package.
     """
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     train = config.train
@@ -145,7 +145,8 @@ class _Shares:
 
 
 def schedule_table(pipeline: str, stages: int, micro_batches: int) -> str:
-    """The table of plan/timeline.py, cut into pieces that fit the width; of a very long one only the beginning."""
+    """Return the table of plan/timeline.py, cut into pieces that fit the width; of a very long one only the
+    beginning."""
     lines = table(build(pipeline, stages, micro_batches)).splitlines()
     label = len(f"stage {stages - 1}")
     steps = len(lines[0][label:].split())
@@ -165,7 +166,7 @@ def schedule_table(pipeline: str, stages: int, micro_batches: int) -> str:
 
 
 def stages_table(setup: Setup) -> str:
-    """Write what each stage costs: predicted seconds of a step, micro-batches stored at once."""
+    """Write the cost of each stage: predicted seconds of a step, micro-batches stored at once."""
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     train = config.train
     micro_batches = setup.options.micro_batches
@@ -213,7 +214,7 @@ def stages_table(setup: Setup) -> str:
 
 
 def memory_table(memory: Sequence[Memory]) -> str:
-    """Write a line for each stage; columns that would be 0 are left out."""
+    """Write a line for each stage; columns that would be 0 are omitted."""
     names = [field.name for field in fields(Memory) if any(getattr(each, field.name) for each in memory)]
     rows = [
         [str(s), *(_megabytes(getattr(each, name)) for name in names), _megabytes(each.total)]
@@ -243,7 +244,7 @@ def layers(stage: Stage, facts: Sequence[LayerFacts]) -> str:
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """Write neighbours as 12-31; of many separate ranges the first ones and how many more there are."""
+    """Write neighbours as 12-31; for many separate ranges the first ones and the number of the others."""
     ordered = sorted(set(numbers))
     found: list[list[int]] = []
     for n in ordered:

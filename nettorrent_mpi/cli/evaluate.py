@@ -1,4 +1,4 @@
-"""Runs `nettorrent evaluate` and `nettorrent export` on a finished run."""
+"""The commands `nettorrent evaluate` and `nettorrent export`, for a finished run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes what `--dry-run` says of the exchange between replicas, and of a pipeline that does not flush."""
+"""The report of `--dry-run` on the exchange between replicas, and on a pipeline that does not flush."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream, versions
 from nettorrent_mpi.plan.timeline import simulate, steady_bubble
 
-if TYPE_CHECKING:  # a report needs neither engine nor MPI
+if TYPE_CHECKING:  # the report needs neither engine nor MPI
     from nettorrent_mpi.engine.setup import Setup
 
-AGREED = 1e-3  # the distance at which replicas count as agreed, as part of what it was
+AGREED = 1e-3  # the distance at which replicas count as agreed, relative to the initial one
 
 
 def exchange_block(setup: Setup) -> str | None:
-    """Describe who exchanges what with whom, and how fast the replicas agree; None where there is nothing to say."""
+    """Describe who exchanges what with whom, and how fast the replicas agree; None if there is no exchange."""
     config, replicas = setup.config, setup.topology.replicas
     exchange = config.exchange
     if replicas == 1 and config.exact:
@@ -162,7 +162,7 @@ def _average(pairing: Pairing, gossip: Gossip) -> str:
 
 
 def _fewer(gossip: Gossip) -> str:
-    """Name what makes a round achieve less than the pairing's figures say."""
+    """Name what makes a round achieve less than the pairing's figures."""
     less = [
         *(["this probability"] if gossip.probability < 1 else []),
         *(["compression"] if not isinstance(gossip.compress, Whole) else []),
@@ -191,15 +191,15 @@ def _sends(setup: Setup, gossip: Gossip, pairing: Pairing) -> str:
 
 
 def _vector(setup: Setup, *, states: bool) -> int:
-    """The most elements that a rank exchanges: of the stage with most, its part of what its col holds, and with
-    `states` the optimizer's of the same."""
+    """Return the largest number of elements that a rank exchanges: its part of its col's parameters, in the largest
+    stage, and with `states` the optimizer's."""
     stages = setup.topology.stages
     arrays = 1 + states * len(make_optimizer(setup.config.train.optimizer).states)
     return max(-(-_parameters(setup, index) // stage.rows) for index, stage in enumerate(stages)) * arrays
 
 
 def _parts(setup: Setup, gossip: Gossip) -> int:
-    """Into how many parts, which take turns, the vector is divided; 1 where that is measured later."""
+    """Return the number of parts of the vector, which take turns; 1 if it is measured later."""
     if gossip.part == "auto":
         return 1
     return max(min(round(1 / gossip.part), _vector(setup, states="optimizer" in gossip.average)), 1)
@@ -217,7 +217,7 @@ def _itemsize(setup: Setup) -> int:
 
 
 def _asked(spec: Spec) -> str:
-    """`linear, start 0.5, end 0.1, target 1000`."""
+    """Write a spec's options: `linear, start 0.5, end 0.1, target 1000`."""
     if spec == ConstantMix():
         return "the pairing's own weights"
     return ", ".join([spec.kind, *(f"{name} {value}" for name, value in spec.options().items())])

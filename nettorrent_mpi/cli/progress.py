@@ -1,4 +1,4 @@
-"""Shows on rank 0 how the training goes: by a live display on a terminal, by plain lines everywhere else.
+"""The progress of a training on rank 0: a live display on a terminal, plain lines elsewhere.
 
 `rich` is loaded only for the live display. It redraws when there is news and never by a thread of its own, which would
 take time from the rank that runs it.
@@ -17,7 +17,7 @@ _LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun", "prun")
 
 
 class Reporter(Protocol):
-    """A Reporter shows the records of a training. It is used on rank 0 only."""
+    """A Reporter shows the records of a training, on rank 0 only."""
 
     def report(self, record: Record) -> None:
         """Show a record between evaluations: step, epoch, train_loss, learning_rate, samples_per_second, time."""
@@ -35,8 +35,8 @@ class Reporter(Protocol):
 def open_reporter(
     stream: TextIO, *, layout: str, ranks: int, environment: str, output: str, steps: int, steps_per_epoch: int
 ) -> Reporter:
-    """Make the reporter for `stream`. It first shows the layout in one line, the environment that was chosen and the
-    run folder. `steps` is how many the run has in all."""
+    """Make the reporter for `stream`. It first shows the layout in one line, the chosen environment and the run folder.
+    `steps` is the number of steps of the run."""
     width = terminal_width(stream)
     where = f"{layout} on {ranks} rank{'s' if ranks > 1 else ''}"
     reporter: Reporter
@@ -54,8 +54,8 @@ def open_reporter(
 def terminal_width(stream: TextIO) -> int | None:
     """Return the width of the terminal behind `stream`; None if it is not a terminal that a person watches.
 
-    Open MPI gives each rank a pseudo-terminal of size 0 x 0 even where mpirun writes to a file, so there it is
-    mpirun's own output that counts.
+    Open MPI gives each rank a pseudo-terminal of size 0 x 0 even if mpirun writes to a file, so there mpirun's own
+    output decides.
     """
     try:
         if not stream.isatty():
@@ -115,7 +115,7 @@ class Lines:
 
 
 class Live:
-    """Shows bars for the run and the epoch with the latest figures; a line stays for every evaluation."""
+    """Shows bars for the run and the epoch with the latest figures; a line remains for every evaluation."""
 
     def __init__(self, stream: TextIO, steps: int, steps_per_epoch: int, width: int, layout: str):
         from rich.console import Console, Group
@@ -138,12 +138,12 @@ class Live:
         self._run = self._bars.add_task("run", total=steps, note="")
         self._now = Text("the first steps are under way", style="dim", no_wrap=True, overflow="ellipsis")
         head = Text(layout, style="cyan", no_wrap=True, overflow="ellipsis")
-        end = Text("")  # mpirun passes a line on when it ends, so the last one would stay behind
+        end = Text("")  # mpirun forwards complete lines, so the last one would be delayed
         self._display = Display(
             Group(head, self._bars, self._now, end), console=self._console, auto_refresh=False, redirect_stdout=False
         )
         self._display.start()
-        self._console.show_cursor(True)  # a run that is killed cannot bring it back
+        self._console.show_cursor(True)  # a killed run cannot restore it
 
     def report(self, record: Record) -> None:
         step, seconds = record["step"], remaining(record, self._steps)
@@ -178,7 +178,7 @@ def figures(record: Record) -> str:
 
 
 def scores(record: Record) -> str:
-    """Write the figures of an evaluation, as far as there are any."""
+    """Write the figures of an evaluation, if there are any."""
     parts = []
     if record.get("test_loss") is not None:
         parts.append(f"test loss {record['test_loss']:.4f}")

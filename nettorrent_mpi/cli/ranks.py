@@ -1,4 +1,4 @@
-"""Starts the ranks of a command, and ends it on all of them."""
+"""Starting the ranks of a command, and ending it on all of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from nettorrent_mpi.plan.errors import NetTorrentError
 
 
 class Ranks:
-    """Ranks starts MPI for a command, whose exit code is `code`. No rank outlives the failure of another one.
+    """A context manager that starts MPI for a command, whose exit code is `code`. No rank outlives the failure of
+    another one.
 
-    An error that all ranks agree on is told by rank 0 in one line, and every rank ends with its code. A user's mistake
-    that one rank alone sees is told by that rank in one line, anything else with its traceback; both end all ranks.
-    What was put into `open` is closed first, the last one first.
+    An error that all ranks agree on is printed by rank 0 in one line, and every rank ends with its code. A user's
+    mistake that only one rank sees is printed by that rank in one line, any other error with its traceback; both end
+    all ranks. Objects in `open` are closed first, in reverse order.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs `nettorrent train`, from the configuration to the summary."""
+"""The command `nettorrent train`, from the configuration to the summary."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def train(arguments: Sequence[str], chosen: str) -> int:
 
 
 def _plan(world: World, args: argparse.Namespace) -> PlannedRun:
-    """Plan the run that was asked for."""
+    """Plan the requested run."""
     before = peak_memory()
     config = world.once(lambda: read(args))
     checker = peak_memory() - before  # loaded on rank 0, to read the configuration
@@ -71,7 +71,7 @@ def _plan(world: World, args: argparse.Namespace) -> PlannedRun:
 
 
 def read(args: argparse.Namespace) -> Config:
-    """Read the configuration that was asked for. Only here, on rank 0, a new run loads pydantic."""
+    """Read the requested configuration. Only here, on rank 0, a new run loads pydantic."""
     config = load_config(args.config, *args.changes)
     if args.ranks is not None and not args.dry_run:
         raise ConfigError("--ranks is for --dry-run; a real run has the ranks that mpirun -n started")
@@ -81,14 +81,14 @@ def read(args: argparse.Namespace) -> Config:
 
 
 class Run:
-    """A Run shows a training to a person and writes its folder. All ranks call; rank 0 shows and writes."""
+    """A Run shows a training and writes its folder. All ranks call its methods; rank 0 shows and writes."""
 
     def __init__(self, world: World, planned: PlannedRun, trainer: Trainer, folder: RunFolder):
         self._world, self._planned, self._trainer, self._folder = world, planned, trainer, folder
         self._reporter: Reporter | None = None
 
     def begin(self, chosen: str, *, resumed: bool) -> None:
-        """Create the folder, and show what is about to run. `chosen` says how the environment was set."""
+        """Create the folder, and describe the run. `chosen` says how the environment was set."""
         world, setup = self._world, self._planned.setup
         with world.agreement():
             if world.rank == 0:
@@ -113,7 +113,7 @@ class Run:
         (self._reporter.epoch if record.evaluated else self._reporter.report)(line)
 
     def end(self) -> int:
-        """Write the results, unless a signal has stopped the training; returns the exit code."""
+        """Write the results, unless a signal has stopped the training; return the exit code."""
         stopped = self._trainer.stopped_by == SIGNAL
         if stopped and self._reporter is not None:
             self._reporter.message(f"stopped by a signal after step {self._trainer.step}; go on with --resume")

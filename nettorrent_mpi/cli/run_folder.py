@@ -1,4 +1,4 @@
-"""Writes the run folder on rank 0: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json.
+"""The run folder, written on rank 0: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json.
 
 The checkpoints in it are written by the trainer.
 """
@@ -36,10 +36,10 @@ class RunFolder:
             )
 
     def create(self, config: str, after: int | None = None) -> None:
-        """Make the folder, write config.yaml and open metrics.jsonl.
+        """Create the folder, write config.yaml and open metrics.jsonl.
 
-        A new run removes an earlier one's files; one that goes on after step `after` keeps them, and of metrics.jsonl
-        the lines up to that step.
+        A new run removes an earlier one's files; one that resumes after step `after` keeps them, and the lines of
+        metrics.jsonl up to that step.
         """
 
         def body() -> None:
@@ -61,7 +61,7 @@ class RunFolder:
         self._guard(body, "config.yaml")
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl, which can be read at once."""
+        """Append a line to metrics.jsonl, which can be read immediately."""
 
         def body() -> None:
             assert self._metrics is not None

@@ -1,11 +1,11 @@
-"""Formats tables and wrapped lines of at most WIDTH columns."""
+"""Tables and wrapped lines of at most WIDTH columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 WIDTH = 120
-MOST_LINES = 40  # of a table: more is folded or left out
+MOST_LINES = 40  # columns of a table: more is folded or omitted
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
@@ -19,7 +19,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence
 
 
 def wrapped(label: str, text: str) -> list[str]:
-    """Break `text` at spaces into as many lines as it takes; the first begins with the label."""
+    """Break `text` at spaces into lines; the first begins with the label."""
     lines = [label]
     for word in text.split(" "):
         if len(lines[-1]) + 1 + len(word) > WIDTH and lines[-1].strip():

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:  # ranks that are given a checked configuration load neither
+if TYPE_CHECKING:  # ranks that receive a checked configuration load neither
     from pydantic import ValidationError
 
     from nettorrent_mpi.config.yaml_lines import Path
@@ -89,7 +89,7 @@ class Known(NamedTuple):
 def explain(error: ValidationError, data: Any, known: Known) -> list[Found]:
     """List the mistakes of `error`, each at a path that exists in `data` (or would, for a missing key)."""
     found = _collect(error, data, (), known)
-    # a mistake deeper inside makes an alternative's complaint about the whole value worthless
+    # a mistake deeper inside makes an alternative's complaint about the whole value irrelevant
     paths = {f.path for f in found}
     found = [f for f in found if not (f.hollow and any(p != f.path and p[: len(f.path)] == f.path for p in paths))]
     # an unknown key that is a misspelt wanted one is one mistake, not two

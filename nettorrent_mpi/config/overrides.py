@@ -11,12 +11,12 @@ from nettorrent_mpi.config.mistakes import Mistake, nearest, shown
 from nettorrent_mpi.config.yaml_lines import Document, Path, Source, dotted
 from nettorrent_mpi.plan.errors import ConfigError
 
-# Of these only one may be given: setting one takes away what the file says of the other.
+# Only one of these may be given: setting one removes the file's value of the other.
 _EITHER = {("train", "steps"): "epochs", ("train", "epochs"): "steps"}
 
 
 def apply(document: Document, overrides: Sequence[str]) -> None:
-    """Changes `document` by each KEY=VALUE in turn.
+    """Change `document` by each KEY=VALUE in turn.
 
     KEY is a path of names and list positions with dots between them (`model.layers.0.conv2d.filters`, or `layers[0]`);
     VALUE is YAML. Raises ConfigError, whose place is the text of the --set.
@@ -32,7 +32,7 @@ def apply(document: Document, overrides: Sequence[str]) -> None:
         _put(document.value, path, value, where)
         document.record(path, where)
         for length in range(1, len(path)):
-            document.places.setdefault(path[:length], where)  # mappings that were made on the way
+            document.places.setdefault(path[:length], where)  # mappings that were created on the way
         chosen.add(path)
         if path in _EITHER and value is not None:
             other = (*path[:-1], _EITHER[path])
@@ -48,7 +48,7 @@ def _path(key: str, equals: str, where: Source) -> Path:
 
 
 def _put(root: Any, path: Path, value: Any, where: Source) -> None:
-    """Sets `value` at `path`, making mappings on the way."""
+    """Set `value` at `path`, creating mappings on the way."""
     here: Any = root
     for depth, part in enumerate(path):
         last = depth == len(path) - 1

@@ -84,7 +84,7 @@ class Data(Section):
     validation: Annotated[float, Bounds(ge=0, lt=1)] = 0.0  # the part of the training rows that is held back
     augment: tuple[Literal["flip", "crop"], ...] = ()
     partition: Literal["shared", "disjoint"] = "shared"  # disjoint: each replica trains on its own part of the rows
-    mean: float | tuple[float, ...] | None = None  # taken away from the pixels, one for all or one per channel
+    mean: float | tuple[float, ...] | None = None  # subtracted from the pixels, one for all or one per channel
     std: float | tuple[float, ...] | None = None  # the pixels are divided by it
     transposed: bool = False  # the letters are stored column by column, as EMNIST publishes them
     rows: Count | None = None  # of synthetic data only, like the next three
@@ -108,7 +108,7 @@ class Data(Section):
         if self.name == "synthetic":
             for option, default in SYNTHETIC.items():
                 if getattr(self, option) is None:
-                    object.__setattr__(self, option, default)  # still being made: nobody has seen it without
+                    object.__setattr__(self, option, default)  # still under construction: not yet visible without it
         if len(set(self.augment)) < len(self.augment):
             raise Mistake("names the same thing twice", "augment")
         for option, values in (("mean", self.mean), ("std", self.std)):
@@ -158,7 +158,7 @@ class Train(Section):
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None:
-            object.__setattr__(self, "epochs", 10)  # still being made: nobody has seen it without
+            object.__setattr__(self, "epochs", 10)  # still under construction: not yet visible without it
         if self.epochs is not None and self.steps is not None:
             raise Mistake("epochs and steps cannot both be given: leave one out", "steps")
         if self.micro_batches != "auto" and self.micro_batches > self.batch_size:

@@ -76,5 +76,5 @@ def configure(
             place.pop(_EITHER[name], None)
     config = reading.from_plain(asked)
     if given:
-        object.__setattr__(config.data, "name", "arrays")  # still being made: nobody has seen it with another name
+        object.__setattr__(config.data, "name", "arrays")  # still under construction: not yet visible with another name
     return config

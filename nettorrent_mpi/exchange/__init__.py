@@ -32,16 +32,17 @@ def make_exchange(
     batch_size: int = 1,
     report_every: int = 1,
 ) -> Exchange:
-    """Make the exchange that `spec` (one of exchange_specs.EXCHANGES) asks for, of one rank with its `peers`: the ranks
-    that own the same elements of the other replicas. All peers call, with shards of the same sizes.
+    """Make the exchange that `spec` (one of exchange_specs.EXCHANGES) describes, for one rank with its `peers`: the
+    ranks that own the same elements in the other replicas. All peers call, with shards of the same sizes.
 
-    `peers` is a communicator for this exchange alone, which its caller made and frees after `close`. A group of one has
-    nobody to exchange with, whatever `spec` says. `optimizer` tells how the learning rate is scaled (None: not at all),
-    `batch_size` how many rows all replicas together train on in a step, `report_every` how many steps lie between two
-    times at which a distance may be known. Where messages are compressed, all
-    replicas have to be the same when the exchange is made: both ends of a pair begin with the same estimates.
+    `peers` is a communicator for this exchange alone, which the caller made and frees after `close`. A group of one has
+    no exchange, whatever `spec` says. `optimizer` determines how the learning rate is scaled (None: not at all),
+    `batch_size` is the number of rows that all replicas together train on in a step, `report_every` the number of steps
+    between two times at which a distance may be known. For `share` and `fence` see Replicas. If messages are
+    compressed, all replicas have to be equal when the exchange is made: both ends of a pair start with the same
+    estimates.
 
-    Raises ConfigError for a pairing or a compression that is not possible.
+    Raises ConfigError for an impossible pairing or compression.
     """
     if peers.size > 1 and isinstance(spec, exchange_specs.Gossip):
         from nettorrent_mpi.exchange.gossip import GossipExchange

@@ -1,4 +1,4 @@
-"""The interface of an exchange says what replicas do at the end of a step and at rest; the base leaves them apart."""
+"""The interface of an exchange: what replicas do at the end of a step and at rest. The base class keeps them apart."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from nettorrent_mpi.plan.scores import Scores
 
 
 class Exchange(Replicas):
-    """One rank exchanges weights with its peers through this interface; this class itself is for replicas that train
-    apart.
+    """An Exchange makes one rank agree with its peers; this class itself is for replicas that train apart.
 
     A step (they count from 1) ends with `before_update`, the optimizer's update of the shards, `after_update`. All
     ranks of all replicas call the same methods after the same steps.
     """
 
-    # Lets messages move while this rank computes: to be called between actions and between layers.
+    # Lets messages progress while this rank computes: called between actions and between layers.
     progress: Callable[[], None] | None = None
-    # Whether `after_update` changes the shards, so that they can be all-gathered among their holders only then.
+    # Whether `after_update` changes the shards, so that the holders can all-gather them only afterwards.
     changes_after_update: ClassVar[bool] = False
-    # Whether a step waits for messages of peers, however late they are.
+    # Whether a step waits for messages of peers without a deadline.
     waits_for_peers: bool = False
     # Whether `tell_loss` is to be called.
     wants_loss: bool = False
-    # What of the replicas is evaluated and kept in the end: their average, or the best one by `metric`.
+    # What is evaluated, and kept in the end: the replicas' average, or the best one by `metric`.
     averages: ClassVar[bool] = False
     metric: str = "validation_loss"
 
     def rate_scale(self, done: float, decay: float) -> float:
-        """Return what the learning rate is multiplied by. `done` is the part of the run that is done, from 0 to 1;
-        `decay` what the schedule has made of the learning rate, from 1 to 0."""
+        """Return the factor on the learning rate. `done` is the completed part of the run, from 0 to 1; `decay` what
+        the schedule has made of the learning rate, from 1 to 0."""
         return 1.0
 
     def next_rest(self, step: int) -> int | None:
@@ -54,21 +53,21 @@ class Exchange(Replicas):
     ) -> Scores | None:
         """Do what is due when all ranks rest after `step`; return the best replica's scores if replicas were compared.
 
-        `compare` evaluates each replica on the validation rows, of which all ranks get the scores; all of them call it.
-        `distance` is the replicas' root mean square distance from their mean, relative to it, as far as it is known.
+        `compare` evaluates each replica on the validation rows and returns the scores to all ranks; all of them call
+        it. `distance` is the replicas' root mean square distance from their mean, relative to it, if known.
         """
         return None
 
     def memories(self) -> dict[str, list[Array]]:
-        """Return what a checkpoint holds besides parameters and optimizer state: by name an array like each of the
-        shards' parameters. A restored run writes into them and calls `recall`. Settled."""
+        """Return what a checkpoint holds besides parameters and optimizer state: by name, arrays like the shards'
+        parameters. A restored run writes into them and calls `recall`. Settled."""
         return {}
 
     def recall(self, step: int) -> None:
-        """Go on after `step`, where parameters and `memories` were restored, or all replicas are the same."""
+        """Continue after `step`: parameters and `memories` were restored, or all replicas are equal."""
 
     def figures(self, ranks: Group) -> dict[str, Any]:
-        """Return what the members of `ranks` did on average, for people. All of them call."""
+        """Return figures of the exchange, averaged over `ranks`, for reports. All of them call."""
         return {}
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""The elite exchange now and then lets replicas take over the weights of better ones.
+"""The elite exchange lets replicas take over the weights of better ones at intervals.
 
-`best`: all take the winner's weights and optimizer state, as NetTorrent did. `tournament`: replicas compete in random
-pairs, and the loser takes the winner's, as LBANN does (Jacobs et al. 2017, "Towards scalable parallel training of deep
-neural networks"). Validation rows judge, never the test set.
+`best`: all take the winner's weights and optimizer state, as in NetTorrent. `tournament`: replicas compete in random
+pairs, and the loser takes the winner's, as in LBANN (Jacobs et al. 2017, "Towards scalable parallel training of deep
+neural networks"). Validation rows decide, never the test set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nettorrent_mpi.plan.scores import Scores, best_of
 
 
 def steps_between(spec: Elite, batch_size: int) -> int:
-    """Return the steps from one comparison to the next, enough to train on at least `every_samples` rows."""
+    """Return the number of steps between comparisons, enough to train on at least `every_samples` rows."""
     return -(-spec.every_samples // batch_size)
 
 
@@ -37,7 +37,7 @@ def takes(spec: Elite, found: Sequence[Scores], number: int, seed: int) -> list[
 
 
 class EliteExchange(Exchange):
-    """Compares the replicas every so many steps and lets the losers take the winners' weights."""
+    """Compares the replicas at intervals and gives the losers the winners' weights."""
 
     def __init__(self, spec: Elite, shards: Shards, peers: Group, device: Device, *, seed: int, batch_size: int):
         super().__init__(shards, peers, device)

@@ -1,9 +1,9 @@
-"""Both ends of a pair estimate what the other has, and keep the estimates up by compressed differences (CHOCO-SGD).
+"""Both ends of a pair estimate each other's values, and update the estimates by compressed differences (CHOCO-SGD).
 
 Koloskova, Stich, Jaggi 2019 (arXiv 1902.00340), here with an estimate for each direction of each pair, so that the
 pairs may change from round to round: for a -> b both ends hold the same x_hat_ab. In a round a sends q = C(x_a -
-x_hat_ab), both add q to x_hat_ab, and then each moves by gamma * weight * (what it knows - what is known of it). What
-compression leaves out stays in the difference and is sent later: error feedback.
+x_hat_ab), both add q to x_hat_ab, and then each moves by gamma * weight * (its estimate of the other - the other's
+estimate of it). What compression omits stays in the difference and is sent later: error feedback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nettorrent_mpi.plan.specs import Spec
 
 
 class Estimates:
-    """Holds one rank's estimates: two vectors for every peer that it exchanges with, made at the first message."""
+    """One rank's estimates: two vectors for every peer that it exchanges with, allocated at the first message."""
 
     def __init__(self, compress: Spec, gamma: float | None, vector: Vector):
         self.format = MessageFormat(compress)
@@ -24,15 +24,15 @@ class Estimates:
         self._vector = vector
         self._reference = self._like_vector()
         self._difference = self._like_vector()
-        self._sent: dict[int, Array] = {}  # what the peer knows of this vector
-        self._known: dict[int, Array] = {}  # what is known here of the peer's
+        self._sent: dict[int, Array] = {}  # the peer's estimate of this vector
+        self._known: dict[int, Array] = {}  # this rank's estimate of the peer's
         self.begin()
 
     def _like_vector(self) -> Array:
         return self._vector.device.empty((self._vector.size,), self._vector.dtype)
 
     def begin(self) -> None:
-        """Begin all estimates anew with the present values, which are the same for all peers."""
+        """Restart all estimates from the present values, which are equal on all peers."""
         whole = Span(0, self._vector.size)
         self._vector.read(whole, self._reference)
         for estimate in (*self._sent.values(), *self._known.values()):
@@ -45,7 +45,7 @@ class Estimates:
         return estimates[member][slice(*where)]
 
     def write(self, to: int, where: Span, out: Array) -> None:
-        """out <- the message to a peer about the elements `where`, whose estimate it will then have."""
+        """Write the message to a peer about the elements `where` to `out`, and update the peer's estimate of them."""
         estimate, difference = self._of(self._sent, to, where), self._difference[: where.size]
         self._vector.difference(where, estimate, difference)
         ops = self._vector.device.ops
@@ -57,8 +57,8 @@ class Estimates:
         self._vector.device.ops.decode_add(self.format.kind, message, self._of(self._known, source, where))
 
     def approach(self, source: int, out: int | None, weight: float, where: Span) -> None:
-        """Move towards `source`, by as much as `out` moves away: the same peer, or where messages go one way only,
-        the one that this rank has sent to. Nothing where there is none."""
+        """Move towards `source` by as much as `out` moves away: the same peer, or with one-way messages the one that
+        this rank has sent to. Nothing without a source."""
         if out is not None:
             known, sent = self._of(self._known, source, where), self._of(self._sent, out, where)
             self._vector.move(where, self._gamma * weight, known, sent)

@@ -1,8 +1,8 @@
-"""By gossip replicas average with few others at a time, in messages that travel while the next step computes.
+"""Gossip: replicas average with few others at a time, by messages that travel while the next step computes.
 
-A rank exchanges what it owns (its shards, `Vector`) with its peers, which own the same of other replicas. A round goes
-over one part of the vector; the parts take turns, and the pairing goes on when all have had theirs, so that every
-element meets the same sequence of partners. exchange/rounds.py sends and waits, exchange/mixer.py merges,
+A rank exchanges what it owns (its shards, `Vector`) with its peers, which own the same elements of other replicas. A
+round covers one part of the vector; the parts take turns, and the pairing advances when all have had theirs, so that
+every element has the same sequence of partners. exchange/rounds.py sends and waits, exchange/mixer.py merges,
 exchange/merging.py has the formulas.
 """
 
@@ -33,13 +33,13 @@ from nettorrent_mpi.plan.scores import Scores
 from nettorrent_mpi.plan.specs import Spec
 
 WARM_UP = 8  # rounds with small parts, before `part: auto` measures
-SMALL = 1 << 14  # elements of these parts
+SMALL = 1 << 14  # elements in each of these parts
 
 
 class GossipExchange(Exchange):
-    """One rank gossips with its peers.
+    """One rank's gossip with its peers.
 
-    Of its own latest steps it may withhold a part (`withholding`): `before_update` takes a snapshot of the shards, and
+    It may withhold a part of its own latest steps (`withholding`): `before_update` takes a snapshot of the shards, and
     `after_update` takes that part of the change back, until peers know of it.
     """
 
@@ -70,13 +70,13 @@ class GossipExchange(Exchange):
         self.rounds = Rounds(spec, self.pairing, peers, self.mixer, seed, parts)
         self._decide_what_to_withhold()
         self._slow = SlowMomentum(spec.slow_momentum, shards.parameters, device) if spec.slow_momentum else None
-        self._masses: Array | None = None  # of each element, on their way from a checkpoint
+        self._masses: Array | None = None  # masses of elements restored from a checkpoint
         self._warming = spec.part == "auto"
-        self._seconds: list[float] = []  # from boundary to boundary, while warming up
+        self._seconds: list[float] = []  # seconds from boundary to boundary, while warming up
         self._last = 0.0
         self._steps = 0
         if spec.overlap:
-            # A thread for it was within 3 % (benchmarks/results/exchange.md), and would take a core that computes.
+            # A thread instead was within 3 % (benchmarks/results/exchange.md), and would take a core from compute.
             self.progress = self._progress
 
     def _progress(self) -> None:
@@ -105,7 +105,7 @@ class GossipExchange(Exchange):
         if self._warming and self._last:
             self._seconds.append(time.perf_counter() - self._last)
         self.mixer.clock += 1
-        if self._withhold:  # what peers know of is released before a part of the next step is withheld
+        if self._withhold:  # changes that peers know are released before a part of the next step is withheld
             self._merge(step)
             for shard, before in zip(self.shards.parameters, self._before, strict=True):
                 self.device.ops.copy(before, shard)
@@ -114,7 +114,7 @@ class GossipExchange(Exchange):
         if self._withhold:
             for shard, before, kept in zip(self.shards.parameters, self._before, self._withheld, strict=True):
                 self.device.ops.withhold(shard, before, kept, self._withhold)
-        else:  # messages may come until now
+        else:  # messages may arrive until now
             self._merge(step)
         self._steps += 1
         number, rest = divmod(step, self._spec.every)
@@ -123,12 +123,12 @@ class GossipExchange(Exchange):
         self._last = time.perf_counter()
 
     def _merge(self, step: int) -> None:
-        """Close the round that is under way; without overlap there is none."""
+        """Close the round in progress; without overlap there is none."""
         if not self._spec.overlap:
             return
         if step % self._spec.every == 0:
             self.rounds.close(wait=True)
-        elif self.rounds.is_open and self._spec.deadline != "none":  # which makes runs repeatable
+        elif self.rounds.is_open and self._spec.deadline != "none":  # which makes runs reproducible
             self.rounds.close(wait=False)
 
     def _do_round(self, number: int, rate: float) -> None:
@@ -149,9 +149,9 @@ class GossipExchange(Exchange):
             self.shards.share()
 
     def _calibrate(self) -> None:
-        """Choose the parts by what the links and this rank's steps are like. All peers call."""
+        """Choose the number of parts by measuring the links and this rank's steps. All peers call."""
         self.settle()
-        if self.mixer.push_sum:  # masses are of the parts as they were
+        if self.mixer.push_sum:  # masses belong to the former parts
             self.average()
             self.averaged()
             self.shards.share()
@@ -161,7 +161,7 @@ class GossipExchange(Exchange):
         self._decide_what_to_withhold()
 
     def _decide_what_to_withhold(self) -> None:
-        """Decide for as many parts as there are now. Settled, so that nothing is withheld."""
+        """Decide what to withhold with the present number of parts. Settled, so that nothing is withheld."""
         self._withhold = withholding(self._spec, self.count, self.mixer.parts)
         arrays = self.shards.parameters if self._withhold else ()
         self._before = [self.device.empty(array.shape, array.dtype) for array in arrays]
@@ -177,7 +177,8 @@ class GossipExchange(Exchange):
         self._last = 0.0
 
     def average(self) -> None:
-        """Statistics are averaged only here: training does not read them, and differences would spoil a variance."""
+        """Average parameters and statistics. Statistics are averaged only here: training does not read them, and
+        differences would distort a variance."""
         self.mixer.average(self.peers)
         for array in self.shards.statistics:
             self.peers.mean(array)
@@ -192,7 +193,7 @@ class GossipExchange(Exchange):
             self._slow.begin()
 
     def memories(self) -> dict[str, list[Array]]:
-        """Return SlowMo's momenta and what the last average led to; with push-sum the mass of every parameter."""
+        """Return SlowMo's momenta and the result of the last average; with push-sum the mass of every parameter."""
         slow = self._slow
         found = {"slow_momentum": slow.momenta, "slow_before": slow.before} if slow is not None else {}
         if self.mixer.push_sum:

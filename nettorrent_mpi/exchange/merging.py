@@ -1,6 +1,6 @@
-"""The arithmetic of merges tells how much a replica takes of a peer, whom it trusts to answer, how long it waits.
+"""The arithmetic of merges: the weight of a peer's values, the score of its reliability, and the deadline of a round.
 
-Numbers only; who exchanges with whom is in plan/pairing.py. Factors, merged clocks and scores are those of dpwa
+Numbers only; the pairing is in plan/pairing.py. Factors, merged clocks and scores are those of dpwa
 (github.com/loudinthecloud/dpwa, dpwa.py, interpolation.py, conn.py), after Jin et al. 2016, "How to scale distributed
 deep learning?" (arXiv 1611.04581).
 """
@@ -17,17 +17,17 @@ from nettorrent_mpi.plan.exchange_specs import ClockMix, ConstantMix, LinearMix,
 from nettorrent_mpi.plan.pairing import HIGHEST_SCORE, LOWEST_SCORE
 from nettorrent_mpi.plan.specs import Spec
 
-SUCCESS, TIMEOUT = 10, -100  # what a peer's score changes by
-WINDOW = 64  # past rounds that the automatic deadline follows
-LEAST_ROUNDS = 8  # before there is one
-DEVIATIONS = 5  # of normally distributed round times, 1 in 2700 would come later
+SUCCESS, TIMEOUT = 10, -100  # changes of a peer's score
+WINDOW = 64  # past rounds that determine the automatic deadline
+LEAST_ROUNDS = 8  # rounds before there is one
+DEVIATIONS = 5  # with normally distributed round times, 1 in 2700 would be later
 
 
 class Standing(NamedTuple):
-    """Tells how far a replica has come; sent along with its parameters, and used for oneself.
+    """A Standing is a replica's progress, which is sent with its parameters.
 
-    `loss` is at least 0; math.nan while it is unknown, because no step was done, and math.inf once it diverged (see
-    `told_loss`). `clock` is the age of the model in steps (a fraction after merges, see `merged_clock`).
+    `loss` is at least 0; math.nan while unknown, because no step was done, and math.inf once it diverged (see
+    `told_loss`). `clock` is the age of the model in steps (fractional after merges, see `merged_clock`).
     """
 
     loss: float
@@ -35,8 +35,7 @@ class Standing(NamedTuple):
 
 
 def told_loss(loss: float | None) -> float:
-    """Return the loss as a `Standing` has it: None, not known yet, becomes nan; one that is not finite, nan included,
-    inf."""
+    """Convert a loss for a `Standing`: None (unknown) becomes nan; a non-finite one, nan included, inf."""
     if loss is None:
         return math.nan
     return loss if math.isfinite(loss) else math.inf
@@ -95,31 +94,31 @@ def _share(a: float, b: float, power: int = 1) -> float:
 
 
 def merged_clock(f: float, clock: float, peer_clock: float) -> float:
-    """Return the age of a model that took f of a peer."""
+    """Return the age of a model that merged a peer with factor f."""
     return f * peer_clock + (1.0 - f) * clock
 
 
 class FlowControl:
-    """Scores the peers by how they answered: dpwa's flow control, seen by one replica.
+    """Scores the peers by how they answered: dpwa's flow control, from the view of one replica.
 
-    `scores` has one for each replica, from 10 to 1000 (its own, too, which nobody looks at): plan.pairing.draw_target
-    takes it as it is.
+    `scores` has one for each replica, from 10 to 1000 (its own, too, which is not used): the form that
+    plan.pairing.draw_target takes.
     """
 
     def __init__(self, replicas: int):
         self.scores = [HIGHEST_SCORE] * replicas
 
     def succeeded(self, peer: int) -> None:
-        """The peer's message came in time."""
+        """Record that the peer's message came in time."""
         self._change(peer, SUCCESS)
 
     def timed_out(self, peer: int) -> None:
-        """The peer's message did not come before the deadline."""
+        """Record that the peer's message missed the deadline."""
         self._change(peer, TIMEOUT)
 
     def came_late(self, peer: int) -> None:
-        """The message came after the deadline, but before the next one was due: the peer is there, only not in step. It
-        gets back what it lost."""
+        """Record that the message came after the deadline, but before the next one was due: the peer is alive, only out
+        of step. It regains what it lost."""
         self._change(peer, -TIMEOUT)
 
     def patience(self, peer: int) -> float:
@@ -131,11 +130,11 @@ class FlowControl:
 
 
 class Deadline:
-    """Tells how long a round may take: a number of milliseconds, "none" (any time), or "auto".
+    """The Deadline limits the time of a round: a number of milliseconds, "none" (no limit), or "auto".
 
     The automatic one is the median of the last WINDOW rounds' times plus DEVIATIONS times their median absolute
-    deviation from it: neither is moved by a few stragglers. While fewer than LEAST_ROUNDS are known there is none,
-    because the first rounds, which set up connections and touch memory for the first time, would not be typical.
+    deviation: neither is moved by a few stragglers. With fewer than LEAST_ROUNDS there is none, because the first
+    rounds, which set up connections and touch memory for the first time, are not typical.
     """
 
     def __init__(self, limit: float | Literal["auto", "none"]):
@@ -150,8 +149,8 @@ class Deadline:
         self._changed = False
 
     def add(self, seconds: float) -> None:
-        """Take note of a round's time. Of one that was late, tell the time that it took in the end: if the deadline
-        stood for it, rounds that became slower for good would stay late for ever."""
+        """Record a round's time. For a late round it is the time that it took in the end: if the deadline stood for it,
+        rounds that became slower permanently would stay late forever."""
         assert 0.0 <= seconds < math.inf, seconds
         if not self._auto:
             return
@@ -163,10 +162,10 @@ class Deadline:
 
     @property
     def seconds(self) -> float | None:
-        """The deadline lies so many seconds after the start of a round; None: there is none."""
+        """Return the deadline in seconds after the start of a round; None: no limit."""
         if self._changed and len(self._sorted) >= LEAST_ROUNDS:
             middle = _median(self._sorted)
-            # falls, then rises: sorted in one pass
+            # falls, then rises: sorts in one pass
             deviations = sorted(abs(seconds - middle) for seconds in self._sorted)
             self._seconds = middle + DEVIATIONS * _median(deviations)
             self._changed = False

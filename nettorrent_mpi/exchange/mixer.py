@@ -1,14 +1,16 @@
-"""A gossip message moves the vector that this rank owns.
+"""The mixer merges gossip messages into the vector that this rank owns.
 
     x += g * (theirs - mine at the time of sending)
 
-With the pairing's own weights for g and everything in time, the sum over the replicas stays as it was to rounding, also
-when steps were done in between (adding what was received, instead of moving by the difference, would lose a part of
-these steps). Memories (the optimizer's) move towards theirs from what they are now, so that squares stay positive.
+With the pairing's own weights for g and no late messages, the sum over the replicas is preserved up to rounding, also
+when steps were done in between (adding the received values, instead of moving by the difference, would lose a part of
+these steps). Memories (the optimizer's) move towards theirs from their present values, so that squares stay positive.
 
 Sources. dpwa: the factors (exchange/merging.py). Push-sum: Kempe, Dobra, Gehrke 2003; Assran et al. 2019 (stochastic
 gradient push), here in a form for overlap: with mass w, mass sent m and masses received m_j,
+
     w' = w - m + sum m_j,   w' x' = w x - m * (mine at the time of sending) + sum m_j x_j.
+
 Compression: CHOCO-SGD (exchange/estimates.py).
 """
 
@@ -28,25 +30,26 @@ from nettorrent_mpi.plan.blocks import Span, owner, span
 from nettorrent_mpi.plan.exchange_specs import ConstantMix, Gossip, PushSumMix, Whole
 from nettorrent_mpi.plan.pairing import Pairing
 
-NUMBER, START, STOP, CLOCK, LOSS, MASS = range(6)  # the places in a message's head
+NUMBER, START, STOP, CLOCK, LOSS, MASS = range(6)  # positions in a message's head
 
 
 @dataclass
 class Round:
-    """An open round knows its part, what was sent, from whom messages are expected, and which have come."""
+    """A Round is an open round: its part, what was sent, the expected messages, and those that have come."""
 
     number: int
     part: int
     where: Span
     began: float
     expected: dict[int, float]  # source -> weight
-    targets: dict[int, float]  # to -> weight, of those that were sent to
+    targets: dict[int, float]  # target -> weight
     got: dict[int, Arrived] = field(default_factory=dict)
     own: Letter | None = None  # the snapshot; none with compression
 
 
 class Mixer:
-    """Merges messages into the vector; keeps the masses of its parts, and the loss and age of this replica's model."""
+    """A Mixer merges messages into the vector, and keeps the masses of its parts and the loss and age of this replica's
+    model."""
 
     def __init__(self, spec: Gossip, pairing: Pairing, vector: Vector):
         self._spec, self._pairing, self.vector = spec, pairing, vector
@@ -58,7 +61,7 @@ class Mixer:
         self.divide(1)
 
     def divide(self, parts: int) -> None:
-        """Exchange so many parts in turn from now on; masses are equal then."""
+        """Exchange this number of parts in turn from now on; all masses are equal then."""
         self.parts = max(min(parts, self.vector.size), 1)
         self.masses = np.ones(self.parts)
 
@@ -67,20 +70,21 @@ class Mixer:
         return span(self.vector.size, self.parts, part)
 
     def length(self, elements: int) -> int:
-        """Return the bytes of a message about so many elements."""
+        """Return the bytes of a message about this number of elements."""
         if self._estimates is not None:
             return self._estimates.format.bytes(elements)
         return elements * self.vector.bytes_per_element
 
     @property
     def compresses(self) -> bool:
-        """Whether a message differs from target to target."""
+        """Whether messages differ from target to target."""
         return self._estimates is not None
 
-    # -- a message is written ---------------------------------------------------------------------------------------
+    # -- writing messages -------------------------------------------------------------------------------------------
 
     def write(self, letter: Letter, this: Round, to: int | None) -> None:
-        """letter <- what this round sends to everybody, or where messages are compressed, to `to`."""
+        """Write this round's message to the letter: the same for all, or if messages are compressed, the one to
+        `to`."""
         weights = set(this.targets.values())
         assert len(weights) <= 1, "all messages of a round carry the same mass"
         mass = self.masses[this.part] * max(weights, default=0.0)
@@ -95,11 +99,11 @@ class Mixer:
     def _values(self, letter: Letter) -> Array:
         return letter.body[: letter.length].view(self.vector.dtype)
 
-    # -- messages are merged ----------------------------------------------------------------------------------------
+    # -- merging messages -------------------------------------------------------------------------------------------
 
     def merge(self, this: Round) -> None:
-        """Merge what a round has brought, in an order that does not depend on what came first. Others have been told of
-        this rank's steps, so that nothing of them is withheld any more."""
+        """Merge a round's messages in an order that does not depend on their arrival. Others know this rank's steps by
+        then, so withheld changes are released."""
         self.vector.release(this.where)
         if self.push_sum and this.targets:
             self._part_with_mass(this)
@@ -109,12 +113,12 @@ class Mixer:
             self._merge(message, shares[i], sum(shares[i + 1 :]), this)
 
     def merge_late(self, message: Arrived, this: Round | None, age: int) -> None:
-        """Merge one message, with less weight if it is older; `this` is the round that it belongs to, if the part was
+        """Merge one message, with less weight the older it is; `this` is the round that it belongs to, if the part was
         not exchanged since then."""
         self._merge(message, self._share(message, this, age), 0.0, this)
 
     def _share(self, message: Arrived, this: Round | None, age: int) -> float:
-        """Return how much is taken of what a message tells, compared with what this rank has."""
+        """Return the weight of a message's values relative to this rank's."""
         weight, of_round = (0.5, 0.5) if this is None else (this.expected[message.source], sum(this.expected.values()))
         if self.push_sum or self._estimates is not None:
             return weight
@@ -122,19 +126,21 @@ class Mixer:
         theirs = Standing(float(head[LOSS]), float(head[CLOCK]))
         mix = self._spec.mix
         share = weight / of_round
-        if this is not None and not self._pairing.doubly_stochastic:  # those that arrived and this rank's own are alike
+        if (
+            this is not None and not self._pairing.doubly_stochastic
+        ):  # messages that arrived and this rank's values have equal weights
             weight = 1 / (len(this.got) + 1)
         g = factor(mix, self._spec.divergence_threshold, Standing(self.loss, clock), theirs, weight)
-        if not isinstance(mix, ConstantMix) or mix.value is not None:  # f is for all sources together
+        if not isinstance(mix, ConstantMix) or mix.value is not None:  # f is divided over all sources
             g *= share
         behind = 0 if this is None else this.number - int(head[NUMBER])  # rounds
         return g / (1 + max(age, behind if behind > 1 else 0))
 
     def _merge(self, message: Arrived, g: float, others: float, this: Round | None) -> None:
-        """Take g of a message's values; `others` is taken of messages that are merged after it."""
+        """Merge a message's values with weight g; `others` is the weight of messages that are merged after it."""
         letter, head, source = message.letter, message.letter.head, message.source
         where = Span(int(head[START]), int(head[STOP]))
-        if self._own(message, this) is None:  # moved towards the message from where the vector is now
+        if self._own(message, this) is None:  # moves towards the message from the present values
             self.vector.release(where)
         if self._estimates is not None:
             self._estimates.read(source, where, letter.body[: letter.length])
@@ -148,9 +154,9 @@ class Mixer:
             return
         own = self._own(message, this)
         self.vector.move(where, g, values, None if own is None else self._values(own))
-        # Those that are merged after it leave 1 - others of this one.
+        # Messages merged later leave 1 - others of this one.
         self.vector.mix(where, min(g / (1 - others), 1.0) if others < 1 else 0.0, values)
-        # What it is older than this one was when it was sent: so the mean age of two that exchange stays as it was.
+        # Its age minus this one's when it was sent: so the mean age of two that exchange is preserved.
         part = where.size / self.vector.size
         self.clock = merged_clock(g * part, self.clock, self.clock + float(head[CLOCK]) - self._clock_then(own))
 
@@ -164,7 +170,7 @@ class Mixer:
         return self.clock if own is None else float(own.head[CLOCK])
 
     def _part_with_mass(self, this: Round) -> None:
-        """Take away what push-sum has sent: w x - m own = (w - m) x - m (own - x)."""
+        """Subtract what push-sum has sent: w x - m own = (w - m) x - m (own - x)."""
         assert this.own is not None
         sent = float(this.own.head[MASS]) * len(this.targets)
         left = float(self.masses[this.part]) - sent
@@ -181,8 +187,8 @@ class Mixer:
     # -- at rest ----------------------------------------------------------------------------------------------------
 
     def average(self, peers: Group) -> None:
-        """The parameters <- their mean over the replicas; with push-sum the mean weighed by mass, which exchanges do
-        not change. All peers call, settled."""
+        """Set the parameters to their mean over the replicas; with push-sum to the mean weighted by mass, which
+        exchanges do not change. All peers call, settled."""
         totals = self.masses.copy()
         peers.sum(totals)
         for part in range(self.parts):
@@ -191,7 +197,7 @@ class Mixer:
             peers.sum(shard)
 
     def averaged(self) -> None:
-        """Begin anew with replicas that are the same."""
+        """Restart with replicas that are equal."""
         self.masses[...] = 1
         if self._estimates is not None:
             self._estimates.begin()
@@ -205,8 +211,8 @@ class Mixer:
         return whole
 
     def weigh(self, whole: Array) -> None:
-        """Give each part the mass of its elements; `whole` has zeros in the gaps between arrays. Masses of a run with
-        other parts give a part the largest of its elements'."""
+        """Set each part's mass from the masses of its elements; `whole` has zeros in the gaps between arrays. If they
+        come from a run with other parts, a part gets the largest of its elements' masses."""
         for part in range(self.parts):
             inside = whole[slice(*self.where(part))]
             self.masses[part] = inside.max(initial=0.0) or 1.0

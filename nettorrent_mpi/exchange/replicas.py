@@ -1,4 +1,4 @@
-"""Replicas that train apart can be averaged, can show one of them, and can take another one's weights."""
+"""Replicas that train apart: averaging them, showing one of them, and copying the weights of one to others."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ def nothing() -> None:
 class Shards:
     """The flat arrays that one rank owns of its replica; its peers own the same elements of the other replicas.
 
-    `optimizer` has, for each state of the optimizer by its name, an array like each of the `parameters`. `statistics`
-    are arrays that no gradient changes (running means and variances). Where several ranks hold the same blocks and each
-    owns a shard of them, `share` all-gathers the shards among these holders, and `fence` waits until all of them have
-    come, before a shard changes that others read.
+    `optimizer` maps each state of the optimizer to arrays like the `parameters`. `statistics` are arrays without
+    gradients (running means and variances).
     """
 
     parameters: Sequence[Array]
@@ -45,8 +43,11 @@ class Shards:
 
 
 class Replicas:
-    """Moves weights between replicas that have come to rest. All ranks of all replicas call every method, after the
-    same step. `count` is the number of replicas with weights of their own.
+    """Moves weights between replicas at rest. All ranks of all replicas call every method, after the same step.
+
+    Where several ranks hold the same blocks and each owns a shard of them, `share` all-gathers the shards among these
+    holders, and `fence` waits until all of them have come, before a shard changes that others read. `count` is the
+    number of replicas with weights of their own.
     """
 
     def __init__(self, shards: Shards, peers: Group, device: Device):
@@ -55,7 +56,8 @@ class Replicas:
 
     @contextmanager
     def shown(self, best: int | None = None) -> Iterator[None]:
-        """Inside, every replica has the average of all, or the weights of replica `best`; afterwards its own again.
+        """Give every replica the average of all, or the weights of replica `best`, inside the `with` block; afterwards
+        its own again.
 
         Takes memory for one copy of this rank's shards.
         """
@@ -74,7 +76,7 @@ class Replicas:
         self.shards.share()
 
     def become(self, best: int | None = None) -> None:
-        """Every replica takes the average of all, or replica `best`'s weights and optimizer state, and keeps it."""
+        """Give every replica the average of all, or replica `best`'s weights and optimizer state, for good."""
         if self.count == 1:
             return
         self.settle()
@@ -85,7 +87,7 @@ class Replicas:
         self.averaged()
 
     def adopt(self, takes: Sequence[int]) -> None:
-        """Replica r takes the weights and optimizer state of replica takes[r], which keeps its own."""
+        """Give replica r the weights and optimizer state of replica takes[r]."""
         assert all(takes[source] == source for source in takes)
         self.settle()
         self.shards.fence()
@@ -105,15 +107,16 @@ class Replicas:
                 self.peers.broadcast(array, best)
         self.shards.share()
 
-    # -- what an exchange does otherwise ----------------------------------------------------------------------------
+    # -- overridden by exchanges ------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Wait until no message is under way between replicas, and merge all that have come."""
+        """Wait until no message between replicas is in flight, and merge all that have come."""
 
     def average(self) -> None:
-        """This rank's parameters and statistics <- their mean over all replicas. Settled; the caller shares."""
+        """Set this rank's parameters and statistics to their mean over all replicas. Settled; the caller
+        all-gathers."""
         for array in self.shards.weights:
             self.peers.mean(array)
 
     def averaged(self) -> None:
-        """The replicas are the same from now on, with the present parameters."""
+        """Take note that the replicas are equal from now on, with the present parameters."""

@@ -1,7 +1,7 @@
-"""Rounds of gossip send snapshots to peers, wait for theirs until a deadline, and take in what comes late.
+"""Rounds of gossip: they send snapshots to peers, wait for theirs until a deadline, and accept late ones.
 
-A round opens with a snapshot of a part of the vector, which is sent; it closes, one boundary later where messages
-overlap with compute, by merging what has arrived. Nobody waits for a partner longer than the deadline.
+A round opens with a snapshot of a part of the vector, which is sent; it closes, one boundary later if messages overlap
+with compute, by merging what has arrived. No rank waits for a partner longer than the deadline.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from nettorrent_mpi.plan.pairing import Pairing, draw_target
 from nettorrent_mpi.plan.seeds import key
 
 TAG = 5
-FIRST_DEADLINE = 5.0  # seconds, before there are enough rounds to tell one
+FIRST_DEADLINE = 5.0  # seconds, before there are enough rounds for an automatic one
 
 
 @dataclass
 class Counts:
-    """Counts what this rank did since the start: rounds, messages merged in time and late, partners that were late
-    (skipped), sends left out because the last one was not taken yet, seconds spent waiting, bytes sent."""
+    """Counts of this rank's rounds since the start: rounds, messages merged in time and late, partners that were late
+    (skipped), sends omitted because the previous one was not yet received, seconds spent waiting, bytes sent."""
 
     rounds: int = 0
     merged: int = 0
@@ -40,7 +40,7 @@ class Counts:
 
 
 class Rounds:
-    """Does the rounds of one rank with its peers."""
+    """The rounds of one rank with its peers."""
 
     def __init__(self, spec: Gossip, pairing: Pairing, peers: Group, mixer: Mixer, seed: int, parts: int):
         self._spec, self._pairing, self._peers, self._mixer, self._seed = spec, pairing, peers, mixer, seed
@@ -48,28 +48,28 @@ class Rounds:
         self.counts = Counts()
         self._round: Round | None = None
         self._patient = spec.deadline == "none"  # every message is merged in the round that expects it
-        self._held: list[Arrived] = []  # from those who are ahead, until a round expects them
+        self._held: list[Arrived] = []  # from peers that are ahead, until a round expects them
         self._seen = [-1] * self._count  # the round of the last message of each source
         self._owed = [0] * self._count  # rounds that were closed without a message of this source, since its last one
-        self._missed: dict[int, Round] = {}  # the first of these, by source
+        self._missed: dict[int, Round] = {}  # the first of these rounds, by source
         self._flow = FlowControl(self._count)
         self._deadline = Deadline(spec.deadline)
         self.mail = self._divided(parts)
 
     @property
     def is_open(self) -> bool:
-        """Whether a round is under way."""
+        """Whether a round is in progress."""
         return self._round is not None
 
     def _divided(self, parts: int) -> Mail:
-        """Make the mail for messages about one of so many parts."""
+        """Make the mail for messages about one of this number of parts."""
         mixer = self._mixer
         mixer.divide(max(parts, -(-mixer.length(mixer.vector.size) // LARGEST)))
         length = mixer.length(span(mixer.vector.size, mixer.parts, 0).size)
         return Mail(self._peers, -(-length // 8) * 8, receives(self._pairing, self._me), TAG)
 
     def divide(self, parts: int) -> None:
-        """Exchange so many parts in turn from now on. All peers call, settled."""
+        """Exchange this number of parts in turn from now on. All peers call, settled."""
         self.close_mail()
         self.mail = self._divided(parts)
 
@@ -78,10 +78,11 @@ class Rounds:
         self.counts.bytes += self.mail.bytes
         self.mail.close()
 
-    # -- a round opens ----------------------------------------------------------------------------------------------
+    # -- opening a round --------------------------------------------------------------------------------------------
 
     def _takes_place(self, number: int, source: int, target: int) -> bool:
-        """Draw, with `probability`; both ends draw the same, and a pair that exchanges draws once."""
+        """Draw with `probability` whether the message is sent; both ends draw the same, and a pair that exchanges draws
+        once."""
         if self._spec.probability >= 1:
             return True
         pair = sorted((source, target)) if self._pairing.symmetric else (source, target)
@@ -107,7 +108,7 @@ class Rounds:
             self._round = this
 
     def _free_target(self, to: int, turn: int) -> int | None:
-        """Return `to` if it has taken the last message; with random pairing otherwise another one that has."""
+        """Return `to` if it has received the last message; otherwise, with random pairing, another peer that has."""
         while self._patient and not self.mail.can_send(to):
             self._sort(self.mail.take())
             os.sched_yield()
@@ -133,10 +134,10 @@ class Rounds:
             self.mail.send(letter, to)
             self.mail.put_back(letter)
 
-    # -- a round is closed ------------------------------------------------------------------------------------------
+    # -- closing a round --------------------------------------------------------------------------------------------
 
     def close(self, *, wait: bool) -> None:
-        """Merge what has arrived; `wait` until the deadline for what has not, and then go on without it."""
+        """Merge what has arrived; with `wait`, first wait until the deadline for the rest."""
         began = time.perf_counter_ns()
         while True:
             self._sort(self.mail.take())
@@ -153,20 +154,22 @@ class Rounds:
         self.counts.waited += (time.perf_counter_ns() - began) / 1e9
 
     def _may_come(self, source: int, this: Round) -> bool:
-        """Tell whether to wait for a source's message of this round. One source's messages come in the order of its
-        rounds: whoever was seen in this round or a later one is ahead, and sends nothing more for it. This lets a rank
-        that has fallen behind catch up."""
+        """Whether to wait for a source's message of this round.
+
+        Messages of one source arrive in the order of its rounds: a source that was seen in this round or a later one is
+        ahead, and sends nothing more for it. This lets a rank that has fallen behind catch up.
+        """
         return source not in this.got and self._seen[source] < this.number
 
     def _too_late(self, this: Round, missing: list[int]) -> bool:
         if self._patient:
             return False
-        limit = self._deadline.seconds  # not for ever where it is not known yet: a sender may have left a round out
+        limit = self._deadline.seconds  # not forever while it is unknown: a sender may have omitted a round
         limit = FIRST_DEADLINE if limit is None else limit
         return time.perf_counter() >= this.began + limit * max(self._flow.patience(source) for source in missing)
 
     def _sort(self, arrived: list[Arrived]) -> None:
-        """Give messages that the open round expects to it, keep those of peers ahead, merge the others now."""
+        """Assign messages that the open round expects to it, keep those of peers ahead, merge the others now."""
         self._held += arrived
         this, waiting = self._round, self._held
         self._held = []
@@ -178,7 +181,7 @@ class Rounds:
             in_time = number == now if self._patient else number >= now or not self._owed[source]
             if this is not None and wanted and in_time:
                 this.got[source] = message
-                if self._owed[source]:  # its sender left out what this rank went on without
+                if self._owed[source]:  # its sender omitted the message that this rank skipped
                     self._owed[source] = 0
                     self._drop(self._missed.pop(source))
                 continue
@@ -188,7 +191,7 @@ class Rounds:
                 self._merge_late(message, 1)
             else:
                 before = [] if self._patient else [m for m in self._held if m.source == source]
-                for older in before:  # of who is far ahead one is kept
+                for older in before:  # one message of each peer far ahead is kept
                     self._held.remove(older)
                     self._merge_late(older, 0)
                 self._held.append(message)
@@ -204,8 +207,8 @@ class Rounds:
             self._round.got = {source: self.mail.aside(message) for source, message in self._round.got.items()}
 
     def _finish(self, this: Round) -> None:
-        """Merge what the round has brought, in an order that does not depend on what came first."""
-        if len(this.got) == len(this.expected):  # what was late tells its time when it comes
+        """Merge the round's messages in an order that does not depend on their arrival."""
+        if len(this.got) == len(this.expected):  # a late message gives its time when it arrives
             self._deadline.add(time.perf_counter() - this.began)
         self._mixer.merge(this)
         for source, message in this.got.items():
@@ -223,17 +226,19 @@ class Rounds:
         self._drop(this)
 
     def _drop(self, this: Round) -> None:
-        """Put back a closed round's snapshot when no late message can ask for it any more."""
+        """Release a closed round's snapshot when no late message can need it any more."""
         if this.own is not None and all(missed is not this for missed in self._missed.values()):
             self.mail.put_back(this.own)
 
     def _merge_owed(self, message: Arrived) -> None:
-        """Merge a message that a round went on without: as if it had come in time, if it is that message and the
-        part was not exchanged again in the meantime; otherwise with less weight."""
+        """Merge a message that a round skipped: as if it had come in time, if it is that message and the part was not
+        exchanged again in the meantime; otherwise with less weight."""
         source = message.source
         owed, self._owed[source] = self._owed[source], 0
         missed = self._missed.pop(source)
-        self._deadline.add(message.when - missed.began)  # what it took in the end: rounds may be slower for good
+        self._deadline.add(
+            message.when - missed.began
+        )  # the time it took in the end: rounds may have become slower permanently
         if owed == 1:
             self._flow.came_late(source)
         if message.letter.head[NUMBER] == missed.number and owed < self._mixer.parts:
@@ -243,8 +248,8 @@ class Rounds:
         self._drop(missed)
 
     def _merge_late(self, message: Arrived, age: int, this: Round | None = None) -> None:
-        """Merge what no open round expects, with less weight the older it is; but mass is mass, and estimates are kept
-        up."""
+        """Merge a message that no open round expects, with less weight the older it is; but push-sum's mass and the
+        estimates are always updated."""
         self._mixer.merge_late(message, this, age)
         self.counts.late += 1
         self.mail.release(message)
@@ -257,6 +262,6 @@ class Rounds:
         for message in self._held:
             self._merge_late(message, 0)
         self._held = []
-        for source in list(self._missed):  # what has not come was never sent
+        for source in list(self._missed):  # missing messages were never sent
             self._owed[source] = 0
             self._drop(self._missed.pop(source))

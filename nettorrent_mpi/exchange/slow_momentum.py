@@ -1,4 +1,4 @@
-"""Slow momentum changes exact averages: SlowMo (Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1)."""
+"""Slow momentum modifies exact averages: SlowMo (Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from nettorrent_mpi.device.device import Device
 
 
 class SlowMomentum:
-    """u <- beta u + (x0 - x) / rate;  x <- x0 - rate u: x is the average, x0 what the last average led to.
+    """SlowMo computes u <- beta u + (x0 - x) / rate;  x <- x0 - rate u, where x is the average and x0 the result of the
+    last average.
 
     With beta = 0 it changes nothing. `momenta` (u) and `before` (x0) are the same on all replicas.
     """
@@ -21,7 +22,7 @@ class SlowMomentum:
         self.begin()
 
     def begin(self) -> None:
-        """Measure the next average against the present values."""
+        """Measure the next average relative to the present values."""
         for before, shard in zip(self.before, self._shards, strict=True):
             self._device.ops.copy(before, shard)
 

@@ -1,4 +1,4 @@
-"""One long vector addresses all that a rank owns of a replica."""
+"""A vector joins all that a rank owns of a replica."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from nettorrent_mpi.plan.blocks import Span
 
 
 class Vector:
-    """Joins flat arrays of one type, one after the other. The same elements have the same numbers in every replica.
+    """A Vector joins flat arrays of one type, one after the other. The same elements have the same numbers in every
+    replica.
 
-    Each element is a parameter and what is remembered about it: `parameters` are the arrays of the former, and each of
-    `memories` (the optimizer's m, then its v, ...) is a sequence of arrays of the same sizes. They come and go
-    together, because they are right only together. The values of n elements are n parameters, then n of each memory.
+    Each element is a parameter and its memories: `parameters` are the arrays of the former, and each of `memories` (the
+    optimizer's m, then its v, ...) is a sequence of arrays of the same sizes. They travel together, because they are
+    right only together. The values of n elements are n parameters, then n of each memory.
 
     Changes may be withheld: made to the vector, but not yet to the parameters. They are in arrays like the parameters
-    (`withhold`). The vector's values have them; `release` makes them to the parameters, too.
+    (`withhold`). The vector's values include them; `release` applies them to the parameters, too.
     """
 
     def __init__(self, device: Device, parameters: Sequence[Array], memories: Sequence[Sequence[Array]] = ()):
@@ -35,7 +36,7 @@ class Vector:
         return len(self.layers) * self.dtype.itemsize
 
     def _pieces(self, where: Span, parts: Sequence[Array]) -> Iterator[tuple[Array, slice]]:
-        """Yield (view of a part, which of the elements `where` these are)."""
+        """Yield (view of a part, its elements among `where`)."""
         start, stop = where
         begin = 0
         for part in parts:
@@ -45,7 +46,7 @@ class Vector:
             begin += part.size
 
     def read(self, where: Span, out: Array) -> None:
-        """out <- the values of the elements `where`."""
+        """Copy the values of the elements `where` to `out`."""
         for layer, into in zip(self.layers, self._values(where, out), strict=True):
             for piece, place in self._pieces(where, layer):
                 self.device.ops.copy(into[place], piece)
@@ -53,15 +54,15 @@ class Vector:
             self.device.ops.add(out[place], piece, out[place])
 
     def _values(self, where: Span, values: Array) -> list[Array]:
-        """Return those of the parameters, then those of each memory."""
+        """Yield those of the parameters, then those of each memory."""
         return [values[i * where.size : (i + 1) * where.size] for i in range(len(self.layers))]
 
     def withhold(self, changes: Sequence[Array]) -> None:
-        """Count these arrays of withheld changes to the values from now on; they are zeros, or there are none."""
+        """Include these arrays of withheld changes in the values from now on; they are zeros, or there are none."""
         self._withheld = [part for part in changes if part.size]
 
     def release(self, where: Span) -> None:
-        """The parameters `where` <- the vector's values: nothing is withheld there any more."""
+        """Set the parameters `where` to the vector's values: nothing is withheld there any more."""
         if self._withheld:
             both = zip(self._pieces(where, self.layers[0]), self._pieces(where, self._withheld), strict=True)
             for (piece, _), (kept, _) in both:
@@ -69,12 +70,13 @@ class Vector:
                 self.device.ops.fill(kept, 0)
 
     def move(self, where: Span, share: float, towards: Array, origin: Array | None = None) -> None:
-        """Add share * (towards - origin) to the parameters `where`; without origin: to what they are now."""
+        """Add share * (towards - origin) to the parameters `where`; without origin: share * (towards - their present
+        values)."""
         self._move(where, self.layers[0], share, towards, origin)
 
     def mix(self, where: Span, share: float, towards: Array) -> None:
-        """Add share * (towards - what they are now) to the memories `where`: unlike by differences of older values,
-        what was positive remains so. `towards` holds values of parameters, too."""
+        """Add share * (towards - present values) to the memories `where`: unlike with differences of older values,
+        positive values remain positive. `towards` holds values of parameters, too."""
         if len(self.layers) > 1:
             for layer, values in zip(self.layers[1:], self._values(where, towards)[1:], strict=True):
                 self._move(where, layer, share, values, None)
@@ -89,7 +91,7 @@ class Vector:
             self.device.ops.scale(piece, factor)
 
     def difference(self, where: Span, minus: Array, out: Array) -> None:
-        """out <- the parameters `where`, with what is withheld, minus `minus`."""
+        """Compute out <- the parameters `where`, with withheld changes, minus `minus`."""
         for piece, place in self._pieces(where, self.layers[0]):
             self.device.ops.subtract(piece, minus[place], out[place])
         for piece, place in self._pieces(where, self._withheld):

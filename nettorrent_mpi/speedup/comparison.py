@@ -221,6 +221,6 @@ class Comparison:
 
 
 def tell(text: str) -> None:
-    """Progress, for whoever waits."""
+    """Print progress."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

@@ -231,8 +231,8 @@ def train_one_of_many(rank: int, options: argparse.Namespace, meeting_point: str
     if rank == 0:
         sys.stdout.write(json.dumps(measured) + "\n")
     sys.stdout.flush()
-    # A thread of gloo's that still waits for the interpreter while it is taken down ends the process by SIGABRT (seen
-    # now and then with PyTorch 2.13, process group destroyed or not). There is nothing left to take down.
+    # A gloo thread that still waits for the interpreter while it shuts down ends the process by SIGABRT (seen
+    # sometimes with PyTorch 2.13, process group destroyed or not). Nothing remains to be shut down.
     os._exit(0)
 
 
