@@ -23,6 +23,8 @@ import pytest
 if importlib.util.find_spec("torch") is None:
     pytest.skip("PyTorch, to compare with, is not installed (the extra `compare`)", allow_module_level=True)
 
+pytestmark = pytest.mark.slow  # tests/nn compares layers and optimizers one by one
+
 HERE = Path(__file__).resolve().parent
 Run = subprocess.CompletedProcess[str]
 STEPS, ROWS, LR = 20, 22, 0.05
@@ -240,7 +242,7 @@ def test_training_equals_pytorch(trained: dict[str, tuple[Path, str]], name: str
     compare(folder, folder / "run")
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_from_the_command_line(
     mpirun: Callable[..., Run], tmp_path: Path, trained: dict[str, tuple[Path, str]], ranks: int
 ) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import tokenize
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,13 @@ def test_examples_are_short(script: str) -> None:
     assert lines_of_code((EXAMPLES / script).read_text()) <= MOST
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("script", "ranks"),
+    [
+        pytest.param(*each, marks=() if each in (("train_config.py", 1), ("own_network.py", 4)) else pytest.mark.slow)
+        for each in product(SCRIPTS, [1, 4])
+    ],
+)
 def test_examples_run(mpirun: Callable[..., Run], tmp_path: Path, script: str, ranks: int) -> None:
     done = mpirun(ranks, [EXAMPLES / script, *ARGUMENTS.get(script, [])], cwd=tmp_path, timeout=100)
     text = f"\n{done.stdout}\n{done.stderr}"

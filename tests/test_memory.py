@@ -37,7 +37,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in ("rows", "gossip") else pytest.mark.slow) for case in CASES]
+    "case", [pytest.param(case, marks=() if case == "rows" else pytest.mark.slow) for case in CASES]
 )
 def test_a_run_takes_what_was_predicted(mpirun: Mpirun, tmp_path: Path, case: str) -> None:
     data, layers, batch_size, ranks, more = CASES[case]

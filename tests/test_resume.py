@@ -220,7 +220,8 @@ REPLICAS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=slow)])
+@slow
+@pytest.mark.parametrize("ranks", REPLICAS)
 def test_each_replica_goes_on(series: Callable[..., Any], tmp_path: Path, ranks: int) -> None:
     """To the same weights as if it had not stopped, where the layout is the same."""
     config, commands = config_file(tmp_path), []

@@ -42,7 +42,7 @@ GEOMETRIES = [
 
 
 @pytest.mark.parametrize("shape", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("rows", [1, 5, pytest.param(70, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_way_computes_the_same_convolution(shape: Geometry, rows: int, dtype: Any) -> None:
     rng = np.random.default_rng(2)

@@ -128,7 +128,9 @@ def test_rows_are_gathered_before_what_has_to_be_waited_for(case: tuple[str, int
     assert not any(a.kind == "L" for a in evaluation([case[2]] * case[1], case[2])[0])
 
 
-@pytest.mark.parametrize("pipeline", sorted(PIPELINES))
+@pytest.mark.parametrize(
+    "pipeline", [pytest.param(name, marks=() if name == "1f1b" else pytest.mark.slow) for name in sorted(PIPELINES)]
+)
 def test_every_schedule_ends(pipeline: str) -> None:
     for stages, micro_batches, clip in itertools.product(range(1, 10), range(1, 13), (False, True)):
         topology = teams(1 + micro_batches % 2, *((1 + s % 2, 1 + s % 3) for s in range(stages)))
@@ -214,6 +216,7 @@ def plays(topology: Topology, lists: list[Actions], slots: list[int], order: ran
             return not ranks
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(topologies, pipelines, st.integers(1, 4), ends, st.randoms(use_true_random=False))
 def test_check_agrees_with_a_plain_play(

@@ -314,6 +314,7 @@ def test_times_by_hand() -> None:
     assert ends == [[7, 13, 19]] * 2  # after each N: F and B of stage 1, B and R of stage 0
 
 
+@pytest.mark.slow
 def test_the_bubble_in_the_middle() -> None:
     for stages, micro_batches, steps in itertools.product(STAGES, MICRO_BATCHES, STEPS):
         lists = stream(stages, micro_batches, steps)
@@ -331,6 +332,7 @@ def test_the_bubble_in_the_middle() -> None:
                 assert steady_bubble(simulate(flushed("1f1b", stages, micro_batches, steps), 1.0, 2.0, 0.0)) > 0
 
 
+@pytest.mark.slow
 def test_the_seconds_of_one_more_mini_batch() -> None:
     for stages, micro_batches in itertools.product(STAGES, MICRO_BATCHES):
         assert steady_seconds(stages, micro_batches, 1.0, 2.0, 0.0) == pytest.approx(3 * micro_batches)

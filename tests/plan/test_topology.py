@@ -44,6 +44,7 @@ def test_ranks_and_places_are_one_to_one(topology: Topology) -> None:
     assert places == sorted(places), "cols are nearest, then rows, stages, replicas"
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(topologies())
 def test_every_kind_of_group_divides_the_ranks(topology: Topology) -> None:

@@ -107,7 +107,7 @@ def check_files(folder: Path, pictures: set[str]) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("mpi", ["openmpi", pytest.param("mpich", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mpi", [pytest.param("openmpi", marks=pytest.mark.slow), "mpich"])
 def test_modes(tmp_path: Path, installed_mpi: Installed, mpi: str) -> None:
     """Also a mode that is not possible; more ranks than cores on machines with two."""
     words, env = installed_mpi(mpi)
