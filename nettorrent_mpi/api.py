@@ -34,12 +34,11 @@ from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.engine.checkpoint import collect, restore, restore_parameters
+from nettorrent_mpi.engine import checkpoint
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
 from nettorrent_mpi.engine.failure import agreed, end_all
 from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
-from nettorrent_mpi.engine.resuming import find_checkpoint, must_match, write_checkpoint
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.trainer import Record, TrainingLoop
@@ -194,7 +193,7 @@ class Trainer:
     def load(self, path: str | Path) -> None:
         """Load the network from a file written by `save` or by a run with any layout. Raises DataError."""
         self._at_rest("load")
-        restore_parameters(self._engine, Path(path))
+        checkpoint.restore_parameters(self._engine, Path(path))
 
     def resume(self, path: str | Path) -> None:
         """Continue from a checkpoint, or from the newest one in a folder, made with any layout on any number of ranks.
@@ -203,23 +202,23 @@ class Trainer:
         """
         self._at_rest("resume")
         with self._world.agreement():
-            found = find_checkpoint(Path(path))
+            found = checkpoint.find_checkpoint(Path(path))
 
         def accept(attributes: Mapping[str, Any]) -> None:
-            must_match(json.loads(str(attributes["config"])), self.setup.config, found)
+            checkpoint.must_match(json.loads(str(attributes["config"])), self.setup.config, found)
 
-        attributes = restore(self._engine, found, accept)
+        attributes = checkpoint.restore(self._engine, found, accept)
         self._loop.resume(int(attributes["step"]), int(attributes["samples"]), float(attributes["time"]))
 
     def _save_checkpoint(self) -> None:
         """Write checkpoints/step-N.h5 and remove all but the newest checkpoints."""
         loop, config = self._loop, self.setup.config
-        groups = collect(self._engine)
+        groups = checkpoint.collect(self._engine)
         with self._world.agreement():
             if self.rank == 0:
                 attributes = {"step": loop.step, "samples": loop.samples, "time": loop.time}
                 about = {"model": model_json(config), "config": json.dumps(to_plain(config))}
-                write_checkpoint(self._checkpoints, groups, {**about, **attributes})
+                checkpoint.write_checkpoint(self._checkpoints, groups, {**about, **attributes})
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the training as in summary.json. Replicas that differ become one network, for good."""

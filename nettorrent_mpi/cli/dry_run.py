@@ -172,18 +172,8 @@ def stages_table(setup: Setup) -> str:
     micro_batches = setup.options.micro_batches
     step = predict(topology, facts, train.batch_size, micro_batches, config.pipeline.kind, exact=config.exact)
     header = [
-        "stage",
-        "layers",
-        "ranks",
-        "replicas",
-        "rows",
-        "cols",
-        "parameters",
-        "cost",
-        "stored",
-        "compute",
-        "messages",
-    ]
+        "stage", "layers", "ranks", "replicas", "rows", "cols", "parameters", "cost", "stored", "compute", "messages",
+    ]  # fmt: skip
     total = sum(layer.operations for layer in facts) or 1.0
     rows = []
     lists = PIPELINES[config.pipeline.kind](len(topology.stages), micro_batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from nettorrent_mpi.api import Trainer
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.data.files import replacing
 from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import DataError, OutputError
@@ -60,15 +60,10 @@ def export(run: str, target: str) -> None:
     arrays = read_arrays(Path(run) / "model.h5")
     if not arrays:
         raise DataError("holds no arrays; train again", file=str(Path(run) / "model.h5"))
-    path, part = Path(target), Path(target + ".part")
-    if path.exists():
+    if Path(target).exists():
         raise OutputError(f"{target} exists; choose another name or remove it")
     try:
-        with part.open("wb") as file:
+        with replacing(Path(target)) as part, part.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise OutputError(f"{target} could not be written: {error.strerror or error}") from error

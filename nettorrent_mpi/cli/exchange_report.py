@@ -10,6 +10,7 @@ from nettorrent_mpi.cli.tables import MOST_LINES, aligned, wrapped
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.compression import MessageFormat
+from nettorrent_mpi.plan.cost import parameters_of
 from nettorrent_mpi.plan.exchange_specs import Async, ConstantMix, Elite, Gossip, Nothing, PushSumMix, Whole
 from nettorrent_mpi.plan.gossip_rules import withholding
 from nettorrent_mpi.plan.mixing import MOST_ROUNDS, rounds_to_consensus, spectral_gap
@@ -208,8 +209,7 @@ def _parts(setup: Setup, gossip: Gossip) -> int:
 def _parameters(setup: Setup, stage: int) -> int:
     """Return the most parameters that one col of a stage holds."""
     it = setup.topology.stages[stage]
-    held = setup.network.facts[it.first : it.stop]
-    return round(sum(layer.parameters * span(layer.units, it.cols, 0).size / layer.units for layer in held))
+    return round(parameters_of(setup.network.facts[it.first : it.stop], it.cols))
 
 
 def _itemsize(setup: Setup) -> int:

@@ -17,7 +17,7 @@ from nettorrent_mpi.cli.run_folder import RunFolder, commit
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
-from nettorrent_mpi.engine.resuming import find_checkpoint
+from nettorrent_mpi.engine.checkpoint import find_checkpoint
 from nettorrent_mpi.engine.trainer import SIGNAL, Record
 from nettorrent_mpi.engine.usage import peak_memory
 from nettorrent_mpi.plan.errors import ConfigError

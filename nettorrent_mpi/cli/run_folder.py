@@ -88,18 +88,15 @@ class RunFolder:
             body()
 
 
-def commit() -> str | None:
-    """Return the commit of the checkout that this package runs from; None if it runs from elsewhere."""
+def commit(*, dirty: bool = False) -> str | None:
+    """Return the commit of the checkout that this package runs from; None if it runs from elsewhere. With `dirty` it
+    ends in -dirty where files were changed."""
     import subprocess
 
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    command += ["--dirty"] if dirty else []
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip() or None

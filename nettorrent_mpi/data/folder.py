@@ -5,7 +5,6 @@ It needs Pillow (the extra `images`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
+from nettorrent_mpi.data.files import replacing
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError
 from nettorrent_mpi.plan.seeds import key
@@ -74,7 +74,6 @@ def import_folder(
             (held if index in chosen else train).append(image)
     shape = _common_shape(pillow, [image for images in by_class for image in images], size)
 
-    part = target.with_name(target.name + ".part")
     total, done = len(train) + len(held), 0
 
     def step() -> None:
@@ -84,18 +83,13 @@ def import_folder(
             progress(done, total)
 
     try:
-        with h5py.File(part, "w") as file:
+        with replacing(target) as part, h5py.File(part, "w") as file:
             file.attrs["classes"] = classes
             for images, suffix in ((train, ""), (held, "_test")):
                 if images:
                     _write(pillow, file, images, suffix, shape, step)
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, target)
     except OSError as error:
         raise OutputError(f"cannot write {target} ({error}); free space or choose another place") from error
-    finally:
-        part.unlink(missing_ok=True)
     return Imported(len(train), len(held), shape, tuple(classes))
 
 

@@ -11,20 +11,28 @@ every array whole; to read it, each rank takes its own boxes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.writing import to_plain
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.model_file import Attribute, opened, read_box
+from nettorrent_mpi.engine.model_file import Attribute, opened, read_box, write_arrays
 from nettorrent_mpi.engine.resharding import REPLICAS, move
+from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.state import OPTIMIZER, PARAMETERS
-from nettorrent_mpi.plan.errors import DataError
+from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError
 from nettorrent_mpi.plan.moves import Holding, whole
 
 Groups = dict[str, dict[str, Array]]
+KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
+# The values that decide what a step computes: a resumed run must have the same.
+DECISIVE = ("seed", "dtype", "data", "model", "train.batch_size", "train.optimizer")
 
 
 def collect(engine: Engine) -> Groups:
@@ -97,12 +105,49 @@ def _read(path: Path, shapes: Mapping[str, Shape], prefix: str, wanted: Mapping[
                 read_box(file, prefix + name, shapes[_folder(name)[1]], box, array)
 
 
-def latest(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a folder: the one with the highest step in its name."""
-    found = sorted(folder.glob("step-*.h5"))
-    return found[-1] if found else None
+def write_checkpoint(
+    folder: Path, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]
+) -> None:
+    """Write step-N.h5 and remove all but the newest checkpoints. Raises OutputError."""
+    path = folder / f"step-{int(attributes['step']):010d}.h5"
+    with written(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_arrays(path, groups, attributes)
+        for old in _checkpoints(folder)[:-KEPT]:
+            old.unlink()
 
 
-def file_name(step: int) -> str:
-    """Return the name of the checkpoint after this many steps."""
-    return f"step-{step:010d}.h5"
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint at `path`: that file itself, or the newest one in a run folder or a folder of checkpoints.
+
+    Raises OutputError if there is none.
+    """
+    if path.is_file():
+        return path
+    found = _checkpoints(path / "checkpoints") or _checkpoints(path)
+    if not found:
+        raise OutputError(f"{path} holds no checkpoint to resume from; start the run without --resume")
+    return found[-1]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the one with the highest step last."""
+    return sorted(folder.glob("step-*.h5"))
+
+
+def must_match(before: dict[str, Any], config: Config, path: Path) -> None:
+    """Raise ConfigError if a decisive value differs from the one in the checkpoint's configuration `before`."""
+    now = to_plain(config)
+    for key in DECISIVE:
+        values = []
+        for config_of in (before, now):
+            value: Any = config_of
+            for part in key.split("."):
+                value = value[part]
+            values.append({k: v for k, v in value.items() if k != "root"} if key == "data" else value)
+        if values[0] != values[1]:
+            raise ConfigError(
+                f"{json.dumps(values[1])[:80]} is not what the checkpoint {path} was made with "
+                f"({json.dumps(values[0])[:80]}); resume with the same, or start anew without --resume",
+                key=key,
+            )

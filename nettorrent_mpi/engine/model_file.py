@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nettorrent_mpi.data.files import replacing
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.plan.errors import DataError
 from nettorrent_mpi.plan.moves import Box
@@ -35,25 +36,20 @@ def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attribut
     disk)."""
     import h5py
 
-    part = path.with_name(path.name + ".part")
     try:
-        with h5py.File(part, "w") as file:
+        with replacing(path) as part, h5py.File(part, "w") as file:
             file.attrs.update(attributes)
             for name, arrays in groups.items():
                 group = file.create_group(name)
                 for key, array in arrays.items():
                     checked = {"chunks": True, "fletcher32": True} if array.size else {}
                     group.create_dataset(key, data=array, **checked)
-        with part.open("rb") as done:
-            os.fsync(done.fileno())
-        part.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         raise OSError(getattr(error, "errno", None), str(error)) from error
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import prod
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, as_dtype
+from nettorrent_mpi.device.ops import Ops
 from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.plan.errors import DataError, ShapeError
 from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
@@ -136,7 +138,7 @@ class _Elementwise(Loss):
         else:
             ctx.ops.copy(wanted_bO, targets.reshape(outputs_bO.shape))
             self._count(outputs_bO, wanted_bO, ctx, metrics)
-        self._compare(outputs_bO, wanted_bO, total, ctx, metrics, dy)
+        self._operation(ctx.ops)(outputs_bO, wanted_bO, total, dy, metrics)
 
     def check_targets(self, targets: Array, outputs: Shape) -> None:
         if outputs[-1] > 1 and _are_labels(targets.dtype, targets.ndim):
@@ -151,10 +153,9 @@ class _Elementwise(Loss):
             )
 
     @abstractmethod
-    def _compare(
-        self, outputs_bO: Array, wanted_bO: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
-    ) -> None:
-        """Add the loss to metrics[0] and write the gradient."""
+    def _operation(self, ops: Ops) -> Callable[[Array, Array, int, Array | None, Array], None]:
+        """Return what adds the loss to the metrics and writes the gradient, from (outputs, wanted, total, dy,
+        metrics)."""
 
     def _count(self, outputs_bO: Array, wanted_bO: Array, ctx: Context, metrics: Array) -> None:
         """Count correct rows where the targets are numbers: not defined, unless a loss defines it."""
@@ -171,10 +172,8 @@ class _BinaryCrossEntropy(_Elementwise):
 
     _name, _range, _least, _most = "binary_cross_entropy", "numbers from 0 to 1", 0.0, 1.0
 
-    def _compare(
-        self, outputs_bO: Array, wanted_bO: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
-    ) -> None:
-        ctx.ops.binary_cross_entropy(outputs_bO, wanted_bO, total, dy, metrics)
+    def _operation(self, ops: Ops) -> Callable[[Array, Array, int, Array | None, Array], None]:
+        return ops.binary_cross_entropy
 
     def _count(self, outputs_bO: Array, wanted_bO: Array, ctx: Context, metrics: Array) -> None:
         if outputs_bO.shape[1] == 1:
@@ -190,10 +189,8 @@ class _MeanSquaredError(_Elementwise):
     _name, _range = "mean_squared_error", "finite numbers"
     _least, _most = -sys.float_info.max, sys.float_info.max
 
-    def _compare(
-        self, outputs_bO: Array, wanted_bO: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
-    ) -> None:
-        ctx.ops.squared_error(outputs_bO, wanted_bO, total, dy, metrics)
+    def _operation(self, ops: Ops) -> Callable[[Array, Array, int, Array | None, Array], None]:
+        return ops.squared_error
 
 
 def _are_labels(dtype: DType, ndim: int) -> bool:

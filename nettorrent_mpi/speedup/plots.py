@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -100,16 +99,9 @@ def _over_ranks(results: Results, value: Callable[[float, Figure], float], title
     return picture, axes
 
 
-def _base(results: Results) -> float:
-    """Return the samples per second of one rank."""
-    told: list[float] = next((s["samples_per_second"] for s in results["sides"] if s["mode"] == SERIAL), [])
-    return median(told) if told else 1.0
-
-
 def speedup(results: Results) -> Picture | None:
     """Draw the speedup relative to one rank of ours over the ranks, with the ideal line."""
-    base = _base(results)
-    drawn = _over_ranks(results, lambda figure, _: figure / base, "speedup against one rank")
+    drawn = _over_ranks(results, lambda speed, of: speed * of.speedup / of.median, "speedup against one rank")
     if drawn is None:
         return None
     picture, axes = drawn
@@ -123,8 +115,7 @@ def speedup(results: Results) -> Picture | None:
 
 def efficiency(results: Results) -> Picture | None:
     """Draw speedup divided by the number of ranks."""
-    base = _base(results)
-    drawn = _over_ranks(results, lambda figure, of: figure / base / of.cpus, "efficiency")
+    drawn = _over_ranks(results, lambda speed, of: speed * of.efficiency / of.median, "efficiency")
     if drawn is None:
         return None
     picture, axes = drawn
