@@ -14,10 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from nettorrent_mpi.config.mistakes import Mistake, nearest, shown
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.data_specs import DATASETS, wrong_option
+from nettorrent_mpi.plan.data_specs import DATASETS, SYNTHETIC, wrong_option
 from nettorrent_mpi.plan.specs import LayerSpec, Spec
-
-SYNTHETIC: dict[str, Any] = {"rows": 10_000, "test_rows": 1_000, "shape": (28, 28, 1), "classes": 10}  # unless told
 
 
 class Bounds:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from nettorrent_mpi.config.sections import SYNTHETIC, Config, Layout
+from nettorrent_mpi.config.sections import Config, Layout
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.data_specs import DATASETS
+from nettorrent_mpi.plan.data_specs import DATASETS, SYNTHETIC
 from nettorrent_mpi.plan.specs import LayerSpec, Spec
 
 

@@ -14,7 +14,6 @@ need them. Nothing here reads pickled data.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,7 @@ from nettorrent_mpi.data.idx import IdxFile, open_idx
 from nettorrent_mpi.data.rows import UNIT, Dataset, Scaling, Split
 from nettorrent_mpi.data.synthetic import SyntheticRows
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.plan.data_specs import DATASETS, OWN_OPTIONS, DatasetSpec, wrong_option
+from nettorrent_mpi.plan.data_specs import DATASETS, OWN_OPTIONS, SYNTHETIC, DatasetSpec
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 
@@ -61,21 +60,10 @@ Opener: TypeAlias = Callable[[str | None, DataOptions], Dataset]
 def open_dataset(name: str, root: str | None, *, options: DataOptions | None = None) -> Dataset:
     """Open data set `name` under the folder (for hdf5: the file) `root`; digits and synthetic need none.
 
-    Raises ConfigError for an unknown name, a missing root and options that this data set does not have; DataError for
+    The configuration has checked that there is such a data set, with this root and these options. Raises DataError for
     files that are missing, truncated or of the wrong kind, as far as headers and sizes show.
     """
-    opener = _OPENERS.get(name)
-    if opener is None:
-        near = difflib.get_close_matches(name, DATASETS, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"unknown data set {name!r}; {hint}there are {', '.join(DATASETS)}", key="data.name")
-    spec, options = DATASETS[name], options or DataOptions()
-    wrong = wrong_option(name, vars(options))
-    if wrong is not None:
-        raise ConfigError(f"data set {name} has no such option (only {wrong[1]})", key=f"data.{wrong[0]}")
-    if spec.needs_root and not root:
-        raise ConfigError(f"data set {name} needs it: {spec.root}", key="data.root")
-    return replace(opener(root, options), name=name)
+    return replace(_OPENERS[name](root, options or DataOptions()), name=name)
 
 
 def register_dataset(name: str, *, needs_root: bool = False, options: Sequence[str] = ()) -> Callable[[Opener], Opener]:
@@ -186,15 +174,8 @@ def _open_hdf5(root: str | None, options: DataOptions) -> Dataset:
 
 
 def _open_synthetic(root: str | None, options: DataOptions) -> Dataset:
-    shape = tuple(options.shape) if options.shape is not None else (28, 28, 1)
-    classes = 10 if options.classes is None else options.classes
-    rows = 10_000 if options.rows is None else options.rows
-    test_rows = 1_000 if options.test_rows is None else options.test_rows
-    for option, value, least in (("rows", rows, 1), ("test_rows", test_rows, 0), ("classes", classes, 1)):
-        if value < least:
-            raise ConfigError(f"at least {least}, not {value}", key=f"data.{option}")
-    if not shape or min(shape) < 1:
-        raise ConfigError(f"dimensions of at least 1, like [28, 28, 1] or [64], not {list(shape)}", key="data.shape")
+    given = SYNTHETIC | {name: value for name, value in vars(options).items() if value is not None}
+    rows, test_rows, shape, classes = given["rows"], given["test_rows"], tuple(given["shape"]), given["classes"]
     scaling = Scaling(shape, UNIT, options.mean, options.std)
 
     def split(part: str, count: int) -> Split:

@@ -16,8 +16,8 @@ import numpy as np
 
 from nettorrent_mpi.data.files import replacing
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.random import generator
 from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError
-from nettorrent_mpi.plan.seeds import key
 
 _GREY, _COLOUR = ("1", "L"), ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 
@@ -68,7 +68,7 @@ def import_folder(
     train: list[_Image] = []
     held: list[_Image] = []
     for name, images in zip(classes, by_class, strict=True):
-        order = np.random.Generator(np.random.Philox(key=key(0, "import", name))).permutation(len(images))
+        order = generator(0, "import", name).permutation(len(images))
         chosen = set(order[: round(len(images) * test)].tolist())
         for index, image in enumerate(images):
             (held if index in chosen else train).append(image)

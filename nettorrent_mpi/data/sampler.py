@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.random import generator
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.seeds import key
 
@@ -37,17 +38,12 @@ class Sampler:
         micro_batches: int = 1,
         partition: Literal["shared", "disjoint"] = "shared",
     ):
-        if not 0.0 <= validation < 1.0:
-            raise ConfigError(f"a fraction, at least 0 and below 1, not {validation}", key="data.validation")
-        if batch_size < 1:
-            raise ConfigError(f"at least 1, not {batch_size}", key="train.batch_size")
         kept = round(rows * validation)
         if kept >= rows:
             text = f"{validation} of {rows} rows leaves none for training; lower it or use a larger data set"
             raise ConfigError(text, key="data.validation")
-        shuffled = _generator(seed, "validation").permutation(rows)
-        assert replicas >= 1
-        assert micro_batches >= 1
+        shuffled = generator(seed, "validation").permutation(rows)
+        assert 0 <= validation < 1 <= min(batch_size, replicas, micro_batches)
         self.seed, self.batch_size = seed, batch_size
         self.replicas, self.micro_batches = replicas, micro_batches
         self.partition: Literal["shared", "disjoint"] = partition
@@ -68,7 +64,7 @@ class Sampler:
             if self.partition == "disjoint" and self.replicas > 1:
                 order = self._in_parts(epoch)
             else:
-                order = _generator(self.seed, "order", epoch).permutation(self.training_rows)
+                order = generator(self.seed, "order", epoch).permutation(self.training_rows)
             order.flags.writeable = False
             while len(self._orders) > 1:
                 self._orders.pop(min(self._orders))
@@ -89,7 +85,7 @@ class Sampler:
         """Return the order in which every replica finds the rows of its own part, and no others, at its positions."""
         order = np.empty_like(self.training_rows)
         for replica, (part, positions) in enumerate(self._parts):
-            order[positions] = _generator(self.seed, "order", epoch, replica).permutation(part)
+            order[positions] = generator(self.seed, "order", epoch, replica).permutation(part)
         return order
 
     @cached_property
@@ -99,7 +95,7 @@ class Sampler:
         full, last = divmod(len(self.training_rows), self.batch_size)
         replicas = np.concatenate([np.tile(self._owners(self.batch_size), full), self._owners(last)])
         cuts = np.cumsum(np.bincount(replicas, minlength=self.replicas))[:-1]
-        shuffled = _generator(self.seed, "partition").permutation(self.training_rows)
+        shuffled = generator(self.seed, "partition").permutation(self.training_rows)
         positions = np.argsort(replicas, kind="stable")
         return list(zip(np.split(shuffled, cuts), np.split(positions, cuts), strict=True))
 
@@ -118,7 +114,3 @@ def _spans(totals: Array, parts: int) -> Array:
     """Return the sizes of plan.blocks' `span` for all `parts` of every total, in an additional last dimension."""
     each, more = np.divmod(totals[..., np.newaxis], parts)
     return each + (np.arange(parts) < more)
-
-
-def _generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=key(seed, purpose, *numbers)))

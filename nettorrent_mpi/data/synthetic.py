@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.plan.seeds import key
+from nettorrent_mpi.device.random import generator
 
 _BLOCK_BYTES = 1 << 20
 
@@ -28,8 +28,8 @@ class SyntheticRows:
     def fill(self, out: Array) -> None:
         """Fill (rows, *shape) uint8, block by block: it needs at most a few MB, and the prototypes, besides `out`."""
         size = int(np.prod(self.shape))
-        prototypes = self._generator("prototypes").integers(0, 128, (self.classes, size), np.uint8)
-        noise = self._generator("noise", self.split)
+        prototypes = generator(self.seed, "synthetic", "prototypes").integers(0, 128, (self.classes, size), np.uint8)
+        noise = generator(self.seed, "synthetic", "noise", self.split)
         labels = self.labels()
         rows = out.reshape(self.rows, size)
         step = max(1, _BLOCK_BYTES // size)
@@ -40,7 +40,4 @@ class SyntheticRows:
 
     def labels(self) -> Array:
         """Return (rows,) int64, drawn evenly from the classes."""
-        return self._generator("labels", self.split).integers(0, self.classes, self.rows, np.int64)
-
-    def _generator(self, *use: str) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=key(self.seed, "synthetic", *use)))
+        return generator(self.seed, "synthetic", "labels", self.split).integers(0, self.classes, self.rows, np.int64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class DatasetSpec:
     options: tuple[str, ...] = ()
 
 
+SYNTHETIC: dict[str, Any] = {"rows": 10_000, "test_rows": 1_000, "shape": (28, 28, 1), "classes": 10}  # unless told
 OWN_OPTIONS = ("transposed", "rows", "test_rows", "shape", "classes")  # not every data set takes these
 
 DATASETS: dict[str, DatasetSpec] = {

@@ -66,7 +66,5 @@ def test_images_smaller_than_the_padding() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ConfigError, match="unknown augmentation 'rotate'; there are flip, crop"):
-        Augment(["rotate"], (32, 32, 3))
     with pytest.raises(ConfigError, match="needs images"):
         Augment(["flip"], (64,))
