@@ -7,8 +7,7 @@ filters is mapped into memory (the ranks of a node share the system's page cache
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -31,7 +30,7 @@ def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Seq
     """
     with opening(path, "set data.root to an HDF5 file"):
         pass
-    with _opened(path) as file:
+    with _open(path) as file:
         names = ["x", "y", *(["x_test", "y_test"] if "x_test" in file or "y_test" in file else [])]
         arrays = {name: _dataset(file, path, name) for name in names}
         check_arrays(arrays, str(path))
@@ -56,7 +55,7 @@ def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Seq
 
 def _open_rows(path: Path, name: str) -> Take:
     """Map the rows, or keep the file open for reading them. Raises DataError if the file is too short."""
-    with _opened(path) as file:
+    with _open(path) as file:
         data = _dataset(file, path, name)
         offset = data.id.get_offset()
         if data.chunks is None and offset is not None and not data.is_virtual and not data.external:
@@ -71,7 +70,7 @@ def _open_rows(path: Path, name: str) -> Take:
 
 def _targets(path: Path, name: str, classes: int | None) -> Array:
     """Read all targets: (rows,) int64 labels below `classes`, or (rows, k) floats if `classes` is None."""
-    with _opened(path) as file:
+    with _open(path) as file:
         data = _dataset(file, path, name)
         try:
             values = data[...]
@@ -106,15 +105,6 @@ def _open(path: Path) -> h5py.File:
             raise DataError(f"not an HDF5 file: no signature; {REMEDY}", file=str(path), offset=0) from error
         text = f"truncated or corrupt HDF5 file ({error}); {REMEDY}"
         raise DataError(text, file=str(path), offset=size) from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    file = _open(path)
-    try:
-        yield file
-    finally:
-        file.close()
 
 
 def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:

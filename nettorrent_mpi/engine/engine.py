@@ -45,7 +45,9 @@ class Engine:
 
     # -- the three lifetimes: plan, wiring, state -------------------------------------------------------------------
 
-    _data: tuple[Dataset, Sampler] | None = None
+    dataset: Dataset  # once data is open, like the next one
+    sampler: Sampler  # divides the data set's rows into mini-batches
+    _opened = False
 
     def attach(self, world: World, plan: Plan, blocks: Blocks | None = None) -> None:
         """Train on this world according to this plan from now on; with `blocks`, from the state of another engine.
@@ -88,8 +90,8 @@ class Engine:
         self._steps = 0  # done so far
         if blocks is not None:
             self.restore(blocks.take, blocks.steps, blocks.replicas)
-        if self._data is not None:
-            self.open_data(*self._data)
+        if self._opened:
+            self.open_data(self.dataset, self.sampler)
 
     def detach(self) -> Blocks:
         """Leave the world: free all MPI objects and keep the training state in memory. All ranks call, at rest.
@@ -149,18 +151,6 @@ class Engine:
         self.wiring.close()
 
     @property
-    def dataset(self) -> Dataset:
-        """The open data set."""
-        assert self._data is not None, "no data set is open"
-        return self._data[0]
-
-    @property
-    def sampler(self) -> Sampler:
-        """The sampler that divides the data set's rows into mini-batches."""
-        assert self._data is not None, "no data set is open"
-        return self._data[1]
-
-    @property
     def bound(self) -> Group:
         """The group of ranks that wait for each other inside a step."""
         return self.wiring.everyone if self.exchange.waits_for_peers else self.wiring.replica
@@ -185,7 +175,7 @@ class Engine:
     def open_data(self, dataset: Dataset, sampler: Sampler) -> None:
         """Read what this rank needs of the data set: the inputs on the first stage, in memory that the ranks of a node
         share, and the targets on the last. Collective over the ranks of the first stage."""
-        self._data = dataset, sampler
+        self.dataset, self.sampler, self._opened = dataset, sampler, True
         augment = Augment(self.plan.options.augment, dataset.shape) if self.plan.options.augment else None
         allocate = self.wiring.shared_rows
         self.train = Batches(dataset.train, self.wiring, allocate, sampler=sampler, augment=augment)

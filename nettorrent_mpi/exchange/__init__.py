@@ -14,11 +14,11 @@ from __future__ import annotations
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.exchange.base import Exchange
-from nettorrent_mpi.exchange.replicas import Replicas, Shards
+from nettorrent_mpi.exchange.replicas import Shards
 from nettorrent_mpi.plan import exchange_specs
 from nettorrent_mpi.plan.specs import Spec
 
-__all__ = ["Exchange", "Replicas", "Shards", "make_exchange"]
+__all__ = ["Exchange", "Shards", "make_exchange"]
 
 
 def make_exchange(

@@ -8,7 +8,7 @@ from math import prod
 
 from nettorrent_mpi.device.arrays import Shape
 from nettorrent_mpi.nn.layer import Features, Layer
-from nettorrent_mpi.nn.layers import Gather
+from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.norm import BatchNormLayer
 from nettorrent_mpi.nn.layers.registry import Site
 from nettorrent_mpi.nn.layers.residual import ResidualLayer
@@ -70,7 +70,7 @@ class Network:
         """
         specs = self.layers[self._slice(first, stop)]
         stage = Sequence(specs, Site("", Features.whole(self._inputs[first]), cols, col))
-        if stop == self.weight_layers and cols > 1 and stage.divided:
+        if stop == self.weight_layers and cols > 1 and not stage.outputs.is_whole:
             stage.append(Gather("gather", stage.outputs, partial=False))
         stage.needs_dx = first > 0
         return stage

@@ -15,9 +15,9 @@ from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Alone, Context, Features
-from nettorrent_mpi.nn.layers import Gather, Sequence
+from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.registry import Site
-from nettorrent_mpi.nn.layers.sequence import named
+from nettorrent_mpi.nn.layers.sequence import Sequence, named
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import Span, span
 
@@ -86,7 +86,7 @@ class Bench:
 
     def sequence(self, cols: int = 1, col: int = 0) -> Sequence:
         sequence = Sequence(self.specs, Site("", Features.whole(self.shape), cols, col))
-        if cols > 1 and sequence.divided:
+        if cols > 1 and not sequence.outputs.is_whole:
             sequence.append(Gather("gather", sequence.outputs, partial=False))
         return sequence
 

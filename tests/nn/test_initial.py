@@ -7,9 +7,8 @@ import pytest
 
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Features, Parameter
-from nettorrent_mpi.nn.layers import Sequence
 from nettorrent_mpi.nn.layers.registry import Site
-from nettorrent_mpi.nn.layers.sequence import named
+from nettorrent_mpi.nn.layers.sequence import Sequence, named
 from nettorrent_mpi.plan import specs as s
 
 VARIANCES = {"he": 2 / 300, "glorot": 2 / 800, "lecun": 1 / 300}

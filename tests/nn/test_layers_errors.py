@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nettorrent_mpi.nn.layer import Features
-from nettorrent_mpi.nn.layers import Sequence
 from nettorrent_mpi.nn.layers.registry import Site
-from nettorrent_mpi.nn.layers.sequence import named
+from nettorrent_mpi.nn.layers.sequence import Sequence, named
 from nettorrent_mpi.plan import specs as s
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.nn.layer import Features
-from nettorrent_mpi.nn.layers import Gather, Sequence
+from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.registry import Site
-from nettorrent_mpi.nn.layers.sequence import named
+from nettorrent_mpi.nn.layers.sequence import Sequence, named
 from nettorrent_mpi.plan import specs as s
 
 RESNET = s.Residual(
@@ -101,11 +101,11 @@ def test_gathers_stand_only_where_whole_features_are_wanted():
     names = [layer.name for layer in sequence.layers]
     assert names == ["linear1", "linear1.relu", "layer_norm1", "linear2.gather", "linear2", "tanh1"]
     assert [layer.partial for layer in sequence.layers if isinstance(layer, Gather)] == [True]
-    assert sequence.divided
+    assert not sequence.outputs.is_whole
     assert sequence.outputs.local == (3,)
     alone = Sequence(layers, Site("", Features.whole((4,))))
     assert not any(isinstance(layer, Gather) for layer in alone.layers)
-    assert not alone.divided
+    assert alone.outputs.is_whole
 
 
 def test_gradients_that_are_partial_are_marked():

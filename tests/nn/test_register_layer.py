@@ -12,8 +12,7 @@ import pytest
 from nettorrent_mpi.config import reading
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.nn.layer import Context, Features, Grads, Layer, Parameter, Params
-from nettorrent_mpi.nn.layers import register_layer
-from nettorrent_mpi.nn.layers.registry import Site
+from nettorrent_mpi.nn.layers.registry import Site, register_layer
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import span

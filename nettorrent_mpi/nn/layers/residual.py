@@ -70,7 +70,7 @@ class ResidualLayer(Layer):
         return dx
 
     def _ends_whole(self, branch: Sequence) -> bool:
-        return not branch.divided and not self.outputs.is_whole
+        return branch.outputs.is_whole and not self.outputs.is_whole
 
     def _own(self, branch: Sequence, y: Array) -> Array:
         """Return this col's part of a branch's output."""

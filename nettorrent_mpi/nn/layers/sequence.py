@@ -64,11 +64,6 @@ class Sequence:
         self.outputs = layer.outputs
 
     @property
-    def divided(self) -> bool:
-        """Whether the outputs are divided over the cols."""
-        return not self.outputs.is_whole
-
-    @property
     def needs_dx(self) -> bool:
         """Whether the gradient of the inputs is needed."""
         return self._needs_dx
