@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import mpi4py
-import numpy as np
 
 mpi4py.rc.thread_level = "multiple"
 
@@ -94,12 +93,6 @@ class World(Group):
                         "all ranks have to see the same files and the same installation"
                     )
                 )
-
-    def sum_numbers(self, *values: float) -> list[float]:
-        """Return the sums over all ranks of a few float64 numbers."""
-        array = np.array(values, np.float64)
-        self.sum(array)
-        return [float(value) for value in array]
 
     def abort(self, code: int) -> None:
         """End every rank of the program at once, also those outside this world; earlier output can still be read."""

@@ -49,7 +49,7 @@ class Stopping:
     def pace(self, seconds_per_step: float) -> None:
         """Agree on the interval between reports, given this rank's seconds per step. All ranks call after the same
         step, and wait."""
-        mean = self._world.sum_numbers(seconds_per_step)[0] / self._world.size
+        mean = sum(self._world.gather_objects(seconds_per_step)) / self._world.size
         self._every = max(1, min(1000, round(PATIENCE / mean))) if mean > 0 else 10
 
     def hear(self, asked: bool) -> None:
@@ -66,7 +66,7 @@ class Stopping:
     def last_step(self, begun: int) -> int:
         """Return the step after which all ranks stop: every rank that knows of a request passes how many it has
         `begun`."""
-        return int(max(self._world.comm.allgather(begun)))
+        return int(max(self._world.gather_objects(begun)))
 
     def close(self) -> None:
         """Free the communicator and restore the signal handlers. All ranks call, at rest."""

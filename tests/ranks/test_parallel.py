@@ -175,7 +175,9 @@ class Trained:
 
 def loss_of(engine: Engine) -> float:
     """The mean loss of the rows trained on since the last call."""
-    loss, _, rows, _ = engine.world.sum_numbers(*engine.metrics.take())
+    sums = np.array(engine.metrics.take())
+    engine.world.sum(sums)
+    loss, _, rows, _ = map(float, sums)
     return loss / rows
 
 

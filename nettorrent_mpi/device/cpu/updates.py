@@ -42,18 +42,9 @@ class UpdateOperations(Operations):
         self._update(p, g, (), scale, decay, rule, lambda p, g, states, work: sgd(p, g, real(rate)))
 
     def momentum(
-        self,
-        p: Array,
-        g: Array,
-        b: Array,
-        rate: float,
-        beta: float,
-        share: float,
-        nesterov: bool,
-        first: bool,
-        scale: float = 1.0,
-        decay: float = 0.0,
-    ) -> None:
+        self, p: Array, g: Array, b: Array, rate: float, beta: float, share: float, nesterov: bool, first: bool,
+        scale: float = 1.0, decay: float = 0.0,
+    ) -> None:  # fmt: skip
         def rule(p: Array, g: Array, states: Sequence[Array], work: Array) -> None:
             (b,) = states
             if first:
@@ -94,19 +85,9 @@ class UpdateOperations(Operations):
         self._update(p, g, (s,), scale, decay, rule, lambda p, g, states, work: adagrad(p, g, *states, *numbers))
 
     def rmsprop(
-        self,
-        p: Array,
-        g: Array,
-        s: Array,
-        a: Array | None,
-        b: Array | None,
-        rate: float,
-        alpha: float,
-        eps: float,
-        beta: float,
-        scale: float = 1.0,
-        decay: float = 0.0,
-    ) -> None:
+        self, p: Array, g: Array, s: Array, a: Array | None, b: Array | None, rate: float, alpha: float, eps: float,
+        beta: float, scale: float = 1.0, decay: float = 0.0,
+    ) -> None:  # fmt: skip
         rest = 1.0 - alpha
 
         def rule(p: Array, g: Array, states: Sequence[Array], work: Array) -> None:
@@ -142,20 +123,9 @@ class UpdateOperations(Operations):
         self._update(p, g, [state for state in (s, a, b) if state is not None], scale, decay, rule, loop)
 
     def adam(
-        self,
-        p: Array,
-        g: Array,
-        m: Array,
-        v: Array,
-        rate: float,
-        rest1: float,
-        b2: float,
-        rest2: float,
-        eps: float,
-        shrink: float,
-        scale: float = 1.0,
-        decay: float = 0.0,
-    ) -> None:
+        self, p: Array, g: Array, m: Array, v: Array, rate: float, rest1: float, b2: float, rest2: float, eps: float,
+        shrink: float, scale: float = 1.0, decay: float = 0.0,
+    ) -> None:  # fmt: skip
         def rule(p: Array, g: Array, states: Sequence[Array], work: Array) -> None:
             m, v = states
             np.subtract(g, m, out=work)
