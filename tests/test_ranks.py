@@ -19,18 +19,20 @@ RUN_LIMIT = 600
 Run = subprocess.CompletedProcess[str]
 
 
-# How the tests of tests/ranks are started: a few of them in `make test`; in CI those marked slow as well, with every
-# rank count; in `make test-all` all of them under both MPIs.
+# How the tests of tests/ranks are started. Each is marked slow or long, or not at all; `make test` runs those that are
+# not on a few rank counts, CI on every one and those marked slow on up to 4 ranks, `make test-all` all under both MPIs.
+QUICKLY, SLOWLY, REST = "not slow and not long", "slow and not long", "slow or long"
 QUICK = [("openmpi", 1), ("openmpi", 3), ("mpich", 4)]
-SLOW = [("mpich", 2), ("mpich", 5), ("openmpi", 8)]
-LONG = [("openmpi", 2), ("mpich", 1), ("mpich", 3), ("openmpi", 4), ("openmpi", 5), ("mpich", 8)]
+MORE = [("mpich", 2), ("mpich", 5), ("openmpi", 8)]
+OTHERS = [("openmpi", 2), ("mpich", 1), ("mpich", 3), ("openmpi", 4), ("openmpi", 5), ("mpich", 8)]
 slow, long = pytest.mark.slow, pytest.mark.long
 CASES = [
-    *(pytest.param(*case, "not slow and not long") for case in QUICK),
-    *(pytest.param(*case, "slow and not long", marks=slow) for case in QUICK),
-    *(pytest.param(*case, "not long", marks=slow) for case in SLOW),
-    *(pytest.param(*case, "long", marks=long) for case in QUICK + SLOW),
-    *(pytest.param(*case, "", marks=long) for case in LONG),
+    *(pytest.param(*case, QUICKLY) for case in QUICK),
+    *(pytest.param(*case, QUICKLY, marks=slow) for case in MORE),
+    *(pytest.param(*case, SLOWLY, marks=slow) for case in [*QUICK, MORE[0]]),
+    *(pytest.param(*case, "long", marks=long) for case in [*QUICK, MORE[0]]),
+    *(pytest.param(*case, REST, marks=long) for case in MORE[1:]),
+    *(pytest.param(*case, "", marks=long) for case in OTHERS),
 ]
 
 
