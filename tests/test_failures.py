@@ -308,7 +308,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     text = f"\n{stopped.stdout}\n{stopped.stderr}"
     assert stopped.returncode == 75, text
     assert "Traceback" not in stopped.stderr, text
-    found = re.search(r"stopped by a signal after step (\d+); go on with --resume", stopped.stdout)
+    found = re.search(r"stopped by a signal after step (\d+); continue with --resume", stopped.stdout)
     assert found, text
     step = int(found[1])
     assert 4 <= step < 80

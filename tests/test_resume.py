@@ -110,7 +110,7 @@ def test_stopped_by_a_signal(mpirun: Callable[..., Run], tmp_path: Path, resumed
     run = [config, "--output", tmp_path / "run"]
     stopped = mpirun(3, [HERE / "programs" / "signalled.py", "12", "1", *run], mpi=mpi)
     assert stopped.returncode == 75, f"{stopped.stdout}\n{stopped.stderr}"
-    assert re.search(r"stopped by a signal after step (1[3-9]|2\d); go on with --resume", stopped.stdout)
+    assert re.search(r"stopped by a signal after step (1[3-9]|2\d); continue with --resume", stopped.stdout)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert "Traceback" not in stopped.stderr
     done = mpirun(2, [*TRAIN, *run, "--resume"], mpi=mpi)
@@ -129,7 +129,7 @@ def test_replicas_and_a_pipeline_without_flush_are_stopped_by_a_signal(
     run = [config, "--output", tmp_path / "run", *how, "--set", "exchange=gossip", "--set", "train.evaluate_every=3"]
     stopped = mpirun(4, [HERE / "programs" / "signalled.py", "12", "1", *run], mpi=mpi)
     assert stopped.returncode == 75, f"{stopped.stdout}\n{stopped.stderr}"
-    told = re.search(r"stopped by a signal after step (\d+); go on with --resume", stopped.stdout)
+    told = re.search(r"stopped by a signal after step (\d+); continue with --resume", stopped.stdout)
     assert told, stopped.stdout
     assert 13 <= int(told[1]) < 30
     saved = arrays_of_checkpoint(tmp_path / "run")

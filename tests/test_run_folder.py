@@ -400,7 +400,7 @@ def test_dry_runs_use_all_ranks(on_one: dict[str, list[Told]], on_two: tuple[Pat
 def check_dry_run(text: str, ranks: int) -> None:
     """All ranks have a place in the layout, and all stages' ranks together are all ranks."""
     assert re.search(rf"^layout .* = {ranks} ranks", text, re.MULTILINE), text
-    assert f"played for all {ranks} ranks: no deadlock" in text
+    assert f"checked for all {ranks} ranks: no deadlock" in text
     table = text.split("\nLAYOUT\n")[1].partition("\n\n")[0].splitlines()[1:]
     seen: list[int] = []
     for line in table:

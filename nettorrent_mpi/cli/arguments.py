@@ -20,8 +20,8 @@ Without mpirun it runs on one rank: the serial baseline. Without CONFIG it train
 with the package."""
 
 SPEEDUP = """\
-Compares every way of parallelizing the network that CONFIG describes, on several numbers of ranks, with one rank and
-with PyTorch (where it is installed). The runs alternate. The report says how fast each way was, and why:
+Compares every mode of parallelizing the network that CONFIG describes, on several numbers of ranks, with one rank and
+with PyTorch (where it is installed). The runs alternate. The report says how fast each mode was, and why:
 
     nettorrent speedup configs/mnist.yaml --ranks 1,2,4,8
     nettorrent speedup configs/digits.yaml --ranks 1,2 --modes rows,1f1b,gossip --peers none --steps 200
@@ -101,7 +101,7 @@ def _parser() -> _Parser:
 
 def _add_speedup(commands: Any) -> None:
     parser = commands.add_parser(
-        "speedup", help="compare all ways of parallelizing a network, and PyTorch", description=SPEEDUP,
+        "speedup", help="compare all modes of parallelizing a network, and PyTorch", description=SPEEDUP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(

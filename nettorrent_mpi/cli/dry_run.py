@@ -41,8 +41,8 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
     rows, epoch = setup.dataset.train.rows, setup.sampler.steps_per_epoch
     operations = sum(layer.operations for layer in facts) / 1e6
     head = [
-        f"data      {config.data.name}: {rows:,} training rows, {epoch:,} steps an epoch, {setup.steps:,} steps in all",
-        f"network   {len(facts)} weight layers, {parameters:,} parameters, {operations:,.1f} million operations a row",
+        f"data      {config.data.name}: {rows:,} training rows, {epoch:,} steps per epoch, {setup.steps:,} steps in all",
+        f"network   {len(facts)} weight layers, {parameters:,} parameters, {operations:,.1f} million operations per row",
         f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
     ]
@@ -50,7 +50,7 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
     if config.pipeline.kind in STREAMS:
         whole = window_steps(len(topology.stages), micro_batches)
         letters += f", U update; {whole} mini-batches up to a drain" if whole > 1 else ", U update"
-    proof = f"{config.pipeline.kind}: {letters}; played for all {topology.size} ranks: no deadlock"
+    proof = f"{config.pipeline.kind}: {letters}; checked for all {topology.size} ranks: no deadlock"
     blocks = [
         "\n".join(head),
         "LAYOUT\n" + layout_table(topology, facts, train.batch_size, micro_batches, hosts),
@@ -112,7 +112,7 @@ def layout_table(
         text += f"\n... and {len(groups) - MOST_LINES} more stages"
     idle = sum(share.cost(rank) == 0 for rank in ranks)
     if idle:
-        text += f"\n{idle} of the {topology.size} ranks have nothing to do: a micro-batch has too few rows for them"
+        text += f"\n{idle} of the {topology.size} ranks stay idle: a micro-batch has too few rows for them"
     return text
 
 
@@ -198,7 +198,7 @@ def stages_table(setup: Setup) -> str:
     speed, waiting = train.batch_size / step.seconds, 100 * max(step.bubble, 0.0)
     lines += [
         f"predicted step: {1e3 * step.seconds:.3g} ms, {speed:,.0f} samples/s, {waiting:.0f} % of the time waiting",
-        "stored: micro-batches kept at once for backward",
+        "stored: micro-batches held at the same time for backward",
     ]
     return "\n".join(lines)
 
@@ -215,7 +215,7 @@ def memory_table(memory: Sequence[Memory]) -> str:
         lines.append(f"... and {len(memory) - MOST_LINES} more stages")
     lines += wrapped(
         "",
-        "layers: what they keep for backward and work with. rows: of the data set; the ranks of a node share them, and "
+        "layers: saved for backward, and workspaces. rows: of the data set; the ranks of a node share them, and "
         "each counts those it has touched. files: rank 0 gathers whole arrays to write them. "
         "libraries: Python, NumPy, MPI",
     )

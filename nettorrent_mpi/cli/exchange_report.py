@@ -37,10 +37,12 @@ def exchange_block(setup: Setup) -> str | None:
         lines = _elite(setup, exchange)
     elif isinstance(exchange, Nothing):
         apart = f"the {replicas} replicas train apart" if replicas > 1 else "1 replica"
-        lines = wrapped("none      ", f"{apart}: nothing is sent between replicas, and nothing makes them alike")
+        lines = wrapped("none      ", f"{apart}: nothing is sent between replicas, which are never averaged")
     else:
         lines = _allreduce(setup)
-    whose = "each replica trains on its own part" if config.data.partition == "disjoint" else "all replicas share all"
+    whose = (
+        "each replica trains on its own part" if config.data.partition == "disjoint" else "all replicas train on all"
+    )
     return "\n".join(["EXCHANGE", *lines, f"rows      {whose} of the training rows"])
 
 
@@ -84,7 +86,7 @@ def _allreduce(setup: Setup) -> list[str]:
         sharers = stage.rows * replicas
         most = max(most, 2 * (sharers - 1) / sharers * _parameters(setup, index) * _itemsize(setup))
     return [
-        f"allreduce gradients are summed over the {replicas} replicas, which stay the same",
+        f"allreduce gradients are reduced over the {replicas} replicas, which stay equal",
         f"sends     a rank sends at most {_bytes(most)} a step",
     ]
 
@@ -93,7 +95,7 @@ def _elite(setup: Setup, elite: Elite) -> list[str]:
     rows = len(setup.sampler.validation_rows)
     steps = -(-elite.every_samples // setup.config.train.batch_size)
     what = elite.metric.replace("_", " ")
-    who = "all take over the best one's weights" if elite.mode == "best" else "of two, the worse takes over the better"
+    who = "all take the best one's weights" if elite.mode == "best" else "the worse of each pair takes the better one's"
     moved = _bytes(_vector(setup, states=True) * _itemsize(setup))
     often = f"about every {steps:,} steps" if steps > 1 else "every step"
     return [
@@ -123,11 +125,13 @@ def _gossip(setup: Setup, gossip: Gossip) -> list[str]:
     when = [f"every {gossip.every:,} steps" if gossip.every > 1 else "every step"]
     if gossip.probability < 1:
         when.append(f"each pair with probability {gossip.probability:g}")
-    when.append("messages travel while the next step computes" if gossip.overlap else "the step waits for the messages")
+    when.append(
+        "messages travel while the next step computes" if gossip.overlap else "each step waits for its messages"
+    )
     kept = withholding(gossip, pairing.replicas, parts)
     if kept:
         most = "up to " if gossip.part == "auto" and gossip.withhold == "auto" else ""
-        when.append(f"{most}{kept:.0%} of a replica's own step is withheld until others know it")
+        when.append(f"{most}{kept:.0%} of a replica's own step is withheld until peers know it")
     when.append(f"deadline {gossip.deadline if isinstance(gossip.deadline, str) else f'{gossip.deadline:g} ms'}")
     lines = [
         *wrapped(
@@ -152,14 +156,18 @@ def _gossip(setup: Setup, gossip: Gossip) -> list[str]:
 def _average(pairing: Pairing, gossip: Gossip) -> str:
     """Say whether the exchange preserves the average of the replicas."""
     if isinstance(gossip.mix, PushSumMix):
-        return "keeps the average, as every message carries its share of the mass"
+        return "preserves the average: every message carries a part of its sender's mass"
     if gossip.mix != ConstantMix() or gossip.divergence_threshold > 0:
-        return "does not promise to keep the average: each replica weighs what arrives"
+        return "may not preserve the average: each replica weights what arrives"
     if not pairing.doubly_stochastic:
-        return "does not keep the average: a replica may hear from several or none (mix: push_sum keeps it)"
+        return (
+            "does not preserve the average: a replica may receive several messages or none (mix: push_sum preserves it)"
+        )
     if gossip.probability < 1 and not pairing.symmetric:
-        return "does not keep the average: who sends to one hears from another, and either may be left out"
-    return "keeps the average"
+        return (
+            "does not preserve the average: a replica sends to one and receives from another, and either may be skipped"
+        )
+    return "preserves the average"
 
 
 def _fewer(gossip: Gossip) -> str:
@@ -184,7 +192,7 @@ def _sends(setup: Setup, gossip: Gossip, pairing: Pairing) -> str:
     most = max(len(pairing.sends(number, replica)) for number in rounds for replica in everybody)
     what = " and ".join(name if name == "parameters" else "optimizer states" for name in gossip.average)
     if gossip.part == "auto":
-        what += ", or as many as a step's compute hides (part: auto)"
+        what += ", or as many as travel within a step (part: auto)"
     elif parts > 1:
         what += f", one of {parts} parts that take turns"
     messages = f"{_count(most, 'message')} of {_bytes(size)}"

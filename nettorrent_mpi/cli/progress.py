@@ -136,7 +136,7 @@ class Live:
         )
         self._epoch = self._bars.add_task("epoch", total=steps_per_epoch, note="")
         self._run = self._bars.add_task("run", total=steps, note="")
-        self._now = Text("the first steps are under way", style="dim", no_wrap=True, overflow="ellipsis")
+        self._now = Text("running the first steps", style="dim", no_wrap=True, overflow="ellipsis")
         head = Text(layout, style="cyan", no_wrap=True, overflow="ellipsis")
         end = Text("")  # mpirun forwards complete lines, so the last one would be delayed
         self._display = Display(

@@ -76,7 +76,7 @@ def read(args: argparse.Namespace) -> Config:
     if args.ranks is not None and not args.dry_run:
         raise ConfigError("--ranks is for --dry-run; a real run has the ranks that mpirun -n started")
     if args.ranks is not None and args.ranks < 1:
-        raise ConfigError(f"--ranks {args.ranks}: 1 is the least")
+        raise ConfigError(f"--ranks {args.ranks}: the minimum is 1")
     return config if args.output is None else replace(config, output=args.output)
 
 
@@ -116,7 +116,7 @@ class Run:
         """Write the results, unless a signal has stopped the training; return the exit code."""
         stopped = self._trainer.stopped_by == SIGNAL
         if stopped and self._reporter is not None:
-            self._reporter.message(f"stopped by a signal after step {self._trainer.step}; go on with --resume")
+            self._reporter.message(f"stopped by a signal after step {self._trainer.step}; continue with --resume")
         if not stopped:
             self._write_results()
         if self._reporter is not None:

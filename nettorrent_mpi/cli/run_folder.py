@@ -32,7 +32,7 @@ class RunFolder:
         if there and not overwrite:
             raise OutputError(
                 f"{self.path} holds another run's results ({', '.join(there)}); "
-                "choose another folder with --output DIR, replace them with --overwrite, or go on with --resume"
+                "choose another folder with --output DIR, replace them with --overwrite, or continue it with --resume"
             )
 
     def create(self, config: str, after: int | None = None) -> None:

@@ -216,7 +216,7 @@ class Config(Section):
             )
         if isinstance(self.pipeline, choices.Async) and self.train.clip_norm is not None:
             raise Mistake(
-                "cannot be had with pipeline async: the norm of all stages' gradients is never there at one time; "
+                "is not possible with pipeline async: the norm of all stages' gradients is never there at one time; "
                 "leave it out, or choose pipeline: 1f1b",
                 "train",
                 "clip_norm",

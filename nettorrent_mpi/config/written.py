@@ -108,13 +108,13 @@ def _check_gossip(gossip: choices.Gossip) -> None:
     small = gossip.compress.kind
     if "optimizer" in gossip.average:
         raise Mistake(
-            f"{small} would spoil the optimizer's state, which has to stay positive: leave optimizer out of average "
+            f"{small} would corrupt the optimizer's state, which has to stay positive: leave optimizer out of average "
             "or compress out",
             "compress",
         )
     if gossip.mix != choices.ConstantMix():
         raise Mistake(
-            f"{small} goes with the pairing's own weights only: leave out mix (constant, without a value) or compress",
+            f"{small} works with the pairing's own weights only: leave out mix (constant, without a value) or compress",
             "compress",
         )
     if gossip.pairing == "random":

@@ -172,7 +172,7 @@ def _download(download: Download, file: Path, progress: Progress | None, by_hand
             actual = _sha256(part)
             if actual != download.sha256:
                 part.unlink()
-                failures.append(f"{url}: what came has SHA-256 {actual}, not {download.sha256}")
+                failures.append(f"{url}: the download has SHA-256 {actual}, not {download.sha256}")
                 continue
         with _writing(file):
             os.replace(part, file)

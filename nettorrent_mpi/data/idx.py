@@ -95,7 +95,7 @@ def open_idx(folder: Path, name: str, dimensions: int, remedy: str) -> IdxFile:
         raise DataError(f"ends within its header: truncated; {remedy}", file=str(path), offset=len(start))
     shape = struct.unpack(f">{dimensions}I", start[4 : 4 + 4 * dimensions])
     if 0 in shape:
-        raise DataError(f"says that it is empty: shape {shape}; {remedy}", file=str(path), offset=4)
+        raise DataError(f"states that it is empty: shape {shape}; {remedy}", file=str(path), offset=4)
     idx = IdxFile(path, shape, compressed, remedy)
     if not compressed:
         length = size_of(path, remedy)

@@ -52,7 +52,7 @@ def parse(text: str) -> Action:
     """Return the action that prints as `text`. Raises ScheduleError for any other text."""
     match = _FORM.fullmatch(text)
     if not match:
-        raise ScheduleError(f"{text!r} is no action; actions look like 2F0, 2SA0, 2R or 2R0")
+        raise ScheduleError(f"{text!r} is not an action; actions look like 2F0, 2SA0, 2R or 2R0")
     stage, kind, micro_batch, once, step = match.groups()
     number = micro_batch or step
     return Action(int(stage), cast("Kind", kind or once), int(number) if number else None)

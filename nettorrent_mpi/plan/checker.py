@@ -120,7 +120,7 @@ class _Game:
             stuck.sort(key=lambda entry: not entry[1].endswith(("ended", "instead")))
             lines = [f"{actor} at {actor.action} wait{'s' * (len(actor.ranks) == 1)} for {why}" for actor, why in stuck]
             more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
-            raise ScheduleError("no rank can go on:\n  " + "\n  ".join(lines[:12]) + more)
+            raise ScheduleError("deadlock, no rank can continue:\n  " + "\n  ".join(lines[:12]) + more)
         for actor in self.actors:
             for way in ("A", "G"):
                 for other in self.other_end(actor, way, sends=True):
@@ -212,7 +212,7 @@ def _check_stage(actor: _Actor, stages: int) -> None:
         if action.kind in absent:
             raise ScheduleError(f"{action} of {actor}: there is no stage to send to or receive from")
         if action in seen:
-            raise ScheduleError(f"{action} of {actor} stands there twice")
+            raise ScheduleError(f"{action} of {actor} occurs twice")
         seen.add(action)
 
 

@@ -154,13 +154,13 @@ def given_layout(
     exceed the units of a layer, and replicas x sum of rows x cols is the number of ranks.
     """
     if replicas < 1:
-        raise LayoutError(f"layout.replicas: {replicas} is too few; 1 is the least")
+        raise LayoutError(f"layout.replicas: {replicas} is too few; the minimum is 1")
     if not swarms:
         raise LayoutError(f"layout.swarms is empty; one swarm for all: {_written(1, [(len(facts), 1, 1)])}")
     for i, swarm in enumerate(swarms):
         for key, value in zip(("layers", "rows", "cols"), swarm, strict=True):
             if value < 1:
-                raise LayoutError(f"layout.swarms[{i}].{key}: {value} is too few; 1 is the least")
+                raise LayoutError(f"layout.swarms[{i}].{key}: {value} is too few; the minimum is 1")
     if len(swarms) > len(facts):
         raise LayoutError(
             f"layout.swarms: {len(swarms)} swarms for the network's {len(facts)} weight layers "

@@ -82,7 +82,7 @@ def simulate(
             norms[one[1]], moved = max(now), True
     stuck = [str(actions[i]) for actions, i in zip(lists, at, strict=True) if i < len(actions)]
     if stuck:
-        raise ScheduleError(f"the schedule waits for ever at {', '.join(stuck)}")
+        raise ScheduleError(f"the schedule deadlocks at {', '.join(stuck)}")
     makespan = max(now, default=0.0)
     busy = sum(e.end - e.start for stage in events for e in stage if e.action.kind in ("F", "B"))
     bubble = 1 - busy / (makespan * count) if makespan else 0.0

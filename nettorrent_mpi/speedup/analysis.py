@@ -36,7 +36,8 @@ def overloaded(results: Results) -> str:
     return (
         f"**{_listed(beyond)} ranks exceed the {_cores(cores)} of this machine.** There they take turns on a core, so "
         f"no speedup beyond {cores} is possible, and time that a rank spends without a core is counted as whatever it "
-        "was doing. Such figures tell how the modes bear overload, nothing of a machine with as many cores as ranks."
+        "was doing. Such figures show how the modes cope with overload; they say nothing about a machine with as many "
+        "cores as ranks."
     )
 
 
@@ -50,11 +51,11 @@ def winners(results: Results, found: list[Figure]) -> str:
             f"{first.median:,.0f} samples/s, {first.speedup:.2f} times one rank ({first.efficiency:.0%} efficiency)"
         )
         if others:
-            text += f"; {_listed([f'`{f.mode}`' for f in others])} cannot be told from it within the spread"
+            text += f"; {_listed([f'`{f.mode}`' for f in others])} is not distinguishable from it within the spread"
         alike = next((f for f in ranked(found, ranks, ours=True) if f.mode not in APART), None)
         if first.mode in APART and alike is not None:
             text += (
-                f"; of the modes that give the weights of one rank `{alike.mode}` was, with {alike.median:,.0f} "
+                f"; of the modes with the weights of one rank `{alike.mode}` was, with {alike.median:,.0f} "
                 f"({alike.speedup:.2f} times)"
             )
         if first.speedup <= 1:
@@ -100,7 +101,7 @@ def bounds(results: Results) -> str:
         return ""
     return (
         f"What bounded them, in parts of ranks x time beyond what one rank needs: {'. '.join(told)}. "
-        "(Computing is dearer in smaller pieces, and beside others who use the same memory or cores.)"
+        "(Compute is less efficient in smaller pieces, and beside processes that use the same memory or cores.)"
     )
 
 
@@ -113,7 +114,7 @@ def to_accuracy(results: Results) -> str:
     reached = sorted((run for run in told["runs"] if run["seconds"] is not None), key=lambda run: run["seconds"])
     missed = [in_words(sides[run["side"]]) for run in told["runs"] if run["seconds"] is None]
     if not reached:
-        return f"Nobody reached {told['wanted']:.2%}."
+        return f"No side reached {told['wanted']:.2%}."
     text = f"The first at {told['wanted']:.2%} was {in_words(sides[reached[0]['side']])}, after "
     text += f"{reached[0]['seconds']:.1f} s"
     alone = next((run for run in reached if sides[run["side"]]["mode"] == SERIAL), None)

@@ -25,7 +25,7 @@ from nettorrent_mpi.speedup.modes import MODES, VALIDATION, Candidate
 from nettorrent_mpi.speedup.sides import PEERS, Side
 
 TORCH_WARM_UP = 11  # steps: torch_peer.WARM_UP and one of an epoch's last size; that module loads PyTorch
-HOW_TO_INSTALL = "PyTorch is not installed, so nothing is compared with it: pip install 'nettorrent_mpi[compare]'"
+HOW_TO_INSTALL = "PyTorch is not installed, so the comparison omits it: pip install 'nettorrent_mpi[compare]'"
 
 
 def speedup(args: argparse.Namespace) -> None:
@@ -44,7 +44,7 @@ def speedup(args: argparse.Namespace) -> None:
     shared = modes.baseline(config, names)
     one, setup = modes.serial(shared)
     if args.accuracy is not None and setup.dataset.classes is None:
-        raise ConfigError(f"--accuracy: data set {config.data.name} has no classes, so nothing is right or wrong")
+        raise ConfigError(f"--accuracy: data set {config.data.name} has no classes, so there is no accuracy")
     if args.accuracy is not None and setup.dataset.test is None and not len(setup.sampler.validation_rows):
         raise ConfigError("--accuracy: there are no test rows; keep some back with --set data.validation=0.1")
     launcher = Launcher(args.launcher)
@@ -64,10 +64,10 @@ def speedup(args: argparse.Namespace) -> None:
             comparison.run(args.repeats, args.steps, args.accuracy)
     except ChildError as error:
         comparison.fail({"command": error.command, "exit_code": error.code, "lines": error.lines})
-        raise NetTorrentError(f"{error}\nwhat was measured before is in {folder / 'results.json'}") from error
+        raise NetTorrentError(f"{error}\nthe results so far are in {folder / 'results.json'}") from error
     except KeyboardInterrupt:
         comparison.fail({"interrupted": True})
-        raise NetTorrentError(f"interrupted; what was measured before is in {folder / 'results.json'}") from None
+        raise NetTorrentError(f"interrupted; the results so far are in {folder / 'results.json'}") from None
     comparison.finish()
 
 

@@ -154,7 +154,7 @@ def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts],
         for stage in topology.stages:
             sharing = topology.replicas * stage.rows
             if sharing > most:
-                raise ConfigError(f"{sharing} ranks for {most} rows at a time: some would have nothing to do")
+                raise ConfigError(f"{sharing} ranks for {most} rows at a time: some would stay idle")
     except UserError as error:
         return Candidate(mode, ranks, impossible=str(error))
     return Candidate(mode, ranks, settings, setup.layout_line, pieces)

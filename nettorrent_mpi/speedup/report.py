@@ -14,10 +14,10 @@ from nettorrent_mpi.speedup.sides import DDP, OURS, PEERS, in_words
 
 PICTURES = ("speedup", "efficiency", "accuracy", "shares")
 SHARES = """\
-Parts of each rank's time in a run of its own with `trace: true`. Compute includes the collective operations inside
-layers (divided neurons, batch norm), which the trace does not show apart. Communication: sending, receiving, reducing
-gradients and gathering parameters once everybody needed was there, and exchanging with other replicas. Waiting: for the
-last rank to come to a reduction or a gathering. Bubble: for a message that had not been sent. Other: between the
+Parts of each rank's time in a separate run with `trace: true`. Compute includes the collective operations inside layers
+(divided neurons, batch norm), which the trace does not show separately. Communication: sending, receiving, reducing
+gradients and gathering parameters once all required ranks were there, and exchanging with other replicas. Waiting: for
+the last rank to arrive at a reduction or a gathering. Bubble: for a message that had not been sent. Other: between the
 actions."""
 
 
@@ -25,7 +25,7 @@ def to_markdown(results: Results, plots: Sequence[str] = ()) -> str:
     """Return the whole report; `plots` are the names of the pictures beside it, without their suffixes."""
     lines = [f"# Speedup of {results['config']}", "", *_head(results), ""]
     if not results["complete"]:
-        lines += [f"**Not complete: {failure_in_words(results)}. What follows is what there is.**", ""]
+        lines += [f"**Incomplete: {failure_in_words(results)}. The report has the results so far.**", ""]
     lines += ["## What the figures say", "", *(line for text in analysis(results) for line in (text, ""))]
     lines += ["## Samples per second", "", *_table(results), ""]
     lines += [f"![{name}]({name}.svg)\n" for name in plots if name in ("speedup", "efficiency")]
@@ -59,7 +59,7 @@ def _head(results: Results) -> list[str]:
     done = max((len(side["samples_per_second"]) for side in results["sides"]), default=0)
     told = (
         f"{network['weight_layers']} weight layers, {network['parameters']:,} parameters, "
-        f"{network['operations'] / 1e6:,.2f} million operations a row; {results['batch_size']} rows a step, "
+        f"{network['operations'] / 1e6:,.2f} million operations per row; {results['batch_size']} rows a step, "
         f"{results['dtype']}, {results['optimizer']}."
     )
     how = (
@@ -81,7 +81,7 @@ def _table(results: Results) -> list[str]:
     found = figures(results)
     lines += [_line(figure, cores) for figure in found]
     if any(figure.cpus > cores for figure in found):
-        lines += ["", f"\\* more than the {cores} core{'s' if cores > 1 else ''} that there are"]
+        lines += ["", f"\\* more than the {cores} core{'s' if cores > 1 else ''} of this machine"]
     return lines
 
 
@@ -161,22 +161,23 @@ def equality(results: Results) -> list[str]:
         told.append(
             "PyTorch gathers rows of the same data from memory, scales them in every step, and sends the mini-batch "
             + (
-                "through in the same micro-batches as one rank of ours, since batch norm takes its statistics of one"
+                "through in the same micro-batches as one rank of ours, since batch norm takes its statistics over one"
                 if results["network"]["batch_norm"]
-                else "through in one piece; ours goes through in the micro-batches that the table tells"
+                else "through as a whole; ours goes through in the micro-batches that the table states"
             )
-            + ". Its optimizers are used as they are by default. Dropout draws other numbers."
+            + ". Its optimizers are used with their default implementations. Dropout draws other numbers."
         )
     if modes & {"gossip", "elite"}:
         told.append(
-            "Replicas that gossip, or of which the best one wins, train on their share of each mini-batch and have "
-            "weights of their own: they do not compute what the others compute, so compare their accuracy, too "
-            "(`--accuracy`)."
+            "Replicas that gossip, or of which the best one wins, train on their part of each mini-batch with weights of "
+            "their own: their results differ from the others', so compare their accuracy, too (`--accuracy`)."
         )
     if "elite" in modes:
-        told.append("elite: judging the replicas and taking over weights is not in samples/s, but in wall time.")
+        told.append("elite: evaluating the replicas and copying weights is not in samples/s, but in wall time.")
     if "async" in modes:
-        told.append("async: gradients are late by a bounded number of updates, so its weights differ from the others'.")
+        told.append(
+            "async: gradients are stale by a bounded number of updates, so its weights differ from the others'."
+        )
     return told
 
 

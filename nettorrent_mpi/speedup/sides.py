@@ -75,11 +75,11 @@ def peers(names: Sequence[str], ranks: Sequence[int], setup: Setup) -> list[Side
 
 def _unequal(name: str, count: int, setup: Setup) -> str | None:
     if name == CHANNELS_LAST and len(setup.dataset.shape) != 3:
-        return "the rows are no images"
+        return "the rows are not images"
     if name == DDP and setup.network.has_batch_norm:
         return "batch norm would see each process's own rows: PyTorch's SyncBatchNorm needs GPUs"
     if name == DDP and count > setup.config.train.batch_size:
-        return f"{count} processes for {setup.config.train.batch_size} rows: some would have nothing to do"
+        return f"{count} processes for {setup.config.train.batch_size} rows: some would stay idle"
     if nodes_of_job(os.environ) > 1 and count > (os.cpu_count() or 1):
         return f"{count} {'processes' if name == DDP else 'threads'} do not fit on one node, where PyTorch is started"
     return None

@@ -241,7 +241,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, as `nettorrent train` takes it")
     parser.add_argument("--steps", type=int, default=100, help=f"timed steps, after {WARM_UP} others")
     parser.add_argument(
-        "--accuracy", type=float, help="train until this accuracy instead, and tell when it was reached"
+        "--accuracy", type=float, help="train until this accuracy instead, and report when it was reached"
     )
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--processes", type=int, default=1, help="above 1: DistributedDataParallel over gloo")

@@ -50,9 +50,9 @@ def test_one_replica_with_the_exact_exchange_needs_no_block() -> None:
 
 def test_allreduce_none_and_rows() -> None:
     text = told(4)
-    assert "allreduce gradients are summed over the 4 replicas, which stay the same" in text
+    assert "allreduce gradients are reduced over the 4 replicas, which stay equal" in text
     assert "sends a rank sends at most 24 kB a step" in text  # stage 0: 4000 parameters x 4 bytes x 2 x 3/4
-    assert "all replicas share all of the training rows" in text
+    assert "all replicas train on all of the training rows" in text
     text = told(4, "exchange=none", "data.partition=disjoint")
     assert "the 4 replicas train apart: nothing is sent" in text
     assert "each replica trains on its own part of the training rows" in text
@@ -60,11 +60,11 @@ def test_allreduce_none_and_rows() -> None:
 
 def test_elite_tells_how_often_on_what_and_how_much() -> None:
     text = told(4, "data.validation=0.1", "exchange=elite")
-    assert "4 replicas are compared by validation loss: all take over the best one's weights" in text
+    assert "4 replicas are compared by validation loss: all take the best one's weights" in text
     assert "every 1,000 rows of all replicas together, about every 8 steps; on 143 validation rows" in text
     assert "at most 48 kB at a comparison: parameters and optimizer states" in text
     text = told(4, "data.validation=0.1", "exchange={elite: {every_samples: 5, mode: tournament}}", "dtype=float64")
-    assert "of two, the worse takes over the better (tournament)" in text
+    assert "the worse of each pair takes the better one's (tournament)" in text
     assert "together, every step" in text
     assert "at most 96 kB" in text
 
@@ -82,7 +82,7 @@ def test_every_pairing_is_told(pairing: str) -> None:
 
 def test_agreement_of_known_pairings() -> None:
     text = told(8, "exchange=gossip")
-    assert "exponential over 8 replicas, repeats after 3 rounds; keeps the average" in text
+    assert "exponential over 8 replicas, repeats after 3 rounds; preserves the average" in text
     assert "spectral gap 1; 3 rounds of each part until" in text
     text = told(6, "exchange={gossip: {pairing: ring, every: 10, part: 1}}")
     assert "spectral gap 0.333" in text  # the second largest eigenvalue of (1 1 1 0 0 0)/3, circulant: (1 + 2 cos 60)/3
@@ -99,14 +99,17 @@ def test_agreement_of_known_pairings() -> None:
 @pytest.mark.parametrize(
     ("options", "average"),
     [
-        ("{}", "; keeps the average"),
-        ("{mix: push_sum, pairing: random}", "keeps the average, as every message carries its share of the mass"),
-        ("{pairing: random}", "does not keep the average: a replica may hear from several or none"),
-        ("{pairing: exponential, probability: 0.5}", "does not keep the average: who sends"),
-        ("{pairing: ring, probability: 0.5}", "; keeps the average"),
-        ("{mix: clock}", "does not promise to keep the average"),
-        ("{mix: {constant: 0.5}}", "does not promise to keep the average"),
-        ("{divergence_threshold: 0.1}", "does not promise to keep the average"),
+        ("{}", "; preserves the average"),
+        (
+            "{mix: push_sum, pairing: random}",
+            "preserves the average: every message carries a part of its sender's mass",
+        ),
+        ("{pairing: random}", "does not preserve the average: a replica may receive several messages or none"),
+        ("{pairing: exponential, probability: 0.5}", "does not preserve the average: a replica sends"),
+        ("{pairing: ring, probability: 0.5}", "; preserves the average"),
+        ("{mix: clock}", "may not preserve the average"),
+        ("{mix: {constant: 0.5}}", "may not preserve the average"),
+        ("{divergence_threshold: 0.1}", "may not preserve the average"),
     ],
 )
 def test_does_the_average_stay(options: str, average: str) -> None:
@@ -117,7 +120,7 @@ def test_does_the_average_stay(options: str, average: str) -> None:
     ("changes", "sends"),
     [
         # stage 0 has most: 4000 parameters on one rank; stage 1: 10,000 over 5 cols x 2 rows
-        (["{}"], "1 message of 16 kB a round: 4,000 elements of its parameters, or as many as a step's"),
+        (["{}"], "1 message of 16 kB a round: 4,000 elements of its parameters, or as many as travel"),
         (["{part: 1}"], "1 message of 16 kB a round: 4,000 elements of its parameters rows"),
         (["{part: 0.3, pairing: ring}"], "2 messages of 5.34 kB a round: 1,334 elements of its parameters, one of 3"),
         (["{part: 0.7}"], "1 message of 16 kB a round: 4,000 elements of its parameters rows"),
@@ -156,7 +159,7 @@ def test_rounds_exact_averages_and_mixes() -> None:
     text = told(4, "exchange=gossip")
     assert "mix the pairing's own weights" in text
     assert "round every step; messages travel while the next step computes; up to 50% of a replica's own step" in text
-    assert "is withheld until others know it; deadline auto" in text
+    assert "is withheld until peers know it; deadline auto" in text
     assert "withheld" not in told(4, "exchange={gossip: {withhold: 0}}")
     assert "computes; 20% of a replica's own step" in told(4, "exchange={gossip: {withhold: 0.2}}")
     assert "averaged exactly" not in text
@@ -167,7 +170,7 @@ def test_rounds_exact_averages_and_mixes() -> None:
     )
     assert "mix linear, start 0.7, end 0.1, target 1000" in text
     assert "with the pairing's own weights; with this probability more" in text
-    assert "each pair with probability 0.25; the step waits for the messages; deadline 2.5 ms" in text
+    assert "each pair with probability 0.25; each step waits for its messages; deadline 2.5 ms" in text
     assert (
         "exactly every 5 rounds, with slow momentum 0.3; and whenever the replicas' relative distance is above 0.1"
         in text

@@ -52,7 +52,7 @@ def test_a_dry_run_fits_the_screen_for_any_number_of_ranks(ranks: int) -> None:
     assert max(map(len, text.splitlines())) <= report.WIDTH
     assert len(text.splitlines()) < 100
     assert f"= {ranks} rank" in " ".join(text.split())
-    assert "50,000 training rows, 391 steps an epoch, 5,865 steps in all" in text
+    assert "50,000 training rows, 391 steps per epoch, 5,865 steps in all" in text
     assert "no deadlock" in text
     assert "predicted step" in text
     assert "node0" in text
@@ -91,7 +91,7 @@ def test_folded_ranges() -> None:
 
 def test_ranks_with_nothing_to_do_are_told() -> None:
     text = report.layout_table(Topology(1, (Stage(0, 6, 5, 1),)), FACTS, 8, 4)
-    assert "3 of the 5 ranks have nothing to do" in text
+    assert "3 of the 5 ranks stay idle" in text
     assert "0.00 %" in text
     assert "nothing to do" not in report.layout_table(Topology(1, (Stage(0, 6, 2, 1),)), FACTS, 8, 4)
 
@@ -111,7 +111,7 @@ def test_a_pipeline_that_does_not_flush_shows_its_updates_up_to_a_drain() -> Non
         "stage 1   .  F0  B0  F1 B1U  F2  B2  F3 B3U   .",
     ]
     text = dry_run(setup(layers_layout(FACTS, 2, 32), "pipeline=async", "train.micro_batches=1"))
-    assert "(async: F forward, B backward, U update; 2 mini-batches up to a drain; played for all 2 ranks" in text
+    assert "(async: F forward, B backward, U update; 2 mini-batches up to a drain; checked for all 2 ranks" in text
 
 
 @pytest.mark.parametrize(

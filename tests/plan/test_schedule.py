@@ -237,7 +237,7 @@ def test_check_agrees_with_a_plain_play(
         check(t, lists, [buffers(s, count) for s, count in enumerate(slots)])
         stuck = False
     except ScheduleError as error:
-        stuck = "no rank can go on" in str(error)
+        stuck = "no rank can continue" in str(error)
     assert stuck == (not ends)
 
 
@@ -283,7 +283,7 @@ def test_a_buffer_too_few_is_found(t: Topology, pipeline: str, micro_batches: in
     name = data.draw(st.sampled_from(sorted(fewer))) if fewer else None
     if name:
         have[s] = have[s]._replace(**{name: getattr(have[s], name) - 1})
-        with pytest.raises(ScheduleError, match=fewer[name] + "|no rank can go on"):
+        with pytest.raises(ScheduleError, match=fewer[name] + "|no rank can continue"):
             check(t, lists, have)
 
 
@@ -323,7 +323,7 @@ TWO = [  # two stages, two micro-batches
     [
         (0, "", "", None),
         (1, "1R ", "", r"1R of rank 1, which is at 1U|1R of rank 1 is missing"),
-        (1, "1SG0", "1SG0 1SG0", r"1SG0 of rank 1 stands there twice"),
+        (1, "1SG0", "1SG0 1SG0", r"1SG0 of rank 1 occurs twice"),
         (1, "1B0 1SG0", "1SG0 1B0", r"1SG0 of rank 1 comes before 1B0"),
         (1, "1U", "1SA0 1U", r"1SA0 of rank 1: there is no stage"),
         (1, "1G", "1G 0F1", r"0F1 of rank 1: these ranks work on stage 1"),
@@ -332,7 +332,7 @@ TWO = [  # two stages, two micro-batches
         (0, "0U 0G", "0G 0U", r"0G of rank 0 comes before 0U"),
         (0, "0R 0U 0G", "0R 0G", r"0U of rank 0 is missing"),
         (0, "0R 0U", "0R 0N 0U", r"0N waits for 1N of rank 1, which is at 1R|1N of rank 1, which has ended"),
-        (0, "0WA0 0F0", "0RG0 0WA0 0F0", r"0RG0 of rank 0 stands there twice"),
+        (0, "0WA0 0F0", "0RG0 0WA0 0F0", r"0RG0 of rank 0 occurs twice"),
         (0, "0PG0 0PG1 ", "0PG0 ", r"rank 0 at 0RG1 waits for 0PG1 of rank 0"),
         (0, "0WA1 ", "", r"0WA1 of rank 0 is missing"),
         (0, "0WA1 0F1", "0F1 0WA1", r"0F1 of rank 0 comes before 0WA1"),

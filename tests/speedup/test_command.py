@@ -177,7 +177,7 @@ def test_a_failing_program(tmp_path: Path) -> None:
     assert not results["complete"]
     assert results["failure"]["exit_code"] == 1
     assert len(results["sides"][0]["samples_per_second"]) == 1
-    assert "**Not complete: " in (tmp_path / "out" / "report.md").read_text()
+    assert "**Incomplete: " in (tmp_path / "out" / "report.md").read_text()
     again = compare(DIGITS, *words, folder=tmp_path / "out")
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
@@ -206,7 +206,7 @@ def test_interrupted(tmp_path: Path, number: int) -> None:
     process.send_signal(number)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "interrupted; what was measured before is in" in told
+    assert "interrupted; the results so far are in" in told
     assert json.loads((tmp_path / "out" / "results.json").read_text())["failure"] == {"interrupted": True}
     with pytest.raises(ProcessLookupError):
         os.kill(int(marker.read_text()), 0)

@@ -80,7 +80,7 @@ def test_what_is_possible_has_a_place_for_every_rank(ranks: int) -> None:
     [
         ("1f1b", 5, [], "5 stages for 4 weight layers"),
         ("async", 6, [], "6 stages for 4 weight layers"),
-        ("async", 2, ["train.clip_norm=1"], "train.clip_norm: cannot be had with pipeline async"),
+        ("async", 2, ["train.clip_norm=1"], "train.clip_norm: is not possible with pipeline async"),
         ("cols", 11, [], "11 cols cannot divide the 10 units of linear2"),
         ("rows", 9, [], "9 ranks for 8 rows at a time"),
         ("replicas", 9, [], "9 ranks for 8 rows at a time"),
@@ -156,7 +156,7 @@ def test_peers_that_would_train_something_else() -> None:
     rows = "data={name: synthetic, rows: 64, shape: [6], classes: 3}"
     _, plain = modes.serial(load(rows, "model.layers=[{linear: 8}, {linear: 3}]"))
     why = {side.mode: side.impossible for side in sides.peers(list(sides.PEERS), [2], plain)}
-    assert why["torch_channels_last"] == "the rows are no images"
+    assert why["torch_channels_last"] == "the rows are not images"
     assert why["ddp"] is why["torch"] is None
     _, normed = modes.serial(load(rows, "model.layers=[{linear: 8}, batch_norm, {linear: 3}]"))
     why = {side.mode: side.impossible for side in sides.peers(list(sides.PEERS), [2], normed)}

@@ -50,9 +50,9 @@ def test_analysis(results: Results) -> None:
     text = "\n".join(analysis(results))
     assert "One rank made 100 samples/s." in text
     assert "On 2 ranks `rows` was the fastest with 180 samples/s, 1.80 times one rank (90% efficiency)" in text
-    assert "`gossip` cannot be told from it within the spread" in text
+    assert "`gossip` is not distinguishable from it within the spread" in text
     assert "On 4 ranks (more than cores) `gossip` was the fastest" in text
-    assert "of the modes that give the weights of one rank `rows` was, with 120 (1.20 times)" in text
+    assert "of the modes with the weights of one rank `rows` was, with 120 (1.20 times)" in text
     assert "2.00 times PyTorch's best (torch, 1 thread, 50 samples/s) with one rank" in text
     assert "2.25 times PyTorch's best (ddp, 2 processes, 80 samples/s) with `rows` on 2 ranks" in text
     assert "`1f1b` on 2 ranks used 75% of its cores; it lost most, 24%, to the bubble of the pipeline" in text
@@ -87,7 +87,7 @@ def test_markdown(results: Results) -> None:
     assert (
         r"| `gossip`: replicas that gossip | 4\* | 130 | 2% | 1.30 | 32% | 1 replica x [a 1x1 \| b 1x1] | 4 |" in lines
     )
-    assert r"\* more than the 2 cores that there are" in lines
+    assert r"\* more than the 2 cores of this machine" in lines
     assert "| 1f1b, 4 ranks | 4 stages for 2 weight layers: a stage needs one at least |" in lines
     assert "| torch_compile, 1 thread | torch.compile does not work here: no compiler |" in lines
     assert "| 1f1b | 0 | 73% | 0% | 0% | 25% | 2% |" in lines
@@ -95,7 +95,7 @@ def test_markdown(results: Results) -> None:
     assert "| torch, 2 threads | 2 | not reached | 1 | 50.00% |" in lines
     assert "![shares](shares.svg)" in lines
     assert "- a note" in lines
-    assert "in one piece" in text
+    assert "as a whole" in text
     assert "Not complete" not in text
     assert "abc" in text  # the commit
     assert max(line.count("\n") for line in lines) == 0
@@ -117,7 +117,7 @@ def test_batch_norm_is_told(results: Results) -> None:
 def test_what_is_not_complete_says_so(results: Results, failure: Any, told: str) -> None:
     results |= {"complete": False, "failure": failure, "traces": [], "accuracy": None}
     text = to_markdown(results)
-    assert "**Not complete: " in text
+    assert "**Incomplete: " in text
     assert told in text
 
 

@@ -53,7 +53,7 @@ class OneDnn(Algorithm):
     def weight_gradient(self, x: Array, dy: Array, dw: Array, accumulate: bool, workspace: Workspace) -> None:
         geometry = self.geometry
         if geometry.kernel == (1, 1) and geometry.stride != (1, 1) and geometry.image[2] < WRONG_BELOW:
-            raise onednn.OneDnnError("its code for AVX2 reads what it should not")
+            raise onednn.OneDnnError("its AVX2 code reads out of bounds")
         self._operation(onednn.WeightGradient, len(x))(x, dy, dw, accumulate)
 
 
