@@ -39,10 +39,10 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
     check(topology, lists)
     parameters = sum(layer.parameters for layer in facts)
     rows, epoch = setup.dataset.train.rows, setup.sampler.steps_per_epoch
-    operations = sum(layer.operations for layer in facts) / 1e6
+    millions, total = sum(layer.operations for layer in facts) / 1e6, setup.steps
     head = [
-        f"data      {config.data.name}: {rows:,} training rows, {epoch:,} steps per epoch, {setup.steps:,} steps in all",
-        f"network   {len(facts)} weight layers, {parameters:,} parameters, {operations:,.1f} million operations per row",
+        f"data      {config.data.name}: {rows:,} training rows, {epoch:,} steps per epoch, {total:,} steps in all",
+        f"network   {len(facts)} weight layers, {parameters:,} parameters, {millions:,.1f} million operations per row",
         f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
     ]

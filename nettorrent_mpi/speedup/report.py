@@ -169,8 +169,8 @@ def equality(results: Results) -> list[str]:
         )
     if modes & {"gossip", "elite"}:
         told.append(
-            "Replicas that gossip, or of which the best one wins, train on their part of each mini-batch with weights of "
-            "their own: their results differ from the others', so compare their accuracy, too (`--accuracy`)."
+            "Replicas that gossip, or of which the best one wins, train on their part of each mini-batch with weights "
+            "of their own: their results differ from the others', so compare their accuracy, too (`--accuracy`)."
         )
     if "elite" in modes:
         told.append("elite: evaluating the replicas and copying weights is not in samples/s, but in wall time.")

@@ -152,7 +152,7 @@ def test_wrong_sum(server: Server, tmp_path: Path) -> None:
     expected = hashlib.sha256(server.files[name]).hexdigest()
     server.files[name] += b"!"
     actual = hashlib.sha256(server.files[name]).hexdigest()
-    with pytest.raises(DataError, match=f"what came has SHA-256 {actual}, not {expected}") as caught:
+    with pytest.raises(DataError, match=f"the download has SHA-256 {actual}, not {expected}") as caught:
         fetch("mnist", tmp_path, recipes=recipes)
     assert caught.value.file == str(tmp_path / "mnist" / name)
     assert contents(tmp_path / "mnist") == {}

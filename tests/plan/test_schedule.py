@@ -453,9 +453,9 @@ def test_the_timeline_respects_order_and_transfers(
 
 
 def test_simulate_reports_lists_that_wait_for_ever() -> None:
-    with pytest.raises(ScheduleError, match="for ever at 0B0, 1F0"):
+    with pytest.raises(ScheduleError, match="deadlocks at 0B0, 1F0"):
         simulate([words("0B0 0F0"), words("1F0 1B0")], 1, 1, 0)
-    with pytest.raises(ScheduleError, match="for ever at 0N"):
+    with pytest.raises(ScheduleError, match="deadlocks at 0N"):
         simulate([words("0F0 0B0 0N"), words("1F0 1B0")], 1, 1, 0)
 
 

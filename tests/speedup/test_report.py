@@ -96,7 +96,7 @@ def test_markdown(results: Results) -> None:
     assert "![shares](shares.svg)" in lines
     assert "- a note" in lines
     assert "as a whole" in text
-    assert "Not complete" not in text
+    assert "Incomplete" not in text
     assert "abc" in text  # the commit
     assert max(line.count("\n") for line in lines) == 0
 
