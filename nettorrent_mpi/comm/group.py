@@ -60,7 +60,7 @@ class Group:
         """Wait for all members."""
         self.comm.Barrier()
 
-    def sum(self, values: Array) -> None:
+    def all_reduce(self, values: Array) -> None:
         """All-reduce a contiguous array in place; every member gets bitwise the same sums."""
         if self.size > 1:
             self.comm.Allreduce(MPI.IN_PLACE, values)
@@ -68,7 +68,7 @@ class Group:
     def mean(self, values: Array) -> None:
         """All-reduce to the mean, in place; every member gets bitwise the same values."""
         if self.size > 1:
-            self.sum(values)
+            self.all_reduce(values)
             np.multiply(values, 1 / self.size, out=values)
 
     def maximum(self, values: Array) -> None:
@@ -84,7 +84,7 @@ class Group:
         else:
             np.copyto(part, values)
 
-    def allgather(self, part: Array, whole: Array, counts: Sequence[int]) -> None:
+    def all_gather(self, part: Array, whole: Array, counts: Sequence[int]) -> None:
         """All-gather: whole (flat) <- everyone's parts one after another. `part` may be this member's section of
         `whole`."""
         if self.size > 1:

@@ -59,7 +59,7 @@ class CollectiveReducer(Reducer):
         self._group.reduce_scatter(self._grads, self._sums, self._counts)
 
     def gather(self) -> None:
-        self._group.allgather(self._shard, self._params, self._counts)
+        self._group.all_gather(self._shard, self._params, self._counts)
 
 
 class RingReducer(Reducer):

@@ -93,8 +93,8 @@ class Statistics(Flat):
 
 
 class Bucket(Flat):
-    """A bucket of trainable blocks: `params`, their gradients `grads`, the reduced gradients of the shard (`sums`) and
-    the shard's optimizer state. `versions` has room for earlier versions of `params`.
+    """A bucket of trainable blocks: `params`, their gradients `grads`, the shard's reduced gradients (`reduced`) and
+    optimizer state. `versions` has room for earlier versions of `params`.
 
     `first` is the position of its earliest block among the stage's parameters: once the backward pass has come there,
     all its gradients are written. In shared memory (`memory`) all holders use one `params`. With `operands`, one for
@@ -127,26 +127,26 @@ class Bucket(Flat):
             self.grads = all_grads[group.index]
             device.ops.fill(self.params[self.shard], 0)
             device.ops.fill(self.grads, 0)
-            self.sums = device.zeros((self.counts[group.index],), dtype)  # the gaps between the blocks, too
+            self.reduced = device.zeros((self.counts[group.index],), dtype)  # the gaps between the blocks, too
             if operands:
                 self.reducer = PartsReducer(list(operands.values()))
                 for key, each in operands.items():
                     self._own(key, each)
             else:
-                self.reducer = SharedReducer(device, [grads[self.shard] for grads in all_grads], self.sums)
+                self.reducer = SharedReducer(device, [grads[self.shard] for grads in all_grads], self.reduced)
             return
         self.params, *self.versions = (device.zeros((size,), dtype) for _ in range(copies))
         self.grads = device.zeros((size,), dtype)
-        self.sums = device.zeros((self.counts[group.index],), dtype) if group.size > 1 else self.grads
+        self.reduced = device.zeros((self.counts[group.index],), dtype) if group.size > 1 else self.grads
         if group.size > 1:
-            self.reducer = CollectiveReducer(group, self.counts, self.params, self.grads, self.sums)
+            self.reducer = CollectiveReducer(group, self.counts, self.params, self.grads, self.reduced)
 
     def _own(self, key: str, operands: SharedOperands) -> None:
-        """Let the operands write this rank's part of their block's gradient into `sums`."""
+        """Let the operands write this rank's part of their block's gradient into `reduced`."""
         place = self.places[key]
         start = min(max(place.start, self.shard.start), self.shard.stop)
         stop = max(start, min(place.stop, self.shard.stop))
-        into = self.sums[start - self.shard.start : stop - self.shard.start]
+        into = self.reduced[start - self.shard.start : stop - self.shard.start]
         operands.own(Span(start - place.start, stop - place.start), into)
 
     def keep_version(self, device: Device, number: int) -> None:
@@ -211,7 +211,7 @@ class BucketMaker:
         if all(can_carry(bucket.counts, self._dtype.itemsize, LEAST_SHARD) for bucket in made):
             apart = self._wiring.channel(group)
             for i, bucket in enumerate(made):
-                arrays = bucket.params, bucket.grads, bucket.sums
+                arrays = bucket.params, bucket.grads, bucket.reduced
                 bucket.reducer = RingReducer(self._wiring.rings, apart, i * PIECES, bucket.counts, *arrays)
         return made
 

@@ -118,7 +118,7 @@ class Engine:
             average = {holding: block.copy() for holding, block in self.state.blocks().items()}
         for holding, shard in shards.items():
             average[holding] = shard.copy()
-            self.wiring.peers.sum(average[holding])
+            self.wiring.peers.all_reduce(average[holding])
             self.device.ops.divide(average[holding], self.exchange.count)
         mine = {Holding(of_replica(self.place.replica, h.name), h.box): array for h, array in own.items()}
         return average | mine

@@ -120,7 +120,7 @@ class Evaluator:
         outputs = np.zeros((split.rows, *engine.network.output_shape), engine.state.dtype)
         if split.rows:
             engine.forward(Batches(split, engine.wiring, private), np.arange(split.rows), outputs=outputs)
-            engine.wiring.everyone.sum(outputs)  # zeros where another rank computes the row
+            engine.wiring.everyone.all_reduce(outputs)  # zeros where another rank computes the row
         return outputs
 
     def _scores(self, batches: Batches, rows: Array, *, alone: bool = False) -> list[Scores]:
@@ -131,7 +131,7 @@ class Evaluator:
         engine.forward(batches, rows, alone=alone)
         sums = np.zeros((engine.topology.replicas, 4))
         sums[engine.place.replica if alone else 0] = metrics.take()
-        engine.wiring.everyone.sum(sums)
+        engine.wiring.everyone.all_reduce(sums)
         metrics.put_back(before)
         if not np.isfinite(sums).all():
             engine.check_finite()

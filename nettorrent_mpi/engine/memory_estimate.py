@@ -85,14 +85,14 @@ def _layers(setup: Setup, rows: int) -> list[Footprint]:
     """Return the arrays of each stage's layers for the largest number of rows that a rank has of a micro-batch."""
     network, topology, options = setup.network, setup.topology, setup.options
 
-    together = rows_shared(topology, options.batch_size, setup.config.exact)
+    batch_rows = rows_shared(topology, options.batch_size, setup.config.exact)
 
     @cache  # teams of a wide layout are often alike
     def of(first: int, stop: int, cols: int, here: int, sharers: int) -> Footprint:
         loss = make_loss(options.loss) if stop == network.weight_layers else None
         layers = network.stage(first, stop, cols, 0)
         elsewhere = [
-            key for key, p in layers.parameters if p.product and in_parts(together, sharers, p.local[0], p.local[1])
+            key for key, p in layers.parameters if p.product and in_parts(batch_rows, sharers, p.local[0], p.local[1])
         ]
         return footprint(
             layers,
@@ -177,5 +177,5 @@ def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int
 def _partners(pairing: Pairing, me: int) -> set[int]:
     """Return all partners of a replica over the rounds of a fixed pairing (not for randomly drawn partners)."""
     rounds = range(pairing.period or 1)
-    met = [pair for number in rounds for pair in (*pairing.receives(number, me), *pairing.sends(number, me))]
-    return {other for other, _ in met}
+    pairs = [pair for number in rounds for pair in (*pairing.receives(number, me), *pairing.sends(number, me))]
+    return {other for other, _ in pairs}

@@ -92,16 +92,16 @@ class Reports(Generic[Tag]):
             yield self._read(tag, pending.sums())
 
     def _read(self, tag: Tag, sums: np.ndarray) -> Report[Tag]:
-        tallies = sums[HEAD : self._head].reshape(self._replicas, 4)
+        metrics = sums[HEAD : self._head].reshape(self._replicas, 4)
         distance = None
         if self._each:
             mean = sums[self._head :] / self._replicas
             norm = float(np.dot(mean, mean))
             spread = float(sums[SQUARES]) / self._replicas - norm
             distance = 0.0 if norm == 0 or spread <= ROUNDING * norm else math.sqrt(spread / norm)
-        losses = [mean_scores(*tally).loss if tally[2] else math.nan for tally in tallies]
+        losses = [mean_scores(*each).loss if each[2] else math.nan for each in metrics]
         flag, diverged = bool(sums[FLAG] > 0), bool(sums[DIVERGED] > 0)
-        return Report(tag, flag, diverged, mean_scores(*tallies.sum(axis=0)), losses, distance)
+        return Report(tag, flag, diverged, mean_scores(*metrics.sum(axis=0)), losses, distance)
 
     def close(self) -> None:
         """Free the communicator. All ranks call, when no report is in flight."""

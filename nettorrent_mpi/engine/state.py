@@ -99,7 +99,7 @@ class State:
             memory.fence()
 
     def reduce(self) -> None:
-        """Reduce-scatter the gradients: each bucket's `sums` become this shard of the sum of all holders' gradients."""
+        """Reduce-scatter the gradients: each bucket's `reduced` gets the sum over the holders for this rank's shard."""
         self.fence()  # until everyone's gradients, or operands, are complete
         for bucket in self.buckets:
             bucket.reducer.reduce()
@@ -143,7 +143,7 @@ class State:
             [bucket.params[bucket.shard] for bucket in self.buckets],
             {name: [bucket.optimizer[name] for bucket in self.buckets] for name in self._optimizer.states},
             [flat.params[flat.shard] for flat in self.statistics],
-            share=self.gather_all,
+            gather=self.gather_all,
             fence=self.fence,
         )
 

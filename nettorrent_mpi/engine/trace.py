@@ -48,15 +48,15 @@ class Trace:
         elsewhere None. Every rank calls. `places` describes each rank's position."""
         spans = np.ascontiguousarray(self.spans())
         first = int(spans[:, 2].min()) if len(spans) else time.time_ns()
-        told = world.gather_objects((len(spans), self._names, first))  # once, at the end
-        origin = min(first for _, _, first in told)
+        gathered = world.gather_objects((len(spans), self._names, first))  # once, at the end
+        origin = min(first for _, _, first in gathered)
         if world.rank != 0:
             world.trade([(spans, 0)], [], TAG)
             return None
-        found = [spans, *(np.empty((count, FIELDS), np.int64) for count, _, _ in told[1:])]
+        found = [spans, *(np.empty((count, FIELDS), np.int64) for count, _, _ in gathered[1:])]
         world.trade([], [(theirs, rank) for rank, theirs in enumerate(found) if rank], TAG)
         events: list[dict[str, object]] = []
-        for rank, (theirs, (_, names, _)) in enumerate(zip(found, told, strict=True)):
+        for rank, (theirs, (_, names, _)) in enumerate(zip(found, gathered, strict=True)):
             name = {"name": f"rank {rank}: {places[rank]}"}
             events.append({"ph": "M", "pid": rank, "name": "process_name", "args": name})
             events += [

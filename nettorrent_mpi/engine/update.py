@@ -74,8 +74,8 @@ class Update:
         """Compute the global gradient norm over all stages for clipping; every parameter counts once. All stages take
         part."""
         assert self._clip_norm is not None
-        self._squares[0] = sum(self._ops.sum_of_squares(bucket.sums) for bucket in self._state.buckets)
-        self._wiring.replica.sum(self._squares)
+        self._squares[0] = sum(self._ops.sum_of_squares(bucket.reduced) for bucket in self._state.buckets)
+        self._wiring.replica.all_reduce(self._squares)
         self._scale = clip_scale(math.sqrt(self._squares[0]), self._clip_norm)
 
     def before(self, step: int) -> None:
@@ -91,7 +91,7 @@ class Update:
             bucket.reducer.expect_gather()
         for bucket in buckets:
             params = bucket.params[bucket.shard]
-            self._optimizer.update(self._ops, params, bucket.sums, bucket.optimizer, rate, step, scale=self._scale)
+            self._optimizer.update(self._ops, params, bucket.reduced, bucket.optimizer, rate, step, scale=self._scale)
             if not self._exchange.changes_after_update:
                 bucket.reducer.begin_gather()  # under the next bucket's update
 

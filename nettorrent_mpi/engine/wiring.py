@@ -38,11 +38,11 @@ class WiredTeam:
     def sum_over_rows(self, values: Array) -> None:
         """All-reduce over all ranks that hold other rows of the micro-batch: of the team, and of all replicas where
         they are exact."""
-        self._holders.sum(values)
+        self._holders.all_reduce(values)
 
     def sum_over_cols(self, values: Array) -> None:
         """All-reduce over the cols of the team."""
-        self._cols.sum(values)
+        self._cols.all_reduce(values)
 
     def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
         """All-gather: whole_b..C <- part_b..c of all cols. Every col's part travels flat and is then put in place."""
@@ -53,7 +53,7 @@ class WiredTeam:
         size = int(np.prod(rest))
         counts = [size * span(whole.shape[-1], self.cols, c).size for c in range(self.cols)]
         flat = workspace.scratch("gather", (sum(counts),))
-        self._cols.allgather(part.reshape(-1), flat, counts)
+        self._cols.all_gather(part.reshape(-1), flat, counts)
         for c, piece in self._slices(flat, counts, rest):
             np.copyto(whole[..., slice(*c)], piece)
 

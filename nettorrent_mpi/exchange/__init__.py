@@ -38,7 +38,7 @@ def make_exchange(
     `peers` is a communicator for this exchange alone, which the caller made and frees after `close`. A group of one has
     no exchange, whatever `spec` says. `optimizer` determines how the learning rate is scaled (None: not at all),
     `batch_size` is the number of rows that all replicas together train on in a step, `report_every` the number of steps
-    between two times at which a distance may be known. For `share` and `fence` see Replicas. If messages are
+    between two times at which a distance may be known. For `gather` and `fence` see Replicas. If messages are
     compressed, all replicas have to be equal when the exchange is made: both ends of a pair start with the same
     estimates.
 

@@ -146,7 +146,7 @@ class GossipExchange(Exchange):
             if self._slow is not None:
                 self._slow.apply(rate)
             self.averaged()
-            self.shards.share()
+            self.shards.gather()
 
     def _calibrate(self) -> None:
         """Choose the number of parts by measuring the links and this rank's steps. All peers call."""
@@ -154,7 +154,7 @@ class GossipExchange(Exchange):
         if self.mixer.push_sum:  # masses belong to the former parts
             self.average()
             self.averaged()
-            self.shards.share()
+            self.shards.gather()
         seconds = sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
         degree = max(len(self.pairing.sends(0, self.peers.index)), 1)
         self.rounds.divide(parts_that_hide(self.peers, self.mixer.vector, seconds * self._spec.every, degree))
@@ -173,7 +173,7 @@ class GossipExchange(Exchange):
     def settle(self) -> None:
         self.rounds.settle()
         self.mixer.vector.release(Span(0, self.mixer.vector.size))
-        self.shards.share()
+        self.shards.gather()
         self._last = 0.0
 
     def average(self) -> None:
@@ -211,9 +211,9 @@ class GossipExchange(Exchange):
         """Return rounds, parts, messages merged in time and late, peers skipped, sends held back, waiting and bytes."""
         c, parts, steps = self.rounds.counts, self.mixer.parts, max(self._steps, 1)
         sent = (c.bytes + self.rounds.mail.bytes) / steps
-        told = np.array([c.rounds, parts, c.merged, c.late, c.skipped, c.held_back, c.waited, sent], np.float64)
-        ranks.mean(told)
-        rounds, parts, merged, late, skipped, held_back, waited, sent = told.tolist()
+        counts = np.array([c.rounds, parts, c.merged, c.late, c.skipped, c.held_back, c.waited, sent], np.float64)
+        ranks.mean(counts)
+        rounds, parts, merged, late, skipped, held_back, waited, sent = counts.tolist()
         return {
             "rounds": round(rounds),
             "parts": round(parts, 1),

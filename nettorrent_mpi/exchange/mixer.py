@@ -190,11 +190,11 @@ class Mixer:
         """Set the parameters to their mean over the replicas; with push-sum to the mean weighted by mass, which
         exchanges do not change. All peers call, settled."""
         totals = self.masses.copy()
-        peers.sum(totals)
+        peers.all_reduce(totals)
         for part in range(self.parts):
             self.vector.scale(self.where(part), float(self.masses[part] / totals[part]))
         for shard in self.vector.layers[0]:
-            peers.sum(shard)
+            peers.all_reduce(shard)
 
     def averaged(self) -> None:
         """Restart with replicas that are equal."""

@@ -28,7 +28,7 @@ class Shards:
     parameters: Sequence[Array]
     optimizer: Mapping[str, Sequence[Array]] = field(default_factory=dict)
     statistics: Sequence[Array] = ()
-    share: Callable[[], None] = nothing
+    gather: Callable[[], None] = nothing
     fence: Callable[[], None] = nothing
 
     @property
@@ -45,7 +45,7 @@ class Shards:
 class Replicas:
     """Moves weights between replicas at rest. All ranks of all replicas call every method, after the same step.
 
-    Where several ranks hold the same blocks and each owns a shard of them, `share` all-gathers the shards among these
+    Where several ranks hold the same blocks and each owns a shard of them, `gather` all-gathers the shards among these
     holders, and `fence` waits until all of them have come, before a shard changes that others read. `count` is the
     number of replicas with weights of their own.
     """
@@ -73,7 +73,7 @@ class Replicas:
         self.shards.fence()
         for copy, array in zip(kept, self.shards.weights, strict=True):
             self.device.ops.copy(array, copy)
-        self.shards.share()
+        self.shards.gather()
 
     def become(self, best: int | None = None) -> None:
         """Give every replica the average of all, or replica `best`'s weights and optimizer state, for good."""
@@ -96,7 +96,7 @@ class Replicas:
             sends = [(array, to) for to, source in enumerate(takes) if source == own != to]
             receives = [(array, source) for to, source in enumerate(takes) if to == own != source]
             self.peers.trade(sends, receives, TAG)
-        self.shards.share()
+        self.shards.gather()
 
     def _all_take(self, best: int | None) -> None:
         self.shards.fence()
@@ -105,7 +105,7 @@ class Replicas:
         else:
             for array in self.shards.weights:
                 self.peers.broadcast(array, best)
-        self.shards.share()
+        self.shards.gather()
 
     # -- overridden by exchanges ------------------------------------------------------------------------------------
 

@@ -122,14 +122,14 @@ class _Game:
             more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
             raise ScheduleError("deadlock, no rank can continue:\n  " + "\n  ".join(lines[:12]) + more)
         for actor in self.actors:
-            for way in ("A", "G"):
-                for other in self.other_end(actor, way, sends=True):
-                    sent, posted = actor.sent[way], other.posted[way]
+            for direction in ("A", "G"):
+                for other in self.other_end(actor, direction, sends=True):
+                    sent, posted = actor.sent[direction], other.posted[direction]
                     if len(posted) < len(sent):
-                        lost = Action(actor.stage, _kind("S", way), sent[len(posted)])
+                        lost = Action(actor.stage, _kind("S", direction), sent[len(posted)])
                         raise ScheduleError(f"{lost} of {actor} is never received by {other}")
                     if len(sent) < len(posted):
-                        idle = Action(other.stage, _kind("P", way), posted[len(sent)])
+                        idle = Action(other.stage, _kind("P", direction), posted[len(sent)])
                         raise ScheduleError(f"{idle} of {other} gets no message from {actor}")
 
     def at_once(self, action: Action, actor: _Actor) -> list[_Actor]:
@@ -138,14 +138,14 @@ class _Game:
             return self.actors
         return self.swarms[action.stage] if action.kind in COUPLED else [actor]
 
-    def other_end(self, actor: _Actor, way: str, *, sends: bool) -> list[_Actor]:
-        neighbour = actor.stage + (1 if (way == "A") == sends else -1)
+    def other_end(self, actor: _Actor, direction: str, *, sends: bool) -> list[_Actor]:
+        neighbour = actor.stage + (1 if (direction == "A") == sends else -1)
         return self.teams.get((actor.kind_of_replica, neighbour), [])
 
     def place(self, action: Action) -> tuple[str, int]:
         """Return the buffer from which a message of this number is sent."""
-        way, have = action.kind[-1], self.have[action.stage]
-        return way, (action.micro_batch or 0) % (have.slots if way == "A" else have.dx)
+        direction, have = action.kind[-1], self.have[action.stage]
+        return direction, (action.micro_batch or 0) % (have.slots if direction == "A" else have.dx)
 
     def waits(self, actor: _Actor) -> str:
         """Return what the actor's action waits for; empty if it can start."""
@@ -163,22 +163,24 @@ class _Game:
 
     def send_waits(self, actor: _Actor, action: Action) -> str:
         """Wait until every receiver has posted the receive for the last send from this buffer."""
-        way, number = action.kind[-1], actor.last.get(self.place(action))
+        direction, number = action.kind[-1], actor.last.get(self.place(action))
         if number is not None:
-            for other in self.other_end(actor, way, sends=True):
-                if len(other.posted[way]) <= number:
-                    return f"{Action(other.stage, _kind('P', way), actor.sent[way][number])} of {other.where}"
+            for other in self.other_end(actor, direction, sends=True):
+                if len(other.posted[direction]) <= number:
+                    return (
+                        f"{Action(other.stage, _kind('P', direction), actor.sent[direction][number])} of {other.where}"
+                    )
         return ""
 
     def receive_waits(self, actor: _Actor, action: Action) -> str:
         """Wait until every sender has sent the message that this rank has posted a receive for."""
-        way, m = action.kind[-1], action.micro_batch
-        if m not in actor.posted[way]:
-            return f"{Action(actor.stage, _kind('P', way), m)} of {actor}, which did not come before it instead"
-        number = actor.posted[way].index(m)
-        for other in self.other_end(actor, way, sends=False):
-            sent = other.sent[way]
-            wanted = Action(other.stage, _kind("S", way), m)
+        direction, m = action.kind[-1], action.micro_batch
+        if m not in actor.posted[direction]:
+            return f"{Action(actor.stage, _kind('P', direction), m)} of {actor}, which did not come before it instead"
+        number = actor.posted[direction].index(m)
+        for other in self.other_end(actor, direction, sends=False):
+            sent = other.sent[direction]
+            wanted = Action(other.stage, _kind("S", direction), m)
             if len(sent) <= number:
                 return f"{wanted} of {other.where}"
             if sent[number] != m:
@@ -190,16 +192,16 @@ class _Game:
         assert action is not None
         for other in self.at_once(action, actor):
             other.at += 1
-        way = action.kind[-1]
+        direction = action.kind[-1]
         if action.kind in ("SA", "SG"):
-            actor.last[self.place(action)] = len(actor.sent[way])
-            actor.sent[way].append(action.micro_batch)
+            actor.last[self.place(action)] = len(actor.sent[direction])
+            actor.sent[direction].append(action.micro_batch)
         if action.kind in ("PA", "PG"):
-            actor.posted[way].append(action.micro_batch)
+            actor.posted[direction].append(action.micro_batch)
 
 
-def _kind(what: Literal["P", "R", "W", "S"], way: str) -> Kind:
-    return cast("Kind", what + way)
+def _kind(what: Literal["P", "R", "W", "S"], direction: str) -> Kind:
+    return cast("Kind", what + direction)
 
 
 def _check_stage(actor: _Actor, stages: int) -> None:

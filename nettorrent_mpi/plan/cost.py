@@ -28,7 +28,7 @@ class Machine:
 
     flops: float = 1e11  # floating-point operations per second of a large matrix product
     bandwidth: float = 4e9  # bytes per second that one rank moves; its own core copies them, so compute waits
-    sums: float = 1.2e10  # the same for gradients, which ranks of a node read in place
+    reduction: float = 1.2e10  # the same for gradients, which ranks of a node read in place
     latency: float = 5e-6  # seconds per message
     overhead: float = 2e-5  # overhead in seconds of one layer's forward or backward call
     update: float = 1.5e-9  # seconds for the optimizer to update one parameter
@@ -118,10 +118,10 @@ def _step(
     messages = elements = 0.0
     if before:
         elements += here * held[0].inputs
-        messages += min(here, _met(stage.rows, before.rows)) * before.cols
+        messages += min(here, _overlapping(stage.rows, before.rows)) * before.cols
     if after:
         elements += here * held[-1].outputs * part_of(held[-1].units, cols) * after.cols
-        messages += min(here, _met(stage.rows, after.rows)) * after.cols
+        messages += min(here, _overlapping(stage.rows, after.rows)) * after.cols
     if cols > 1:
         for layer in held[:-1]:  # the next layer of this stage needs all features
             elements += here * layer.outputs * (cols - 1) / cols
@@ -133,7 +133,7 @@ def _step(
 
 def _finish(parameters: float, sharers: int, machine: Machine) -> tuple[float, float]:
     """Return the seconds per step (to reduce gradients of `parameters` over `sharers` ranks, to update them)."""
-    moved = 2 * (sharers - 1) / sharers * parameters * machine.itemsize / machine.sums
+    moved = 2 * (sharers - 1) / sharers * parameters * machine.itemsize / machine.reduction
     return moved + 2 * (sharers - 1).bit_length() * machine.latency, parameters / sharers * machine.update
 
 
@@ -178,7 +178,7 @@ def part_of(units: int, cols: int) -> float:
     return -(-units // cols) / units
 
 
-def _met(mine: int, theirs: int) -> int:
+def _overlapping(mine: int, theirs: int) -> int:
     """Return the largest number of `theirs` spans that overlap one of `mine` spans of the same rows (an upper
     estimate)."""
     return max(1, -(-theirs // mine)) + (theirs % mine != 0 and mine % theirs != 0)
@@ -273,7 +273,7 @@ def _fastest(
 def _divide(times: Sequence[Sequence[float]], most: int, ranks: int) -> list[int]:
     """Return sizes, one for each stage, that add up to `ranks` with the least largest time, times[stage][size]."""
 
-    def sums(limit: float) -> list[int]:
+    def reachable(limit: float) -> list[int]:
         """Return bit sets: bit n of entry s says that the first s stages can have n ranks in all within the limit."""
         reach = [1]
         for stage in times:
@@ -288,8 +288,8 @@ def _divide(times: Sequence[Sequence[float]], most: int, ranks: int) -> list[int
     low, high = 0, len(limits) - 1  # the largest limit allows every size
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if sums(limits[middle])[-1] >> ranks & 1 else (middle + 1, high)
-    reach, limit = sums(limits[high]), limits[high]
+        low, high = (low, middle) if reachable(limits[middle])[-1] >> ranks & 1 else (middle + 1, high)
+    reach, limit = reachable(limits[high]), limits[high]
     sizes: list[int] = []
     alone = [stage[1] for stage in times]
     for s in reversed(range(len(times))):

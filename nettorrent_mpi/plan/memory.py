@@ -58,7 +58,7 @@ def memory(
     """
     rows = most_rows(batch_size, micro_batches, topology.replicas)
     kept = slots(topology, micro_batches, pipeline)
-    together = rows_shared(topology, batch_size, exact)
+    batch_rows = rows_shared(topology, batch_size, exact)
     last = len(topology.stages) - 1
     found = []
     for s, stage in enumerate(topology.stages):
@@ -76,8 +76,8 @@ def memory(
         own, shared = layers[s]
         elements = copies * parameters
         for ins, units in ((layer.matrix[0], layer.matrix[1] * part_of(layer.units, stage.cols)) for layer in held):
-            if in_parts(together, sharers, ins, units):  # operands in the place of gradients
-                elements += together * (ins + units) - ins * units * (2 - 1 / sharers)
+            if in_parts(batch_rows, sharers, ins, units):  # operands in the place of gradients
+                elements += batch_rows * (ins + units) - ins * units * (2 - 1 / sharers)
         found.append(
             Memory(
                 parameters=round(elements * itemsize),

@@ -128,7 +128,7 @@ def test_cross_entropy_is_alike_with_numpy_alone(smoothing: float, outputs: int)
 def test_products_by_blas_and_onednn(sizes: tuple[int, int, int], dtype: Any) -> None:
     rng = np.random.default_rng(4)
     (m, k, n), kind = sizes, np.dtype(dtype)
-    ways = Cpu().ops.ways(kind)
+    ways = Cpu().ops.algorithms(kind)
     assert "blas" in ways or sys.platform != "linux", "NumPy's wheels have one that is found"
     assert ("onednn" in ways) == (onednn.library() is not None and dtype == np.float32)
     for a_turned, b_turned, accumulate in itertools.product((False, True), repeat=3):

@@ -14,7 +14,7 @@ from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 Networks = dict[str, list[LayerFacts]]
 
 # seconds that can be worked out by hand: one operation a second, everything else free
-PLAIN = Machine(flops=1.0, bandwidth=1e30, sums=1e30, latency=0.0, overhead=0.0, update=0.0)
+PLAIN = Machine(flops=1.0, bandwidth=1e30, reduction=1e30, latency=0.0, overhead=0.0, update=0.0)
 TWO = [LayerFacts("a", 30.0, 50, 10, 7, 10), LayerFacts("b", 60.0, 44, 4, 10, 4)]
 ALONE = Topology(1, (Stage(0, 2, 1, 1),))
 
@@ -49,7 +49,12 @@ def test_a_pipeline_without_flush_has_none() -> None:
     # only the slowest stage counts, with what it does once a step
     uneven = Topology(1, (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1)))
     step = predict(
-        uneven, TWO, 8, 4, "async", Machine(flops=1.0, bandwidth=1e30, sums=1e30, latency=0.0, overhead=0.0, update=1.0)
+        uneven,
+        TWO,
+        8,
+        4,
+        "async",
+        Machine(flops=1.0, bandwidth=1e30, reduction=1e30, latency=0.0, overhead=0.0, update=1.0),
     )
     assert step.seconds == pytest.approx(8 * 60 + 44)
     assert step.bubble == pytest.approx(1 - (8 * 30 + 50 + 8 * 60 + 44) / (2 * step.seconds))
@@ -57,7 +62,7 @@ def test_a_pipeline_without_flush_has_none() -> None:
 
 def test_replicas_that_are_not_alike_sum_nothing() -> None:
     machine = Machine(
-        flops=1e30, bandwidth=4.0, sums=4.0, latency=0.0, overhead=0.0, update=100.0
+        flops=1e30, bandwidth=4.0, reduction=4.0, latency=0.0, overhead=0.0, update=100.0
     )  # an element a second
     topology = Topology(2, (Stage(0, 2, 2, 1),))
     for pipeline in PIPELINES:
@@ -70,7 +75,7 @@ def test_replicas_that_are_not_alike_sum_nothing() -> None:
 
 def test_communication_by_hand() -> None:
     machine = Machine(
-        flops=1e30, bandwidth=4.0, sums=4.0, latency=100.0, overhead=0.0, update=0.0
+        flops=1e30, bandwidth=4.0, reduction=4.0, latency=100.0, overhead=0.0, update=0.0
     )  # an element a second
     pipe = Topology(1, (Stage(0, 1, 2, 1), Stage(1, 2, 1, 2)))
     step = predict(pipe, TWO, 6, 1, "gpipe", machine)
@@ -128,7 +133,7 @@ def test_auto_layout_is_quick(networks: Networks, ranks: int, pipeline: str) -> 
 def test_auto_layout_finds_the_obvious() -> None:
     # communication is free and nothing divides the rows but rows: 8 rows on 8 ranks, without a bubble
     # Calls cost as much as the work: one stage, whose mini-batch is in one piece, wins where a pipeline's is in four.
-    dear = Machine(flops=1.0, bandwidth=1e30, sums=1e30, latency=0.0, overhead=90.0, update=0.0)
+    dear = Machine(flops=1.0, bandwidth=1e30, reduction=1e30, latency=0.0, overhead=90.0, update=0.0)
     assert auto_layout(TWO, 2, 8, always(4), "1f1b", dear).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
     assert auto_layout(TWO, 2, 8, lambda stages: 4 if stages > 1 else 1, "1f1b", dear).stages == (Stage(0, 2, 2, 1),)
     assert auto_layout(TWO, 8, 8, always(1), "1f1b", PLAIN).stages == (Stage(0, 2, 8, 1),)
@@ -136,7 +141,7 @@ def test_auto_layout_finds_the_obvious() -> None:
     assert auto_layout(TWO, 2, 1, always(1), "1f1b", PLAIN).stages == (Stage(0, 2, 1, 2),)
     # many micro-batches, and sums of gradients that cost more than a link
     heavy = [LayerFacts(w.name, 45.0, 10**6, 1, 1, 1) for w in TWO]
-    linked = Machine(flops=1.0, bandwidth=4e4, sums=4e4, latency=0.0, overhead=0.0, update=0.0)
+    linked = Machine(flops=1.0, bandwidth=4e4, reduction=4e4, latency=0.0, overhead=0.0, update=0.0)
     assert auto_layout(heavy, 2, 8, always(8), "1f1b", linked).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
     # where replicas need not be alike, they have no sums to wait for
     assert auto_layout(heavy, 2, 16, always(8), "1f1b", linked, exact=False) == Topology(2, (Stage(0, 2, 1, 1),))

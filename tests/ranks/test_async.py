@@ -149,7 +149,7 @@ def train(case: Case, lefts: Sequence[int], pipeline: specs.Spec | None = None) 
             for found in (Evaluator(engine).test(), Evaluator(engine).validation()):
                 assert found is not None
                 scores += found
-    engine.world.sum(sums)
+    engine.world.all_reduce(sums)
     arrays = engine.parameters()
     engine.close()
     return Result((sums[:, 0] / sums[:, 2]).tolist(), scores, arrays)

@@ -35,19 +35,19 @@ def test_sums_and_gathers(ours: World) -> None:
     values = np.arange(101.0) * (RANK + 1)
     factor = SIZE * (SIZE + 1) / 2
     summed = values.copy()
-    ours.sum(summed)
+    ours.all_reduce(summed)
     np.testing.assert_allclose(summed, np.arange(101.0) * factor)
     counts = [span(101, SIZE, i).size for i in range(SIZE)]
     part = np.empty(counts[RANK])
     ours.reduce_scatter(values, part, counts)
     np.testing.assert_allclose(part, (np.arange(101.0) * factor)[slice(*span(101, SIZE, RANK))])
     whole = np.empty(101)
-    ours.allgather(part, whole, counts)
+    ours.all_gather(part, whole, counts)
     np.testing.assert_allclose(whole, np.arange(101.0) * factor)
     in_place = np.zeros(101)
     own = in_place[slice(*span(101, SIZE, RANK))]
     own[...] = part
-    ours.allgather(own, in_place, counts)
+    ours.all_gather(own, in_place, counts)
     np.testing.assert_array_equal(in_place, whole)
 
 

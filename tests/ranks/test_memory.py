@@ -66,7 +66,7 @@ def held(engine: Engine) -> dict[str, int]:
         arrays = [bucket.params, *bucket.versions, bucket.grads]
         if bucket.group.size > 1:
             shards = bucket.reducer._shards if isinstance(bucket.reducer, SharedReducer) else []
-            arrays += [bucket.sums, *(grads for i, grads in enumerate(shards) if i != bucket.group.index)]
+            arrays += [bucket.reduced, *(grads for i, grads in enumerate(shards) if i != bucket.group.index)]
         parameters += sum(array.nbytes for array in arrays)
         parameters += sum(each._x.nbytes + each._dy.nbytes for each in bucket.operands.values())
     buffers = [*wiring._x, *wiring._dx, *wiring._dy]

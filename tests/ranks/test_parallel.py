@@ -176,7 +176,7 @@ class Trained:
 def loss_of(engine: Engine) -> float:
     """The mean loss of the rows trained on since the last call."""
     sums = np.array(engine.metrics.take())
-    engine.world.sum(sums)
+    engine.world.all_reduce(sums)
     loss, _, rows, _ = map(float, sums)
     return loss / rows
 

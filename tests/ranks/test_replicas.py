@@ -233,7 +233,7 @@ def test_each_replica_is_a_serial_run(layout: Topology, network: str, partition:
     for n, (loss, rows) in enumerate(own.losses):
         engine.step(n, RATE)
         sums = np.array(engine.metrics.take())[[0, 2]]
-        engine.wiring.replica.sum(sums)
+        engine.wiring.replica.all_reduce(sums)
         assert sums[1] == rows
         np.testing.assert_allclose(sums[0], loss, rtol=1e-10)
     indices = {key: parameter.index for key, parameter in engine.state.parameters.items()}

@@ -61,22 +61,22 @@ class ProductOperations(Operations):
 
     def _choose(self, a: Array, b: Array, out: Array, accumulate: bool) -> Multiply:
         blas.wake(out.dtype)
-        ways = self.ways(out.dtype)
+        algorithms = self.algorithms(out.dtype)
         elsewhere = np.empty_like(out)
         letters = "".join("n" if blas.plain(array) else "t" for array in (a, b))
         sizes = f"{a.shape[0]}x{a.shape[1]}x{b.shape[1]} {out.dtype} {letters}{' added' if accumulate else ''}"
-        trials = {name: way(a, b, elsewhere, accumulate) for name, way in ways.items()}
-        return ways[self._tuning.fastest(f"product {sizes}", trials, elsewhere)]
+        trials = {name: algorithm(a, b, elsewhere, accumulate) for name, algorithm in algorithms.items()}
+        return algorithms[self._tuning.fastest(f"product {sizes}", trials, elsewhere)]
 
-    def ways(self, dtype: np.dtype[Any]) -> dict[str, Multiply]:
+    def algorithms(self, dtype: np.dtype[Any]) -> dict[str, Multiply]:
         """Return the permitted libraries for matrices of this type, by name."""
         gemm, library = self._tuning.gemm(dtype), self._tuning.onednn()
-        ways: dict[str, Multiply] = {"numpy": self._by_numpy}
+        algorithms: dict[str, Multiply] = {"numpy": self._by_numpy}
         if gemm is not None:
-            ways["blas"] = partial(_by, gemm)
+            algorithms["blas"] = partial(_by, gemm)
         if library is not None and dtype == np.float32:
-            ways["onednn"] = partial(_by, library.gemm)
-        return ways
+            algorithms["onednn"] = partial(_by, library.gemm)
+        return algorithms
 
     def _by_numpy(self, a: Array, b: Array, out: Array, accumulate: bool) -> Run:
         if not accumulate:

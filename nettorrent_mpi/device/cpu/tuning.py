@@ -55,39 +55,39 @@ class Tuning:
         """Return oneDNN, if it is installed and may be used."""
         return onednn.library() if self.kernels == "fastest" else None
 
-    def fastest(self, what: str, ways: Mapping[str, Callable[[], object]], out: Array) -> str:
-        """Return the name of the fastest of `ways`, which all do `what` to `out`; each may be called several times.
+    def fastest(self, what: str, algorithms: Mapping[str, Callable[[], object]], out: Array) -> str:
+        """Return the name of the fastest of `algorithms`, which all do `what` to `out`.
 
-        Those whose results differ from the first one's by more than rounding are rejected: libraries have bugs on some
-        processors.
+        Each may be called several times. Those whose results differ from the first one's by more than rounding are
+        rejected: libraries have bugs on some processors.
         """
-        if len(ways) == 1:
-            return next(iter(ways))
-        key = f"{what}: {' or '.join(ways)}"
+        if len(algorithms) == 1:
+            return next(iter(algorithms))
+        key = f"{what}: {' or '.join(algorithms)}"
         if key not in self._known:
             with _open_file() as file:
                 self._known.update(_read(file).get(_subject(), {}))
-                if self._known.get(key) not in ways:
-                    self._known[key] = _try(ways, out)
+                if self._known.get(key) not in algorithms:
+                    self._known[key] = _try(algorithms, out)
                     _write(file, self._known)
         return self._known[key]
 
 
-def _try(ways: Mapping[str, Callable[[], object]], out: Array) -> str:
+def _try(algorithms: Mapping[str, Callable[[], object]], out: Array) -> str:
     sample = out.reshape(-1)[:: max(1, out.size // SAMPLE)]
     right: Array | None = None
     times = {}
-    for name, way in ways.items():
+    for name, algorithm in algorithms.items():
         out[...] = 0
         try:
-            way()  # allocates, and warms the caches
+            algorithm()  # allocates, and warms the caches
         except RuntimeError:  # a library does not support this size
             continue
         if right is None:
             right = sample.copy()
         elif not _alike(sample, right):
             continue
-        times[name] = _time(way)
+        times[name] = _time(algorithm)
     return min(times, key=lambda name: times[name])
 
 
@@ -98,11 +98,11 @@ def _alike(found: Array, right: Array) -> bool:
     return bool(np.abs(found - right).max() <= TOLERANCE[right.dtype.itemsize] * scale)
 
 
-def _time(way: Callable[[], object]) -> float:
+def _time(algorithm: Callable[[], object]) -> float:
     best, spent = float("inf"), 0.0
     for _ in range(REPEATS):
         began = time.perf_counter()
-        way()
+        algorithm()
         took = time.perf_counter() - began
         best, spent = min(best, took), spent + took
         if spent > SECONDS:
