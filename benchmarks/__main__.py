@@ -6,7 +6,7 @@
     start      time from starting mpirun to the first training step
     exchange   gossip, elite and the pipeline without flush against the exact exchange: accuracy, slow links, bubbles
 
-`NAME --help` tells the options.
+`NAME --help` lists the options.
 """
 
 import sys

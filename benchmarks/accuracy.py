@@ -2,9 +2,9 @@
 
     python -m benchmarks.accuracy --root DIR [--cases mnist mnist_wide cifar] [--ranks 1 2]
 
-DIR holds mnist/ and cifar-10-batches-bin/ as `nettorrent data fetch` lays them out. Trains each configuration as it is;
-several ranks divide the rows. Writes benchmarks/results/accuracy.json and accuracy.md, which name the data by their
-SHA-256, so that it is known which copy was used.
+DIR holds mnist/ and cifar-10-batches-bin/ in the layout of `nettorrent data fetch`. Trains each configuration
+unchanged; several ranks divide the rows. Writes benchmarks/results/accuracy.json and accuracy.md, which identify the
+data by their SHA-256.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FILES = {
 
 
 def train(case: str, ranks: int, root: Path, mpirun: str) -> dict[str, Any]:
-    """One training; what its summary and metrics say."""
+    """Run one training; return the figures of its summary and metrics."""
     with tempfile.TemporaryDirectory() as folder:
         layout = f"{{replicas: 1, swarms: [{{layers: {LAYERS[case]}, rows: {ranks}, cols: 1}}]}}"
         sets = ["--set", f"data.root={root}", "--set", f"layout={layout}"]
@@ -53,7 +53,7 @@ def train(case: str, ranks: int, root: Path, mpirun: str) -> dict[str, Any]:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """The report as a table for people."""
+    """Write the report as a table."""
     host = report["host"]
     lines = [
         "# Accuracy on real data",

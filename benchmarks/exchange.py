@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _epochs(text: str) -> tuple[str | None, int]:
-    """`10`, for all, or `cifar=10`."""
+    """Parse `10`, for all, or `cifar=10`."""
     case, equals, number = text.rpartition("=")
     if not number.isdecimal() or int(number) < 1 or (equals and not case):
         raise argparse.ArgumentTypeError(f"{text!r}: wants a number of epochs, or CASE=NUMBER")
@@ -94,13 +94,13 @@ def _epochs(text: str) -> tuple[str | None, int]:
 
 
 def epochs_of(case: str, wishes: Sequence[tuple[str | None, int]]) -> int:
-    """What is said of the case, or else of all, or else 10."""
+    """Return the number of epochs for the case, or else for all, or else 10."""
     said = dict(wishes)
     return said.get(case, said.get(None, 10))
 
 
 def measure(options: argparse.Namespace, mpirun: str) -> Iterator[Report]:
-    """Pieces of the report, each as soon as it is measured."""
+    """Yield pieces of the report, each as soon as it is measured."""
     if "accuracy" in options.only:
         root = options.root.resolve()
         for case in options.cases:
@@ -128,8 +128,11 @@ def measure(options: argparse.Namespace, mpirun: str) -> Iterator[Report]:
 
 
 def merge(report: Report, piece: Report, about: dict[str, Any]) -> Report:
-    """The report with a piece in its place. `about` (host, command) belongs to what is new: single runs and cases keep
-    theirs, the commit and the date, when others are measured later."""
+    """Return the report with a piece in its place.
+
+    `about` (host, command) belongs to the new figures: single runs and cases keep theirs, the commit and the date, when
+    others are measured later.
+    """
     merged = dict(report)
     stamp = {"commit": about["host"]["commit"], "date": about["host"]["date"]}
     for name, section in piece.items():
@@ -146,7 +149,7 @@ def merge(report: Report, piece: Report, about: dict[str, Any]) -> Report:
 
 
 def to_markdown(report: Report) -> str:
-    """The report for people."""
+    """Write the report as text."""
     rates = report.get("network")
     texts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
         "accuracy": exchange_accuracy.to_markdown,
@@ -163,7 +166,7 @@ def to_markdown(report: Report) -> str:
 
 
 def where(name: str, section: dict[str, Any]) -> list[str]:
-    """The machine, the code and the command that a section's figures belong to."""
+    """Describe the machine, the code and the command that a section's figures belong to."""
     host = section["host"]
     blas = ", ".join(f"{b['internal_api']} {b['version']} ({b['architecture']})" for b in host["blas"])
     packages = ", ".join(f"{package} {number}" for package, number in host["packages"].items() if number)
@@ -176,7 +179,7 @@ def where(name: str, section: dict[str, Any]) -> list[str]:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command, without folders of the machine that it ran on."""
+    """Return the command, without folders of the machine that it ran on."""
     words, hide = [], False
     for word in arguments:
         name, equals, _ = word.partition("=")
@@ -187,11 +190,11 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def write(report: Report, folder: Path, *, whole: bool) -> None:
-    """exchange.json; with `whole`, exchange.md and the pictures, too."""
+    """Write exchange.json; with `whole`, exchange.md and the pictures, too."""
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "exchange.json.new"
     beside.write_text(json.dumps(report, indent=1) + "\n")
-    beside.replace(folder / "exchange.json")  # hours of measurements are in it: never half a file
+    beside.replace(folder / "exchange.json")  # it has hours of measurements: never write half a file
     if not whole:
         return
     (folder / "exchange.md").write_text(to_markdown(report))

@@ -1,4 +1,4 @@
-"""What the exchanges cost in accuracy on real data: four ranks, the same epochs, the same rows kept for validation."""
+"""The accuracy of the exchanges on real data: four ranks, the same epochs, the same validation rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VALIDATION = 0.05  # part of the training rows, for all sides: by them elite cho
 
 @dataclass(frozen=True)
 class Case:
-    """A shipped configuration, its weight layers, and a file that tells which copy of the data was used."""
+    """A shipped configuration, its weight layers, and a file that identifies the copy of the data."""
 
     config: str
     weight_layers: int
@@ -53,7 +53,7 @@ SIDES = {
 
 
 def settings_of(case: Case, side: Side, epochs: int, seed: int, root: Path, upright: bool) -> dict[str, str]:
-    """What is laid over the configuration."""
+    """Return the changes to the configuration."""
     settings = {
         "data.root": str(root),
         "data.validation": str(VALIDATION),
@@ -70,7 +70,7 @@ def settings_of(case: Case, side: Side, epochs: int, seed: int, root: Path, upri
 def measure(
     name: str, side_name: str, epochs: int, seed: int, root: Path, upright: bool, mpirun: str
 ) -> dict[str, Any]:
-    """One training, as a row of the report."""
+    """Run one training and return it as a row of the report."""
     case, side = CASES[name], SIDES[side_name]
     done = train(case.config, settings_of(case, side, epochs, seed, root, upright), side.ranks, Here(mpirun))
     told = done.summary
@@ -92,13 +92,13 @@ def measure(
 
 
 def digest(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of a file of each data set."""
+    """Return the SHA-256 of a file of each data set."""
     files = [CASES[name].file for name in names]
     return {file: hashlib.sha256((root / file).read_bytes()).hexdigest() for file in files}
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of both, the new ones in the place of old ones of the same case, side and seed; in the order of the
+    """Return the runs of both, the new ones replacing old ones of the same case, side and seed, in the order of the
     tables."""
     runs = {(run["case"], run["side"], run["seed"]): run for run in [*old, *new]}
     order = [(case, side) for case in CASES for side in SIDES]
@@ -106,8 +106,8 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each case and side: means over the seeds. `difference` is to the exact exchange after the same epochs
-    with the same seeds; None where there is no such run."""
+    """Return a row for each case and side: means over the seeds. `difference` is relative to the exact exchange after
+    the same epochs with the same seeds; None if there is no such run."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["case"], run["side"]), []).append(run)
@@ -136,7 +136,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _mean_of(group: Sequence[dict[str, Any]], key: str) -> float | None:
-    """Mean test accuracy that the summaries tell of the average weights or of the best replica."""
+    """Return the mean test accuracy of the average weights or of the best replica in the summaries."""
     found = [run[key]["test_accuracy"] for run in group if run.get(key)]
     return mean(found) if found and None not in found else None
 

@@ -26,7 +26,7 @@ LIMITED, UNLIMITED = "limited", "unlimited"
 
 
 def settings_of(exchange: str, replicas: int, layers: int, steps: int) -> dict[str, str]:
-    """A training whose step rate is measured: random rows in memory, and nothing in between."""
+    """Return the settings of a training for step rates: random rows in memory, and nothing in between."""
     return {
         "data": MNIST,
         "train.steps": str(steps),
@@ -46,7 +46,7 @@ def settings_of(exchange: str, replicas: int, layers: int, steps: int) -> dict[s
 
 @dataclass(frozen=True)
 class Side:
-    """Who trains, and the steps of a run over limited and over unlimited links: some seconds each."""
+    """A side of the comparison, and the steps of a run over limited and over unlimited links: some seconds each."""
 
     title: str
     exchange: str | None  # None: PyTorch
@@ -70,7 +70,7 @@ RATIOS = (
 
 
 def train_side(side: Side, steps: int, hosts: int, launcher: Hosts) -> tuple[float, list[int], dict[str, Any] | None]:
-    """(steps per second, bytes that each host sent in the whole run, what the summary tells of the exchange)."""
+    """Return (steps per second, bytes that each host sent in the whole run, the summary's figures of the exchange)."""
     if side.exchange is None:
         from nettorrent_mpi.speedup import modes
 
@@ -88,13 +88,13 @@ def train_side(side: Side, steps: int, hosts: int, launcher: Hosts) -> tuple[flo
 
 
 def bytes_per_step(long: list[int], short: list[int], steps: int) -> float:
-    """Bytes that a host sends in a step: what a run of `steps` more steps sends more, mean over the hosts. Start, first
-    weights, evaluation and checkpoint are the same in both runs."""
+    """Return the bytes that a host sends in a step, mean over the hosts: the difference of two runs divided by their
+    `steps` more steps. Start, first weights, evaluation and checkpoint are the same in both runs."""
     return mean(b - a for a, b in zip(short, long, strict=True)) / steps
 
 
 def measure(rate: str, hosts: int, repeats: int, factor: float, mpirun: str) -> dict[str, Any]:
-    """The sides at `rate` and without a limit, in turns."""
+    """Measure the sides at `rate` and without a limit, in turns."""
     launchers = {LIMITED: Hosts(mpirun, rate), UNLIMITED: Hosts(mpirun, None)}
     steps = {
         (name, link): max(5, round((side.slow if link == LIMITED else side.fast) * factor))
@@ -128,7 +128,7 @@ def measure(rate: str, hosts: int, repeats: int, factor: float, mpirun: str) -> 
 
 
 def ratios(section: dict[str, Any]) -> list[tuple[str, float]]:
-    """(what is divided by what, ratio of the medians) for each of RATIOS."""
+    """Return (numerator and denominator, ratio of the medians) for each of RATIOS."""
     medians = {(row["side"], row["link"]): row["median"] for row in section["sides"]}
     links = {LIMITED: section["rate"], UNLIMITED: UNLIMITED}
     return [
@@ -166,7 +166,8 @@ def to_markdown(section: dict[str, Any]) -> list[str]:
 
 
 def measure_accuracy(rate: str, hosts: int, epochs: int, root: Path, mpirun: str) -> dict[str, Any]:
-    """Gossip trained over the slow links, and the exact exchange where it is fastest: its arithmetic knows no links."""
+    """Train with gossip over the slow links, and with the exact exchange where it is fastest: its arithmetic does not
+    depend on links."""
     runs = {}
     for name, launcher in (("gossip", Hosts(mpirun, rate)), ("exact", Here(mpirun))):
         settings = {
@@ -234,7 +235,7 @@ FAST_SIDES = ("gossip", "allreduce", "none")
 
 
 def measure_fast(name: str, repeats: int, factor: float, mpirun: str) -> dict[str, Any]:
-    """The exchanges of replicas on one machine, in turns."""
+    """Measure the exchanges of replicas on one machine, in turns."""
     case = FAST[name]
     steps = max(5, round(case.steps * factor))
 

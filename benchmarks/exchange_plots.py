@@ -16,7 +16,7 @@ from benchmarks import exchange_accuracy, exchange_network
 from nettorrent_mpi.plan.actions import parse
 from nettorrent_mpi.speedup.plots import STYLE, tidy
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 COLOURS = {
     "serial": "#000000",
     "exact": "#0072B2",
@@ -30,7 +30,7 @@ FORWARD, BACKWARD, UPDATE = ("#56B4E9", "#B9DFF5"), ("#E69F00", "#F6D698"), "#77
 
 
 def draw(report: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """exchange-NAME.svg for every section of the report that has a picture."""
+    """Draw exchange-NAME.svg for every section of the report that has a picture."""
     with mpl.rc_context(STYLE):
         for name, picture in PICTURES.items():
             if name in report:
@@ -40,7 +40,7 @@ def draw(report: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
 
 
 def accuracy(section: Mapping[str, Any]) -> Figure:
-    """Test accuracy by epoch, a panel for each configuration; means over the seeds."""
+    """Draw test accuracy by epoch, a panel for each configuration; means over the seeds."""
     cases = [case for case in exchange_accuracy.CASES if any(run["case"] == case for run in section["runs"])]
     figure = Figure(figsize=(4.2 * len(cases), 3.4), layout="constrained")
     for number, case in enumerate(cases):
@@ -60,7 +60,7 @@ def accuracy(section: Mapping[str, Any]) -> Figure:
 
 
 def network(section: Mapping[str, Any]) -> Figure:
-    """Step rates as bars."""
+    """Draw step rates as bars."""
     figure = Figure(figsize=(6.4, 2.8), layout="constrained")
     axes = figure.add_subplot()
     rows = section["sides"]
@@ -76,7 +76,7 @@ def network(section: Mapping[str, Any]) -> Figure:
 
 
 def trace(section: Mapping[str, Any]) -> Figure:
-    """What each rank does over a few steps, measured above and simulated below, for each pipeline."""
+    """Draw the actions of each rank over a few steps, measured above and simulated below, for each pipeline."""
     panels = [
         (f"{name}, {kind}", told[f"{kind}_spans"])
         for name, told in section["pipelines"].items()

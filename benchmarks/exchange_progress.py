@@ -1,9 +1,9 @@
-"""Who lets gossip's messages move while a step computes: the rank itself, now and then, or a thread beside it.
+"""Progress of gossip's messages while a step computes: by the rank itself between actions, or by a thread.
 
     mpirun ... python -m benchmarks.exchange_progress WHO CONFIG [--set ...]
 
-trains like `python -m nettorrent_mpi.train CONFIG ...`, with WHO (see PROGRESS) in place of what is built in. MPI moves
-large messages only inside its calls, so somebody has to call it.
+trains like `python -m nettorrent_mpi.train CONFIG ...`, with WHO (see PROGRESS) instead of the built-in progress. MPI
+moves large messages only inside its calls, so someone has to call it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STEPS = 200
 
 
 def main() -> int:
-    """One rank of a training."""
+    """Run one rank of a training."""
     who, arguments = sys.argv[1], sys.argv[2:]
     env.prepare()  # before NumPy and MPI are loaded
     from nettorrent_mpi.exchange.gossip import GossipExchange
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _start_thread(core: int | None) -> None:
-    """A thread that calls MPI until the process ends."""
+    """Start a thread that calls MPI until the process ends."""
     from mpi4py import MPI
 
     if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
@@ -76,7 +76,7 @@ def _start_thread(core: int | None) -> None:
 
 
 def measure(rate: str, repeats: int, factor: float, mpirun: str) -> dict[str, Any]:
-    """The step rates with each of PROGRESS, in turns."""
+    """Measure the step rates with each of PROGRESS, in turns."""
     steps = max(5, round(STEPS * factor))
     settings = settings_of("gossip", HOSTS, WIDE_LAYERS, steps + WARM_UP) | {"exchange.gossip.part": str(PART)}
     told: dict[str, list[dict[str, Any]]] = {who: [] for who in PROGRESS}

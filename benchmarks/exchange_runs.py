@@ -1,4 +1,4 @@
-"""Trainings as the benchmarks of exchanges start them: on this machine, or on hosts joined by links of a given rate."""
+"""Trainings for the benchmarks of exchanges: on this machine, or on hosts joined by links of a given rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOSTS = "benchmarks/hosts"
 
 @dataclass(frozen=True)
 class Here:
-    """Ranks on this machine, which find each other in its memory."""
+    """Ranks on this machine, which communicate through its memory."""
 
     mpirun: str
 
@@ -30,7 +30,7 @@ class Here:
 
 @dataclass(frozen=True)
 class Hosts:
-    """A host for each rank; `rate` is its link's, None as fast as the machine is. Needs root."""
+    """A host for each rank; `rate` is its link's, None without a limit. Needs root."""
 
     mpirun: str
     rate: str | None
@@ -45,7 +45,8 @@ Launcher = Here | Hosts
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training left in its run folder, and the bytes that each host sent over its link (none without links)."""
+    """The results of a training in its run folder, and the bytes that each host sent over its link (none without
+    links)."""
 
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -68,8 +69,8 @@ TRAIN = ("nettorrent_mpi.train",)
 def train(
     config: str, settings: Mapping[str, str], ranks: int, launcher: Launcher, module: Sequence[str] = TRAIN
 ) -> Trained:
-    """One training with the settings laid over a configuration; ends the program if it fails. `module` takes what
-    nettorrent_mpi.train takes, after words of its own."""
+    """Run one training with the settings applied to a configuration; ends the program if it fails. `module` takes the
+    arguments of nettorrent_mpi.train, after words of its own."""
     with tempfile.TemporaryDirectory() as folder:
         output, sent = Path(folder, "run"), Path(folder, "sent")
         command = [*launcher.words(ranks, str(sent)), *training(config, settings, str(output), module)]
@@ -78,13 +79,13 @@ def train(
 
 
 def training(config: str, settings: Mapping[str, str], output: str, module: Sequence[str] = TRAIN) -> list[str]:
-    """The training command of this package, without its launcher."""
+    """Return the training command of this package, without its launcher."""
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     return [sys.executable, "-m", *module, config, "--output", output, "--overwrite", *sets]
 
 
 def program(words: Sequence[str], ranks: int, launcher: Launcher) -> tuple[str, list[int]]:
-    """(standard output, bytes that each host sent) of another command."""
+    """Run another command; return (standard output, bytes that each host sent)."""
     with tempfile.TemporaryDirectory() as folder:
         sent = Path(folder, "sent")
         output = run([*launcher.words(ranks, str(sent)), *words])
@@ -92,17 +93,17 @@ def program(words: Sequence[str], ranks: int, launcher: Launcher) -> tuple[str, 
 
 
 def read_sent(path: Path) -> list[int]:
-    """Bytes of each host from the file that benchmarks/hosts wrote."""
+    """Return the bytes of each host from the file that benchmarks/hosts wrote."""
     return [int(line.split()[1]) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def layout(replicas: int, layers: int) -> str:
-    """Replicas of one rank each, for a network of so many weight layers."""
+    """Return replicas of one rank each, for a network of `layers` weight layers."""
     return f"{{replicas: {replicas}, swarms: [{{layers: {layers}, rows: 1, cols: 1}}]}}"
 
 
 def in_turns(sides: Mapping[str, Callable[[], float]], repeats: int, unit: str) -> dict[str, dict[str, Any]]:
-    """Every side measured `repeats` times, taking turns: what else the machine does hits them alike."""
+    """Measure every side `repeats` times in turns, so that other load on the machine affects them alike."""
     figures: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats):
         for name, measure in sides.items():
@@ -112,6 +113,6 @@ def in_turns(sides: Mapping[str, Callable[[], float]], repeats: int, unit: str) 
 
 
 def summarize(figures: list[float]) -> dict[str, Any]:
-    """`spread` is (largest - smallest) / median."""
+    """Return the median and the spread, (largest - smallest) / median."""
     middle = median(figures)
     return {"figures": figures, "median": middle, "spread": (max(figures) - min(figures)) / middle}

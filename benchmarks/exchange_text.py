@@ -1,4 +1,4 @@
-"""Markdown and numbers for people, as the reports of the exchanges have them."""
+"""Markdown and numbers for the reports of the exchanges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def percent(share: float | None) -> str:
 
 
 def points(difference: float | None) -> str:
-    """A difference of two shares in percentage points, with its sign."""
+    """Write a difference of two fractions in percentage points, with its sign."""
     return "" if difference is None else f"{100 * difference:+.2f}"
 
 
@@ -20,11 +20,11 @@ def megabytes(count: float | None) -> str:
 
 
 def paragraph(text: str) -> list[str]:
-    """Lines of at most 120 characters."""
+    """Wrap text to lines of at most 120 characters."""
     return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
-    """Lines of a table; the first `texts` columns are text, the others are numbers."""
+    """Return the lines of a table; the first `texts` columns are text, the others are numbers."""
     lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]

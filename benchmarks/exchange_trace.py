@@ -1,8 +1,8 @@
-"""The bubble of the pipelines: how much of the time a rank computes nothing, as measured and as simulated.
+"""The bubble of the pipelines: the part of the time in which a rank computes nothing, as measured and as simulated.
 
-A step of a pipeline begins with the first forward or backward that the first stage does in it. The bubble is the part
-of ranks x time, between the beginnings of two steps, in which no F or B runs: what else a rank does there (waiting for
-a message, updating) is told beside it.
+A step of a pipeline begins with the first forward or backward pass that the first stage runs in it. The bubble is the
+part of ranks x time, between the beginnings of two steps, in which no F or B runs; other work of a rank in it (waiting
+for a message, updating) is reported beside it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Span(NamedTuple):
 
 
 def read_trace(text: str) -> list[Span]:
-    """The spans of a Chrome trace as a run with `trace: true` writes it, in the order of their beginnings."""
+    """Return the spans of a Chrome trace written by a run with `trace: true`, in the order of their beginnings."""
     spans = [
         Span(e["pid"], parse(e["name"]), e["args"]["step"], e["ts"] / 1000, (e["ts"] + e["dur"]) / 1000)
         for e in json.loads(text)["traceEvents"]
@@ -75,7 +75,7 @@ def simulated(
 
 
 def _flushed(stages: int, micro_batches: int, steps: int) -> list[Actions]:
-    """1F1B for several steps, one after the other."""
+    """Return 1F1B for several steps, one after the other."""
     once = [
         [*compute, *(Action(s, kind) for kind in step_end())]
         for s, compute in enumerate(one_f_one_b(stages, micro_batches))
@@ -84,7 +84,7 @@ def _flushed(stages: int, micro_batches: int, steps: int) -> list[Actions]:
 
 
 def beginning(spans: Iterable[Span], step: int) -> float:
-    """When a step begins on the first stage."""
+    """Return when a step begins on the first stage."""
     return min(s.begin for s in spans if s.step == step and s.action.stage == 0 and s.action.kind in GROUPS["compute"])
 
 
@@ -121,7 +121,7 @@ def costs_of(spans: Sequence[Span], first: int, stop: int) -> list[tuple[float, 
 
 
 def settings_of(pipeline: str, ranks: int, steps: int) -> dict[str, str]:
-    """An even network: every stage has as many equal layers, and the last one a small one more."""
+    """Return an even network: every stage has equally many equal layers, and the last one a small one more."""
     layers = [f"{{linear: {{units: {UNITS}, activation: relu}}}}"] * (LAYERS * ranks) + [f"{{linear: {CLASSES}}}"]
     counts = [LAYERS] * (ranks - 1) + [LAYERS + 1]
     swarms = ", ".join(f"{{layers: {count}, rows: 1, cols: 1}}" for count in counts)
@@ -142,7 +142,7 @@ def settings_of(pipeline: str, ranks: int, steps: int) -> dict[str, str]:
 
 
 def measure(ranks: int, repeats: int, factor: float, mpirun: str) -> dict[str, Any]:
-    """Every pipeline in turns. The turn whose bubble is the median one is told and drawn."""
+    """Measure every pipeline in turns. The turn with the median bubble is reported and drawn."""
     steps = max(SKIPPED + DRAWN + 2, round(STEPS * factor))
     stop = steps - 2  # the last ones of a stream only drain it
     turns: dict[str, list[tuple[float, float, list[Span]]]] = {pipeline: [] for pipeline in PIPELINES}

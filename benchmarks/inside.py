@@ -1,10 +1,10 @@
-"""Where the time of a training step goes on one rank: in the matrix products and convolutions, and in what else.
+"""Where the time of a training step goes on one rank: matrix products and convolutions, and the rest.
 
     python -m benchmarks inside [--cases mlp-128 cnn-64] [--steps 200]
 
-Times every layer's forward and backward, the loss, the optimizer and the gathering of rows, each the median over the
-steps; and within them the products themselves (calls into BLAS or oneDNN, or NumPy's matmul). Writes
-benchmarks/results/inside.json and inside.md. Timing costs about a microsecond a call, which is part of the step here.
+Times every layer's forward and backward, the loss, the optimizer and the gathering of rows, each as the median over the
+steps; and within them the products themselves (calls of BLAS or oneDNN, or NumPy's matmul). Writes
+benchmarks/results/inside.json and inside.md. Timing costs about a microsecond per call, which is included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS_BEFORE = 10
 
 
 class Stopwatch:
-    """Adds up what calls of some methods take in a step; keeps every step's sum."""
+    """A Stopwatch adds up the calls of some methods in a step, and keeps every step's sum."""
 
     def __init__(self) -> None:
         self._now: dict[str, float] = defaultdict(float)
@@ -50,7 +50,7 @@ class Stopwatch:
 
 
 def measure(config: str, steps: int) -> dict[str, Any]:
-    """Seconds of a step, the median over the steps, by what was done. Runs as a rank, alone."""
+    """Return the seconds of a step by operation, the median over the steps. Runs as a single rank."""
     from nettorrent_mpi.comm.world import World
     from nettorrent_mpi.config import reading as configuration
     from nettorrent_mpi.device.cpu import CpuOperations
@@ -89,7 +89,7 @@ def _watch_layers(watch: Stopwatch, sequence: Any) -> None:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as a table for each case."""
+    """Write the report as a table for each case."""
     from nettorrent_mpi.speedup.machine import in_words
 
     host = report["host"]

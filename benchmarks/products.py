@@ -1,9 +1,9 @@
-"""The matrix products of a fully connected network's training, and nothing else: what NumPy alone could reach.
+"""The matrix products of training a fully connected network, and nothing else: the upper limit with NumPy alone.
 
     python -m benchmarks.products CONFIG.yaml --steps 100
 
-prints one line of JSON. For each layer x @ w, x.T @ dy and, but for the first, dy @ w.T, each into an array that is
-there.
+prints one line of JSON. For each layer x @ w, x.T @ dy and, except for the first, dy @ w.T, each into an existing
+array.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ WARM_UP = 5  # steps before the timed ones
 
 
 def widths(config: configuration.Config, inputs: int) -> list[int]:
-    """The numbers of features before and after each layer."""
+    """Return the numbers of features before and after each layer."""
     return [inputs, *(layer.units for layer in config.model.layers if isinstance(layer, Linear))]
 
 
 def measure(sizes: list[int], rows: int, steps: int) -> dict[str, Any]:
-    """Samples per second of the products of so many training steps."""
+    """Return the samples per second of the products of `steps` training steps."""
     rng = np.random.default_rng(1)
     xs = [rng.standard_normal((rows, size), dtype=np.float32) for size in sizes]
     weights = [rng.standard_normal(shape, dtype=np.float32) for shape in pairwise(sizes)]
     gradients = [np.empty_like(weight) for weight in weights]
     outs = [np.empty_like(x) for x in xs]
-    wake(np.float32)  # so that it is what NumPy can at best
+    wake(np.float32)  # so that it is the best that NumPy can do
     begin = 0.0
     for step in range(WARM_UP + steps):
         if step == WARM_UP:

@@ -57,7 +57,7 @@ Ratio = tuple[str, str]
 
 @dataclass(frozen=True)
 class Case:
-    """A network at a batch size, and the ratios of sides that are aimed at: {(side, against): at least}."""
+    """A network at a batch size, and the target ratios of sides: {(side, against): at least}."""
 
     name: str
     config: str
@@ -67,17 +67,17 @@ class Case:
 
     @property
     def sides(self) -> list[str]:
-        """In the order of their turns."""
+        """The sides in the order of their turns."""
         return list(dict.fromkeys(side for pair in self.ratios for side in pair))
 
     @property
     def ratios(self) -> dict[Ratio, float | None]:
-        """What is told of the case: two ranks against one, and what is aimed at; or one alone."""
+        """The reported ratios: two ranks against one, and the targets; or one alone."""
         return dict(self.aims) if (OURS, NUMPY) in self.aims else {(OURS_2, OURS): None, **self.aims}
 
     @property
     def of_kernels(self) -> Case:
-        """The case with NumPy's kernels alone as the only other side."""
+        """Return the case with NumPy's kernels alone as the only other side."""
         return replace(self, aims={(OURS, NUMPY): None})
 
 
@@ -100,7 +100,7 @@ CASES = {
 
 
 def settings(case: Case) -> configuration.Config:
-    """The case's configuration for one rank; constant rate, no end of its own."""
+    """Return the case's configuration for one rank; constant rate, without an end of its own."""
     changes = [f"data={case.data}", f"train.batch_size={case.batch}", "train.schedule=constant"]
     if "resnet" not in case.name and "shallow" not in case.name:
         changes.append("train.micro_batches=1")  # there is no pipeline to fill
@@ -108,7 +108,7 @@ def settings(case: Case) -> configuration.Config:
 
 
 def turns(case: Case, seconds: float, folder: Path, launcher: Launcher) -> dict[str, Callable[[], float]]:
-    """For each side a function that trains once and gives samples per second."""
+    """Return for each side a function that trains once and returns samples per second."""
     shared = settings(case)
     one, setup = modes.serial(shared)
     two = modes.plan("rows", shared, shared, setup.network.facts, 2)
@@ -145,7 +145,7 @@ def _torch(path: Path, options: list[str]) -> float:
 
 
 def compare(case: Case, repeats: int, seconds: float, launcher: Launcher) -> dict[str, Any]:
-    """All sides of a case in turns: their figures, and the ratios of medians."""
+    """Run all sides of a case in turns; return their figures, and the ratios of medians."""
     with tempfile.TemporaryDirectory() as folder:
         sides = turns(case, seconds, Path(folder), launcher)
         figures: dict[str, list[float]] = {side: [] for side in sides}
@@ -176,7 +176,7 @@ def summarize(case: Case, figures: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as tables for people."""
+    """Write the report as tables."""
     host = report["host"]
     lines = [
         "# Training speed",

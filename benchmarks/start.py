@@ -2,10 +2,10 @@
 
     python -m benchmarks.start [CONFIG] [--ranks 4] [--repeats 7] [--beside DIR] [--set KEY=VALUE]...
 
-Starts the training, tells every step, and takes the time at which the line of step 1 arrives; CPU seconds are those of
-all ranks for the whole run of three steps. In turns with it runs what cannot be changed here: mpirun with ranks that do
-nothing but load MPI. `--beside` names another checkout, as one before a change, which takes its turns as well.
-Prints a line for every run, then the medians, and writes nothing.
+Starts the training, reports every step, and takes the time at which the line of step 1 arrives; CPU seconds are those
+of all ranks for the whole run of three steps. In turns with it runs the part that cannot be changed here: mpirun with
+ranks that do nothing but load MPI. `--beside` names another checkout, such as one before a change, which takes turns as
+well. Prints a line for every run, then the medians, and writes nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nettorrent_mpi.speedup.machine import Launcher, as_root, describe_host, in_
 
 HERE = Path(__file__).resolve().parent.parent
 ALONE = "from mpi4py import MPI; MPI.COMM_WORLD.Barrier(); print('loaded', flush=True)"
-STEPS = 3  # a step's line is told one step later, so that nobody waits for it
+STEPS = 3  # a step's line is printed one step later, so that no rank waits for it
 
 
 class Start(NamedTuple):
-    """Seconds until step 1 was told (or the ranks had loaded MPI), and CPU seconds of all processes to the end."""
+    """Seconds until step 1 was reported (or the ranks had loaded MPI), and CPU seconds of all processes to the end."""
 
     seconds: float
     cpu: float
@@ -57,7 +57,7 @@ def measure(command: list[str], tree: Path, until: str) -> Start:
 
 
 def median(starts: list[Start]) -> str:
-    """For people."""
+    """Format the medians."""
     seconds = [start.seconds for start in starts]
     spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
     return f"{statistics.median(seconds):.2f} s ({spread}), {statistics.median(s.cpu for s in starts):.2f} s of CPU"

@@ -61,7 +61,7 @@ class Group:
         self.comm.Barrier()
 
     def all_reduce(self, values: Array) -> None:
-        """All-reduce a contiguous array in place; every member gets bitwise the same sums."""
+        """All-reduce a contiguous array to its sum, in place; every member gets bitwise the same sums."""
         if self.size > 1:
             self.comm.Allreduce(MPI.IN_PLACE, values)
 
