@@ -1,4 +1,4 @@
-"""What exchanges other than the exact one, and the pipeline without flush, bring and cost.
+"""The benefit and cost of exchanges other than the exact one, and of the pipeline without flush.
 
     python -m benchmarks.exchange --root DIR --letters-upright [--only accuracy network progress fast trace]
 

@@ -187,7 +187,7 @@ def measure_accuracy(rate: str, hosts: int, epochs: int, root: Path, mpirun: str
 
 
 def accuracy_to_markdown(section: dict[str, Any], rates: dict[str, Any] | None) -> list[str]:
-    """`rates` is what `measure` gave; with it the time of the exact exchange over the slow links is told."""
+    """Write the section; with `rates`, the result of `measure`, also the time of the exact exchange over slow links."""
     gossip, exact = section["runs"]["gossip"], section["runs"]["exact"]
     seconds = None
     if rates is not None and (rates["rate"], rates["hosts"]) == (section["rate"], section["hosts"]):

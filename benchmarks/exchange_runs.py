@@ -23,7 +23,7 @@ class Here:
     mpirun: str
 
     def words(self, ranks: int, sent: str) -> list[str]:
-        """What comes before the command; `sent` is for launchers that count bytes."""
+        """Return the launcher's words before the command; `sent` is for launchers that count bytes."""
         more = ["--oversubscribe"] if ranks > (os.cpu_count() or 1) else []
         return [self.mpirun, *more, "-n", str(ranks)]
 

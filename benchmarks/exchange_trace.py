@@ -35,7 +35,7 @@ GROUPS = {
 
 
 class Span(NamedTuple):
-    """What a rank did from begin to end, in milliseconds, within a step."""
+    """An action of a rank, from begin to end in milliseconds, within a step."""
 
     rank: int
     action: Action
@@ -89,8 +89,8 @@ def beginning(spans: Iterable[Span], step: int) -> float:
 
 
 def shares(spans: Sequence[Span], first: int, stop: int) -> dict[str, float]:
-    """What part of ranks x time each of GROUPS takes from the beginning of step `first` to that of step `stop`, and
-    `bubble`, the part without compute."""
+    """Return the part of ranks x time that each of GROUPS takes from the beginning of step `first` to that of step
+    `stop`, and `bubble`, the part without compute."""
     begin, end = beginning(spans, first), beginning(spans, stop)
     whole = (end - begin) * len({span.rank for span in spans})
     parts = {

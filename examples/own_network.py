@@ -1,4 +1,4 @@
-"""Trains a network of one's own on NumPy arrays: which of three spirals does a point of the plane lie on?
+"""Trains a custom network on NumPy arrays: it classifies points of the plane by the spiral that they lie on.
 
 python examples/own_network.py
 mpirun -n 4 python examples/own_network.py

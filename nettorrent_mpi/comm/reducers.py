@@ -34,7 +34,7 @@ class Reducer:
         """sums <- this shard of the sum of everyone's gradients."""
 
     def multiply(self, rows: int) -> None:
-        """After `reduce`: compute what of the sums is no sum of gradients, from a mini-batch of `rows` rows."""
+        """Compute, after `reduce`, the gradients in parts, from a mini-batch of `rows` rows."""
 
     def expect_gather(self) -> None:
         """Post receives for the others' shards of the parameters: no one here reads them until `gather` is complete."""

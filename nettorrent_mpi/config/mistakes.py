@@ -71,7 +71,7 @@ def shown(value: Any) -> str:
 
 
 class Found(NamedTuple):
-    """A Found is one mistake. `wanted` is set where a type is wrong: the alternatives of a union are told together."""
+    """A Found is one mistake. `wanted` is set where a type is wrong: alternatives of a union form one message."""
 
     path: Path
     text: str

@@ -138,7 +138,7 @@ class State:
         return {Holding(f"{PARAMETERS}/{key}", self.parameters[key].box): self.params[key] for key in self.params}
 
     def owned(self) -> Shards:
-        """What this rank owns of its replica, for the exchange."""
+        """Return the shards that this rank owns of its replica, for the exchange."""
         return Shards(
             [bucket.params[bucket.shard] for bucket in self.buckets],
             {name: [bucket.optimizer[name] for bucket in self.buckets] for name in self._optimizer.states},

@@ -192,7 +192,7 @@ class TrainingLoop:
         return True
 
     def _next_rest(self, n: int, until: int) -> int:
-        """Return the step count at which the ranks next come to rest, before step n."""
+        """Return the number of steps after which the ranks next rest, step n being the next to run."""
         epochs = (self._settings.evaluate_every, self._settings.checkpoint_every)
         found = [until, *(next_multiple(n, every * self.epoch_steps) for every in epochs)]
         due = self._engine.exchange.next_rest(n)

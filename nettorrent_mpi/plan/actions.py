@@ -69,7 +69,7 @@ def step_end(*, clip: bool = False, exact: bool = True, parts: bool = False) -> 
 
 
 class Buffers(NamedTuple):
-    """How many buffers of each kind a stage has. Micro-batches take turns: number m uses buffer m modulo the count.
+    """The number of buffers of each kind in a stage. Micro-batches take turns: number m uses buffer m modulo the count.
 
     An input is in use from its PA (on the first stage: F) until its B (in evaluation: F) has ended; a slot, which holds
     what F saves for B, from F to the end of B; a slot's output and `dx` until the send from there is complete; `dy`
