@@ -80,6 +80,13 @@ class Flat:
                 shape = [each.size for each in box]
                 yield key, box, shard[at : at + math.prod(shape)].reshape(shape)
 
+    def clear_gaps(self, shard: Array) -> None:
+        """Set to zero what lies between the blocks in an array of this rank's elements."""
+        kept = [view.copy() for _, _, view in self.shard_boxes(shard)]
+        shard.fill(0)
+        for (_, _, view), values in zip(self.shard_boxes(shard), kept, strict=True):
+            view[...] = values
+
 
 class Statistics(Flat):
     """Running statistics of batch norm: no optimizer updates them, and every holder computes the same values."""

@@ -133,8 +133,12 @@ class Engine:
         """
         own = f"{of_replica(self.place.replica, '')}"
         for prefix in ("", own)[: takes(replicas, self.exchange.count)]:
+            memories = self.exchange.memories()
+            for bucket, *shards in zip(self.state.buckets, *memories.values(), strict=True):
+                for shard in shards:
+                    bucket.clear_gaps(shard)  # `read` leaves them as they are, and a mass is a part's largest
             self.state.fence()
-            read(prefix, self.state.blocks() | self.state.shards(self.exchange.memories()))
+            read(prefix, self.state.blocks() | self.state.shards(memories))
             self.state.fence()
             if not prefix:
                 self.exchange.averaged()
