@@ -29,7 +29,7 @@ from nettorrent_mpi import env
 if "mpi4py.MPI" not in sys.modules:
     env.prepare()  # MPI reads its environment when it loads, and so do BLAS threads where NumPy is not loaded yet
 
-from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.comm.world import World, abort_after_error
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.data.from_arrays import unlabelled
@@ -44,6 +44,8 @@ from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.trainer import Record, TrainingLoop
 from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
+
+atexit.register(abort_after_error)
 
 
 class Trainer:
@@ -75,10 +77,10 @@ class Trainer:
         """
         self._world = world = comm if isinstance(comm, World) else World(comm)
         self._closers: list[Callable[[], None]] = [] if world is comm else [world.free]
-        self._running: weakref.ref[Any] | None = None
+        self._runs: list[weakref.ref[Any]] = []
         atexit.register(self._end_of_script)
         try:
-            self.planned = network if isinstance(network, PlannedRun) else self._plan(network, data, settings)
+            self.planned = self._plan(network, data, settings)
             self.setup = self.planned.setup
             if self.setup.topology.size != world.size:
                 with world.agreement():
@@ -90,17 +92,23 @@ class Trainer:
             self._loop = TrainingLoop(self._engine, self.setup.config.train, signals=stop_on_signals)
             self._closers.insert(0, self._loop.close)
         except NetTorrentError as error:
-            if agreed(error):
+            if agreed(error, world):
                 self.close()
             raise
         if output is not None:
             self._checkpoints = Path(output, "checkpoints")
             self._loop.save = self._save_checkpoint
 
-    def _plan(self, network: Architecture, data: Data | None, settings: Mapping[str, Any]) -> PlannedRun:
+    def _plan(self, network: Architecture | PlannedRun, data: Data | None, settings: Mapping[str, Any]) -> PlannedRun:
         world = self._world
         with world.agreement():
+            if isinstance(network, PlannedRun):
+                if data is not None or settings:
+                    raise UserError("a plan has its data and settings already: give them to plan(), not to Trainer()")
+                return network
             dataset = opened(data)
+        shape = None if dataset is None else (dataset.train.rows, dataset.test and dataset.test.rows, dataset.shape)
+        world.same("data set or settings", f"{shape} {sorted(settings)}")
         config = world.once(lambda: configured(network, data, dataset, settings))
         with world.agreement():
             return PlannedRun(set_up(config, world.size, dataset), has_length(network, settings))
@@ -138,14 +146,20 @@ class Trainer:
         with `at_rest`. Leaving the loop early stops all ranks after the same step, a few steps later. Raises
         NonFiniteError on all ranks if the training diverges.
         """
+        self._open("train")
         whole = self.setup.steps
-        if epochs is not None and steps is not None:
-            raise UserError("epochs and steps cannot both be given: leave one out")
+        with self._world.agreement():
+            if epochs is not None and steps is not None:
+                raise UserError("epochs and steps cannot both be given: leave one out")
+            for name, number in (("epochs", epochs), ("steps", steps)):
+                if number is not None and not (number >= 0 and number == round(number)):
+                    raise UserError(f"{name} is {number!r}, but has to be a whole number of at least 0")
+        self._world.same("length of training", f"epochs={epochs} steps={steps}")
         until = whole
         if epochs is not None or steps is not None:
             until = self.step + (steps if steps is not None else (epochs or 0) * self._loop.epoch_steps)
         run = self._loop.train(until, max(until, whole) if self.planned.has_length else until)
-        self._running = weakref.ref(run)
+        self._runs = [other for other in self._runs if other() is not None] + [weakref.ref(run)]
         return run
 
     # -- results ------------------------------------------------------------------------------------------------------
@@ -168,7 +182,8 @@ class Trainer:
         """
         self._at_rest("predict")
         with self._world.agreement():
-            unlabelled(x, self.setup.dataset.train)
+            split = unlabelled(x, self.setup.dataset.train)
+        self._world.same("number of rows to predict", str(split.rows))
         with self._loop.evaluator.network():
             return self._loop.evaluator.predict(x)
 
@@ -183,12 +198,14 @@ class Trainer:
         """Write the network to an HDF5 file like model.h5: `/parameters/<layer>/<name>`, whole arrays. Raises
         OutputError."""
         self._at_rest("save")
+        with self._world.agreement():
+            file = Path(path)
         with self._loop.evaluator.network():
             arrays = self._engine.parameters()
         with self._world.agreement():
             if self.rank == 0:
-                with written(Path(path)):
-                    write_arrays(Path(path), {PARAMETERS: arrays}, {"model": model_json(self.setup.config)})
+                with written(file):
+                    write_arrays(file, {PARAMETERS: arrays}, {"model": model_json(self.setup.config)})
 
     def load(self, path: str | Path) -> None:
         """Load the network from a file written by `save` or by a run with any layout. Raises DataError."""
@@ -256,9 +273,9 @@ class Trainer:
     def close(self) -> None:
         """Free all MPI objects. All ranks call; a second call does nothing."""
         atexit.unregister(self._end_of_script)
-        run = None if self._running is None else self._running()
-        if run is not None:
-            run.close()
+        for run in [each() for each in self._runs]:
+            if run is not None:
+                run.close()
         closers, self._closers = self._closers, []
         for close in closers:
             close()
@@ -269,7 +286,7 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not agreed(error):
+        if error is not None and not agreed(error, self._world):
             self._loop.abandoned = True
             if self.size > 1:
                 end_all(self._world, error)
@@ -277,14 +294,17 @@ class Trainer:
 
     def _end_of_script(self) -> None:
         """Handle the interpreter's exit with trainers that are still open."""
-        if getattr(sys, "last_type", None) is not None:  # by an error, which has been shown
-            if self.size > 1:
-                self._world.abort(1)
-            if hasattr(self, "_loop"):
-                self._loop.abandoned = True
+        abort_after_error()
+        if getattr(sys, "last_type", None) is not None and hasattr(self, "_loop"):
+            self._loop.abandoned = True
         self.close()
 
+    def _open(self, what: str) -> None:
+        if not self._closers:
+            raise UserError(f"{what}() of a trainer that is closed")
+
     def _at_rest(self, what: str) -> None:
+        self._open(what)
         if not self._loop.at_rest:
             raise UserError(
                 f"{what}() inside the loop over train(): wait for a record with at_rest, as after each epoch"

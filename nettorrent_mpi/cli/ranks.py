@@ -31,7 +31,7 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        if isinstance(error, NetTorrentError) and agreed(error):
+        if isinstance(error, NetTorrentError) and agreed(error, self.world):
             self.code = error.exit_code
             if self.world.rank == 0:
                 sys.stderr.write(f"nettorrent: error: {error}\n")

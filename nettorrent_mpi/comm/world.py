@@ -30,6 +30,8 @@ class World(Group):
 
     def __init__(self, parent: MPI.Intracomm | None = None) -> None:
         super().__init__((MPI.COMM_WORLD if parent is None else parent).Dup())
+        others = MPI.COMM_WORLD.group
+        self.members = frozenset(self.comm.group.Translate_ranks(None, others))  # their numbers in MPI.COMM_WORLD
         self.host = MPI.Get_processor_name()
         self.library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
         if self.library.startswith("MPICH Version:"):
@@ -47,39 +49,51 @@ class World(Group):
         """This rank's number."""
         return self.index
 
+    def _agreed(self, error: NetTorrentError, where: str = "") -> NetTorrentError:
+        """The error as all ranks of this world raise it; one of the package's faults ends the program all the same."""
+        error.args = (f"{error}{where}",)
+        error.agreed = self.members if type(error) is not NetTorrentError else frozenset()
+        return error
+
     @contextmanager
     def agreement(self) -> Iterator[None]:
         """Turn an error of one rank inside the `with` block into an error of all ranks.
 
         Every rank enters and leaves; inside there is no communication in which the others would wait for a failing
         rank. The first failing rank's NetTorrentError is raised on all (`agreed`), and names the rank if others had
-        none; an exception that is not a NetTorrentError passes through unchanged, and ends the program.
+        none. Any other exception passes through unchanged on its rank; the others raise an error that tells of it.
         """
-        problem: NetTorrentError | None = None
+        problem: Exception | None = None
         try:
             yield
-        except NetTorrentError as error:
+        except Exception as error:
             problem = error
-        found = self.gather_objects(problem)
+        ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
+        found = self.gather_objects(ours)
+        if problem is not None and not isinstance(problem, NetTorrentError):
+            raise problem
         for rank, each in enumerate(found):
             if each is not None:
                 alike = all(str(other) == str(each) for other in found)
-                own = problem if alike and problem is not None else each  # which has its traceback
-                raise _agreed(own, "" if alike else f" (on rank {rank})") from None
+                own = ours if alike and ours is not None else each  # which has its traceback
+                raise self._agreed(own, "" if alike else f" (on rank {rank})") from None
 
     def once(self, make: Callable[[], T]) -> T:
         """Return rank 0's result of `make` on all ranks (pickled: at start-up only). Its NetTorrentError is raised on
         all ranks (`agreed`)."""
         made: T | None = None
-        problem: NetTorrentError | None = None
+        problem: Exception | None = None
         if self.rank == 0:
             try:
                 made = make()
-            except NetTorrentError as error:
+            except Exception as error:
                 problem = error
-        made, problem = self.comm.bcast((made, problem))
-        if problem is not None:
-            raise _agreed(problem) from None
+        ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
+        made, told = self.comm.bcast((made, ours))
+        if problem is not None and not isinstance(problem, NetTorrentError):
+            raise problem
+        if told is not None:
+            raise self._agreed(ours or told) from None
         return cast("T", made)
 
     def same(self, what: str, value: str) -> None:
@@ -87,7 +101,7 @@ class World(Group):
         values = self.gather_objects(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise _agreed(
+                raise self._agreed(
                     LaunchError(
                         f"rank {rank} has another {what} ({other}) than rank 0 ({values[0]}); "
                         "all ranks have to see the same files and the same installation"
@@ -102,10 +116,21 @@ class World(Group):
         MPI.COMM_WORLD.Abort(code)
 
 
-def _agreed(error: NetTorrentError, where: str = "") -> NetTorrentError:
-    """Mark an error as one that all ranks raise alike."""
-    error.args, error.agreed = (f"{error}{where}",), True
-    return error
+def _foreign(error: Exception) -> NetTorrentError:
+    """What other ranks raise where one has failed by an error that is not the package's."""
+    return NetTorrentError(f"{type(error).__name__}: {error}")
+
+
+def abort_after_error() -> None:
+    """End all ranks if this one's script has failed: to be called when the interpreter exits. Without it MPI would wait
+    in its own end for ranks that wait for this one."""
+    if getattr(sys, "last_type", None) is None or MPI.Is_finalized():  # set by an error that nobody caught
+        return
+    rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+    if size > 1:
+        sys.stderr.write(f"rank {rank} of {size} has failed, which ends all ranks\n")
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
 
 
 def start() -> World:

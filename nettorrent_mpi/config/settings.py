@@ -66,6 +66,8 @@ def configure(
     elif given:
         kept = ("validation", "augment", "partition")
         asked["data"] = {k: v for k, v in asked.get("data", {}).items() if k in kept} | {"name": "digits"}
+    if "epochs" in settings and "steps" in settings:
+        raise ConfigError("epochs and steps cannot both be given: leave one out")
     for name, value in settings.items():
         if name not in Settings.__annotations__:
             raise ConfigError(f"unknown setting {name}; {nearest(name, Settings.__annotations__)}")

@@ -26,9 +26,17 @@ S = TypeVar("S", bound=Spec)
 T = TypeVar("T")
 
 
+def _number(value: Any) -> Any:
+    """The Python number that a NumPy number is. Raises Mistake for what is no value of a configuration."""
+    item = getattr(value, "item", None)
+    if item is None or getattr(value, "shape", None) != ():
+        raise Mistake(f"cannot be {value!r}: give a number, a text, a list, or a name with its options")
+    return item()
+
+
 def strictly(adapter: TypeAdapter[Any], value: Any) -> Any:
     """Check `value` as JSON: a list may be a tuple and a whole number a float; nothing else is converted."""
-    return adapter.validate_json(json.dumps(value), strict=True)
+    return adapter.validate_json(json.dumps(value, default=_number), strict=True)
 
 
 def section(kind: type[T], value: Any) -> T:

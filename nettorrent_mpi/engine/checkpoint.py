@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,12 +22,15 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.model_file import Attribute, opened, read_box, write_arrays
+from nettorrent_mpi.engine.model_file import Attribute, check_shape, opened, read_box, write_arrays
 from nettorrent_mpi.engine.resharding import REPLICAS, move
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.state import OPTIMIZER, PARAMETERS
 from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError
 from nettorrent_mpi.plan.moves import Holding, whole
+
+if TYPE_CHECKING:
+    import h5py
 
 Groups = dict[str, dict[str, Array]]
 KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
@@ -65,9 +68,17 @@ def _folder(name: str) -> tuple[str, str]:
 
 def restore_parameters(engine: Engine, path: Path) -> None:
     """Load every rank's blocks of the parameters from model.h5 or a checkpoint. Raises DataError on all ranks."""
+    with engine.world.agreement(), opened(path) as file:
+        _check_network(file, engine)
     with engine.world.agreement():
         _read(path, engine.shapes(), "", engine.state.blocks())
     engine.state.fence()
+
+
+def _check_network(file: h5py.File, engine: Engine) -> None:
+    """Raise DataError unless the file holds all parameters of the engine's network, before anything changes."""
+    for key, shape in engine.shapes().items():
+        check_shape(file, f"{PARAMETERS}/{key}", shape)
 
 
 def restore(engine: Engine, path: Path, accept: Callable[[Mapping[str, Attribute]], None]) -> dict[str, Attribute]:
@@ -78,6 +89,7 @@ def restore(engine: Engine, path: Path, accept: Callable[[Mapping[str, Attribute
     with engine.world.agreement(), opened(path) as file:
         attributes: dict[str, Attribute] = dict(file.attrs)
         accept(attributes)
+        _check_network(file, engine)
         for name in engine.optimizer.states:
             if f"{OPTIMIZER}/{name}" not in file:
                 raise DataError(
@@ -102,7 +114,8 @@ def _read(path: Path, shapes: Mapping[str, Shape], prefix: str, wanted: Mapping[
     with opened(path) as file:
         for (name, box), array in wanted.items():
             if prefix + name in file or name.startswith(PARAMETERS):
-                read_box(file, prefix + name, shapes[_folder(name)[1]], box, array)
+                check_shape(file, prefix + name, shapes[_folder(name)[1]])
+                read_box(file, prefix + name, box, array)
 
 
 def write_checkpoint(

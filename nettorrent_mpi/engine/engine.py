@@ -223,11 +223,12 @@ class Engine:
         earliest step and its first layer. All ranks call, at rest."""
         mine = self.pipeline.diverged()
         found = self.wiring.everyone.gather_objects(None if mine is None else (mine[0], self.place.stage, mine[1]))
+        self.pipeline.forget_nonfinite()
         seen = [(*each, rank) for rank, each in enumerate(found) if each is not None]
         if seen:
             step, _, layer, rank = min(seen)
             error = NonFiniteError(step=step, layer=layer, rank=rank)
-            error.agreed = True
+            error.agreed = self.world.members
             raise error
 
     def forward(self, batches: Batches, rows: Array, *, alone: bool = False, outputs: Array | None = None) -> None:

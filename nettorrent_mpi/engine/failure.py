@@ -11,9 +11,9 @@ from nettorrent_mpi.plan.errors import NetTorrentError
 INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
 
 
-def agreed(error: BaseException) -> bool:
+def agreed(error: BaseException, world: World) -> bool:
     """Whether all ranks of the world raise this error alike: then it ends their present operation and nothing else."""
-    return isinstance(error, NetTorrentError) and error.agreed
+    return isinstance(error, NetTorrentError) and world.members <= error.agreed
 
 
 def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
@@ -23,7 +23,9 @@ def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
     Returns the exit code. With `shown` a user's mistake gets a traceback, too, instead of one line.
     """
     if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) and error.code else 1
+        text = f": {error.code}" if isinstance(error.code, str) else ""
+        sys.stderr.write(f"rank {world.rank} of {world.size} left by sys.exit, which ends all ranks{text}\n")
     elif isinstance(error, KeyboardInterrupt):
         code = INTERRUPTED
         if world.rank == 0:

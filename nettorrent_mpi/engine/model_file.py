@@ -69,13 +69,17 @@ def read_arrays(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def read_box(file: h5py.File, name: str, shape: Shape, box: Box, out: Array) -> None:
-    """Read one box of an array of this shape into `out`, and no more. Raises DataError if the array does not exist."""
+def check_shape(file: h5py.File, name: str, shape: Shape) -> None:
+    """Raise DataError unless the file holds an array of this name and shape."""
     if name not in file or file[name].shape != shape:
         found = f"has shape {file[name].shape}" if name in file else "is missing"
         raise DataError(
             f"array {name} {found}, the network wants {shape}; is it another network's?", file=file.filename
         )
+
+
+def read_box(file: h5py.File, name: str, box: Box, out: Array) -> None:
+    """Read one box of an array into `out`, and no more."""
     out[...] = file[name][tuple(slice(*span) for span in box)]
 
 

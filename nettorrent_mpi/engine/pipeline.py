@@ -151,12 +151,13 @@ class Pipeline:
         self._params[slot] = params if ctx.training else None
         y, self._saved[slot] = self._layers.forward(params, x, ctx)
         self._y[slot] = y
-        if not self._wiring.is_last:
-            self._look(x, y, self._metrics.values)
-        elif self._outputs is None:
+        if self._outputs is not None:
+            if self._wiring.is_last and self._wiring.place.col == 0:
+                ctx.ops.copy(self._outputs[slice(*rows.mine)], y)
+        elif self._wiring.is_last:
             self._score(x, y, m, slot)
-        elif self._wiring.place.col == 0:
-            ctx.ops.copy(self._outputs[slice(*rows.mine)], y)
+        else:
+            self._look(x, y, self._metrics.values)
 
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """Add the loss of this micro-batch to the metrics, and keep its gradient for the backward pass."""
@@ -257,6 +258,11 @@ class Pipeline:
     def diverged(self) -> tuple[int, str] | None:
         """Return (step, layer) of the first non-finite value that this rank has seen, or None."""
         return self._nonfinite
+
+    def forget_nonfinite(self) -> None:
+        """Forget what was not finite: other parameters are loaded, or the error has been raised."""
+        self._nonfinite = None
+        self._metrics.values[NONFINITE] = self._metrics.ignored[NONFINITE] = 0
 
     def _culprit(self, x: Array) -> str:
         """Return the name of the first layer of this stage whose output for these inputs is not finite."""

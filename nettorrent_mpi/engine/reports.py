@@ -21,7 +21,7 @@ MOST = 128  # reports in flight at once; beyond that the oldest is waited for
 SAMPLE = 4096  # parameters of a replica that are sampled for the consensus distance
 ROUNDING = 1e-14  # relative rounding error of the difference where all replicas are equal
 
-FLAG, DIVERGED, SQUARES, HEAD = range(4)  # positions in a report; four figures of each replica follow
+FLAG, LEFT, DIVERGED, SQUARES, HEAD = range(5)  # positions in a report; four figures of each replica follow
 
 Tag = TypeVar("Tag")
 
@@ -31,6 +31,7 @@ class Report(NamedTuple, Generic[Tag]):
 
     tag: Tag
     flag: bool  # whether any rank raised its flag
+    left: bool  # whether any rank takes no more records
     diverged: bool  # whether any rank has seen a non-finite value
     training: Scores  # scores on the rows trained on since the last report
     replicas: list[float]  # the training loss of each replica
@@ -58,13 +59,13 @@ class Reports(Generic[Tag]):
         self._head, self._each = head, each
         self._under_way: deque[tuple[Tag, Pending]] = deque()
 
-    def start(self, tag: Tag, flag: bool, *, figures: bool = True) -> None:
+    def start(self, tag: Tag, flag: bool, *, left: bool = False, figures: bool = True) -> None:
         """Start a report; without `figures` it carries only the flags."""
         if len(self._under_way) == MOST:
             self._under_way[0][1].sums()
         values = self._values
         values[...] = 0
-        values[FLAG], values[DIVERGED] = flag, self._engine.pipeline.diverged() is not None
+        values[FLAG], values[LEFT], values[DIVERGED] = flag, left, self._engine.pipeline.diverged() is not None
         if figures:
             place = HEAD + 4 * self._engine.place.replica
             values[place : place + 4] = self._engine.metrics.take()
@@ -100,8 +101,8 @@ class Reports(Generic[Tag]):
             spread = float(sums[SQUARES]) / self._replicas - norm
             distance = 0.0 if norm == 0 or spread <= ROUNDING * norm else math.sqrt(spread / norm)
         losses = [mean_scores(*each).loss if each[2] else math.nan for each in metrics]
-        flag, diverged = bool(sums[FLAG] > 0), bool(sums[DIVERGED] > 0)
-        return Report(tag, flag, diverged, mean_scores(*metrics.sum(axis=0)), losses, distance)
+        flag, left, diverged = (bool(sums[place] > 0) for place in (FLAG, LEFT, DIVERGED))
+        return Report(tag, flag, left, diverged, mean_scores(*metrics.sum(axis=0)), losses, distance)
 
     def close(self) -> None:
         """Free the communicator. All ranks call, when no report is in flight."""

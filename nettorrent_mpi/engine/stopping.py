@@ -46,11 +46,13 @@ class Stopping:
         """Whether a report has to follow this step (counted from 1). The same on all ranks."""
         return step % self._every == 0
 
-    def pace(self, seconds_per_step: float) -> None:
-        """Agree on the interval between reports, given this rank's seconds per step. All ranks call after the same
-        step, and wait."""
-        mean = sum(self._world.gather_objects(seconds_per_step)) / self._world.size
+    def pace(self, seconds_per_step: float, *, left: bool = False) -> bool:
+        """Agree on the interval between reports, given this rank's seconds per step, and return whether on any rank the
+        caller has `left`. All ranks call after the same step, and wait."""
+        every = self._world.gather_objects((seconds_per_step, left))
+        mean = sum(seconds for seconds, _ in every) / len(every)
         self._every = max(1, min(1000, round(PATIENCE / mean))) if mean > 0 else 10
+        return any(gone for _, gone in every)
 
     def hear(self, asked: bool) -> None:
         """Take note of a report: whether some rank asked to stop."""

@@ -79,6 +79,7 @@ class TrainingLoop:
         self._reports: Reports[Record | None] = Reports(engine)
         self._began = time.perf_counter()
         self._left = self._diverged = False
+        self._run = 0  # number of the latest training
 
     @property
     def time(self) -> float:
@@ -100,7 +101,7 @@ class TrainingLoop:
         rates = make_rate(settings.schedule, lr, horizon, self.epoch_steps)
         stop: int | None = None
         reported = False
-        self._begin()
+        run = self._begin()
         while self.step < until:
             clock.go_on()
             n = self.step
@@ -116,7 +117,7 @@ class TrainingLoop:
             ask = reported and done < rest  # a report may have arrived one step after it was started
             reported = done == rest or bool(epochs) or done % settings.report_every == 0
             if reported:
-                reports.start(self._record(rate), stopping.asked)
+                reports.start(self._record(rate), stopping.asked, left=self._left)
             elif stopping.due(done):
                 reports.start(None, stopping.asked, figures=False)
                 reported = True
@@ -140,10 +141,11 @@ class TrainingLoop:
             clock.stop()
             *_, report = reports.ready(wait=True)
             if self._diverged or report.diverged:
+                self.at_rest = True
                 engine.check_finite()
             record, asked, last = self._completed(report), stopping.heard or report.flag, done == until
             reached = self._reached(exchange.at_rest(done, self.evaluator.compare, report.distance))
-            if self._left:
+            if report.left:
                 break
             if last or reached or (epochs and epochs % settings.evaluate_every == 0):
                 self.evaluation = found = self.evaluator.evaluate()
@@ -151,14 +153,22 @@ class TrainingLoop:
                 reached = reached or self._reached(found.deciding)
             if last or reached or epochs or done % settings.report_every == 0:
                 self.at_rest = True
-                yield replace(record, at_rest=True)
+                try:
+                    yield replace(record, at_rest=True)
+                except GeneratorExit:
+                    if self.abandoned or run != self._run:
+                        return
+                    self._left = True
                 self.at_rest = False
+            self.at_rest = True
             if self.save and (asked or last or reached or (epochs and epochs % settings.checkpoint_every == 0)):
                 self.save()
+            self.at_rest = False
             if reached or (asked and not last):
                 self.stopped_by = SIGNAL if asked and not last else ACCURACY
                 break
-            stopping.pace(clock.seconds_per_step)
+            if stopping.pace(clock.seconds_per_step, left=self._left):
+                break
         self.at_rest = True
 
     def resume(self, step: int, samples: int, seconds: float) -> None:
@@ -172,10 +182,13 @@ class TrainingLoop:
         self._stopping.close()
         self._reports.close()
 
-    def _begin(self) -> None:
+    def _begin(self) -> int:
+        """Begin a training and return its number."""
         self.stopped_by, self.at_rest, self._left, self._diverged = None, False, False, False
         self.evaluator.unified = self._engine.exchange.count == 1
         self._stopping.begin()
+        self._run += 1
+        return self._run
 
     def _leave(self) -> bool:
         """Ask all ranks to come to rest, because the caller takes no more records; return whether this rank already

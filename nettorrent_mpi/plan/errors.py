@@ -24,7 +24,7 @@ class NetTorrentError(Exception):
     ranks of a world raise it alike: then it ends their present operation, otherwise the program on all ranks."""
 
     exit_code = 1
-    agreed = False
+    agreed: frozenset[int] = frozenset()
 
 
 class UserError(NetTorrentError):

@@ -69,6 +69,48 @@ def test_a_loop_that_is_left_comes_to_rest_and_goes_on(world: MPI.Intracomm) -> 
         same(trainer.parameters(), serial(steps=100))
 
 
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_loop_that_one_rank_leaves_ends_on_all(world: MPI.Intracomm, step: int) -> None:
+    with nt.Trainer(LAYERS, rows(), comm=world, report_every=2, epochs=25, **HOW) as trainer:  # step 4 ends an epoch
+        for record in trainer.train():
+            if RANK == SIZE - 1 and record.step == step:
+                break
+        steps = world.allgather(trainer.step)
+        assert len(set(steps)) == 1
+        assert step <= steps[0] < 100
+        assert trainer.evaluate().test is not None
+        list(trainer.train(steps=2))
+        same(trainer.parameters(), serial(steps=steps[0] + 2))
+
+
+def test_a_closed_trainer_says_so(world: MPI.Intracomm) -> None:
+    trainer = nt.Trainer(LAYERS, rows(), comm=world, **HOW)
+    begun = trainer.train(epochs=3)
+    next(begun)
+    trainer.close()
+    assert not list(begun)
+    for call in (trainer.evaluate, trainer.train, trainer.parameters, lambda: trainer.predict(rows()[0])):
+        with pytest.raises(nt.UserError, match="closed"):
+            call()
+
+
+def test_a_mistake_of_one_rank_ends_the_call_on_all(world: MPI.Intracomm) -> None:
+    x, y, *_ = rows()
+    mistaken = RANK == SIZE - 1
+    with nt.Trainer(LAYERS, (x, y), comm=world, **HOW) as trainer:
+        with pytest.raises(nt.UserError):
+            trainer.predict(x[:, : 5 if mistaken else 6])
+        with pytest.raises(nt.UserError):
+            nt.Trainer(LAYERS, (x, y), comm=world, **HOW, **({"bach_size": 3} if mistaken else {}))
+        if SIZE > 1:
+            with pytest.raises(nt.UserError, match="rows to predict"):
+                trainer.predict(x[: 9 if mistaken else 10])
+            with pytest.raises(nt.UserError, match="length of training"):
+                trainer.train(steps=2 if mistaken else 3)
+        list(trainer.train(steps=2))
+        same(trainer.parameters(), serial(steps=2))
+
+
 def test_between_rests_nothing_collective_is_begun(world: MPI.Intracomm) -> None:
     with nt.Trainer(LAYERS, rows(), comm=world, report_every=2, **HOW) as trainer:
         for record in trainer.train(epochs=1):
@@ -151,6 +193,20 @@ def test_divergence_ends_one_trainer_on_all_ranks(world: MPI.Intracomm, shared_p
         assert len(set(world.allgather(str(caught.value)))) == 1
         assert not list(shared_path.rglob("*.h5"))
         list(other.train(steps=2))
+
+
+def test_a_trainer_that_diverged_starts_again_from_a_file(world: MPI.Intracomm, shared_path: Path) -> None:
+    settings = HOW | {"optimizer": nt.Sgd(1e200)}
+    with nt.Trainer(LAYERS, rows(), comm=world, **settings) as trainer:
+        trainer.save(shared_path / "first.h5")
+        first = trainer.parameters()
+        for _ in range(2):
+            with pytest.raises(nt.NonFiniteError):
+                list(trainer.train(epochs=20))
+            trainer.load(shared_path / "first.h5")
+            for key, array in first.items():
+                np.testing.assert_array_equal(trainer.parameters()[key], array)
+            assert trainer.evaluate().test is not None
 
 
 def test_files(world: MPI.Intracomm, shared_path: Path) -> None:
