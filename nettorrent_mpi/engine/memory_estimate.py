@@ -24,6 +24,7 @@ from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 
 FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
 NUMBA, ONEDNN = 117_000_000, 21_000_000  # bytes that they take when they are loaded: versions 0.68 and 3.2
+_TRIAL = 1 << 17  # elements that are exchanged in a trial: beyond that scratch memory stays, or grows with them
 _INDEX = 8  # bytes of a row's number, and of a label
 
 
@@ -65,7 +66,9 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
         result.append(
             replace(
                 part,
-                layers=part.layers + update_footprint(optimizer, own // itemsize // sharers, config.dtype),
+                layers=part.layers
+                + update_footprint(optimizer, own // itemsize // sharers, config.dtype)
+                + _mixing(setup, -(-own // itemsize // stage.rows)),
                 rows=_rows(setup, s, -(-rows // stage.rows)),
                 exchange=_exchange(setup, -(-own // itemsize // stage.rows), states),
                 files=average + (FILES + _gathered(setup, states) if s == 0 else 0),
@@ -172,6 +175,29 @@ def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int
 
     parts = min(max(parts, -(-length(elements) // LARGEST)), max(elements, 1))
     return length(span(elements, parts, 0).size)
+
+
+def _mixing(setup: Setup, elements: int) -> int:
+    """Return the bytes of the device's scratch memory that gossip uses on a rank that owns `elements` of a replica's
+    parameters: measured with a part of them, as the update's."""
+    gossip, dtype = setup.config.exchange, setup.config.dtype
+    if setup.config.exact or setup.topology.replicas == 1 or not isinstance(gossip, Gossip):
+        return 0
+
+    def trial(size: int) -> int:
+        device = make_device("cpu", "numpy")
+        values = device.zeros((size,), dtype)
+        device.ops.move(values, 0.5, values)
+        if not isinstance(gossip.compress, Whole):
+            form = MessageFormat(gossip.compress)
+            message = device.zeros((form.bytes(size),), "uint8")
+            device.ops.encode(form.kind, values, message)
+            device.ops.decode_add(form.kind, message, values)
+        return device.working_bytes
+
+    sent = elements if gossip.part == "auto" else span(elements, round(1 / gossip.part), 0).size
+    more = trial(min(sent, _TRIAL))
+    return more if sent <= _TRIAL else more + (more - trial(_TRIAL // 2)) * (sent - _TRIAL) // (_TRIAL // 2)
 
 
 def _partners(pairing: Pairing, me: int) -> set[int]:

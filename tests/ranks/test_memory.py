@@ -47,6 +47,8 @@ CASES: dict[int, list[tuple[str, ...]]] = {
         (swarms([(1, 1), (1, 1)]), "pipeline=async"),
         ("layout={replicas: 2}", "exchange={gossip: {part: 1.0, deadline: none}}"),
         ("layout={replicas: 2}", "exchange={gossip: {part: 0.5, deadline: none, compress: int8}}"),
+        ("layout={replicas: 2}", "exchange={gossip: {part: 0.5, deadline: none, compress: {topk: 0.01}}}"),
+        ("layout={replicas: 2}", "exchange={gossip: {part: 1.0, deadline: none, compress: float16}}"),
         ("layout={replicas: 2}", "exchange={gossip: {part: 0.5, average: [parameters, optimizer]}}"),
     ],
     4: [
