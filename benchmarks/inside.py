@@ -1,4 +1,4 @@
-"""Where the time of a training step goes on one rank: matrix products and convolutions, and the rest.
+"""This benchmark shows where the time of a training step goes on one rank: matrix products, convolutions, the rest.
 
     python -m benchmarks inside [--cases mlp-128 cnn-64] [--steps 200]
 

@@ -132,7 +132,7 @@ class Trainer:
 
     @property
     def stopped_by(self) -> str | None:
-        """What ended the latest `train`: "accuracy", "signal", or None if it ran to its end."""
+        """The reason why the latest `train` ended early: "accuracy", "signal", or None if it ran to its end."""
         return self._loop.stopped_by
 
     # -- training -----------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def mnist(folder: Path, harm: str) -> Path:
 
 
 def test_harmed_and_missing_files(series: Callable[..., Any], tmp_path: Path, config: Path) -> None:
-    """Of the data and the configuration."""
+    """A mistake in the data or the configuration ends all ranks."""
     commands: list[list[str | Path]] = [["train", tmp_path / "no.yaml"]]
     patterns = [r"no\.yaml: there is no such file"]
     for harm in ("truncated", "corrupt", "not gzip"):

@@ -1,4 +1,4 @@
-"""From the command line to a layer's forward it is few frames, so that a step can be read without losing the thread."""
+"""Few frames lie between the command line and a layer's forward, so that a step can be read as a whole."""
 
 from __future__ import annotations
 

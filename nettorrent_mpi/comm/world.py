@@ -117,7 +117,7 @@ class World(Group):
 
 
 def _foreign(error: Exception) -> NetTorrentError:
-    """What other ranks raise where one has failed by an error that is not the package's."""
+    """Return the error that other ranks raise where one has failed by an error that is not the package's."""
     return NetTorrentError(f"{type(error).__name__}: {error}")
 
 

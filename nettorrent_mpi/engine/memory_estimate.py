@@ -155,13 +155,18 @@ def _exchange(setup: Setup, elements: int, states: int) -> int:
         return array  # a copy of its own parameters, while another replica's or the average is evaluated
     gossip = config.exchange
     pairing = make_pairing(gossip.pairing, replicas, config.seed)
-    parts = 1 if gossip.part == "auto" else round(1 / gossip.part)  # auto: all, where the links can bear it
+    parts = _parts(gossip)
     withheld = withholding(gossip, replicas, parts) > 0  # and the snapshot before each update
     arrays = 1 + 2 * withheld + 2 * (gossip.slow_momentum > 0)
     if not isinstance(gossip.compress, Whole):
         arrays += 2 + 2 * len(_partners(pairing, 0))
     letters = SPARE + max(receives(pairing, me) for me in range(replicas))
     return array * arrays + letters * _letter(setup, gossip, elements, parts, states)
+
+
+def _parts(gossip: Gossip) -> int:
+    """Return in how many parts the elements are exchanged; `auto`: one, as where the links can bear it."""
+    return 1 if gossip.part == "auto" else round(1 / gossip.part)
 
 
 def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int) -> int:
@@ -195,7 +200,7 @@ def _mixing(setup: Setup, elements: int) -> int:
             device.ops.decode_add(form.kind, message, values)
         return device.working_bytes
 
-    sent = elements if gossip.part == "auto" else span(elements, round(1 / gossip.part), 0).size
+    sent = span(elements, _parts(gossip), 0).size
     more = trial(min(sent, _TRIAL))
     return more if sent <= _TRIAL else more + (more - trial(_TRIAL // 2)) * (sent - _TRIAL) // (_TRIAL // 2)
 

@@ -21,7 +21,7 @@ DATA = from_arrays(np.arange(ROWS, dtype=np.float64)[:, np.newaxis], np.arange(R
 
 
 class Buffers(SimpleNamespace):
-    """As much of a wiring as batches ask for; x is a buffer per number, the last one is `ahead`."""
+    """Buffers holds as much of a wiring as batches ask for; x is a buffer per number, the last one is `ahead`."""
 
     def __init__(self, topology: Topology, rank: int, exact: bool = True):
         place = topology.place(rank)

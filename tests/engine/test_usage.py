@@ -63,7 +63,7 @@ print(before, with_it, peak_memory())
 
 
 def test_peak_memory_is_what_was_held_at_most() -> None:
-    """In a process of its own: one that has held more before does not reach its peak again."""
+    """The test uses a process of its own: one that has held more before does not reach its peak again."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     before, with_it, after = map(int, done.stdout.split())
     assert with_it == pytest.approx(before + 300e6, rel=0.05)

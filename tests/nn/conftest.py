@@ -97,7 +97,7 @@ class Bench:
         return x, dy
 
     def context(self, x: Array, training: bool = True, **more: Any) -> Context:
-        """With a workspace of its own; `device` and more may be other ones."""
+        """Return a context with a workspace of its own; `device` and more may be other ones."""
         ops = more.pop("device", self.device).ops
         rows = Span(10, 10 + len(x))
         return Context(ops, Workspace(self.dtype), training, seed=3, step=5, rows=rows, count=len(x), **more)

@@ -32,7 +32,7 @@ CASES = [
 
 
 class Found(NamedTuple):
-    """What a loss adds to the metrics, and the gradient."""
+    """Found holds what a loss adds to the metrics, and the gradient."""
 
     loss_sum: float
     correct: float

@@ -279,7 +279,7 @@ def main(count: int, seed: int, first: int) -> int:
 
 
 def open_windows() -> set[int]:
-    """What tells from now on which windows of shared memory there are."""
+    """Return the set that holds, from now on, the windows of shared memory that exist."""
     from nettorrent_mpi.comm.shared import SharedMemory
 
     found: set[int] = set()

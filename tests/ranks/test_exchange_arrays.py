@@ -89,7 +89,7 @@ def test_one_round_by_hand(world: MPI.Intracomm, overlap: bool) -> None:
 
 @pytest.mark.ranks(*ONE_ROUND)
 def test_what_is_withheld_is_known_to_peers_first(world: MPI.Intracomm) -> None:
-    """By hand: an update of 8, of which a quarter waits until the round that tells peers of it is merged."""
+    """An update of 8 is made by hand; a quarter of it waits until the round that tells peers of it is merged."""
     own = same(3.0 * RANK)
     with exchanging(world, Gossip("ring", withhold=0.25, **REPEATABLE), Shards(own)) as exchange:
         exchange.before_update(1)
@@ -152,7 +152,7 @@ def test_push_sum_keeps_the_mean_by_mass(world: MPI.Intracomm) -> None:
 
 @several
 def test_the_largest_differences_are_enough(world: MPI.Intracomm) -> None:
-    """Of each difference a tenth of the elements is sent; the rest follows in later messages (error feedback)."""
+    """A message has a tenth of a difference's elements; the rest follows in later ones (error feedback)."""
     own = same(1.0)  # as they have to begin
     with exchanging(world, Gossip("ring", compress=TopK(0.1), **REPEATABLE), Shards(own)) as exchange:
         for array, other in zip(own, arrays(), strict=True):
