@@ -279,6 +279,7 @@ class Trainer:
         closers, self._closers = self._closers, []
         for close in closers:
             close()
+        self._raise_missed()
 
     def __enter__(self) -> Self:
         return self
@@ -290,7 +291,11 @@ class Trainer:
             self._loop.abandoned = True
             if self.size > 1:
                 end_all(self._world, error)
-        self.close()
+        try:
+            self.close()
+        except NetTorrentError:
+            if error is None:
+                raise
 
     def _end_of_script(self) -> None:
         """Handle the interpreter's exit with trainers that are still open."""
@@ -302,6 +307,14 @@ class Trainer:
     def _open(self, what: str) -> None:
         if not self._closers:
             raise UserError(f"{what}() of a trainer that is closed")
+        self._raise_missed()
+
+    def _raise_missed(self) -> None:
+        """Raise the error that ended the loop over train() after the caller had left it."""
+        missed = self._loop.missed if hasattr(self, "_loop") else None
+        if missed is not None:
+            self._loop.missed = None
+            raise missed
 
     def _at_rest(self, what: str) -> None:
         self._open(what)

@@ -16,7 +16,7 @@ mpi4py.rc.thread_level = "multiple"
 from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.comm.group import Group  # noqa: E402
-from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError  # noqa: E402
+from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError  # noqa: E402
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class World(Group):
     def _agreed(self, error: NetTorrentError, where: str = "") -> NetTorrentError:
         """The error as all ranks of this world raise it; one of the package's faults ends the program all the same."""
         error.args = (f"{error}{where}",)
-        error.agreed = self.members if type(error) is not NetTorrentError else frozenset()
+        error.agreed = self.members if not isinstance(error, RemoteError) else frozenset()
         return error
 
     @contextmanager
@@ -116,9 +116,9 @@ class World(Group):
         MPI.COMM_WORLD.Abort(code)
 
 
-def _foreign(error: Exception) -> NetTorrentError:
+def _foreign(error: Exception) -> RemoteError:
     """Return the error that other ranks raise where one has failed by an error that is not the package's."""
-    return NetTorrentError(f"{type(error).__name__}: {error}")
+    return RemoteError(f"{type(error).__name__}: {error}")
 
 
 def abort_after_error() -> None:

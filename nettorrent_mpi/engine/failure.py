@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.plan.errors import NetTorrentError
+from nettorrent_mpi.plan.errors import NetTorrentError, RemoteError
 
 INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
+PATIENCE = 1.5  # seconds in which a failed rank reports its own error and ends all; later another rank does it
 
 
 def agreed(error: BaseException, world: World) -> bool:
@@ -30,6 +32,10 @@ def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
         code = INTERRUPTED
         if world.rank == 0:
             sys.stderr.write("nettorrent: interrupted\n")
+    elif isinstance(error, RemoteError):
+        time.sleep(PATIENCE)
+        code = error.exit_code
+        sys.stderr.write(f"rank {world.rank} of {world.size} ends, because another one failed: {error}\n")
     elif isinstance(error, NetTorrentError) and not shown:
         code = error.exit_code
         sys.stderr.write(f"nettorrent: error: {error}\n")

@@ -16,7 +16,7 @@ from nettorrent_mpi.engine.stopping import Stopping
 from nettorrent_mpi.engine.usage import Clock
 from nettorrent_mpi.exchange.base import next_multiple
 from nettorrent_mpi.nn.rates import make_rate
-from nettorrent_mpi.plan.errors import UserError
+from nettorrent_mpi.plan.errors import NetTorrentError, UserError
 from nettorrent_mpi.plan.scores import Scores
 
 SIGNAL, ACCURACY = "signal", "accuracy"
@@ -72,6 +72,7 @@ class TrainingLoop:
         self.stopped_by: str | None = None  # SIGNAL or ACCURACY where one of them ended the last training
         self.at_rest = True
         self.abandoned = False  # an error has ended it: no further communication
+        self.missed: NetTorrentError | None = None  # raised on all ranks after this one's caller had left the loop
         self.save: Callable[[], None] | None = None  # writes a checkpoint; all ranks call it, at rest
         self.clock = Clock()
         self.evaluator = Evaluator(engine)
@@ -102,73 +103,78 @@ class TrainingLoop:
         stop: int | None = None
         reported = False
         run = self._begin()
-        while self.step < until:
-            clock.go_on()
-            n = self.step
-            rest = self._next_rest(n, until) if stop is None else stop
-            decay = rates(n) / lr if n >= warmup and rates(n) else 1.0
-            rate = rates(n) * exchange.rate_scale(n / horizon, decay)
-            work = engine.prepare(n, rate, rest - n)
-            engine.pipeline.run(work)
-            done = self.step = n + 1
-            self.samples += work.rows
-            clock.step(work.rows)
-            epochs = done // self.epoch_steps if done % self.epoch_steps == 0 else 0
-            ask = reported and done < rest  # a report may have arrived one step after it was started
-            reported = done == rest or bool(epochs) or done % settings.report_every == 0
-            if reported:
-                reports.start(self._record(rate), stopping.asked, left=self._left)
-            elif stopping.due(done):
-                reports.start(None, stopping.asked, figures=False)
-                reported = True
-            if done == 2:
-                stopping.pace(clock.seconds_per_step)
-            try:
-                yield from self._arrived(wait=done == rest, to_request=True)
-            except GeneratorExit:
-                if self._leave():
-                    return
-            know = stopping.all_know(ask=ask) or (done == rest and stopping.heard)
-            if know and stop is None:  # others may wait at an earlier rest
-                stop = min(rest, stopping.last_step(done + 1 + engine.schedule.ahead))
-            if done < rest:
-                continue
-            try:
-                yield from self._arrived(wait=True)
-            except GeneratorExit:
-                if self._leave():
-                    return
-            clock.stop()
-            *_, report = reports.ready(wait=True)
-            if self._diverged or report.diverged:
-                self.at_rest = True
-                engine.check_finite()
-            record, asked, last = self._completed(report), stopping.heard or report.flag, done == until
-            reached = self._reached(exchange.at_rest(done, self.evaluator.compare, report.distance))
-            if report.left:
-                break
-            if last or reached or (epochs and epochs % settings.evaluate_every == 0):
-                self.evaluation = found = self.evaluator.evaluate()
-                record = replace(record, evaluated=True, best_replica=found.best_replica, **found.figures())
-                reached = reached or self._reached(found.deciding)
-            if last or reached or epochs or done % settings.report_every == 0:
-                self.at_rest = True
+        try:
+            while self.step < until:
+                clock.go_on()
+                n = self.step
+                rest = self._next_rest(n, until) if stop is None else stop
+                decay = rates(n) / lr if n >= warmup and rates(n) else 1.0
+                rate = rates(n) * exchange.rate_scale(n / horizon, decay)
+                work = engine.prepare(n, rate, rest - n)
+                engine.pipeline.run(work)
+                done = self.step = n + 1
+                self.samples += work.rows
+                clock.step(work.rows)
+                epochs = done // self.epoch_steps if done % self.epoch_steps == 0 else 0
+                ask = reported and done < rest  # a report may have arrived one step after it was started
+                reported = done == rest or bool(epochs) or done % settings.report_every == 0
+                if reported:
+                    reports.start(self._record(rate), stopping.asked, left=self._left)
+                elif stopping.due(done):
+                    reports.start(None, stopping.asked, figures=False)
+                    reported = True
+                if done == 2:
+                    stopping.pace(clock.seconds_per_step)
                 try:
-                    yield replace(record, at_rest=True)
+                    yield from self._arrived(wait=done == rest, to_request=True)
                 except GeneratorExit:
-                    if self.abandoned or run != self._run:
+                    if self._leave():
                         return
-                    self._left = True
+                know = stopping.all_know(ask=ask) or (done == rest and stopping.heard)
+                if know and stop is None:  # others may wait at an earlier rest
+                    stop = min(rest, stopping.last_step(done + 1 + engine.schedule.ahead))
+                if done < rest:
+                    continue
+                try:
+                    yield from self._arrived(wait=True)
+                except GeneratorExit:
+                    if self._leave():
+                        return
+                clock.stop()
+                *_, report = reports.ready(wait=True)
+                if self._diverged or report.diverged:
+                    self.at_rest = True
+                    engine.check_finite()
+                record, asked, last = self._completed(report), stopping.heard or report.flag, done == until
+                reached = self._reached(exchange.at_rest(done, self.evaluator.compare, report.distance))
+                if report.left:
+                    break
+                if last or reached or (epochs and epochs % settings.evaluate_every == 0):
+                    self.evaluation = found = self.evaluator.evaluate()
+                    record = replace(record, evaluated=True, best_replica=found.best_replica, **found.figures())
+                    reached = reached or self._reached(found.deciding)
+                if last or reached or epochs or done % settings.report_every == 0:
+                    self.at_rest = True
+                    try:
+                        yield replace(record, at_rest=True)
+                    except GeneratorExit:
+                        if self.abandoned or run != self._run:
+                            return
+                        self._left = True
+                    self.at_rest = False
+                self.at_rest = True
+                if self.save and (asked or last or reached or (epochs and epochs % settings.checkpoint_every == 0)):
+                    self.save()
                 self.at_rest = False
-            self.at_rest = True
-            if self.save and (asked or last or reached or (epochs and epochs % settings.checkpoint_every == 0)):
-                self.save()
-            self.at_rest = False
-            if reached or (asked and not last):
-                self.stopped_by = SIGNAL if asked and not last else ACCURACY
-                break
-            if stopping.pace(clock.seconds_per_step, left=self._left):
-                break
+                if reached or (asked and not last):
+                    self.stopped_by = SIGNAL if asked and not last else ACCURACY
+                    break
+                if stopping.pace(clock.seconds_per_step, left=self._left):
+                    break
+        except NetTorrentError as error:
+            if not self._left:
+                raise
+            self.missed = error  # the caller has left, and Python would print the error and forget it
         self.at_rest = True
 
     def resume(self, step: int, samples: int, seconds: float) -> None:

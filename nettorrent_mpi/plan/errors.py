@@ -9,6 +9,7 @@ NetTorrentError              exit code 1 unless stated otherwise
 │   ├── OutputError          the run folder: another run's results, no space, no permission
 │   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
 ├── NonFiniteError           the training diverged: names step, layer and rank
+├── RemoteError              another rank failed by an error that is not the package's, and reports it itself
 ├── LostStateError           a part of the training state that no living rank holds: names the array
 ├── ChildError               a program that this one started failed: names it and shows its last lines
 └── ScheduleError            a schedule that cannot run: names the action that waits
@@ -76,6 +77,10 @@ class NonFiniteError(NetTorrentError):
             f"step {step}: the output of layer {layer} is not finite (seen on rank {rank}); "
             "lower the learning rate, add warm-up, or clip the gradients (train.clip_norm)"
         )
+
+
+class RemoteError(NetTorrentError):
+    """Another rank failed by an error that is not the package's. That rank prints it with its traceback."""
 
 
 class LostStateError(NetTorrentError):

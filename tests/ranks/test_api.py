@@ -83,6 +83,22 @@ def test_a_loop_that_one_rank_leaves_ends_on_all(world: MPI.Intracomm, step: int
         same(trainer.parameters(), serial(steps=steps[0] + 2))
 
 
+@pytest.mark.parametrize("leavers", ["all", "one"])
+def test_an_error_after_a_loop_was_left_is_raised_by_the_next_call(
+    world: MPI.Intracomm, shared_path: Path, leavers: str
+) -> None:
+    output = shared_path / "a file"
+    if RANK == 0:
+        output.touch()
+    how = dict(HOW, comm=world, output=output, checkpoint_every=1, report_every=2, epochs=3)
+    with pytest.raises(nt.OutputError, match="a file"), nt.Trainer(LAYERS, rows(), **how) as trainer:
+        for record in trainer.train():
+            if record.at_rest and (leavers == "all" or RANK == SIZE - 1):
+                break
+        trainer.predict(rows()[0])
+        pytest.fail("the checkpoint was not written, and nobody was told")
+
+
 def test_a_closed_trainer_says_so(world: MPI.Intracomm) -> None:
     trainer = nt.Trainer(LAYERS, rows(), comm=world, **HOW)
     begun = trainer.train(epochs=3)
