@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         DataError,
         LayoutError,
         NetTorrentError,
+        NetTorrentWarning,
         NonFiniteError,
         OutputError,
         ShapeError,
@@ -86,7 +87,8 @@ _WHERE = {
     "Adagrad Adam AdamW Rmsprop Sgd Constant Cosine Exponential Step",
     # pipelines; how replicas agree
     "plan.exchange_specs": "Async Gpipe OneFOneB Allreduce Elite Gossip Nothing",
-    "plan.errors": "ConfigError DataError LayoutError NetTorrentError NonFiniteError OutputError ShapeError UserError",
+    "plan.errors": "ConfigError DataError LayoutError NetTorrentError NetTorrentWarning NonFiniteError OutputError "
+    "ShapeError UserError",
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = sorted([*_MODULES, "plan"])  # noqa: PLE0605

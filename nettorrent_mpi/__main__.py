@@ -13,10 +13,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code. The environment of BLAS and MPI is set before either loads."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = env.prepare()
-    from nettorrent_mpi.cli.commands import find, launched_first
+    from nettorrent_mpi.cli.commands import find, launched_first, warnings_shown
 
     try:
-        return find(arguments)(arguments, chosen)
+        with warnings_shown():
+            return find(arguments)(arguments, chosen)
     except NetTorrentError as error:  # of what runs without ranks, or before they have met
         if launched_first():
             sys.stderr.write(f"nettorrent: error: {error}\n")

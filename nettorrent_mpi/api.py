@@ -73,7 +73,7 @@ class Trainer:
         output: a folder for checkpoints, in `checkpoints/`; None: no checkpoints.
         stop_on_signals: SIGTERM, SIGUSR1 or SIGUSR2 to any rank stops the training on all of them, with a checkpoint.
 
-        Raises UserErrors, on all ranks alike.
+        Raises UserErrors, on all ranks alike. Gives NetTorrentWarnings, on rank 0 alone.
         """
         self._world = world = comm if isinstance(comm, World) else World(comm)
         self._closers: list[Callable[[], None]] = [] if world is comm else [world.free]
@@ -111,7 +111,10 @@ class Trainer:
         world.same("data set or settings", f"{shape} {sorted(settings)}")
         config = world.once(lambda: configured(network, data, dataset, settings))
         with world.agreement():
-            return PlannedRun(set_up(config, world.size, dataset), has_length(network, settings))
+            planned = PlannedRun(set_up(config, world.size, dataset), has_length(network, settings))
+        if world.rank == 0:
+            planned.warn()
+        return planned
 
     # -- progress -----------------------------------------------------------------------------------------------------
 

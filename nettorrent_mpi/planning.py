@@ -14,7 +14,7 @@ from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.usage import peak_memory
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.cost import predict
-from nettorrent_mpi.plan.errors import UserError
+from nettorrent_mpi.plan.errors import UserError, warn
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.specs import LayerSpec
 from nettorrent_mpi.plan.topology import Topology
@@ -41,11 +41,13 @@ def plan(
     communicated, and MPI is not loaded.
 
     `network` is a configuration (whose values `settings` replace), a network, or its layers. Raises UserErrors: a
-    ConfigError, LayoutError, ShapeError or DataError.
+    ConfigError, LayoutError, ShapeError or DataError; gives the plan's warnings.
     """
     dataset = opened(data)
     config = configured(network, data, dataset, settings)
-    return PlannedRun(set_up(config, ranks, dataset), has_length(network, settings))
+    planned = PlannedRun(set_up(config, ranks, dataset), has_length(network, settings))
+    planned.warn()
+    return planned
 
 
 class PlannedRun:
@@ -60,6 +62,16 @@ class PlannedRun:
     def config(self) -> Config:
         """The complete configuration."""
         return self.setup.config
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is doubtful but may be meant, one line each."""
+        return self.setup.warnings
+
+    def warn(self) -> None:
+        """Give the warnings."""
+        for text in self.warnings:
+            warn(text)
 
     @property
     def network(self) -> Network:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from nettorrent_mpi.cli.arguments import parse
-from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.errors import ConfigError, NetTorrentWarning
 
 
 def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
@@ -31,6 +34,25 @@ def launched_first() -> bool:
     """Whether this process is the first of its launcher: it prints what is printed once even if MPI cannot be used."""
     variables = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in variables if name in os.environ), "0") == "0"
+
+
+@contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Show the package's warnings as the command line shows errors: see `plan.errors.warn`."""
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if not isinstance(message, NetTorrentWarning):
+            shown(message, category, filename, lineno, file, line)
+        elif message.alone or launched_first():
+            sys.stderr.write(f"nettorrent: warning: {message}\n")
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", category=NetTorrentWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _run_alone(arguments: Sequence[str], chosen: str) -> int:

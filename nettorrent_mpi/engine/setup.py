@@ -12,15 +12,15 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.device import Kernels
+from nettorrent_mpi.engine.checks import check_batch_norm, check_exchange, doubts
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.losses import check_fit
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import auto_layout
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError
-from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
+from nettorrent_mpi.plan.exchange_specs import Async, Elite
 from nettorrent_mpi.plan.layouts import given_layout, layers_layout
-from nettorrent_mpi.plan.pairing import make_pairing
 from nettorrent_mpi.plan.topology import Topology
 
 MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
@@ -38,6 +38,7 @@ class Setup:
     network: Network
     topology: Topology
     options: Options
+    warnings: tuple[str, ...] = ()  # what is doubtful, but may be meant: one line each
 
     @property
     def plan(self) -> Plan:
@@ -94,8 +95,8 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
         micro_batches=pieces,
         partition=data.partition,
     )
-    _check_exchange(config, topology, pieces)
-    _check_batch_norm(config, network, topology, pieces)
+    check_exchange(config, topology, pieces)
+    check_batch_norm(config, network, topology, pieces)
     if isinstance(config.exchange, Elite) and not len(sampler.validation_rows):
         text = f"{data.validation} of {dataset.train.rows} rows leaves none to choose the best replica by; raise it"
         raise ConfigError(text, key="data.validation")
@@ -114,7 +115,7 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
         trace=config.trace,
         kernels=_kernels(config, network, ranks, sampler.steps_per_epoch),
     )
-    return Setup(config, dataset, sampler, network, topology, options)
+    return Setup(config, dataset, sampler, network, topology, options, tuple(doubts(config, sampler)))
 
 
 def _kernels(config: Config, network: Network, ranks: int, epoch_steps: int) -> Kernels:
@@ -172,40 +173,3 @@ def _count(config: Config, network: Network, stages: int, replicas: int = 1) -> 
 def _pieces(config: Config, automatic: int) -> int:
     train = config.train
     return min(automatic, train.batch_size) if train.micro_batches == "auto" else train.micro_batches
-
-
-def _check_batch_norm(config: Config, network: Network, topology: Topology, pieces: int) -> None:
-    """Raise ConfigError if a batch norm would see one row at a time: minus its mean, every such row is 0."""
-    separate = 1 if config.exact else topology.replicas  # that take separate batch statistics
-    rows = span(config.train.batch_size, pieces, pieces - 1).size // separate
-    if network.batch_norms_of_vectors and rows <= 1:
-        name, apart = network.batch_norms_of_vectors[0], f" of each of the {separate} replicas" if separate > 1 else ""
-        raise ConfigError(
-            f"{config.train.batch_size} rows in {pieces} micro-batch{'es' if pieces > 1 else ''} leave "
-            f"{name} a single row{apart} at a time, and a row less its mean is 0: take at least "
-            f"{2 * pieces * separate} rows" + (", or fewer micro_batches" if pieces > 1 else ""),
-            key="train.batch_size",
-        )
-
-
-def _check_exchange(config: Config, topology: Topology, pieces: int) -> None:
-    """Raise ConfigError if the configured exchange is impossible with this number of replicas, or if a replica that
-    trains on its own rows would get none."""
-    exchange, replicas, batch_size = config.exchange, topology.replicas, config.train.batch_size
-    if replicas == 1 and isinstance(exchange, Elite | Gossip):
-        nobody = "take weights from" if isinstance(exchange, Elite) else "average with"
-        raise ConfigError(
-            f"changes nothing with 1 replica: there is nobody to {nobody}; "
-            "give layout: {replicas: N} or exchange: allreduce",
-            key=f"exchange.{exchange.kind}",
-        )
-    if isinstance(exchange, Gossip):
-        make_pairing(exchange.pairing, replicas, config.seed)
-    most = span(batch_size, pieces, 0).size  # rows of the largest micro-batch, one for each replica at most
-    if not config.exact and most < replicas:
-        raise ConfigError(
-            f"{batch_size} rows in {pieces} micro-batch{'es' if pieces > 1 else ''} leave {replicas - most} of the "
-            f"{replicas} replicas nothing to train on: take at least {pieces * (replicas - 1) + 1} rows"
-            + (", or fewer micro_batches" if pieces > 1 else ""),
-            key="train.batch_size",
-        )

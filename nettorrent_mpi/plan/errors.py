@@ -13,10 +13,13 @@ NetTorrentError              exit code 1 unless stated otherwise
 ├── LostStateError           a part of the training state that no living rank holds: names the array
 ├── ChildError               a program that this one started failed: names it and shows its last lines
 └── ScheduleError            a schedule that cannot run: names the action that waits
+
+NetTorrentWarning            what is doubtful but may be meant, in one line: given by `warn`
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 
@@ -102,3 +105,20 @@ class ChildError(NetTorrentError):
 
 class ScheduleError(NetTorrentError):
     """A schedule that cannot run to completion."""
+
+
+class NetTorrentWarning(UserWarning):
+    """What is doubtful but may be meant. `alone` says that only this rank may have found it."""
+
+    def __init__(self, text: str, alone: bool = False):
+        self.alone = alone
+        super().__init__(text)
+
+
+def warn(text: str, *, alone: bool = False) -> None:
+    """Warn of what is doubtful but may be meant, in one line that names the key or file, and the remedy.
+
+    A command shows it as `nettorrent: warning: ...`: rank 0 what all ranks find alike, and, if `alone`, the rank that
+    found it. From Python it is a NetTorrentWarning of the module `warnings`.
+    """
+    warnings.warn(NetTorrentWarning(text, alone), stacklevel=2)

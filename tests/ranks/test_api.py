@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def test_a_trainer_gives_the_serial_weights_and_the_same_records_on_all_ranks(wo
         list(trainer.train(steps=3))
         assert trainer.step == 11
         same(trainer.parameters(), serial(steps=11))
+
+
+def test_rank_0_alone_warns_of_what_all_find(world: MPI.Intracomm) -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        nt.Trainer(LAYERS, rows(), comm=world, **HOW | {"batch_size": 81}).close()
+    told = world.allgather([str(each.message) for each in given if each.category is nt.NetTorrentWarning])
+    assert [len(each) for each in told] == [1] + [0] * (SIZE - 1)
+    assert "only 80 training rows" in told[0][0]
 
 
 def test_a_loop_that_is_left_comes_to_rest_and_goes_on(world: MPI.Intracomm) -> None:
