@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +137,43 @@ def test_processes_of_a_host_choose_alike(findings: Path) -> None:
         count += tried.get()
     assert len(found) == 1
     assert count == 2 * (1 + tuning.REPEATS), "more than one of them tried"
+
+
+CACHES = """
+import json, resource, sys
+from pathlib import Path
+import numpy as np
+from nettorrent_mpi.device.cpu.loop import Loop
+from nettorrent_mpi.device.cpu.tuning import Tuning
+
+def double(x):
+    for i in range(x.size):
+        x[i] *= 2
+
+def check():
+    x = np.arange(3.0)
+    Loop(double)(x)
+    assert x.tolist() == [0, 2, 4]
+    assert Tuning().fastest("adding", {"one": lambda: x.fill(1), "two": lambda: x.fill(1)}, x) in ("one", "two")
+
+folder, (soft, hard) = Path(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # nothing longer can be written, as on a full disk
+check()
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+check()
+kept = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 20]
+assert {path.suffix for path in kept} == {".nbi", ".nbc", ".json"}, kept
+for path in kept:
+    path.write_bytes(path.read_bytes()[:15])
+check()
+"""
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="needs Numba")
+def test_caches_that_cannot_be_written_or_are_damaged(tmp_path: Path) -> None:
+    program = tmp_path / "caches.py"  # Numba keeps code of functions in files only
+    program.write_text(CACHES)
+    places = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(program), str(tmp_path / "cache")]
+    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -14,19 +14,36 @@ from typing import Any
 
 class Loop:
     """A Loop is a function over arrays. Numba compiles it at the first call, and keeps the code on disk for later
-    runs."""
+    runs, if it can."""
 
     def __init__(self, function: Callable[..., Any]):
         self._function = function
         self._compiled: Callable[..., Any] | None = None
+        self._kept = False  # whether the compiled code is kept on disk
         self.__doc__ = function.__doc__
 
     def __call__(self, *arguments: Any) -> Any:
         if self._compiled is None:
-            from numba import njit  # takes 0.3 s and 60 MB: loaded only where needed
+            self._compile()
+        assert self._compiled is not None
+        try:
+            return self._compiled(*arguments)
+        except Exception:  # a loop raises nothing itself: the disk is full, or a file on it is damaged
+            if not self._kept:
+                raise
+        try:
+            return self._compiled(*arguments)  # where the code could only not be written
+        except Exception:
+            self._compile(keep=False)
+            return self._compiled(*arguments)
 
-            try:
-                self._compiled = njit(cache=True, error_model="numpy", nogil=True)(self._function)
-            except RuntimeError:  # no writable cache folder
-                self._compiled = njit(error_model="numpy", nogil=True)(self._function)
-        return self._compiled(*arguments)
+    def _compile(self, *, keep: bool = True) -> None:
+        from numba import njit  # takes 0.3 s and 60 MB: loaded only where needed
+
+        try:
+            self._compiled = njit(cache=keep, error_model="numpy", nogil=True)(self._function)
+            self._kept = keep
+        except (RuntimeError, OSError):  # no cache folder that can be written
+            if not keep:
+                raise
+            self._compile(keep=False)

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -130,15 +131,15 @@ def _subject() -> str:
 
 
 @contextmanager
-def _open_file() -> Iterator[IO[str] | None]:
+def _open_file() -> Iterator[FileIO | None]:
     """Open the file of results for this process alone; None if that is impossible."""
     try:
         _path().parent.mkdir(parents=True, exist_ok=True)
-        file = _path().open("a+", encoding="utf-8")
+        file = _path().open("a+b", buffering=0)  # unbuffered: nothing is left to write when it is closed
     except (OSError, RuntimeError):  # RuntimeError: the home folder is unknown
         yield None
         return
-    with file:
+    try:
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             try:
@@ -149,24 +150,30 @@ def _open_file() -> Iterator[IO[str] | None]:
             except OSError:  # the file system has no locks
                 break
         yield file
+    finally:
+        with suppress(OSError):  # as where a quota is found to be exceeded
+            file.close()
 
 
-def _read(file: IO[str] | None) -> dict[str, dict[str, str]]:
+def _read(file: FileIO | None) -> dict[str, dict[str, str]]:
     """Read the file: {subject: {operation: fastest algorithm}}."""
     if file is None:
         return {}
-    file.seek(0)
     try:
-        return {subject: dict(choices) for subject, choices in json.loads(file.read() or "{}").items()}
-    except (ValueError, TypeError, AttributeError):  # an incomplete or foreign file
+        file.seek(0)
+        return {
+            subject: {operation: name for operation, name in choices.items() if isinstance(name, str)}
+            for subject, choices in json.loads(file.read() or "{}").items()
+        }
+    except (OSError, ValueError, AttributeError):  # an unreadable, incomplete or foreign file
         return {}
 
 
-def _write(file: IO[str] | None, known: dict[str, str]) -> None:
+def _write(file: FileIO | None, known: dict[str, str]) -> None:
     if file is None:
         return
     others = [(subject, choices) for subject, choices in _read(file).items() if subject != _subject()]
+    text = json.dumps(dict([*others[1 - SUBJECTS :], (_subject(), known)]), indent=1) + "\n"
     with suppress(OSError):  # a full disk does not prevent training
         file.truncate(0)
-        file.write(json.dumps(dict([*others[1 - SUBJECTS :], (_subject(), known)]), indent=1) + "\n")
-        file.flush()
+        file.write(text.encode())
