@@ -91,9 +91,9 @@ def _parser() -> _Parser:
     images.add_argument(
         "--test",
         type=float,
-        default=0.0,
         metavar="PART",
-        help="fraction of each class held out as the test set (default: 0)",
+        help="fraction of each class held out as the test set (default: 0.2; folders train/ and test/ with the classes "
+        "in them are taken as they are)",
     )
     images.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser

@@ -97,9 +97,10 @@ def _data(args: argparse.Namespace) -> None:
         Path(args.folder), Path(args.target), size, test=args.test, overwrite=args.overwrite, progress=_tell_images
     )
     sys.stdout.write(
-        f"{args.target}: {made.rows} training rows and {made.test_rows} test rows of shape {made.shape} "
-        f"in {made.classes} classes\n"
+        f"{args.target}: {made.rows} training rows and {made.test_rows} test rows of shape {made.shape} in "
+        f"{len(made.classes):,} classes: {', '.join(made.classes[:10])}{', ...' if len(made.classes) > 10 else ''}\n"
     )
+    sys.stdout.writelines(f"  {note}\n" for note in made.notes)
 
 
 def _tell_bytes(name: str, done: int, total: int | None) -> None:

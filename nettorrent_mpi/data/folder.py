@@ -1,34 +1,32 @@
-"""Import of a folder of images, one sub-folder per class, into an HDF5 data set.
-
-It needs Pillow (the extra `images`).
-"""
+"""Import of a folder of images, one sub-folder per class, into an HDF5 data set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 
 from nettorrent_mpi.data.files import replacing
-from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.data.images import ImageReader
 from nettorrent_mpi.device.random import generator
 from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError
 
-_GREY, _COLOUR = ("1", "L"), ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+TEST = 0.2  # the fraction of each class that is held out, unless told
+_TRAINING, _TESTING, _VALIDATION = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
+_CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS leave in folders
 
 
 class Imported(NamedTuple):
-    """The result of `import_folder`."""
+    """The result of `import_folder`; `notes` say in a line each what is not as one would take it to be."""
 
     rows: int
     test_rows: int
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 class _Image(NamedTuple):
@@ -36,44 +34,60 @@ class _Image(NamedTuple):
     label: int
 
 
+class _Notes:
+    """Counts what is worth a line, with the first example of each."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, what: str, where: Path | str) -> None:
+        """Count one more case of `what`."""
+        self._found.setdefault(what, []).append(str(where))
+
+    def lines(self) -> tuple[str, ...]:
+        return tuple(
+            f"{what}: {len(where):,} ({where[0]}{', ...' if len(where) > 1 else ''})"
+            for what, where in self._found.items()
+        )
+
+
 def import_folder(
     directory: Path,
     target: Path,
     size: tuple[int, int] | None = None,
     *,
-    test: float = 0.0,
+    test: float | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Imported:
     """Write the images of `directory`/CLASS/ into the HDF5 file `target`: x (rows, height, width, channels) uint8, y
     (rows,) the index of the class among the sorted sub-folder names, which the attribute `classes` lists.
 
-        directory: files and folders whose names begin with a dot are ignored; every other file in a class has to be an
-            image of 8 bits per channel. If all are grey there is one channel, otherwise three (RGB).
+        directory: every file below a class has to be an image of 8 bits per channel; names that begin with a dot, and
+            what operating systems leave in folders, are ignored. If all are grey there is one channel, otherwise three
+            (RGB). A `directory` with train/CLASS/ and test/CLASS/ (or val/) is divided already.
         size: (height, width) to scale to (bilinear); without it all images must have one size.
-        test: the fraction of each class, drawn by `seed`, that goes to x_test and y_test.
+        test: the fraction of each class, drawn by a fixed seed, that goes to x_test and y_test; by default TEST.
         progress: called as progress(images done, images).
 
     The file appears complete or not at all: it is written under another name first. Raises DataError (folder or image
     unusable), ConfigError (an argument out of range), OutputError (target exists, cannot be written, Pillow missing).
     """
-    if not 0.0 <= test < 1.0:
+    if test is not None and not 0.0 <= test < 1.0:
         raise ConfigError(f"the fraction of test images is at least 0 and below 1, not {test}")
     if size is not None and min(size) < 1:
         raise ConfigError(f"the size of the images is at least 1 x 1, not {size[0]} x {size[1]}")
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists; give another name or allow it to be overwritten")
-    pillow = _pillow()
-    classes, by_class = _list(directory)
-    train: list[_Image] = []
-    held: list[_Image] = []
-    for name, images in zip(classes, by_class, strict=True):
-        order = generator(0, "import", name).permutation(len(images))
-        chosen = set(order[: round(len(images) * test)].tolist())
-        for index, image in enumerate(images):
-            (held if index in chosen else train).append(image)
-    shape = _common_shape(pillow, [image for images in by_class for image in images], size)
-
+    reader, notes = ImageReader(), _Notes()
+    classes, train, held = _divided(directory, test, notes)
+    if len(classes) == 1:
+        text = f"holds one class, {classes[0]}, so there is nothing to tell apart; name the folder of the classes"
+        raise DataError(text, file=str(directory))
+    shape = _common_shape(reader, [*train, *held], size, notes)
+    for what, images in (("training", train), ("test", held)):
+        for label in sorted(set(range(len(classes))) - {image.label for image in images}):
+            notes.add(f"classes without {what} images", classes[label])
     total, done = len(train) + len(held), 0
 
     def step() -> None:
@@ -83,94 +97,156 @@ def import_folder(
             progress(done, total)
 
     try:
-        with replacing(target) as part, h5py.File(part, "w") as file:
+        # The attribute `classes` of thousands of names needs the latest format.
+        with replacing(target) as part, h5py.File(part, "w", libver="latest") as file:
             file.attrs["classes"] = classes
             for images, suffix in ((train, ""), (held, "_test")):
                 if images:
-                    _write(pillow, file, images, suffix, shape, step)
-    except OSError as error:
+                    _write(reader, file, images, suffix, shape, step, notes)
+    except (OSError, RuntimeError) as error:
         raise OutputError(f"cannot write {target} ({error}); free space or choose another place") from error
-    return Imported(len(train), len(held), shape, tuple(classes))
+    return Imported(len(train), len(held), shape, tuple(classes), notes.lines())
 
 
-def _pillow() -> ModuleType:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        text = "reading images needs Pillow; install it with the extra `images`: pip install 'nettorrent_mpi[images]'"
-        raise OutputError(text) from error
-    return Image
-
-
-def _list(directory: Path) -> tuple[list[str], list[list[_Image]]]:
-    """Return (sorted names of the classes, the sorted images of each)."""
+def _divided(directory: Path, test: float | None, notes: _Notes) -> tuple[list[str], list[_Image], list[_Image]]:
+    """Return (sorted names of the classes, training images, test images)."""
     if not directory.is_dir():
         raise DataError("no such folder; name the one that holds a sub-folder per class", file=str(directory))
     try:
-        folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if not folders:
-            raise DataError("holds no sub-folders; put the images of each class into one", file=str(directory))
-        by_class = []
-        for label, folder in enumerate(folders):
-            files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-            if not files:
-                raise DataError("holds no images; fill or remove this class", file=str(folder))
-            by_class.append([_Image(path, label) for path in files])
+        given = _given_split(directory)
+        if given is None:
+            classes, by_class = _by_class([directory], notes)
+            return classes, *_drawn(classes, by_class, TEST if test is None else test)
+        if test is not None:
+            text = "holds train/ and test/, which divide the images already: leave out --test"
+            raise DataError(text, file=str(directory))
+        train, held = given
+        for folder in train[1:]:
+            notes.add("folders whose images join the training rows", folder)
+        classes, by_class = _by_class(train, notes)
+        names, by_test_class = _by_class([held], notes)
     except OSError as error:
         raise DataError(f"cannot be read ({error}); grant access to it", file=str(directory)) from error
-    return [folder.name for folder in folders], by_class
+    strangers = [name for name in names if name not in classes]
+    if strangers:
+        text = f"has classes that {train[0]} lacks: {_listed(strangers)} (there are {_listed(classes)})"
+        raise DataError(f"{text}; give both the same classes", file=str(held))
+    label = {name: number for number, name in enumerate(classes)}
+    named = [(label[name], paths) for name, paths in zip(names, by_test_class, strict=True)]
+    images = [_Image(path, number) for number, paths in enumerate(by_class) for path in paths]
+    return classes, images, [_Image(path, number) for number, paths in sorted(named) for path in paths]
 
 
-def _common_shape(pillow: ModuleType, images: list[_Image], size: tuple[int, int] | None) -> tuple[int, int, int]:
+def _drawn(classes: Sequence[str], by_class: Sequence[list[Path]], test: float) -> tuple[list[_Image], list[_Image]]:
+    """Draw the fraction `test` of each class."""
+    train: list[_Image] = []
+    held: list[_Image] = []
+    for label, (name, paths) in enumerate(zip(classes, by_class, strict=True)):
+        order = generator(0, "import", name).permutation(len(paths))
+        chosen = set(order[: round(len(paths) * test)].tolist())
+        for index, path in enumerate(paths):
+            (held if index in chosen else train).append(_Image(path, label))
+    return train, held
+
+
+def _given_split(directory: Path) -> tuple[list[Path], Path] | None:
+    """Return the folders of training images and the one of test images, where the sub-folders are named like that and
+    hold sub-folders themselves; otherwise they are classes."""
+    folders = {path.name.lower(): path for path in _visible(directory) if path.is_dir()}
+    by_part = [[folders[name] for name in names if name in folders] for names in (_TRAINING, _TESTING, _VALIDATION)]
+    train, test, validation = by_part
+    apart = len(train) == 1 and test + validation and sum(map(len, by_part)) == len(folders)
+    if not apart or not all(any(path.is_dir() for path in _visible(folder)) for folder in folders.values()):
+        return None
+    return (train + validation, test[0]) if test else (train, validation[0])
+
+
+def _by_class(directories: Sequence[Path], notes: _Notes) -> tuple[list[str], list[list[Path]]]:
+    """Return (sorted names of the classes, the sorted images of each) of folders with the same classes."""
+    found: dict[str, list[Path]] = {}
+    for directory in directories:
+        for path in _visible(directory):
+            if path.is_dir():
+                # A name in another encoding than the system's becomes readable text.
+                name = path.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+                images = list(_images(path, notes, frozenset()))
+                if not images:
+                    raise DataError("holds no images; fill or remove this class", file=str(path))
+                found.setdefault(name, []).extend(images)
+            else:
+                notes.add("files left out beside the folders of the classes", path)
+    if not found:
+        raise DataError("holds no sub-folders; put the images of each class into one", file=str(directories[0]))
+    numbers = all(name.isdecimal() for name in found)
+    names = sorted(found, key=(lambda name: (int(name), name)) if numbers else None)
+    return names, [found[name] for name in names]
+
+
+def _images(folder: Path, notes: _Notes, above: frozenset[Path], deep: bool = False) -> Iterator[Path]:
+    """Yield the files below a class's folder, in the order of their names."""
+    above |= {folder.resolve()}
+    for path in _visible(folder):
+        if path.is_dir():
+            if path.resolve() in above:
+                notes.add("links left out that lead to a folder above", path)
+            else:
+                yield from _images(path, notes, above, deep=True)
+        elif path.is_file():
+            if deep:
+                notes.add("images in folders inside their class", path)
+            yield path
+        else:
+            what = "links left out that lead nowhere" if path.is_symlink() else "entries left out that are no files"
+            notes.add(what, path)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _CLUTTER)
+
+
+def _common_shape(
+    reader: ImageReader, images: Sequence[_Image], size: tuple[int, int] | None, notes: _Notes
+) -> tuple[int, int, int]:
     """Return the shape of a row; reads the headers of all images, so that errors occur before anything is written."""
     channels = 1
     first: tuple[int, int] | None = None
     for path, _ in images:
-        with _readable(path), pillow.open(path) as image:
-            (width, height), mode = image.size, image.mode
-        if mode not in _COLOUR:
-            text = f"has pixels of kind {mode}, not 8 bits per channel; convert or remove it"
-            raise DataError(text, file=str(path))
-        channels = channels if mode in _GREY else 3
+        found = reader.facts(path)
+        height, width = found.height, found.width
+        channels = channels if found.grey else 3
         first = first or (height, width)
         if size is None and (height, width) != first:
-            text = (
-                f"is {height} x {width}, but {images[0].path} is {first[0]} x {first[1]}; give a size to scale all to"
-            )
+            where = f"{images[0].path} is {first[0]} x {first[1]}"
+            text = f"is {height} x {width}, but {where}; give a --size, HEIGHTxWIDTH, to scale all to"
             raise DataError(text, file=str(path))
+        if size is not None and height * size[1] != width * size[0]:
+            notes.add(f"images stretched to {size[0]} x {size[1]} from another shape", path)
+        if found.turned:
+            notes.add("images turned upright, as their EXIF orientation says", path)
+        if found.frames > 1:
+            notes.add("images of which only the first frame is taken", path)
     assert first is not None
     return (*(size or first), channels)
 
 
 def _write(
-    pillow: ModuleType,
+    reader: ImageReader,
     file: h5py.File,
     images: list[_Image],
     suffix: str,
     shape: tuple[int, int, int],
     step: Callable[[], None],
+    notes: _Notes,
 ) -> None:
     # Contiguous and unfiltered, so that the reader can map it into memory; early, so that its place is known.
     rows = file.create_dataset(f"x{suffix}", (len(images), *shape), np.uint8)
     file.create_dataset(f"y{suffix}", data=np.array([image.label for image in images], np.int64))
     for row, (path, _) in enumerate(images):
-        rows[row] = _pixels(pillow, path, shape)
+        rows[row], transparent = reader.pixels(path, shape)
+        if transparent:
+            notes.add("transparent images laid over white", path)
         step()
 
 
-def _pixels(pillow: ModuleType, path: Path, shape: tuple[int, int, int]) -> Array:
-    height, width, channels = shape
-    with _readable(path), pillow.open(path) as image:
-        converted = image.convert("L" if channels == 1 else "RGB")
-        if converted.size != (width, height):
-            converted = converted.resize((width, height), pillow.Resampling.BILINEAR)
-        return np.asarray(converted, np.uint8).reshape(shape)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn whatever Pillow raises for a broken image into a DataError that names it."""
-    try:
-        yield
-    except Exception as error:
-        raise DataError(f"cannot be read as an image ({error}); remove or replace it", file=str(path)) from error
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
