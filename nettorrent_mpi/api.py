@@ -69,7 +69,8 @@ class Trainer:
     ):
         """`network`, `data` and `settings` are those of `plan`, or `network` is its result.
 
-        comm: the mpi4py communicator of the ranks that train (default: MPI.COMM_WORLD). It is duplicated.
+        comm: the mpi4py communicator of the ranks that train (default: MPI.COMM_WORLD; a process that no
+        launcher started is alone and uses no MPI). It is duplicated.
         output: a folder for checkpoints, in `checkpoints/`; None: no checkpoints.
         stop_on_signals: SIGTERM, SIGUSR1 or SIGUSR2 to any rank stops the training on all of them, with a checkpoint.
 

@@ -23,6 +23,7 @@ _QUIET = {"OMPI_MCA_osc": "^ucx"}
 # Open MPI's component for one-sided messages between nodes looks for networks while MPI starts, and where it finds none
 # that takes a second (measured with 5.0.11: 1.4 s instead of 0.4 s). Ranks of one node have no use for it.
 _ONE_NODE = {"OMPI_MCA_btl": "^ofi"}
+_RANK = re.compile(r"RANK(_?ID)?$")  # OMPI_COMM_WORLD_RANK, PMI_RANK, PMIX_RANK, PALS_RANKID, ...
 # What an earlier call chose, as NAME=VALUE words, so that child processes do not mistake it for the user's setting.
 _CHOSEN = "NETTORRENT_MPI_CHOSEN"
 
@@ -91,6 +92,12 @@ def ranks_on_node(environ: Mapping[str, str]) -> int:
         if node.isdecimal() and int(node) < len(counts):
             return max(1, counts[int(node)])
     return 1
+
+
+def launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher has started this process, perhaps as one rank of many. Every launcher has a variable of its
+    own for the rank's number; a step of srun without MPI's help has only Slurm's."""
+    return _positive(environ.get("SLURM_STEP_NUM_TASKS")) > 1 or any(_RANK.search(name) for name in environ)
 
 
 def on_one_node(environ: Mapping[str, str]) -> bool:

@@ -87,8 +87,8 @@ def test_shared_memory_is_made_without_a_needless_error(
     mpirun: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     code = (
-        "from nettorrent_mpi import env; env.prepare(); from nettorrent_mpi.comm.world import start;"
-        "from nettorrent_mpi.comm.shared import SharedMemory; SharedMemory(start(), [4, 4], 'f').free()"
+        "from nettorrent_mpi import env; env.prepare(); from nettorrent_mpi.comm.world import World;"
+        "from nettorrent_mpi.comm.shared import SharedMemory; SharedMemory(World(), [4, 4], 'f').free()"
     )
     done = mpirun(2, ["-c", code])
     assert (done.returncode, done.stderr.strip()) == (0, "")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 
-from nettorrent_mpi.comm import world as worlds
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.engine.failure import agreed, end_all
 from nettorrent_mpi.plan.errors import NetTorrentError
 
@@ -22,7 +22,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.code = 0
-        self.world = worlds.start()
+        self.world = World()
         self.open: list[Callable[[], None]] = []
 
     def __enter__(self) -> Ranks:

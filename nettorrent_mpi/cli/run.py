@@ -36,7 +36,7 @@ def train(arguments: Sequence[str], chosen: str) -> int:
         world.same("version of nettorrent_mpi", __version__)
         planned = _plan(world, args)
         if args.dry_run:
-            hosts = world.comm.gather(world.host)
+            hosts = world.gather_objects(world.host)
             if world.rank == 0:
                 sys.stdout.write(planned.describe(hosts if args.ranks is None else None))
             return 0
@@ -132,7 +132,7 @@ class Run:
         with world.agreement():
             if trace is not None:
                 self._folder.trace(trace)
-        peak = max(world.comm.allgather(peak_memory()))
+        peak = max(world.gather_objects(peak_memory()))
         with world.agreement():
             if world.rank == 0:
                 predicted = max(each.total for each in self._planned.memory)

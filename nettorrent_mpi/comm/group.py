@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
-from mpi4py import MPI
 
+from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
 
 T = TypeVar("T")
@@ -17,28 +17,35 @@ class Group:
     """An ordered group of ranks: a communicator. `index` is this rank's position in it; `nodes` gives for each member
     its node, as the number of the first member there.
 
-    Operations on a group of one make no MPI calls (at most a copy), so that callers need no special case. Whoever makes
-    a group, or has one made, frees it.
+    Operations on a group of one make no MPI calls (at most a copy), so that callers need no special case, and a process
+    that is alone needs no MPI: its groups have no communicator. Whoever makes a group, or has one made, frees it.
     """
 
-    def __init__(self, comm: MPI.Intracomm, nodes: Sequence[int] | None = None):
-        """Wrap a communicator; without `nodes` the members determine them collectively."""
-        comm.Set_errhandler(MPI.ERRORS_RETURN)
-        self.comm = comm
-        self.size: int = comm.Get_size()
-        self.index: int = comm.Get_rank()
-        self.nodes = tuple(nodes if nodes is not None else _nodes(comm))
+    def __init__(self, comm: MPI.Intracomm | None, nodes: Sequence[int] | None = None):
+        """Wrap a communicator, None where this process is alone; without `nodes` the members determine them
+        collectively."""
+        self._alone = comm is None
+        self.comm = cast("MPI.Intracomm", comm)
+        self.size, self.index = 1, 0
+        self.nodes: tuple[int, ...] = (0,)
+        if not self._alone:
+            self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+            self.size, self.index = self.comm.Get_size(), self.comm.Get_rank()
+            self.nodes = tuple(nodes if nodes is not None else _nodes(self.comm))
 
     def free(self) -> None:
         """Free the communicator. All members call."""
-        self.comm.Free()
+        if not self._alone:
+            self.comm.Free()
 
     def duplicate(self) -> Group:
         """Return a group of the same members whose messages cannot match those of this one."""
-        return Group(self.comm.Dup(), self.nodes)
+        return Group(None if self._alone else self.comm.Dup(), self.nodes)
 
     def subgroup(self, members: Sequence[int]) -> Group:
         """Return the group of these members, in this order. Its members alone call, in the same order of groups."""
+        if self._alone:
+            return Group(None)
         chosen = self.comm.group.Incl(list(members))
         comm = self.comm.Create_group(chosen, tag=_tag(members))
         chosen.Free()
@@ -58,7 +65,8 @@ class Group:
 
     def barrier(self) -> None:
         """Wait for all members."""
-        self.comm.Barrier()
+        if self.size > 1:
+            self.comm.Barrier()
 
     def all_reduce(self, values: Array) -> None:
         """All-reduce a contiguous array to its sum, in place; every member gets bitwise the same sums."""
@@ -102,7 +110,7 @@ class Group:
 
     def gather_objects(self, value: T) -> list[T]:
         """Return everyone's value to everyone, pickled: not for use in steps."""
-        return self.comm.allgather(value)
+        return self.comm.allgather(value) if self.size > 1 else [value]
 
     # -- point to point ---------------------------------------------------------------------------------------------
 
@@ -118,7 +126,8 @@ class Group:
         """
         requests = [self.comm.Irecv(c, source, tag) for array, source in receives for c in chunks(array)]
         requests += [self.comm.Isend(chunk, to, tag) for array, to in sends for chunk in chunks(array)]
-        MPI.Request.Waitall(requests)
+        if requests:
+            MPI.Request.Waitall(requests)
 
     def progress(self) -> None:
         """Make one nonblocking call into MPI, so that messages progress, of this group or any other."""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from mpi4py import MPI
 
 from nettorrent_mpi.comm.group import Group, chunks
+from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.blocks import Span
 

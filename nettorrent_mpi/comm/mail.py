@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from mpi4py import MPI
 
 from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.gossip_rules import SPARE
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from mpi4py import MPI
 
 from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Group
+from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.blocks import span
 

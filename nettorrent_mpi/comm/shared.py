@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
 from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
 
 BACKING = "/dev/shm"  # where Open MPI and MPICH keep shared windows on Linux

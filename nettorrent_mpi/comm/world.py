@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-import mpi4py
-
-mpi4py.rc.thread_level = "multiple"
-
-from mpi4py import MPI  # noqa: E402
-
-from nettorrent_mpi.comm.group import Group  # noqa: E402
-from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError  # noqa: E402
+from nettorrent_mpi import env
+from nettorrent_mpi.comm import library
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError
 
 T = TypeVar("T")
 
 
 class World(Group):
     """A World has all ranks of a run: a duplicate of MPI_COMM_WORLD, or of another communicator, with errors as
-    exceptions.
+    exceptions. A process that no launcher started is a world of its own, which uses no MPI.
 
-    All ranks of the communicator make one, use it alike and close it.
+    All ranks of the communicator make one, use it alike and close it. Raises LaunchError.
     """
 
+    host = platform.node()
+    library = "none (one rank without a launcher)"
+    threads = "multiple"  # what MPI allows threads to do
+    members = frozenset({0})  # their numbers in MPI.COMM_WORLD
+
     def __init__(self, parent: MPI.Intracomm | None = None) -> None:
-        super().__init__((MPI.COMM_WORLD if parent is None else parent).Dup())
+        alone = parent is None and not env.launched(os.environ) and not library.loaded()
+        super().__init__(None if alone else (MPI.COMM_WORLD if parent is None else parent).Dup())
+        if parent is None:
+            check_launch(self.size, os.environ)
+        if alone:
+            return
         others = MPI.COMM_WORLD.group
-        self.members = frozenset(self.comm.group.Translate_ranks(None, others))  # their numbers in MPI.COMM_WORLD
+        self.members = frozenset(self.comm.group.Translate_ranks(None, others))
         self.host = MPI.Get_processor_name()
         self.library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
         if self.library.startswith("MPICH Version:"):
@@ -42,7 +50,7 @@ class World(Group):
             MPI.THREAD_SERIALIZED: "serialized",
             MPI.THREAD_MULTIPLE: "multiple",
         }
-        self.threads = levels[MPI.Query_thread()]  # what MPI allows threads to do
+        self.threads = levels[MPI.Query_thread()]
 
     @property
     def rank(self) -> int:
@@ -89,7 +97,9 @@ class World(Group):
             except Exception as error:
                 problem = error
         ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
-        made, told = self.comm.bcast((made, ours))
+        told = ours
+        if self.size > 1:
+            made, told = self.comm.bcast((made, ours))
         if problem is not None and not isinstance(problem, NetTorrentError):
             raise problem
         if told is not None:
@@ -112,8 +122,9 @@ class World(Group):
         """End every rank of the program at once, also those outside this world; earlier output can still be read."""
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(0.3)  # MPICH's mpirun drops output that it has not forwarded when the ranks end (seen)
-        MPI.COMM_WORLD.Abort(code)
+        if library.loaded():
+            time.sleep(0.3)  # MPICH's mpirun drops output that it has not forwarded when the ranks end (seen)
+            MPI.COMM_WORLD.Abort(code)
 
 
 def _foreign(error: Exception) -> RemoteError:
@@ -124,20 +135,14 @@ def _foreign(error: Exception) -> RemoteError:
 def abort_after_error() -> None:
     """End all ranks if this one's script has failed: to be called when the interpreter exits. Without it MPI would wait
     in its own end for ranks that wait for this one."""
-    if getattr(sys, "last_type", None) is None or MPI.Is_finalized():  # set by an error that nobody caught
+    failed = getattr(sys, "last_type", None) is not None  # set by an error that nobody caught
+    if not failed or not library.loaded() or MPI.Is_finalized():
         return
     rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     if size > 1:
         sys.stderr.write(f"rank {rank} of {size} has failed, which ends all ranks\n")
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(1)
-
-
-def start() -> World:
-    """Initialise MPI and check the launch. Raises LaunchError."""
-    world = World()
-    check_launch(world.size, os.environ)
-    return world
 
 
 def check_launch(size: int, environment: Any) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nettorrent_mpi.comm import library
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.engine.setup import Setup
@@ -23,6 +24,7 @@ from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 
 FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
+MPI = 14_000_000  # bytes that it takes when it is loaded: 13 MB of Open MPI 5.0.11, 15 MB of MPICH 5.0.2
 NUMBA, ONEDNN = 117_000_000, 21_000_000  # bytes that they take when they are loaded: versions 0.68 and 3.2
 _TRIAL = 1 << 17  # elements that are exchanged in a trial: beyond that scratch memory stays, or grows with them
 _INDEX = 8  # bytes of a row's number, and of a label
@@ -57,6 +59,7 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
         exact=config.exact,
     )
     kernels = _kernels(options)
+    mpi = MPI if topology.size > 1 and not library.loaded() else 0
     result = []
     for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
         own = round(parameters_of(facts[stage.first : stage.stop], stage.cols)) * itemsize
@@ -72,7 +75,7 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
                 rows=_rows(setup, s, -(-rows // stage.rows)),
                 exchange=_exchange(setup, -(-own // itemsize // stage.rows), states),
                 files=average + (FILES + _gathered(setup, states) if s == 0 else 0),
-                libraries=kernels + (libraries.first if s == 0 else libraries.others),
+                libraries=kernels + mpi + (libraries.first if s == 0 else libraries.others),
             )
         )
     return result

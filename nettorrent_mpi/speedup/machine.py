@@ -60,7 +60,7 @@ def find_mpirun() -> str:
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
         raise LaunchError(
-            "there is no mpirun beside this Python or on PATH: install an MPI (pip install 'nettorrent_mpi[mpi]')"
+            "there is no mpirun beside this Python or on PATH: install an MPI (pip install '.[mpi]')"
         )
     return found
 

@@ -245,9 +245,9 @@ def main(count: int, seed: int, first: int) -> int:
     env.prepare()
     from mpi4py import MPI
 
-    from nettorrent_mpi.comm import world as worlds
+    from nettorrent_mpi.comm.world import World
 
-    everyone = worlds.start()
+    everyone = World()
     failed = 0
     began = time.perf_counter()
     for number in range(first, first + count):
@@ -300,20 +300,21 @@ def open_windows() -> set[int]:
 def train(comm: Any, folder: Path, run: Run, what: str) -> str | None:
     """One run on the ranks of `comm`; on rank 0 what is wrong with it."""
     from nettorrent_mpi.__main__ import main as nettorrent
-    from nettorrent_mpi.comm import world as worlds
+    from nettorrent_mpi.cli import ranks
+    from nettorrent_mpi.comm.world import World
 
     config, told = folder / "config.yaml", io.StringIO()
     if comm.rank == 0:
         config.write_text(json.dumps(run.config))
     comm.Barrier()
-    world, windows = worlds.World(comm), open_windows()
+    world, windows = World(comm), open_windows()
 
     def abort(code: int) -> None:  # also after what is told in one line
         sys.stderr.write(f"ENDED BY RANK {comm.rank}: {what}\n")
         type(world).abort(world, code)
 
     world.abort = abort  # type: ignore[method-assign]
-    worlds.start = lambda: world  # type: ignore[assignment]
+    ranks.World = lambda: world  # type: ignore[assignment, misc]
     try:
         with contextlib.redirect_stdout(told):
             arguments = ["train", str(config), "--output", str(folder / "run"), *(["--resume"] if run.resume else [])]
