@@ -24,10 +24,10 @@ from nettorrent_mpi.engine.state import PARAMETERS, State
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.exchange import make_exchange
-from nettorrent_mpi.nn.losses import check_fit, make_loss
+from nettorrent_mpi.nn.losses import check_fit, make_loss, out_of_reach
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.errors import NonFiniteError
+from nettorrent_mpi.plan.errors import NonFiniteError, warn
 from nettorrent_mpi.plan.moves import Holding, whole
 
 
@@ -184,16 +184,22 @@ class Engine:
         allocate = self.wiring.shared_rows
         self.train = Batches(dataset.train, self.wiring, allocate, sampler=sampler, augment=augment)
         self.test = Batches(dataset.test, self.wiring, allocate) if dataset.test else None
-        for batches in (self.train, self.test):
-            if batches is not None:
-                batches.read_targets(self._check_targets)
+        replica, _, row, col = self.wiring.place
+        self.train.read_targets(lambda targets: self._check_targets(targets, told=replica == row == col == 0))
+        if self.test is not None:
+            self.test.read_targets(self._check_targets)
 
-    def _check_targets(self, targets: Array) -> None:
-        """Raise ShapeError or DataError if these targets do not fit the loss and the network's outputs."""
+    def _check_targets(self, targets: Array, told: bool = False) -> None:
+        """Raise ShapeError or DataError if these targets do not fit the loss and the network's outputs; if `told`, warn
+        of those that an activation cannot reach."""
         loss, network = self.plan.options.loss, self.plan.network
         shape = network.output_shape
         check_fit(loss, network.output_name, shape, targets.shape[1:], targets.dtype, self.dataset.classes)
         make_loss(loss).check_targets(targets, shape)
+        if told and self.dataset.classes is None and targets.size:
+            doubt = out_of_reach(loss, network.expanded, targets.min(), targets.max())
+            if doubt is not None:
+                warn(doubt, alone=True)
 
     # -- training ---------------------------------------------------------------------------------------------------
 

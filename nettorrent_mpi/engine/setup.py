@@ -14,7 +14,7 @@ from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.device import Kernels
 from nettorrent_mpi.engine.checks import check_batch_norm, check_exchange, doubts
 from nettorrent_mpi.engine.run_plan import Options, Plan
-from nettorrent_mpi.nn.losses import check_fit
+from nettorrent_mpi.nn.losses import check_end, check_fit
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import auto_layout
@@ -82,6 +82,7 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
         ),
     )
     network = Network(config.model.layers, dataset.shape)
+    check_end(config.model.loss, network.expanded, network.output_shape[-1], dataset.classes)
     if dataset.classes is not None:  # other targets are checked when they are read
         check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
     topology = lay_out(config, network, ranks)

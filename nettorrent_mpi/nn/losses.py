@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from math import prod
+from collections.abc import Callable, Sequence
+from math import inf, prod
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, as_dtype
 from nettorrent_mpi.device.ops import Ops
 from nettorrent_mpi.nn.layer import Context
-from nettorrent_mpi.plan.errors import DataError, ShapeError
-from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
+from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
+from nettorrent_mpi.plan.specs import (
+    AvgPool2d,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Dropout,
+    Flatten,
+    GlobalAvgPool2d,
+    LayerSpec,
+    MaxPool2d,
+    MeanSquaredError,
+    Spec,
+)
 
 
 class Loss(ABC):
@@ -98,6 +109,62 @@ def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DTyp
             f"layer {layer}, the last one, has {units} units, but each row of the data has a target of shape {target}: "
             f"give it {prod(target)} units"
         )
+
+
+def check_end(spec: Spec, layers: Sequence[LayerSpec], units: int, classes: int | None) -> None:
+    """Raise ConfigError if the network ends with what cannot be meant before the loss `spec`: outputs that are dropped
+    at random, logits that an activation limits, an activation that cannot give the labels.
+
+    `layers` are the network's, each activation one of its own; `units` is the number of outputs, `classes` that of the
+    classes in the data (None: the targets are no labels, see `out_of_reach`).
+    """
+    last, averaged = _end(layers)
+    text = None
+    if isinstance(last, Dropout):
+        text = (
+            f"layer {last.name} comes last and sets outputs to 0 at random, which {spec.kind} takes for the network's "
+            "answer: put it before the last layer with weights"
+        )
+    elif isinstance(spec, MeanSquaredError):
+        if classes is not None:
+            text = out_of_reach(spec, layers, 0, classes - 1 if units == 1 else 1)
+    elif last.limits != (-inf, inf) and not (averaged and last.limits[1] == inf and isinstance(spec, CrossEntropy)):
+        # To a softmax only differences matter, so that averages of numbers above 0 can stand for any probabilities:
+        # relu before global_avg_pool2d is usual (Lin, Chen, Yan, arXiv:1312.4400).
+        own = "softmax" if isinstance(spec, CrossEntropy) else "sigmoid"
+        text = (
+            f"layer {last.name} comes last and gives numbers {_between(last)}, but {spec.kind} takes logits, numbers "
+            f"of either sign and any size, and applies the {own} itself: leave {last.kind} out"
+        )
+    if text is not None:
+        raise ConfigError(text, key="model.layers")
+
+
+def out_of_reach(spec: Spec, layers: Sequence[LayerSpec], lowest: float, highest: float) -> str | None:
+    """Return a text if the outputs cannot reach the targets of the loss `spec`, from `lowest` to `highest`."""
+    last, _ = _end(layers)
+    if last.limits[0] <= lowest and highest <= last.limits[1]:
+        return None
+    return (
+        f"layer {last.name} comes last and gives numbers {_between(last)}, but the targets of {spec.kind} go from "
+        f"{lowest:.6g} to {highest:.6g}: leave {last.kind} out, or scale the targets"
+    )
+
+
+def _end(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, bool]:
+    """Return the last layer that does more than arrange or pool numbers, and whether they are averaged after it."""
+    averaged = False
+    for layer in reversed(layers):
+        averaged = averaged or isinstance(layer, AvgPool2d | GlobalAvgPool2d)
+        idle = isinstance(layer, Dropout) and (averaged or layer.rate == 0)
+        if not idle and not isinstance(layer, Flatten | MaxPool2d | AvgPool2d | GlobalAvgPool2d):
+            return layer, averaged
+    return layers[0], averaged
+
+
+def _between(layer: LayerSpec) -> str:
+    low, high = layer.limits
+    return f"from {low:g} to {high:g}" if high < inf else f"from {low:g} on"
 
 
 class _CrossEntropy(Loss):

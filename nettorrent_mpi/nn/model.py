@@ -12,7 +12,7 @@ from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.norm import BatchNormLayer
 from nettorrent_mpi.nn.layers.registry import Site
 from nettorrent_mpi.nn.layers.residual import ResidualLayer
-from nettorrent_mpi.nn.layers.sequence import Sequence, named
+from nettorrent_mpi.nn.layers.sequence import Sequence, expanded, named
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.specs import BatchNorm, Flatten, LayerSpec, flat
 from nettorrent_mpi.plan.topology import LayerFacts
@@ -28,6 +28,7 @@ class Network:
 
     def __init__(self, layers: Seq[LayerSpec], input_shape: Shape):
         self.layers = named(layers)
+        self.expanded = expanded(self.layers)  # with each activation as a layer of its own
         self.input_shape = input_shape
         self._starts = _starts(self.layers)
         whole = Sequence(self.layers, Site("", Features.whole(input_shape)))

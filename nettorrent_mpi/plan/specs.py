@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from typing import Any, ClassVar, Literal
 
 Activation = Literal["relu", "leaky_relu", "sigmoid", "tanh", "gelu"]
@@ -48,6 +49,7 @@ class LayerSpec(Spec):
     weighted: ClassVar[bool] = False  # whether it is a layer with weights, by which stages are counted
     reads_whole: ClassVar[bool] = False  # whether it needs all features of a row, as layers with weights do
     activates: ClassVar[bool] = False  # whether it is an activation, by which initial values are chosen
+    limits: ClassVar[tuple[float, float]] = (-inf, inf)  # of the numbers that it gives, for what a loss can take
 
     name: str | None = field(default=None, kw_only=True)
 
@@ -133,6 +135,7 @@ class LayerNorm(LayerSpec):
 class Relu(LayerSpec):
     kind = "relu"
     activates = True
+    limits = (0.0, inf)
 
 
 @dataclass(frozen=True)
@@ -146,18 +149,21 @@ class LeakyRelu(LayerSpec):
 class Sigmoid(LayerSpec):
     kind = "sigmoid"
     activates = True
+    limits = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Tanh(LayerSpec):
     kind = "tanh"
     activates = True
+    limits = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Gelu(LayerSpec):
     kind = "gelu"  # the exact one, with erf
     activates = True
+    limits = (-0.17, inf)
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ LAYERS: dict[str, type[LayerSpec]] = {
 
 @dataclass(frozen=True)
 class CrossEntropy(Spec):
-    kind = "cross_entropy"  # softmax and the negative log likelihood of whole-number labels
+    kind = "cross_entropy"  # of logits: softmax and the negative log likelihood of whole-number labels
     label_smoothing: float = 0.0
 
 

@@ -174,6 +174,14 @@ def test_a_batch_norm_of_images_takes_single_rows() -> None:
     set_up(load(f"model.layers={layers}", "train={batch_size: 4, micro_batches: 4}"), 1)
 
 
+@pytest.mark.parametrize(
+    "layers", ["[flatten, {linear: {units: 10, activation: sigmoid}}]", "[flatten, {linear: 10}, dropout]"]
+)
+def test_an_end_that_the_loss_does_not_take_is_refused(layers: str) -> None:
+    with pytest.raises(ConfigError, match="comes last"):
+        set_up(load(f"model.layers={layers}"), 2)
+
+
 def test_validation_rows_that_round_to_none_choose_no_elite() -> None:
     with pytest.raises(ConfigError) as caught:
         set_up(load("exchange=elite", "data.validation=0.0001", "layout={replicas: 2}"), 2)

@@ -12,9 +12,24 @@ import pytest
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.nn.layer import Context
-from nettorrent_mpi.nn.losses import Loss, check_fit, make_loss
-from nettorrent_mpi.plan.errors import DataError, ShapeError
-from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
+from nettorrent_mpi.nn.layers.sequence import expanded, named
+from nettorrent_mpi.nn.losses import Loss, check_end, check_fit, make_loss, out_of_reach
+from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
+from nettorrent_mpi.plan.specs import (
+    BatchNorm,
+    BinaryCrossEntropy,
+    Conv2d,
+    CrossEntropy,
+    Dropout,
+    Flatten,
+    GlobalAvgPool2d,
+    LayerSpec,
+    Linear,
+    MeanSquaredError,
+    Residual,
+    Spec,
+    Tanh,
+)
 
 ROWS = 7
 SMOOTHED = CrossEntropy(label_smoothing=0.1)
@@ -204,3 +219,68 @@ def test_a_last_layer_that_does_not_fit_is_refused() -> None:
         check_fit(MeanSquaredError(), "linear2", (5,), (4,), np.float32, None)
     with pytest.raises(ShapeError, match="give it 3 units"):
         check_fit(BinaryCrossEntropy(), "linear2", (1,), (), np.uint8, 3)
+
+
+HIDDEN = Linear(8, activation="relu", name="linear1")
+
+
+@pytest.mark.parametrize(
+    ("spec", "end", "classes", "told"),
+    [
+        (
+            BinaryCrossEntropy(),
+            [Linear(1, activation="sigmoid")],
+            2,
+            "linear2.sigmoid .* 0 to 1, .* sigmoid itself",
+        ),
+        (CrossEntropy(), [Linear(5, activation="sigmoid")], 5, "linear2.sigmoid .* the softmax itself: leave sigmoid"),
+        (CrossEntropy(), [Linear(5), Tanh(name="squash")], 5, "layer squash comes last and gives numbers from -1 to 1"),
+        (CrossEntropy(), [Linear(5, activation="relu")], 5, "linear2.relu .* from 0 on"),
+        (CrossEntropy(), [Linear(5, activation="gelu")], 5, "leave gelu out"),
+        (CrossEntropy(), [Conv2d(5, activation="relu"), Flatten()], 5, "conv2d1.relu"),
+        (CrossEntropy(), [Conv2d(5, activation="sigmoid"), GlobalAvgPool2d()], 5, "conv2d1.sigmoid"),
+        (BinaryCrossEntropy(), [Conv2d(1, activation="relu"), GlobalAvgPool2d()], 2, "conv2d1.relu"),
+        (CrossEntropy(), [Linear(5), Dropout(0.5)], 5, "dropout1 comes last and sets outputs to 0 at random"),
+        (MeanSquaredError(), [Linear(1), Dropout(0.5)], None, "before the last layer with weights"),
+        (CrossEntropy(), [Linear(5, activation="relu"), Dropout(0.0)], 5, "linear2.relu"),
+        (
+            MeanSquaredError(),
+            [Linear(1, activation="sigmoid")],
+            3,
+            "linear2.sigmoid .* targets .* go from 0 to 2",
+        ),
+    ],
+)
+def test_an_end_that_the_loss_does_not_take_is_refused(
+    spec: Spec, end: list[LayerSpec], classes: int | None, told: str
+) -> None:
+    units = 1 if classes in (None, 2) or isinstance(spec, MeanSquaredError) else 5
+    with pytest.raises(ConfigError, match=told) as caught:
+        check_end(spec, expanded(named([HIDDEN, *end])), units, classes)
+    assert caught.value.key == "model.layers"
+
+
+@pytest.mark.parametrize(
+    ("spec", "end", "classes"),
+    [
+        (CrossEntropy(), [Linear(5, activation="leaky_relu")], 5),
+        (CrossEntropy(), [Dropout(0.5), Linear(5), BatchNorm()], 5),
+        (CrossEntropy(), [Conv2d(5, activation="relu"), GlobalAvgPool2d()], 5),
+        (CrossEntropy(), [Residual((Linear(5, activation="relu"),), (Linear(5),))], 5),
+        (CrossEntropy(), [Linear(5), Dropout(0.0)], 5),
+        (MeanSquaredError(), [Linear(5, activation="sigmoid")], 5),
+        (MeanSquaredError(), [Linear(5, activation="tanh")], None),
+        (MeanSquaredError(), [Linear(5, activation="relu")], 5),
+    ],
+)
+def test_an_end_that_the_loss_takes_passes(spec: Spec, end: list[LayerSpec], classes: int | None) -> None:
+    check_end(spec, expanded(named([HIDDEN, *end])), 5, classes)
+
+
+def test_targets_that_an_activation_cannot_reach() -> None:
+    layers = expanded(named([Linear(1, activation="tanh")]))
+    assert out_of_reach(MeanSquaredError(), layers, -1, 1) is None
+    text = out_of_reach(MeanSquaredError(), layers, -0.5, 1.5)
+    assert text is not None
+    assert "linear1.tanh comes last and gives numbers from -1 to 1" in text
+    assert "targets of mean_squared_error go from -0.5 to 1.5: leave tanh out, or scale the targets" in text

@@ -56,13 +56,27 @@ def test_a_trainer_gives_the_serial_weights_and_the_same_records_on_all_ranks(wo
         same(trainer.parameters(), serial(steps=11))
 
 
-def test_rank_0_alone_warns_of_what_all_find(world: MPI.Intracomm) -> None:
+def told_by_trainer(world: MPI.Intracomm, *trainer: Any, **how: Any) -> list[list[str]]:
+    """The warnings that each rank gives."""
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
-        nt.Trainer(LAYERS, rows(), comm=world, **HOW | {"batch_size": 81}).close()
-    told = world.allgather([str(each.message) for each in given if each.category is nt.NetTorrentWarning])
+        nt.Trainer(*trainer, comm=world, **HOW | how).close()
+    return world.allgather([str(each.message) for each in given if each.category is nt.NetTorrentWarning])
+
+
+def test_rank_0_alone_warns_of_what_all_find(world: MPI.Intracomm) -> None:
+    told = told_by_trainer(world, LAYERS, rows(), batch_size=81)
     assert [len(each) for each in told] == [1] + [0] * (SIZE - 1)
     assert "only 80 training rows" in told[0][0]
+
+
+def test_one_rank_warns_of_targets_that_the_network_cannot_reach(world: MPI.Intracomm) -> None:
+    x = rows()[0]
+    layers = [*LAYERS[:2], nt.Linear(1, activation="tanh")]
+    told = told_by_trainer(world, layers, (x, 2 * np.sin(x[:, :1])), loss="mean_squared_error")
+    (text,) = (text for each in told for text in each)
+    assert "linear3.tanh" in text
+    assert told_by_trainer(world, layers, (x, np.sin(x[:, :1])), loss="mean_squared_error") == [[]] * SIZE
 
 
 def test_a_loop_that_is_left_comes_to_rest_and_goes_on(world: MPI.Intracomm) -> None:
