@@ -59,9 +59,7 @@ def find_mpirun() -> str:
     beside = Path(sys.executable).parent / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
-        raise LaunchError(
-            "there is no mpirun beside this Python or on PATH: install an MPI (pip install '.[mpi]')"
-        )
+        raise LaunchError("there is no mpirun beside this Python or on PATH: install an MPI (pip install '.[mpi]')")
     return found
 
 
