@@ -59,8 +59,9 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "shown": (Replicas, "shown", 2),
     "become": (Replicas, "become", 1),
     "adopt": (Replicas, "adopt", 1),
-    "collect": (checkpoint, "_gather", 2),
+    "collect": (checkpoint, "move", 1),
 }
+assert all(hasattr(holder, name) for holder, name, _ in PHASES.values()), "a phase is named after nothing that exists"
 steps = 0
 original_prepare = Engine.prepare
 
