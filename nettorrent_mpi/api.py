@@ -35,6 +35,7 @@ from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine import checkpoint
+from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
 from nettorrent_mpi.engine.failure import agreed, end_all
@@ -186,10 +187,10 @@ class Trainer:
         """
         self._at_rest("predict")
         with self._world.agreement():
-            split = unlabelled(x, self.setup.dataset.train)
+            split = unlabelled(x, self.setup.dataset.train, self.setup.config.dtype)
         self._world.same("number of rows to predict", str(split.rows))
         with self._loop.evaluator.network():
-            return self._loop.evaluator.predict(x)
+            return self._loop.evaluator.predict(split)
 
     def parameters(self) -> dict[str, Array]:
         """Return the whole arrays on all ranks, "<layer>/<name>": linear (inputs, units), conv2d (height, width,
@@ -232,8 +233,9 @@ class Trainer:
         self._loop.resume(int(attributes["step"]), int(attributes["samples"]), float(attributes["time"]))
 
     def _save_checkpoint(self) -> None:
-        """Write checkpoints/step-N.h5 and remove all but the newest checkpoints."""
+        """Write checkpoints/step-N.h5, never with weights that are not finite, and remove all but the newest ones."""
         loop, config = self._loop, self.setup.config
+        check_finite(self._engine)
         groups = checkpoint.collect(self._engine)
         with self._world.agreement():
             if self.rank == 0:

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split
-from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.plan.errors import DataError
+
+BLOCK = 1024  # rows that are looked at together, so that copies stay small
 
 
 def from_arrays(
@@ -52,11 +54,12 @@ def from_arrays(
     return Dataset("arrays", inputs.shape[1:], classes, split("x", "y"), test)
 
 
-def unlabelled(x: npt.ArrayLike, like: Split) -> Split:
+def unlabelled(x: npt.ArrayLike, like: Split, dtype: DType) -> Split:
     """Make a split without targets, for predictions, of rows that are prepared like those of `like`.
 
     x: (rows, *like.shape), of like's dtype, and then scaled like its rows; or floating-point, and then taken to be on
-    the scale of 0..1 already if `like` holds bytes. `mean` and `std` apply in both cases. Raises DataError.
+    the scale of 0..1 already if `like` holds bytes. `mean` and `std` apply in both cases. Raises DataError, also for a
+    value that is not finite in `dtype`, which the network computes in.
     """
     rows = np.asarray(x)
     if rows.shape[1:] != like.shape or rows.ndim == 0:
@@ -67,7 +70,13 @@ def unlabelled(x: npt.ArrayLike, like: Split) -> Split:
         wanted = "uint8 or floating" if like.dtype == BYTE else "floating"
         raise DataError(f"x holds {rows.dtype}; make it {wanted}, as the network was trained on")
     scaled_before = like.dtype == BYTE and not stored
-    return Split.of_array(rows, like.scaling.without_unit() if scaled_before else like.scaling, None)
+    split = Split.of_array(rows, like.scaling.without_unit() if scaled_before else like.scaling, None)
+    inputs = split.inputs()
+    for first in range(0, 0 if stored else split.rows, BLOCK):
+        wrong = inputs.first_nonfinite(np.arange(first, min(first + BLOCK, split.rows)), dtype)
+        if wrong is not None:
+            raise DataError(f"x: {wrong.describe()}; correct it, or leave the row out")
+    return split
 
 
 def check_arrays(arrays: Mapping[str, Any], file: str | None = None) -> None:

@@ -50,7 +50,8 @@ def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Seq
             rows[x], shape, dtype, scaling, lambda allocate: _open_rows(path, x), lambda: _targets(path, y, classes)
         )
 
-    return Dataset("hdf5", shape, classes, split("x", "y"), split("x_test", "y_test") if "x_test" in rows else None)
+    test = split("x_test", "y_test") if "x_test" in rows else None
+    return Dataset("hdf5", shape, classes, split("x", "y"), test, str(path))
 
 
 def _open_rows(path: Path, name: str) -> Take:

@@ -5,15 +5,16 @@ Shape suffixes: b = the rows of one call, R = the elements of one row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.device.arrays import Array, Shape
+from nettorrent_mpi.device.arrays import Array, DType, Shape
 from nettorrent_mpi.plan.errors import ConfigError
 
 UNIT = 1.0 / 255.0  # scales bytes to 0..1
@@ -145,6 +146,32 @@ class Inputs:
         np.copyto(out_bR, raw_bR.view(self.dtype), casting="unsafe")
         self._scaling.apply(out_bR)
 
+    def first_nonfinite(self, indices: Array, dtype: DType) -> Wrong | None:
+        """Return the first value of these rows that is not finite when scaled in `dtype`; None if all are."""
+        found = np.empty((len(indices), *self.shape), dtype)
+        with np.errstate(all="ignore"):
+            self.batch(indices, found)
+        wrong = np.flatnonzero(~np.isfinite(found))
+        if not wrong.size:
+            return None
+        at, *place = (int(part) for part in np.unravel_index(wrong[0], found.shape))
+        stored = self._raw[: len(indices)].view(self.dtype).reshape(found.shape)
+        return Wrong(int(indices[at]), tuple(place), float(stored[at, *place]))
+
+
+class Wrong(NamedTuple):
+    """A Wrong value is one that no training can use: its row, its place in the row, and the value as it is stored."""
+
+    row: int
+    place: tuple[int, ...]
+    value: float
+
+    def describe(self) -> str:
+        """Say where the value is and what it is."""
+        where = f"feature {self.place[0]}" if len(self.place) == 1 else f"element {list(self.place)}"
+        finite = math.isfinite(self.value)
+        return f"{where} of row {self.row} is {self.value:g}" + (", too large to be trained on" if finite else "")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -202,7 +229,8 @@ class Split:
 class Dataset:
     """A Dataset has a training split and perhaps a test split.
 
-    `shape` is that of one row; `classes` is None if the targets are not labels.
+    `shape` is that of one row; `classes` is None if the targets are not labels. `file` is the file that
+    messages name, if there is one.
     """
 
     name: str
@@ -210,3 +238,4 @@ class Dataset:
     classes: int | None
     train: Split
     test: Split | None
+    file: str | None = None

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.rows import Allocate, Split
+from nettorrent_mpi.data.rows import Allocate, Split, Wrong
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.plan.blocks import Span, span
 
@@ -141,6 +141,15 @@ class Batches:
             out = np.empty((part.size, *self._targets.shape[1:]), self._targets.dtype)
             self._taken[part.size] = out
         return np.take(self._targets, self._numbers(m)[slice(*part)], axis=0, out=out)
+
+    def first_nonfinite(self, dtype: DType) -> Wrong | None:
+        """Return the first value of this rank's rows of the present mini-batch that is not finite when it is scaled in
+        `dtype` (first stage; elsewhere None)."""
+        inputs = self._inputs
+        if inputs is None:
+            return None
+        rows = [self._numbers(m)[slice(*self.rows(m).mine)] for m in range(self._micro_batches)]
+        return next((wrong for each in rows if (wrong := inputs.first_nonfinite(each, dtype))), None)
 
     def _gather(self, m: int, x_bI: Array) -> None:
         assert self._inputs is not None

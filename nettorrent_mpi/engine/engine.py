@@ -27,7 +27,7 @@ from nettorrent_mpi.exchange import make_exchange
 from nettorrent_mpi.nn.losses import check_fit, make_loss, out_of_reach
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.errors import NonFiniteError, warn
+from nettorrent_mpi.plan.errors import DataError, warn
 from nettorrent_mpi.plan.moves import Holding, whole
 
 
@@ -87,7 +87,7 @@ class Engine:
             plan, wiring, self.device, self.layers, state, self.update, self.metrics, self._progress()
         )
         self._left = 0  # steps planned until the ranks come to rest; 0: they are at rest
-        self._steps = 0  # done so far
+        self.steps = 0  # done so far
         if blocks is not None:
             self.restore(blocks.take, blocks.steps, blocks.replicas)
         if self._opened:
@@ -101,7 +101,7 @@ class Engine:
         held = self.blocks()
         arrays = {holding: array.copy() for holding, array in held.items()}
         self.close()
-        return Blocks(self.world, arrays, self.exchange.count, self._steps)
+        return Blocks(self.world, arrays, self.exchange.count, self.steps)
 
     def blocks(self) -> dict[Holding, Array]:
         """Return the blocks that this rank holds. Collective over all ranks, at rest.
@@ -143,7 +143,7 @@ class Engine:
             if not prefix:
                 self.exchange.averaged()
         self.exchange.recall(steps)
-        self._steps = steps
+        self.steps = steps
 
     def close(self) -> None:
         """Finish communication and free all MPI objects. All ranks call, at rest."""
@@ -185,17 +185,20 @@ class Engine:
         self.train = Batches(dataset.train, self.wiring, allocate, sampler=sampler, augment=augment)
         self.test = Batches(dataset.test, self.wiring, allocate) if dataset.test else None
         replica, _, row, col = self.wiring.place
-        self.train.read_targets(lambda targets: self._check_targets(targets, told=replica == row == col == 0))
+        self.train.read_targets(lambda targets: self._check_targets("y", targets, told=replica == row == col == 0))
         if self.test is not None:
-            self.test.read_targets(self._check_targets)
+            self.test.read_targets(lambda targets: self._check_targets("y_test", targets))
 
-    def _check_targets(self, targets: Array, told: bool = False) -> None:
+    def _check_targets(self, name: str, targets: Array, told: bool = False) -> None:
         """Raise ShapeError or DataError if these targets do not fit the loss and the network's outputs; if `told`, warn
         of those that an activation cannot reach."""
         loss, network = self.plan.options.loss, self.plan.network
         shape = network.output_shape
         check_fit(loss, network.output_name, shape, targets.shape[1:], targets.dtype, self.dataset.classes)
-        make_loss(loss).check_targets(targets, shape)
+        try:
+            make_loss(loss).check_targets(targets, shape, float(np.finfo(self.state.dtype).max))
+        except DataError as error:
+            raise DataError(f"{name}: {error}", file=self.dataset.file) from None
         if told and self.dataset.classes is None and targets.size:
             doubt = out_of_reach(loss, network.expanded, targets.min(), targets.max())
             if doubt is not None:
@@ -220,22 +223,9 @@ class Engine:
         left, first = left if schedule.asynchronous else 1, self._left == 0
         assert schedule.may_follow(self._left, left), (self._left, left)
         self.train.begin_step(n, pieces)
-        self._left, self._steps = left - 1, n + 1
+        self._left, self.steps = left - 1, n + 1
         actions = schedule.step(first=first, left=left, parts=self.state.in_parts)
         return Work(actions, self.train, pieces, n, rate=rate * schedule.rate_scale, first=first)
-
-    def check_finite(self) -> None:
-        """Raise NonFiniteError on all ranks if one of them has seen a value that is not finite; the error names the
-        earliest step and its first layer. All ranks call, at rest."""
-        mine = self.pipeline.diverged()
-        found = self.wiring.everyone.gather_objects(None if mine is None else (mine[0], self.place.stage, mine[1]))
-        self.pipeline.forget_nonfinite()
-        seen = [(*each, rank) for rank, each in enumerate(found) if each is not None]
-        if seen:
-            step, _, layer, rank = min(seen)
-            error = NonFiniteError(step=step, layer=layer, rank=rank)
-            error.agreed = self.world.members
-            raise error
 
     def forward(self, batches: Batches, rows: Array, *, alone: bool = False, outputs: Array | None = None) -> None:
         """Run these rows (numbers in the batches' split) through the network in one stream of micro-batches as large as
@@ -250,7 +240,7 @@ class Engine:
         pieces = -(-len(rows) // most)
         batches.begin_rows(rows, pieces, alone=alone)
         actions = self.schedule.evaluation(pieces)
-        step = max(self._steps - 1, 0)  # the last one trained, for the trace
+        step = max(self.steps - 1, 0)  # the last one trained, for the trace
         self.pipeline.run(Work(actions, batches, pieces, step, training=False, outputs=outputs))
 
     # -- what has been learned ----------------------------------------------------------------------------------------

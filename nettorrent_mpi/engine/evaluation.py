@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.data.from_arrays import unlabelled
-from nettorrent_mpi.data.rows import private
+from nettorrent_mpi.data.rows import Split, private
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.batches import Batches
+from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.plan.scores import Scores, best_of, mean_scores
 
@@ -109,14 +109,13 @@ class Evaluator:
         rows = self._engine.sampler.validation_rows
         return self._scores(self._engine.train, rows, alone=True) if len(rows) else None
 
-    def predict(self, x: Array) -> Array:
-        """Return on all ranks the network's outputs (rows, *output_shape) for the rows x (rows, *input_shape).
+    def predict(self, split: Split) -> Array:
+        """Return on all ranks the network's outputs (rows, *output_shape) for the rows of `split` (`unlabelled`).
 
-        x is the same on all ranks and is scaled like the data set. All ranks call, at rest. Where replicas differ, the
-        outputs are those of the weights shown (`exchange.shown`). Raises DataError.
+        They are the same on all ranks. All ranks call, at rest. Where replicas differ, the outputs are those of the
+        weights shown (`exchange.shown`).
         """
         engine = self._engine
-        split = unlabelled(x, engine.dataset.train)
         outputs = np.zeros((split.rows, *engine.network.output_shape), engine.state.dtype)
         if split.rows:
             engine.forward(Batches(split, engine.wiring, private), np.arange(split.rows), outputs=outputs)
@@ -134,7 +133,7 @@ class Evaluator:
         engine.wiring.everyone.all_reduce(sums)
         metrics.put_back(before)
         if not np.isfinite(sums).all():
-            engine.check_finite()
+            check_finite(engine, batches)
         return [mean_scores(*replica) for replica in (sums if alone else sums[:1])]
 
     def _best(self) -> tuple[int, str]:

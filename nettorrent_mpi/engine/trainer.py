@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nettorrent_mpi.config.sections import Train
+from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation, Evaluator
 from nettorrent_mpi.engine.reports import Report, Reports
@@ -106,7 +107,7 @@ class TrainingLoop:
         try:
             while self.step < until:
                 clock.go_on()
-                n = self.step
+                self.at_rest, n = False, self.step
                 rest = self._next_rest(n, until) if stop is None else stop
                 decay = rates(n) / lr if n >= warmup and rates(n) else 1.0
                 rate = rates(n) * exchange.rate_scale(n / horizon, decay)
@@ -141,31 +142,30 @@ class TrainingLoop:
                     if self._leave():
                         return
                 clock.stop()
+                self.at_rest = True
                 *_, report = reports.ready(wait=True)
                 if self._diverged or report.diverged:
-                    self.at_rest = True
-                    engine.check_finite()
+                    check_finite(engine)
                 record, asked, last = self._completed(report), stopping.heard or report.flag, done == until
                 reached = self._reached(exchange.at_rest(done, self.evaluator.compare, report.distance))
                 if report.left:
                     break
+                keep = asked or last or reached or (epochs > 0 and epochs % settings.checkpoint_every == 0)
+                if self.save and keep:  # first, because an evaluation may fail
+                    self.save()
                 if last or reached or (epochs and epochs % settings.evaluate_every == 0):
                     self.evaluation = found = self.evaluator.evaluate()
                     record = replace(record, evaluated=True, best_replica=found.best_replica, **found.figures())
                     reached = reached or self._reached(found.deciding)
                 if last or reached or epochs or done % settings.report_every == 0:
-                    self.at_rest = True
                     try:
                         yield replace(record, at_rest=True)
                     except GeneratorExit:
                         if self.abandoned or run != self._run:
                             return
                         self._left = True
-                    self.at_rest = False
-                self.at_rest = True
-                if self.save and (asked or last or reached or (epochs and epochs % settings.checkpoint_every == 0)):
+                if self.save and reached and not keep:
                     self.save()
-                self.at_rest = False
                 if reached or (asked and not last):
                     self.stopped_by = SIGNAL if asked and not last else ACCURACY
                     break

@@ -58,9 +58,9 @@ class Loss(ABC):
         """Add to metrics [0], [1] and [3], and write dy where there is one."""
 
     @abstractmethod
-    def check_targets(self, targets: Array, outputs: Shape) -> None:
+    def check_targets(self, targets: Array, outputs: Shape, most: float = sys.float_info.max) -> None:
         """Raise DataError if one of `targets` (N rows) is invalid for this loss with outputs of shape `outputs` per
-        row.
+        row, whose type holds numbers up to `most`.
 
         Called once for a whole data set: it reads all targets, and `forward` checks none.
         """
@@ -179,7 +179,7 @@ class _CrossEntropy(Loss):
     ) -> None:
         ctx.ops.cross_entropy(outputs_bO, targets, self._smoothing, total, dy, metrics)
 
-    def check_targets(self, targets: Array, outputs: Shape) -> None:
+    def check_targets(self, targets: Array, outputs: Shape, most: float = sys.float_info.max) -> None:
         if not _are_labels(targets.dtype, targets.ndim):
             raise DataError(
                 f"cross_entropy needs whole-number labels of shape (N,), not {targets.dtype} of shape {targets.shape}"
@@ -207,16 +207,19 @@ class _Elementwise(Loss):
             self._count(outputs_bO, wanted_bO, ctx, metrics)
         self._operation(ctx.ops)(outputs_bO, wanted_bO, total, dy, metrics)
 
-    def check_targets(self, targets: Array, outputs: Shape) -> None:
+    def check_targets(self, targets: Array, outputs: Shape, most: float = sys.float_info.max) -> None:
         if outputs[-1] > 1 and _are_labels(targets.dtype, targets.ndim):
             _check_labels(targets, outputs[-1])
             return
         if targets.size != len(targets) * outputs[-1]:
             raise DataError(f"targets of shape {targets.shape} do not fit {outputs[-1]} outputs per row")
-        if targets.size and not (self._least <= targets.min() and targets.max() <= self._most):  # also catches nan
-            row = int((~((targets >= self._least) & (targets <= self._most))).argmax()) // outputs[-1]
+        least, most = max(self._least, -most), min(self._most, most)
+        if targets.size and not (least <= float(targets.min()) and float(targets.max()) <= most):  # also catches nan
+            wide = targets.astype("float64")
+            row = int((~((wide >= least) & (wide <= most))).argmax()) // outputs[-1]
+            wanted = self._range + (f" up to {most:.2g}" if most < self._most else "")
             raise DataError(
-                f"the target of row {row} is {targets[row]}, but {self._name} needs {self._range}: correct the data"
+                f"the target of row {row} is {targets[row]}, but {self._name} needs {wanted}: correct the data"
             )
 
     @abstractmethod
@@ -254,7 +257,7 @@ class _MeanSquaredError(_Elementwise):
     numbers."""
 
     _name, _range = "mean_squared_error", "finite numbers"
-    _least, _most = -sys.float_info.max, sys.float_info.max
+    _least, _most = -inf, inf
 
     def _operation(self, ops: Ops) -> Callable[[Array, Array, int, Array | None, Array], None]:
         return ops.squared_error

@@ -72,13 +72,14 @@ class LaunchError(UserError):
 
 
 class NonFiniteError(NetTorrentError):
-    """A value that is not finite occurred in training."""
+    """The training diverged: a value that is not finite occurred, though the data are finite. `step` counts from 1."""
 
-    def __init__(self, *, step: int, layer: str, rank: int):
+    def __init__(self, *, step: int, layer: str, rank: int, evaluated: bool = False):
         self.step, self.layer, self.rank = step, layer, rank
+        when = "in the evaluation after " if evaluated else ""
         super().__init__(
-            f"step {step}: the output of layer {layer} is not finite (seen on rank {rank}); "
-            "lower the learning rate, add warm-up, or clip the gradients (train.clip_norm)"
+            f"{when}step {step}: the output of layer {layer} is not finite (seen on rank {rank}). The data are, so the "
+            "training has diverged: lower the learning rate, add warm-up, or clip the gradients (train.clip_norm)"
         )
 
 

@@ -95,11 +95,11 @@ def test_classes_that_do_not_fit() -> None:
 def test_rows_to_predict_are_prepared_as_the_training_rows_are() -> None:
     trained = from_arrays(X, Y, mean=0.5, std=0.25).train
     want = gather(trained, range(ROWS))
-    np.testing.assert_array_equal(gather(unlabelled(X, trained), range(ROWS)), want)
-    np.testing.assert_allclose(gather(unlabelled(X / 255.0, trained), range(ROWS)), want, rtol=1e-12)
+    np.testing.assert_array_equal(gather(unlabelled(X, trained, np.float64), range(ROWS)), want)
+    np.testing.assert_allclose(gather(unlabelled(X / 255.0, trained, np.float64), range(ROWS)), want, rtol=1e-12)
     floating = from_arrays(F, Y, mean=0.5).train
-    np.testing.assert_array_equal(gather(unlabelled(F, floating), range(ROWS)), F - 0.5)
-    assert unlabelled(X[:0], trained).rows == 0
+    np.testing.assert_array_equal(gather(unlabelled(F, floating, np.float64), range(ROWS)), F - 0.5)
+    assert unlabelled(X[:0], trained, np.float64).rows == 0
     for x, like, told in (
         (X[0], trained, r"the network reads rows of \(4, 3, 2\); write x\[np.newaxis\] for a single row"),
         (X[:, 1:], trained, r"x has shape \(20, 3, 3, 2\)"),
@@ -107,7 +107,7 @@ def test_rows_to_predict_are_prepared_as_the_training_rows_are() -> None:
         (X.astype(int), trained, "x holds int64; make it uint8 or floating"),
     ):
         with pytest.raises(DataError, match=told):
-            unlabelled(x, like)
+            unlabelled(x, like, np.float64)
 
 
 @pytest.fixture

@@ -110,7 +110,9 @@ def test_only_the_first_stage_holds_inputs_and_only_the_last_targets() -> None:
 
 
 def test_rows_without_targets() -> None:
-    batches = made(Buffers(Topology(1, (Stage(0, 1, 1, 1),)), 0), unlabelled(np.array([[3.0], [8.0]]), DATA.train))
+    batches = made(
+        Buffers(Topology(1, (Stage(0, 1, 1, 1),)), 0), unlabelled(np.array([[3.0], [8.0]]), DATA.train, np.float64)
+    )
     batches.begin_rows(np.arange(2), 1)
     assert seen(batches, 0, 0) == [3, 8]
     with pytest.raises(AssertionError):
