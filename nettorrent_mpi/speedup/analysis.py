@@ -4,27 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nettorrent_mpi.speedup.figures import Figure, Results, best, figures, losses, ranked
+from nettorrent_mpi.speedup.figures import WIDE, Figure, Results, best, figures, losses, ranked
 from nettorrent_mpi.speedup.modes import APART, SERIAL
 from nettorrent_mpi.speedup.sides import in_words
 
-_REASONS = {
-    "compute": "dearer computing",
+_LOSSES = {
+    "compute": "dearer compute",
     "communication": "communication",
     "waiting": "waiting for the slowest rank",
-    "bubble": "the bubble of the pipeline",
-    "other": "what goes on between the actions",
+    "bubble": "the pipeline's bubble",
+    "other": "between the actions",
 }
-_NOTABLE = 0.02  # part of ranks x time: less is not reported as a reason
+_NOTABLE = 0.02  # part of ranks x time: less is no reason to be shown
 
 
 def analysis(results: Results) -> list[str]:
-    """Return paragraphs that are written from the figures alone."""
+    """Return paragraphs and a table that are written from the figures alone."""
     found = figures(results)
     if not found:
         return ["There are no figures yet."]
-    paragraphs = [overloaded(results), winners(results, found), against_torch(results, found), bounds(results)]
-    return [text for text in (*paragraphs, to_accuracy(results)) if text]
+    paragraphs = [doubtful(found), overloaded(results), winners(results, found), against_torch(results, found)]
+    return [text for text in (*paragraphs, bounds(results), to_accuracy(results)) if text]
+
+
+def doubtful(found: list[Figure]) -> str:
+    """Warn of figures that are not worth much: of widely spread ones, and of those without a spread."""
+    told = []
+    wide = sorted((figure for figure in found if figure.spread > WIDE), key=lambda figure: -figure.spread)
+    if wide:
+        names = _listed([f"{in_words(figure.side)} ({figure.spread:.0%})" for figure in wide])
+        told.append(
+            f"**The figures of {len(wide)} of {len(found)} sides spread by more than {WIDE:.0%}:** {names}. Something "
+            "disturbed them, such as other programs on this machine; a difference smaller than the spread is chance. "
+            "Repeat on an idle machine, or with more and longer turns (`--repeats`, `--steps`)."
+        )
+    once = [in_words(figure.side) for figure in found if figure.turns == 1]
+    if once:
+        what = "Every side" if len(once) == len(found) else f"{_listed(once)}"
+        told.append(f"**{what} was measured once,** so how far chance changes the figures is unknown: use `--repeats`.")
+    return " ".join(told)
 
 
 def overloaded(results: Results) -> str:
@@ -47,15 +65,15 @@ def winners(results: Results, found: list[Figure]) -> str:
     for ranks in sorted({figure.cpus for figure in found if figure.ours and figure.cpus > 1}):
         first, *others = best(found, ranks, ours=True)
         text = (
-            f"On {ranks} ranks{' (more than cores)' if ranks > cores else ''} `{first.mode}` was the fastest with "
+            f"On {ranks} ranks{' (more than cores)' if ranks > cores else ''} {first.name} was the fastest with "
             f"{first.median:,.0f} samples/s, {first.speedup:.2f} times one rank ({first.efficiency:.0%} efficiency)"
         )
         if others:
-            text += f"; {_listed([f'`{f.mode}`' for f in others])} is not distinguishable from it within the spread"
+            text += f"; {_listed([f.name for f in others])} is not distinguishable from it within the spread"
         alike = next((f for f in ranked(found, ranks, ours=True) if f.mode not in APART), None)
         if first.mode in APART and alike is not None:
             text += (
-                f"; of the modes with the weights of one rank `{alike.mode}` was, with {alike.median:,.0f} "
+                f"; of the modes with the weights of one rank {alike.name} was, with {alike.median:,.0f} "
                 f"({alike.speedup:.2f} times)"
             )
         if first.speedup <= 1:
@@ -76,33 +94,36 @@ def against_torch(results: Results, found: list[Figure]) -> str:
             continue
         ratio = mine[0].median / theirs[0].median
         told.append(
-            f"{ratio:.2f} times PyTorch's best ({in_words(dict(theirs[0].side))}, {theirs[0].median:,.0f} samples/s) "
-            f"with {'one rank' if count == 1 else f'`{mine[0].mode}` on {count} ranks'}"
+            f"{ratio:.2f} times PyTorch's best ({in_words(theirs[0].side)}, {theirs[0].median:,.0f} samples/s) "
+            f"with {'one rank' if count == 1 else f'{mine[0].name} on {count} ranks'}"
         )
     return f"Beside PyTorch on as many cores this package made {_listed(told)}." if told else ""
 
 
 def bounds(results: Results) -> str:
-    """Say what each traced mode lost its efficiency to."""
-    told = []
-    for trace in results["traces"]:
-        found = None if trace["mode"] == SERIAL else losses(results, trace["mode"])
-        if found is None:
-            continue
-        figure, lost = found
-        reasons = sorted((part for part in lost if lost[part] >= _NOTABLE), key=lambda part: -lost[part])
-        text = f"`{figure.mode}` on {figure.cpus} ranks used {figure.efficiency:.0%} of its cores"
-        if reasons:
-            text += f"; it lost most, {lost[reasons[0]]:.0%}, to {_REASONS[reasons[0]]}"
-            more = [f"{lost[part]:.0%} to {_REASONS[part]}" for part in reasons[1:]]
-            text += f", {_listed(more)}" if more else ""
-        told.append(text)
-    if not told:
+    """Return a table of what each traced side lost its efficiency to, the most efficient first."""
+    found = [told for trace in results["traces"] if (told := losses(results, trace["side"])) is not None]
+    if not found:
         return ""
-    return (
-        f"What bounded them, in parts of ranks x time beyond what one rank needs: {'. '.join(told)}. "
-        "(Compute is less efficient in smaller pieces, and beside processes that use the same memory or cores.)"
+    text = (
+        "What bounded them, in parts of ranks x time beyond what one rank needs: efficiency and losses add up to 100%. "
+        "The largest loss of each is bold; a negative one is a gain, as from parts that fit into caches. Compute is "
+        "dearer in smaller pieces, and beside processes that use the same memory or cores."
     )
+    lines = [
+        text,
+        "",
+        f"| side | efficiency | {' | '.join(_LOSSES.values())} |",
+        f"|---|---:|{'---:|' * len(_LOSSES)}",
+    ]
+    for figure, lost in sorted(found, key=lambda told: -told[0].efficiency):
+        most = max(lost, key=lambda part: lost[part])
+        cells = [
+            f"**{lost[part]:.0%}**" if part == most and lost[part] >= _NOTABLE else f"{lost[part]:.0%}"
+            for part in _LOSSES
+        ]
+        lines.append(f"| {in_words(figure.side)} | {figure.efficiency:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines).replace("-0%", "0%")
 
 
 def to_accuracy(results: Results) -> str:

@@ -50,7 +50,7 @@ def speedup(args: argparse.Namespace) -> None:
     launcher = Launcher(args.launcher)
     plans = [one]
     for ranks in counts:
-        plans += [modes.plan(name, config, shared, setup.network.facts, ranks) for name in names if ranks > 1]
+        plans += modes.plans(names, config, shared, setup.network.facts, ranks) if ranks > 1 else []
     name = Path(args.config).stem if args.config else "digits"
     folder = Path(args.output or f"runs/speedup-{name}")
     _check_folder(folder, args.overwrite)
@@ -143,7 +143,7 @@ def _about(
     assert one.config is not None
     facts, train = setup.network.facts, one.config.train
     return {
-        "format": 1,
+        "format": 2,
         "complete": False,
         "failure": None,
         "command": shlex.join(["nettorrent", *args.command_line]),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 # isort: split
@@ -18,8 +22,9 @@ from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup import modes, runs, shares, sides
 from nettorrent_mpi.speedup.machine import Launcher
 from nettorrent_mpi.speedup.modes import SERIAL, Candidate
-from nettorrent_mpi.speedup.report import PICTURES, failure_in_words, one_line, to_markdown
+from nettorrent_mpi.speedup.report import PICTURES, failure_in_words, to_markdown
 from nettorrent_mpi.speedup.sides import COMPILE, OURS, Side
+from nettorrent_mpi.speedup.timetable import Job, Timetable
 
 TURN_SECONDS = 5.0  # seconds of a turn of one rank, unless --steps is given
 TRIAL_STEPS = 10  # steps from which that is estimated
@@ -54,21 +59,48 @@ class Comparison:
         for side in self._sides:
             if side.impossible:
                 tell(f"not measured: {sides.in_words(side.plain())}: {side.impossible}")
-        steps = steps or self._choose_steps()
+            for mode in side.also:
+                tell(f"{mode} does the same as {side.mode} on {side.cpus} ranks: measured once")
+        timetable = Timetable(self._longest_training)
+        if steps is None:
+            steps, timetable.turn = self._choose_steps()
         self._results["steps"] = steps
-        for turn in range(repeats):
-            for side in self._sides:
-                if not self._told(side)["impossible"]:
-                    self._measure(side, steps, f"turn {turn + 1} of {repeats}")
-        for plan in self._to_trace():
-            self._trace(plan, min(steps, TRACED_STEPS))
         if accuracy is not None:
             of = "validation" if self._shared.data.validation else "test"
             self._results["accuracy"] = {"wanted": accuracy, "of": of, "runs": []}
-            for side in self._largest():
-                self._train(side, accuracy)
+        jobs = self._jobs(repeats, steps, accuracy)
+        tell(timetable.left(jobs))
+        for number, job in enumerate(jobs):
+            if self._entry(job.side)["impossible"]:
+                continue
+            began = time.monotonic()
+            line = job.run()
+            if line is not None:
+                timetable.took(job, time.monotonic() - began)
+                left = timetable.left([one for one in jobs[number + 1 :] if not self._entry(one.side)["impossible"]])
+                tell(f"{line} ({left})" if left else line)
         self._results["complete"] = True
         self._save()
+
+    def _jobs(self, repeats: int, steps: int, accuracy: float | None) -> list[Job]:
+        """Return all runs in order: each is of a side that is possible."""
+        there = [side for side in self._sides if not side.impossible]
+        jobs = [
+            Job("turn", side.name, partial(self._measure, side, steps, f"turn {turn + 1} of {repeats}"))
+            for turn in range(repeats)
+            for side in there
+        ]
+        ours = [side for side in self._largest(there) if side.kind == OURS]
+        jobs += [Job("trace", side.name, partial(self._trace, side, min(steps, TRACED_STEPS))) for side in ours]
+        if accuracy is not None:
+            jobs += [Job("training", side.name, partial(self._train, side, accuracy)) for side in self._largest(there)]
+        return jobs
+
+    def _longest_training(self, name: str) -> float | None:
+        """Return the seconds of a side's whole training, without evaluations; None until its speed is known."""
+        one, speeds = self._plans[SERIAL, 1], self._entry(name)["samples_per_second"]
+        assert one.config is not None
+        return one.steps * one.config.train.batch_size / median(speeds) if speeds else None
 
     def finish(self) -> None:
         """Write report.md and the pictures."""
@@ -92,17 +124,19 @@ class Comparison:
             tell(f"not complete: {failure_in_words(self._results)}")
             self._write("report.md", to_markdown(self._results))
 
-    def _choose_steps(self) -> int:
-        """Choose the number of steps with which one rank takes TURN_SECONDS."""
+    def _choose_steps(self) -> tuple[int, float]:
+        """Choose the number of steps with which one rank takes TURN_SECONDS; return it and the seconds of its turn."""
         plan = self._plans[SERIAL, 1]
         assert plan.config is not None
+        began = time.monotonic()
         summary = self._trained("trial", modes.timed(plan.config, TRIAL_STEPS + WARM_UP), 1).summary
+        start = time.monotonic() - began - summary["train_seconds"]
         fast = float(summary["samples_per_second"])
         chosen = max(LEAST_STEPS, math.ceil(TURN_SECONDS * fast / plan.config.train.batch_size))
         tell(f"{chosen} steps a turn, in which one rank takes about {TURN_SECONDS:g} s (--steps N changes it)")
-        return chosen
+        return chosen, start + chosen * plan.config.train.batch_size / fast
 
-    def _measure(self, side: Side, steps: int, label: str) -> None:
+    def _measure(self, side: Side, steps: int, label: str) -> str | None:
         if side.kind == OURS:
             plan = self._plans[side.mode, side.cpus]
             assert plan.config is not None
@@ -113,47 +147,39 @@ class Comparison:
         else:
             told = self._torch(side, ["--steps", str(steps)])
             if told is None:
-                return
+                return None
             figure = float(told["samples_per_second"])
-        self._told(side)["samples_per_second"].append(figure)
+        entry = self._entry(side.name)
+        entry["samples_per_second"].append(figure)
         self._save()
-        tell(f"{label}: {one_line(self._told(side), figure)}")
+        return f"{label}: {sides.in_words(entry)}: {figure:,.0f} samples/s"
 
-    def _to_trace(self) -> list[Candidate]:
-        """Return one rank, and each mode on the most ranks that have cores of their own (or else on the fewest)."""
-        found = [self._plans[SERIAL, 1]]
-        for mode in self._results["modes"]:
-            there = [plan for (m, _), plan in self._plans.items() if m == mode and plan.config is not None]
-            if there:
-                fitting = [plan for plan in there if plan.ranks <= self._launcher.cores]
-                found.append(max(fitting, key=lambda p: p.ranks) if fitting else min(there, key=lambda p: p.ranks))
-        return found
+    def _largest(self, there: Sequence[Side]) -> list[Side]:
+        """Return one rank, and every mode and peer on the largest number of existing cores (or else on the fewest); a
+        side that stands for several modes once."""
+        found: dict[str, Side] = {}
+        for mode in dict.fromkeys(mode for side in there for mode in (side.mode, *side.also)):
+            own = [side for side in there if mode in (side.mode, *side.also)]
+            fitting = [side for side in own if side.cpus <= self._launcher.cores]
+            side = max(fitting, key=lambda s: s.cpus) if fitting else min(own, key=lambda s: s.cpus)
+            found[side.name] = side
+        return list(found.values())
 
-    def _trace(self, plan: Candidate, steps: int) -> None:
+    def _trace(self, side: Side, steps: int) -> str:
+        plan = self._plans[side.mode, side.cpus]
         assert plan.config is not None
         assert plan.micro_batches is not None
         longest = 11 * plan.micro_batches + 7  # actions of a step
         steps = max(1, min(steps, TRACED_ACTIONS // longest - shares.SKIPPED))
         config = modes.timed(plan.config, steps + shares.SKIPPED, trace=True)
-        text = self._trained(f"trace-{plan.mode}-{plan.ranks}", config, plan.ranks).trace
+        text = self._trained(f"trace-{side.name}", config, plan.ranks).trace
         assert text is not None
         told = shares.shares(shares.read(text), steps + shares.SKIPPED, plan.micro_batches)
-        self._results["traces"].append({"mode": plan.mode, "ranks": plan.ranks, "steps": steps, "shares": told})
+        self._results["traces"].append({"side": side.name, "steps": steps, "shares": told})
         self._save()
-        tell(f"traced: {'one rank' if plan.mode == SERIAL else f'{plan.mode}, {plan.ranks} ranks'}")
+        return f"traced: {sides.in_words(self._entry(side.name))}"
 
-    def _largest(self) -> list[Side]:
-        """Return one rank, and every mode and peer on the largest number of existing cores on which it was measured (or
-        else on the fewest)."""
-        found = []
-        measured = [side for side in self._sides if self._told(side)["samples_per_second"]]
-        for mode in dict.fromkeys(side.mode for side in measured):
-            own = [side for side in measured if side.mode == mode]
-            fitting = [side for side in own if side.cpus <= self._launcher.cores]
-            found.append(max(fitting, key=lambda s: s.cpus) if fitting else min(own, key=lambda s: s.cpus))
-        return found
-
-    def _train(self, side: Side, accuracy: float) -> None:
+    def _train(self, side: Side, accuracy: float) -> str | None:
         curve: list[tuple[float, float, float]]
         if side.kind == OURS:
             config = self._plans[side.mode, side.cpus].config
@@ -163,14 +189,14 @@ class Comparison:
         else:
             told = self._torch(side, ["--accuracy", str(accuracy)])
             if told is None:
-                return
+                return None
             curve = told["curve"]
         seconds = next((at for at, _, reached in curve if reached >= accuracy), None)
         run = {"side": side.name, "seconds": seconds, "curve": curve}
         self._results["accuracy"]["runs"].append(run)
         self._save()
         reached = "not reached" if seconds is None else f"reached after {seconds:.1f} s"
-        tell(f"accuracy {accuracy:g}: {sides.in_words(self._told(side))}: {reached}")
+        return f"accuracy {accuracy:g}: {sides.in_words(self._entry(side.name))}: {reached}"
 
     def _trained(self, name: str, config: Config, ranks: int) -> runs.Trained:
         """Train a configuration of ours, which stays in the folder to be run again."""
@@ -187,15 +213,14 @@ class Comparison:
             if side.mode != COMPILE:
                 raise
             why = error.lines[-1].strip() if error.lines else f"exit code {error.code}"
-            self._told(side)["impossible"] = f"torch.compile does not work here: {why}"
+            self._entry(side.name)["impossible"] = f"torch.compile does not work here: {why}"
             self._save()
             tell(f"not measured: {sides.in_words(side.plain())}: torch.compile does not work here: {why}")
             return None
 
-    def _told(self, side: Side) -> dict[str, Any]:
-        """Return the side's entry in the results."""
-        told: dict[str, Any] = self._results["sides"][self._sides.index(side)]
-        return told
+    def _entry(self, name: str) -> dict[str, Any]:
+        """Return the entry of this side in the results."""
+        return next(side for side in self._results["sides"] if side["name"] == name)
 
     def _write_config(self, name: str, config: Config) -> Path:
         return self._write(f"{TRAININGS}/{name}.yaml", to_yaml(config))
@@ -222,5 +247,6 @@ class Comparison:
 
 def tell(text: str) -> None:
     """Print progress."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it: the comparison is worth more
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

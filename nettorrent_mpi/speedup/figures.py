@@ -9,9 +9,11 @@ from typing import Any
 
 from nettorrent_mpi.speedup.modes import SERIAL
 from nettorrent_mpi.speedup.shares import PARTS
-from nettorrent_mpi.speedup.sides import OURS
+from nettorrent_mpi.speedup.sides import OURS, names
 
 Results = Mapping[str, Any]
+WIDE = 0.15  # a spread above it is warned of: differences between modes are often smaller
+MANY = 8  # ranks of a side whose shares are shown one by one
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,20 @@ class Figure:
     @property
     def mode(self) -> str:
         return str(self.side["mode"])
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """All modes that this side stands for."""
+        return (self.mode, *self.side["also"])
+
+    @property
+    def name(self) -> str:
+        """Its modes for a text in Markdown."""
+        return names(self.side, "`")
+
+    @property
+    def turns(self) -> int:
+        return len(self.side["samples_per_second"])
 
     @property
     def cpus(self) -> int:
@@ -66,21 +82,36 @@ def best(found: list[Figure], cpus: int, *, ours: bool) -> list[Figure]:
     return [f for f in there if max(f.side["samples_per_second"]) >= min(there[0].side["samples_per_second"])]
 
 
-def losses(results: Results, mode: str) -> tuple[Figure, dict[str, float]] | None:
-    """Return (figure, losses of efficiency) of the traced run of `mode`.
+def losses(results: Results, name: str) -> tuple[Figure, dict[str, float]] | None:
+    """Return (figure, losses of efficiency) of the traced run of the side `name`.
 
-    ranks x time = time of one rank + losses. Each loss is a part of ranks x time: the time of the mode's ranks on each
+    ranks x time = time of one rank + losses. Each loss is a part of ranks x time: the time of the side's ranks on each
     of PARTS beyond that of one rank. So efficiency + all losses = 1; a negative loss is a gain, as from parts that fit
-    into caches. None without the traces of the mode and of one rank.
+    into caches. None without the traces of the side and of one rank, and for one rank itself.
     """
-    traces = {(trace["mode"], trace["ranks"]): trace["shares"] for trace in results["traces"]}
-    found = {(f.mode, f.cpus): f for f in figures(results)}
-    ranks = next((r for m, r in traces if m == mode), None)
-    if ranks is None or (SERIAL, 1) not in traces or (mode, ranks) not in found:
+    traces = {trace["side"]: trace["shares"] for trace in results["traces"]}
+    found = {figure.side["name"]: figure for figure in figures(results)}
+    alone = next((name for name, figure in found.items() if figure.mode == SERIAL), None)
+    if alone not in traces or name == alone or name not in traces or name not in found:
         return None
-    figure = found[mode, ranks]
+    figure = found[name]
     told = {
-        part: mean(share[part] for share in traces[mode, ranks]) - figure.efficiency * traces[SERIAL, 1][0][part]
-        for part in PARTS
+        part: mean(share[part] for share in traces[name]) - figure.efficiency * traces[alone][0][part] for part in PARTS
     }
     return figure, told
+
+
+def shown_shares(trace: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    """Return (whose, shares) of a traced run, as tables and pictures show them: of every rank, or of many ranks the
+    mean, the one that computed most, and the one that computed least."""
+    told: list[dict[str, float]] = trace["shares"]
+    if len(told) <= MANY:
+        return [(f"rank {rank}", share) for rank, share in enumerate(told)]
+    order = sorted(range(len(told)), key=lambda rank: told[rank]["compute"])
+    whole = {part: mean(share[part] for share in told) for part in PARTS}
+    most, least = order[-1], order[0]
+    return [
+        (f"mean of {len(told)} ranks", whole),
+        (f"rank {most}, which computed most", told[most]),
+        (f"rank {least}, which computed least", told[least]),
+    ]

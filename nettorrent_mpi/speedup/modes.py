@@ -3,8 +3,8 @@ impossible."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 # isort: split
@@ -17,6 +17,7 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
 from nettorrent_mpi.plan.layouts import partition
+from nettorrent_mpi.plan.schedule import PIPELINES
 from nettorrent_mpi.plan.topology import LayerFacts
 
 APART = ("async", "gossip", "elite")  # modes whose weights differ from those of one rank
@@ -35,13 +36,20 @@ class Mode:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mode on a number of ranks, with its configuration and layout, or the reason why it is impossible."""
+    """A mode on a number of ranks, with its configuration and layout, or the reason why it is impossible.
+
+    `work` is equal for modes whose ranks do the same in every step; `also` has the other modes that this one stands
+    for, as theirs is.
+    """
 
     mode: str
     ranks: int
     config: Config | None = None
     layout: str | None = None  # in one line
     micro_batches: int | None = None
+    steps: int = 0  # of the configuration's whole training
+    work: Hashable = None
+    also: tuple[str, ...] = ()
     impossible: str | None = None
 
 
@@ -95,8 +103,6 @@ def _elite(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
 
 
 def _layers(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
-    if ranks <= len(facts):
-        raise ConfigError(f"the same as 1f1b on up to {len(facts)} ranks, which is one for each weight layer")
     return {"layout": "layers"}
 
 
@@ -139,7 +145,23 @@ def serial(config: Config) -> tuple[Candidate, Setup]:
     layers = set_up(config, 1).network.weight_layers
     whole = configuration.from_plain(to_plain(config) | {"layout": _one_team(layers)})
     setup = set_up(whole, 1)
-    return Candidate(SERIAL, 1, whole, setup.layout_line, setup.options.micro_batches), setup
+    return _candidate(SERIAL, 1, setup), setup
+
+
+def plans(
+    modes: Sequence[str], config: Config, shared: Config, facts: Sequence[LayerFacts], ranks: int
+) -> list[Candidate]:
+    """Return `modes` on this number of ranks, each as `plan` does, but those that do the same work once: their
+    difference would be chance."""
+    found: list[Candidate] = []
+    for mode in modes:
+        made = plan(mode, config, shared, facts, ranks)
+        same = next((i for i, other in enumerate(found) if other.work == made.work is not None), None)
+        if same is None:
+            found.append(made)
+        else:
+            found[same] = replace(found[same], also=(*found[same].also, mode))
+    return found
 
 
 def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts], ranks: int) -> Candidate:
@@ -157,7 +179,24 @@ def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts],
                 raise ConfigError(f"{sharing} ranks for {most} rows at a time: some would stay idle")
     except UserError as error:
         return Candidate(mode, ranks, impossible=str(error))
-    return Candidate(mode, ranks, settings, setup.layout_line, pieces)
+    return _candidate(mode, ranks, setup)
+
+
+def _candidate(mode: str, ranks: int, setup: Setup) -> Candidate:
+    pieces = setup.options.micro_batches
+    return Candidate(mode, ranks, setup.config, setup.layout_line, pieces, setup.steps, _work(setup))
+
+
+def _work(setup: Setup) -> Hashable:
+    """Return what tells whether the ranks of two setups on the same data and network do the same: positions, schedule,
+    exchange."""
+    options, stages = setup.options, len(setup.topology.stages)
+    pipeline: Hashable = None
+    if stages > 1:
+        compute = PIPELINES[options.pipeline.kind](stages, options.micro_batches)
+        pipeline = options.pipeline if isinstance(options.pipeline, Async) else tuple(map(tuple, compute))
+    exchange = options.exchange if setup.topology.replicas > 1 else None
+    return setup.topology, options.micro_batches, pipeline, exchange
 
 
 def timed(config: Config, steps: int, *, trace: bool = False) -> Config:

@@ -10,13 +10,13 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter, ScalarFormatter
 
-from nettorrent_mpi.speedup.figures import Figure, Results, figures
+from nettorrent_mpi.speedup.figures import Figure, Results, figures, shown_shares
 from nettorrent_mpi.speedup.modes import MODES, SERIAL
 from nettorrent_mpi.speedup.report import PICTURES
 from nettorrent_mpi.speedup.shares import PARTS
-from nettorrent_mpi.speedup.sides import PEERS, in_words
+from nettorrent_mpi.speedup.sides import PEERS, in_words, names
 
 # Okabe and Ito's colours, which colour-blind people can distinguish; where they do not suffice, marks differ.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,10 +46,11 @@ def draw(results: Results, folder: Path) -> list[str]:
 def _lines(found: list[Figure], value: Callable[[float, Figure], float], axes: Axes) -> None:
     """Draw a line for every mode and peer over its cores, with bars from the smallest to the largest figure."""
     serial = next(figure for figure in found if figure.mode == SERIAL)
-    for mode in dict.fromkeys(figure.mode for figure in found):
-        own = [figure for figure in found if figure.mode == mode]
-        if mode == SERIAL:
-            continue
+    lines: dict[tuple[str, ...], tuple[list[str], list[Figure]]] = {}  # modes that are the same everywhere are one line
+    for mode in dict.fromkeys(mode for figure in found for mode in figure.modes if mode != SERIAL):
+        own = [figure for figure in found if mode in figure.modes]
+        lines.setdefault(tuple(figure.side["name"] for figure in own), ([], own))[0].append(mode)
+    for (mode, *others), own in lines.values():
         if own[0].ours:  # every mode is the same on one rank
             own.insert(0, serial)
         xs = [figure.cpus for figure in own]
@@ -58,7 +59,7 @@ def _lines(found: list[Figure], value: Callable[[float, Figure], float], axes: A
         down = [y - value(min(e), f) for y, e, f in zip(ys, ends, own, strict=True)]
         up = [value(max(e), f) - y for y, e, f in zip(ys, ends, own, strict=True)]
         style = {"capsize": 2, "elinewidth": 0.8, **_style(mode)}
-        label = mode if own[0].ours else PEERS[mode]
+        label = " = ".join((mode, *others)) if own[0].ours else PEERS[mode]
         axes.errorbar(xs, ys, yerr=[down, up], label=label, **style)
 
 
@@ -127,25 +128,42 @@ def efficiency(results: Results) -> Picture | None:
 
 
 def accuracy(results: Results) -> Picture | None:
-    """Draw accuracy over wall time, evaluated after every epoch."""
+    """Draw the seconds until each side reached the accuracy, the fastest first, and the way there.
+
+    Many sides learn alike, and only the time of an epoch differs: over the logarithm of time their curves are the same,
+    shifted. The bars name the lines and tell them apart where they are close together.
+    """
     told = results["accuracy"]
     runs = [run for run in told["runs"] if run["curve"]] if told else []
     if not runs:
         return None
     sides = {side["name"]: side for side in results["sides"]}
-    picture = Picture(figsize=(7.2, 4.4), layout="constrained")
-    axes = picture.add_subplot()
-    for run in runs:
-        side = sides[run["side"]]
+    last = max(run["curve"][-1][0] for run in runs)
+    runs.sort(key=lambda run: (run["seconds"] is None, run["seconds"] or run["curve"][-1][0]))
+    picture = Picture(figsize=(9.6, 3.0 + 0.16 * len(runs)), layout="constrained")
+    curves, bars = picture.subplots(1, 2, width_ratios=(1.1, 1))
+    for place, run in enumerate(runs):
+        style = _style(sides[run["side"]]["mode"])
         xs, ys = [point[0] for point in run["curve"]], [point[2] for point in run["curve"]]
-        axes.plot(xs, ys, label=in_words(side), **_style(side["mode"]))
-    axes.axhline(told["wanted"], color="#000000", linewidth=0.8, linestyle=(0, (2, 2)))
-    axes.set(
-        xlabel="seconds since training began", ylabel=f"accuracy on the {told['of']} rows", title=results["config"]
-    )
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    tidy(axes)
-    picture.legend(loc="outside right upper", fontsize=7)
+        curves.plot(xs, ys, **style | {"markersize": 3})
+        seconds, reached = (run["seconds"], 1.0) if run["seconds"] is not None else (xs[-1], 0.5)
+        bars.plot((0, seconds), (place, place), **style | {"linewidth": 2, "markevery": [1], "alpha": reached})
+        end = f"{seconds:.1f} s" if reached == 1 else f"not reached: {max(ys):.2%} in {seconds:.1f} s"
+        bars.text(seconds + 0.03 * last, place, end, fontsize=7, va="center")
+    curves.axhline(told["wanted"], color="#000000", linewidth=0.8, linestyle=(0, (2, 2)))
+    curves.set_xscale("log")
+    curves.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    curves.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    curves.xaxis.set_minor_locator(NullLocator())
+    curves.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    curves.set(xlabel="seconds since training began", ylabel=f"accuracy on the {told['of']} rows")
+    bars.set_yticks(range(len(runs)), [in_words(sides[run["side"]]) for run in runs])
+    bars.set_ylim(len(runs) - 0.4, -0.6)
+    bars.set(xlim=(0, last * 1.3), xlabel=f"seconds to {told['wanted']:.2%}")
+    picture.suptitle(results["config"])
+    tidy(curves)
+    tidy(bars)
+    bars.grid(visible=False, axis="y")
     return picture
 
 
@@ -154,14 +172,15 @@ def shares(results: Results) -> Picture | None:
     traces = results["traces"]
     if not traces:
         return None
-    labels = [f"{trace['mode']}, rank {rank}" for trace in traces for rank in range(len(trace["shares"]))]
-    told = [share for trace in traces for share in trace["shares"]]
-    places, place = [], 0.0
+    sides = {side["name"]: side for side in results["sides"]}
+    labels, told, places, place = [], [], [], 0.0
     for trace in traces:
-        for _ in trace["shares"]:
+        for whose, share in shown_shares(trace):
+            labels.append(f"{names(sides[trace['side']])}, {whose}")
+            told.append(share)
             places.append(place)
             place += 1.0
-        place += 0.6  # between modes
+        place += 0.6  # between sides
     picture = Picture(figsize=(7.2, 1.0 + 0.19 * place), layout="constrained")
     axes = picture.add_subplot()
     left = [0.0] * len(told)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from nettorrent_mpi.speedup import machine
 from nettorrent_mpi.speedup.analysis import analysis
-from nettorrent_mpi.speedup.figures import Figure, Results, figures
+from nettorrent_mpi.speedup.figures import WIDE, Figure, Results, figures, shown_shares
 from nettorrent_mpi.speedup.modes import MODES, SERIAL
 from nettorrent_mpi.speedup.shares import PARTS
 from nettorrent_mpi.speedup.sides import DDP, OURS, PEERS, in_words
@@ -56,14 +55,15 @@ def failure_in_words(results: Results) -> str:
 
 def _head(results: Results) -> list[str]:
     host, network = results["host"], results["network"]
-    done = max((len(side["samples_per_second"]) for side in results["sides"]), default=0)
+    done = sorted({len(side["samples_per_second"]) for side in results["sides"] if side["samples_per_second"]})
+    turns = " to ".join(str(n) for n in dict.fromkeys((done[0], done[-1]))) if done else "0"
     told = (
         f"{network['weight_layers']} weight layers, {network['parameters']:,} parameters, "
         f"{network['operations'] / 1e6:,.2f} million operations per row; {results['batch_size']} rows a step, "
         f"{results['dtype']}, {results['optimizer']}."
     )
     how = (
-        f"Medians of {done} alternating turns of {results['steps']} steps each, one BLAS thread a rank; spread = "
+        f"Medians of {turns} alternating turns of {results['steps']} steps each, one BLAS thread a rank; spread = "
         "(largest - smallest) / median. "
         f"{machine.in_words(host)} {results['mpi'] or 'MPI unknown'}; "
         f"kernels of {', '.join(results['kernels'] or ['unknown'])}. Commit {host['commit']}, {host['date']}. "
@@ -89,12 +89,13 @@ def _line(figure: Figure, cores: int) -> str:
     side = figure.side
     star = r"\*" if figure.cpus > cores else ""
     title = PEERS[figure.mode] if not figure.ours else "one rank" if figure.mode == SERIAL else MODES[figure.mode].title
-    name = title if not figure.ours or figure.mode == SERIAL else f"`{figure.mode}`: {title}"
+    name = title if not figure.ours or figure.mode == SERIAL else f"{figure.name}: {title}"
+    spread = f"{figure.spread:.0%}"
     cells = [
         name,
         f"{figure.cpus}{star}",
         f"{figure.median:,.0f}",
-        f"{figure.spread:.0%}",
+        "?" if figure.turns == 1 else f"**{spread}**" if figure.spread > WIDE else spread,
         f"{figure.speedup:.2f}",
         f"{figure.efficiency:.0%}",
         side["layout"] or ("processes" if figure.mode == DDP else "threads"),
@@ -112,13 +113,14 @@ def _shares(results: Results) -> list[str]:
     lines = [
         SHARES,
         "",
-        f"| mode | rank | {' | '.join(PARTS)} |",
-        f"|---|---:|{'---:|' * len(PARTS)}",
+        f"| side | of | {' | '.join(PARTS)} |",
+        f"|---|---|{'---:|' * len(PARTS)}",
     ]
+    sides = {side["name"]: side for side in results["sides"]}
     for trace in results["traces"]:
-        for rank, share in enumerate(trace["shares"]):
+        for whose, share in shown_shares(trace):
             parts = " | ".join(f"{share[part]:.0%}" for part in PARTS)
-            lines.append(f"| {trace['mode']} | {rank} | {parts} |")
+            lines.append(f"| {in_words(sides[trace['side']])} | {whose} | {parts} |")
     return lines
 
 
@@ -156,6 +158,10 @@ def equality(results: Results) -> list[str]:
         f"{results['warm_up']['torch']} of PyTorch (torch.compile compiles in them)."
     )
     told = [alike, left_out, *results["notes"]]
+    if any(side["also"] for side in results["sides"]):
+        told.append(
+            "Modes joined by = have the same layout, schedule and exchange on that number of ranks: they are one side."
+        )
     modes = {side["mode"] for side in results["sides"] if not side["impossible"]}
     if any(side["kind"] != OURS for side in results["sides"]):
         told.append(
@@ -179,8 +185,3 @@ def equality(results: Results) -> list[str]:
             "async: gradients are stale by a bounded number of updates, so its weights differ from the others'."
         )
     return told
-
-
-def one_line(side: dict[str, Any], figure: float) -> str:
-    """Return a line for the terminal after a turn."""
-    return f"{in_words(side)}: {figure:,.0f} samples/s"

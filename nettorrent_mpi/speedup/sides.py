@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class Side:
     cpus: int
     layout: str | None = None  # of our modes, in one line
     micro_batches: int | None = None
+    also: tuple[str, ...] = ()  # other modes that do the same on this number of ranks
     impossible: str | None = None  # the reason why it is not measured
 
     @property
@@ -54,7 +55,10 @@ class Side:
 
 def ours(plans: Sequence[Candidate]) -> list[Side]:
     """Return a side for each candidate, possible or not."""
-    return [Side(f"{p.mode}-{p.ranks}", p.mode, OURS, p.ranks, p.layout, p.micro_batches, p.impossible) for p in plans]
+    return [
+        Side(f"{p.mode}-{p.ranks}", p.mode, OURS, p.ranks, p.layout, p.micro_batches, p.also, p.impossible)
+        for p in plans
+    ]
 
 
 def torch_is_there() -> bool:
@@ -86,9 +90,15 @@ def _unequal(name: str, count: int, setup: Setup) -> str | None:
     return None
 
 
-def in_words(side: dict[str, Any]) -> str:
+def names(side: Mapping[str, Any], quote: str = "") -> str:
+    """Return the modes of a side: "rows = auto" where both are the same."""
+    return " = ".join(f"{quote}{mode}{quote}" for mode in (side["mode"], *side["also"]))
+
+
+def in_words(side: Mapping[str, Any]) -> str:
     """Describe a side: "rows, 2 ranks"."""
+    if side["mode"] == SERIAL:
+        return "one rank"
     unit = "rank" if side["kind"] == OURS else "process" if side["mode"] == DDP else "thread"
     several = {"rank": "ranks", "process": "processes", "thread": "threads"}
-    name = "one rank" if side["mode"] == SERIAL else side["mode"]
-    return name if side["mode"] == SERIAL else f"{name}, {side['cpus']} {several[unit] if side['cpus'] > 1 else unit}"
+    return f"{names(side)}, {side['cpus']} {several[unit] if side['cpus'] > 1 else unit}"

@@ -18,7 +18,15 @@ HOST = {
 }
 
 
-def side(mode: str, cpus: int, figures: list[float], *, kind: str = "ours", why: str | None = None) -> dict[str, Any]:
+def side(
+    mode: str,
+    cpus: int,
+    figures: list[float],
+    *,
+    kind: str = "ours",
+    also: tuple[str, ...] = (),
+    why: str | None = None,
+) -> dict[str, Any]:
     return {
         "name": f"{mode}-{cpus}",
         "mode": mode,
@@ -26,6 +34,7 @@ def side(mode: str, cpus: int, figures: list[float], *, kind: str = "ours", why:
         "cpus": cpus,
         "layout": "1 replica x [a 1x1 | b 1x1]" if kind == "ours" and not why else None,
         "micro_batches": 4 if kind == "ours" and not why else None,
+        "also": list(also),
         "impossible": why,
         "samples_per_second": figures,
     }
@@ -38,7 +47,7 @@ def shares(**parts: float) -> dict[str, float]:
 
 
 RESULTS: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "complete": True,
     "failure": None,
     "command": "nettorrent speedup some.yaml",
@@ -49,7 +58,7 @@ RESULTS: dict[str, Any] = {
     "dtype": "float32",
     "optimizer": "adam",
     "ranks": [1, 2, 4],
-    "modes": ["rows", "1f1b", "gossip"],
+    "modes": ["rows", "1f1b", "gossip", "auto"],
     "repeats": 3,
     "steps": 100,
     "warm_up": {"ours": 5, "torch": 11},
@@ -59,22 +68,22 @@ RESULTS: dict[str, Any] = {
     "notes": ["a note"],
     "sides": [
         side("serial", 1, [100.0, 90.0, 110.0]),
-        side("rows", 2, [180.0, 170.0, 190.0]),
+        side("rows", 2, [180.0, 170.0, 190.0], also=("auto",)),
         side("1f1b", 2, [150.0, 149.0, 152.0]),
         side("gossip", 2, [175.0, 165.0, 176.0]),
         side("rows", 4, [120.0, 121.0, 119.0]),
         side("1f1b", 4, [], why="4 stages for 2 weight layers: a stage needs one at least"),
         side("gossip", 4, [130.0, 131.0, 129.0]),
+        side("auto", 4, [125.0, 126.0, 124.0]),
         side("torch", 1, [50.0, 49.0, 51.0], kind="torch"),
         side("torch", 2, [60.0, 59.0, 61.0], kind="torch"),
         side("ddp", 2, [80.0, 79.0, 81.0], kind="torch"),
         side("torch_compile", 1, [], kind="torch", why="torch.compile does not work here: no compiler"),
     ],
     "traces": [
-        {"mode": "serial", "ranks": 1, "steps": 100, "shares": [shares(compute=0.98, other=0.02)]},
+        {"side": "serial-1", "steps": 100, "shares": [shares(compute=0.98, other=0.02)]},
         {
-            "mode": "rows",
-            "ranks": 2,
+            "side": "rows-2",
             "steps": 100,
             "shares": [
                 shares(compute=0.9, communication=0.08, other=0.02),
@@ -82,8 +91,7 @@ RESULTS: dict[str, Any] = {
             ],
         },
         {
-            "mode": "1f1b",
-            "ranks": 2,
+            "side": "1f1b-2",
             "steps": 100,
             "shares": [shares(compute=0.73, bubble=0.25, other=0.02), shares(compute=0.76, bubble=0.22, other=0.02)],
         },

@@ -27,6 +27,13 @@ def plan(mode: str, ranks: int, *changes: str, names: list[str] | None = None) -
     return modes.plan(mode, config, shared, setup.network.facts, ranks)
 
 
+def plans(names: list[str], ranks: int, *changes: str) -> list[modes.Candidate]:
+    config = load(*changes)
+    shared = modes.baseline(config, names)
+    _, setup = modes.serial(shared)
+    return modes.plans(names, config, shared, setup.network.facts, ranks)
+
+
 def grids(made: modes.Candidate) -> tuple[int, list[tuple[int, int, int]]]:
     """(replicas, (layers, rows, cols) of each swarm)."""
     assert made.config is not None, made.impossible
@@ -85,7 +92,6 @@ def test_what_is_possible_has_a_place_for_every_rank(ranks: int) -> None:
         ("rows", 9, [], "9 ranks for 8 rows at a time"),
         ("replicas", 9, [], "9 ranks for 8 rows at a time"),
         ("gossip", 9, [], "leave 1 of the 9 replicas nothing to train on"),
-        ("layers", 4, [], "the same as 1f1b"),
     ],
 )
 def test_what_is_not_possible_is_told(mode: str, ranks: int, changes: list[str], why: str) -> None:
@@ -93,6 +99,35 @@ def test_what_is_not_possible_is_told(mode: str, ranks: int, changes: list[str],
     assert made.config is None
     assert made.impossible is not None
     assert why in made.impossible
+
+
+@pytest.mark.parametrize(
+    ("names", "ranks", "wanted"),
+    [
+        (["1f1b", "layers", "gpipe"], 4, [("1f1b", ("layers",)), ("gpipe", ())]),
+        (["layers"], 4, [("layers", ())]),  # not left out because of a mode that nobody measures
+        (["layers", "rows", "1f1b"], 3, [("layers", ("1f1b",)), ("rows", ())]),
+        (["layers", "1f1b"], 5, [("layers", ()), ("1f1b", ())]),  # the latter is impossible
+        (["gpipe", "1f1b", "async"], 2, [("gpipe", ()), ("1f1b", ()), ("async", ())]),
+        (["rows", "replicas", "gossip", "elite"], 2, [("rows", ()), ("replicas", ()), ("gossip", ()), ("elite", ())]),
+    ],
+)
+def test_modes_that_do_the_same_are_one(names: list[str], ranks: int, wanted: Any) -> None:
+    assert [(each.mode, each.also) for each in plans(names, ranks)] == wanted
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6])
+def test_no_two_sides_do_the_same(ranks: int) -> None:
+    made = plans(NAMES, ranks)
+    assert sorted(mode for each in made for mode in (each.mode, *each.also)) == sorted(NAMES)
+    work = [(c.layout, c.micro_batches, c.config.pipeline, c.config.exchange) for c in made if c.config is not None]
+    assert len(work) == len(set(work))
+
+
+def test_one_micro_batch_makes_both_pipelines_the_same() -> None:
+    assert [(each.mode, each.also) for each in plans(["gpipe", "1f1b"], 2, "train.micro_batches=1")] == [
+        ("gpipe", ("1f1b",))
+    ]
 
 
 def test_options_of_the_configuration_are_kept() -> None:

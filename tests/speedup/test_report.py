@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nettorrent_mpi.speedup.analysis import analysis, overloaded
+from nettorrent_mpi.speedup.analysis import analysis, doubtful, overloaded
 from nettorrent_mpi.speedup.figures import best, figures, losses
 from nettorrent_mpi.speedup.report import to_markdown
 
@@ -36,27 +36,30 @@ def test_what_cannot_be_told_from_the_best(results: Results) -> None:
     assert best(found, 8, ours=True) == []
 
 
-@pytest.mark.parametrize("mode", ["rows", "1f1b"])
-def test_losses_are_all_that_efficiency_lacks(results: Results, mode: str) -> None:
-    found = losses(results, mode)
+@pytest.mark.parametrize("name", ["rows-2", "1f1b-2"])
+def test_losses_are_all_that_efficiency_lacks(results: Results, name: str) -> None:
+    found = losses(results, name)
     assert found is not None
     figure, lost = found
     assert figure.efficiency + sum(lost.values()) == pytest.approx(1)
-    assert max(lost, key=lambda part: lost[part]) == ("bubble" if mode == "1f1b" else "waiting")
-    assert losses(results, "gossip") is None
+    assert max(lost, key=lambda part: lost[part]) == ("bubble" if name == "1f1b-2" else "waiting")
+    assert losses(results, "gossip-2") is losses(results, "serial-1") is None
 
 
 def test_analysis(results: Results) -> None:
     text = "\n".join(analysis(results))
     assert "One rank made 100 samples/s." in text
-    assert "On 2 ranks `rows` was the fastest with 180 samples/s, 1.80 times one rank (90% efficiency)" in text
+    assert "On 2 ranks `rows` = `auto` was the fastest with 180 samples/s, 1.80 times one rank (90% efficiency)" in text
     assert "`gossip` is not distinguishable from it within the spread" in text
     assert "On 4 ranks (more than cores) `gossip` was the fastest" in text
-    assert "of the modes with the weights of one rank `rows` was, with 120 (1.20 times)" in text
+    assert "of the modes with the weights of one rank `auto` was, with 125 (1.25 times)" in text
     assert "2.00 times PyTorch's best (torch, 1 thread, 50 samples/s) with one rank" in text
-    assert "2.25 times PyTorch's best (ddp, 2 processes, 80 samples/s) with `rows` on 2 ranks" in text
-    assert "`1f1b` on 2 ranks used 75% of its cores; it lost most, 24%, to the bubble of the pipeline" in text
-    assert "The first at 90.00% was rows, 2 ranks, after 2.0 s, 2.00 times as fast as one rank" in text
+    assert "2.25 times PyTorch's best (ddp, 2 processes, 80 samples/s) with `rows` = `auto` on 2 ranks" in text
+    assert (
+        "| rows = auto, 2 ranks | 90% | 1% | 4% | **5%** | 0% | 0% |\n| 1f1b, 2 ranks | 75% | 1% | 0% | 0% | **24%** |"
+        in text
+    )
+    assert "The first at 90.00% was rows = auto, 2 ranks, after 2.0 s, 2.00 times as fast as one rank" in text
     assert "torch, 2 threads did not reach it" in text
 
 
@@ -80,25 +83,54 @@ def test_markdown(results: Results) -> None:
     text = to_markdown(results, ["speedup", "shares", "accuracy"])
     lines = text.splitlines()
     assert lines[0] == "# Speedup of some"
-    assert (
-        r"| `rows`: the rows of a batch divided | 2 | 180 | 11% | 1.80 | 90% | 1 replica x [a 1x1 \| b 1x1] | 4 |"
-        in lines
+    rows = (
+        r"| `rows` = `auto`: the rows of a batch divided | 2 | 180 | 11% | 1.80 | 90% | 1 replica x [a 1x1 \| b 1x1] |"
     )
+    assert f"{rows} 4 |" in lines
     assert (
         r"| `gossip`: replicas that gossip | 4\* | 130 | 2% | 1.30 | 32% | 1 replica x [a 1x1 \| b 1x1] | 4 |" in lines
     )
     assert r"\* more than the 2 cores of this machine" in lines
     assert "| 1f1b, 4 ranks | 4 stages for 2 weight layers: a stage needs one at least |" in lines
     assert "| torch_compile, 1 thread | torch.compile does not work here: no compiler |" in lines
-    assert "| 1f1b | 0 | 73% | 0% | 0% | 25% | 2% |" in lines
-    assert "| rows, 2 ranks | 2 | 2.0 | 2 | 91.00% |" in lines
+    assert "| 1f1b, 2 ranks | rank 0 | 73% | 0% | 0% | 25% | 2% |" in lines
+    assert "| rows = auto, 2 ranks | 2 | 2.0 | 2 | 91.00% |" in lines
     assert "| torch, 2 threads | 2 | not reached | 1 | 50.00% |" in lines
     assert "![shares](shares.svg)" in lines
     assert "- a note" in lines
+    assert sum("joined by =" in line for line in lines) == 1
     assert "as a whole" in text
     assert "Incomplete" not in text
     assert "abc" in text  # the commit
     assert max(line.count("\n") for line in lines) == 0
+
+
+def test_wide_spread_is_warned_of(results: Results) -> None:
+    assert doubtful(figures(results)[1:]) == ""
+    text = to_markdown(results)  # one rank: from 90 to 110
+    assert "**The figures of 1 of 10 sides spread by more than 15%:** one rank (20%)." in text
+    assert "| one rank | 1 | 100 | **20%** |" in text
+    results["sides"][1]["samples_per_second"] = [180.0]
+    text = to_markdown(results)
+    assert "**rows = auto, 2 ranks was measured once,**" in text
+    assert "| 2 | 180 | ? | 1.80 |" in text
+    assert "Medians of 1 to 3 alternating turns" in text
+    for side in results["sides"]:
+        side["samples_per_second"] = side["samples_per_second"][:1]
+    assert "**Every side was measured once,**" in to_markdown(results)
+
+
+def test_many_ranks_are_shown_by_their_extremes(results: Results) -> None:
+    shares = [
+        {"compute": 0.5 + n / 100, "communication": 0.5 - n / 100, "waiting": 0.0, "bubble": 0.0, "other": 0.0}
+        for n in range(20)
+    ]
+    results["traces"][1]["shares"] = shares
+    told = [line for line in to_markdown(results).splitlines() if line.startswith("| rows = auto, 2 ranks | ")]
+    assert "| rows = auto, 2 ranks | mean of 20 ranks | 60% | 40% | 0% | 0% | 0% |" in told
+    assert "| rows = auto, 2 ranks | rank 19, which computed most | 69% | 31% | 0% | 0% | 0% |" in told
+    assert "| rows = auto, 2 ranks | rank 0, which computed least | 50% | 50% | 0% | 0% | 0% |" in told
+    assert not any("rank 7" in line for line in told)
 
 
 def test_batch_norm_is_told(results: Results) -> None:
@@ -123,14 +155,24 @@ def test_what_is_not_complete_says_so(results: Results, failure: Any, told: str)
 
 def test_pictures(results: Results, tmp_path: Any) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib (the extra `plots`) is not installed")
-    from nettorrent_mpi.speedup.plots import draw
+    from nettorrent_mpi.speedup.plots import draw, speedup
 
     assert draw(results, tmp_path) == ["speedup", "efficiency", "accuracy", "shares"]
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {
+    assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}.{end}" for name in ("speedup", "efficiency", "accuracy", "shares") for end in ("png", "svg")
     }
-    assert ">ideal<" in (tmp_path / "speedup.svg").read_text()
+    lines = (tmp_path / "speedup.svg").read_text()
+    assert ">ideal<" in lines
+    assert (">rows<" in lines, ">auto<" in lines) == (True, True)  # on 4 ranks they differ
+    way = (tmp_path / "accuracy.svg").read_text()
+    names = [way.index(f">{name}<") for name in ("rows = auto, 2 ranks", "one rank", "torch, 2 threads")]
+    assert names == sorted(names)  # the fastest first
+    assert ">2.0 s<" in way
+    assert ">not reached: 50.00% in 3.0 s<" in way
+    results["sides"] = [side for side in results["sides"] if side["cpus"] < 4]
+    picture = speedup(results)
+    assert picture is not None
+    assert "rows = auto" in picture.axes[0].get_legend_handles_labels()[1]
     first = (tmp_path / "shares.svg").read_bytes()
     draw(results, tmp_path)
     assert (tmp_path / "shares.svg").read_bytes() == first  # the same figures, the same bytes
