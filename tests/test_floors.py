@@ -69,7 +69,19 @@ ORDER: dict[str, list[str]] = {
         "cost",
         "memory",
     ],
-    "data": ["files", "augment", "sampler", "rows", "from_arrays", "idx", "cifar", "synthetic", "hdf5", "dataset"],
+    "data": [
+        "files",
+        "augment",
+        "sampler",
+        "rows",
+        "from_arrays",
+        "idx",
+        "cifar",
+        "synthetic",
+        "hdf5_rows",
+        "hdf5",
+        "dataset",
+    ],
 }
 # Packages that only these parts of the package import.
 ONLY = {

@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 Mpirun = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -15,6 +17,7 @@ Mpirun = Callable[..., "subprocess.CompletedProcess[str]"]
 ROWS = "{name: synthetic, rows: 60000, test_rows: 5000, shape: [28, 28, 1]}"  # 51 MB
 IMAGES = "{name: synthetic, rows: 8000, test_rows: 100, shape: [32, 32, 3]}"  # 25 MB
 WIDE = "[flatten, {linear: {units: 1500, activation: relu}}, {linear: {units: 1500, activation: relu}}, {linear: 10}]"
+COMPRESSED = "{name: hdf5, root: FILE}"  # 50 MB
 CONVOLUTIONS = (
     "[{conv2d: {filters: 32, padding: same, activation: relu}}, {conv2d: {filters: 32, activation: relu}}, "
     "{max_pool2d: 2}, {conv2d: {filters: 32, activation: relu}}, flatten, {linear: 10}]"
@@ -25,6 +28,7 @@ CASES = {
     "rows": (ROWS, WIDE, 128, 2, ["layout={swarms: [{layers: 3, rows: 2}]}"]),
     "cols": (ROWS, WIDE, 128, 2, ["layout={swarms: [{layers: 3, cols: 2}]}"]),
     "stages": (IMAGES, CONVOLUTIONS, 512, 4, []),
+    "compressed": (COMPRESSED, WIDE, 128, 2, ["layout={swarms: [{layers: 3, rows: 2}]}"]),
     "gossip": (ROWS, WIDE, 128, 2, ["layout={replicas: 2}", "exchange={gossip: {part: 1.0}}"]),
     "elite": (
         ROWS,
@@ -41,6 +45,12 @@ CASES = {
 )
 def test_a_run_takes_what_was_predicted(mpirun: Mpirun, tmp_path: Path, case: str) -> None:
     data, layers, batch_size, ranks, more = CASES[case]
+    if data == COMPRESSED:
+        data = data.replace("FILE", str(tmp_path / "set.h5"))
+        with h5py.File(tmp_path / "set.h5", "w") as file:
+            x = np.random.default_rng(0).integers(0, 2, (64000, 784), np.uint8)
+            file.create_dataset("x", data=x, chunks=(1000, 784), compression="gzip", compression_opts=1)
+            file["y"] = np.arange(64000) % 10
     sets = [f"data={data}", f"model.layers={layers}", f"train.batch_size={batch_size}", "train.steps=12", *more]
     train = ["-m", "nettorrent_mpi.train", *(word for change in sets for word in ("--set", change))]
     done = mpirun(ranks, [*train, "--output", tmp_path / "run"], timeout=120)

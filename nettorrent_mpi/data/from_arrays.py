@@ -13,6 +13,7 @@ from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.plan.errors import DataError
 
 BLOCK = 1024  # rows that are looked at together, so that copies stay small
+_MOST_CLASSES = 1 << 31
 
 
 def from_arrays(
@@ -44,7 +45,7 @@ def from_arrays(
     if targets.ndim == 2 and classes is not None:
         raise DataError(f"classes={classes} is for integer labels; y holds {targets.dtype} of shape {targets.shape}")
     if targets.ndim == 1 and classes is None:
-        classes = 1 + max(0, int(targets.max()), int(arrays.get("y_test", targets).max()))
+        classes = classes_of({name: values for name, values in arrays.items() if name.startswith("y")})
     scaling = Scaling(inputs.shape[1:], UNIT if inputs.dtype == BYTE else 1.0, mean, std)
 
     def split(x_name: str, y_name: str) -> Split:
@@ -117,10 +118,23 @@ def as_targets(values: Array, classes: int | None, name: str, file: str | None =
     """
     if classes is None:
         return values.astype(values.dtype.newbyteorder("="), copy=False)
-    labels = values.astype(np.int64, copy=False)
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    wrong = np.flatnonzero((values < 0) | (values >= classes))  # before a conversion, which would wrap large ones
     if len(wrong):
         row = int(wrong[0])
-        text = f"{name}: label {labels[row]} of row {row} is not in 0..{classes - 1}; correct the labels"
+        text = f"{name}: label {values[row]} of row {row} is not in 0..{classes - 1}; correct the labels"
         raise DataError(text, file=file)
-    return labels
+    return values.astype(np.int64, copy=False)
+
+
+def classes_of(labels: Mapping[str, Array], file: str | None = None) -> int:
+    """Return the number of classes of labels that nobody names: one more than the largest.
+
+    Raises DataError for labels that cannot be counted from 0.
+    """
+    for name, values in labels.items():
+        wrong = np.flatnonzero((values < 0) | (values >= _MOST_CLASSES))
+        if len(wrong):
+            row = int(wrong[0])
+            text = f"{name}: label {values[row]} of row {row}; number the classes 0, 1, 2, ..."
+            raise DataError(text, file=file)
+    return 1 + max(int(values.max()) for values in labels.values())

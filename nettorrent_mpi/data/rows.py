@@ -24,6 +24,9 @@ Fill: TypeAlias = Callable[[Array], None]
 Allocate: TypeAlias = Callable[[Shape, "np.dtype[Any]", Fill], Array]
 """allocate(shape, dtype, fill) returns a C-contiguous array that fill(array) has filled. Whoever passes it owns the
 memory: the engine's is shared by the ranks of a node, one of which fills it, and is freed with the engine's wiring."""
+HasRoom: TypeAlias = Callable[[int], bool]
+"""has_room(bytes) tells whether `allocate` should be asked for so much, where reading row by row is an alternative. All
+ranks for which `allocate` is collective call, and get the same answer."""
 Take: TypeAlias = Callable[[Array, Array], None]
 """take(indices, out_bR) copies rows as they are stored: out_bR[i] <- the bytes of row indices[i]; out_bR is uint8,
 (b, bytes of a row); indices are intp."""
@@ -34,6 +37,11 @@ def private(shape: Shape, dtype: np.dtype[Any], fill: Fill) -> Array:
     array = np.empty(shape, dtype)
     fill(array)
     return array
+
+
+def unlimited(size: int) -> bool:
+    """Tell that there is room for any number of bytes: the plain `HasRoom`."""
+    return True
 
 
 def take_from(rows: Array) -> Take:
@@ -123,8 +131,8 @@ class Inputs:
 
         `indices` (b,) integers in [0, rows), in any order, repeats allowed; `out` (b, *shape), C-contiguous,
         floating-point. The result for row i depends on (key, i) alone: any division of a batch gives the same rows.
-        `key` comes from Sampler.augment_key. Nothing is allocated after the largest batch (except for compressed or
-        chunked HDF5 files, inside their library).
+        `key` comes from Sampler.augment_key. Nothing is allocated after the largest batch (except where a compressed
+        HDF5 file is read batch by batch).
         """
         count = len(indices)
         assert out.shape == (count, *self.shape), (out.shape, count, self.shape)
@@ -185,14 +193,14 @@ class Split:
     shape: Shape
     dtype: np.dtype[Any]
     scaling: Scaling
-    open_rows: Callable[[Allocate], Take] = field(repr=False)
+    open_rows: Callable[[Allocate, HasRoom], Take] = field(repr=False)
     read_targets: Callable[[], Array] | None = field(repr=False)
 
     @classmethod
     def of_bytes(cls, rows: int, shape: Shape, scaling: Scaling, fill: Fill, targets: Callable[[], Array]) -> Split:
         """Make a split whose rows are bytes that `fill` writes into memory, once `inputs` allocates it."""
 
-        def open_rows(allocate: Allocate) -> Take:
+        def open_rows(allocate: Allocate, has_room: HasRoom) -> Take:
             return take_from(allocate((rows, *shape), BYTE, fill))
 
         return cls(rows, shape, BYTE, scaling, open_rows, targets)
@@ -207,14 +215,14 @@ class Split:
             return targets
 
         read = None if targets is None else read_targets
-        return cls(len(x), x.shape[1:], x.dtype, scaling, lambda allocate: take, read)
+        return cls(len(x), x.shape[1:], x.dtype, scaling, lambda allocate, has_room: take, read)
 
-    def inputs(self, allocate: Allocate = private) -> Inputs:
+    def inputs(self, allocate: Allocate = private, has_room: HasRoom = unlimited) -> Inputs:
         """Read the rows (or open them, if they are read batch by batch). Only ranks that need inputs call this.
 
         Raises DataError if the file proves to be corrupt or truncated.
         """
-        return Inputs(self.open_rows(allocate), self.rows, self.shape, self.dtype, self.scaling)
+        return Inputs(self.open_rows(allocate, has_room), self.rows, self.shape, self.dtype, self.scaling)
 
     def targets(self) -> Array:
         """Read all targets of the split: (rows,) int64 labels, or (rows, k) floats. Every call reads anew.
@@ -229,8 +237,9 @@ class Split:
 class Dataset:
     """A Dataset has a training split and perhaps a test split.
 
-    `shape` is that of one row; `classes` is None if the targets are not labels. `file` is the file that
-    messages name, if there is one.
+    `shape` is that of one row; `classes` is None if the targets are not labels, and `class_names` if nobody names them.
+    `file` is the file that messages name, if there is one; `notes` say in a line each what users should know of how
+    the rows are read.
     """
 
     name: str
@@ -239,3 +248,5 @@ class Dataset:
     train: Split
     test: Split | None
     file: str | None = None
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()

@@ -55,7 +55,7 @@ class Batches:
         """Open the inputs. `sampler` and `augment` apply to the training split only."""
         self.step = 0  # of the present mini-batch
         self._split, self._wiring, self._sampler, self._augment = split, wiring, sampler, augment
-        self._inputs = split.inputs(allocate) if wiring.is_first else None
+        self._inputs = split.inputs(allocate, wiring.has_room) if wiring.is_first else None
         self._targets: Array | None = None
         self._taken: dict[int, Array] = {}
         self._known: dict[tuple[int, int], RowsOfMicroBatch] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
@@ -12,9 +13,9 @@ from nettorrent_mpi.plan.pairing import make_pairing
 from nettorrent_mpi.plan.topology import Topology
 
 
-def doubts(config: Config, sampler: Sampler) -> list[str]:
+def doubts(config: Config, dataset: Dataset, sampler: Sampler) -> list[str]:
     """Return the warnings of a setup, one line each."""
-    found = []
+    found = list(dataset.notes)
     rows, batch_size = len(sampler.training_rows), config.train.batch_size
     if batch_size > rows:
         found.append(

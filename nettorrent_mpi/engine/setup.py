@@ -116,7 +116,7 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
         trace=config.trace,
         kernels=_kernels(config, network, ranks, sampler.steps_per_epoch),
     )
-    return Setup(config, dataset, sampler, network, topology, options, tuple(doubts(config, sampler)))
+    return Setup(config, dataset, sampler, network, topology, options, tuple(doubts(config, dataset, sampler)))
 
 
 def _kernels(config: Config, network: Network, ranks: int, epoch_steps: int) -> Kernels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path, PurePosixPath
 
 WARM_UP = 5  # steps that samples_per_second leaves out
 
@@ -68,3 +69,31 @@ def peak_memory() -> int:
     except (OSError, StopIteration):  # not Linux
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory(system: Path = Path("/")) -> int:
+    """Return the bytes of memory that processes like this one can still take on this node: what is available, or less
+    where a control group (a container's, a batch job's) limits it."""
+    try:
+        lines = (system / "proc/meminfo").read_text().splitlines()
+        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        groups = [line.split(":", 2) for line in (system / "proc/self/cgroup").read_text().splitlines()]
+    except (OSError, ValueError):  # not Linux
+        return sys.maxsize
+    for _, controllers, path in groups:
+        if controllers == "":
+            folder, limit, usage = "", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            folder, limit, usage = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        for each in (group, *group.parents):
+            here = system / "sys/fs/cgroup" / folder / each
+            try:
+                statistics = dict(line.split() for line in (here / "memory.stat").read_text().splitlines())
+                cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", "0")))
+                found.append(int((here / limit).read_text()) - int((here / usage).read_text()) + cache)
+            except (OSError, ValueError):  # no such group is visible from here, or it has no limit ("max")
+                continue
+    return max(min(found, default=sys.maxsize), 0)

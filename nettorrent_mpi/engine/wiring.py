@@ -17,10 +17,11 @@ import numpy as np
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
 from nettorrent_mpi.comm.ring import Rings
-from nettorrent_mpi.comm.shared import SharedMemory, shared_array
+from nettorrent_mpi.comm.shared import SharedMemory, fits, shared_array
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace, aligned
 from nettorrent_mpi.engine.run_plan import Plan
+from nettorrent_mpi.engine.usage import free_memory
 from nettorrent_mpi.plan.actions import buffers
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
 
@@ -165,6 +166,13 @@ class Wiring:
         if memory is not None:
             self._memories.append(memory)
         return array
+
+    def has_room(self, size: int) -> bool:
+        """Whether the node of the `readers` can hold so many bytes for them in half of its free memory: once, or for
+        each where shared memory has no room. All of them call."""
+        readers = self.readers
+        copies = 1 if readers.size == 1 or fits(readers, size) else readers.size
+        return bool(readers.comm.bcast(2 * copies * size <= free_memory()))
 
     # -- buffers ----------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import spawn
 # isort: split
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.rows import Split, private
+from nettorrent_mpi.data.rows import Split, private, unlimited
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.rates import make_rate
@@ -47,7 +47,7 @@ class Rows:
 
     def __init__(self, split: Split, dtype: torch.dtype, augment: Augment | None, channels_last: bool):
         raw = np.empty((split.rows, int(np.prod(split.shape)) * split.dtype.itemsize), np.uint8)
-        split.open_rows(private)(np.arange(split.rows, dtype=np.intp), raw)
+        split.open_rows(private, unlimited)(np.arange(split.rows, dtype=np.intp), raw)
         rows = raw.view(split.dtype).reshape(split.rows, *split.shape)
         rows = rows.astype(split.dtype.newbyteorder("="), copy=False)
         self._images = len(split.shape) == 3

@@ -69,7 +69,7 @@ def test_contiguous_arrays_are_not_copied() -> None:
         ((X, Y[:-1]), "x has 20 rows but y has 19"),
         ((X, Y.astype(float)), r"y holds float64 of shape \(20,\)"),
         ((X, Y[:, np.newaxis]), r"y holds int64 of shape \(20, 1\)"),
-        ((X, Y - 1), "y: label -1 of row 0 is not in 0..1"),
+        ((X, Y - 1), "y: label -1 of row 0; number the classes 0, 1, 2"),
         ((X, Y, X), "x_test and y_test come together"),
         ((X, Y, X, Y - 1), "y_test: label -1 of row 0"),
         ((X, Y, X[:, 1:], Y), r"x_test has rows of \(3, 3, 2\) uint8, x of \(4, 3, 2\) uint8"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
-from nettorrent_mpi.plan.errors import DataError
+from nettorrent_mpi.data.from_arrays import from_arrays
+from nettorrent_mpi.data.rows import Split, private
+from nettorrent_mpi.plan.errors import DataError, NetTorrentWarning
 
 ROWS, SHAPE = 60, (6, 5, 3)
 Array = np.ndarray[Any, Any]
@@ -53,15 +57,25 @@ def test_round_trip(
     write(path, x, labels(), file_options, **x_options)
     dataset = open_dataset("hdf5", str(path))
     assert (dataset.shape, dataset.classes, dataset.train.rows, dataset.test) == (SHAPE, 4, ROWS, None)
-    take = dataset.train.open_rows(lambda *_: pytest.fail("nothing to allocate"))
-    assert take.__qualname__.startswith("take_from" if mapped else "_take_through_hdf5")
     np.testing.assert_array_equal(dataset.train.targets(), labels())
-    inputs = dataset.train.inputs()
     expected = x.astype(np.float64) / (255.0 if dtype == "u1" else 1.0)
-    for indices in ([5], [59, 0, 30], [7, 7, 3, 7], list(range(ROWS)), []):
-        out = np.full((len(indices), *SHAPE), np.nan)
-        inputs.batch(np.array(indices, np.intp), out)
-        np.testing.assert_allclose(out, expected[indices], rtol=1e-15, err_msg=layout)
+    allocated: list[int] = []
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], fill: Any) -> Array:
+        array = private(shape, dtype, fill)
+        allocated.append(array.nbytes)
+        return array
+
+    for roomy in (True, False):  # read once into memory, or, without room for it, batch by batch
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            inputs = dataset.train.inputs(allocate, lambda size, roomy=roomy: roomy and size == x.nbytes)
+        assert allocated == ([] if mapped else [x.nbytes])
+        assert ["do not fit" in str(each.message) for each in told] == ([] if mapped or roomy else [True])
+        for indices in ([5], [59, 0, 30], [7, 7, 3, 7], list(range(ROWS)), []):
+            out = np.full((len(indices), *SHAPE), np.nan)
+            inputs.batch(np.array(indices, np.intp), out)
+            np.testing.assert_allclose(out, expected[indices], rtol=1e-15, err_msg=layout)
 
 
 def test_test_set_names_and_floating_targets(tmp_path: Path) -> None:
@@ -112,7 +126,7 @@ def test_a_test_set_may_hold_the_largest_label(tmp_path: Path) -> None:
         ({"x": values("u1")[:0], "y": labels()[:0]}, r"x has shape \(0, 6, 5, 3\)"),
         ({"x": values("u1"), "y": labels().astype(float)}, r"y holds float64 of shape \(60,\)"),
         ({"x": values("u1"), "y": labels()[:, None]}, r"y holds int64 of shape \(60, 1\)"),
-        ({"x": values("u1"), "y": labels() - 1}, "y: label -1 of row 0"),
+        ({"x": values("u1"), "y": labels() - 1}, "y: label -1 of row 0; number the classes"),
     ],
 )
 def test_contents_that_are_not_a_data_set(tmp_path: Path, parts: dict[str, Array], text: str) -> None:
@@ -171,9 +185,173 @@ def test_a_flipped_byte_under_a_checksum_names_row_and_chunk(tmp_path: Path) -> 
     data = bytearray(path.read_bytes())
     data[chunk.byte_offset + 5] ^= 1
     path.write_bytes(data)
-    inputs = open_dataset("hdf5", str(path)).train.inputs()
+    train = open_dataset("hdf5", str(path)).train
+    with pytest.raises(DataError, match="x: row 20 cannot be read") as caught:
+        train.inputs()
+    assert caught.value.offset == chunk.byte_offset
+    with pytest.warns(NetTorrentWarning, match="do not fit"):
+        inputs = train.inputs(has_room=lambda size: False)
     out = np.empty((3, *SHAPE))
     inputs.batch(np.array([0, 19, 30]), out)  # other chunks are sound
     with pytest.raises(DataError, match="x: row 25 cannot be read") as caught:
         inputs.batch(np.array([0, 59, 25]), out)
     assert caught.value.offset == chunk.byte_offset
+
+
+def test_a_compressed_chunk_is_read_once_a_batch(tmp_path: Path) -> None:
+    """Small chunks, row by row, would be decompressed again for each row of the batch."""
+    path = tmp_path / "set.h5"
+    x = np.random.default_rng(0).integers(0, 256, (4000, 16, 16), np.uint8)
+    write(path, x, np.arange(4000) % 3, chunks=(2000, 2, 2), compression="gzip")
+    assert open_dataset("hdf5", str(path)).notes == ()
+    with pytest.warns(NetTorrentWarning):
+        inputs = open_dataset("hdf5", str(path)).train.inputs(has_room=lambda size: False)
+    out, rows = np.empty((300, 16, 16), np.float32), np.random.default_rng(1).permutation(4000)[:300]
+    began = time.perf_counter()
+    with h5py.File(path) as file:
+        file["x"][...]
+    once = time.perf_counter() - began
+    began = time.perf_counter()
+    inputs.batch(rows, out)
+    assert time.perf_counter() - began < 5 * once + 0.05  # it was 60 times
+    np.testing.assert_array_equal(np.rint(out * 255), x[rows])
+
+
+def test_what_is_read_in_one_go_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "set.h5"
+    with h5py.File(path, "w") as file:
+        x = np.full((20000, 28, 28, 1), 7, np.uint8)
+        file.create_dataset("x", data=x, chunks=(2500, 28, 28, 1), compression="gzip")
+        file["y"] = np.arange(20000) % 10
+    (note,) = open_dataset("hdf5", str(path)).notes
+    assert note.startswith(f"{path}: x is compressed (gzip), so its 15.7 MB are read into memory once")
+    assert "h5repack -l CONTI -f NONE set.h5 NEW.h5" in note
+
+
+def test_rows_behind_links_and_in_other_files(tmp_path: Path) -> None:
+    """They come from the file that has them; one that is missing is an error, where HDF5 reads zeros."""
+    other, path = tmp_path / "other.h5", tmp_path / "set.h5"
+    x = values("u1")
+    write(other, x, labels())
+    with h5py.File(path, "w") as file:
+        file["x"], file["y"] = h5py.ExternalLink("other.h5", "/x"), labels()
+        file["more"] = np.full(5000, 99, np.uint8)
+
+    def read() -> Array:
+        out = np.empty((ROWS, *SHAPE))
+        open_dataset("hdf5", str(path)).train.inputs().batch(np.arange(ROWS), out)
+        return np.rint(out * 255)
+
+    np.testing.assert_array_equal(read(), x)
+    other.rename(tmp_path / "away.h5")
+    with pytest.raises(DataError, match=r"x is a link to /x of other\.h5, which is not there"):
+        read()
+    layout = h5py.VirtualLayout(x.shape, np.uint8)
+    layout[...] = h5py.VirtualSource("other.h5", "x", x.shape)
+    with h5py.File(path, "w") as file:
+        file.create_virtual_dataset("x", layout)
+        file["y"] = labels()
+    with pytest.raises(DataError, match=r"x is put together from files of which other\.h5 is missing"):
+        read()
+    (tmp_path / "away.h5").rename(other)
+    np.testing.assert_array_equal(read(), x)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", x.shape, np.uint8, external=[(tmp_path / "x.raw", 0, x.nbytes)])
+        file["y"] = labels()
+    (tmp_path / "x.raw").write_bytes(x.tobytes()[:-1])
+    with pytest.raises(DataError, match=r"x is stored in .*x\.raw, which is too short"):
+        read()
+    (tmp_path / "x.raw").write_bytes(x.tobytes())
+    np.testing.assert_array_equal(read(), x)
+
+
+def test_values_that_nobody_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "set.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (ROWS, *SHAPE), np.uint8)
+        file["y"] = labels()
+    with pytest.raises(DataError, match="x has a shape, but no values were written"):
+        open_dataset("hdf5", str(path))
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (ROWS, *SHAPE), np.uint8, chunks=(20, *SHAPE))
+        file["x"][:20] = 1
+        file["y"] = labels()
+    with pytest.warns(NetTorrentWarning, match=r"x: 2 of 3 chunks were never written"):
+        open_dataset("hdf5", str(path))
+
+
+def test_a_filter_that_this_library_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "set.h5"
+    write(path, values("u1"), labels(), compression="lzf")
+    data = path.read_bytes()
+    assert data.count(b"lzf\0") == 1
+    at = data.index(b"lzf\0")
+    head = data[:at].rindex((32000).to_bytes(2, "little"))
+    path.write_bytes(data[:head] + (32004).to_bytes(2, "little") + data[head + 2 :])
+    with pytest.raises(DataError, match=r"x is compressed by filter 32004 \(lzf\), which this HDF5 library lacks"):
+        open_dataset("hdf5", str(path))
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [
+        (2, "classes is '2', but has to list"),
+        ("no,yes", "classes is 'no,yes', but has to list"),
+        (np.array([2]), r"classes is '\[2\]', but has to list"),
+        (h5py.Empty("f4"), "classes is empty, but has to list"),
+        (np.array([], "S3"), "classes is empty, but has to list"),
+        (["a", "b", "a", "c"], r"names 'a' twice \(0 and 2\)"),
+    ],
+)
+def test_class_names_that_are_none(tmp_path: Path, classes: Any, text: str) -> None:
+    path = tmp_path / "set.h5"
+    write(path, values("u1"), labels())
+    with h5py.File(path, "a") as file:
+        file.attrs["classes"] = classes
+    with pytest.raises(DataError, match=text) as caught:
+        open_dataset("hdf5", str(path))
+    assert caught.value.file == str(path)
+
+
+@pytest.mark.parametrize(
+    ("y", "text"),
+    [
+        (2 * (np.arange(ROWS) % 2) - 1, "y: label -1 of row 0; number the classes 0, 1, 2, "),
+        (np.where(np.arange(ROWS) > 4, np.uint64(2**63 + 1), np.uint64(0)), "y: label 9223372036854775809 of row 5;"),
+    ],
+)
+def test_labels_that_cannot_be_classes(tmp_path: Path, y: Array, text: str) -> None:
+    write(tmp_path / "set.h5", values("u1"), y)
+    with pytest.raises(DataError, match=text):
+        open_dataset("hdf5", str(tmp_path / "set.h5"))
+    with h5py.File(tmp_path / "set.h5", "a") as file:
+        file.attrs["classes"] = ["no", "yes"]
+    with pytest.raises(DataError, match=text[:20]):
+        open_dataset("hdf5", str(tmp_path / "set.h5")).train.targets()
+    with pytest.raises(DataError, match=text):
+        from_arrays(values("u1"), y)
+
+
+def test_whatever_hdf5_raises_is_a_data_error(tmp_path: Path) -> None:
+    """Names in a damaged heap, chunks that are not gzip's, an object without its header."""
+    path = tmp_path / "set.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=values("u1"), chunks=(20, *SHAPE), compression="gzip")
+        file.create_dataset("y", data=labels(), chunks=(20,), compression="gzip")
+        places = {name: file[name].id.get_chunk_info(1).byte_offset for name in "xy"}
+        file.attrs["classes"] = ["a", "b", "c", "d"]
+    good = path.read_bytes()
+    assert good.count(b"GCOL") == 1
+
+    def damaged(at: int) -> Split:
+        path.write_bytes(good[:at] + bytes(8) + good[at + 8 :])
+        return open_dataset("hdf5", str(path)).train
+
+    with pytest.raises(DataError, match="truncated or corrupt HDF5 file"):
+        damaged(good.index(b"GCOL"))
+    with pytest.raises(DataError, match="truncated or corrupt HDF5 file"):
+        damaged(good.index(b"TREE"))
+    with pytest.raises(DataError, match="x: row 20 cannot be read"):
+        damaged(places["x"]).inputs()
+    with pytest.raises(DataError, match="y cannot be read"):
+        damaged(places["y"]).targets()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from nettorrent_mpi.engine.usage import WARM_UP, Clock
+from nettorrent_mpi.engine.usage import WARM_UP, Clock, free_memory
 
 
 @pytest.fixture
@@ -75,3 +76,23 @@ def test_peak_memory_is_not_that_of_who_started_the_process() -> None:
     code = "from nettorrent_mpi.engine.usage import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100e6 < len(held)
+
+
+def test_free_memory_is_the_least_that_a_control_group_leaves(tmp_path: Path) -> None:
+    for folder in ("proc/self", "sys/fs/cgroup/job/step", "sys/fs/cgroup/memory"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("3:cpu:/\n0::/job/step\n")
+    assert free_memory(tmp_path) == 8000 * 1024
+    groups = tmp_path / "sys/fs/cgroup"
+    for group, limit, used, cache in (("job", "3000000", 2500000, 700000), ("job/step", "max", 2500000, 700000)):
+        (groups / group / "memory.max").write_text(f"{limit}\n")
+        (groups / group / "memory.current").write_text(f"{used}\n")
+        (groups / group / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
+    assert free_memory(tmp_path) == 1_200_000, "the job's limit, whose page cache can be given back"
+    (tmp_path / "proc/self/cgroup").write_text("4:cpuset,memory:/not/visible/here\n")
+    (groups / "memory/memory.limit_in_bytes").write_text("900000\n")
+    (groups / "memory/memory.usage_in_bytes").write_text("600000\n")
+    (groups / "memory/memory.stat").write_text("inactive_file 5\ntotal_inactive_file 100000\n")
+    assert free_memory(tmp_path) == 400_000
+    assert 1 << 20 < free_memory() < 1 << 50

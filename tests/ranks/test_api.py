@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -54,6 +55,30 @@ def test_a_trainer_gives_the_serial_weights_and_the_same_records_on_all_ranks(wo
         list(trainer.train(steps=3))
         assert trainer.step == 11
         same(trainer.parameters(), serial(steps=11))
+
+
+def test_compressed_rows_train_alike_whether_they_are_read_once_or_batch_by_batch(
+    world: MPI.Intracomm, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank of a node decides: here it alone sees that memory is short."""
+    from nettorrent_mpi.engine import wiring
+
+    if RANK == 0:
+        with h5py.File(shared_path / "set.h5", "w") as file:
+            for name, values in zip(("x", "y", "x_test", "y_test"), rows(), strict=True):
+                file.create_dataset(name, data=values, chunks=(7, 2)[: values.ndim], compression="gzip")
+    world.barrier()
+    data = {"name": "hdf5", "root": str(shared_path / "set.h5")}
+    for free in (1 << 40, 0):
+        monkeypatch.setattr(wiring, "free_memory", lambda free=free: free if RANK == 0 else 1 << 40)
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            trainer = nt.Trainer(LAYERS, data, comm=world, **HOW)
+        short = [each for each in given if "do not fit" in str(each.message)]
+        assert len(short) == (0 if free else 2 if trainer.setup.topology.place(RANK).stage == 0 else 0)
+        with trainer:
+            list(trainer.train(epochs=2))
+            same(trainer.parameters(), serial(epochs=2))
 
 
 def told_by_trainer(world: MPI.Intracomm, *trainer: Any, **how: Any) -> list[list[str]]:
