@@ -107,6 +107,7 @@ class Trainer:
             if isinstance(network, PlannedRun):
                 if data is not None or settings:
                     raise UserError("a plan has its data and settings already: give them to plan(), not to Trainer()")
+                network.setup.dataset.require()
                 return network
             dataset = opened(data)
         shape = None if dataset is None else (dataset.train.rows, dataset.test and dataset.test.rows, dataset.shape)

@@ -10,10 +10,10 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.settings import Settings, configure
 from nettorrent_mpi.data.from_arrays import from_arrays
 from nettorrent_mpi.data.rows import Dataset
+from nettorrent_mpi.engine.layout import predicted
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.usage import peak_memory
 from nettorrent_mpi.nn.model import Network
-from nettorrent_mpi.plan.cost import predict
 from nettorrent_mpi.plan.errors import UserError, warn
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.specs import LayerSpec
@@ -35,17 +35,22 @@ def load_config(path: str | Path | None = None, *changes: str) -> Config:
 
 
 def plan(
-    network: Architecture, data: Data | None = None, *, ranks: int = 1, **settings: Unpack[Settings]
+    network: Architecture,
+    data: Data | None = None,
+    *,
+    ranks: int = 1,
+    data_needed: bool = False,
+    **settings: Unpack[Settings],
 ) -> PlannedRun:
     """Plan a run on `ranks` ranks: who holds and does what when, the predicted speed and the memory. Nothing is
-    communicated, and MPI is not loaded.
+    communicated, MPI is not loaded, and published data sets need not be there (unless `data_needed`).
 
     `network` is a configuration (whose values `settings` replace), a network, or its layers. Raises UserErrors: a
     ConfigError, LayoutError, ShapeError or DataError; gives the plan's warnings.
     """
     dataset = opened(data)
     config = configured(network, data, dataset, settings)
-    planned = PlannedRun(set_up(config, ranks, dataset), has_length(network, settings))
+    planned = PlannedRun(set_up(config, ranks, dataset, planning=not data_needed), has_length(network, settings))
     planned.warn()
     return planned
 
@@ -100,10 +105,7 @@ class PlannedRun:
     @property
     def seconds_per_step(self) -> float:
         """The predicted seconds of a training step."""
-        options = self.setup.options
-        exact, kind = self.config.exact, options.pipeline.kind
-        args = (self.topology, self.network.facts, options.batch_size, options.micro_batches, kind)
-        return predict(*args, exact=exact).seconds
+        return predicted(self.config, self.network, self.topology).seconds
 
     @property
     def memory(self) -> list[Memory]:

@@ -63,7 +63,10 @@ def _parser() -> _Parser:
         "layout and number of ranks may differ",
     )  # fmt: skip
     train.add_argument(
-        "--dry-run", action="store_true", help="show layout, schedule, predicted time and memory without training"
+        "--dry-run",
+        action="store_true",
+        help="show layout, schedule, predicted time and memory without training (and "
+        "without MPI, or the files of a published data set)",
     )
     train.add_argument(
         "--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks instead of those of this run"

@@ -5,16 +5,20 @@ Plain text of at most WIDTH columns, the same on a terminal and in a file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from nettorrent_mpi.cli.exchange_report import exchange_block, stream_block
-from nettorrent_mpi.cli.tables import MOST_LINES, WIDTH, aligned, wrapped
+from nettorrent_mpi.cli.speed_report import speed_block
+from nettorrent_mpi.cli.tables import MOST_LINES, WIDTH, aligned, shortened, wrapped
+from nettorrent_mpi.engine.layout import predicted
+from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.actions import peak_stored, step_end
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
-from nettorrent_mpi.plan.cost import predict
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, build
 from nettorrent_mpi.plan.stream import window_steps
@@ -40,8 +44,9 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
     parameters = sum(layer.parameters for layer in facts)
     rows, epoch = setup.dataset.train.rows, setup.sampler.steps_per_epoch
     millions, total = sum(layer.operations for layer in facts) / 1e6, setup.steps
+    name = config.data.name + (" (not here; as published)" if setup.dataset.missing else "")
     head = [
-        f"data      {config.data.name}: {rows:,} training rows, {epoch:,} steps per epoch, {total:,} steps in all",
+        f"data      {name}: {rows:,} training rows, {epoch:,} steps per epoch, {total:,} steps in all",
         f"network   {len(facts)} weight layers, {parameters:,} parameters, {millions:,.1f} million operations per row",
         f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
@@ -53,14 +58,38 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
     proof = f"{config.pipeline.kind}: {letters}; checked for all {topology.size} ranks: no deadlock"
     blocks = [
         "\n".join(head),
+        "NETWORK\n" + network_table(setup.network),
         "LAYOUT\n" + layout_table(topology, facts, train.batch_size, micro_batches, hosts),
         f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline.kind, len(topology.stages), micro_batches),
         "STAGES\n" + stages_table(setup),
+        "SPEED (predicted)\n" + speed_block(setup),
         "MEMORY (MB of each stage's largest rank)\n" + memory_table(memory),
         stream_block(setup),
         exchange_block(setup),
     ]
     return "\n\n".join(block for block in blocks if block is not None) + "\n"
+
+
+def network_table(network: Network) -> str:
+    """Write a line for the input and for each layer; an activation is its layer's."""
+    total = network.whole.operations or 1.0
+    rows = [["input", _sizes(network.input_shape), "", ""]]
+    parameters, operations = 0, 0.0
+    for layer, after in zip_longest(network.whole.layers, network.whole.layers[1:]):
+        parameters += sum(math.prod(p.shape) for p in layer.parameters if p.trainable)
+        operations += layer.operations
+        if after is None or not after.name.startswith(f"{layer.name}."):
+            name = layer.name.replace(".", ", ")
+            rows.append([name, _sizes(layer.outputs.shape), f"{parameters:,}", f"{100 * operations / total:.1f} %"])
+            parameters, operations = 0, 0.0
+    lines = [aligned(["layer", "outputs", "parameters", "cost"], rows[:MOST_LINES], left=("layer", "outputs"))]
+    if len(rows) > MOST_LINES:
+        lines.append(f"... and {len(rows) - MOST_LINES} more layers")
+    return "\n".join(lines)
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def layout_table(
@@ -168,9 +197,8 @@ def schedule_table(pipeline: str, stages: int, micro_batches: int) -> str:
 def stages_table(setup: Setup) -> str:
     """Write the cost of each stage: predicted seconds of a step, micro-batches stored at once."""
     config, topology, facts = setup.config, setup.topology, setup.network.facts
-    train = config.train
     micro_batches = setup.options.micro_batches
-    step = predict(topology, facts, train.batch_size, micro_batches, config.pipeline.kind, exact=config.exact)
+    step = predicted(config, setup.network, topology)
     header = [
         "stage", "layers", "ranks", "replicas", "rows", "cols", "parameters", "cost", "stored", "compute", "messages",
     ]  # fmt: skip
@@ -195,11 +223,7 @@ def stages_table(setup: Setup) -> str:
     lines = [aligned(header, rows, left=("layers",))]
     if len(topology.stages) > MOST_LINES:
         lines.append(f"... and {len(topology.stages) - MOST_LINES} more stages")
-    speed, waiting = train.batch_size / step.seconds, 100 * max(step.bubble, 0.0)
-    lines += [
-        f"predicted step: {1e3 * step.seconds:.3g} ms, {speed:,.0f} samples/s, {waiting:.0f} % of the time waiting",
-        "stored: micro-batches held at the same time for backward",
-    ]
+    lines.append("stored: micro-batches held at the same time for backward; compute, messages: predicted, in one step")
     return "\n".join(lines)
 
 
@@ -230,7 +254,7 @@ def layers(stage: Stage, facts: Sequence[LayerFacts]) -> str:
     """Name the weight layers of a stage, shortened."""
     first, last = facts[stage.first].name, facts[stage.stop - 1].name
     name = first if stage.layers == 1 else f"{first}..{last}"
-    return name if len(name) <= 28 else name[:25] + "..."
+    return shortened(name)
 
 
 def _ranges(numbers: Iterable[int]) -> str:

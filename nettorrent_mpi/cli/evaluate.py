@@ -29,7 +29,7 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
         folder = Path(args.run)
         config = world.once(lambda: _any_ranks(load_config(folder / "config.yaml", *args.changes)))
         with world.agreement():
-            planned = plan(config, ranks=world.size)
+            planned = plan(config, ranks=world.size, data_needed=True)
             if planned.setup.dataset.test is None and not len(planned.setup.sampler.validation_rows):
                 raise DataError(
                     "has no test set (x_test, y_test), and the run held back no validation rows: there is nothing to "

@@ -64,7 +64,7 @@ def _plan(world: World, args: argparse.Namespace) -> PlannedRun:
     config = world.once(lambda: read(args))
     checker = peak_memory() - before  # loaded on rank 0, to read the configuration
     with world.agreement():
-        planned = plan(config, ranks=args.ranks or world.size)
+        planned = plan(config, ranks=args.ranks or world.size, data_needed=not args.dry_run)
     own = peak_memory()
     planned.process_memory = (own, own - checker)
     return planned

@@ -18,6 +18,11 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence
     )
 
 
+def shortened(name: str) -> str:
+    """Cut a long name."""
+    return name if len(name) <= 28 else name[:25] + "..."
+
+
 def wrapped(label: str, text: str) -> list[str]:
     """Break `text` at spaces into lines; the first begins with the label."""
     lines = [label]

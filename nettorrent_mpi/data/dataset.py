@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from nettorrent_mpi.data.cifar import CLASSES as CIFAR_CLASSES
 from nettorrent_mpi.data.cifar import SHAPE as CIFAR_SHAPE
@@ -57,13 +57,30 @@ Opener: TypeAlias = Callable[[str | None, DataOptions], Dataset]
 """opener(root, options) opens a data set: every rank calls it and gets the same. Raises DataError and ConfigError."""
 
 
-def open_dataset(name: str, root: str | None, *, options: DataOptions | None = None) -> Dataset:
+def open_dataset(name: str, root: str | None, *, options: DataOptions | None = None, planning: bool = False) -> Dataset:
     """Open data set `name` under the folder (for hdf5: the file) `root`; digits and synthetic need none.
 
     The configuration has checked that there is such a data set, with this root and these options. Raises DataError for
-    files that are missing, truncated or of the wrong kind, as far as headers and sizes show.
+    files that are missing, truncated or of the wrong kind, as far as headers and sizes show. For `planning`, the
+    published size stands in for files that are missing (`Dataset.missing`).
     """
-    return replace(_OPENERS[name](root, options or DataOptions()), name=name)
+    options = options or DataOptions()
+    try:
+        return replace(_OPENERS[name](root, options), name=name)
+    except DataError as error:
+        published = DATASETS[name].published
+        if not planning or published is None or error.file is None or Path(error.file).exists():
+            raise
+        missing, shape = error, published.shape
+
+    def fail(*_: Array) -> NoReturn:
+        raise missing
+
+    def split(rows: int) -> Split:
+        return Split.of_bytes(rows, shape, Scaling(shape, UNIT, options.mean, options.std), fail, fail)
+
+    train, test = split(published.rows), split(published.test_rows)
+    return Dataset(name, shape, published.classes, train, test, missing=missing)
 
 
 def register_dataset(name: str, *, needs_root: bool = False, options: Sequence[str] = ()) -> Callable[[Opener], Opener]:

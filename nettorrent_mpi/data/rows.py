@@ -15,7 +15,7 @@ import numpy as np
 
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.device.arrays import Array, DType, Shape
-from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 UNIT = 1.0 / 255.0  # scales bytes to 0..1
 BYTE = np.dtype(np.uint8)
@@ -250,3 +250,9 @@ class Dataset:
     file: str | None = None
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    missing: DataError | None = None  # what the files lack of a data set that is only planned with
+
+    def require(self) -> None:
+        """Raise the DataError of a data set whose files are missing."""
+        if self.missing is not None:
+            raise self.missing

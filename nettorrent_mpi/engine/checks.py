@@ -5,12 +5,16 @@ from __future__ import annotations
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.engine.layout import AS_FAST, on_fewer_ranks, one_stage, predicted
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.cost import Machine
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.exchange_specs import Elite, Gossip
 from nettorrent_mpi.plan.pairing import make_pairing
 from nettorrent_mpi.plan.topology import Topology
+
+MUCH, LONG = 1.5, 10.0  # a layout is told of if it takes so many times as long as `auto`, and so many seconds more
 
 
 def doubts(config: Config, dataset: Dataset, sampler: Sampler) -> list[str]:
@@ -21,6 +25,28 @@ def doubts(config: Config, dataset: Dataset, sampler: Sampler) -> list[str]:
         found.append(
             f"train.batch_size: {batch_size}, but there are only {rows} training rows: every mini-batch has all of "
             "them, and an epoch is one step"
+        )
+    return found
+
+
+def slow(config: Config, network: Network, topology: Topology, steps: int) -> list[str]:
+    """Return a warning where the default layout makes the run much longer than need be, and one where fewer ranks would
+    be faster: predictions of a few milliseconds, for runs that last longer."""
+    ours, ranks = predicted(config, network, topology).seconds, topology.size
+    if config.layout != "layers" or ranks == 1 or steps * ours < LONG:
+        return []
+    found, machine = [], f"on cores of {Machine().flops / 1e9:.0f} GFLOP/s"
+    auto = predicted(config, network, one_stage(config, network, ranks)).seconds  # or less
+    if ours >= MUCH * auto and steps * (ours - auto) >= LONG:
+        found.append(
+            f"layout: layers is predicted to take {ours / auto:.1f} times as long as auto ({steps * ours:,.0f} s, not "
+            f"{steps * auto:,.0f} s, {machine}): set layout=auto, or compare them with --dry-run"
+        )
+    seconds, fewer = min(((each.seconds, count) for count, each in on_fewer_ranks(config, network, ranks)))
+    if AS_FAST * seconds < ours:
+        found.append(
+            f"layout: layers is predicted to be slower on {ranks} ranks than on {fewer} ({steps * ours:,.0f} s, not "
+            f"{steps * seconds:,.0f} s, {machine}): compare them with --dry-run"
         )
     return found
 

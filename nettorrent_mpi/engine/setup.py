@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nettorrent_mpi.config.sections import Config, Layout
+from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.device import Kernels
-from nettorrent_mpi.engine.checks import check_batch_norm, check_exchange, doubts
+from nettorrent_mpi.engine.checks import check_batch_norm, check_exchange, doubts, slow
+from nettorrent_mpi.engine.layout import lay_out, micro_batches
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.losses import check_end, check_fit
 from nettorrent_mpi.nn.model import Network
-from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.cost import auto_layout
-from nettorrent_mpi.plan.errors import ConfigError, LayoutError
-from nettorrent_mpi.plan.exchange_specs import Async, Elite
-from nettorrent_mpi.plan.layouts import given_layout, layers_layout
+from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.exchange_specs import Elite
 from nettorrent_mpi.plan.topology import Topology
 
-MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
 SHORT_RUN = 2e11  # floating-point operations of a rank: two seconds of one core
 
 
@@ -64,8 +60,9 @@ class Setup:
         return f"replica {place.replica}, stage {place.stage} ({names}), row {place.row}, col {place.col}"
 
 
-def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
-    """Open the data (unless given), build the network and lay it out over `ranks`. Raises every kind of UserError."""
+def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planning: bool = False) -> Setup:
+    """Open the data (unless given), build the network and lay it out over `ranks`. `planning` needs no files of data
+    whose size is known (`open_dataset`). Raises every kind of UserError."""
     data, train = config.data, config.train
     dataset = dataset or open_dataset(
         data.name,
@@ -80,6 +77,7 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
             classes=data.classes,
             seed=config.seed,
         ),
+        planning=planning,
     )
     network = Network(config.model.layers, dataset.shape)
     check_end(config.model.loss, network.expanded, network.output_shape[-1], dataset.classes)
@@ -116,7 +114,9 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None) -> Setup:
         trace=config.trace,
         kernels=_kernels(config, network, ranks, sampler.steps_per_epoch),
     )
-    return Setup(config, dataset, sampler, network, topology, options, tuple(doubts(config, dataset, sampler)))
+    setup = Setup(config, dataset, sampler, network, topology, options)
+    warnings = doubts(config, dataset, sampler) + slow(config, network, topology, setup.steps)
+    return replace(setup, warnings=tuple(warnings))
 
 
 def _kernels(config: Config, network: Network, ranks: int, epoch_steps: int) -> Kernels:
@@ -126,51 +126,3 @@ def _kernels(config: Config, network: Network, ranks: int, epoch_steps: int) -> 
     steps = config.train.steps if config.train.steps is not None else (config.train.epochs or 1) * epoch_steps
     work = steps * config.train.batch_size * sum(facts.operations for facts in network.facts)
     return "fastest" if work / ranks > SHORT_RUN else "numpy"
-
-
-def lay_out(config: Config, network: Network, ranks: int) -> Topology:
-    """Return the topology of the configuration's layout on this many ranks. Raises LayoutError."""
-    train, layout, facts = config.train, config.layout, network.facts
-    if isinstance(layout, Layout) and layout.swarms is not None:
-        swarms = [(swarm.layers, swarm.rows, swarm.cols) for swarm in layout.swarms]
-        return given_layout(layout.replicas, swarms, facts, ranks)
-    pieces = _pieces(config, MICRO_BATCHES)
-    if layout == "auto":
-        counts = partial(_count, config, network)
-        return auto_layout(facts, ranks, train.batch_size, counts, config.pipeline.kind, exact=config.exact)
-    replicas = layout.replicas if isinstance(layout, Layout) else 1
-    if ranks % replicas:
-        fewer, more = ranks // replicas * replicas, (ranks // replicas + 1) * replicas
-        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-        near = min(divisors, key=lambda n: (abs(n - replicas), n))
-        raise LayoutError(
-            f"layout.replicas: {replicas} replicas of equal size cannot be made of {ranks} ranks: start "
-            f"{f'{fewer} or {more}' if fewer else more} ranks, or write layout: {{replicas: {near}}}"
-        )
-    rows = span(span(train.batch_size, pieces, 0).size, replicas, 0).size  # of a micro-batch, in one replica
-    return Topology(replicas, layers_layout(facts, ranks // replicas, rows).stages)
-
-
-def micro_batches(config: Config, network: Network, topology: Topology) -> int:
-    """Return the number of micro-batches of a mini-batch.
-
-    With batch norm it never depends on the layout: statistics are taken over one micro-batch, and parallel has to equal
-    serial. An asynchronous pipeline wants as many as it has stages, so that two versions of the weights suffice, as
-    long as every replica has a row of each.
-    """
-    return _count(config, network, len(topology.stages), topology.replicas)
-
-
-def _count(config: Config, network: Network, stages: int, replicas: int = 1) -> int:
-    automatic = MICRO_BATCHES
-    if not network.has_batch_norm:
-        if stages == 1:
-            automatic = 1
-        elif isinstance(config.pipeline, Async):
-            automatic = max(automatic, min(stages, config.train.batch_size // replicas))
-    return _pieces(config, automatic)
-
-
-def _pieces(config: Config, automatic: int) -> int:
-    train = config.train
-    return min(automatic, train.batch_size) if train.micro_batches == "auto" else train.micro_batches

@@ -31,7 +31,7 @@ class Network:
         self.expanded = expanded(self.layers)  # with each activation as a layer of its own
         self.input_shape = input_shape
         self._starts = _starts(self.layers)
-        whole = Sequence(self.layers, Site("", Features.whole(input_shape)))
+        self.whole = whole = Sequence(self.layers, Site("", Features.whole(input_shape)))  # undivided, in one stage
         self.output_shape = whole.outputs.shape
         self.output_name = whole.layers[-1].name
         norms = (layer for layer in _all_layers(whole) if isinstance(layer, BatchNormLayer))

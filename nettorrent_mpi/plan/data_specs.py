@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Published(NamedTuple):
+    """The size in which a data set of images is published."""
+
+    rows: int
+    test_rows: int
+    shape: tuple[int, int, int]
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -17,22 +26,29 @@ class DatasetSpec:
     root: what `data.root` names; None for a data set without files.
     needs_root: whether `data.root` is required.
     options: those of OWN_OPTIONS that the data set takes.
+    published: its size, by which a run is planned where the files are not.
     """
 
     root: str | None = None
     needs_root: bool = True
     options: tuple[str, ...] = ()
+    published: Published | None = None
 
 
 SYNTHETIC: dict[str, Any] = {"rows": 10_000, "test_rows": 1_000, "shape": (28, 28, 1), "classes": 10}  # unless told
 OWN_OPTIONS = ("transposed", "rows", "test_rows", "shape", "classes")  # not every data set takes these
 
+_MNIST = Published(60_000, 10_000, (28, 28, 1), 10)
 DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(needs_root=False),
-    "mnist": DatasetSpec("the folder that holds mnist/"),
-    "fashion_mnist": DatasetSpec("the folder that holds fashion_mnist/"),
-    "letters": DatasetSpec("the folder that holds letters/", options=("transposed",)),
-    "cifar10": DatasetSpec("the folder that holds cifar-10-batches-bin/"),
+    "mnist": DatasetSpec("the folder that holds mnist/", published=_MNIST),
+    "fashion_mnist": DatasetSpec("the folder that holds fashion_mnist/", published=_MNIST),
+    "letters": DatasetSpec(
+        "the folder that holds letters/", options=("transposed",), published=Published(124_800, 20_800, (28, 28, 1), 26)
+    ),
+    "cifar10": DatasetSpec(
+        "the folder that holds cifar-10-batches-bin/", published=Published(50_000, 10_000, (32, 32, 3), 10)
+    ),
     "hdf5": DatasetSpec("the file (an HDF5 file with x and y)"),
     "synthetic": DatasetSpec(needs_root=False, options=("rows", "test_rows", "shape", "classes")),
 }

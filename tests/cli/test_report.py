@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import nettorrent_mpi as nt
 from nettorrent_mpi.cli import dry_run as report
+from nettorrent_mpi.cli.speed_report import _duration, speed_block
 from nettorrent_mpi.config import reading as config
+from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
@@ -22,13 +27,16 @@ FACTS = [
 ]
 
 
+WHOLE = Network([nt.Flatten(), nt.Linear(8, activation="relu"), nt.Linear(10)], (32, 32, 3)).whole
+
+
 def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) -> Any:
     return SimpleNamespace(
         config=config.load(None, ["train.batch_size=128", "train.epochs=15", *changes]),
-        dataset=SimpleNamespace(train=SimpleNamespace(rows=50_000)),
+        dataset=SimpleNamespace(train=SimpleNamespace(rows=50_000), missing=None),
         sampler=SimpleNamespace(steps_per_epoch=391),
         steps=15 * 391,
-        network=SimpleNamespace(facts=facts),
+        network=SimpleNamespace(facts=facts, has_batch_norm=False, input_shape=(32, 32, 3), whole=WHOLE),
         topology=topology,
         options=SimpleNamespace(micro_batches=4),
         layout_line=topology.describe([f.name for f in facts]),
@@ -54,7 +62,7 @@ def test_a_dry_run_fits_the_screen_for_any_number_of_ranks(ranks: int) -> None:
     assert f"= {ranks} rank" in " ".join(text.split())
     assert "50,000 training rows, 391 steps per epoch, 5,865 steps in all" in text
     assert "no deadlock" in text
-    assert "predicted step" in text
+    assert "SPEED (predicted)" in text
     assert "node0" in text
 
 
@@ -156,11 +164,11 @@ def test_replicas_that_differ_are_predicted_without_a_common_sum() -> None:
 def test_blocks_stand_where_there_is_something_to_say() -> None:
     one, two = layers_layout(FACTS, 4, 32), Topology(2, (Stage(0, 3, 1, 1), Stage(3, 6, 1, 1)))
     for topology, change, blocks in (
-        (one, "exchange=allreduce", ["LAYOUT", "SCHEDULE", "STAGES", "MEMORY"]),
-        (one, "exchange=none", ["LAYOUT", "SCHEDULE", "STAGES", "MEMORY", "EXCHANGE"]),
-        (one, "pipeline=async", ["LAYOUT", "SCHEDULE", "STAGES", "MEMORY", "STALENESS"]),
-        (two, "exchange=allreduce", ["LAYOUT", "SCHEDULE", "STAGES", "MEMORY", "EXCHANGE"]),
-        (two, "exchange=gossip", ["LAYOUT", "SCHEDULE", "STAGES", "MEMORY", "EXCHANGE"]),
+        (one, "exchange=allreduce", ["NETWORK", "LAYOUT", "SCHEDULE", "STAGES", "SPEED", "MEMORY"]),
+        (one, "exchange=none", ["NETWORK", "LAYOUT", "SCHEDULE", "STAGES", "SPEED", "MEMORY", "EXCHANGE"]),
+        (one, "pipeline=async", ["NETWORK", "LAYOUT", "SCHEDULE", "STAGES", "SPEED", "MEMORY", "STALENESS"]),
+        (two, "exchange=allreduce", ["NETWORK", "LAYOUT", "SCHEDULE", "STAGES", "SPEED", "MEMORY", "EXCHANGE"]),
+        (two, "exchange=gossip", ["NETWORK", "LAYOUT", "SCHEDULE", "STAGES", "SPEED", "MEMORY", "EXCHANGE"]),
     ):
         text = dry_run(setup(topology, change))
         assert re.findall(r"^[A-Z]{4,}", text, re.MULTILINE) == blocks
@@ -171,3 +179,84 @@ def test_long_names_and_lines_are_cut_and_wrapped() -> None:
     facts = [LayerFacts("a" * 60, 1.0, 1, 1, 1, 1)] * 30
     text = dry_run(setup(layers_layout(facts, 30, 32), facts=facts))
     assert max(map(len, text.splitlines())) <= report.WIDTH
+
+
+def test_a_line_for_each_layer() -> None:
+    network = Network([nt.Conv2d(4, kernel=3, activation="relu"), nt.Flatten(), nt.Linear(10)], (8, 8, 1))
+    header, *rows = cells(report.network_table(network))
+    assert header == ["layer", "outputs", "parameters", "cost"]
+    assert [row[:3] for row in rows[1:]] == [
+        ["conv2d1, relu", "6 x 6 x 4", "40"],
+        ["flatten1", "144", "0"],
+        ["linear1", "10", "1,450"],
+    ]
+    assert rows[0] == ["input", "8 x 8 x 1"]
+    assert sum(float(row[3].removesuffix(" %")) for row in rows[1:]) == pytest.approx(100, abs=0.2)
+    many = Network([nt.Linear(3)] * 50, (8,))
+    assert report.network_table(many).endswith("... and 11 more layers")
+
+
+def cifar(ranks: int, *changes: str) -> nt.PlannedRun:
+    """No file of the data set is there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nt.NetTorrentWarning)
+        return nt.plan(nt.load_config("configs/cifar.yaml", "data.root=/nowhere", *changes), ranks=ranks)
+
+
+def test_the_default_layout_stands_beside_auto_and_fewer_ranks() -> None:
+    planned = cifar(64)
+    text = str(planned)
+    assert "cifar10 (not here; as published): 50,000 training rows, 782 steps per epoch, 7,820 steps in all" in text
+    speed = text.split("\nSPEED (predicted)\n")[1].split("\n\n", maxsplit=1)[0]
+    header, *rows = cells(speed)
+    assert header == ["ranks", "layout", "step", "samples/s", "waiting", "whole run"]
+    assert [row[:2] for row in rows[:4]] == [["64", "layers"], ["64", "auto"], ["16", "layers"], ["1", "layers"]]
+    assert rows[0][2] == f"{1e3 * planned.seconds_per_step:.3g} ms"
+    assert rows[0][5] == f"{7820 * planned.seconds_per_step:.0f} s"
+    assert rows[1][2] == f"{1e3 * cifar(64, 'layout=auto').seconds_per_step:.3g} ms"
+    assert "auto: 1 replica x [conv2d1..linear2 32x2]" in speed
+    assert "layout: auto is predicted to be 5.6 times as fast (--set layout=auto)" in speed
+    assert "100 GFLOP/s" in speed
+    assert "no faster than" not in speed
+    assert len(planned.warnings) == 1
+    assert planned.warnings[0].startswith(
+        "layout: layers is predicted to take 5.6 times as long as auto (94 s, not 17 s"
+    )
+
+
+def test_more_ranks_that_are_slower_are_told_of() -> None:
+    planned = cifar(256)
+    assert "256 ranks are predicted to be no faster than 64" in speed_block(planned.setup)
+    assert "layout: layers is predicted to be slower on 256 ranks than on 64 (102 s, not 94 s" in planned.warnings[1]
+
+
+@pytest.mark.parametrize("changes", [("layout=auto",), ("train.steps=60",)])
+def test_nobody_is_warned_who_does_not_wait(changes: tuple[str, ...]) -> None:
+    assert cifar(64, *changes).warnings == ()
+
+
+def test_replicas_that_differ_are_not_compared_with_one_network() -> None:
+    text = speed_block(cifar(4, "layout={replicas: 4}", "exchange=gossip").setup)
+    assert "auto" not in text
+    assert "    4  as given" in text
+    same = cifar(2, "layout={swarms: [{layers: 6, rows: 2}]}")
+    assert "auto: the same layout" in speed_block(same.setup)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.0123, "0.012 s"), (9.94, "9.9 s"), (94.2, "94 s"), (120, "2 min"), (1e4, "2.8 h")]
+)
+def test_durations(seconds: float, told: str) -> None:
+    assert _duration(seconds) == told
+
+
+def test_a_run_needs_the_data_that_its_plan_did_not(tmp_path: Path) -> None:
+    with pytest.raises(nt.DataError, match=r"data_batch_1.bin: no such file; run `nettorrent data fetch cifar10`"):
+        nt.Trainer(cifar(1))
+    with pytest.raises(nt.DataError, match="no such file"):
+        nt.plan(nt.load_config("configs/cifar.yaml", f"data.root={tmp_path}"), data_needed=True)
+    damaged = tmp_path / "cifar-10-batches-bin"
+    damaged.mkdir()
+    (damaged / "data_batch_1.bin").write_bytes(b"x")
+    with pytest.raises(nt.DataError, match="truncated"):
+        nt.plan(nt.load_config("configs/cifar.yaml", f"data.root={tmp_path}"))

@@ -7,7 +7,8 @@ import pytest
 
 from nettorrent_mpi.config import reading as config
 from nettorrent_mpi.config.reading import Config
-from nettorrent_mpi.engine.setup import _kernels, lay_out, micro_batches, set_up
+from nettorrent_mpi.engine.layout import lay_out, micro_batches
+from nettorrent_mpi.engine.setup import _kernels, set_up
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.cost import auto_layout

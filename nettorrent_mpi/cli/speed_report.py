@@ -1,0 +1,77 @@
+"""The part of a dry run's report on speed: the predicted step beside that of other layouts and of fewer ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nettorrent_mpi.cli.tables import aligned, shortened, wrapped
+from nettorrent_mpi.engine.layout import AS_FAST, lay_out, on_fewer_ranks, predicted
+from nettorrent_mpi.plan.cost import Machine, Prediction
+from nettorrent_mpi.plan.topology import Topology
+
+if TYPE_CHECKING:  # the report needs neither engine nor MPI
+    from nettorrent_mpi.engine.setup import Setup
+
+
+def speed_block(setup: Setup) -> str:
+    """Compare the layout of the run with `layers` and `auto` on as many ranks, and with fewer ranks.
+
+    Replicas that differ are not compared with other layouts, which would train another network.
+    """
+    config, network, ranks = setup.config, setup.network, setup.topology.size
+    ours = predicted(config, network, setup.topology)
+    name = config.layout if isinstance(config.layout, str) else "as given"
+    fewer = on_fewer_ranks(config, network, ranks)
+    least = min(fewer, key=lambda each: each[1].seconds, default=None)
+    others: list[tuple[str, Topology]] = []
+    for other in ("layers", "auto") if config.exact and ranks > 1 else ():
+        topology = lay_out(replace(config, layout=other), network, ranks)
+        if topology not in (setup.topology, *(each for _, each in others)):
+            others.append((other, topology))
+    rows = [(ranks, name, ours), *((ranks, other, predicted(config, network, each)) for other, each in others)]
+    rows += [(count, name, each) for count, each in fewer if count == 1 or (least and count == least[0])]
+    lines = [_table(rows, config.train.batch_size, setup.steps)]
+    for other, topology in others:
+        lines += wrapped(f"{other}: ", topology.describe([shortened(facts.name) for facts in network.facts]))
+    if config.exact and ranks > 1 and name != "auto" and "auto" not in (other for other, _ in others):
+        lines.append("auto: the same layout")
+    best_name, best = min(((other, each) for _, other, each in rows[: 1 + len(others)]), key=lambda row: row[1].seconds)
+    if ours.seconds > AS_FAST * best.seconds:
+        times = ours.seconds / best.seconds
+        lines.append(f"layout: {best_name} is predicted to be {times:.1f} times as fast (--set layout={best_name})")
+    if least and least[1].seconds < AS_FAST * ours.seconds:
+        lines.append(f"{ranks} ranks are predicted to be no faster than {least[0]}: the others wait, or communicate")
+    machine = Machine()
+    lines += wrapped(
+        "",
+        f"The times are of a machine with one core of {machine.flops / 1e9:.0f} GFLOP/s (float32) for each rank and "
+        f"{machine.bandwidth / 1e9:.0f} GB/s between them, all on one node, not of this one, and without start and "
+        "evaluations: they compare layouts. `nettorrent speedup` measures.",
+    )
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[tuple[int, str, Prediction]], batch_size: int, steps: int) -> str:
+    header = ["ranks", "layout", "step", "samples/s", "waiting", "whole run"]
+    cells = [
+        [
+            str(ranks),
+            name,
+            f"{1e3 * each.seconds:.3g} ms",
+            f"{batch_size / each.seconds:,.0f}",
+            f"{100 * max(each.bubble, 0.0):.0f} %",
+            _duration(steps * each.seconds),
+        ]
+        for ranks, name, each in rows
+    ]
+    return aligned(header, cells, left=("layout",))
+
+
+def _duration(seconds: float) -> str:
+    """Write seconds with their unit: 1.5 s, 94 s, 12 min, 3.4 h."""
+    for size, unit in ((1, "s"), (60, "min")):
+        if seconds < 99.5 * size:
+            return f"{seconds / size:{'.2g' if seconds < 9.95 * size else '.0f'}} {unit}"
+    return f"{seconds / 3600:,.1f} h"

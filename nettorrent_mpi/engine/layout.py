@@ -1,0 +1,96 @@
+"""The layout that a configuration has on a number of ranks, and the step that the cost model predicts for it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from nettorrent_mpi.config.sections import Config, Layout
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.cost import Prediction, auto_layout, predict
+from nettorrent_mpi.plan.errors import LayoutError
+from nettorrent_mpi.plan.exchange_specs import Async
+from nettorrent_mpi.plan.layouts import given_layout, layers_layout
+from nettorrent_mpi.plan.topology import Stage, Topology
+
+MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
+AS_FAST = 1.02  # layouts whose times differ by less are predicted to be equally fast
+
+
+def predicted(config: Config, network: Network, topology: Topology) -> Prediction:
+    """Return the predicted step of this configuration in this layout."""
+    pieces, kind = micro_batches(config, network, topology), config.pipeline.kind
+    return predict(topology, network.facts, config.train.batch_size, pieces, kind, exact=config.exact)
+
+
+def one_stage(config: Config, network: Network, ranks: int) -> Topology:
+    """Return the layout with all layers in one stage that is predicted to be the fastest: `layout: auto` is at least as
+    fast, but takes longer to find."""
+    facts = network.facts
+    most = min(layer.units for layer in facts)
+    found = [
+        Topology(1, (Stage(0, len(facts), ranks // cols, cols),))
+        for cols in range(1, min(ranks, most) + 1)
+        if ranks % cols == 0
+    ]
+    return min(found, key=lambda topology: predicted(config, network, topology).seconds)
+
+
+def on_fewer_ranks(config: Config, network: Network, ranks: int) -> list[tuple[int, Prediction]]:
+    """Return the predicted steps on half as many ranks, a quarter, and so on to 1, where the layout is possible."""
+    found = []
+    while ranks > 1:
+        ranks //= 2
+        try:
+            found.append((ranks, predicted(config, network, lay_out(config, network, ranks))))
+        except LayoutError:
+            continue
+    return found
+
+
+def lay_out(config: Config, network: Network, ranks: int) -> Topology:
+    """Return the topology of the configuration's layout on this many ranks. Raises LayoutError."""
+    train, layout, facts = config.train, config.layout, network.facts
+    if isinstance(layout, Layout) and layout.swarms is not None:
+        swarms = [(swarm.layers, swarm.rows, swarm.cols) for swarm in layout.swarms]
+        return given_layout(layout.replicas, swarms, facts, ranks)
+    pieces = _pieces(config, MICRO_BATCHES)
+    if layout == "auto":
+        counts = partial(_count, config, network)
+        return auto_layout(facts, ranks, train.batch_size, counts, config.pipeline.kind, exact=config.exact)
+    replicas = layout.replicas if isinstance(layout, Layout) else 1
+    if ranks % replicas:
+        fewer, more = ranks // replicas * replicas, (ranks // replicas + 1) * replicas
+        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        near = min(divisors, key=lambda n: (abs(n - replicas), n))
+        raise LayoutError(
+            f"layout.replicas: {replicas} replicas of equal size cannot be made of {ranks} ranks: start "
+            f"{f'{fewer} or {more}' if fewer else more} ranks, or write layout: {{replicas: {near}}}"
+        )
+    rows = span(span(train.batch_size, pieces, 0).size, replicas, 0).size  # of a micro-batch, in one replica
+    return Topology(replicas, layers_layout(facts, ranks // replicas, rows).stages)
+
+
+def micro_batches(config: Config, network: Network, topology: Topology) -> int:
+    """Return the number of micro-batches of a mini-batch.
+
+    With batch norm it never depends on the layout: statistics are taken over one micro-batch, and parallel has to equal
+    serial. An asynchronous pipeline wants as many as it has stages, so that two versions of the weights suffice, as
+    long as every replica has a row of each.
+    """
+    return _count(config, network, len(topology.stages), topology.replicas)
+
+
+def _count(config: Config, network: Network, stages: int, replicas: int = 1) -> int:
+    automatic = MICRO_BATCHES
+    if not network.has_batch_norm:
+        if stages == 1:
+            automatic = 1
+        elif isinstance(config.pipeline, Async):
+            automatic = max(automatic, min(stages, config.train.batch_size // replicas))
+    return _pieces(config, automatic)
+
+
+def _pieces(config: Config, automatic: int) -> int:
+    train = config.train
+    return min(automatic, train.batch_size) if train.micro_batches == "auto" else train.micro_batches
