@@ -10,6 +10,7 @@ import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.random import generator
+from nettorrent_mpi.plan.blocks import micro_batch
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.seeds import key
 
@@ -22,8 +23,8 @@ class Sampler:
     Raises ConfigError if no row would be left for training or a number is out of range.
 
     With `partition="disjoint"` each of the `replicas` has a part of the training rows, drawn once, and never trains on
-    another's. The replica of a row in a mini-batch is decided by its position: `span` divides them over
-    `micro_batches`, and each of these over the replicas (plan.topology's `batch_rows`). So a part is as large as its
+    another's. The replica of a row in a mini-batch is decided by its position: `micro_batch` divides them over
+    `micro_batches`, and `span` each of these over the replicas (plan.blocks). So a part is as large as its
     replica has positions in an epoch, and every epoch puts the part's rows, shuffled anew, at these positions.
     """
 
@@ -101,8 +102,8 @@ class Sampler:
 
     def _owners(self, size: int) -> Array:
         """Return the replica at each position of a mini-batch of `size` rows."""
-        pieces = _spans(np.array(size), self.micro_batches)  # the rows of each micro-batch
-        sizes = _spans(pieces, self.replicas)  # [micro-batch, replica]
+        cuts = (micro_batch(size, self.batch_size, self.micro_batches, m) for m in range(self.micro_batches))
+        sizes = _spans(np.array([cut.size for cut in cuts]), self.replicas)  # [micro-batch, replica]
         return np.repeat(np.tile(np.arange(self.replicas), self.micro_batches), sizes.ravel())
 
     def augment_key(self, step: int) -> int:

@@ -23,7 +23,7 @@ from nettorrent_mpi.data.rows import Allocate, Split, Wrong
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.engine.wiring import Wiring
-from nettorrent_mpi.plan.blocks import Span, span
+from nettorrent_mpi.plan.blocks import Span, micro_batch, span
 
 
 class RowsOfMicroBatch(NamedTuple):
@@ -103,7 +103,8 @@ class Batches:
 
     def _divide(self, size: int, piece: int) -> RowsOfMicroBatch:
         place, topology, exact = self._wiring.place, self._wiring.topology, self._wiring.exact
-        whole = span(size, self._micro_batches, piece)
+        usual = size if self._sampler is None or self._given is not None else self._sampler.batch_size
+        whole = micro_batch(size, usual, self._micro_batches, piece)
         replica = Span(0, whole.size) if self._alone else span(whole.size, topology.replicas, place.replica)
         mine = span(replica.size, topology.stages[place.stage].rows, place.row)
         start = whole.start + replica.start + mine.start

@@ -52,14 +52,14 @@ def slow(config: Config, network: Network, topology: Topology, steps: int) -> li
 
 
 def check_batch_norm(config: Config, network: Network, topology: Topology, pieces: int) -> None:
-    """Raise ConfigError if a batch norm would see one row at a time: minus its mean, every such row is 0."""
+    """Raise ConfigError if a batch norm would see one row at a time, which has no variance."""
     separate = 1 if config.exact else topology.replicas  # that take separate batch statistics
     rows = span(config.train.batch_size, pieces, pieces - 1).size // separate
     if network.batch_norms_of_vectors and rows <= 1:
         name, apart = network.batch_norms_of_vectors[0], f" of each of the {separate} replicas" if separate > 1 else ""
         raise ConfigError(
             f"{config.train.batch_size} rows in {pieces} micro-batch{'es' if pieces > 1 else ''} leave "
-            f"{name} a single row{apart} at a time, and a row less its mean is 0: take at least "
+            f"{name} a single row{apart} at a time, which has no variance: take at least "
             f"{2 * pieces * separate} rows" + (", or fewer micro_batches" if pieces > 1 else ""),
             key="train.batch_size",
         )

@@ -73,6 +73,7 @@ class Pipeline:
         shared = device.workspace(state.dtype)
         self._workspaces = [device.workspace(state.dtype, shared) for _ in range(slots)]
         self._ctx = Context(device.ops, shared, seed=plan.options.seed, team=wiring.team, progress=progress)
+        self._ctx.usual = plan.statistics_rows
         self._saved: list[Any] = [None] * slots
         self._dy: list[Array | None] = [None] * slots
         self._y: list[Array | None] = [None] * slots

@@ -44,3 +44,8 @@ class Plan:
     def exact(self) -> bool:
         """Whether all replicas hold the same weights."""
         return isinstance(self.options.exchange, choices.Allreduce) or self.topology.replicas == 1
+
+    @property
+    def statistics_rows(self) -> int:
+        """The rows over which batch statistics are taken, at least, in mini-batches of the usual size."""
+        return self.options.batch_size // self.options.micro_batches // (1 if self.exact else self.topology.replicas)

@@ -153,6 +153,7 @@ class Context:
     step: int = 0
     rows: Span = NO_ROWS  # numbers of these rows in the whole mini-batch (for dropout)
     count: int = 0  # rows of the whole micro-batch, over all ranks that share batch statistics
+    usual: int = 0  # `count` is at least this, unless the mini-batch is smaller than usual: the last one of an epoch
     team: Team = field(default_factory=Alone)
     progress: Callable[[], None] | None = (
         None  # called between layers, so that messages progress while this rank computes

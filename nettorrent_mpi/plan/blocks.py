@@ -28,6 +28,16 @@ def span(total: int, parts: int, index: int) -> Span:
     return Span(start, start + each + (index < more))
 
 
+def micro_batch(size: int, batch_size: int, micro_batches: int, index: int) -> Span:
+    """Return the rows that micro-batch `index` of `micro_batches` has of a mini-batch of `size` rows.
+
+    A mini-batch of `batch_size` rows is divided by `span`; a smaller one, the last of an epoch, into fewer
+    micro-batches of about the usual size, the others being empty: batch statistics of a few rows are worth little.
+    """
+    cuts = min(micro_batches, -(-size // max(batch_size // micro_batches, 1)))
+    return span(size, cuts, index) if index < cuts else Span(size, size)
+
+
 def overlap(a: Span, b: Span) -> Span:
     """Return the intersection of two spans; Span(0, 0) if it is empty."""
     start, stop = max(a.start, b.start), min(a.stop, b.stop)

@@ -30,7 +30,7 @@ from nettorrent_mpi.data.rows import Split, private, unlimited
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.rates import make_rate
-from nettorrent_mpi.plan.blocks import span
+from nettorrent_mpi.plan.blocks import micro_batch, span
 from nettorrent_mpi.plan.errors import NetTorrentError
 from nettorrent_mpi.speedup.torch_network import TorchNetwork, count_right, loss_of, make_optimizer
 
@@ -114,10 +114,11 @@ class Peer:
             group["lr"] = rate
         self._optimizer.zero_grad()
         for piece in range(self._pieces):
-            whole = rows[slice(*span(len(rows), self._pieces, piece))]
+            whole = rows[slice(*micro_batch(len(rows), sampler.batch_size, self._pieces, piece))]
             mine = whole[slice(*span(len(whole), self._size, self._rank))]
             if not len(whole):
                 continue
+            self.network.train(len(mine) != 1)  # PyTorch refuses batch statistics of a single row
             x, targets = self._train_rows.batch(mine, key)
             outputs = self._model(x)
             # DistributedDataParallel averages over the processes; the fraction of the rows makes it the mean over rows.

@@ -87,11 +87,29 @@ def test_large_images_are_cut_into_rows(bench):
     np.testing.assert_allclose(result.dx, dx[:, 1:-1, 1:-1], rtol=1e-11, atol=1e-12)
 
 
-def test_batch_norm_of_one_number_leaves_the_running_variance_finite(bench):
+def test_batch_norm_of_one_number_takes_the_running_statistics_and_leaves_them(bench):
     b = bench([s.BatchNorm()], (3,))
     x, dy = b.data(1)
-    result = b.run(x, dy)
-    np.testing.assert_allclose(result.params["batch_norm1/running_var"], 0.9 * b.params["batch_norm1/running_var"])
+    trained, evaluated = b.run(x, dy), b.run(x, dy, training=False)
+    np.testing.assert_array_equal(trained.y, evaluated.y)
+    np.testing.assert_array_equal(trained.dx, evaluated.dx)
+    assert np.abs(trained.y - b.params["batch_norm1/bias"]).min() > 1e-3  # a row less its own mean would be 0
+    for key, value in b.params.items():
+        np.testing.assert_array_equal(trained.params[key], value)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2, 3)])
+def test_batch_norm_of_fewer_rows_than_usual_moves_the_running_statistics_less(bench, shape):
+    b = bench([s.BatchNorm(momentum=0.2)], shape)
+    x, _ = b.data(4)
+    values, count = x.reshape(-1, 3), x.size // 3
+    before = {name: b.params[f"batch_norm1/running_{name}"].copy() for name in ("mean", "var")}
+    for usual, weight in ((0, 1), (4, 1), (3, 1), (16, (count - 1) / (4 * count - 1))):
+        params = {key: value.copy() for key, value in b.params.items()}
+        b.forward(params, x, b.context(x, usual=usual))
+        for name, seen in (("mean", values.mean(0)), ("var", values.var(0, ddof=1))):
+            expected = before[name] + 0.2 * weight * (seen - before[name])
+            np.testing.assert_allclose(params[f"batch_norm1/running_{name}"], expected, rtol=1e-12)
 
 
 def test_batch_norm_of_nothing_moves_nothing(bench):

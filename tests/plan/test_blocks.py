@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nettorrent_mpi.plan.blocks import Grid, Piece, Span, overlap, owner, redistribute, span
+from nettorrent_mpi.plan.blocks import Grid, Piece, Span, micro_batch, overlap, owner, redistribute, span
 
 totals, parts = st.integers(0, 200), st.integers(1, 40)
 grids = st.builds(Grid, st.integers(1, 6), st.integers(1, 6))
@@ -18,6 +18,20 @@ def test_spans_cover_everything_once_and_evenly(total: int, count: int) -> None:
     assert [x for s in spans for x in range(s.start, s.stop)] == list(range(total))
     assert max(s.size for s in spans) - min(s.size for s in spans) <= 1
     assert [s.size for s in spans] == sorted((s.size for s in spans), reverse=True)
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.data())
+def test_a_smaller_mini_batch_has_fewer_micro_batches_of_the_usual_size(
+    rows: int, count: int, data: st.DataObject
+) -> None:
+    count = min(count, rows)
+    size = data.draw(st.integers(1, rows))
+    usual, cuts = ([micro_batch(n, rows, count, m) for m in range(count)] for n in (rows, size))
+    assert usual == [span(rows, count, m) for m in range(count)]
+    assert [x for cut in cuts for x in range(*cut)] == list(range(size))
+    smallest, filled = usual[-1].size, [cut.size for cut in cuts if cut.size]
+    assert max(filled) <= usual[0].size
+    assert len(filled) == 1 or min(filled) >= (smallest + 1) // 2
 
 
 @given(totals.filter(bool), parts)

@@ -81,6 +81,26 @@ def test_compressed_rows_train_alike_whether_they_are_read_once_or_batch_by_batc
             same(trainer.parameters(), serial(epochs=2))
 
 
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(("rows", "micro_batches"), [(1, 1), (16, 16)])
+def test_a_small_last_mini_batch_does_no_harm_to_batch_norm(rows: int, micro_batches: int) -> None:
+    """The steps of an epoch but the last have 64 rows; the test loss before and after it differs little."""
+    random = np.random.default_rng(1)
+    centres, y = random.normal(size=(8, 20)), random.integers(0, 8, 1536 + rows)
+    x = centres[y] * 0.8 + random.normal(size=(len(y), 20))
+    layers = [nt.Linear(32), nt.BatchNorm(), nt.Relu(), nt.Linear(32), nt.BatchNorm(), nt.Relu(), nt.Linear(8)]
+    how: dict[str, Any] = {"optimizer": nt.Adam(0.003), "batch_size": 64, "micro_batches": micro_batches}
+    with nt.Trainer(layers, (x, y, x, y), comm=MPI.COMM_SELF, kernels="numpy", **how) as trainer:
+        for _ in range(2):
+            list(trainer.train(steps=24))
+            before = trainer.evaluate().test
+            list(trainer.train(steps=1))
+            after = trainer.evaluate().test
+            assert before is not None
+            assert after is not None
+            assert after.loss < 1.2 * before.loss
+
+
 def told_by_trainer(world: MPI.Intracomm, *trainer: Any, **how: Any) -> list[list[str]]:
     """The warnings that each rank gives."""
     with warnings.catch_warnings(record=True) as given:

@@ -32,7 +32,7 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.blocks import micro_batch
 from nettorrent_mpi.plan.stream import versions
 from nettorrent_mpi.plan.topology import Stage, Topology
 
@@ -197,12 +197,14 @@ class Emulated:
         x = np.empty((len(rows), *SHAPE))
         self.inputs.batch(rows, x, self.flip, self.sampler.augment_key(step))
         total = 0.0
-        for m, part in enumerate(np.array_split(np.arange(len(rows)), count)):
-            span = Span(int(part[0]), int(part[-1]) + 1)
-            told = Context(
-                DEVICE.ops, Workspace("float64"), accumulate=m > 0, seed=SEED, step=step, rows=span, count=len(part)
-            )
-            total += self.micro_batch(number * count + m, x[part], self.targets[rows[part]], len(rows), told)
+        for m in range(count):
+            span = micro_batch(len(rows), BATCH, count, m)
+            if span.size:
+                told = Context(
+                    DEVICE.ops, Workspace("float64"), True, m > 0, SEED, step, span, span.size, BATCH // count
+                )
+                x_m, targets = x[slice(*span)], self.targets[rows[slice(*span)]]
+                total += self.micro_batch(number * count + m, x_m, targets, len(rows), told)
         self.losses.append(total / len(rows))
         self.update(step)
 

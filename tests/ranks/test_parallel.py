@@ -142,9 +142,11 @@ CASES = [
 class Trained:
     """The arrays, the loss of each step and the scores of a training of 20 steps."""
 
-    def __init__(self, world: World, name: str, topology: Topology, rate: float | None = None, **options: Any):
+    def __init__(
+        self, world: World, name: str, topology: Topology, rate: float | None = None, rows: int = 87 + 9, **options: Any
+    ):
         dataset = open_dataset(
-            "synthetic", None, options=DataOptions(rows=87 + 9, test_rows=29, shape=SHAPE, classes=CLASSES)
+            "synthetic", None, options=DataOptions(rows=rows, test_rows=29, shape=SHAPE, classes=CLASSES)
         )
         sampler = Sampler(dataset.train.rows, seed=3, validation=0.1, batch_size=37)
         network = Network(NETWORKS[name], SHAPE)
@@ -207,6 +209,16 @@ def test_any_layout_gives_the_serial_weights(network: str, topology: Topology, p
     mine = Trained(World(), network, topology, pipeline=choices.PIPELINES[pipeline]())
     if MPI.COMM_WORLD.rank == 0:
         compare(mine, serial(network), 1e-10)
+
+
+@pytest.mark.parametrize(("rows", "network"), [(83, "mlp"), pytest.param(84, "cnn", marks=pytest.mark.slow)])
+def test_a_last_mini_batch_of_one_row_or_two_gives_the_serial_weights(rows: int, network: str) -> None:
+    """75 or 76 training rows: 37, 37 and 1 or 2."""
+    facts, size = Network(NETWORKS[network], SHAPE).facts, MPI.COMM_WORLD.size
+    for topology in (layers_layout(facts, size, 13), Topology(size, (Stage(0, len(facts), 1, 1),))):
+        mine = Trained(World(), network, topology, rows=rows)
+        if MPI.COMM_WORLD.rank == 0:
+            compare(mine, serial(network, rows=rows), 1e-10)
 
 
 @pytest.mark.parametrize("network", ["mlp", "cnn", pytest.param("resnet", marks=pytest.mark.slow)])

@@ -30,12 +30,13 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import clip_scale, make_optimizer
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.topology import Place, Stage, Topology
+from nettorrent_mpi.plan.blocks import Span, micro_batch, span
+from nettorrent_mpi.plan.topology import Stage, Topology
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 SHAPE, CLASSES = (5, 4, 2), 4
 DEVICE = make_device()
-BATCH, PIECES, STEPS = 37, 3, 7  # an epoch has mini-batches of 37, 37 and 12 rows: replica 7 of 8 has none of the last
+BATCH, PIECES, STEPS = 37, 3, 7  # an epoch has mini-batches of 37, 37 and 12 rows, the last one whole
 SEED, CLIP = 5, 1.5
 NETWORKS = {
     "mlp": (
@@ -138,15 +139,19 @@ class Serial:
         flip, loss = Augment(("flip",), SHAPE), make_loss(LOSS)
         self.losses: list[tuple[float, int]] = []  # sum and rows of each step
         self.rows_seen: set[int] = set()
-        own = topology(replicas, (1, 1))
+        usual = BATCH // PIECES // replicas
         for n in range(STEPS):
             rows = sampler.rows(n)
-            pieces = [own.batch_rows(Place(replica, 0, 0, 0), len(rows), PIECES, m) for m in range(PIECES)]
+            pieces = []
+            for m in range(PIECES):
+                cut = micro_batch(len(rows), BATCH, PIECES, m)
+                part = span(cut.size, replicas, replica)
+                pieces.append(Span(cut.start + part.start, cut.start + part.stop))
             count, total = sum(piece.size for piece in pieces), 0.0
             for m, piece in enumerate(pieces):
                 mine = rows[slice(*piece)]
                 self.rows_seen |= set(mine.tolist())
-                ctx = Context(DEVICE.ops, Workspace(np.float64), True, m > 0, SEED, n, piece, piece.size)
+                ctx = Context(DEVICE.ops, Workspace(np.float64), True, m > 0, SEED, n, piece, piece.size, usual)
                 x, metrics = np.empty((piece.size, *SHAPE)), np.zeros(4)
                 inputs.batch(mine, x, flip, sampler.augment_key(n))
                 y, saved = self.layers.forward(self.params, x, ctx)

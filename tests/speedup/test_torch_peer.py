@@ -124,7 +124,9 @@ def test_same_training(tmp_path: Path, mpirun: Any) -> None:
     options = argparse.Namespace(processes=1, channels_last=True, compile=False)
     peer = torch_peer.Peer(setup, options, 0)
     train = setup.config.train
-    for n in range(8):
+    (norm,) = (module for module in peer.network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    for n in range(8):  # 6 rows, in place of 10 or 11, move the running statistics less
+        norm.momentum = 0.1 * ((6 * 36 - 1) / (10 * 36 - 1) if n % 3 == 2 else 1)
         peer.step(n, torch_peer.make_rate(train.schedule, 0.01, 8, 3)(n))
     ours = read_arrays(tmp_path / "run" / "model.h5")
     for key, array in peer.network.arrays().items():

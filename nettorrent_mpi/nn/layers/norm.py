@@ -50,6 +50,11 @@ class BatchNormLayer(Norm):
     the difference of two large sums would lose the significant digits. In training the running statistics (in params,
     not trainable) move by `momentum` towards them, the running variance towards the unbiased one. A rank without rows
     takes part in the sums.
+
+    The last mini-batch of an epoch may be smaller than the others. The numbers n of a channel in its micro-batches,
+    fewer than the usual N, move the running statistics by `momentum` (n - 1) / (N - 1) alone, as is the weight of a
+    variance with n - 1 degrees of freedom: a few odd rows do not undo what all before them told. A single number has no
+    variance: it is normalized by the running statistics, as in an evaluation.
     """
 
     def __init__(self, spec: specs.BatchNorm, site: Site):
@@ -62,19 +67,20 @@ class BatchNormLayer(Norm):
         y = workspace.keep("y", x.shape)
         mean = workspace.keep("mean", x.shape[-1:], "float64")
         scale = workspace.keep("scale", x.shape[-1:], "float64")  # 1 / sqrt(variance + eps)
-        count = 0
-        if ctx.training:
-            count = max(ctx.count * self._positions, 1)
+        count = ctx.count * self._positions if ctx.training else 0
+        if count > 1:
             ops.sum_rows(x, mean)
             ctx.team.sum_over_rows(mean)
             ops.divide(mean, count)
             ops.squared_deviations(x, mean, scale)
             ctx.team.sum_over_rows(scale)
             ops.divide(scale, count)
-            if ctx.count:  # a single number has no unbiased variance: the biased one, 0
-                ops.follow(params["running_mean"], mean, 1.0, self.momentum)
-                ops.follow(params["running_var"], scale, count / max(count - 1, 1), self.momentum)
+            usual = max(ctx.usual * self._positions, count)
+            momentum = self.momentum * (count - 1) / (usual - 1) if count < usual else self.momentum
+            ops.follow(params["running_mean"], mean, 1.0, momentum)
+            ops.follow(params["running_var"], scale, count / (count - 1), momentum)
         else:
+            count = 0  # the statistics are constants
             ops.copy(mean, params["running_mean"])
             ops.copy(scale, params["running_var"])
         ops.inverse_root(scale, self.eps)
