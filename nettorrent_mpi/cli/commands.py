@@ -32,7 +32,7 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
 
 def launched_first() -> bool:
     """Whether this process is the first of its launcher: it prints what is printed once even if MPI cannot be used."""
-    variables = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    variables = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "PALS_RANKID", "SLURM_PROCID")
     return next((os.environ[name] for name in variables if name in os.environ), "0") == "0"
 
 
