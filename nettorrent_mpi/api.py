@@ -91,6 +91,7 @@ class Trainer:
             self._closers.insert(0, self._engine.close)
             with world.agreement():
                 self._engine.open_data(self.setup.dataset, self.setup.sampler)
+            self._engine.wiring.warn_of_copies()
             self._loop = TrainingLoop(self._engine, self.setup.config.train, signals=stop_on_signals)
             self._closers.insert(0, self._loop.close)
         except NetTorrentError as error:

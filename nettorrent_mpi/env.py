@@ -19,8 +19,6 @@ _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # OpenMP): the MLP of configs/mnist.yaml 15,700 samples/s instead of 6,000 (one thread: 9,900); NumPy alone loses 1 %.
 _SLEEP = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
 _YIELD = ("OMPI_MCA_mpi_yield_when_idle", "MPIR_CVAR_ENABLE_HEAVY_YIELD")  # of Open MPI and of MPICH
-# Open MPI 5.0.11 prints an error of its unused UCX component whenever shared memory is allocated.
-_QUIET = {"OMPI_MCA_osc": "^ucx"}
 # Open MPI's component for one-sided messages between nodes looks for networks while MPI starts, and where it finds none
 # that takes a second (measured with 5.0.11: 1.4 s instead of 0.4 s). Ranks of one node have no use for it.
 _ONE_NODE = {"OMPI_MCA_btl": "^ofi"}
@@ -48,7 +46,7 @@ def prepare() -> str:
     cores = cores_of_node(os.environ)
     threads = max(1, min(cores // ranks, own_cores()))
 
-    wanted = dict(_QUIET)
+    wanted: dict[str, str] = {}
     if "OMP_NUM_THREADS" not in os.environ:
         wanted.update({name: str(threads) for name in _THREADS})
     used = _threads(os.environ.get("OMP_NUM_THREADS", str(threads)))

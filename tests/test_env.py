@@ -100,17 +100,6 @@ def test_what_the_user_set_is_kept() -> None:
     assert literal_eval(variables) == {**chosen(1), **YIELD, **mine}
 
 
-def test_shared_memory_is_made_without_a_needless_error(
-    mpirun: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
-    code = (
-        "from nettorrent_mpi import env; env.prepare(); from nettorrent_mpi.comm.world import World;"
-        "from nettorrent_mpi.comm.shared import SharedMemory; SharedMemory(World(), [4, 4], 'f').free()"
-    )
-    done = mpirun(2, ["-c", code])
-    assert (done.returncode, done.stderr.strip()) == (0, "")
-
-
 def test_a_second_call_and_a_child_choose_anew() -> None:
     child = f"import os, subprocess, sys; os.environ['MPI_LOCALNRANKS'] = '999'; {PREPARE}; {SHOW}"
     code = f"{PREPARE}; {PREPARE}; import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"

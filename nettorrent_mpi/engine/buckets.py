@@ -5,7 +5,7 @@ are held by the ranks of the same col, and the few that are not (`Parameter.repl
 the exchange is not exact, replicas differ, and the holders are ranks of one team.) On one node there is one bucket for
 each of these groups of holders, in shared memory, and one more for the matrices whose gradients are computed in parts.
 Between nodes there are several, in the order in which the backward pass completes them: the gradients of one travel
-while the backward pass continues with the others.
+while the backward pass continues with the others. Replicas that differ have the same buckets, wherever their ranks lie.
 
 Each holder updates one part (a shard) of a bucket's elements and keeps the optimizer state of that shard only.
 Optimizers work element by element, so the result is that of the serial run. Since every element has one owner, changes
@@ -23,8 +23,8 @@ import numpy as np
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.reducers import PIECES, CollectiveReducer, Reducer, RingReducer, SharedReducer
 from nettorrent_mpi.comm.ring import can_carry
-from nettorrent_mpi.comm.shared import SharedMemory, fits
-from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.comm.shared import Ask, SharedMemory
+from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.operands import PartsReducer, SharedOperands
 from nettorrent_mpi.engine.run_plan import Plan
@@ -127,10 +127,8 @@ class Bucket(Flat):
         self.reducer: Reducer = Reducer()
         size, copies = self.size, 1 + versions  # of params
         if memory is not None:
-            own = 0 if operands else size  # elements of `grads`
-            params = memory.parts[0][own:]
-            self.params, *self.versions = (params[i * size : (i + 1) * size] for i in range(copies))
-            all_grads = [part[:own] for part in memory.parts]
+            self.params, *self.versions = (memory.take_common(size) for _ in range(copies))
+            all_grads = memory.take_own(0 if operands else size)
             self.grads = all_grads[group.index]
             device.ops.fill(self.params[self.shard], 0)
             device.ops.fill(self.grads, 0)
@@ -200,21 +198,49 @@ class BucketMaker:
         self._rows = rows_shared(plan.topology, plan.options.batch_size, plan.exact)
         self._number = {key: i for i, key in enumerate(parameters)}
 
-    def make(self, group: Group, blocks: Mapping[str, Parameter]) -> list[Bucket]:
-        """Return the buckets of the blocks that `group` holds alike."""
+    def make(self, held: Sequence[tuple[Group, Mapping[str, Parameter]]]) -> list[Bucket]:
+        """Return the buckets of the blocks that each of the groups holds alike. All ranks of the world call.
+
+        Peers exchange shards, so they have to have the same ones: there is one bucket of all blocks only if all peers
+        share memory with their holders.
+        """
+        wiring = self._wiring
+        asks = {i: self._ask(*each) for i, each in enumerate(held) if each[0].size > 1 and each[0].on_one_node}
+        memories = dict(zip(asks, wiring.share(wiring.everyone, list(asks.values())), strict=False))
+        mine = [i in memories or group.size == 1 for i, (group, _) in enumerate(held)]
+        whole = [all(peers) for peers in zip(*wiring.peers.gather_objects(mine), strict=True)]
+        return [
+            bucket
+            for i, (group, blocks) in enumerate(held)
+            for bucket in self._buckets(group, blocks, memories.get(i), whole=whole[i])
+        ]
+
+    def _ask(self, group: Group, blocks: Mapping[str, Parameter]) -> Ask:
+        """Return what `group` asks to share: parameters, everyone's gradients, operands of gradients in parts."""
+        shapes = self._in_parts(group, blocks)
         sizes = {key: round_up(math.prod(parameter.local)) for key, parameter in blocks.items()}
-        bytes_ = sum(sizes.values()) * self._dtype.itemsize
-        shared = group.size > 1 and group.on_one_node and fits(group, (group.size + 1 + self._versions) * bytes_)
-        operands = self._operands(group, blocks) if shared else {}
-        made = [self._bucket(group, blocks, list(operands), shared=True, operands=operands)] if operands else []
-        rest = {key: size for key, size in sizes.items() if key not in operands}
+        size, copies = sum(sizes.values()), 1 + self._versions
+        own = sum(size for key, size in sizes.items() if key not in shapes)
+        operands = sum(round_up(self._rows * length) for shape in shapes.values() for length in shape)
+        alone = (copies + 1) * size * self._dtype.itemsize
+        return Ask(group, own, copies * size + operands, self._dtype, alone)
+
+    def _buckets(
+        self, group: Group, blocks: Mapping[str, Parameter], memory: SharedMemory | None, *, whole: bool
+    ) -> list[Bucket]:
+        """Return the buckets of one group: of all blocks, if `whole`, or cut."""
+        made: list[Bucket] = []
+        operands = {} if memory is None else self._operands(group, blocks, memory)
+        if operands:
+            made.append(self._bucket(group, blocks, list(operands), memory, operands))
+        rest = {key: round_up(math.prod(blocks[key].local)) for key in blocks if key not in operands}
         if not rest:
             return made
-        if shared or group.size == 1:
-            return [*made, self._bucket(group, blocks, list(rest), shared=shared)]
         least = LEAST_SHARD * group.size // self._dtype.itemsize
-        parts = cut(rest, max(FULL // self._dtype.itemsize, least), least)
-        made = [self._bucket(group, blocks, keys, shared=False) for keys in parts]
+        parts = [list(rest)] if whole else cut(rest, max(FULL // self._dtype.itemsize, least), least)
+        made += [self._bucket(group, blocks, keys, memory) for keys in parts]
+        if memory is not None or group.size == 1:
+            return made
         if all(can_carry(bucket.counts, self._dtype.itemsize, LEAST_SHARD) for bucket in made):
             apart = self._wiring.channel(group)
             for i, bucket in enumerate(made):
@@ -227,21 +253,13 @@ class BucketMaker:
         group: Group,
         blocks: Mapping[str, Parameter],
         keys: Sequence[str],
-        *,
-        shared: bool,
+        memory: SharedMemory | None,
         operands: Mapping[str, SharedOperands] | None = None,
     ) -> Bucket:
-        chosen = {key: blocks[key] for key in keys}
-        memory = None
-        if shared:
-            size = sum(round_up(math.prod(parameter.local)) for parameter in chosen.values())
-            own = 0 if operands else size  # gradients; the first member's memory holds the parameters as well
-            sizes = [own + (1 + self._versions) * size, *[own] * (group.size - 1)]
-            memory = self._wiring.shared_memory(group, sizes, self._dtype)
         return Bucket(
             self._device,
             group,
-            chosen,
+            {key: blocks[key] for key in keys},
             self._optimizer,
             self._dtype,
             first=min(self._number[key] for key in keys),
@@ -250,21 +268,22 @@ class BucketMaker:
             operands=operands,
         )
 
-    def _operands(self, group: Group, blocks: Mapping[str, Parameter]) -> dict[str, SharedOperands]:
-        """Make the shared operands of the matrices whose gradients the holders compute in parts."""
-        shapes = {
+    def _in_parts(self, group: Group, blocks: Mapping[str, Parameter]) -> dict[str, Shape]:
+        """Return the shapes of the matrices whose gradients the holders compute in parts, where they share memory."""
+        return {
             key: parameter.local
             for key, parameter in blocks.items()
             if parameter.product and in_parts(self._rows, group.size, parameter.local[0], parameter.local[1])
         }
-        sizes = [round_up(self._rows * length) for shape in shapes.values() for length in shape]
-        if not sizes or not fits(group, sum(sizes) * self._dtype.itemsize):
-            return {}
-        memory = self._wiring.shared_memory(group, [sum(sizes), *[0] * (group.size - 1)], self._dtype)
-        ends = np.cumsum(sizes)
-        arrays = [
-            memory.parts[0][end - size :][: self._rows * length].reshape(self._rows, length)
-            for end, size, length in zip(ends, sizes, (n for shape in shapes.values() for n in shape), strict=True)
-        ]
-        pairs = zip(arrays[::2], arrays[1::2], strict=True)
-        return {key: SharedOperands(self._device, *pair) for key, pair in zip(shapes, pairs, strict=True)}
+
+    def _operands(
+        self, group: Group, blocks: Mapping[str, Parameter], memory: SharedMemory
+    ) -> dict[str, SharedOperands]:
+        """Make the shared operands of these matrices."""
+
+        def array(length: int) -> Array:
+            whole = memory.take_common(round_up(self._rows * length))
+            return whole[: self._rows * length].reshape(self._rows, length)
+
+        shapes = self._in_parts(group, blocks)
+        return {key: SharedOperands(self._device, array(shape[0]), array(shape[1])) for key, shape in shapes.items()}

@@ -46,16 +46,16 @@ class State:
         self.parameters = dict(parameters)
         self.dtype = np.dtype(plan.options.dtype)
         self._device, self._optimizer = device, optimizer
-        self.buckets: list[Bucket] = []
         self.statistics: list[Statistics] = []
-        maker = BucketMaker(plan, wiring, device, self.parameters, optimizer, versions)
+        held: list[tuple[Group, dict[str, Parameter]]] = []
         for group, replicated in ((wiring.holders, False), (wiring.all_holders, True)):
             trainable = {key: p for key, p in parameters if p.trainable and p.replicated_sum == replicated}
             others = {key: p for key, p in parameters if not p.trainable and (p.axis is None) == replicated}
             if trainable:
-                self.buckets += maker.make(group, trainable)
+                held.append((group, trainable))
             if others:
                 self.statistics.append(Statistics(device, group, others, self.dtype))
+        self.buckets = BucketMaker(plan, wiring, device, self.parameters, optimizer, versions).make(held)
         self.buckets.sort(key=lambda bucket: -bucket.first)
         fences: dict[Group, SharedMemory] = {}
         for bucket in self.buckets:

@@ -17,13 +17,15 @@ import numpy as np
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
 from nettorrent_mpi.comm.ring import Rings
-from nettorrent_mpi.comm.shared import SharedMemory, fits, shared_array
+from nettorrent_mpi.comm.shared import BACKING, Ask, SharedMemory, room, share
 from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.data.rows import private
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace, aligned
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.usage import free_memory
 from nettorrent_mpi.plan.actions import buffers
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
+from nettorrent_mpi.plan.errors import warn
 
 FORWARD, BACKWARD = 0, 1
 
@@ -110,6 +112,7 @@ class Wiring:
         self._inputs, self._outputs = inputs, outputs
         self._made: list[Group] = []
         self._memories: list[SharedMemory] = []
+        self._unshared: list[tuple[str, int, int, str]] = []  # host, bytes asked for, bytes taken besides, why
         self._groups: dict[tuple[int, ...], Group] = {}
         self.everyone = self.channel(world)
         self._groups[tuple(range(world.size))] = self.everyone
@@ -155,24 +158,49 @@ class Wiring:
         self._made.append(group.duplicate())
         return self._made[-1]
 
-    def shared_memory(self, group: Group, sizes: Sequence[int], dtype: Any) -> SharedMemory:
-        """Allocate memory that the members of `group`, which are on one node, share. All members call."""
-        self._memories.append(SharedMemory(group, sizes, dtype))
-        return self._memories[-1]
+    def share(self, among: Group, asks: Sequence[Ask]) -> list[SharedMemory]:
+        """Allocate memory that groups on one node share, as `comm.shared.share`; where a node has not got it, nothing.
+        All members of `among` call."""
+        made, lack = share(among, asks)
+        self._memories += made
+        if lack is not None:
+            mine = [ask for ask in asks if ask.group.index == 0]
+            self._unshared += [(self.world.host, a.bytes, a.group.size * a.alone - a.bytes, lack) for a in mine]
+        return made
 
     def shared_rows(self, shape: Shape, dtype: Any, fill: Callable[[Array], None]) -> Array:
-        """Return an array that one of the `readers` fills for all of them. All of them call."""
-        array, memory = shared_array(self.readers, shape, dtype, fill)
-        if memory is not None:
-            self._memories.append(memory)
+        """Return an array that one of the `readers` fills for all of them, or each for itself where they cannot share
+        it. All of them call."""
+        size, readers = int(np.prod(shape, dtype=np.int64)), self.readers
+        ask = Ask(readers, 0, size, dtype, size * np.dtype(dtype).itemsize)
+        made = self.share(readers, [ask]) if readers.size > 1 and size else []
+        if not made:
+            return private(shape, dtype, fill)
+        array = made[0].take_common(size).reshape(shape)
+        made[0].fill(lambda: fill(array))
         return array
 
     def has_room(self, size: int) -> bool:
         """Whether the node of the `readers` can hold so many bytes for them in half of its free memory: once, or for
         each where shared memory has no room. All of them call."""
-        readers = self.readers
-        copies = 1 if readers.size == 1 or fits(readers, size) else readers.size
-        return bool(readers.comm.bcast(2 * copies * size <= free_memory()))
+        told = self.readers.gather_objects((room(), free_memory()))
+        copies = 1 if size <= min(shareable for shareable, _ in told) else len(told)
+        return 2 * copies * size <= min(free for _, free in told)
+
+    def warn_of_copies(self) -> None:
+        """Warn on rank 0 of memory that ranks could not share. All ranks call."""
+        found = [each for told in self.everyone.gather_objects(self._unshared) for each in told]
+        if found and self.world.rank == 0:
+            host, _, _, lack = found[0]
+            others = len({each[0] for each in found}) - 1
+            wanted = sum(each[1] for each in found if each[0] == host) / 1e6
+            more = sum(each[2] for each in found if each[0] == host) / 1e6
+            warn(
+                f"{BACKING} on {host} has no room for {wanted:.1f} MB of weights and rows that its ranks could share "
+                f"({lack}): they keep copies of their own, which takes {more:.1f} MB more memory there"
+                + (f", and likewise on {others} more host{'s' if others > 1 else ''}" if others else "")
+                + "; enlarge it (a container's: docker run --shm-size), or start fewer ranks"
+            )
 
     # -- buffers ----------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ LARGE = 100.0  # no loss here begins with more than 3
 MICRO_BATCHES = 4  # the most of `micro_batches: auto`, where there are not more stages
 
 Plain = dict[str, Any]
-ORIGINALS: dict[str, Any] = {}  # what `open_windows` stands in for
+ORIGINALS: dict[str, Any] = {}  # what `shared_memories` stands in for
 
 
 class Run(NamedTuple):
@@ -278,8 +278,8 @@ def main(count: int, seed: int, first: int) -> int:
     return 1 if failed else 0
 
 
-def open_windows() -> set[int]:
-    """Return the set that holds, from now on, the windows of shared memory that exist."""
+def shared_memories() -> set[int]:
+    """Return the set that holds, from now on, the pieces of shared memory that exist."""
     from nettorrent_mpi.comm.shared import SharedMemory
 
     found: set[int] = set()
@@ -307,7 +307,7 @@ def train(comm: Any, folder: Path, run: Run, what: str) -> str | None:
     if comm.rank == 0:
         config.write_text(json.dumps(run.config))
     comm.Barrier()
-    world, windows = World(comm), open_windows()
+    world, memories = World(comm), shared_memories()
 
     def abort(code: int) -> None:  # also after what is told in one line
         sys.stderr.write(f"ENDED BY RANK {comm.rank}: {what}\n")
@@ -324,7 +324,7 @@ def train(comm: Any, folder: Path, run: Run, what: str) -> str | None:
         world.abort(1)
         raise
     codes = comm.gather(code)
-    assert not windows, "shared memory is left"
+    assert not memories, "shared memory is left"
     assert not world.comm, "the world is left"
     problem = None
     if comm.rank == 0:

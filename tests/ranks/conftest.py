@@ -119,15 +119,28 @@ def between_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     room. True: in several buckets, around rings, however small; False: by MPI's own algorithms."""
 
     def apart(around: bool) -> None:
-        from nettorrent_mpi.comm import reducers
+        from nettorrent_mpi.comm import reducers, shared
         from nettorrent_mpi.engine import buckets
 
-        monkeypatch.setattr(buckets, "fits", lambda *_: False)
+        monkeypatch.setattr(shared, "room", lambda: 0)
         monkeypatch.setattr(buckets, "FULL", 1000)
         monkeypatch.setattr(reducers, "PIECE", 600)
         monkeypatch.setattr(buckets, "LEAST_SHARD", 100 if around else 1 << 40)
 
     return apart
+
+
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Called with how many ranks each of some hosts has, it makes worlds of that many ranks lie on them."""
+
+    def lie(*counts: int) -> None:
+        from nettorrent_mpi.comm import group
+
+        nodes = [sum(counts[:host]) for host, count in enumerate(counts) for _ in range(count)]
+        monkeypatch.setattr(group, "_nodes", lambda comm: nodes)
+
+    return lie
 
 
 @pytest.fixture

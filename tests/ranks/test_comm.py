@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from nettorrent_mpi.comm import group as mpi
 from nettorrent_mpi.comm import shared, world
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
-from nettorrent_mpi.comm.shared import SharedMemory, fits, shared_array
+from nettorrent_mpi.comm.shared import Ask, SharedMemory, share
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.engine.wiring import WiredTeam
@@ -140,58 +142,85 @@ def test_cols_gather_and_scatter(ours: World) -> None:
     np.testing.assert_allclose(part, whole[..., own] * SIZE * (SIZE + 1) / 2)
 
 
-def test_shared_memory_is_one(ours: World) -> None:
-    calls = []
-
-    def fill(array: Any) -> None:
-        calls.append(1)
-        array[...] = np.arange(24).reshape(4, 6)
-
-    node = ours.subgroup(range(SIZE))
-    array, memory = shared_array(node, (4, 6), np.uint8, fill)
-    assert (memory is None) == (SIZE == 1)
-    np.testing.assert_array_equal(array, np.arange(24).reshape(4, 6))
-    assert len(calls) == (node.index == 0)
-    ours.barrier()
-    if node.index == node.size - 1:
-        array[3, 5] = 99
-    ours.barrier()
-    assert array[3, 5] == 99
-    if memory is not None:
-        memory.free()
-    node.free()
-
-
 def test_shared_memory_of_all_is_seen_by_all(ours: World) -> None:
-    assert fits(ours, 1000)
-    assert not fits(ours, 1 << 60)
-    memory = SharedMemory(ours, [5 + i for i in range(SIZE)], np.float32)
+    memory = SharedMemory(ours, 2000, 5 * SIZE, np.float32)
+    first, second, common = memory.take_own(1984), memory.take_own(16), memory.take_common(5 * SIZE)
+    assert [len(first), len(second), common.shape] == [SIZE, SIZE, (5 * SIZE,)]
     for turn in range(3):
-        memory.parts[RANK][...] = RANK + turn
+        first[RANK][...] = second[RANK][...] = common[5 * RANK : 5 * RANK + 5] = RANK + turn
         memory.fence()
-        for rank, part in enumerate(memory.parts):
-            assert part.shape == (5 + rank,)
-            assert SIZE == 1 or part.ctypes.data % 64 == 0
-            np.testing.assert_array_equal(part, rank + turn)
+        for rank in range(SIZE):
+            for part in (first[rank], second[rank], common[5 * rank : 5 * rank + 5]):
+                np.testing.assert_array_equal(part, rank + turn)
+            assert first[rank].ctypes.data % 64 == second[rank].ctypes.data % 64 == 0
         memory.fence()
+    memory.free()
+    memory = SharedMemory(ours, 0, 24, np.uint8)
+    array = memory.take_common(24)
+    memory.fill(lambda: array.__setitem__(slice(None), np.arange(24)))
+    np.testing.assert_array_equal(array, np.arange(24))
     memory.free()
 
 
-def test_without_room_for_shared_memory_each_has_its_own(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "SPARE", 1 << 60)
-    array, memory = shared_array(ours, (4,), np.float64, lambda array: array.fill(3))
-    assert memory is None
-    array += RANK
-    ours.barrier()
-    np.testing.assert_array_equal(array, 3 + RANK)
-
-
 def test_what_filling_raises_is_raised_by_all(ours: World) -> None:
-    def fill(array: Any) -> None:
+    def fill() -> None:
         raise DataError("broken", file="x", offset=3)
 
+    memory = SharedMemory(ours, 0, 24, np.uint8)
     with pytest.raises(DataError, match="x at byte 3: broken"):
-        shared_array(ours, (4,), np.uint8, fill)
+        memory.fill(fill)
+    memory.free()
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("lacks", [0, SIZE - 1])
+def test_what_one_rank_of_a_node_lacks_no_rank_of_it_shares(
+    ours: World, hosts: Callable[..., None], shared_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: int
+) -> None:
+    """Two nodes, the second of which has the last rank alone; on the first, each rank has memory of its own besides."""
+    monkeypatch.setattr(shared, "BACKING", str(shared_path))
+    if SIZE > 1:
+        hosts(SIZE - 1, 1)
+    world = World()
+    node = world.subgroup([rank for rank in range(SIZE) if world.nodes[rank] == world.nodes[RANK]])
+    alone = world.subgroup([RANK])
+    asks = [Ask(node, 5000, 10_000, np.float32, 0), Ask(alone, 0, 77, np.float64, 0)]
+    memories, lack = share(world, asks)
+    assert (len(memories), lack) == (2, None)
+    part = memories[0].take_own(5000)[node.index]
+    part[...] = RANK
+    for memory in memories:
+        memory.free()
+    with files_of_at_most(3000 if lacks == RANK else 1 << 30):
+        memories, lack = share(world, asks)
+    if world.nodes[RANK] == world.nodes[lacks]:
+        assert memories == []
+        assert "File too large" in str(lack)
+    else:
+        assert (len(memories), lack) == (2, None)
+        for memory in memories:
+            memory.free()
+    assert (part == RANK).all() or not part.any()  # given back, but no error
+    assert list(shared_path.iterdir()) == []
+    for group in (node, alone, world):
+        group.free()
+
+
+def test_the_sum_of_what_is_asked_for_has_to_fit(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = ours.subgroup([RANK])
+    monkeypatch.setattr(shared, "room", lambda: 1000 * SIZE)
+    memories, lack = share(ours, [Ask(alone, 125, 0, np.float64, 0)])
+    assert (len(memories), lack) == (1, None)
+    memories[0].free()
+    assert share(ours, [Ask(alone, 126, 0, np.float64, 0)]) == ([], f"{SIZE / 1000:.1f} MB are free")
+    alone.free()
 
 
 def test_one_ranks_mistake_becomes_everyones(ours: World) -> None:
