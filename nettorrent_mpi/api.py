@@ -43,7 +43,8 @@ from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.trainer import Record, TrainingLoop
-from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError
+from nettorrent_mpi.nn.rates import check_rates
+from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError, warn
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
 atexit.register(abort_after_error)
@@ -151,7 +152,7 @@ class Trainer:
         The learning-rate schedule spans the length of the run, or, if none was set, the length given here. All ranks
         get the same records, each when they reach it. To evaluate, save or predict inside the loop, wait for a record
         with `at_rest`. Leaving the loop early stops all ranks after the same step, a few steps later. Raises
-        NonFiniteError on all ranks if the training diverges.
+        ConfigError if a warm-up takes all steps, and NonFiniteError on all ranks if the training diverges.
         """
         self._open("train")
         whole = self.setup.steps
@@ -165,7 +166,13 @@ class Trainer:
         until = whole
         if epochs is not None or steps is not None:
             until = self.step + (steps if steps is not None else (epochs or 0) * self._loop.epoch_steps)
-        run = self._loop.train(until, max(until, whole) if self.planned.has_length else until)
+        horizon = max(until, whole) if self.planned.has_length else until
+        if not self.planned.has_length:
+            with self._world.agreement():
+                doubt = check_rates(self.setup.config.train.schedule, horizon, self._loop.epoch_steps)
+            if doubt is not None and self.rank == 0:
+                warn(doubt)
+        run = self._loop.train(until, horizon)
         self._runs = [other for other in self._runs if other() is not None] + [weakref.ref(run)]
         return run
 

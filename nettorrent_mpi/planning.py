@@ -14,6 +14,7 @@ from nettorrent_mpi.engine.layout import predicted
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.usage import peak_memory
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.nn.rates import check_rates
 from nettorrent_mpi.plan.errors import UserError, warn
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.specs import LayerSpec
@@ -56,22 +57,22 @@ def plan(
 
 
 class PlannedRun:
-    """A PlannedRun describes what a run will do; `str` of it is the report of `--dry-run`."""
+    """A PlannedRun describes what a run will do; `str` of it is the report of `--dry-run`. Raises ConfigError if its
+    length is given and the learning rate's warm-up takes all of it."""
 
     def __init__(self, setup: Setup, has_length: bool):
         self.setup = setup
         self.has_length = has_length  # whether the length of the run was given
+        doubt = (
+            check_rates(setup.config.train.schedule, setup.steps, setup.sampler.steps_per_epoch) if has_length else None
+        )
+        self.warnings = (*setup.warnings, *([] if doubt is None else [doubt]))  # of what may be meant, one line each
         self.process_memory = (peak_memory(), peak_memory())  # bytes of rank 0's process and of the others', before all
 
     @property
     def config(self) -> Config:
         """The complete configuration."""
         return self.setup.config
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is doubtful but may be meant, one line each."""
-        return self.setup.warnings
 
     def warn(self) -> None:
         """Give the warnings."""

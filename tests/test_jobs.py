@@ -19,6 +19,8 @@ SMALL = [
     "data={name: synthetic, rows: 96, test_rows: 32, shape: SHAPE, classes: 10}",
     "--set",
     "train.steps=3",
+    "--set",
+    "train.schedule=constant",
 ]
 SHAPES = {"cifar": "[32, 32, 3]", "mnist": "[28, 28, 1]", "speedup": "[32, 32, 3]"}
 

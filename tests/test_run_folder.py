@@ -293,7 +293,8 @@ def test_the_log_has_every_report(done: Done) -> None:
     ]
     assert any(line.startswith("layout: ") and "3 ranks" in line for line in lines)
     assert f"run folder: {done.folder}" in lines
-    assert len(lines) == 13
+    assert sum(line.startswith("learning rate: ") for line in lines) == 1
+    assert len(lines) == 14
 
 
 HELD_BACK = [0.0, 0.1]

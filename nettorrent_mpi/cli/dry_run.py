@@ -49,6 +49,7 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
         f"data      {name}: {rows:,} training rows, {epoch:,} steps per epoch, {total:,} steps in all",
         f"network   {len(facts)} weight layers, {parameters:,} parameters, {millions:,.1f} million operations per row",
         f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
+        f"rate      {setup.rates} ({train.schedule.kind})",
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
     ]
     letters = "F forward, B backward"

@@ -103,6 +103,7 @@ class Run:
                 steps=setup.steps,
                 steps_per_epoch=setup.sampler.steps_per_epoch,
             )
+            self._reporter.message(f"learning rate: {setup.rates} ({setup.config.train.schedule.kind})")
 
     def tell(self, record: Record) -> None:
         """Write a record to metrics.jsonl, and show it."""

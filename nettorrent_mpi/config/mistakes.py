@@ -55,6 +55,9 @@ class Mistakes(ValueError):  # noqa: N818
 def nearest(word: str, known: Iterable[str]) -> str:
     """Suggest a correction of an unknown word: the nearest known one, or all of them."""
     known = list(known)
+    longer = [other for other in known if other.startswith(f"{word}_")]
+    if len(longer) > 1:
+        return f"did you mean {' or '.join(longer)}?"
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"possible: {', '.join(known)}"
 

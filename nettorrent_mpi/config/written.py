@@ -57,8 +57,8 @@ _ABOVE_ZERO: Rule = (lambda x: 0 < x <= 1, "more than 0 and at most 1")
 _BETWEEN: Rule = (lambda x: 0 < x < 1, "more than 0 and less than 1")
 _FRACTION: Rule = (lambda x: 0 <= x <= 1, "between 0 and 1")
 _RULES: dict[str | tuple[str, str], Rule] = {
-    **dict.fromkeys(("units", "filters", "kernel", "stride", "size", "every"), _COUNT),
-    **dict.fromkeys(("lr", "eps", "factor"), _POSITIVE),
+    **dict.fromkeys(("units", "filters", "kernel", "stride", "size", "every", "every_epochs", "every_steps"), _COUNT),
+    **dict.fromkeys(("lr", "eps", "factor", "factor_per_epoch"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "lr_decay", "initial_accumulator", "warmup_steps"), _NOT_NEGATIVE),
     **dict.fromkeys(("rate", "label_smoothing", "betas", "alpha", "momentum"), _BELOW_ONE),
     **dict.fromkeys(("dampening", "final", "slope", ("batch_norm", "momentum")), _FRACTION),
@@ -93,6 +93,8 @@ def _check_ranges(spec: Spec) -> None:
                 raise Mistake(f"must be {rule[1]}, not {number}", option)
     if isinstance(spec, specs.Sgd) and spec.nesterov and (spec.momentum == 0 or spec.dampening != 0):
         raise Mistake("needs a momentum above 0 and no dampening", "nesterov")
+    if isinstance(spec, specs.Step) and (spec.every_epochs is None) == (spec.every_steps is None):
+        raise Mistake("give one of every_epochs and every_steps: after how many the learning rate drops")
     if isinstance(spec, specs.Residual) and not any(i.weighted for i in (*spec.layers, *spec.shortcut)):
         raise Mistake("has no layer with weights; add a linear or conv2d layer", "layers")
     if isinstance(spec, LayerSpec) and spec.name is not None and not _NAME.match(spec.name):

@@ -16,6 +16,7 @@ from nettorrent_mpi.engine.layout import lay_out, micro_batches
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.losses import check_end, check_fit
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.nn.rates import Rates, extremes
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.exchange_specs import Elite
 from nettorrent_mpi.plan.topology import Topology
@@ -46,6 +47,12 @@ class Setup:
         """Return the number of steps of the run."""
         train = self.config.train
         return train.steps if train.steps is not None else (train.epochs or 1) * self.sampler.steps_per_epoch
+
+    @property
+    def rates(self) -> Rates:
+        """Return what the learning-rate schedule comes to, without an exchange's factor on it."""
+        train = self.config.train
+        return extremes(train.schedule, train.optimizer.options()["lr"], self.steps, self.sampler.steps_per_epoch)
 
     @property
     def layout_line(self) -> str:

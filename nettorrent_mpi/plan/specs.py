@@ -265,16 +265,17 @@ class Constant(Spec):
 
 @dataclass(frozen=True)
 class Step(Spec):
-    kind = "step"  # every `every` steps times `factor`
-    every: int
+    kind = "step"  # times `factor` every so many epochs, or every so many steps
+    every_epochs: int | None = None  # one of the two is given
+    every_steps: int | None = None
     factor: float = 0.1
     warmup_steps: int = 0
 
 
 @dataclass(frozen=True)
 class Exponential(Spec):
-    kind = "exponential"  # times `factor` every epoch, smoothly
-    factor: float
+    kind = "exponential"  # times this factor every epoch, smoothly
+    factor_per_epoch: float
     warmup_steps: int = 0
 
 

@@ -201,11 +201,12 @@ def _work(setup: Setup) -> Hashable:
 
 def timed(config: Config, steps: int, *, trace: bool = False) -> Config:
     """Return `config` for a measurement of this many steps: nothing is evaluated, reported or saved before their
-    end."""
+    end, and the learning rate, whose schedule may be longer, is constant."""
     never = steps + 1
     changes = {"steps": steps, "report_every": never, "evaluate_every": never, "checkpoint_every": never}
     plain = to_plain(config)
-    train = {k: v for k, v in plain["train"].items() if k != "epochs"} | changes | {"stop_at": None}
+    train = {k: v for k, v in plain["train"].items() if k != "epochs"} | changes
+    train |= {"stop_at": None, "schedule": "constant"}
     return configuration.from_plain(plain | {"train": train, "trace": trace})
 
 

@@ -15,6 +15,7 @@ from nettorrent_mpi.cli import dry_run as report
 from nettorrent_mpi.cli.speed_report import _duration, speed_block
 from nettorrent_mpi.config import reading as config
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.nn.rates import Rates
 from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
@@ -36,6 +37,7 @@ def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) ->
         dataset=SimpleNamespace(train=SimpleNamespace(rows=50_000), missing=None),
         sampler=SimpleNamespace(steps_per_epoch=391),
         steps=15 * 391,
+        rates=Rates(0.00004, 0.004, 0.0),
         network=SimpleNamespace(facts=facts, has_batch_norm=False, input_shape=(32, 32, 3), whole=WHOLE),
         topology=topology,
         options=SimpleNamespace(micro_batches=4),
@@ -61,6 +63,7 @@ def test_a_dry_run_fits_the_screen_for_any_number_of_ranks(ranks: int) -> None:
     assert len(text.splitlines()) < 100
     assert f"= {ranks} rank" in " ".join(text.split())
     assert "50,000 training rows, 391 steps per epoch, 5,865 steps in all" in text
+    assert "rate      4e-05 in the first step, at most 0.004, 0 in the last step (cosine)\n" in text
     assert "no deadlock" in text
     assert "SPEED (predicted)" in text
     assert "node0" in text
@@ -230,7 +233,7 @@ def test_more_ranks_that_are_slower_are_told_of() -> None:
     assert "layout: layers is predicted to be slower on 256 ranks than on 64 (102 s, not 94 s" in planned.warnings[1]
 
 
-@pytest.mark.parametrize("changes", [("layout=auto",), ("train.steps=60",)])
+@pytest.mark.parametrize("changes", [("layout=auto",), ("train.steps=60", "train.schedule=cosine")])
 def test_nobody_is_warned_who_does_not_wait(changes: tuple[str, ...]) -> None:
     assert cifar(64, *changes).warnings == ()
 

@@ -152,6 +152,10 @@ MISTAKES = [
     ("optimizer: adam", "optimizer: {sgd: {nesterov: true}}", 12, "train.optimizer.sgd.nesterov", ["momentum"]),
     ("optimizer: adam", "optimizer: {rmsprop: {alpha: -1}}", 12, "train.optimizer.rmsprop.alpha", ["at least 0"]),
     ("optimizer: adam", "schedule: {step: 0}", 12, "train.schedule.step", ["at least 1"]),
+    ("optimizer: adam", "schedule: {step: {every: 3}}", 12, "train.schedule.step.every",
+     ["unknown key; did you mean every_epochs or every_steps?"]),
+    ("optimizer: adam", "schedule: step", 12, "train.schedule", ["give one of every_epochs and every_steps"]),
+    ("optimizer: adam", "schedule: {step: {every_epochs: 2, every_steps: 9}}", 12, "train.schedule.step", ["give one"]),
     ("optimizer: adam", "schedule: {cosine: {warmup_steps: -1}}", 12,
      "train.schedule.cosine.warmup_steps", ["at least 0"]),
     ("seed: 1", "layout: {swarms: []}", 1, "layout.swarms", ["must not be empty"]),
@@ -560,7 +564,8 @@ OPTIMIZER = st.one_of(
 )
 SCHEDULE = st.one_of(
     st.builds(specs.Constant, st.integers(0, 9)),
-    st.builds(specs.Step, COUNT, POSITIVE),
+    st.builds(specs.Step, COUNT, st.none(), POSITIVE),
+    st.builds(specs.Step, every_steps=COUNT, factor=POSITIVE),
     st.builds(specs.Exponential, POSITIVE),
     st.builds(specs.Cosine, st.floats(0, 1), st.integers(0, 9)),
 )
@@ -669,9 +674,9 @@ def test_what_is_written_reads_back_equal(  # type: ignore[no-untyped-def]
         (specs.Adam(betas=(0.9, 1.0)), "betas"),
         (specs.AdamW(weight_decay=math.nan), "weight_decay"),
         (specs.Adagrad(initial_accumulator=-1.0), "initial_accumulator"),
-        (specs.Step(every=0), "every"),
+        (specs.Step(every_steps=0), "every_steps"),
         (specs.Constant(warmup_steps=-1), "warmup_steps"),
-        (specs.Exponential(factor=math.nan), "factor"),
+        (specs.Exponential(math.nan), "factor_per_epoch"),
         (specs.Cosine(final=-0.5), "final"),
         (specs.CrossEntropy(label_smoothing=1.5), "label_smoothing"),
         (specs.Dropout(1.0), "rate"),
@@ -701,7 +706,7 @@ def test_every_option_of_every_spec_is_accepted() -> None:
         (choices.COMPRESSIONS, "exchange.gossip.compress"),
     ):
         for kind, spec in kinds.items():
-            required = {"every": 3, "factor": 0.5}
+            required = {"every": 3, "every_steps": 3, "factor": 0.5, "factor_per_epoch": 0.5}
             made = spec(**{f.name: required[f.name] for f in fields(spec) if f.name in required and kind != "constant"})
             read: Any = loads(BASE, f"{at}={json.dumps(writing.plain(made))}", "data.validation=0.1")
             for part in at.replace(".gossip", "").split("."):

@@ -43,14 +43,14 @@ def optimizer_of(written: Any, spec: Spec, parameters: list[Any]) -> Any:
 
 def schedule_of(spec: Any, optimizer: Any, lr: float, steps: int) -> Any:
     kind, options = one(spec)
-    options = options if isinstance(options, dict) else {"factor": options}
+    options = options if isinstance(options, dict) else {"factor_per_epoch": options}
     rates = torch.optim.lr_scheduler
     warmup = options.get("warmup_steps", 0)
     proper: Any
     if kind == "step":
-        proper = rates.StepLR(optimizer, options["every"], options.get("factor", 0.1))
+        proper = rates.StepLR(optimizer, options["every_steps"], options.get("factor", 0.1))
     elif kind == "exponential":  # an epoch is one step of the full batch
-        proper = rates.ExponentialLR(optimizer, options["factor"])
+        proper = rates.ExponentialLR(optimizer, options["factor_per_epoch"])
     elif kind == "cosine":
         proper = rates.CosineAnnealingLR(optimizer, steps - warmup - 1, options.get("final", 0.0) * lr)
     else:

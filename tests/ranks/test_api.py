@@ -101,6 +101,16 @@ def test_a_small_last_mini_batch_does_no_harm_to_batch_norm(rows: int, micro_bat
             assert after.loss < 1.2 * before.loss
 
 
+def test_a_warm_up_needs_more_steps_than_it_takes(world: MPI.Intracomm) -> None:
+    how: dict[str, Any] = {"comm": world, **HOW, "schedule": nt.Cosine(warmup_steps=5)}
+    with nt.Trainer(LAYERS, rows(), **how) as trainer:
+        with pytest.raises(nt.ConfigError, match="5 steps, but the run has 5"):
+            trainer.train(steps=5)
+        assert [record.learning_rate for record in trainer.train(steps=6)][-1] == pytest.approx(0.01)
+    with pytest.raises(nt.ConfigError, match=r"train\.schedule\.cosine\.warmup_steps: 5 steps"):
+        nt.Trainer(LAYERS, rows(), steps=4, **how)
+
+
 def told_by_trainer(world: MPI.Intracomm, *trainer: Any, **how: Any) -> list[list[str]]:
     """The warnings that each rank gives."""
     with warnings.catch_warnings(record=True) as given:
