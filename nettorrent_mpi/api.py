@@ -44,7 +44,7 @@ from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.trainer import Record, TrainingLoop
 from nettorrent_mpi.nn.rates import check_rates
-from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError, warn
+from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, OutputError, UserError, warn
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
 atexit.register(abort_after_error)
@@ -227,13 +227,12 @@ class Trainer:
         checkpoint.restore_parameters(self._engine, Path(path))
 
     def resume(self, path: str | Path) -> None:
-        """Continue from a checkpoint, or from the newest one in a folder, made with any layout on any number of ranks.
+        """Continue from a checkpoint, or from a folder's newest undamaged one, made with any layout and ranks.
 
         Raises ConfigError if it was made with other data, another network, optimizer, batch size, seed or dtype.
         """
         self._at_rest("resume")
-        with self._world.agreement():
-            found = checkpoint.find_checkpoint(Path(path))
+        found = self._world.once(lambda: checkpoint.find_checkpoint(Path(path)))
 
         def accept(attributes: Mapping[str, Any]) -> None:
             checkpoint.must_match(json.loads(str(attributes["config"])), self.setup.config, found)
@@ -241,8 +240,9 @@ class Trainer:
         attributes = checkpoint.restore(self._engine, found, accept)
         self._loop.resume(int(attributes["step"]), int(attributes["samples"]), float(attributes["time"]))
 
-    def _save_checkpoint(self) -> None:
-        """Write checkpoints/step-N.h5, never with weights that are not finite, and remove all but the newest ones."""
+    def _save_checkpoint(self, needed: bool) -> None:
+        """Write checkpoints/step-N.h5, never with weights that are not finite, and remove all but the newest ones. If
+        that fails and the training goes on or has other results (not `needed`), it is a warning."""
         loop, config = self._loop, self.setup.config
         check_finite(self._engine)
         groups = checkpoint.collect(self._engine)
@@ -250,7 +250,12 @@ class Trainer:
             if self.rank == 0:
                 attributes = {"step": loop.step, "samples": loop.samples, "time": loop.time}
                 about = {"model": model_json(config), "config": json.dumps(to_plain(config))}
-                checkpoint.write_checkpoint(self._checkpoints, groups, {**about, **attributes})
+                try:
+                    checkpoint.write_checkpoint(self._checkpoints, groups, {**about, **attributes})
+                except OutputError as error:
+                    if needed:
+                        raise
+                    warn(f"there is no checkpoint of step {loop.step}: {error}", alone=True)
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the training as in summary.json. Replicas that differ become one network, for good."""

@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,22 +162,54 @@ def test_divergence(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mp
     assert "Warning" not in done.stderr
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """disk(size): a folder that is a small disk of its own."""
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        mounted = subprocess.run(command, capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True)
+
+
 @slow
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
-@pytest.mark.parametrize("size", ["4k", "8k"])
-def test_full_disk(mpirun: Callable[..., Run], tmp_path: Path, config: Path, size: str) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
-    try:
-        done = mpirun(2, [*TRAIN, config, "--output", disk / "run"])
-        told_once(done, 2, r"could not be written: the disk is full")
-        assert not list(disk.rglob("*.part"))
-    finally:
-        subprocess.run(["umount", disk], check=True)
+@pytest.mark.parametrize("size", ["4k", "8k", "24k"])
+def test_full_disk(
+    mpirun: Callable[..., Run], disk: Callable[[str], Path], tmp_path: Path, config: Path, size: str
+) -> None:
+    done = mpirun(2, [*TRAIN, config, "--output", disk(size) / "run"])
+    told_once(done, 2, r"could not be written: the disk is full")
+    assert not list((tmp_path / "disk").rglob("*.part"))
+
+
+@slow
+def test_a_disk_without_room_for_checkpoints(
+    mpirun: Callable[..., Run], disk: Callable[[str], Path], config: Path
+) -> None:
+    """Training goes on without them, and its results are there."""
+    changes = ["train.steps=300", "train.optimizer=adam", "model.layers.1.linear.units=256"]
+    sets = [word for change in changes for word in ("--set", change)]
+    run = disk("200k") / "run"
+    done = mpirun(2, [*TRAIN, config, "--output", run, *sets])
+    assert done.returncode == 0, done.stderr
+    told = re.findall(
+        r"^nettorrent: warning: there is no checkpoint of step (\d+): .* the disk is full", done.stderr, re.M
+    )
+    assert told == ["90", "180", "270", "300"], done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in run.iterdir() if path.is_file()} == {
+        "config.yaml", "metrics.jsonl", "model.h5", "summary.json"
+    }  # fmt: skip
+    assert not list(run.rglob("*.part"))
 
 
 PHASES = ["setup", "wiring", "data", "forward", "backward", "reduce", "update", "report", "evaluate", "save", "close"]

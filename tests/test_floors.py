@@ -70,6 +70,7 @@ ORDER: dict[str, list[str]] = {
         "memory",
     ],
     "data": [
+        "storage",
         "files",
         "augment",
         "sampler",

@@ -196,6 +196,38 @@ def test_a_flipped_bit_of_the_model_seen_by_some_ranks_only(mpirun: Callable[...
         assert "model.h5: is not a whole file" in done.stderr
 
 
+def test_damaged_files(series: Callable[..., Any], tmp_path: Path, resumed: dict[str, Path]) -> None:
+    """The older checkpoint takes the place of the newest one, which is named; nothing else is lost."""
+    config, run = config_file(tmp_path), tmp_path / "run"
+    shutil.copytree(resumed[OPTIMIZERS[0]] / "parts", run)
+    older, newest = sorted((run / "checkpoints").iterdir())
+    with newest.open("r+b") as file:
+        file.truncate(newest.stat().st_size - 1000)
+    stale = run / "checkpoints" / "step-0000000025.h5.part"
+    stale.write_text("of a run that was killed")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_bytes("\n".join([*lines, "\0\0\0", '{"step": 31, "ep']).encode())
+    results = {name: (run / name).read_bytes() for name in ("model.h5", "summary.json")}
+    commands = [
+        command(config, run, "--resume", run / "model.h5"),
+        command(config, run, "--resume", newest),
+        command(config, run, "--resume"),
+    ]
+    weights, damaged, done = series(2, tmp_path / "series", commands, on=True)
+    assert (weights[0], damaged[0], done[0]) == (2, 2, 0), done
+    assert re.search(r"error: .*model\.h5: holds no training state", weights[1])
+    assert re.search(r"error: .*step-0000000030\.h5: is not a whole file", damaged[1])
+    warnings = [line for line in done[1].splitlines() if line.startswith("nettorrent: warning: ")]
+    assert len(warnings) == 2, done[1]
+    assert re.search(r"step-0000000030\.h5: is not a whole file .*; resuming from step-0000000020\.h5", warnings[0])
+    assert "metrics.jsonl: 2 lines could not be read" in warnings[1]
+    told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told] == [json.loads(line)["step"] for line in lines]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [older.name, newest.name]
+    same(trained(run), trained(resumed[OPTIMIZERS[0]] / "whole"))
+    assert results["summary.json"] != (run / "summary.json").read_bytes()
+
+
 REPLICAS = {
     2: [
         ("{replicas: 2, swarms: [{layers: 3}]}", "1f1b", exchange)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 import subprocess
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,9 +16,11 @@ import h5py
 import numpy as np
 import pytest
 
+from nettorrent_mpi.cli.run_folder import RunFolder
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config import writing
 from nettorrent_mpi.plan.actions import step_end
+from nettorrent_mpi.plan.errors import NetTorrentWarning, OutputError
 from nettorrent_mpi.plan.schedule import build
 
 HERE = Path(__file__).resolve().parent
@@ -443,3 +446,33 @@ def test_shared_memory_does_not_keep_mpi_from_ending(mpirun: Mpirun, mpi: str) -
     for _ in range(5):
         done = mpirun(4, ["-c", SHARES], mpi=mpi, timeout=30)
         assert (done.returncode, done.stderr.count("told to all")) == (2, 1), done.stderr
+
+
+def test_what_cannot_be_begun_takes_nothing_away(tmp_path: Path) -> None:
+    for name in ("config.yaml", "model.h5", "checkpoints/step-0000000001.h5"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    (tmp_path / "config.yaml.part").mkdir()  # so nothing can be written under this name
+    with pytest.raises(OutputError, match=r"config\.yaml could not be written"):
+        RunFolder(str(tmp_path)).create("new")
+    (tmp_path / "config.yaml.part").rmdir()
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"old"}
+    RunFolder(str(tmp_path)).create("new")
+    left = {path.name: path.read_text() for path in tmp_path.rglob("*")}
+    assert left == {"config.yaml": "new", "metrics.jsonl": ""}
+
+
+def test_lines_wait_for_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
+    folder, limits = RunFolder(str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder.create("config: 1")
+    folder.metrics({"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (18, limits[1]))  # bytes: a line and a half
+    try:
+        with pytest.warns(NetTorrentWarning, match=r"metrics\.jsonl cannot be written .*training goes on"):
+            folder.metrics({"step": 2})
+        folder.metrics({"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step'
+    folder.metrics({"step": 4})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

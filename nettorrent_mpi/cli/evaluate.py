@@ -13,7 +13,7 @@ from nettorrent_mpi.api import Trainer
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.config.sections import Config
-from nettorrent_mpi.data.files import replacing
+from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import DataError, OutputError

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from nettorrent_mpi.data.storage import replacing, retried
 from nettorrent_mpi.engine.run_files import write_whole, written
-from nettorrent_mpi.plan.errors import OutputError
+from nettorrent_mpi.plan.errors import OutputError, warn
 
 OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
 
@@ -22,7 +25,9 @@ class RunFolder:
 
     def __init__(self, path: str):
         self.path = Path(path)
-        self._metrics: TextIO | None = None
+        self._metrics: FileIO | None = None
+        self._lines = bytearray()  # of metrics.jsonl that are still to be written
+        self._warned = False
 
     def check(self, overwrite: bool) -> None:
         """Raise an OutputError if the folder holds another run's results, or is a file."""
@@ -38,36 +43,62 @@ class RunFolder:
     def create(self, config: str, after: int | None = None) -> None:
         """Create the folder, write config.yaml and open metrics.jsonl.
 
-        A new run removes an earlier one's files; one that resumes after step `after` keeps them, and the lines of
-        metrics.jsonl up to that step.
+        A new run removes an earlier one's files, once its own configuration could be written. One that resumes after
+        step `after` keeps them until its own take their places, and the lines of metrics.jsonl up to that step.
         """
+        checkpoints, metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
 
         def body() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
-            metrics = self.path / "metrics.jsonl"
-            told = metrics.read_text().splitlines(keepends=True) if after is not None and metrics.exists() else []
-            for name in OURS:
-                (self.path / name).unlink(missing_ok=True)
-            if after is None and (self.path / "checkpoints").is_dir():
-                for path in (self.path / "checkpoints").glob("step-*.h5"):
-                    path.unlink()
-                shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-            (self.path / "config.yaml").write_text(config)
-            self._metrics = metrics.open("w", buffering=1)
-            self._metrics.writelines(
-                line for line in told if line.endswith("\n") and json.loads(line)["step"] <= (after or 0)
-            )
+            told = [] if after is None else self._told(metrics, after)
+            with replacing(self.path / "config.yaml") as part:
+                part.write_text(config, encoding="utf-8")
+                if after is None:
+                    for name in OURS:
+                        (self.path / name).unlink(missing_ok=True)
+                    for path in checkpoints.glob("step-*.h5"):
+                        path.unlink()
+            if after is None and checkpoints.is_dir():
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            write_whole(metrics, "".join(told))
+            self._metrics = metrics.open("ab", buffering=0)
+            with suppress(OSError):  # what a run that was killed has left
+                for part in (*(self.path / f"{name}.part" for name in OURS), *checkpoints.glob("step-*.h5.part")):
+                    part.unlink(missing_ok=True)
 
         self._guard(body, "config.yaml")
 
+    def _told(self, metrics: Path, after: int) -> list[str]:
+        """Return the undamaged lines of metrics.jsonl up to step `after`."""
+        if not metrics.exists():
+            return []
+        found, damaged = [], 0
+        for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                if line and int(json.loads(line)["step"]) <= after:
+                    found.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
+                damaged += 1
+        if damaged:
+            lines = f"{damaged} line{'s' if damaged > 1 else ''}"
+            warn(f"{metrics}: {lines} could not be read, and the resumed run goes on without", alone=True)
+        return found
+
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl, which can be read immediately."""
+        """Append a line to metrics.jsonl, which can be read immediately. A disk that is full for a while delays it."""
+        self._lines += json.dumps(record).encode() + b"\n"
+        try:
+            self._append()
+        except OSError as error:
+            if not self._warned:
+                text = f"{self.path / 'metrics.jsonl'} cannot be written ({error.strerror or error}); training goes on"
+                warn(text, alone=True)
+            self._warned = True
 
-        def body() -> None:
-            assert self._metrics is not None
-            self._metrics.write(json.dumps(record) + "\n")
-
-        self._guard(body, "metrics.jsonl")
+    def _append(self) -> None:
+        assert self._metrics is not None
+        while self._lines:
+            del self._lines[: self._metrics.write(self._lines)]
 
     def trace(self, trace: str) -> None:
         """Write trace.json."""
@@ -77,15 +108,14 @@ class RunFolder:
         """Write summary.json, the last file of a run: if it is there, the run is complete."""
 
         def body() -> None:
+            self._append()
             write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-            if self._metrics is not None:
-                self._metrics.close()
 
         self._guard(body, "summary.json")
 
     def _guard(self, body: Callable[[], None], name: str) -> None:
         with written(self.path / name):
-            body()
+            retried(body)
 
 
 def commit(*, dirty: bool = False) -> str | None:

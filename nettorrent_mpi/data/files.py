@@ -27,20 +27,6 @@ def opening(path: Path, remedy: str) -> Iterator[io.BufferedReader]:
         raise DataError(f"cannot be read ({error.strerror or error}); {remedy}", file=str(path)) from error
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write a file under: it takes the place of `path` once it is whole and on the disk, and
-    is removed if writing fails."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def size_of(path: Path, remedy: str) -> int:
     """Return the file's size in bytes."""
     with opening(path, remedy) as file:

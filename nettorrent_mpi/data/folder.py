@@ -9,8 +9,8 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from nettorrent_mpi.data.files import replacing
 from nettorrent_mpi.data.images import ImageReader
+from nettorrent_mpi.data.storage import new_hdf5
 from nettorrent_mpi.device.random import generator
 from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError
 
@@ -97,8 +97,7 @@ def import_folder(
             progress(done, total)
 
     try:
-        # The attribute `classes` of thousands of names needs the latest format.
-        with replacing(target) as part, h5py.File(part, "w", libver="latest") as file:
+        with new_hdf5(target) as file:  # whose format has room for the names of thousands of classes
             file.attrs["classes"] = classes
             for images, suffix in ((train, ""), (held, "_test")):
                 if images:

@@ -14,6 +14,7 @@ from nettorrent_mpi.data.files import opening
 from nettorrent_mpi.data.from_arrays import as_targets, check_arrays, classes_of
 from nettorrent_mpi.data.hdf5_rows import find, open_rows, opened, storage_note
 from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split
+from nettorrent_mpi.data.storage import refused, retried
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError
 
@@ -63,8 +64,9 @@ def _values(path: Path, name: str) -> Array:
     with opened(path) as file:
         data = find(file, path, name)
         try:
-            return np.asarray(data[...])
+            return np.asarray(retried(lambda: data[...]))
         except Exception as error:
+            refused(error, path)
             raise DataError(f"{name} cannot be read ({error}); write the file again", file=str(path)) from error
 
 

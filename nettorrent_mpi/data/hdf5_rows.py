@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,7 @@ import numpy as np
 
 from nettorrent_mpi.data.files import size_of
 from nettorrent_mpi.data.rows import Allocate, HasRoom, Take, take_from
+from nettorrent_mpi.data.storage import read_hdf5, refused, retried
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError, UserError, warn
 
@@ -35,14 +37,16 @@ def opened(path: Path) -> Iterator[h5py.File]:
     except UserError:
         raise
     except Exception as error:
+        refused(error, path)
         raise DataError(f"truncated or corrupt HDF5 file ({error}); {REMEDY}", file=str(path)) from error
 
 
 def _open(path: Path) -> h5py.File:
     try:
-        return h5py.File(path, "r", locking="best-effort")
+        return read_hdf5(path)
     except Exception as error:
         size = size_of(path, REMEDY)
+        refused(error, path)
         if not h5py.is_hdf5(path):
             raise DataError(f"not an HDF5 file: no signature; {REMEDY}", file=str(path), offset=0) from error
         text = f"truncated or corrupt HDF5 file ({error}); {REMEDY}"
@@ -151,7 +155,7 @@ def _read_all(path: Path, name: str, out: Array) -> None:
         for first in range(0, len(data), step):
             rows = slice(first, min(first + step, len(data)))
             with _naming(path, data, rows):
-                data.read_direct(out[rows], rows)
+                retried(partial(data.read_direct, out[rows], rows))
 
 
 def _take_from_file(path: Path, name: str) -> Take:
@@ -175,7 +179,7 @@ def _take_from_file(path: Path, name: str) -> Take:
             stop = int(rows[at + count - 1]) + 1
             read = slab[: stop - first]
             with _naming(path, data, slice(first, stop)):
-                data.read_direct(read, slice(first, stop))
+                retried(partial(data.read_direct, read, slice(first, stop)))
             sorted_bR[at : at + count] = read.reshape(len(read), -1).view(np.uint8)[rows[at : at + count] - first]
             at += count
         np.take(sorted_bR, places, axis=0, out=out_bR, mode="clip")
@@ -193,6 +197,7 @@ def _naming(path: Path, data: h5py.Dataset, rows: slice) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        refused(error, path)
         name = str(data.name).lstrip("/")
         for row in range(rows.start, rows.stop):
             try:

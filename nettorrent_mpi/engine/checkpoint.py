@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +23,26 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.model_file import Attribute, check_shape, opened, read_box, write_arrays
+from nettorrent_mpi.engine.model_file import (
+    Attribute,
+    check_shape,
+    opened,
+    read_attributes,
+    read_box,
+    verify,
+    write_arrays,
+)
 from nettorrent_mpi.engine.resharding import REPLICAS, move
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.state import OPTIMIZER, PARAMETERS
-from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError
+from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError, warn
 from nettorrent_mpi.plan.moves import Holding, whole
 
 if TYPE_CHECKING:
     import h5py
 
 Groups = dict[str, dict[str, Array]]
+TRAINING = {"step", "samples", "time", "config"}  # attributes of a checkpoint that model.h5 lacks
 KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
 # The values that decide what a step computes: a resumed run must have the same.
 DECISIVE = ("seed", "dtype", "data", "model", "train.batch_size", "train.optimizer")
@@ -68,6 +78,7 @@ def _folder(name: str) -> tuple[str, str]:
 
 def restore_parameters(engine: Engine, path: Path) -> None:
     """Load every rank's blocks of the parameters from model.h5 or a checkpoint. Raises DataError on all ranks."""
+    engine.world.once(lambda: verify(path))
     with engine.world.agreement(), opened(path) as file:
         _check_network(file, engine)
     with engine.world.agreement():
@@ -87,7 +98,7 @@ def restore(engine: Engine, path: Path, accept: Callable[[Mapping[str, Attribute
     `accept` sees the attributes before anything changes. Raises DataError, or what `accept` raises, on all ranks.
     """
     with engine.world.agreement(), opened(path) as file:
-        attributes: dict[str, Attribute] = dict(file.attrs)
+        attributes = read_attributes(file)
         accept(attributes)
         _check_network(file, engine)
         for name in engine.optimizer.states:
@@ -126,26 +137,52 @@ def write_checkpoint(
     with written(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_arrays(path, groups, attributes)
-        for old in _checkpoints(folder)[:-KEPT]:
+    with suppress(OSError):
+        for old in (*_checkpoints(folder)[:-KEPT], *folder.glob("step-*.h5.part")):
             old.unlink()
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at `path`: that file itself, or the newest one in a run folder or a folder of checkpoints.
+    """Return the checkpoint at `path`: that file itself, or the newest undamaged one in a run folder or a folder of
+    checkpoints, with a warning of damaged ones. The file has been read whole, so this is for one rank.
 
-    Raises OutputError if there is none.
+    Raises OutputError if there is none, DataError if all are damaged or the file holds no training state.
     """
     if path.is_file():
+        _verify(path)
         return path
     found = _checkpoints(path / "checkpoints") or _checkpoints(path)
     if not found:
         raise OutputError(f"{path} holds no checkpoint to resume from; start the run without --resume")
-    return found[-1]
+    damaged: list[DataError] = []
+    for each in reversed(found):
+        try:
+            _verify(each)
+        except DataError as error:
+            damaged.append(error)
+            continue
+        for problem in damaged:
+            warn(f"{problem}; resuming from {each.name} instead", alone=True)
+        return each
+    raise DataError("; ".join(f"{error}" for error in damaged))
+
+
+def _verify(path: Path) -> None:
+    """Raise DataError unless the file is a whole checkpoint."""
+    missing = TRAINING - verify(path).keys()
+    if missing:
+        text = "holds no training state; resume from a run folder, or from a file in its folder checkpoints"
+        raise DataError(text, file=str(path))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the one with the highest step last."""
-    return sorted(folder.glob("step-*.h5"))
+    """Return the checkpoints in a folder, the one with the highest step last. Raises OutputError."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.match("step-*.h5"))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be read: {error.strerror or error}") from error
 
 
 def must_match(before: dict[str, Any], config: Config, path: Path) -> None:

@@ -6,12 +6,13 @@
     /replicas/<number>/...                 checkpoints only, where replicas differ: each of them (above: their mean)
     attribute `model`                      the network's configuration as JSON
 
-Arrays are chunked with checksums (fletcher32), so that a flipped bit is an error when read and not a wrong weight.
+Everything has checksums, so that a flipped bit is an error when read and not a wrong weight: arrays are chunked with
+fletcher32; HDF5's metadata have their own in this format, and with them the attributes, whose texts are of fixed
+length (those of variable length lie in a heap without checksums, where a flipped bit made HDF5 2.0 loop for ever).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nettorrent_mpi.data.files import replacing
+from nettorrent_mpi.data.storage import new_hdf5, read_hdf5, refused, retried
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.plan.errors import DataError
 from nettorrent_mpi.plan.moves import Box
@@ -34,23 +35,37 @@ Attribute = str | int | float
 def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]) -> None:
     """Write a file whole or not at all: under a temporary name first, then renamed. Raises OSError (e.g. a full
     disk)."""
-    import h5py
 
-    try:
-        with replacing(path) as part, h5py.File(part, "w") as file:
-            file.attrs.update(attributes)
+    def write() -> None:
+        with new_hdf5(path) as file:
+            for name, value in attributes.items():
+                file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
             for name, arrays in groups.items():
                 group = file.create_group(name)
                 for key, array in arrays.items():
                     checked = {"chunks": True, "fletcher32": True} if array.size else {}
                     group.create_dataset(key, data=array, **checked)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:
-        raise OSError(getattr(error, "errno", None), str(error)) from error
+
+    retried(write)
+
+
+def read_attributes(file: h5py.File) -> dict[str, Attribute]:
+    """Return the attributes of a file."""
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in file.attrs.items()}
+
+
+def verify(path: Path) -> dict[str, Attribute]:
+    """Read the whole file and return its attributes. Raises DataError if any part is damaged."""
+    import h5py
+
+    def visit(_name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            for part in item.iter_chunks() if item.chunks else [...]:
+                item[part]
+
+    with opened(path) as file:
+        file.visititems(visit)
+        return read_attributes(file)
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
@@ -86,12 +101,12 @@ def read_box(file: h5py.File, name: str, box: Box, out: Array) -> None:
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
     """Open a file for reading. Raises DataError if it is missing, or if what is read inside is damaged."""
-    import h5py
-
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with read_hdf5(path) as file:
             yield file
     except FileNotFoundError:
         raise DataError("there is no such file; has the run come that far?", file=str(path)) from None
     except (OSError, KeyError, RuntimeError) as error:
-        raise DataError(f"is not a whole file of nettorrent_mpi ({error}); train again", file=str(path)) from None
+        refused(error, path)
+        text = "is not a whole file of nettorrent_mpi"
+        raise DataError(f"{text} ({' '.join(str(error).split())}); restore a copy of it", file=str(path)) from None

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nettorrent_mpi.data.files import replacing
+from nettorrent_mpi.data.storage import replacing, retried
 from nettorrent_mpi.plan.errors import OutputError
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with replacing(path) as part:
-        part.write_text(text)
+
+    def write() -> None:
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
+
+    retried(write)
 
 
 @contextmanager
@@ -23,8 +27,7 @@ def written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if full:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             text = f"{path} could not be written: the disk is full; free some space or choose another --output DIR"
         else:
             text = f"{path} could not be written ({error.strerror or error}); choose another folder with --output DIR"

@@ -74,7 +74,8 @@ class TrainingLoop:
         self.at_rest = True
         self.abandoned = False  # an error has ended it: no further communication
         self.missed: NetTorrentError | None = None  # raised on all ranks after this one's caller had left the loop
-        self.save: Callable[[], None] | None = None  # writes a checkpoint; all ranks call it, at rest
+        # Writes a checkpoint, which is `needed` if the training ends without results. All ranks call it, at rest.
+        self.save: Callable[[bool], None] | None = None
         self.clock = Clock()
         self.evaluator = Evaluator(engine)
         self._stopping = Stopping(engine.world, engine.wiring.channel(engine.bound), signals=signals)
@@ -152,7 +153,7 @@ class TrainingLoop:
                     break
                 keep = asked or last or reached or (epochs > 0 and epochs % settings.checkpoint_every == 0)
                 if self.save and keep:  # first, because an evaluation may fail
-                    self.save()
+                    self.save(asked and not last)
                 if last or reached or (epochs and epochs % settings.evaluate_every == 0):
                     self.evaluation = found = self.evaluator.evaluate()
                     record = replace(record, evaluated=True, best_replica=found.best_replica, **found.figures())
@@ -165,7 +166,7 @@ class TrainingLoop:
                             return
                         self._left = True
                 if self.save and reached and not keep:
-                    self.save()
+                    self.save(False)
                 if reached or (asked and not last):
                     self.stopped_by = SIGNAL if asked and not last else ACCURACY
                     break

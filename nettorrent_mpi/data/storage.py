@@ -1,0 +1,136 @@
+"""Files are written whole or not at all, also on full disks and where a file system has no locks or fails once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nettorrent_mpi.plan.errors import DataError
+
+if TYPE_CHECKING:  # loaded only where needed: most ranks of a run never read or write such a file
+    import h5py
+
+T = TypeVar("T")
+PAUSES = (0.1, 0.5)  # seconds before each further attempt
+# What a network's file system may answer once. (A file that could not be flushed has to be written anew: the system
+# forgets the pages.)
+_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EREMOTEIO}
+# The answers of a file system that cannot flush a file or a folder (some of SMB, FUSE, virtual machines).
+_NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+# The oldest format of HDF5 whose metadata have checksums: with an older one a flipped bit may give wrong arrays.
+_FORMAT = ("v110", "latest")
+
+
+def retried(action: Callable[[], T]) -> T:
+    """Return the result of `action`, which is called again if the file system fails in a way that may pass."""
+    for pause in PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def refused(error: Exception, path: Path) -> None:
+    """Raise a DataError if reading failed by an answer of the system's: then the file may well be sound."""
+    number = getattr(error, "errno", None)
+    if number and number != errno.EINVAL:  # which HDF5 gives where an offset makes no sense
+        raise DataError(f"could not be read ({os.strerror(number)}); try again", file=str(path)) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write a file under: it takes the place of `path` once it is whole and on the disk, and
+    is removed if writing fails."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        _flush(part)
+        part.replace(path)
+        _flush(path.parent)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk, where the file system can tell."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
+
+
+def read_hdf5(path: Path) -> h5py.File:
+    """Open an HDF5 file for reading, without locks where the file system has none. Raises OSError."""
+    import h5py
+
+    def read() -> h5py.File:
+        try:
+            return h5py.File(path, "r")
+        except OSError as error:
+            if (
+                "unable to lock file" not in str(error) or error.errno == errno.EAGAIN
+            ):  # which is: somebody writes to it
+                raise
+            return h5py.File(path, "r", locking=False)
+
+    return retried(read)
+
+
+@contextmanager
+def new_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Give a new HDF5 file to write: it takes the place of `path` once it is whole. Raises OSError."""
+    import h5py
+
+    with replacing(path) as part, _Target(part, "w+") as target:
+        with h5py.File(target, "w", libver=_FORMAT) as file:
+            yield file
+        if target.error is not None:
+            raise target.error
+
+
+class _Target(FileIO):
+    """A file that HDF5 writes to. HDF5 2.0 ends the process where writing fails (seen: a segmentation fault on a full
+    disk), so it is told that all went well, and `error` has the failure."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._attempt(lambda: self._write(view))
+        return len(view)
+
+    def _write(self, view: memoryview) -> None:
+        while view:
+            view = view[super().write(view) :]
+
+    def readinto(self, target: Any) -> int:
+        return self._attempt(lambda: super(_Target, self).readinto(target)) or len(target)
+
+    def truncate(self, size: int | None = None) -> int:
+        return self._attempt(lambda: super(_Target, self).truncate(size)) or 0
+
+    def flush(self) -> None:
+        """Do nothing: the file is flushed when it is whole."""
+
+    def _attempt(self, action: Callable[[], T]) -> T | None:
+        if self.error is None:
+            try:
+                return action()
+            except OSError as error:
+                self.error = error
+        return None

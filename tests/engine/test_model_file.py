@@ -1,0 +1,43 @@
+"""A damaged file of whole arrays is found to be damaged, whichever bit of it is another one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nettorrent_mpi.engine.model_file import read_arrays, verify, write_arrays
+from nettorrent_mpi.plan.errors import DataError
+
+FLIPS = 150
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    layers = {"linear1/weight": random.normal(size=(5, 3)), "linear1/bias": random.normal(size=3), "none": np.empty(0)}
+    attributes = {"model": json.dumps({"name": "größer"}, ensure_ascii=False), "config": "c" * 300, "step": 7}
+    write_arrays(tmp_path / "file.h5", {"parameters": layers, "optimizer/m": layers}, attributes)
+    assert verify(tmp_path / "file.h5") == attributes
+    np.testing.assert_array_equal(read_arrays(tmp_path / "file.h5")["linear1/weight"], layers["linear1/weight"])
+    return tmp_path / "file.h5"
+
+
+def test_a_flipped_bit_is_found(file: Path) -> None:
+    data, random = file.read_bytes(), np.random.default_rng(1)
+    for place in random.choice(len(data), FLIPS, replace=False):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(random.integers(8))
+        file.write_bytes(flipped)
+        with pytest.raises(DataError, match=r"file\.h5: is not a whole file of nettorrent_mpi \([^\n]*$"):
+            verify(file)
+
+
+def test_a_truncated_file_is_found(file: Path) -> None:
+    data = file.read_bytes()
+    for size in range(0, len(data), 500):
+        file.write_bytes(data[:size])
+        with pytest.raises(DataError, match="is not a whole file"):
+            verify(file)
