@@ -88,6 +88,7 @@ class Trainer:
             if self.setup.topology.size != world.size:
                 with world.agreement():
                     raise LayoutError(f"the plan is for {self.setup.topology.size} ranks, not for {world.size}")
+            world.same("plan", self.setup.agreed_line)
             self._engine = Engine(world, self.setup.plan)
             self._closers.insert(0, self._engine.close)
             with world.agreement():

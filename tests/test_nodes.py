@@ -91,7 +91,7 @@ def test_where_shared_memory_is_small_every_rank_keeps_its_own(
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     told = re.findall(
-        r"nettorrent: warning: /dev/shm on \S+ has no room for ([\d.]+) MB .* takes ([\d.]+) MB more", done.stderr
+        r"nettorrent: warning: /dev/shm on \S+ cannot hold ([\d.]+) MB .* takes ([\d.]+) MB more", done.stderr
     )
     ((wanted, more),) = told
     assert float(wanted) == pytest.approx(37.8, abs=0.1)

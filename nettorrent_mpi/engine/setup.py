@@ -59,6 +59,13 @@ class Setup:
         """The layout in one line."""
         return self.topology.describe([facts.name for facts in self.network.facts])
 
+    @property
+    def agreed_line(self) -> str:
+        """Say in one line what decides which messages ranks expect from each other: they have to agree on it."""
+        train, test = self.dataset.train, self.dataset.test
+        rows = f"{train.rows} training rows of shape {train.shape} and {test.rows if test else 0} test rows"
+        return f"{rows}, {self.layout_line}, {self.steps} steps of {self.options.micro_batches} micro-batches"
+
     def place_line(self, rank: int) -> str:
         """Describe the position of a rank in one line."""
         place = self.topology.place(rank)

@@ -196,7 +196,7 @@ class Wiring:
             wanted = sum(each[1] for each in found if each[0] == host) / 1e6
             more = sum(each[2] for each in found if each[0] == host) / 1e6
             warn(
-                f"{BACKING} on {host} has no room for {wanted:.1f} MB of weights and rows that its ranks could share "
+                f"{BACKING} on {host} cannot hold {wanted:.1f} MB of weights and rows that its ranks could share "
                 f"({lack}): they keep copies of their own, which takes {more:.1f} MB more memory there"
                 + (f", and likewise on {others} more host{'s' if others > 1 else ''}" if others else "")
                 + "; enlarge it (a container's: docker run --shm-size), or start fewer ranks"

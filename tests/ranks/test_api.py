@@ -249,6 +249,15 @@ def test_trainers_on_the_world_and_on_parts_of_it(world: MPI.Intracomm, order: t
     part.Free()
 
 
+def test_a_plan_that_a_host_has_made_of_other_data_is_refused(world: MPI.Intracomm) -> None:
+    x, y, *test = rows()
+    other = RANK == SIZE - 1 > 0
+    planned = nt.plan(LAYERS, (x[other:], y[other:], *test), ranks=SIZE, **HOW)
+    if SIZE > 1:
+        with pytest.raises(nt.UserError, match=r"has another plan .79 training rows .* than rank 0 .80 training"):
+            nt.Trainer(planned, comm=world)
+
+
 def test_mistakes_end_one_trainer_on_all_ranks(world: MPI.Intracomm) -> None:
     x, y, *_ = rows()
     with nt.Trainer(LAYERS, (x, y), comm=world, **HOW) as other:
