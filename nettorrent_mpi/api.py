@@ -20,6 +20,7 @@ import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -41,7 +42,8 @@ from nettorrent_mpi.engine.evaluation import Evaluation
 from nettorrent_mpi.engine.failure import agreed, end_all
 from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
 from nettorrent_mpi.engine.run_files import written
-from nettorrent_mpi.engine.setup import set_up
+from nettorrent_mpi.engine.setup import Setup, set_up
+from nettorrent_mpi.engine.trained_on import ATTRIBUTE, TrainedOn, fit
 from nettorrent_mpi.engine.trainer import Record, TrainingLoop
 from nettorrent_mpi.nn.rates import check_rates
 from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, OutputError, UserError, warn
@@ -220,26 +222,53 @@ class Trainer:
         with self._world.agreement():
             if self.rank == 0:
                 with written(file):
-                    write_arrays(file, {PARAMETERS: arrays}, {"model": model_json(self.setup.config)})
+                    write_arrays(file, {PARAMETERS: arrays}, self._about())
 
     def load(self, path: str | Path) -> None:
-        """Load the network from a file written by `save` or by a run with any layout. Raises DataError."""
+        """Load the network from a file written by `save` or by a run with any layout.
+
+        The trainer's data set takes the numbers of the classes from the file, where both name them. Raises DataError,
+        also if it has other classes; ConfigError if its rows are prepared otherwise.
+        """
         self._at_rest("load")
-        checkpoint.restore_parameters(self._engine, Path(path))
+        fitted: list[tuple[Setup, str | None]] = []
+        checkpoint.restore_parameters(
+            self._engine, Path(path), lambda attributes: fitted.append(fit(self.setup, attributes, Path(path)))
+        )
+        self._take(*fitted[0])
 
     def resume(self, path: str | Path) -> None:
         """Continue from a checkpoint, or from a folder's newest undamaged one, made with any layout and ranks.
 
-        Raises ConfigError if it was made with other data, another network, optimizer, batch size, seed or dtype.
+        Raises ConfigError if it was made with other data, another network, optimizer, batch size, seed or dtype, and
+        DataError for other classes or another number of rows; classes in another order are taken by their names.
         """
         self._at_rest("resume")
         found = self._world.once(lambda: checkpoint.find_checkpoint(Path(path)))
 
+        fitted: list[tuple[Setup, str | None]] = []
+
         def accept(attributes: Mapping[str, Any]) -> None:
             checkpoint.must_match(json.loads(str(attributes["config"])), self.setup.config, found)
+            fitted.append(fit(self.setup, attributes, found, resumed=True))
 
         attributes = checkpoint.restore(self._engine, found, accept)
+        self._take(*fitted[0])
         self._loop.resume(int(attributes["step"]), int(attributes["samples"]), float(attributes["time"]))
+
+    def _take(self, setup: Setup, warning: str | None) -> None:
+        """Take the same data set with its classes numbered as in `setup`."""
+        if warning is not None and self.rank == 0:
+            warn(warning)
+        before, self.setup = self.setup.dataset, setup
+        self.planned.setup = setup
+        if setup.dataset is not before:
+            with self._world.agreement():
+                self._engine.read_targets(setup.dataset)
+
+    def _about(self) -> dict[str, str]:
+        """Return the attributes of a file of this network."""
+        return {"model": model_json(self.setup.config), ATTRIBUTE: TrainedOn.of(self.setup).text()}
 
     def _save_checkpoint(self, needed: bool) -> None:
         """Write checkpoints/step-N.h5, never with weights that are not finite, and remove all but the newest ones. If
@@ -250,7 +279,7 @@ class Trainer:
         with self._world.agreement():
             if self.rank == 0:
                 attributes = {"step": loop.step, "samples": loop.samples, "time": loop.time}
-                about = {"model": model_json(config), "config": json.dumps(to_plain(config))}
+                about = {**self._about(), "config": json.dumps(to_plain(config))}
                 try:
                     checkpoint.write_checkpoint(self._checkpoints, groups, {**about, **attributes})
                 except OutputError as error:
@@ -274,6 +303,7 @@ class Trainer:
             **{name: final[name] for name in chosen if name in final},
             "final_loss": loop.loss,
             "stopped_by": loop.stopped_by or ("epochs" if train.steps is None else "steps"),
+            "data": asdict(TrainedOn.of(self.setup)),
             "exchange": self._engine.exchange_figures(),
             "kernels": self._engine.device.names,
             "mpi": world.library,

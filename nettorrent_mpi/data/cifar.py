@@ -13,7 +13,7 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError
 
 SHAPE = (32, 32, 3)
-CLASSES = 10
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _RECORD = 1 + 3072
 _BLOCK = 500  # records at a time: 1.5 MB
 
@@ -45,7 +45,7 @@ class CifarFiles:
         row = 0
         for path, first, block in self._blocks():
             labels[row : row + len(block)] = block[:, 0]
-            wrong = np.flatnonzero(block[:, 0] >= CLASSES)
+            wrong = np.flatnonzero(block[:, 0] >= len(CLASSES))
             if len(wrong):
                 text = f"label {block[wrong[0], 0]} of record {first + wrong[0]} is not in 0..9; {self._remedy}"
                 raise DataError(text, file=str(path), offset=int(first + wrong[0]) * _RECORD)

@@ -30,6 +30,9 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.data_specs import DATASETS, OWN_OPTIONS, SYNTHETIC, DatasetSpec
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
+_DIGITS, _LETTERS = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -112,17 +115,18 @@ def register_dataset(name: str, *, needs_root: bool = False, options: Sequence[s
 
 def _open_digits(root: str | None, options: DataOptions) -> Dataset:
     folder = Path(__file__).parent / "digits"
-    return _open_idx_files(folder, ("train", "test"), 10, 0, 1.0 / 16.0, options, "install the package again")
+    return _open_idx_files(folder, ("train", "test"), _DIGITS, 0, 1.0 / 16.0, options, "install the package again")
 
 
 def _open_mnist(name: str, root: str | None, options: DataOptions) -> Dataset:
-    return _open_idx_files(_folder(root, name), ("train", "t10k"), 10, 0, UNIT, options, _remedy(name, name))
+    names = _CLOTHES if name == "fashion_mnist" else _DIGITS
+    return _open_idx_files(_folder(root, name), ("train", "t10k"), names, 0, UNIT, options, _remedy(name, name))
 
 
 def _open_letters(root: str | None, options: DataOptions) -> Dataset:
     prefixes = ("emnist-letters-train", "emnist-letters-test")
     remedy = _remedy("letters", "letters")
-    return _open_idx_files(_folder(root, "letters"), prefixes, 26, 1, UNIT, options, remedy)
+    return _open_idx_files(_folder(root, "letters"), prefixes, _LETTERS, 1, UNIT, options, remedy)
 
 
 def _folder(root: str | None, name: str) -> Path:
@@ -137,7 +141,7 @@ def _remedy(name: str, folder: str) -> str:
 def _open_idx_files(
     folder: Path,
     prefixes: tuple[str, str],
-    classes: int,
+    names: Sequence[str],
     first: int,
     unit: float,
     options: DataOptions,
@@ -155,12 +159,12 @@ def _open_idx_files(
         shape = (height, width, 1)
         scaling = Scaling(shape, unit, options.mean, options.std)
         fill = partial(_read_images, images, options.transposed)
-        return Split.of_bytes(rows, shape, scaling, fill, partial(labels.labels, classes, first))
+        return Split.of_bytes(rows, shape, scaling, fill, partial(labels.labels, len(names), first))
 
     train, test = split(prefixes[0]), split(prefixes[1])
     if train.shape != test.shape:
         raise DataError(f"test images are {test.shape}, training images {train.shape}; {remedy}", file=str(folder))
-    return Dataset("", train.shape, classes, train, test)
+    return Dataset("", train.shape, len(names), train, test, class_names=tuple(names))
 
 
 def _read_images(images: IdxFile, transposed: bool, out: Array) -> None:
@@ -180,7 +184,8 @@ def _open_cifar10(root: str | None, options: DataOptions) -> Dataset:
         return Split.of_bytes(files.rows, CIFAR_SHAPE, scaling, files.images, files.labels)
 
     train = split([f"data_batch_{number}.bin" for number in range(1, 6)])
-    return Dataset("", CIFAR_SHAPE, CIFAR_CLASSES, train, split(["test_batch.bin"]))
+    test = split(["test_batch.bin"])
+    return Dataset("", CIFAR_SHAPE, len(CIFAR_CLASSES), train, test, class_names=CIFAR_CLASSES)
 
 
 def _open_hdf5(root: str | None, options: DataOptions) -> Dataset:

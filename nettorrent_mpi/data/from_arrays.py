@@ -22,7 +22,7 @@ def from_arrays(
     x_test: npt.ArrayLike | None = None,
     y_test: npt.ArrayLike | None = None,
     *,
-    classes: int | None = None,
+    classes: int | Sequence[str] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
 ) -> Dataset:
@@ -32,7 +32,7 @@ def from_arrays(
             unchanged. Not copied if C-contiguous (a memory map stays in its file): do not change it during training.
         y: (rows,) integer labels 0 .. classes - 1, or (rows, k) floating-point targets.
         x_test, y_test: the test set, like x and y.
-        classes: the number of classes; by default one more than the largest label of y and y_test.
+        classes: the number of classes, or their names; by default one more than the largest label of y and y_test.
         mean, std: scaled values x become (x - mean) / std: one number, or one per channel (last dimension).
 
     Raises DataError for arrays of other shapes or types, or that do not fit each other; ConfigError for wrong `mean`
@@ -44,15 +44,19 @@ def from_arrays(
     inputs, targets = arrays["x"], arrays["y"]
     if targets.ndim == 2 and classes is not None:
         raise DataError(f"classes={classes} is for integer labels; y holds {targets.dtype} of shape {targets.shape}")
-    if targets.ndim == 1 and classes is None:
-        classes = classes_of({name: values for name, values in arrays.items() if name.startswith("y")})
+    names = None if classes is None or isinstance(classes, int) else tuple(classes)
+    count = classes if isinstance(classes, int) else len(names) if names is not None else None
+    if names is not None and len(set(names)) < len(names):
+        raise DataError(f"classes={list(names)} has a name twice; give each class a name of its own")
+    if targets.ndim == 1 and count is None:
+        count = classes_of({name: values for name, values in arrays.items() if name.startswith("y")})
     scaling = Scaling(inputs.shape[1:], UNIT if inputs.dtype == BYTE else 1.0, mean, std)
 
     def split(x_name: str, y_name: str) -> Split:
-        return Split.of_array(arrays[x_name], scaling, as_targets(arrays[y_name], classes, y_name))
+        return Split.of_array(arrays[x_name], scaling, as_targets(arrays[y_name], count, y_name))
 
     test = split("x_test", "y_test") if "x_test" in arrays else None
-    return Dataset("arrays", inputs.shape[1:], classes, split("x", "y"), test)
+    return Dataset("arrays", inputs.shape[1:], count, split("x", "y"), test, class_names=names)
 
 
 def unlabelled(x: npt.ArrayLike, like: Split, dtype: DType) -> Split:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -78,6 +78,7 @@ class Scaling:
             raise ConfigError(f"standard deviations must be above 0, not {std}", key="data.std")
         self.factor, self.offset = unit / stds, means / stds  # (channels,): x <- x * factor - offset
         self._stds = stds
+        self.mean, self.std = tuple(means.tolist()), tuple(stds.tolist())
         self._cache: dict[np.dtype[Any], tuple[Array | None, Array | None]] = {}
 
     def without_unit(self) -> Scaling:
@@ -256,3 +257,15 @@ class Dataset:
         """Raise the DataError of a data set whose files are missing."""
         if self.missing is not None:
             raise self.missing
+
+    def numbered_as(self, names: Sequence[str]) -> Dataset:
+        """Return the data set with its classes numbered as in `names`, which has all of its names."""
+        assert self.class_names is not None
+        place = {name: number for number, name in enumerate(names)}
+        new = np.array([place[name] for name in self.class_names], np.int64)
+
+        def renumbered(split: Split) -> Split:
+            return replace(split, read_targets=lambda: new[split.targets()])
+
+        test = None if self.test is None else renumbered(self.test)
+        return replace(self, classes=len(names), class_names=tuple(names), train=renumbered(self.train), test=test)

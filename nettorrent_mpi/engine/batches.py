@@ -63,8 +63,10 @@ class Batches:
         self._chosen, self._rows, self._key = -1, np.empty(0, np.int64), 0  # a step, its rows, its augmentation key
         self._loaded = (-1, -1)  # (step, micro-batch) whose inputs were gathered ahead
 
-    def read_targets(self, check: Callable[[Array], None]) -> None:
-        """Read the targets, if this rank needs them, and pass all of them to `check`. Not collective."""
+    def read_targets(self, check: Callable[[Array], None], split: Split | None = None) -> None:
+        """Read the targets, if this rank needs them, and pass all of them to `check`; from now on those of `split`, if
+        given, which has the same rows. Not collective."""
+        self._split = split or self._split
         if self._wiring.is_last and self._split.read_targets is not None:
             self._targets = self._split.targets()
             check(self._targets)

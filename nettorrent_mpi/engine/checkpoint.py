@@ -76,10 +76,12 @@ def _folder(name: str) -> tuple[str, str]:
     return "/".join(parts[:at]), "/".join(parts[at:])
 
 
-def restore_parameters(engine: Engine, path: Path) -> None:
-    """Load every rank's blocks of the parameters from model.h5 or a checkpoint. Raises DataError on all ranks."""
+def restore_parameters(engine: Engine, path: Path, accept: Callable[[Mapping[str, Attribute]], None]) -> None:
+    """Load every rank's blocks of the parameters from model.h5 or a checkpoint. `accept` sees the file's attributes
+    before anything changes. Raises DataError, or what `accept` raises, on all ranks."""
     engine.world.once(lambda: verify(path))
     with engine.world.agreement(), opened(path) as file:
+        accept(read_attributes(file))
         _check_network(file, engine)
     with engine.world.agreement():
         _read(path, engine.shapes(), "", engine.state.blocks())

@@ -184,10 +184,16 @@ class Engine:
         allocate = self.wiring.shared_rows
         self.train = Batches(dataset.train, self.wiring, allocate, sampler=sampler, augment=augment)
         self.test = Batches(dataset.test, self.wiring, allocate) if dataset.test else None
+        self.read_targets(dataset)
+
+    def read_targets(self, dataset: Dataset) -> None:
+        """Read the targets of a data set that has the same rows. Not collective."""
+        self.dataset = dataset
         replica, _, row, col = self.wiring.place
-        self.train.read_targets(lambda targets: self._check_targets("y", targets, told=replica == row == col == 0))
+        told = replica == row == col == 0
+        self.train.read_targets(lambda targets: self._check_targets("y", targets, told=told), dataset.train)
         if self.test is not None:
-            self.test.read_targets(lambda targets: self._check_targets("y_test", targets))
+            self.test.read_targets(lambda targets: self._check_targets("y_test", targets), dataset.test)
 
     def _check_targets(self, name: str, targets: Array, told: bool = False) -> None:
         """Raise ShapeError or DataError if these targets do not fit the loss and the network's outputs; if `told`, warn

@@ -5,6 +5,7 @@
     /exchange/<state>/<layer>/<name>       checkpoints only: the gossip state of that array
     /replicas/<number>/...                 checkpoints only, where replicas differ: each of them (above: their mean)
     attribute `model`                      the network's configuration as JSON
+    attribute `data`                       what it was trained on, as JSON (engine/trained_on.py)
 
 Everything has checksums, so that a flipped bit is an error when read and not a wrong weight: arrays are chunked with
 fletcher32; HDF5's metadata have their own in this format, and with them the attributes, whose texts are of fixed

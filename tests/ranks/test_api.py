@@ -383,3 +383,34 @@ def test_signal_handlers_stay_unless_asked_for(world: MPI.Intracomm) -> None:
         assert len(set(world.allgather(trainer.step))) == 1
         assert trainer.step < 1600
     assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_classes_are_taken_by_their_names_from_a_file(world: MPI.Intracomm, shared_path: Path) -> None:
+    x, y, x_test, y_test = rows()
+    names, other = ("bee", "cat", "dog"), ("dog", "bee", "cat")  # other's labels are 1 more
+    path, how = shared_path / "model.h5", HOW | {"report_every": 2}
+    data = nt.from_arrays(x, y, x_test, y_test, classes=names)
+    with nt.Trainer(LAYERS, data, comm=world, output=shared_path, **how) as trainer:
+        list(trainer.train(epochs=1))
+        trainer.save(path)
+        found, after = trainer.evaluate(), list(trainer.train(epochs=1))[-1]
+        weights = trainer.parameters()
+    turned = nt.from_arrays(x, (y + 1) % 3, x_test, (y_test + 1) % 3, classes=other)
+    with nt.Trainer(LAYERS, turned, comm=world, **how) as trainer, warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        trainer.load(path)
+        assert trainer.evaluate() == found
+        trainer.resume(sorted((shared_path / "checkpoints").iterdir())[0])
+        (record,) = [each for each in trainer.train(epochs=1) if each.evaluated]
+        assert (record.step, record.test_accuracy) == (after.step, after.test_accuracy)
+        same(trainer.parameters(), weights)
+    assert len([each for each in given if "taken by their names" in str(each.message)]) == (RANK == 0)
+    strange = nt.from_arrays(x, y, x_test, y_test, classes=("bee", "cat", "cow"))
+    with nt.Trainer(LAYERS, strange, comm=world, **how) as trainer:
+        before = trainer.parameters()
+        for take in (trainer.load, trainer.resume):
+            with pytest.raises(
+                nt.DataError, match=r"has the classes bee, cat, cow, but the network of .* bee, cat, dog"
+            ):
+                take(path if take == trainer.load else shared_path)
+        same(trainer.parameters(), before)
