@@ -35,6 +35,13 @@ def load_config(path: str | Path | None = None, *changes: str) -> Config:
     return reading.load(None if path is None else str(path), changes)
 
 
+def placed(error: UserError, path: str | Path | None, *changes: str) -> UserError:
+    """Return an error about a configuration that `load_config` has read, with the file and line of the value."""
+    from nettorrent_mpi.config import reading
+
+    return reading.placed(error, None if path is None else str(path), changes)
+
+
 def plan(
     network: Architecture,
     data: Data | None = None,

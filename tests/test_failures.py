@@ -70,6 +70,8 @@ BAD = {
     ),
     "shapes that do not fit": (["--set", "model.layers.0=relu"], r"relu1.*linear1|linear1.*relu1"),
     "too few units": (["--set", "model.layers.3.linear.units=4"], r"linear3.*10 classes"),
+    "several": (["--set", "model.layers.0=dense", "--set", "train.epochz=3", "--set", "dtype=x"], r"3 mistakes$"),
+    "a size of a layer": (["--set", "model.layers.0=max_pool2d: 9"], r"--set .*: model\.layers\[0\]: .*window of 9 x 9"),
     "missing data": (
         ["--set", "data.name=mnist", "--set", "data.root=/nonexistent"], r"/nonexistent/mnist.*fetch mnist"
     ),

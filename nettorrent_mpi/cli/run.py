@@ -20,8 +20,8 @@ from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.engine.checkpoint import find_checkpoint
 from nettorrent_mpi.engine.trainer import SIGNAL, Record
 from nettorrent_mpi.engine.usage import peak_memory
-from nettorrent_mpi.plan.errors import ConfigError
-from nettorrent_mpi.planning import PlannedRun, load_config, plan
+from nettorrent_mpi.plan.errors import ConfigError, UserError
+from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan
 
 SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TEMPFAIL of sysexits.h)
 
@@ -63,8 +63,12 @@ def _plan(world: World, args: argparse.Namespace) -> PlannedRun:
     before = peak_memory()
     config = world.once(lambda: read(args))
     checker = peak_memory() - before  # loaded on rank 0, to read the configuration
-    with world.agreement():
-        planned = plan(config, ranks=args.ranks or world.size, data_needed=not args.dry_run)
+    try:
+        with world.agreement():
+            planned = plan(config, ranks=args.ranks or world.size, data_needed=not args.dry_run)
+    except UserError as error:
+        mistake = error
+        raise world.once(lambda: placed(mistake, args.config, *args.changes)) from None
     own = peak_memory()
     planned.process_memory = (own, own - checker)
     return planned

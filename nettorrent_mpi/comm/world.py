@@ -14,7 +14,7 @@ from nettorrent_mpi import env
 from nettorrent_mpi.comm import library
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.library import MPI
-from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError
+from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError, SizeError
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class World(Group):
         try:
             yield
         except Exception as error:
-            problem = error
+            problem = SizeError.of(error) if isinstance(error, MemoryError) else error
         ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
         found = self.gather_objects(ours)
         if problem is not None and not isinstance(problem, NetTorrentError):
@@ -95,7 +95,7 @@ class World(Group):
             try:
                 made = make()
             except Exception as error:
-                problem = error
+                problem = SizeError.of(error) if isinstance(error, MemoryError) else error
         ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
         told = ours
         if self.size > 1:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nettorrent_mpi.config.translation import meant, nearest
 
 if TYPE_CHECKING:  # ranks that receive a checked configuration load neither
     from pydantic import ValidationError
@@ -45,21 +46,17 @@ class Mistake(ValueError):  # noqa: N818
 
 
 class Mistakes(ValueError):  # noqa: N818
-    """Mistakes carry what pydantic found below `path`."""
+    """Mistakes carry several ones below `path`: our own, and what pydantic found."""
 
-    def __init__(self, error: ValidationError, *path: str | int):
+    def __init__(self, found: Sequence[Mistake | ValidationError], *path: str | int):
         super().__init__(str(path))
-        self.error, self.path = error, path
+        self.found, self.path = found, path
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Suggest a correction of an unknown word: the nearest known one, or all of them."""
-    known = list(known)
-    longer = [other for other in known if other.startswith(f"{word}_")]
-    if len(longer) > 1:
-        return f"did you mean {' or '.join(longer)}?"
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"possible: {', '.join(known)}"
+def raise_all(mistakes: Sequence[Mistake]) -> None:
+    """Raise these mistakes, if there are any."""
+    if mistakes:
+        raise mistakes[0] if len(mistakes) == 1 else Mistakes(mistakes)
 
 
 def shown(value: Any) -> str:
@@ -111,18 +108,21 @@ def explain(error: ValidationError, data: Any, known: Known) -> list[Found]:
     return list(told.values())
 
 
-def _collect(error: ValidationError, data: Any, prefix: Path, known: Known) -> list[Found]:
+def _collect(error: Exception, data: Any, prefix: Path, known: Known) -> list[Found]:
+    """List what `error`, which was raised for the value at `prefix`, says."""
+    if isinstance(error, Mistakes):
+        return [found for each in error.found for found in _collect(each, data, (*prefix, *error.path), known)]
+    if isinstance(error, Mistake):
+        path, skipped = _existing(data, (*prefix, *error.path))
+        if skipped and isinstance(_value(data, path), dict):
+            path = (*path, *error.path[-1:])  # an option that is not given, and should be or has a wrong default
+        return [Found(path, error.text)]
     found: list[Found] = []
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False):  # type: ignore[attr-defined]
         place = (*prefix, *item["loc"])
         inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, Mistakes):
-            found += _collect(inner.error, data, (*place, *inner.path), known)
-        elif isinstance(inner, Mistake):
-            path, skipped = _existing(data, (*place, *inner.path))
-            if skipped and isinstance(_value(data, path), dict):
-                path = (*path, *inner.path[-1:])  # an option that is not given, and should be or has a wrong default
-            found.append(Found(path, inner.text))
+        if isinstance(inner, Mistake | Mistakes):
+            found += _collect(inner, data, place, known)
         else:
             found.append(_one(item, data, place, known))
     return found
@@ -146,19 +146,43 @@ def _one(item: Any, data: Any, place: Path, known: Known) -> Found:
     if kind == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         wanted = choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
-        hint = nearest(given, choices) if isinstance(given, str) else ""
-        more = f"; {hint}" if hint.startswith("did") else ""
+        hint = nearest(given, choices, str(path[-1]), listed=False) if isinstance(given, str) else ""
+        more = f"; {hint}" if hint else ""
         return Found(path, f"must be {wanted}, not {_given(given)}{more}", wanted, skipped)
     if kind in _BOUNDS:
         words, name = _BOUNDS[kind]
-        return Found(path, f"must be {words} {context[name]}, not {given}")
+        return Found(path, f"must be {words} {_number(context[name])}, not {given}")
     wanted = _WANTED.get(kind)
     if kind == "tuple_type" and "tuple[int, int]" in place:
         wanted = "two numbers"
     if wanted is None:
         return Found(path, item["msg"][:1].lower() + item["msg"][1:])
-    quotes = " (put it in quotes)" if wanted == "a text" and isinstance(given, int | float) else ""
-    return Found(path, f"wants {wanted}, not {shown(given)}{quotes}", wanted, skipped)
+    return Found(path, f"wants {wanted}, not {shown(given)}{_remedy(wanted, given)}", wanted, skipped)
+
+
+def _remedy(wanted: str, given: Any) -> str:
+    """Say what is to be written instead where one sees what was meant."""
+    if wanted == "a text" and isinstance(given, int | float):
+        return " (put it in quotes)"
+    if isinstance(given, float) and given.is_integer() and wanted == "a whole number":
+        return f" (write {given:.0f})"
+    if given is None and wanted.startswith("a mapping"):
+        return ": indent what belongs to it"
+    if isinstance(given, dict) and wanted == "a list":
+        return ": write '- ' before each entry"
+    if not isinstance(given, str):
+        return ""
+    plain = given.strip().lower()
+    if wanted == "true or false" and plain in ("yes", "on", "no", "off", "true", "false"):
+        return f" (write {'true' if plain in ('yes', 'on', 'true') else 'false'}, without quotes)"
+    digits = plain.replace(",", "").lstrip("0") or "0"
+    if wanted in ("a number", "a whole number") and digits.isdecimal() and len(digits) < 20:
+        return f" (write {digits}, without quotes)"
+    return ""
+
+
+def _number(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def _value(data: Any, path: Path) -> Any:
@@ -192,8 +216,12 @@ def _hint(path: Path, known: Known) -> str:
     word = str(path[-1])
     section = tuple("*" if isinstance(part, int) else part for part in path[:-1])
     here = known.sections.get(section) or known.options(path[:-1])
-    hint = nearest(word, here) if here else "it has no options"
-    if hint.startswith("did"):
-        return hint
-    elsewhere = [".".join((*map(str, s), word)) for s, keys in known.sections.items() if word in keys]
-    return f"did you mean {elsewhere[0]}?" if elsewhere else hint
+    if word == "<<":
+        return "merge keys are not read: repeat what is to be merged"
+    if word.isdecimal() and here:
+        return "a number is no key: is a comma written for a decimal point?"
+    elsewhere = [".".join((*map(str, s), word)) for s, keys in known.sections.items() if word in keys and s != section]
+    hint = nearest(word, here or (), "key", listed=False)
+    if elsewhere and (not hint or meant(word, here or (), "key")):
+        return f"did you mean {elsewhere[0]}?"
+    return hint or (f"possible: {', '.join(here)}" if here else "it has no options")

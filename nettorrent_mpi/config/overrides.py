@@ -2,49 +2,59 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from nettorrent_mpi.config import written, yaml_lines
-from nettorrent_mpi.config.mistakes import Mistake, nearest, shown
-from nettorrent_mpi.config.yaml_lines import Document, Path, Source, dotted
+from nettorrent_mpi.config.mistakes import Mistake, shown
+from nettorrent_mpi.config.translation import nearest
+from nettorrent_mpi.config.yaml_lines import Document, Path, Source, dotted, path_of
 from nettorrent_mpi.plan.errors import ConfigError
 
 # Only one of these may be given: setting one removes the file's value of the other.
 _EITHER = {("train", "steps"): "epochs", ("train", "epochs"): "steps"}
 
 
-def apply(document: Document, overrides: Sequence[str]) -> None:
-    """Change `document` by each KEY=VALUE in turn.
+def apply(document: Document, overrides: Sequence[str]) -> list[ConfigError]:
+    """Change `document` by each KEY=VALUE in turn; return the errors of those that cannot be applied.
 
     KEY is a path of names and list positions with dots between them (`model.layers.0.conv2d.filters`, or `layers[0]`);
-    VALUE is YAML. Raises ConfigError, whose place is the text of the --set.
+    VALUE is YAML. An error's place is the text of the --set.
     """
+    wrong: list[ConfigError] = []
     chosen: set[Path] = set()
     for text in overrides:
-        where = Source(f"--set {text}")
-        key, equals, value_text = text.partition("=")
-        path = _path(key.strip(), equals, where)
-        value = yaml_lines.read(value_text, where.file or "").value
-        if document.value is None:
-            document.value = {}
-        _put(document.value, path, value, where)
-        document.record(path, where)
-        for length in range(1, len(path)):
-            document.places.setdefault(path[:length], where)  # mappings that were created on the way
-        chosen.add(path)
-        if path in _EITHER and value is not None:
-            other = (*path[:-1], _EITHER[path])
-            if other not in chosen and isinstance(document.value["train"], dict):
-                document.value["train"].pop(other[-1], None)
+        try:
+            _apply(document, text, chosen)
+        except ConfigError as error:
+            wrong.append(error)
+    return wrong
+
+
+def _apply(document: Document, text: str, chosen: set[Path]) -> None:
+    where = Source(f"--set {text}")
+    key, equals, value_text = text.partition("=")
+    path = _path(key.strip(), equals, where)
+    read = yaml_lines.read(value_text, where.file or "")
+    if read.wrong:
+        raise ConfigError.several(read.wrong)
+    value = read.value
+    _put(document.value, path, value, where)
+    document.record(path, where)
+    for length in range(1, len(path)):
+        document.places.setdefault(path[:length], where)  # mappings that were created on the way
+    chosen.add(path)
+    if path in _EITHER and value is not None:
+        other = (*path[:-1], _EITHER[path])
+        if other not in chosen and isinstance(document.value["train"], dict):
+            document.value["train"].pop(other[-1], None)
 
 
 def _path(key: str, equals: str, where: Source) -> Path:
-    parts = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
-    if not equals or not all(parts):
+    path = path_of(key)
+    if not equals or "" in path:
         raise ConfigError("wants KEY=VALUE with a dotted KEY, as in --set train.batch_size=64", file=where.file)
-    return tuple(int(part) if part.isdecimal() else part for part in parts)
+    return path
 
 
 def _put(root: Any, path: Path, value: Any, where: Source) -> None:
@@ -87,7 +97,7 @@ def _opened(value: Any, path: Path, inside: str | int, where: Source) -> Any:
     if found is not None and isinstance(inside, str):
         kinds, what = found
         if inside not in kinds:
-            hint = nearest(inside, kinds)
+            hint = nearest(inside, kinds, what)
             raise ConfigError(f"unknown {what} {inside!r}; {hint}", file=where.file, key=dotted((*path, inside)))
         try:
             kind, given = written.split(value, kinds, what)

@@ -6,6 +6,7 @@ configuration is ever silently ignored.
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -18,12 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 from nettorrent_mpi.config import overrides as changes
 from nettorrent_mpi.config import yaml_lines
 from nettorrent_mpi.config.default import DEFAULT, SHIPPED
-from nettorrent_mpi.config.mistakes import Known, explain, nearest, shown
+from nettorrent_mpi.config.mistakes import Known, explain, shown
 from nettorrent_mpi.config.sections import Config, Data, Layout, Model, StopAt, Swarm, Train
+from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.config.written import options_at, strictly
 from nettorrent_mpi.config.yaml_lines import Document, Path
 from nettorrent_mpi.plan import exchange_specs as choices
-from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.errors import ConfigError, UserError
 
 # Every key of every section by its path, for the hints after an unknown key; config.written knows those of specs.
 _SECTIONS: dict[Path, Any] = {
@@ -46,31 +48,49 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
     """
     if path is None:
         return loads(DEFAULT, SHIPPED, overrides, output="runs/digits")
+    return loads(_text(path), path, overrides, output=f"runs/{FilePath(path).stem}")
+
+
+def placed(error: UserError, path: str | None, overrides: Sequence[str] = ()) -> UserError:
+    """Return an error about a value of the configuration that `load` has read, with its file and line."""
+    if error.key is None or (isinstance(error, ConfigError) and error.file is not None):
+        return error
+    document = yaml_lines.read(_text(path), path) if path is not None else yaml_lines.read(DEFAULT, SHIPPED)
+    changes.apply(document, overrides)
+    made = document.error(str(error).removeprefix(f"{error.key}: "), yaml_lines.path_of(error.key))
+    made.agreed = error.agreed
+    return made
+
+
+def _text(path: str) -> str:
     try:
-        text = FilePath(path).read_bytes().decode("utf-8-sig")
+        return FilePath(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(_no_file(path), file=path) from None
     except IsADirectoryError:
         raise ConfigError("is a folder; name the file in it", file=path) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"not a text in UTF-8 (byte {error.start}): is it a configuration?", file=path) from None
+        wide = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        found = "is in UTF-16" if wide else f"not a text in UTF-8 (byte {error.start})"
+        raise ConfigError(f"{found}: save it as UTF-8, if it is a configuration", file=path) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(f"cannot be read: {reason}", file=path) from None
-    return loads(text, path, overrides, output=f"runs/{FilePath(path).stem}")
 
 
 def loads(text: str, file: str, overrides: Sequence[str] = (), output: str | None = None) -> Config:
     """Read the configuration in `text`, which messages call `file`; `output` is the run folder if it names none."""
     document = yaml_lines.read(text, file)
-    if document.value is None:
+    if document.value is None and not document.wrong:
         raise ConfigError("is empty; a configuration needs at least data and model", file=file)
     if not isinstance(document.value, dict):
+        if document.wrong:
+            raise ConfigError.several(document.wrong)
         raise document.error(f"wants a mapping (key: value), not {shown(document.value)}: is it a configuration?")
-    changes.apply(document, overrides)
+    wrong = [*document.wrong, *changes.apply(document, overrides)]
     if document.value.get("output") is None and output is not None:
         document.value["output"] = output
-    return _check(document)
+    return _check(document, wrong)
 
 
 def from_plain(data: dict[str, Any]) -> Config:
@@ -83,22 +103,24 @@ def _adapter() -> TypeAdapter[Any]:
     return TypeAdapter(Config)
 
 
-def _check(document: Document) -> Config:
+def _check(document: Document, wrong: Sequence[ConfigError] = ()) -> Config:
+    """Check the values; raise one error for all that are wrong, together with what was `wrong` before."""
+    errors = list(wrong)
     try:
-        return cast("Config", strictly(_adapter(), document.value))
+        config = cast("Config", strictly(_adapter(), document.value))
     except ValidationError as error:
-        found = explain(error, document.value, _KNOWN)
-    # the first in the order of the file; what --set brought comes after it
-    found.sort(key=lambda f: document.place(f.path).line or math.inf)
-    first, others = found[0], len(found) - 1
-    more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
-    raise document.error(first.text + more, first.path)
+        found = [f for f in explain(error, document.value, _KNOWN) if f.path not in document.unread]
+        errors += [document.error(f.text, f.path) for f in found]
+        errors.sort(key=lambda each: each.line or math.inf)
+    if errors:  # in the order of the file; what --set brought comes after it
+        raise ConfigError.several(errors)
+    return config
 
 
 def _no_file(path: str) -> str:
     beside = FilePath(path).parent
-    near = []
+    near = ""
     if beside.is_dir():
         files = sorted(str(p) for p in beside.iterdir() if p.suffix in (".yaml", ".yml"))
-        near = [hint for hint in [nearest(path, files)] if hint.startswith("did")] if files else []
-    return "there is no such file" + (f"; {near[0]}" if near else "")
+        near = nearest(path, files, listed=False)
+    return "there is no such file" + (f"; {near}" if near else "")

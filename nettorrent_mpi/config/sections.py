@@ -7,15 +7,18 @@ annotations, as `Bounds` and `Read`: making these loads nothing of it either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
-from nettorrent_mpi.config.mistakes import Mistake, nearest, shown
+from nettorrent_mpi.config.mistakes import Mistake, raise_all, shown
+from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.data_specs import DATASETS, SYNTHETIC, wrong_option
-from nettorrent_mpi.plan.specs import LayerSpec, Spec
+from nettorrent_mpi.plan.data_specs import DATASETS, SYNTHETIC, wrong_options
+from nettorrent_mpi.plan.specs import MOST, LayerSpec, Spec
 
 
 class Bounds:
@@ -49,6 +52,14 @@ def _one_of(kinds: Mapping[str, type[Spec]], what: str) -> Read:
     return Read(read)
 
 
+def _data_set(value: Any) -> str:
+    if isinstance(value, str) and value in DATASETS:
+        return value
+    given = value or "an empty text" if isinstance(value, str) else shown(value)
+    hint = nearest(value, DATASETS, "data", listed=False) if isinstance(value, str) else ""
+    raise Mistake(f"must be one of {', '.join(DATASETS)}, not {given}" + (f"; {hint}" if hint else ""))
+
+
 def _pieces(value: Any) -> Any:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
@@ -65,19 +76,32 @@ def _layout(value: Any) -> Any:
     return section(Layout, value)
 
 
-Count = Annotated[int, Bounds(ge=1)]
+def _unexpanded(path: str | None, option: str) -> Iterator[Mistake]:
+    """Yield a mistake where a path has a variable in it as shells do."""
+    if path is not None and re.search(r"\$[{\w]", path):
+        yield Mistake(f"{path}: variables are not replaced in a configuration; write the path itself", option)
+
+
+Count = Annotated[int, Bounds(ge=1, le=MOST)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
+    def __post_init__(self) -> None:
+        raise_all(list(self._mistakes()))
+
+    def _mistakes(self) -> Iterator[Mistake]:
+        """Yield what is wrong about values that are right one by one."""
+        return iter(())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Section):
     """Data says which rows are trained on, and how they are prepared."""
 
-    name: str  # one of plan.data_specs.DATASETS
+    name: Annotated[str, Read(_data_set)]  # one of plan.data_specs.DATASETS
     root: str | None = None  # the folder that holds mnist/ and so on; the file, for hdf5
     validation: Annotated[float, Bounds(ge=0, lt=1)] = 0.0  # the part of the training rows that is held back
     augment: tuple[Literal["flip", "crop"], ...] = ()
@@ -86,36 +110,37 @@ class Data(Section):
     std: float | tuple[float, ...] | None = None  # the pixels are divided by it
     transposed: bool = False  # the letters are stored column by column, as EMNIST publishes them
     rows: Count | None = None  # of synthetic data only, like the next three
-    test_rows: Annotated[int, Bounds(ge=0)] | None = None
+    test_rows: Annotated[int, Bounds(ge=0, le=MOST)] | None = None
     shape: Annotated[tuple[Count, ...], Bounds(min_length=1)] | None = None
-    classes: Annotated[int, Bounds(ge=2)] | None = None
+    classes: Annotated[int, Bounds(ge=2, le=MOST)] | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in DATASETS:
-            hint = nearest(self.name, DATASETS)
-            more = f"; {hint}" if hint.startswith("did") else ""
-            raise Mistake(f"must be one of {', '.join(DATASETS)}, not {self.name or 'an empty text'}{more}", "name")
-        spec = DATASETS[self.name]
-        if spec.root is None and self.root is not None:
-            raise Mistake(f"{self.name} needs no files: leave it out", "root")
-        if spec.needs_root and self.root is None:
-            raise Mistake(f"{self.name} needs {spec.root}; add root: ... under data", "root")
-        wrong = wrong_option(self.name, vars(self))
-        if wrong is not None:
-            raise Mistake(f"is only for {wrong[1]}, not for {self.name}", wrong[0])
+        super().__post_init__()
         if self.name == "synthetic":
             for option, default in SYNTHETIC.items():
                 if getattr(self, option) is None:
                     object.__setattr__(self, option, default)  # still under construction: not yet visible without it
+
+    def _mistakes(self) -> Iterator[Mistake]:
+        spec = DATASETS[self.name]
+        if spec.root is None and self.root is not None:
+            yield Mistake(f"{self.name} needs no files: leave it out", "root")
+        if spec.needs_root and self.root is None:
+            yield Mistake(f"{self.name} needs {spec.root}; add root: ... under data", "root")
+        for option, owners in wrong_options(self.name, vars(self)):
+            yield Mistake(f"is only for {owners}, not for {self.name}", option)
+        if self.shape is not None and prod(self.shape) > MOST:
+            yield Mistake(f"makes rows of {prod(self.shape):.2g} numbers: {MOST:,} is the most", "shape")
         if len(set(self.augment)) < len(self.augment):
-            raise Mistake("names the same thing twice", "augment")
+            yield Mistake("names the same thing twice", "augment")
+        yield from _unexpanded(self.root, "root")
         for option, values in (("mean", self.mean), ("std", self.std)):
             if values == ():
-                raise Mistake("must not be empty", option)
+                yield Mistake("must not be empty", option)
         stds = self.std if isinstance(self.std, tuple) else (self.std,)
         for std in stds:
             if std is not None and std <= 0:
-                raise Mistake(f"must be more than 0, not {std}", "std")
+                yield Mistake(f"must be more than 0, not {std}", "std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +150,15 @@ class Model(Section):
     layers: Annotated[tuple[Annotated[LayerSpec, _one_of(specs.LAYERS, "layer")], ...], Bounds(min_length=1)]
     loss: Annotated[Spec, _one_of(specs.LOSSES, "loss")] = field(default_factory=specs.CrossEntropy)
 
-    def __post_init__(self) -> None:
+    def _mistakes(self) -> Iterator[Mistake]:
         if not any(layer.weighted for layer in self.layers):
-            raise Mistake("has no layer with weights; add a linear, conv2d or residual layer", "layers")
-        _distinct_names(self.layers, "layers")
+            yield Mistake("has no layer with weights; add a linear, conv2d or residual layer", "layers")
+        names: set[str] = set()
+        for index, layer in enumerate(self.layers):
+            if layer.name in names:
+                yield Mistake(f"two layers are called {layer.name}", "layers", index, layer.kind, "name")
+            if layer.name is not None:
+                names.add(layer.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +171,7 @@ class Train(Section):
     """Train says how the network is trained. `epochs` is None where `steps` is given, and the other way round."""
 
     epochs: Count | None = None
-    steps: Annotated[int, Bounds(ge=0)] | None = None  # 0: only the initial weights are saved
+    steps: Annotated[int, Bounds(ge=0, le=MOST)] | None = None  # 0: only the initial weights are saved
     batch_size: Count = 128  # rows for one update, whatever the number of ranks
     # Pieces of a mini-batch that follow each other through the pipeline. auto: 4; but 1 where there is a single stage,
     # so nothing to fill, unless batch norm takes its statistics of one piece.
@@ -155,12 +185,15 @@ class Train(Section):
     checkpoint_every: Count = 1  # epochs; there is one at the end, too, and when a signal stops the run
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", 10)  # still under construction: not yet visible without it
+
+    def _mistakes(self) -> Iterator[Mistake]:
         if self.epochs is not None and self.steps is not None:
-            raise Mistake("epochs and steps cannot both be given: leave one out", "steps")
+            yield Mistake("epochs and steps cannot both be given: leave one out", "steps")
         if self.micro_batches != "auto" and self.micro_batches > self.batch_size:
-            raise Mistake(
+            yield Mistake(
                 f"{self.micro_batches} pieces of a mini-batch of {self.batch_size} rows: "
                 "make micro_batches smaller or batch_size larger",
                 "micro_batches",
@@ -206,27 +239,19 @@ class Config(Section):
         """Whether all replicas have the same weights after every step."""
         return isinstance(self.exchange, choices.Allreduce)
 
-    def __post_init__(self) -> None:
+    def _mistakes(self) -> Iterator[Mistake]:
+        yield from _unexpanded(self.output, "output")
         if isinstance(self.exchange, choices.Elite) and self.data.validation == 0:
-            raise Mistake(
+            yield Mistake(
                 "exchange elite needs it: the best replica is chosen on validation rows, never on the test set; "
                 "add data.validation: 0.1",
                 "data",
                 "validation",
             )
         if isinstance(self.pipeline, choices.Async) and self.train.clip_norm is not None:
-            raise Mistake(
+            yield Mistake(
                 "is not possible with pipeline async: the norm of all stages' gradients is never there at one time; "
                 "leave it out, or choose pipeline: 1f1b",
                 "train",
                 "clip_norm",
             )
-
-
-def _distinct_names(layers: tuple[LayerSpec, ...], *path: str | int) -> None:
-    names: set[str] = set()
-    for index, layer in enumerate(layers):
-        if layer.name in names:
-            raise Mistake(f"two layers are called {layer.name}", *path, index, layer.kind, "name")
-        if layer.name is not None:
-            names.add(layer.name)

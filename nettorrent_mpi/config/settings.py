@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, TypeAlias, TypedDict
 
-from nettorrent_mpi.config.mistakes import nearest
 from nettorrent_mpi.config.sections import Config, Data, Train
+from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.config.writing import plain, to_plain
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.specs import LayerSpec, Spec
@@ -70,7 +70,7 @@ def configure(
         raise ConfigError("epochs and steps cannot both be given: leave one out")
     for name, value in settings.items():
         if name not in Settings.__annotations__:
-            raise ConfigError(f"unknown setting {name}; {nearest(name, Settings.__annotations__)}")
+            raise ConfigError(f"unknown setting {name}; {nearest(name, Settings.__annotations__, 'key')}")
         section = _SECTIONS.get(name)
         place = asked if section is None else asked.setdefault(section, {})
         place[name] = {"accuracy": value} if name == "stop_at" else plain(value)

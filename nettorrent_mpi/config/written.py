@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
-from nettorrent_mpi.config.mistakes import Mistake, Mistakes, nearest, shown
+from nettorrent_mpi.config.mistakes import Mistake, Mistakes, raise_all, shown
+from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.specs import LayerSpec, Spec
@@ -44,12 +45,12 @@ def section(kind: type[T], value: Any) -> T:
     try:
         return cast("T", strictly(TypeAdapter(kind), value))
     except ValidationError as error:
-        raise Mistakes(error) from None
+        raise Mistakes([error]) from None
 
 
 # ---- what an option may be: by (kind, option), or by option alone; every number of a pair is checked
 Rule = tuple[Callable[[Any], bool], str]
-_COUNT: Rule = (lambda n: n >= 1, "at least 1")
+_COUNT: Rule = (lambda n: 1 <= n <= specs.MOST, f"at least 1 and at most {specs.MOST:,}")
 _POSITIVE: Rule = (lambda x: 0 < x < math.inf, "more than 0")
 _NOT_NEGATIVE: Rule = (lambda x: 0 <= x < math.inf, "at least 0")
 _BELOW_ONE: Rule = (lambda x: 0 <= x < 1, "at least 0 and less than 1")
@@ -76,59 +77,64 @@ _RULES: dict[str | tuple[str, str], Rule] = {
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*\Z")
 
 
-def _check_ranges(spec: Spec) -> None:
-    for option in (f.name for f in fields(spec)):
-        value = getattr(spec, option)
+def _out_of_range(kind: str, options: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield a mistake for each number that its option does not allow; values of a wrong type are left to pydantic."""
+    for option, value in options.items():
+        rule = _RULES.get((kind, option)) or _RULES.get(option)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if rule is not None and is_number and not rule[0](number):
+                yield Mistake(f"must be {rule[1]}, not {number}", option)
+                break
+
+
+def _mistakes(spec: Spec) -> Iterator[Mistake]:
+    """Yield what is wrong about the values of a spec whose types are right."""
+    values = vars(spec)
+    for option, value in values.items():
         if isinstance(value, Spec):
-            try:
-                _check_ranges(value)
-            except Mistake as mistake:
-                kind = () if isinstance(value, choices.Consensus) else (value.kind,)
-                raise Mistake(mistake.text, option, *kind, *mistake.path) from None
-        rule = _RULES.get((spec.kind, option)) or _RULES.get(option)
-        if rule is None or value is None:
-            continue
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, str) and not rule[0](number):  # a text is a word like auto
-                raise Mistake(f"must be {rule[1]}, not {number}", option)
+            kind = () if isinstance(value, choices.Consensus) else (value.kind,)
+            for mistake in _mistakes(value):
+                yield Mistake(mistake.text, option, *kind, *mistake.path)
+    yield from _out_of_range(spec.kind, values)
     if isinstance(spec, specs.Sgd) and spec.nesterov and (spec.momentum == 0 or spec.dampening != 0):
-        raise Mistake("needs a momentum above 0 and no dampening", "nesterov")
+        yield Mistake("needs a momentum above 0 and no dampening", "nesterov")
     if isinstance(spec, specs.Step) and (spec.every_epochs is None) == (spec.every_steps is None):
-        raise Mistake("give one of every_epochs and every_steps: after how many the learning rate drops")
+        yield Mistake("give one of every_epochs and every_steps: after how many the learning rate drops")
     if isinstance(spec, specs.Residual) and not any(i.weighted for i in (*spec.layers, *spec.shortcut)):
-        raise Mistake("has no layer with weights; add a linear or conv2d layer", "layers")
+        yield Mistake("has no layer with weights; add a linear or conv2d layer", "layers")
     if isinstance(spec, LayerSpec) and spec.name is not None and not _NAME.match(spec.name):
-        raise Mistake("must begin with a letter and go on with letters, digits, _ and -", "name")
+        yield Mistake("must begin with a letter and go on with letters, digits, _ and -", "name")
     if isinstance(spec, choices.Gossip):
-        _check_gossip(spec)
+        yield from _gossip_mistakes(spec)
 
 
-def _check_gossip(gossip: choices.Gossip) -> None:
-    """Raise a Mistake where options exclude each other."""
+def _gossip_mistakes(gossip: choices.Gossip) -> Iterator[Mistake]:
+    """Yield what options exclude each other."""
     if "parameters" not in gossip.average:
-        raise Mistake("must hold parameters: write [parameters] or [parameters, optimizer]", "average")
+        yield Mistake("must hold parameters: write [parameters] or [parameters, optimizer]", "average")
     if len(set(gossip.average)) < len(gossip.average):
-        raise Mistake("names the same thing twice", "average")
+        yield Mistake("names the same thing twice", "average")
     if gossip.slow_momentum > 0 and gossip.exact_every is None:
-        raise Mistake("acts at exact averages only, and there are none: add exact_every", "slow_momentum")
+        yield Mistake("acts at exact averages only, and there are none: add exact_every", "slow_momentum")
     if isinstance(gossip.compress, choices.Whole):
         if gossip.gamma is not None:
-            raise Mistake("is the step towards neighbours whose messages are compressed: add compress", "gamma")
+            yield Mistake("is the step towards neighbours whose messages are compressed: add compress", "gamma")
         return
     small = gossip.compress.kind
     if "optimizer" in gossip.average:
-        raise Mistake(
+        yield Mistake(
             f"{small} would corrupt the optimizer's state, which has to stay positive: leave optimizer out of average "
             "or compress out",
             "compress",
         )
     if gossip.mix != choices.ConstantMix():
-        raise Mistake(
+        yield Mistake(
             f"{small} works with the pairing's own weights only: leave out mix (constant, without a value) or compress",
             "compress",
         )
     if gossip.pairing == "random":
-        raise Mistake(
+        yield Mistake(
             f"{small} sends what changed since the neighbours' last message, and pairing random has other neighbours "
             "in every round: choose another pairing, or compress: none",
             "compress",
@@ -149,7 +155,7 @@ def split(value: Any, kinds: Mapping[str, type[Spec]], what: str) -> tuple[str, 
         raise Mistake(f"wants the name of {a} {what}, or a name with its options, not {shown(value)}")
     if kind not in kinds:
         path = (kind,) if isinstance(value, dict) else ()
-        raise Mistake(f"unknown {what} {kind!r}; {nearest(kind, kinds)}", *path)
+        raise Mistake(f"unknown {what} {kind!r}; {nearest(kind, kinds, what)}", *path)
     if options is None:
         return kind, {}
     if isinstance(options, dict):
@@ -166,18 +172,18 @@ def parse(value: Any, kinds: Mapping[str, type[S]], what: str) -> S:
     if isinstance(value, Spec):
         if type(value) not in kinds.values():
             raise Mistake(f"wants one of {', '.join(kinds)}, not {value.kind}")
-        _check_ranges(value)
+        raise_all(list(_mistakes(value)))
         return cast("S", value)
     kind, options = split(value, kinds, what)
     try:
         spec = strictly(_adapter(kinds[kind]), options)
         if kinds[kind] in _WRITTEN:
             spec = kinds[kind](**{f.name: getattr(spec, f.name) for f in fields(kinds[kind])})
-        _check_ranges(spec)
-    except Mistake as mistake:
-        raise Mistake(mistake.text, kind, *mistake.path) from None
     except ValidationError as error:
-        raise Mistakes(error, kind) from None
+        raise Mistakes([error, *_out_of_range(kind, options)], kind) from None
+    wrong = list(_mistakes(spec))
+    if wrong:
+        raise Mistakes(wrong, kind)
     return cast("S", spec)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -56,10 +57,13 @@ class Source(NamedTuple):
 
 @dataclass
 class Document:
-    """A Document holds plain data, and the place of every value by its path."""
+    """A Document holds plain data, the place of every value by its path, and what is `wrong` about keys, which were
+    left out, and about values, which are None instead (at the paths `unread`)."""
 
     value: Any
     places: dict[Path, Source] = field(default_factory=dict)
+    wrong: list[ConfigError] = field(default_factory=list)
+    unread: set[Path] = field(default_factory=set)
 
     def place(self, path: Path) -> Source:
         """Return the place of the value at `path`, or of the nearest value around it."""
@@ -83,17 +87,21 @@ def dotted(path: Path) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
+def path_of(key: str) -> Path:
+    """Read what `dotted` wrote; a position may also stand between dots: `model.layers.3.conv2d`."""
+    return tuple(int(part) if part.isdecimal() else part for part in re.sub(r"\[(\d+)\]", r".\1", key).split("."))
+
+
 def read(text: str, file: str) -> Document:
-    """Read the one document in `text`. Raises ConfigError with `file` and the line for what is not plain YAML."""
+    """Read the one document in `text`. Raises ConfigError with `file` and the line for what is not YAML."""
     document = Document(None, {(): Source(file, None)})
     try:
         root = yaml.compose(text, Loader=_Loader)
         if root is not None:
-            document.value = _Builder(file, document.places).build(root, ())
+            document.value = _Builder(file, document).build(root, ())
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = error.problem or error.context or "unreadable"
-        raise ConfigError(f"not valid YAML: {problem}", file=file, line=mark.line + 1 if mark else None) from None
+        problem, line = _in_words(error, text)
+        raise ConfigError(f"not valid YAML: {problem}", file=file, line=line) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(
@@ -104,11 +112,55 @@ def read(text: str, file: str) -> Document:
     return document
 
 
+def _in_words(error: yaml.MarkedYAMLError, text: str) -> tuple[str, int | None]:
+    """Say what is wrong about a text that is no YAML, as its writer sees it, and in which line."""
+    mark, began = error.problem_mark or error.context_mark, error.context_mark
+    problem = error.problem or error.context or "unreadable"
+    lines = re.split(r"\r\n|[\r\n]", text)
+
+    if mark is None:
+        return problem, None
+    here, line = lines[mark.line] if mark.line < len(lines) else "", mark.line
+    indentation = "the indentation does not fit the lines above: what belongs together begins in the same column"
+    if "'\\t'" in problem:
+        problem = "there is a tab: YAML wants spaces, for the indentation and after a colon"
+    elif "cannot start any token" in problem:
+        problem = f"a text that begins with {here[mark.column : mark.column + 1]} needs quotes"
+    elif "mapping values are not allowed" in problem:
+        twice = re.search(r":\s", here[: mark.column])
+        problem = "a text with a colon and a space in it needs quotes" if twice else indentation
+        above = _colon(lines[line - 1]) if line else None
+        if above and not twice:
+            problem, line = above, line - 1
+    elif "expected <block end>" in problem:
+        problem = indentation
+    elif "could not find expected ':'" in problem and began is not None:
+        line = began.line
+        problem = _colon(lines[line]) or "a key has no colon and space after it"
+    elif "sequence entries are not allowed" in problem:
+        problem = "a - begins an entry of a list, on a line of its own; as a text it needs quotes"
+    elif "another document" in problem:
+        problem = "a second document begins here (---), and a configuration is one"
+    elif "while scanning a quoted" in (error.context or "") and "end of stream" in problem and began is not None:
+        line, problem = began.line, "a quote is not closed"
+    elif "expected ',' or" in problem:
+        problem = "a comma or a closing bracket is missing"
+    return problem, line + 1
+
+
+def _colon(line: str) -> str | None:
+    """Say what is wrong about the colon after the key of a line; None if nothing is."""
+    if "\uff1a" in line:
+        return "this colon is a full-width one: write an ordinary one, and a space after it"
+    glued = re.match(r"[\s-]*([\w.]+:)[^\s:]", line)
+    return f"a space is missing after {glued[1]}" if glued else None
+
+
 class _Builder:
     """Turns the nodes of one document into plain data and notes their lines."""
 
-    def __init__(self, file: str, places: dict[Path, Source]):
-        self.file, self.places = file, places
+    def __init__(self, file: str, document: Document):
+        self.file, self.document, self.places = file, document, document.places
         self.above: set[int] = set()  # nodes that are being built: an alias to one of them never ends
         self.count = 0
 
@@ -124,11 +176,13 @@ class _Builder:
         if id(node) in self.above:
             raise self.error("an alias that contains itself", node, path)
         self.above.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            self.only(node, "seq", path)
-            built: Any = [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        sequence = isinstance(node, yaml.SequenceNode)
+        built: Any = None
+        if node.tag != _TAG + ("seq" if sequence else "map"):
+            self.unread(f"the tag {node.tag} has no meaning here", node, path)
+        elif sequence:
+            built = [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         else:
-            self.only(node, "map", path)
             built = self.mapping(node, path)
         self.above.remove(id(node))
         return built
@@ -137,12 +191,20 @@ class _Builder:
         built: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
-                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                raise self.error(f"a key must be a name, not {shown}", key_node, path)
+                shown = key_node.value or "nothing" if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                self.document.wrong.append(self.error(f"a key must be a name, not {shown}", key_node, (*path, shown)))
+                continue
             key = key_node.value
+            hidden = next((c for c in key if c != " " and unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cf")), None)
+            if hidden is not None:
+                name = f"U+{ord(hidden):04X} ({unicodedata.name(hidden).lower()})"
+                text = f"the character {name} is in this key or before it: type a space"
+                self.document.wrong.append(self.error(text, key_node, (*path, key.strip())))
+                continue
             if key in built:
                 first = self.places[(*path, key)].line
-                raise self.error(f"given twice (first on line {first})", key_node, (*path, key))
+                self.document.wrong.append(self.error(f"given twice (first on line {first})", key_node, (*path, key)))
+                continue
             # the line of a key, not of its value: that is where a person looks for it
             self.places[(*path, key)] = Source(self.file, key_node.start_mark.line + 1)
             built[key] = self.build(value_node, (*path, key))
@@ -152,6 +214,8 @@ class _Builder:
         kind = node.tag.removeprefix(_TAG)
         text = node.value
         if kind == "str":
+            if node.style is None and text[:1] in tuple("\u201c\u201d\u2018\u2019\u201e"):
+                self.unread(f"{text[:1]} is a typographic quote: type \" or '", node, path)
             return text
         readers: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
             "null": (_NULL, lambda _: None),
@@ -160,16 +224,17 @@ class _Builder:
             "float": (_FLOAT, lambda t: float(t.replace("_", ""))),
         }
         if kind not in readers:
-            raise self.error(f"the tag {node.tag} has no meaning here", node, path)
+            return self.unread(f"the tag {node.tag} has no meaning here", node, path)
         pattern, reader = readers[kind]
         value = reader(text) if pattern.match(text) else math.nan
         if isinstance(value, float) and not math.isfinite(value):
-            raise self.error(f"not a number that can be used: {text!r}", node, path)
+            return self.unread(f"not a number that can be used: {text[:60]!r}", node, path)
         return value
 
-    def only(self, node: yaml.Node, kind: str, path: Path) -> None:
-        if node.tag != _TAG + kind:
-            raise self.error(f"the tag {node.tag} has no meaning here", node, path)
+    def unread(self, message: str, node: yaml.Node, path: Path) -> None:
+        """Note that a value cannot be read: it is None instead."""
+        self.document.wrong.append(self.error(message, node, path))
+        self.document.unread.add(path)
 
     def error(self, message: str, node: yaml.Node, path: Path) -> ConfigError:
         return ConfigError(message, file=self.file, key=dotted(path) or None, line=node.start_mark.line + 1)

@@ -7,7 +7,7 @@ import time
 import traceback
 
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.plan.errors import NetTorrentError, RemoteError
+from nettorrent_mpi.plan.errors import NetTorrentError, RemoteError, SizeError
 
 INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
 PATIENCE = 1.5  # seconds in which a failed rank reports its own error and ends all; later another rank does it
@@ -24,6 +24,8 @@ def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
 
     Returns the exit code. With `shown` a user's mistake gets a traceback, too, instead of one line.
     """
+    if isinstance(error, MemoryError) and not shown:
+        error = SizeError.of(error)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) and error.code else 1
         text = f": {error.code}" if isinstance(error.code, str) else ""

@@ -17,7 +17,7 @@ from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.losses import check_end, check_fit
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates, extremes
-from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.errors import ConfigError, keyed
 from nettorrent_mpi.plan.exchange_specs import Elite
 from nettorrent_mpi.plan.topology import Topology
 
@@ -78,26 +78,15 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planni
     """Open the data (unless given), build the network and lay it out over `ranks`. `planning` needs no files of data
     whose size is known (`open_dataset`). Raises every kind of UserError."""
     data, train = config.data, config.train
-    dataset = dataset or open_dataset(
-        data.name,
-        data.root,
-        options=DataOptions(
-            mean=data.mean,
-            std=data.std,
-            transposed=data.transposed,
-            rows=data.rows,
-            test_rows=data.test_rows,
-            shape=data.shape,
-            classes=data.classes,
-            seed=config.seed,
-        ),
-        planning=planning,
-    )
+    if dataset is None:
+        dataset = _open_data(config, planning)
     network = Network(config.model.layers, dataset.shape)
-    check_end(config.model.loss, network.expanded, network.output_shape[-1], dataset.classes)
-    if dataset.classes is not None:  # other targets are checked when they are read
-        check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
-    topology = lay_out(config, network, ranks)
+    with keyed(f"model.layers[{len(network.layers) - 1}]"):
+        check_end(config.model.loss, network.expanded, network.output_shape[-1], dataset.classes)
+        if dataset.classes is not None:  # other targets are checked when they are read
+            check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
+    with keyed("layout"):
+        topology = lay_out(config, network, ranks)
     pieces = micro_batches(config, network, topology)
     sampler = Sampler(
         dataset.train.rows,
@@ -131,6 +120,22 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planni
     setup = Setup(config, dataset, sampler, network, topology, options)
     warnings = doubts(config, dataset, sampler) + slow(config, network, topology, setup.steps)
     return replace(setup, warnings=tuple(warnings))
+
+
+def _open_data(config: Config, planning: bool) -> Dataset:
+    data = config.data
+    options = DataOptions(
+        mean=data.mean,
+        std=data.std,
+        transposed=data.transposed,
+        rows=data.rows,
+        test_rows=data.test_rows,
+        shape=data.shape,
+        classes=data.classes,
+        seed=config.seed,
+    )
+    with keyed("data.root" if data.root is not None else "data.name"):
+        return open_dataset(data.name, data.root, options=options, planning=planning)
 
 
 def _kernels(config: Config, network: Network, ranks: int, epoch_steps: int) -> Kernels:

@@ -13,9 +13,11 @@ from nettorrent_mpi.nn.layers.norm import BatchNormLayer
 from nettorrent_mpi.nn.layers.registry import Site
 from nettorrent_mpi.nn.layers.residual import ResidualLayer
 from nettorrent_mpi.nn.layers.sequence import Sequence, expanded, named
-from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 from nettorrent_mpi.plan.specs import BatchNorm, Flatten, LayerSpec, flat
 from nettorrent_mpi.plan.topology import LayerFacts
+
+LARGEST = 2**45  # parameters of a layer, or outputs for one row
 
 
 class Network:
@@ -31,7 +33,12 @@ class Network:
         self.expanded = expanded(self.layers)  # with each activation as a layer of its own
         self.input_shape = input_shape
         self._starts = _starts(self.layers)
-        self.whole = whole = Sequence(self.layers, Site("", Features.whole(input_shape)))  # undivided, in one stage
+        try:
+            self.whole = whole = Sequence(self.layers, Site("", Features.whole(input_shape)))  # undivided, in one stage
+        except ShapeError as error:
+            names = [layer.name for layer in self.layers]
+            error.key = f"model.layers[{names.index(error.layer)}]" if error.layer in names else None
+            raise
         self.output_shape = whole.outputs.shape
         self.output_name = whole.layers[-1].name
         norms = (layer for layer in _all_layers(whole) if isinstance(layer, BatchNormLayer))
@@ -46,6 +53,11 @@ class Network:
             shape = part.outputs.shape
             self.facts.append(_facts(self.layers[self._slice(i, i + 1)], part))
         self._inputs.append(shape)
+        largest = max(self.facts, key=lambda facts: max(facts.parameters, facts.outputs))
+        most = max(largest.parameters, largest.outputs)
+        if most > LARGEST:
+            text = f"layer {largest.name}: {most:.2g} parameters or outputs a row are more than any computer holds"
+            raise ShapeError(f"{text}; make it smaller")
 
     @property
     def has_batch_norm(self) -> bool:

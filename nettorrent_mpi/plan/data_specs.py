@@ -5,7 +5,7 @@ Opening them is in data/dataset.py. Only names are here, so that a configuration
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,10 +55,9 @@ DATASETS: dict[str, DatasetSpec] = {
 """The data sets of the package, and those that `data.dataset.register_dataset` adds."""
 
 
-def wrong_option(name: str, given: Mapping[str, object]) -> tuple[str, str] | None:
-    """Return the first option in `given` that data set `name` does not take, and the data sets that do."""
+def wrong_options(name: str, given: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield each option in `given` that data set `name` does not take, and the data sets that do."""
     for option in OWN_OPTIONS:
         value = given.get(option)
         if value is not None and value is not False and option not in DATASETS[name].options:
-            return option, " and ".join(owner for owner, spec in DATASETS.items() if option in spec.options)
-    return None
+            yield option, " and ".join(owner for owner, spec in DATASETS.items() if option in spec.options)

@@ -7,6 +7,7 @@ NetTorrentError              exit code 1 unless stated otherwise
 │   ├── ShapeError           two layers that do not fit
 │   ├── DataError            a data file that is missing, truncated or corrupt: names file and offset
 │   ├── OutputError          the run folder: another run's results, no space, no permission
+│   ├── SizeError            something that does not fit into memory
 │   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
 ├── NonFiniteError           the training diverged: names step, layer and rank
 ├── RemoteError              another rank failed by an error that is not the package's, and reports it itself
@@ -20,7 +21,8 @@ NetTorrentWarning            what is doubtful but may be meant, in one line: giv
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class NetTorrentError(Exception):
@@ -32,9 +34,11 @@ class NetTorrentError(Exception):
 
 
 class UserError(NetTorrentError):
-    """A mistake by the user; the text says what was wrong, where, and how to correct it."""
+    """A mistake by the user; the text says what was wrong, where, and how to correct it. `key` is that of the
+    configuration's value which is to be changed, if it is known."""
 
     exit_code = 2
+    key: str | None = None
 
 
 class ConfigError(UserError):
@@ -45,13 +49,25 @@ class ConfigError(UserError):
         where = ":".join(str(part) for part in (file, line) if part is not None)
         super().__init__(": ".join(part for part in (where, key, message) if part))
 
+    @classmethod
+    def several(cls, errors: Sequence[ConfigError]) -> ConfigError:
+        """Make one error of several, each in a line of its own; `file`, `key` and `line` are those of the first."""
+        if len(errors) == 1:
+            return errors[0]
+        made = cls("\n".join([f"{len(errors)} mistakes", *(f"  {error}" for error in errors)]))
+        made.file, made.key, made.line = errors[0].file, errors[0].key, errors[0].line
+        return made
+
 
 class LayoutError(UserError):
     """An impossible layout; the text gives the nearest possible one."""
 
 
 class ShapeError(UserError):
-    """Two neighbouring layers whose shapes do not fit; the text names both."""
+    """Two neighbouring layers whose shapes do not fit; the text names both. `layer` is the name of the second in the
+    network, of the block that it is in, or of the layer whose activation it is."""
+
+    layer: str | None = None
 
 
 class DataError(UserError):
@@ -63,8 +79,30 @@ class DataError(UserError):
         super().__init__(": ".join(part for part in (where, message) if part))
 
 
+@contextmanager
+def keyed(key: str) -> Iterator[None]:
+    """Say that this key of the configuration is to be changed, where a UserError inside the `with` block names none."""
+    try:
+        yield
+    except UserError as error:
+        error.key = error.key or key
+        raise
+
+
 class OutputError(UserError):
     """The run folder cannot be written."""
+
+
+class SizeError(UserError):
+    """Something that does not fit into memory."""
+
+    @classmethod
+    def of(cls, error: MemoryError) -> SizeError:
+        reason = f" ({error})" if str(error) else ""
+        return cls(
+            f"there is not enough memory{reason}: make the network, the mini-batch or the data smaller, or divide them "
+            "over more ranks and nodes; --dry-run predicts the memory of each rank"
+        )
 
 
 class LaunchError(UserError):

@@ -22,6 +22,7 @@ Initial = Literal[
     "lecun_uniform",
 ]
 Padding = Literal["valid", "same"]
+MOST = 2**31 - 1  # of whatever is counted: a number above it cannot be meant
 Pair = int | tuple[int, int]  # one number for both height and width, or (height, width)
 
 

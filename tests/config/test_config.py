@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nettorrent_mpi.config import reading as config
-from nettorrent_mpi.config import writing
+from nettorrent_mpi.config import translation, writing
 from nettorrent_mpi.config.default import DEFAULT
 from nettorrent_mpi.config.mistakes import Mistake
 from nettorrent_mpi.config.reading import Config, Layout, Swarm
 from nettorrent_mpi.config.written import parse
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
+from nettorrent_mpi.plan.data_specs import DATASETS
 from nettorrent_mpi.plan.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -51,10 +52,10 @@ def edited(old: str, new: str) -> str:
     return BASE.replace(old, new)
 
 
-def told(text: str, *overrides: str) -> ConfigError:
+def told(text: str, *overrides: str, lines: int = 1) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         loads(text, *overrides)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("\n") == lines - 1
     assert caught.value.exit_code == 2
     return caught.value
 
@@ -182,7 +183,7 @@ MISTAKES = [
     ("epochs: 3", "epochs: 3\n  epochs: 4", 12, "train.epochs", ["given twice", "line 11"]),
     ("seed: 1", "seed: [1", 2, None, ["not valid YAML"]),
     ("seed: 1", "seed: !!python/name:os.system 1", 1, "seed", ["tag"]),
-    ("seed: 1", "1: 1", 1, None, ["a key must be a name", "1"]),
+    ("seed: 1", "1: 1", 1, "1", ["a key must be a name", "1"]),
     ("seed: 1", "seed: 1e999", 1, "seed", ["1e999"]),
     ("seed: 1", "seed: &a [*a]", 1, "seed[0]", ["contains itself"]),
     ("seed: 1", "seed: \x07", 1, None, ["U+0007"]),
@@ -281,11 +282,111 @@ def test_no_layer_with_weights() -> None:
     assert "add a linear, conv2d or residual layer" in str(error)
 
 
-def test_several_mistakes_tell_the_first_in_the_file_and_how_many_more() -> None:
-    text = edited("epochs: 3", "epochs: x\n  stepz: 1\n  clip_norm: -1").replace("filters", "filterz")
-    error = told(text)
-    assert error.line == 5
-    assert str(error).endswith("(and 3 more mistakes)")
+def test_several_mistakes_are_told_one_in_a_line() -> None:
+    """Those of values, of keys, of the text and of --set, in the order of the file."""
+    text = edited("epochs: 3", "epochs: x\n  stepz: 1\n  clip_norm: -1\n  clip_norm: 1").replace("filters", "filterz")
+    text = text.replace("dropout: 0.25", "dropout: 1e999").replace("linear: 10", "linear: {units: 0, initial: x}")
+    error = told(text, "seed=x", "train.optimizer.sgdd.lr=1", "nowhere", lines=12)
+    assert (error.file, error.line, error.key) == ("f.yaml", 5, "model.layers[0].conv2d.filterz")
+    first, *others = str(error).splitlines()
+    assert first == "11 mistakes"
+    assert [line.split(": ")[:2] for line in others] == [
+        ["  f.yaml:5", "model.layers[0].conv2d.filterz"],
+        ["  f.yaml:7", "model.layers[2].dropout"],
+        ["  f.yaml:8", "model.layers[3].linear.initial"],
+        ["  f.yaml:8", "model.layers[3].linear.units"],
+        ["  f.yaml:11", "train.epochs"],
+        ["  f.yaml:12", "train.stepz"],
+        ["  f.yaml:13", "train.clip_norm"],
+        ["  f.yaml:14", "train.clip_norm"],
+        ["  --set train.optimizer.sgdd.lr=1", "train.optimizer.sgdd"],
+        ["  --set nowhere", "wants KEY=VALUE with a dotted KEY, as in --set train.batch_size=64"],
+        ["  --set seed=x", "seed"],
+    ]
+
+
+# (what a user of another program writes, in place of what, words of the message)
+TRANSLATED = [
+    ("- dense: 10", "- linear: 10", "unknown layer 'dense'; did you mean linear?"),
+    ("- nn.Linear: 10", "- linear: 10", "did you mean linear?"),
+    ("- Dense: {units: 10}", "- linear: 10", "did you mean linear?"),
+    ("- softmax", "- flatten", "leave it out: cross_entropy takes the outputs before a softmax"),
+    ("- dropout2d: 0.25", "- dropout: 0.25", "write dropout, which leaves out single values"),
+    ("- MaxPooling2D: 2", "- flatten", "did you mean max_pool2d?"),
+    ("- BatchNorm2d", "- flatten", "did you mean batch_norm?"),
+    ("- ReLU", "- flatten", "did you mean relu?"),
+    ("{filters: 8, kernel_size: 3}", "{filters: 8, kernel: 3}", "did you mean kernel?"),
+    ("{out_channels: 8, in_channels: 1}", "{filters: 8, kernel: 3}", "did you mean filters?"),
+    ("{filters: 8, activation: softmax}", "{filters: 8, kernel: 3}", "one of relu"),
+    ("loss: categorical_crossentropy", "loss: cross_entropy", "did you mean cross_entropy?"),
+    ("loss: MSELoss", "loss: cross_entropy", "did you mean mean_squared_error?"),
+    ("loss: BCEWithLogitsLoss", "loss: cross_entropy", "did you mean binary_cross_entropy?"),
+    ("optimizer: SGD", "optimizer: adam", "did you mean sgd?"),
+    ("optimizer: {adam: {learning_rate: 0.1}}", "optimizer: adam", "did you mean lr?"),
+    ("learning_rate: 0.1", "optimizer: adam", "did you mean train.optimizer.adam.lr?"),
+    ("optimizer: {adam: {beta_1: 0.9}}", "optimizer: adam", "did you mean betas?"),
+    ("schedule: StepLR", "optimizer: adam", "did you mean step?"),
+    ("schedule: {step: {step_size: 30}}", "optimizer: adam", "did you mean every"),
+    ("schedule: CosineAnnealingLR", "optimizer: adam", "did you mean cosine?"),
+    ("num_workers: 4", "optimizer: adam", "leave it out: mpirun -n N starts N ranks"),
+    ("validation_split: 0.1", "optimizer: adam", "did you mean data.validation?"),
+    ("shuffle: true", "optimizer: adam", "leave it out: the rows are shuffled anew"),
+    ("device: gpu", "seed: 1", "must be one of auto, cpu, not gpu; every rank computes on CPU cores: write cpu"),
+    ("device: cuda:0", "seed: 1", "every rank computes on CPU cores"),
+    ("gpu: true", "seed: 1", "every rank computes on CPU cores"),
+    ("dtype: double", "seed: 1", "did you mean float64?"),
+    ("random_seed: 1", "seed: 1", "did you mean seed?"),
+    ("exchange: ddp", "seed: 1", "did you mean allreduce?"),
+    ("{name: fmnist}", "{name: digits}", "did you mean fashion_mnist?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "instead_of", "words"), TRANSLATED, ids=[row[0] for row in TRANSLATED])
+def test_the_words_of_other_programs_are_translated(written: str, instead_of: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loads(edited(instead_of, written))
+    assert words in str(caught.value)
+
+
+def test_every_translation_leads_to_something_that_is_there() -> None:
+    """A name is a kind, an option or a key, and the first of several; all else is a sentence."""
+    kinds = {"layer": specs.LAYERS, "loss": specs.LOSSES, "optimizer": specs.OPTIMIZERS, "schedule": specs.SCHEDULES,
+             "exchange": choices.EXCHANGES, "data": DATASETS}  # fmt: skip
+    options = {f.name for table in kinds.values() for kind in table.values() for f in fields(kind)}
+    options |= {f.name for section in config._SECTIONS.values() for f in fields(section)}
+    for what, words in translation._WORDS.items():
+        for word, meaning in words.items():
+            assert word == translation.plainly(word)
+            known = kinds.get(what, {"key": options}.get(what, [meaning]))
+            assert " " in meaning or any(name.split(".")[-1] in known for name in meaning.split("|")), (word, meaning)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("  epochs: 3", "\tepochs: 3", 11, "not valid YAML: there is a tab"),
+        ("seed: 1", "seed:\t1", 1, "there is a tab"),
+        ("  epochs: 3", "    epochs: 3\n  steps: 3", 12, "the indentation does not fit the lines above"),
+        ("seed: 1", "seed:1", 1, "a space is missing after seed:"),
+        ("seed: 1", "output: a: b", 1, "a text with a colon and a space in it needs quotes"),
+        ("seed: 1", "seed\uff1a 1", 1, "a full-width one"),
+        ("seed: 1", "output: 'a", 1, "a quote is not closed"),
+        ("seed: 1", "output: @here", 1, "a text that begins with @ needs quotes"),
+        ("optimizer: adam", "optimizer: {adam: {lr: 1}", 13, "a comma or a closing bracket is missing"),
+        ("seed: 1", "seed\u00a0: 1", 1, "U+00A0 (no-break space)"),
+        ("seed: 1", "output: \u201crun\u201d", 1, "typographic quote"),
+        ("seed: 1", "output: $HOME/x", 1, "variables are not replaced"),
+        ("epochs: 3", "epochs: '3'", 11, "(write 3, without quotes)"),
+        ("epochs: 3", "epochs: 1,000", 11, "(write 1000, without quotes)"),
+        ("seed: 1", "trace: yes", 1, "(write true, without quotes)"),
+        ("optimizer: adam", "optimizer: {adam: {betas: [0.9, 0.99], <<: 3}}", 12, "merge keys are not read"),
+        ("    - flatten", "    flatten: {}", 6, "the indentation does not fit"),
+    ],
+)  # fmt: skip
+def test_yaml_is_corrected_in_words(old: str, new: str, line: int, words: str) -> None:
+    error = told(edited(old, new))
+    assert error.line == line
+    assert words in str(error)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +631,7 @@ POSITIVE = st.floats(0, 1e300, exclude_min=True)
 TWO = st.one_of(COUNT, st.tuples(COUNT, COUNT))
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,8}", fullmatch=True)
 ACTIVATION = st.sampled_from([None, "relu", "leaky_relu", "sigmoid", "tanh", "gelu"])
-TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="\ufeff\ufffe\uffff"), min_size=1)
+TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="$\ufeff\ufffe\uffff"), min_size=1)
 
 LAYER = st.one_of(
     st.builds(specs.Linear, COUNT, ACTIVATION, st.booleans()),
@@ -576,7 +677,7 @@ DATA = st.one_of(
                                     "augment": st.sampled_from([["flip"], ["flip", "crop"]]),
                                     "mean": SCALING, "std": SCALING}),
     st.fixed_dictionaries({"name": st.just("synthetic")},
-                          optional={"rows": COUNT, "shape": st.lists(COUNT, min_size=1, max_size=3)}),
+                          optional={"rows": COUNT, "shape": st.lists(st.integers(1, 1000), min_size=1, max_size=3)}),
 )  # fmt: skip
 ABOVE_ZERO = st.floats(0, 1, exclude_min=True)
 BETWEEN = st.floats(0, 1, exclude_min=True, exclude_max=True)

@@ -13,7 +13,7 @@ from nettorrent_mpi.nn.layer import Context, Grads, Layer, Parameter, Params
 from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.registry import Site, make
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 
 
 class Sequence:
@@ -47,7 +47,11 @@ class Sequence:
                 self.append(Gather(f"{name}.gather", self.outputs, site.partial or i <= last))
             follows = _activation_after(self._specs, i, site.follows)
             partial = site.cols > 1 and (site.partial or i < last)
-            layer = make(spec, Site(name, self.outputs, site.cols, site.col, follows, self.previous, partial))
+            try:
+                layer = make(spec, Site(name, self.outputs, site.cols, site.col, follows, self.previous, partial))
+            except ShapeError as error:
+                error.layer = spec.name.partition(".")[0]  # of a block that this sequence is in, after that
+                raise
             self.append(layer, spec.name)
             self.previous = f"layer {layer.name}"
 
