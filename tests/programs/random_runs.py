@@ -34,18 +34,21 @@ LARGE = 100.0  # no loss here begins with more than 3
 MICRO_BATCHES = 4  # the most of `micro_batches: auto`, where there are not more stages
 
 Plain = dict[str, Any]
-ORIGINALS: dict[str, Any] = {}  # what `shared_memories` stands in for
+ORIGINALS: dict[str, Any] = {}  # what runs replace
 
 
 class Run(NamedTuple):
-    """One training: on the first `ranks`, of this configuration, anew or from the checkpoint of the one before."""
+    """One training: on the first `ranks`, of this configuration, anew or from the checkpoint of the one before. `nodes`
+    gives for each rank the one that is first on its node; on several of them buckets are small, so that there are many.
+    """
 
     ranks: int
     config: Plain
     resume: bool
+    nodes: list[int]
 
     def __str__(self) -> str:
-        return f"{self.ranks} ranks{', resumed' if self.resume else ''}: {json.dumps(self.config)}"
+        return f"{self.ranks} ranks on nodes {self.nodes}{', resumed' * self.resume}: {json.dumps(self.config)}"
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
@@ -105,19 +108,29 @@ def draw(seed: int, number: int) -> list[Run]:
         "pipeline": pipeline,
         "exchange": exchange,
     }
-    runs = [Run(ranks, config, False)]
+    runs = [Run(ranks, config, False, _nodes(dice, ranks))]
     if dice.random() < 0.25:
         replicas, ranks, layout = _layout(dice, layers, replicas)
         exchange = _exchange(dice, replicas, validation=data["validation"] > 0)
         more = {"layout": layout, "exchange": exchange, "train": train | {"steps": 2 * steps + 20}}
-        runs.append(Run(ranks, config | more, True))
+        runs.append(Run(ranks, config | more, True, _nodes(dice, ranks)))
     return runs
 
 
+def _nodes(dice: random.Random, ranks: int) -> list[int]:
+    """One node, or several of any sizes."""
+    if dice.random() < 0.5:
+        return [0] * ranks
+    firsts = [rank == 0 or dice.random() < 0.35 for rank in range(ranks)]
+    return [max(first for first in range(rank + 1) if firsts[first]) for rank in range(ranks)]
+
+
 def _length(dice: random.Random, data: Plain, batch_size: int, steps: int) -> Plain:
-    """Some epochs, where these are short."""
+    """Some epochs, where these are short; a run that would end in its warm-up has none."""
     epoch = -(-round(data["rows"] * (1 - data["validation"])) // batch_size)
-    return {"epochs": dice.randint(1, 2)} if epoch <= 10 and dice.random() < 0.5 else {"steps": steps}
+    epochs = dice.randint(1, 2) if epoch <= 10 and dice.random() < 0.5 else 0
+    length = {"epochs": epochs} if epochs else {"steps": steps}
+    return length | ({"schedule": "cosine"} if (epochs * epoch or steps) < 5 else {})
 
 
 def _model(dice: random.Random) -> tuple[Plain, int]:
@@ -302,12 +315,16 @@ def train(comm: Any, folder: Path, run: Run, what: str) -> str | None:
     from nettorrent_mpi.__main__ import main as nettorrent
     from nettorrent_mpi.cli import ranks
     from nettorrent_mpi.comm.world import World
+    from nettorrent_mpi.engine import buckets
 
+    ORIGINALS.setdefault("buckets", (buckets.FULL, buckets.LEAST_SHARD))
     config, told = folder / "config.yaml", io.StringIO()
     if comm.rank == 0:
         config.write_text(json.dumps(run.config))
     comm.Barrier()
     world, memories = World(comm), shared_memories()
+    world.nodes = tuple(run.nodes)
+    buckets.FULL, buckets.LEAST_SHARD = (500, 100) if len(set(run.nodes)) > 1 else ORIGINALS["buckets"]
 
     def abort(code: int) -> None:  # also after what is told in one line
         sys.stderr.write(f"ENDED BY RANK {comm.rank}: {what}\n")
