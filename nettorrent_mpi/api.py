@@ -42,6 +42,7 @@ from nettorrent_mpi.engine.evaluation import Evaluation
 from nettorrent_mpi.engine.failure import agreed, end_all
 from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
 from nettorrent_mpi.engine.run_files import written
+from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.trained_on import ATTRIBUTE, TrainedOn, fit
 from nettorrent_mpi.engine.trainer import Record, TrainingLoop
@@ -75,7 +76,7 @@ class Trainer:
 
         comm: the mpi4py communicator of the ranks that train (default: MPI.COMM_WORLD; a process that no
         launcher started is alone and uses no MPI). It is duplicated.
-        output: a folder for checkpoints, in `checkpoints/`; None: no checkpoints.
+        output: a folder for checkpoints, in `checkpoints/`, which no other run may use; None: no checkpoints.
         stop_on_signals: SIGTERM, SIGUSR1 or SIGUSR2 to any rank stops the training on all of them, with a checkpoint.
 
         Raises UserErrors, on all ranks alike. Gives NetTorrentWarnings, on rank 0 alone.
@@ -98,13 +99,19 @@ class Trainer:
             self._engine.wiring.warn_of_copies()
             self._loop = TrainingLoop(self._engine, self.setup.config.train, signals=stop_on_signals)
             self._closers.insert(0, self._loop.close)
+            if output is not None:
+                self._write_checkpoints(Path(output))
         except NetTorrentError as error:
             if agreed(error, world):
                 self.close()
             raise
-        if output is not None:
-            self._checkpoints = Path(output, "checkpoints")
-            self._loop.save = self._save_checkpoint
+
+    def _write_checkpoints(self, output: Path) -> None:
+        with self._world.agreement():
+            if self.rank == 0:
+                self._closers.append(RunLock(output).release)
+        self._checkpoints = output / "checkpoints"
+        self._loop.save = self._save_checkpoint
 
     def _plan(self, network: Architecture | PlannedRun, data: Data | None, settings: Mapping[str, Any]) -> PlannedRun:
         world = self._world

@@ -41,6 +41,10 @@ def train(arguments: Sequence[str], chosen: str) -> int:
                 sys.stdout.write(planned.describe(hosts if args.ranks is None else None))
             return 0
         folder, checkpoint = RunFolder(planned.config.output or "runs/run"), None
+        ranks.open.append(folder.close)
+        with world.agreement():
+            if world.rank == 0:
+                folder.lock()
         with world.agreement():
             if args.resume is not None:
                 checkpoint = find_checkpoint(Path(args.resume) if args.resume else folder.path)

@@ -15,6 +15,7 @@ from typing import Any
 
 from nettorrent_mpi.data.storage import replacing, retried
 from nettorrent_mpi.engine.run_files import write_whole, written
+from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.plan.errors import OutputError, warn
 
 OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
@@ -28,6 +29,20 @@ class RunFolder:
         self._metrics: FileIO | None = None
         self._lines = bytearray()  # of metrics.jsonl that are still to be written
         self._warned = False
+        self._lock: RunLock | None = None
+
+    def lock(self) -> None:
+        """Keep other runs from writing here. Raises an OutputError if one does."""
+        self._lock = RunLock(self.path)
+
+    def close(self) -> None:
+        """Write what is left of metrics.jsonl, and let other runs write here."""
+        if self._metrics is not None:
+            with suppress(OSError):
+                self._append()
+            self._metrics.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def check(self, overwrite: bool) -> None:
         """Raise an OutputError if the folder holds another run's results, or is a file."""
@@ -86,6 +101,8 @@ class RunFolder:
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl, which can be read immediately. A disk that is full for a while delays it."""
+        if self._lock is not None:
+            self._lock.check()
         self._lines += json.dumps(record).encode() + b"\n"
         try:
             self._append()

@@ -15,6 +15,7 @@ from typing import Any
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
+from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.plan.errors import ChildError, ConfigError, LaunchError, NetTorrentError, OutputError
@@ -59,16 +60,17 @@ def speedup(args: argparse.Namespace) -> None:
     notes = _notes(config, shared, args.peers)
     results = _about(args, name, setup, one, counts, names, everyone, notes)
     comparison = Comparison(folder, launcher, plans, everyone, results, shared)
-    try:
-        with _stopped_like_interrupted():
-            comparison.run(args.repeats, args.steps, args.accuracy)
-    except ChildError as error:
-        comparison.fail({"command": error.command, "exit_code": error.code, "lines": error.lines})
-        raise NetTorrentError(f"{error}\nthe results so far are in {folder / 'results.json'}") from error
-    except KeyboardInterrupt:
-        comparison.fail({"interrupted": True})
-        raise NetTorrentError(f"interrupted; the results so far are in {folder / 'results.json'}") from None
-    comparison.finish()
+    with RunLock(folder):
+        try:
+            with _stopped_like_interrupted():
+                comparison.run(args.repeats, args.steps, args.accuracy)
+        except ChildError as error:
+            comparison.fail({"command": error.command, "exit_code": error.code, "lines": error.lines})
+            raise NetTorrentError(f"{error}\nthe results so far are in {folder / 'results.json'}") from error
+        except KeyboardInterrupt:
+            comparison.fail({"interrupted": True})
+            raise NetTorrentError(f"interrupted; the results so far are in {folder / 'results.json'}") from None
+        comparison.finish()
 
 
 # ---- arguments -----------------------------------------------------------------------------------
