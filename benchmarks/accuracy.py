@@ -36,8 +36,10 @@ def train(case: str, ranks: int, root: Path, mpirun: str) -> dict[str, Any]:
         sets = ["--set", f"data.root={root}", "--set", f"layout={layout}"]
         command = [sys.executable, "-m", "nettorrent_mpi.train", f"configs/{case}.yaml", "--output", f"{folder}/run"]
         run([mpirun, "-n", str(ranks), *command, *sets])
-        summary = json.loads(Path(folder, "run", "summary.json").read_text())
-        metrics = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads(Path(folder, "run", "summary.json").read_text(encoding="utf-8"))
+        metrics = [
+            json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     epochs = [record for record in metrics if "test_accuracy" in record]
     return {
         "case": case,
@@ -97,8 +99,8 @@ def main() -> None:
             report["runs"].append(train(case, ranks, root, mpirun))
             print(json.dumps(report["runs"][-1]), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.results / "accuracy.md").write_text(to_markdown(report))
+    (options.results / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (options.results / "accuracy.md").write_text(to_markdown(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -193,11 +193,11 @@ def write(report: Report, folder: Path, *, whole: bool) -> None:
     """Write exchange.json; with `whole`, exchange.md and the pictures, too."""
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "exchange.json.new"
-    beside.write_text(json.dumps(report, indent=1) + "\n")
+    beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     beside.replace(folder / "exchange.json")  # it has hours of measurements: never write half a file
     if not whole:
         return
-    (folder / "exchange.md").write_text(to_markdown(report))
+    (folder / "exchange.md").write_text(to_markdown(report), encoding="utf-8")
     try:
         from benchmarks.exchange_plots import draw
     except ImportError as error:
@@ -209,7 +209,7 @@ def write(report: Report, folder: Path, *, whole: bool) -> None:
 def main() -> None:
     options = parse()
     path = options.results / "exchange.json"
-    report: Report = json.loads(path.read_text()) if path.exists() else {}
+    report: Report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if options.only:
         about = {"host": describe_host(), "command": command_line(sys.argv[1:])}
         for piece in measure(options, options.mpirun or find_mpirun()):

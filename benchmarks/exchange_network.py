@@ -78,7 +78,7 @@ def train_side(side: Side, steps: int, hosts: int, launcher: Hosts) -> tuple[flo
         config = configuration.load(WIDE, [f"{key}={value}" for key, value in settings.items()])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "ddp.yaml")
-            path.write_text(to_yaml(modes.baseline(config, [])))
+            path.write_text(to_yaml(modes.baseline(config, [])), encoding="utf-8")
             words = [sys.executable, "-m", "benchmarks.ddp_slow", str(path), "--steps", str(steps)]
             output, sent = program(words, hosts, launcher)
         return json.loads(output.splitlines()[-1])["samples_per_second"] / (ROWS * hosts), sent, None

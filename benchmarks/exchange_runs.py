@@ -95,7 +95,7 @@ def program(words: Sequence[str], ranks: int, launcher: Launcher) -> tuple[str, 
 
 def read_sent(path: Path) -> list[int]:
     """Return the bytes of each host from the file that benchmarks/hosts wrote."""
-    return [int(line.split()[1]) for line in path.read_text().splitlines()] if path.exists() else []
+    return [int(line.split()[1]) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def layout(replicas: int, layers: int) -> str:

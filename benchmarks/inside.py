@@ -136,13 +136,13 @@ def main() -> None:
         assert plan.config is not None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "one.yaml")
-            path.write_text(to_yaml(plan.config))
+            path.write_text(to_yaml(plan.config), encoding="utf-8")
             told = runs.run([sys.executable, "-m", "benchmarks.inside", "--one", str(path), str(options.steps)])
         report["cases"].append({"name": name, "seconds": json.loads(told.splitlines()[-1])})
         print(to_markdown(report | {"cases": report["cases"][-1:]}), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "inside.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.results / "inside.md").write_text(to_markdown(report))
+    (options.results / "inside.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (options.results / "inside.md").write_text(to_markdown(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

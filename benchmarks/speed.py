@@ -117,7 +117,7 @@ def turns(case: Case, seconds: float, folder: Path, launcher: Launcher) -> dict[
 
     def written(name: str, config: configuration.Config) -> Path:
         path = folder / f"{name}.yaml"
-        path.write_text(to_yaml(config))
+        path.write_text(to_yaml(config), encoding="utf-8")
         return path
 
     def ours(ranks: int, path: Path) -> float:
@@ -236,8 +236,8 @@ def main() -> None:
     for name in options.cases:
         case = CASES[name].of_kernels if options.kernels else CASES[name]
         report["cases"].append(compare(case, options.repeats, options.seconds, launcher))
-        (options.results / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.results / f"{stem}.md").write_text(to_markdown(report))
+        (options.results / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (options.results / f"{stem}.md").write_text(to_markdown(report), encoding="utf-8")
     print(to_markdown(report))
 
 

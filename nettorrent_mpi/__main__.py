@@ -6,22 +6,28 @@ import sys
 from collections.abc import Sequence
 
 from nettorrent_mpi import env
-from nettorrent_mpi.plan.errors import NetTorrentError
+from nettorrent_mpi.plan.errors import UserError, in_one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code. The environment of BLAS and MPI is set before either loads."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = env.prepare()
-    from nettorrent_mpi.cli.commands import find, launched_first, warnings_shown
+    from nettorrent_mpi.cli.commands import find, launched_first, tells_results, warnings_shown
+    from nettorrent_mpi.cli.streams import safe_streams
 
-    try:
-        with warnings_shown():
-            return find(arguments)(arguments, chosen)
-    except NetTorrentError as error:  # of what runs without ranks, or before they have met
-        if launched_first():
-            sys.stderr.write(f"nettorrent: error: {error}\n")
-        return error.exit_code
+    with safe_streams() as output:
+        try:
+            with warnings_shown():
+                code = find(arguments)(arguments, chosen)
+        except Exception as error:  # of what runs without ranks, or before they have met
+            told = in_one_line(error)
+            if told is None:
+                raise
+            if launched_first():
+                sys.stderr.write(f"nettorrent: error: {told}\n")
+            code = told.exit_code
+    return code or (UserError.exit_code if output.error and tells_results(arguments) else 0)
 
 
 if __name__ == "__main__":

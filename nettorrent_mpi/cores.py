@@ -107,14 +107,14 @@ def _has(process: int, variable: str) -> bool:
 
 def _parent(process: int) -> int:
     try:
-        return int((PROC / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
+        return int(_text(PROC / str(process) / "stat").rpartition(")")[2].split()[1])
     except OSError:
         return 0
 
 
 def _children(process: int) -> list[int]:
     try:
-        lists = [task.read_text() for task in (PROC / str(process) / "task").glob("*/children")]
+        lists = [_text(task) for task in (PROC / str(process) / "task").glob("*/children")]
     except OSError:
         return []
     return [int(word) for text in lists for word in text.split()]
@@ -137,7 +137,7 @@ def count_cores(cpus: set[int]) -> int:
 def _siblings(cpu: int) -> str:
     """Return the CPUs of the same core in Linux's notation: the same text for each of them."""
     try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        return _text(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
     except OSError:
         return str(cpu)
 
@@ -151,7 +151,7 @@ def time_allowed(proc: Path = PROC) -> float:
     allowed = math.inf
     for folder, limit in _folders(proc):
         try:
-            numbers = " ".join((folder / name).read_text() for name in limit).split()
+            numbers = " ".join(_text(folder / name) for name in limit).split()
             if numbers[0] not in ("max", "-1"):
                 allowed = min(allowed, int(numbers[0]) / int(numbers[1]))
         except (OSError, ValueError, IndexError, ZeroDivisionError):  # the topmost group has no limit
@@ -168,8 +168,8 @@ def _folders(proc: Path) -> list[tuple[Path, tuple[str, ...]]]:
     A container sees its own group where others see the topmost one, with or without the path to it.
     """
     try:
-        groups = [line.partition(":")[2].partition(":") for line in (proc / "self" / "cgroup").read_text().splitlines()]
-        mounts = [line.split(" - ") for line in (proc / "self" / "mountinfo").read_text().splitlines()]
+        groups = [line.partition(":")[2].partition(":") for line in _text(proc / "self" / "cgroup").splitlines()]
+        mounts = [line.split(" - ") for line in _text(proc / "self" / "mountinfo").splitlines()]
     except OSError:  # not Linux
         return []
     found = []
@@ -183,3 +183,8 @@ def _folders(proc: Path) -> list[tuple[Path, tuple[str, ...]]]:
             below = inside.relative_to(root).parts if inside.is_relative_to(root) and ".." not in inside.parts else ()
             found += [(Path(place, *below[:depth]), _LIMITS[kind]) for depth in range(len(below) + 1)]
     return found
+
+
+def _text(path: Path) -> str:
+    """Read a file whose text, as the names of programs and folders, may be in any encoding."""
+    return path.read_text(encoding="utf-8", errors="replace")

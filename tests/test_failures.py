@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 TRAIN = ["-m", "nettorrent_mpi.train"]
@@ -71,10 +73,12 @@ BAD = {
     "shapes that do not fit": (["--set", "model.layers.0=relu"], r"relu1.*linear1|linear1.*relu1"),
     "too few units": (["--set", "model.layers.3.linear.units=4"], r"linear3.*10 classes"),
     "several": (["--set", "model.layers.0=dense", "--set", "train.epochz=3", "--set", "dtype=x"], r"3 mistakes$"),
-    "a size of a layer": (["--set", "model.layers.0=max_pool2d: 9"], r"--set .*: model\.layers\[0\]: .*window of 9 x 9"),
+    "a size of a layer": (["--set", "model.layers.0=max_pool2d: 9"], r"--set .*model\.layers\[0\]: .*window of 9 x 9"),
     "missing data": (
         ["--set", "data.name=mnist", "--set", "data.root=/nonexistent"], r"/nonexistent/mnist.*fetch mnist"
     ),
+    "no such user": (["--set", "data.name=mnist", "--set", "data.root=~nosuchuser"], r"data\.root: ~nosuchuser: "),
+    "too long a name": (["--output", 300 * "o"], r"o{300}.*File name too long"),
 }  # fmt: skip
 
 
@@ -191,6 +195,39 @@ def test_full_disk(
     done = mpirun(2, [*TRAIN, config, "--output", disk(size) / "run"])
     told_once(done, 2, r"could not be written: the disk is full")
     assert not list((tmp_path / "disk").rglob("*.part"))
+
+
+@slow
+def test_a_disk_that_is_read_only(
+    series: Callable[..., Any], disk: Callable[[str], Path], tmp_path: Path, config: Path
+) -> None:
+    folder = disk("1m")
+    series(1, tmp_path / "first", [["train", config, "--output", folder / "run"]])
+    images = tmp_path / "images"
+    for name in ("a", "b"):
+        (images / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((2, 2), np.uint8)).save(images / name / "1.png")
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    commands: list[list[str | Path]] = [
+        ["train", config, "--output", folder / "another"],
+        ["train", config, "--output", folder / "run", "--resume", "--set", "train.steps=9"],
+        ["export", folder / "run", folder / "model.npz"],
+        ["data", "import", images, folder / "data.h5", "--test", "0"],
+    ]
+    for told in series(1, tmp_path / "second", commands, on=True):
+        told_once(of_series(told), 2, "Read-only file system")
+    (tmp_path / "noaccess").mkdir(mode=0)
+    command = [sys.executable, *TRAIN, config, "--set", "data.name=mnist", "--set", f"data.root={tmp_path}/noaccess"]
+    caps = "-dac_override,-dac_read_search"
+    told_once(
+        subprocess.run(
+            ["setpriv", f"--bounding-set={caps}", f"--inh-caps={caps}", *map(str, command)],
+            capture_output=True,
+            text=True,
+        ),
+        2,
+        "noaccess.*Permission denied",
+    )
 
 
 @slow

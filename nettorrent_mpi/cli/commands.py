@@ -36,6 +36,11 @@ def launched_first() -> bool:
     return next((os.environ[name] for name in variables if name in os.environ), "0") == "0"
 
 
+def tells_results(arguments: Sequence[str]) -> bool:
+    """Whether standard output has a command's results. A training's are in its folder."""
+    return not ("train" in arguments and not {"--dry-run", "-h", "--help"} & set(arguments))
+
+
 @contextmanager
 def warnings_shown() -> Iterator[None]:
     """Show the package's warnings as the command line shows errors: see `plan.errors.warn`."""

@@ -69,7 +69,7 @@ def terminal_width(stream: TextIO) -> int | None:
 def _launcher_width() -> int | None:
     process = os.getppid()
     while process > 1:
-        with open(f"/proc/{process}/stat") as file:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             name, _, rest = file.read().partition("(")[2].rpartition(")")
         if name in _LAUNCHERS:
             # opened for reading, and never as this process's controlling terminal

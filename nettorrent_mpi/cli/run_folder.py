@@ -143,7 +143,7 @@ def commit(*, dirty: bool = False) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
     command += ["--dirty"] if dirty else []
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", errors="replace", timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

@@ -14,7 +14,7 @@ from nettorrent_mpi import env
 from nettorrent_mpi.comm import library
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.library import MPI
-from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError, SizeError
+from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError, in_one_line
 
 T = TypeVar("T")
 
@@ -69,13 +69,14 @@ class World(Group):
 
         Every rank enters and leaves; inside there is no communication in which the others would wait for a failing
         rank. The first failing rank's NetTorrentError is raised on all (`agreed`), and names the rank if others had
-        none. Any other exception passes through unchanged on its rank; the others raise an error that tells of it.
+        none; so is what the operating system says about a file. Any other exception passes through unchanged on its
+        rank; the others raise an error that tells of it.
         """
         problem: Exception | None = None
         try:
             yield
         except Exception as error:
-            problem = SizeError.of(error) if isinstance(error, MemoryError) else error
+            problem = in_one_line(error) or error
         ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
         found = self.gather_objects(ours)
         if problem is not None and not isinstance(problem, NetTorrentError):
@@ -95,7 +96,7 @@ class World(Group):
             try:
                 made = make()
             except Exception as error:
-                problem = SizeError.of(error) if isinstance(error, MemoryError) else error
+                problem = in_one_line(error) or error
         ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
         told = ours
         if self.size > 1:

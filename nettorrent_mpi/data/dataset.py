@@ -130,8 +130,15 @@ def _open_letters(root: str | None, options: DataOptions) -> Dataset:
 
 
 def _folder(root: str | None, name: str) -> Path:
+    return _path(root) / name
+
+
+def _path(root: str | None) -> Path:
     assert root is not None
-    return Path(root).expanduser() / name
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{root}: this machine knows no such user's folder", key="data.root") from None
 
 
 def _remedy(name: str, folder: str) -> str:
@@ -191,8 +198,7 @@ def _open_cifar10(root: str | None, options: DataOptions) -> Dataset:
 def _open_hdf5(root: str | None, options: DataOptions) -> Dataset:
     from nettorrent_mpi.data.hdf5 import open_hdf5  # loads h5py, which no other data set needs
 
-    assert root is not None
-    return open_hdf5(Path(root).expanduser(), options.mean, options.std)
+    return open_hdf5(_path(root), options.mean, options.std)
 
 
 def _open_synthetic(root: str | None, options: DataOptions) -> Dataset:

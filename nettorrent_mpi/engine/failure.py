@@ -7,7 +7,7 @@ import time
 import traceback
 
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.plan.errors import NetTorrentError, RemoteError, SizeError
+from nettorrent_mpi.plan.errors import NetTorrentError, RemoteError, in_one_line
 
 INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
 PATIENCE = 1.5  # seconds in which a failed rank reports its own error and ends all; later another rank does it
@@ -24,8 +24,6 @@ def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
 
     Returns the exit code. With `shown` a user's mistake gets a traceback, too, instead of one line.
     """
-    if isinstance(error, MemoryError) and not shown:
-        error = SizeError.of(error)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) and error.code else 1
         text = f": {error.code}" if isinstance(error.code, str) else ""
@@ -38,9 +36,9 @@ def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
         time.sleep(PATIENCE)
         code = error.exit_code
         sys.stderr.write(f"rank {world.rank} of {world.size} ends, because another one failed: {error}\n")
-    elif isinstance(error, NetTorrentError) and not shown:
-        code = error.exit_code
-        sys.stderr.write(f"nettorrent: error: {error}\n")
+    elif not shown and isinstance(error, Exception) and (told := in_one_line(error)) is not None:
+        code = told.exit_code
+        sys.stderr.write(f"nettorrent: error: {told}\n")
     else:
         code = getattr(error, "exit_code", 1)
         text = "".join(traceback.format_exception(error))

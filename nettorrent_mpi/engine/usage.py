@@ -64,7 +64,7 @@ def peak_memory() -> int:
     weights that the ranks of a node share. So the sum over ranks exceeds the memory that the node needs.
     """
     try:  # VmHWM is this process's own; getrusage inherits the peak of the program that started it
-        with open("/proc/self/status") as file:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):  # not Linux
         pass
@@ -77,7 +77,10 @@ def free_memory(system: Path = Path("/")) -> int:
     try:
         lines = (system / "proc/meminfo").read_text().splitlines()
         found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        groups = [line.split(":", 2) for line in (system / "proc/self/cgroup").read_text().splitlines()]
+        groups = [
+            line.split(":", 2)
+            for line in (system / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+        ]
     except (OSError, ValueError):  # not Linux
         return sys.maxsize
     for _, controllers, path in groups:

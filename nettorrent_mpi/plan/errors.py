@@ -8,6 +8,7 @@ NetTorrentError              exit code 1 unless stated otherwise
 │   ├── DataError            a data file that is missing, truncated or corrupt: names file and offset
 │   ├── OutputError          the run folder: another run's results, no space, no permission
 │   ├── SizeError            something that does not fit into memory
+│   ├── RefusedError         any other file or folder that the operating system refuses: names it and the reason
 │   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
 ├── NonFiniteError           the training diverged: names step, layer and rank
 ├── RemoteError              another rank failed by an error that is not the package's, and reports it itself
@@ -96,13 +97,9 @@ class OutputError(UserError):
 class SizeError(UserError):
     """Something that does not fit into memory."""
 
-    @classmethod
-    def of(cls, error: MemoryError) -> SizeError:
-        reason = f" ({error})" if str(error) else ""
-        return cls(
-            f"there is not enough memory{reason}: make the network, the mini-batch or the data smaller, or divide them "
-            "over more ranks and nodes; --dry-run predicts the memory of each rank"
-        )
+
+class RefusedError(UserError):
+    """A file or folder that the operating system refuses to open, read or write."""
 
 
 class LaunchError(UserError):
@@ -144,6 +141,25 @@ class ChildError(NetTorrentError):
 
 class ScheduleError(NetTorrentError):
     """A schedule that cannot run to completion."""
+
+
+def in_one_line(error: Exception) -> NetTorrentError | None:
+    """Return the error that tells a user of this one: itself if it is the package's, one for too little memory, or for
+    what the operating system says about a file or its name; None for any other."""
+    if isinstance(error, NetTorrentError):
+        return error
+    if isinstance(error, MemoryError):
+        reason = f" ({error})" if str(error) else ""
+        return SizeError(
+            f"there is not enough memory{reason}: make the network, the mini-batch or the data smaller, or divide them "
+            "over more ranks and nodes; --dry-run predicts the memory of each rank"
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return RefusedError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, UnicodeEncodeError):
+        text = f"{error.object!r} cannot be written in this locale's encoding, {error.encoding}; set LC_ALL=C.UTF-8"
+        return RefusedError(text)
+    return None
 
 
 class NetTorrentWarning(UserWarning):

@@ -94,7 +94,9 @@ class Launcher:
 def is_open_mpi(mpirun: str) -> bool:
     """Whether this mpirun belongs to Open MPI."""
     try:
-        done = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            [mpirun, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=60
+        )
     except (OSError, subprocess.SubprocessError):
         return False
     return "Open MPI" in done.stdout or "OpenRTE" in done.stdout or "PRRTE" in done.stdout
@@ -139,14 +141,16 @@ def in_words(host: Mapping[str, Any]) -> str:
 
 def _blas() -> list[dict[str, Any]]:
     command = [sys.executable, "-c", _PROBE]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     found: list[dict[str, Any]] = json.loads(done.stdout) if done.returncode == 0 else []
     return found
 
 
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
     told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -38,7 +38,7 @@ def run(command: Sequence[str], threads: int = 1) -> str:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,  # so that all processes of the launcher can be stopped
     ) as process:
@@ -75,9 +75,9 @@ def left_in(output: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str | N
     """Return (summary, metrics, trace) of a run folder."""
     trace = output / "trace.json"
     return (
-        json.loads((output / "summary.json").read_text()),
-        [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()],
-        trace.read_text() if trace.exists() else None,
+        json.loads((output / "summary.json").read_text(encoding="utf-8")),
+        [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()],
+        trace.read_text(encoding="utf-8") if trace.exists() else None,
     )
 
 

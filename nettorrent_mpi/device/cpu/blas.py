@@ -107,7 +107,7 @@ def gemm(dtype: np.dtype[Any]) -> Gemm | None:
 def _loaded() -> list[str]:
     """Return the BLAS libraries in this process."""
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return []
     return sorted(set(re.findall(r"/.*/lib\S*(?:blas|blis|mkl_rt)\S*\.so\S*", maps)))

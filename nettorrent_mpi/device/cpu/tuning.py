@@ -122,7 +122,7 @@ def _subject() -> str:
     """Name what the results are valid for: this processor with these libraries and settings."""
     processor = platform.processor() or platform.machine()
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         wanted = ("vendor_id", "cpu family", "model", "stepping")
         told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         processor = " ".join(told.get(name, "") for name in wanted)
