@@ -153,6 +153,12 @@ class Trainer:
         """The reason why the latest `train` ended early: "accuracy", "signal", or None if it ran to its end."""
         return self._loop.stopped_by
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the training loss, at the latest evaluation, was that of a training that has diverged, though still
+        finite."""
+        return self._loop.evaluator.diverged
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, *, epochs: int | None = None, steps: int | None = None) -> Iterator[Record]:

@@ -74,6 +74,8 @@ BAD = {
     "too few units": (["--set", "model.layers.3.linear.units=4"], r"linear3.*10 classes"),
     "several": (["--set", "model.layers.0=dense", "--set", "train.epochz=3", "--set", "dtype=x"], r"3 mistakes$"),
     "a size of a layer": (["--set", "model.layers.0=max_pool2d: 9"], r"--set .*model\.layers\[0\]: .*window of 9 x 9"),
+    "loss that undoes": (["--set", "model.layers.3.linear.activation=sigmoid"], r"linear3\.sigmoid.*cross_entropy"),
+    "endless warm-up": (["--set", "train.schedule={cosine: {warmup_steps: 10000}}"], r"warmup_steps: 10000 steps, but"),
     "missing data": (
         ["--set", "data.name=mnist", "--set", "data.root=/nonexistent"], r"/nonexistent/mnist.*fetch mnist"
     ),
@@ -166,6 +168,23 @@ def test_divergence(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mp
     done = mpirun(3, [*TRAIN, config, *arguments], mpi=mpi)
     told_once(done, 1, r"step \d+: the output of layer linear\d.* is not finite \(seen on rank \d\)")
     assert "Warning" not in done.stderr
+
+
+def test_a_divergence_of_finite_numbers(series: Callable[..., Any], tmp_path: Path) -> None:
+    train = "{steps: 5, batch_size: 500, optimizer: {sgd: {lr: LR}}}"
+    model = "{layers: [flatten, {linear: 10}], loss: mean_squared_error}"
+    commands = []
+    for lr in (0.1, 1.3, 300):
+        config = tmp_path / f"{lr}.yaml"
+        config.write_text(f"data: {{name: digits}}\nmodel: {model}\ntrain: {train.replace('LR', str(lr))}\n")
+        commands.append(["train", config, "--output", tmp_path / f"{lr}"])
+    told = series(2, tmp_path / "series", commands, on=True)
+    assert [code for code, *_ in told] == [0, 0, 1]
+    for (code, first, others), warned in zip(told, (0, 1, 1), strict=True):
+        assert (first + others).count("nettorrent: warning: the training loss is ") == warned, first
+        assert ("the training diverged" in first) == bool(code)
+    assert json.loads((tmp_path / "300" / "summary.json").read_text())["final_loss"] > 1e9
+    assert (tmp_path / "300" / "model.h5").exists()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import DataError, OutputError
+from nettorrent_mpi.plan.specs import Constant
 from nettorrent_mpi.planning import load_config, plan
 
 
@@ -48,9 +49,11 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
 
 
 def _any_ranks(config: Config) -> Config:
-    """Make a configuration of one network, with a layout that is possible on any number of ranks."""
+    """Make a configuration of one network, with a layout that is possible on any number of ranks, and no demand on a
+    training."""
     layout = config.layout if isinstance(config.layout, str) else "layers"
-    return replace(config, exchange=choices.Allreduce(), pipeline=choices.OneFOneB(), layout=layout)
+    train = replace(config.train, stop_at=None, schedule=Constant())
+    return replace(config, exchange=choices.Allreduce(), pipeline=choices.OneFOneB(), layout=layout, train=train)
 
 
 def export(run: str, target: str) -> None:

@@ -24,6 +24,7 @@ from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan
 
 SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TEMPFAIL of sysexits.h)
+DIVERGED = 1  # exit code: the training diverged, though all numbers are finite
 
 
 def train(arguments: Sequence[str], chosen: str) -> int:
@@ -123,14 +124,16 @@ class Run:
 
     def end(self) -> int:
         """Write the results, unless a signal has stopped the training; return the exit code."""
-        stopped = self._trainer.stopped_by == SIGNAL
+        stopped, diverged = self._trainer.stopped_by == SIGNAL, self._trainer.diverged
         if stopped and self._reporter is not None:
             self._reporter.message(f"stopped by a signal after step {self._trainer.step}; continue with --resume")
         if not stopped:
             self._write_results()
+        if diverged and self._reporter is not None:
+            self._reporter.message("the training diverged: its results are written, but of no use")
         if self._reporter is not None:
             self._reporter.close()
-        return SIGNALLED if stopped else 0
+        return SIGNALLED if stopped else DIVERGED if diverged else 0
 
     def _write_results(self) -> None:
         """Write model.h5, trace.json and summary.json."""

@@ -19,6 +19,9 @@ from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 UNIT = 1.0 / 255.0  # scales bytes to 0..1
 BYTE = np.dtype(np.uint8)
+SAMPLE = 1 << 16  # values by which rows are judged
+LARGE = 100.0  # larger inputs are told of
+OFF = 10.0  # a mean that is still so many deviations from 0 is
 
 Fill: TypeAlias = Callable[[Array], None]
 Allocate: TypeAlias = Callable[[Shape, "np.dtype[Any]", Fill], Array]
@@ -61,7 +64,8 @@ class Scaling:
 
     `mean` and `std` are one number, or one per channel (last dimension of a row).
 
-    Raises ConfigError for any other count of numbers, for numbers that are not finite, and for a std not above 0.
+    Raises ConfigError for any other count of numbers, for numbers that are not finite, for a std not above 0, and, if
+    there is a `unit`, which scales the values to 0..1, for numbers beyond.
     """
 
     def __init__(
@@ -76,6 +80,12 @@ class Scaling:
         stds = _per_channel("std", std, 1.0, shape)
         if not np.all(stds > 0.0):
             raise ConfigError(f"standard deviations must be above 0, not {std}", key="data.std")
+        for name, given, values in (("mean", mean, means), ("std", std, stds)):
+            if unit != 1.0 and not (values.min() >= 0.0 and values.max() <= 1.0):
+                raise ConfigError(
+                    f"{given}, but the values are scaled to 0..1 before it applies: divide it by {1 / unit:g}",
+                    key=f"data.{name}",
+                )
         self.factor, self.offset = unit / stds, means / stds  # (channels,): x <- x * factor - offset
         self._stds = stds
         self.mean, self.std = tuple(means.tolist()), tuple(stds.tolist())
@@ -154,6 +164,30 @@ class Inputs:
         out_bR = out.reshape(count, -1)
         np.copyto(out_bR, raw_bR.view(self.dtype), casting="unsafe")
         self._scaling.apply(out_bR)
+
+    def doubt(self, indices: Array) -> str | None:
+        """Return a warning if floating-point rows, judged by some of `indices`, are much larger than a network can be
+        trained on, or if `mean` and `std` seem to be in another unit."""
+        if self.dtype.kind != "f":
+            return None
+        indices = indices[: max(SAMPLE * self.dtype.itemsize // self._row_bytes, 1)]
+        x = np.empty((len(indices), *self.shape))
+        with np.errstate(all="ignore"):
+            self.batch(indices, x)
+            most, mean, deviation = float(np.abs(x).max()), float(x.mean()), float(x.std())
+        if not math.isfinite(most):
+            return None  # told where it is trained on
+        if most > LARGE:
+            return (
+                f"data: values of x are as large as {most:.3g} (floating-point values are not scaled by themselves): "
+                "scale them, to about -1..1, or give data.mean and data.std"
+            )
+        if np.any(self._scaling.offset) and abs(mean) > OFF * deviation > 0:
+            return (
+                f"data.mean: it leaves values of about {mean:.3g}, which differ by {deviation:.2g} only: "
+                "are mean and std in the unit of x?"
+            )
+        return None
 
     def first_nonfinite(self, indices: Array, dtype: DType) -> Wrong | None:
         """Return the first value of these rows that is not finite when scaled in `dtype`; None if all are."""

@@ -145,6 +145,12 @@ class Batches:
             self._taken[part.size] = out
         return np.take(self._targets, self._numbers(m)[slice(*part)], axis=0, out=out)
 
+    def doubt(self) -> str | None:
+        """Return what is doubtful about the first training rows as they come to the first layer (elsewhere None)."""
+        if self._inputs is None or self._sampler is None:
+            return None
+        return self._inputs.doubt(self._sampler.rows(0))
+
     def first_nonfinite(self, dtype: DType) -> Wrong | None:
         """Return the first value of this rank's rows of the present mini-batch that is not finite when it is scaled in
         `dtype` (first stage; elsewhere None)."""

@@ -2,31 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.device.arrays import Shape
 from nettorrent_mpi.engine.layout import AS_FAST, on_fewer_ranks, one_stage, predicted
+from nettorrent_mpi.nn.losses import has_accuracy
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import Machine
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.exchange_specs import Elite, Gossip
 from nettorrent_mpi.plan.pairing import make_pairing
+from nettorrent_mpi.plan.specs import AvgPool2d, Conv2d, Flatten, LayerSpec, Linear, MaxPool2d, Residual
 from nettorrent_mpi.plan.topology import Topology
 
+IMAGES = (Conv2d, MaxPool2d, AvgPool2d)  # layers that tell height and width from channels
 MUCH, LONG = 1.5, 10.0  # a layout is told of if it takes so many times as long as `auto`, and so many seconds more
 
 
-def doubts(config: Config, dataset: Dataset, sampler: Sampler) -> list[str]:
-    """Return the warnings of a setup, one line each."""
-    found = list(dataset.notes)
-    rows, batch_size = len(sampler.training_rows), config.train.batch_size
+def doubts(config: Config, sampler: Sampler, topology: Topology, pieces: int, steps: int) -> list[str]:
+    """Return what is doubtful about the rows and the length of a run, one line each."""
+    found = []
+    train, exchange = config.train, config.exchange
+    rows, batch_size = len(sampler.training_rows), train.batch_size
     if batch_size > rows:
         found.append(
             f"train.batch_size: {batch_size}, but there are only {rows} training rows: every mini-batch has all of "
             "them, and an epoch is one step"
         )
+    each = span(span(batch_size, pieces, 0).size, topology.replicas, 0).size  # rows of a micro-batch in one replica
+    most, s = max((stage.rows, s) for s, stage in enumerate(topology.stages))
+    if most > each:
+        found.append(
+            f"layout: stage {s} divides the rows of a micro-batch over {most} ranks of a replica, but there are {each} "
+            f"(train.batch_size {batch_size}, {pieces} micro-batches, {topology.replicas} replicas): the others idle"
+        )
+    elite = isinstance(exchange, Elite)
+    if train.stop_at is not None and not elite and train.evaluate_every * sampler.steps_per_epoch >= steps > 0:
+        found.append(
+            f"train.stop_at: the accuracy is measured every {train.evaluate_every} epochs (evaluate_every), and so at "
+            "the end of the run alone: it stops nothing"
+        )
+    if isinstance(exchange, Elite) and exchange.every_samples > steps * batch_size > 0:
+        found.append(
+            f"exchange.elite.every_samples: {exchange.every_samples}, but the run has {steps * batch_size}: the "
+            "replicas are compared at its end"
+        )
+    if isinstance(exchange, Gossip) and exchange.every > steps > 0:
+        found.append(
+            f"exchange.gossip.every: {exchange.every} steps, but the run has {steps}: the replicas agree at its end"
+        )
     return found
+
+
+def channels_first(config: Config, shape: Shape) -> str | None:
+    """Return a warning if the images seem to be stored with their channels first, where the axes matter."""
+    matters = bool(config.data.augment) or isinstance(_first_reader(config.model.layers), IMAGES)
+    if not matters or len(shape) != 3 or shape[0] not in (1, 3, 4) or min(shape[1:]) <= 4:
+        return None
+    height, width, channels = shape
+    if height == 1 and width != channels:  # as a sequence has it
+        return None
+    return (
+        f"data: rows of shape {shape} are taken for images of {height} x {width} pixels in {channels} channels; "
+        "if the channels come first, store (height, width, channels): x.transpose(0, 2, 3, 1)"
+    )
+
+
+def _first_reader(layers: Sequence[LayerSpec]) -> LayerSpec | None:
+    """Return the first layer to which the axes of a row matter, or for which they stop to: flatten."""
+    for layer in layers:
+        if isinstance(layer, Residual):
+            inner = _first_reader((*layer.layers, *layer.shortcut))
+            if inner is not None:
+                return inner
+        elif isinstance(layer, (*IMAGES, Flatten, Linear)):
+            return layer
+    return None
+
+
+def check_judged(config: Config, network: Network, dataset: Dataset, sampler: Sampler) -> None:
+    """Raise ConfigError if rows are to be held back and are not, or if nothing gives the accuracy that is to end the
+    training."""
+    validation = config.data.validation
+    if validation and not len(sampler.validation_rows):
+        raise ConfigError(
+            f"{validation} of {dataset.train.rows} rows is less than one: raise it, or leave it out",
+            key="data.validation",
+        )
+    if config.train.stop_at is None:
+        return
+    key = "train.stop_at.accuracy"
+    if dataset.test is None and not validation:
+        raise ConfigError(
+            "is never measured: there are neither test rows nor validation rows; add data.validation: 0.1", key=key
+        )
+    loss, units = config.model.loss, network.output_shape[-1]
+    if not has_accuracy(loss, units, dataset.classes):
+        targets = "numbers" if dataset.classes is None else "labels"
+        raise ConfigError(
+            f"is never measured: {loss.kind} of {units} output{'s' if units > 1 else ''} and {targets} has none; leave "
+            "stop_at out",
+            key=key,
+        )
 
 
 def slow(config: Config, network: Network, topology: Topology, steps: int) -> list[str]:

@@ -47,6 +47,7 @@ class Engine:
 
     dataset: Dataset  # once data is open, like the next one
     sampler: Sampler  # divides the data set's rows into mini-batches
+    loss_of_zeros = 0.0  # of the training rows, for outputs of 0; known to one rank of the last stage
     _opened = False
 
     def attach(self, world: World, plan: Plan, blocks: Blocks | None = None) -> None:
@@ -184,13 +185,15 @@ class Engine:
         allocate = self.wiring.shared_rows
         self.train = Batches(dataset.train, self.wiring, allocate, sampler=sampler, augment=augment)
         self.test = Batches(dataset.test, self.wiring, allocate) if dataset.test else None
+        replica, _, row, col = self.wiring.place
+        self._doubt(self.train.doubt() if replica == row == col == 0 else None)
         self.read_targets(dataset)
 
     def read_targets(self, dataset: Dataset) -> None:
         """Read the targets of a data set that has the same rows. Not collective."""
         self.dataset = dataset
         replica, _, row, col = self.wiring.place
-        told = replica == row == col == 0
+        told = replica == row == col == 0  # the one rank of its stage that warns
         self.train.read_targets(lambda targets: self._check_targets("y", targets, told=told), dataset.train)
         if self.test is not None:
             self.test.read_targets(lambda targets: self._check_targets("y_test", targets), dataset.test)
@@ -205,10 +208,14 @@ class Engine:
             make_loss(loss).check_targets(targets, shape, float(np.finfo(self.state.dtype).max))
         except DataError as error:
             raise DataError(f"{name}: {error}", file=self.dataset.file) from None
-        if told and self.dataset.classes is None and targets.size:
-            doubt = out_of_reach(loss, network.expanded, targets.min(), targets.max())
-            if doubt is not None:
-                warn(doubt, alone=True)
+        if told and targets.size:
+            self.loss_of_zeros = make_loss(loss).of_zeros(targets, shape[-1])
+            if self.dataset.classes is None:
+                self._doubt(out_of_reach(loss, network.expanded, targets.min(), targets.max()))
+
+    def _doubt(self, text: str | None) -> None:
+        if text is not None:
+            warn(text, alone=True)
 
     # -- training ---------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,10 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.plan.errors import warn
 from nettorrent_mpi.plan.scores import Scores, best_of, mean_scores
+
+BAD, HOPELESS = 1e2, 1e6  # times the loss of outputs that are all 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Evaluator:
         self._metric, self._averages = engine.exchange.metric, engine.exchange.averages
         self.losses: Sequence[float] = ()  # the replicas' latest training losses
         self.unified = engine.exchange.count == 1  # whether all replicas hold the same weights at present
+        self.diverged = False  # whether the training loss was hopeless at the latest evaluation
+        self._warned = False
 
     @contextmanager
     def network(self) -> Iterator[int | None]:
@@ -66,10 +71,25 @@ class Evaluator:
             yield best
 
     def evaluate(self) -> Evaluation:
-        """Return the scores of that network."""
+        """Return the scores of that network. Warns, once, if the training loss says that it has diverged."""
+        self._judge_loss()
         with self.network() as best:
             validation, test = self.validation(), self.test()
         return Evaluation(test, validation, best)
+
+    def _judge_loss(self) -> None:
+        """Compare the training loss, of the best replica, with that of a network that always gives 0. Collective."""
+        of_zeros = np.array([self._engine.loss_of_zeros])
+        self._engine.wiring.everyone.all_reduce(of_zeros)
+        loss, zeros = min(self.losses, default=0.0), float(of_zeros[0])
+        self.diverged = loss > HOPELESS * zeros > 0
+        if loss > BAD * zeros > 0 and not self._warned and self._engine.world.rank == 0:
+            self._warned = True
+            warn(
+                f"the training loss is {loss:.3g}, {loss / zeros:.2g} times that of outputs that are all 0: the "
+                "training diverges; lower the learning rate, add warm-up, clip the gradients (train.clip_norm), or "
+                "scale the data"
+            )
 
     def unify(self) -> dict[str, Any]:
         """Make all replicas that network for good, and return the scores of their average and of the best of them,

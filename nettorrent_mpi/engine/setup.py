@@ -11,14 +11,13 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.device import Kernels
-from nettorrent_mpi.engine.checks import check_batch_norm, check_exchange, doubts, slow
+from nettorrent_mpi.engine.checks import channels_first, check_batch_norm, check_exchange, check_judged, doubts, slow
 from nettorrent_mpi.engine.layout import lay_out, micro_batches
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.losses import check_end, check_fit
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates, extremes
-from nettorrent_mpi.plan.errors import ConfigError, keyed
-from nettorrent_mpi.plan.exchange_specs import Elite
+from nettorrent_mpi.plan.errors import ShapeError, keyed
 from nettorrent_mpi.plan.topology import Topology
 
 SHORT_RUN = 2e11  # floating-point operations of a rank: two seconds of one core
@@ -80,7 +79,12 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planni
     data, train = config.data, config.train
     if dataset is None:
         dataset = _open_data(config, planning)
-    network = Network(config.model.layers, dataset.shape)
+    doubt = channels_first(config, dataset.shape)
+    try:
+        network = Network(config.model.layers, dataset.shape)
+    except ShapeError as error:
+        error.args = (f"{error} ({doubt})" if doubt else str(error),)
+        raise
     with keyed(f"model.layers[{len(network.layers) - 1}]"):
         check_end(config.model.loss, network.expanded, network.output_shape[-1], dataset.classes)
         if dataset.classes is not None:  # other targets are checked when they are read
@@ -99,9 +103,7 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planni
     )
     check_exchange(config, topology, pieces)
     check_batch_norm(config, network, topology, pieces)
-    if isinstance(config.exchange, Elite) and not len(sampler.validation_rows):
-        text = f"{data.validation} of {dataset.train.rows} rows leaves none to choose the best replica by; raise it"
-        raise ConfigError(text, key="data.validation")
+    check_judged(config, network, dataset, sampler)
     options = Options(
         report_every=config.train.report_every,
         loss=config.model.loss,
@@ -118,7 +120,8 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planni
         kernels=_kernels(config, network, ranks, sampler.steps_per_epoch),
     )
     setup = Setup(config, dataset, sampler, network, topology, options)
-    warnings = doubts(config, dataset, sampler) + slow(config, network, topology, setup.steps)
+    warnings = [*dataset.notes, *filter(None, [doubt]), *doubts(config, sampler, topology, pieces, setup.steps)]
+    warnings += slow(config, network, topology, setup.steps)
     return replace(setup, warnings=tuple(warnings))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from math import inf, prod
+from math import inf, log, prod
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, as_dtype
 from nettorrent_mpi.device.ops import Ops
@@ -65,6 +65,10 @@ class Loss(ABC):
         Called once for a whole data set: it reads all targets, and `forward` checks none.
         """
 
+    @abstractmethod
+    def of_zeros(self, targets: Array, units: int) -> float:
+        """Return the mean loss of a network whose `units` outputs are all 0. Targets have passed `check_targets`."""
+
 
 def make_loss(spec: Spec) -> Loss:
     """Make the loss that `spec` (one of specs.LOSSES) describes."""
@@ -111,6 +115,13 @@ def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DTyp
         )
 
 
+def has_accuracy(spec: Spec, units: int, classes: int | None) -> bool:
+    """Whether this loss counts correct rows, for so many outputs; `classes` is None if the targets are no labels."""
+    if isinstance(spec, BinaryCrossEntropy) and units == 1:
+        return True
+    return classes is not None and (units > 1 or not isinstance(spec, MeanSquaredError))
+
+
 def check_end(spec: Spec, layers: Sequence[LayerSpec], units: int, classes: int | None) -> None:
     """Raise ConfigError if the network ends with what cannot be meant before the loss `spec`: outputs that are dropped
     at random, logits that an activation limits, an activation that cannot give the labels.
@@ -137,7 +148,7 @@ def check_end(spec: Spec, layers: Sequence[LayerSpec], units: int, classes: int 
             f"of either sign and any size, and applies the {own} itself: leave {last.kind} out"
         )
     if text is not None:
-        raise ConfigError(text, key="model.layers")
+        raise ConfigError(text)
 
 
 def out_of_reach(spec: Spec, layers: Sequence[LayerSpec], lowest: float, highest: float) -> str | None:
@@ -185,6 +196,9 @@ class _CrossEntropy(Loss):
                 f"cross_entropy needs whole-number labels of shape (N,), not {targets.dtype} of shape {targets.shape}"
             )
         _check_labels(targets, outputs[-1])
+
+    def of_zeros(self, targets: Array, units: int) -> float:
+        return log(units)
 
 
 class _Elementwise(Loss):
@@ -242,6 +256,9 @@ class _BinaryCrossEntropy(_Elementwise):
 
     _name, _range, _least, _most = "binary_cross_entropy", "numbers from 0 to 1", 0.0, 1.0
 
+    def of_zeros(self, targets: Array, units: int) -> float:
+        return log(2)
+
     def _operation(self, ops: Ops) -> Callable[[Array, Array, int, Array | None, Array], None]:
         return ops.binary_cross_entropy
 
@@ -258,6 +275,11 @@ class _MeanSquaredError(_Elementwise):
 
     _name, _range = "mean_squared_error", "finite numbers"
     _least, _most = -inf, inf
+
+    def of_zeros(self, targets: Array, units: int) -> float:
+        if units > 1 and _are_labels(targets.dtype, targets.ndim):
+            return 1 / units
+        return float((targets.astype("float64") ** 2).mean())
 
     def _operation(self, ops: Ops) -> Callable[[Array, Array, int, Array | None, Array], None]:
         return ops.squared_error

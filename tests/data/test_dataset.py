@@ -349,6 +349,14 @@ def test_damaged_cifar(tmp_path: Path) -> None:
 def test_mistakes_in_the_configuration(root: Path) -> None:
     cases: list[tuple[str, str | None, DataOptions, str, str]] = [
         ("mnist", str(root), DataOptions(std=0.0), "data.std", "above 0"),
+        (
+            "cifar10",
+            str(root),
+            DataOptions(mean=(125.3, 123.0, 113.9)),
+            "data.mean",
+            "scaled to 0..1 .* divide it by 255",
+        ),
+        ("cifar10", str(root), DataOptions(mean=0.5, std=63.0), "data.std", "divide it by 255"),
         ("mnist", str(root), DataOptions(mean=float("nan")), "data.mean", "finite"),
         ("cifar10", str(root), DataOptions(mean=[0.5, 0.5]), "data.mean", "or 3, one for each channel"),
     ]

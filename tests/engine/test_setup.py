@@ -12,7 +12,7 @@ from nettorrent_mpi.engine.setup import _kernels, set_up
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.cost import auto_layout
-from nettorrent_mpi.plan.errors import ConfigError, LayoutError
+from nettorrent_mpi.plan.errors import ConfigError, LayoutError, ShapeError
 from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.topology import Stage, Topology
 
@@ -183,11 +183,12 @@ def test_an_end_that_the_loss_does_not_take_is_refused(layers: str) -> None:
         set_up(load(f"model.layers={layers}"), 2)
 
 
-def test_validation_rows_that_round_to_none_choose_no_elite() -> None:
+@pytest.mark.parametrize("exchange", ["elite", "allreduce"])
+def test_validation_rows_that_round_to_none_are_refused(exchange: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        set_up(load("exchange=elite", "data.validation=0.0001", "layout={replicas: 2}"), 2)
+        set_up(load(f"exchange={exchange}", "data.validation=0.0001", "layout={replicas: 2}"), 2)
     assert caught.value.key == "data.validation"
-    assert "0.0001 of 1438 rows leaves none" in str(caught.value)
+    assert "0.0001 of 1438 rows is less than one" in str(caught.value)
 
 
 def test_the_engine_and_the_sampler_are_given_what_was_asked_for() -> None:
@@ -215,3 +216,58 @@ def test_the_engine_and_the_sampler_are_given_what_was_asked_for() -> None:
 def test_short_runs_load_no_kernels_unless_told(asked: str, steps: int, ranks: int, expected: str) -> None:
     made = load(f"kernels={asked}", "train.epochs=null", f"train.steps={steps}")
     assert _kernels(made, network(made), ranks, 45) == expected
+
+
+DATA = "data={name: synthetic, rows: 90, shape: SHAPE, classes: 4, test_rows: 30}"
+DENSE = "model.layers=[flatten, {linear: 4}]"
+SMALL = (DATA.replace("SHAPE", "[3, 3, 1]"), DENSE, "train={steps: 40, batch_size: 16, stop_at: {accuracy: 0.5}}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["data.test_rows=0"], "neither test rows nor validation rows; add data.validation: 0.1"),
+        (["model.loss=mean_squared_error", "model.layers.1.linear=1"], "mean_squared_error of 1 output and labels"),
+    ],
+)
+def test_an_accuracy_that_nothing_measures_stops_no_training(changes: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match="is never measured") as caught:
+        set_up(load(*SMALL, *changes), 1)
+    assert caught.value.key == "train.stop_at.accuracy"
+    assert told in str(caught.value)
+    assert set_up(load(*SMALL, *changes, "train.stop_at=null"), 1).warnings == ()
+
+
+def test_an_accuracy_that_something_measures_may_stop_a_training() -> None:
+    assert set_up(load(*SMALL), 1).warnings == ()
+    assert set_up(load(*SMALL, "data.test_rows=0", "data.validation=0.1"), 1).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "told"),
+    [
+        (["train.evaluate_every=7"], 1, "train.stop_at: the accuracy is measured every 7 epochs"),
+        (["layout={swarms: [{rows: 17}]}"], 17, "layout: stage 0 divides the rows of a micro-batch over 17 ranks"),
+        (["layout={replicas: 2, swarms: [{rows: 9}]}"], 18, "over 9 ranks of a replica, but there are 8"),
+        (["layout={replicas: 2}", "exchange.gossip.every=50"], 2, "gossip.every: 50 steps, but the run has 40"),
+        (["layout={replicas: 2}", "exchange={elite: 641}", "data.validation=0.1"], 2, "elite.every_samples: 641, but"),
+        (["data.shape=[3, 8, 9]", "model.layers=[{conv2d: 2}, flatten, {linear: 4}]"], 1, "8 pixels in 9 channels; if"),
+        (["data.shape=[1, 8, 8]", "data.augment=[flip]"], 1, "x.transpose(0, 2, 3, 1)"),
+    ],
+)  # fmt: skip
+def test_what_is_doubtful_is_told_in_one_line(changes: list[str], ranks: int, told: str) -> None:
+    (text,) = set_up(load(*SMALL, *changes), ranks).warnings
+    assert told in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("shape", ["[8, 8, 3]", "[3, 8, 4]", "[1, 8, 9]", "[3, 40]", "[3, 8, 8]"])
+def test_images_and_sequences_are_not_taken_for_others(shape: str) -> None:
+    layers = "[{conv2d: {filters: 2, kernel: [1, 3]}}, flatten, {linear: 4}]"
+    model = DENSE if shape in ("[3, 40]", "[3, 8, 8]") else f"model.layers={layers}"
+    assert set_up(load(*SMALL, DATA.replace("SHAPE", shape), model), 1).warnings == ()
+
+
+def test_a_layer_that_does_not_fit_channels_first_says_so() -> None:
+    with pytest.raises(ShapeError, match=r"kernel of 3 x 3 is larger than the 1 x 28 .*channels come first"):
+        set_up(load(DATA.replace("SHAPE", "[1, 28, 28]"), "model.layers=[{conv2d: 2}, flatten, {linear: 4}]"), 1)

@@ -125,6 +125,19 @@ def test_rank_0_alone_warns_of_what_all_find(world: MPI.Intracomm) -> None:
     assert "only 80 training rows" in told[0][0]
 
 
+def test_one_rank_warns_of_inputs_in_another_unit(world: MPI.Intracomm) -> None:
+    x, y, *_ = rows()
+    for data, told in (
+        (nt.from_arrays(x / 4 + 0.5, y, mean=125.3, std=63.0), "data.mean: it leaves values of about -1.98"),
+        (nt.from_arrays(255 * abs(x), y), "data: values of x are as large as"),
+        (nt.from_arrays(x, y, mean=0.1, std=1.1), None),
+        (nt.from_arrays((100 * abs(x)).astype(np.uint8), y, mean=0.5, std=0.2), None),
+    ):
+        texts = [text for each in told_by_trainer(world, LAYERS, data) for text in each]
+        assert len(texts) == (told is not None), texts
+        assert told is None or told in texts[0]
+
+
 def test_one_rank_warns_of_targets_that_the_network_cannot_reach(world: MPI.Intracomm) -> None:
     x = rows()[0]
     layers = [*LAYERS[:2], nt.Linear(1, activation="tanh")]

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"mnist": (28, 28, 1), "mnist_wide": (28, 28, 1), "letters": (28, 28, 1), "digits": (8, 8, 1)}
 NORMED = """\
 dtype: float64
-data: {name: synthetic, rows: 70, test_rows: 20, shape: [6, 6, 3], classes: 4, augment: [flip, crop], std: [1, 2, 3]}
+data: {name: synthetic, rows: 70, test_rows: 20, shape: [6, 6, 3], classes: 4, augment: [flip, crop], std: [0.5, 1, 1]}
 model:
   layers:
     - conv2d: {filters: 5, padding: same, bias: false}
