@@ -17,7 +17,8 @@ Trains the network that CONFIG describes on all ranks of the run, and writes the
     python -m nettorrent_mpi.train configs/cifar.yaml --dry-run --ranks 64
 
 Without mpirun it runs on one rank: the serial baseline. Without CONFIG it trains on the handwritten digits that ship
-with the package."""
+with the package. Open MPI's mpirun wants --oversubscribe for more ranks than cores, and, to run as root, the variables
+OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1."""
 
 SPEEDUP = """\
 Compares every mode of parallelizing the network that CONFIG describes, on several numbers of ranks, with one rank and

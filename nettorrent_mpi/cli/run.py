@@ -17,9 +17,10 @@ from nettorrent_mpi.cli.run_folder import RunFolder, commit
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.checkpoint import find_checkpoint
 from nettorrent_mpi.engine.trainer import SIGNAL, Record
-from nettorrent_mpi.engine.usage import peak_memory
+from nettorrent_mpi.engine.usage import faster, peak_memory
 from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan
 
@@ -113,6 +114,9 @@ class Run:
                 steps_per_epoch=setup.sampler.steps_per_epoch,
             )
             self._reporter.message(f"learning rate: {setup.rates} ({setup.config.train.schedule.kind})")
+            hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels).missing)
+            if hint:
+                self._reporter.message(hint)
 
     def tell(self, record: Record) -> None:
         """Write a record to metrics.jsonl, and show it."""

@@ -22,6 +22,10 @@ class Device(Protocol):
         """The names of the libraries that compute."""
 
     @property
+    def missing(self) -> list[str]:
+        """The names of the optional libraries that would compute faster if they were installed."""
+
+    @property
     def working_bytes(self) -> int:
         """The bytes of memory that the operations use for intermediate results."""
 

@@ -15,9 +15,10 @@ from typing import Any
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.engine.setup import Setup
-from nettorrent_mpi.engine.usage import WARM_UP
+from nettorrent_mpi.engine.usage import WARM_UP, faster
 from nettorrent_mpi.plan.errors import ChildError, ConfigError, LaunchError, NetTorrentError, OutputError
 from nettorrent_mpi.speedup import machine, modes, sides
 from nettorrent_mpi.speedup.comparison import Comparison, tell
@@ -57,7 +58,7 @@ def speedup(args: argparse.Namespace) -> None:
     _check_folder(folder, args.overwrite)
 
     everyone = [*sides.ours(plans), *sides.peers(asked, sorted({1, *counts}), setup)]
-    notes = _notes(config, shared, args.peers)
+    notes = _notes(config, shared, setup, args.peers)
     results = _about(args, name, setup, one, counts, names, everyone, notes)
     comparison = Comparison(folder, launcher, plans, everyone, results, shared)
     with RunLock(folder):
@@ -118,9 +119,13 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _notes(config: Config, shared: Config, asked: str | None) -> list[str]:
+def _notes(config: Config, shared: Config, setup: Setup, asked: str | None) -> list[str]:
     """Return the report's remarks on the setup of the comparison."""
+    hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels).missing)
     notes = []
+    if hint:
+        tell(hint)
+        notes.append(f"Here {hint}.")
     if shared.data.validation != config.data.validation:
         notes.append(
             f"elite chooses on validation rows, and the configuration keeps none back: here all sides train without a "

@@ -54,6 +54,13 @@ def test_the_fastest_way_is_found_and_remembered(findings: Path) -> None:
     assert trial.fastest("waiting", {"slow": slow, "slower": lambda: time.sleep(0.02)}, OUT) == "slow"  # other ways
 
 
+def test_missing_libraries_are_those_that_could_be_installed() -> None:
+    assert Tuning("numpy").missing == []  # as the user wanted
+    there = {"numba": "Numba", "onednn": "oneDNN"}
+    wanted = {"Numba", *(["oneDNN"] if onednn.published() else [])}
+    assert set(Tuning().missing) == wanted - {there[name] for name in Tuning().names if name in there}
+
+
 def test_findings_of_other_versions_do_not_count(findings: Path) -> None:
     Tuning().fastest("waiting", {"slow": slow, "quick": quick}, OUT)
     told = json.loads(findings.read_text())[tuning._subject()]

@@ -50,6 +50,10 @@ class Cpu:
         return self.tuning.names
 
     @property
+    def missing(self) -> list[str]:
+        return self.tuning.missing
+
+    @property
     def working_bytes(self) -> int:
         return self.ops.working_bytes
 

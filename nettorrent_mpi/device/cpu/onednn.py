@@ -10,6 +10,7 @@ code in each call; they are small.
 from __future__ import annotations
 
 import ctypes
+import platform
 import site
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,11 @@ class Library:
 def _letters(plain_a: bool, plain_b: bool) -> tuple[bytes, bytes]:
     order = (b"T", b"N")
     return order[plain_a], order[plain_b]
+
+
+def published() -> bool:
+    """Whether PyPI has the library for this machine."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
 @cache

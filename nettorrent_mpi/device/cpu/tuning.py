@@ -48,6 +48,16 @@ class Tuning:
         """The libraries that may be used."""
         return ["numpy", *(["numba"] if self.compiled else []), *(["onednn"] if self.onednn() is not None else [])]
 
+    @property
+    def missing(self) -> list[str]:
+        """The optional libraries that may be used and are not installed, though they are published for this machine."""
+        if self.kernels != "fastest":
+            return []
+        return [
+            *([] if self.compiled else ["Numba"]),
+            *(["oneDNN"] if onednn.published() and self.onednn() is None else []),
+        ]
+
     def gemm(self, dtype: np.dtype[Any]) -> blas.Gemm | None:
         """Return BLAS's product of matrices, if it may be used."""
         return blas.gemm(dtype) if self.kernels == "fastest" else None

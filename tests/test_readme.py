@@ -1,0 +1,183 @@
+"""What README and its like tell a user to type is right: each command, and the quick start from a fresh clone on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nettorrent_mpi.cli import arguments
+from nettorrent_mpi.config import reading as configuration
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+TEXTS = {
+    "README.md": README,
+    "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(),
+    "train --help": arguments.TRAIN,
+    "speedup --help": arguments.SPEEDUP,
+}
+PROGRAMS = ["make", "mpirun", "nettorrent", "pip", "python", "python3", "sbatch"]
+PARTS = ("...", "X", "PATH", "P", "R", "S")  # words that stand for something
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of README in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(text, words) of each command in a block or between backticks that begins with one of PROGRAMS."""
+    found = []
+    for name, text in TEXTS.items():
+        lines = re.findall(r"^    (\S.*)$", text, re.MULTILINE) + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+        lines += [line for block in re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S) for line in block.splitlines()]
+        for line in lines:
+            words = re.sub(r"\s#.*", "", line).removesuffix("\\").split()
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                del words[0]
+            if words[1:] and words[0].removeprefix(".venv/bin/") in PROGRAMS and not set(PARTS) & set(words):
+                found.append((name, shlex.split(" ".join(words))))
+    return found
+
+
+def check(words: list[str]) -> None:
+    """Raise an error unless a command is one that there is, of things that there are."""
+    program, *rest = words
+    if program.endswith("mpirun"):
+        while rest and rest[0].startswith("-"):
+            rest = rest[2:] if rest[0] == "-n" else rest[1:]
+        if rest:
+            check(rest)
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+(?: [a-z-]+)*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert all(word in " ".join(targets).split() for word in rest if "=" not in word)
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        for text in re.findall(r"\[(.*?)\]", " ".join(rest)):
+            assert set(text.split(",")) <= set(extras)
+    elif program == "nettorrent" or rest[:2] == ["-m", "nettorrent_mpi.train"]:
+        args = arguments.parse(rest if program == "nettorrent" else ["train", *rest[2:]])
+        if "config" in args:
+            configuration.load(args.config, args.changes)
+    elif rest[0] == "-m" and rest[1] not in ("pytest", "venv"):
+        module = ROOT.joinpath(*rest[1].split("."))
+        assert module.is_dir() or module.with_suffix(".py").exists()
+    elif program == "sbatch":
+        assert (ROOT / next(word for word in rest if not word.startswith("-"))).exists()
+
+
+def test_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands name options, configurations and keys that there are."""
+    monkeypatch.chdir(ROOT)
+    found = commands()
+    assert len([name for name, _ in found if name == "README.md"]) > 25
+    for name, words in found:
+        try:
+            check(words)
+        except Exception as error:
+            pytest.fail(f"{name}: {' '.join(words)}: {error}", pytrace=False)
+
+
+def test_files_that_are_linked_are_there() -> None:
+    links = [link for text in TEXTS.values() for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_headings_that_are_linked_are_there() -> None:
+    headings = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in README.splitlines()}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
+def test_the_configuration_is_one(tmp_path: Path) -> None:
+    (text,) = blocks("yaml")
+    (tmp_path / "config.yaml").write_text(text)
+    config = configuration.load(str(tmp_path / "config.yaml"), [])
+    assert config.train.batch_size == yaml.safe_load(text)["train"]["batch_size"]
+
+
+# -- the quick start ---------------------------------------------------------------------------------------------------
+(QUICK_START,) = blocks("sh")
+AS_USER: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []}  # nobody
+
+
+SYSTEM = "/usr/local/bin:/usr/bin:/bin"
+FIT = ["python3", "-c", "import sys, ensurepip; sys.exit(sys.version_info < (3, 11))"]
+
+
+@pytest.fixture(scope="module")
+def clone() -> Iterator[Path]:
+    """A folder with the files of this one that are, or may be, committed; all users may enter and change it."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no clone")
+    folder = Path(tempfile.mkdtemp(prefix="nettorrent-clone-"))
+    for name in filter(None, listed.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def typed(text: str, folder: Path, **options: Any) -> str:
+    """What a shell writes that is given this text, in an environment that knows no MPI and no virtual environment.
+
+    Its Python is the system's, which every user can run, unless that is too old.
+    """
+    unwanted = ("OMPI_", "PRTE_", "PMIX_", "MPI4PY_", "VIRTUAL_ENV", "PYTHONPATH", "OPENBLAS_", "OMP_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    env |= {"HOME": str(folder), "PATH": SYSTEM}
+    try:
+        subprocess.run(FIT, env=env, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        env["PATH"] = f"{sys.base_prefix}/bin:{SYSTEM}"
+    done = subprocess.run(
+        ["bash", "-e"], input=text, cwd=folder, env=env, capture_output=True, text=True, timeout=300, **options
+    )
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_quick_start(clone: Path) -> None:
+    told = typed(QUICK_START, clone)
+    assert "on 4 ranks" in told
+    assert "test accuracy" in told
+    assert (clone / "runs" / "digits" / "model.h5").exists()
+    # What is not installed is told in one line, where it would be worth it.
+    assert "not installed" not in told
+    few = typed(". .venv/bin/activate; nettorrent train --set train.steps=2 --set kernels=fastest --output few", clone)
+    assert few.count("pip install") == few.count("up to 1.9 times as fast with Numba") == 1, few
+
+
+@pytest.mark.long
+def test_quick_start_of_a_user(clone: Path) -> None:
+    """The same without root and without root's line, with what is installed already."""
+    if os.geteuid() != 0:
+        pytest.skip("the quick start has been run by a user")
+    if not (clone / ".venv").exists():
+        pytest.skip("the quick start has to run first")
+    lines = [line for line in QUICK_START.splitlines() if not re.match(r"pip |python3 |export OMPI_ALLOW", line)]
+    assert len(lines) == len(QUICK_START.splitlines()) - 3
+    subprocess.run(["chmod", "-R", "a+rwX", str(clone)], check=True)
+    shutil.rmtree(clone / "runs")
+    try:
+        typed(". .venv/bin/activate; python -c pass", clone, **AS_USER)
+    except AssertionError:
+        pytest.skip("this Python is root's alone")
+    assert "on 4 ranks" in typed("\n".join(lines), clone, **AS_USER)
