@@ -22,6 +22,7 @@ from nettorrent_mpi.engine.usage import WARM_UP
 WIDE, WIDE_LAYERS = "configs/mnist_wide.yaml", 4
 ROWS = 128  # of a replica in a step
 NEVER = "1000000"
+AT_THE_END = "{every_seconds: null, every_epochs: null}"
 LIMITED, UNLIMITED = "limited", "unlimited"
 
 
@@ -35,7 +36,7 @@ def settings_of(exchange: str, replicas: int, layers: int, steps: int) -> dict[s
         "train.schedule": "constant",
         "train.report_every": NEVER,
         "train.evaluate_every": NEVER,
-        "train.checkpoint_every": NEVER,  # there is one at the end
+        "checkpoint": AT_THE_END,
         "layout": layout(replicas, layers),
         "exchange": exchange,
     }
@@ -175,7 +176,7 @@ def measure_accuracy(rate: str, hosts: int, epochs: int, root: Path, mpirun: str
             "train.epochs": str(epochs),
             "train.batch_size": str(ROWS * hosts),
             "train.micro_batches": "1",
-            "train.checkpoint_every": NEVER,  # weights of all replicas over slow links: only at the end
+            "checkpoint": AT_THE_END,  # weights of all replicas over slow links
             "layout": layout(hosts, WIDE_LAYERS),
             "exchange": str(SIDES[name].exchange),
         }

@@ -34,7 +34,8 @@ if [[ $LAUNCH == srun ]]; then export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-
 launcher() {
   case $LAUNCH in
     mpirun) echo "mpirun -n $1" ;;
-    srun) echo "srun --mpi=$SRUN_MPI --ntasks=$1" ;;
+    # Without --kill-on-bad-exit the others would wait for a rank that was killed.
+    srun) echo "srun --mpi=$SRUN_MPI --kill-on-bad-exit=1 --ntasks=$1" ;;
     *)
       echo "LAUNCH=$LAUNCH is neither mpirun nor srun (jobs/site.sh)" >&2
       return 2
@@ -42,11 +43,22 @@ launcher() {
   esac
 }
 
-# launch RANKS COMMAND [ARG ...]
+# launch RANKS COMMAND [ARG ...]: returns the command's exit code
+#
+# It runs in the background, because bash handles no signal while it waits for a command in the foreground. A signal to
+# this shell is passed on as USR1, which every launcher hands to the ranks: they stop with a checkpoint and exit code 75.
+# At other signals some launchers kill the ranks (README.md has the table).
 launch() {
-  local words
+  local words job code=0
   words=$(launcher "$1")
   shift
   # shellcheck disable=SC2086  # it has several
-  $words "$@"
+  $words "$@" &
+  job=$!
+  # shellcheck disable=SC2064  # this job
+  trap "kill -USR1 $job 2>/dev/null || true" USR1 USR2 TERM INT
+  while kill -0 "$job" 2>/dev/null; do wait "$job" || true; done # a signal ends `wait`, too
+  wait "$job" || code=$?
+  if ((code == 75)); then echo "stopped with a checkpoint; to continue: scontrol requeue ${SLURM_JOB_ID:-}"; fi
+  return "$code"
 }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nettorrent_mpi.data.from_arrays import from_arrays
     from nettorrent_mpi.data.rows import Dataset
     from nettorrent_mpi.engine.evaluation import Evaluation
-    from nettorrent_mpi.engine.trainer import Record
+    from nettorrent_mpi.engine.record import Record
     from nettorrent_mpi.env import prepare
     from nettorrent_mpi.nn.layer import Context, Features, Layer, Parameter
     from nettorrent_mpi.nn.layers.registry import Site, register_layer
@@ -73,7 +73,7 @@ _WHERE = {
     "api": "Trainer",
     "planning": "PlannedRun load_config",
     "env": "prepare",
-    "engine.trainer": "Record",
+    "engine.record": "Record",
     "engine.evaluation": "Evaluation",
     "nn.model": "Network",
     "nn.layer": "Context Features Layer Parameter",

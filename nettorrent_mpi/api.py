@@ -40,12 +40,15 @@ from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
 from nettorrent_mpi.engine.failure import agreed, end_all
-from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
+from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
+from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.run_lock import RunLock
+from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.setup import Setup, set_up
+from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.engine.trained_on import ATTRIBUTE, TrainedOn, fit
-from nettorrent_mpi.engine.trainer import Record, TrainingLoop
+from nettorrent_mpi.engine.trainer import TrainingLoop
 from nettorrent_mpi.nn.rates import check_rates
 from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, OutputError, UserError, warn
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
@@ -69,7 +72,7 @@ class Trainer:
         *,
         comm: Any = None,
         output: str | Path | None = None,
-        stop_on_signals: bool = False,
+        stop_on_signals: bool | Signals = False,
         **settings: Unpack[Settings],
     ):
         """`network`, `data` and `settings` are those of `plan`, or `network` is its result.
@@ -77,13 +80,15 @@ class Trainer:
         comm: the mpi4py communicator of the ranks that train (default: MPI.COMM_WORLD; a process that no
         launcher started is alone and uses no MPI). It is duplicated.
         output: a folder for checkpoints, in `checkpoints/`, which no other run may use; None: no checkpoints.
-        stop_on_signals: SIGTERM, SIGUSR1 or SIGUSR2 to any rank stops the training on all of them, with a checkpoint.
+        stop_on_signals: SIGUSR1, SIGUSR2, SIGTERM, SIGINT or SIGHUP to any rank stops the training on all of them, with
+        a checkpoint; a second SIGINT raises KeyboardInterrupt.
 
         Raises UserErrors, on all ranks alike. Gives NetTorrentWarnings, on rank 0 alone.
         """
         self._world = world = comm if isinstance(comm, World) else World(comm)
         self._closers: list[Callable[[], None]] = [] if world is comm else [world.free]
         self._runs: list[weakref.ref[Any]] = []
+        signals = Signals() if stop_on_signals is True else stop_on_signals or None
         atexit.register(self._end_of_script)
         try:
             self.planned = self._plan(network, data, settings)
@@ -97,21 +102,23 @@ class Trainer:
             with world.agreement():
                 self._engine.open_data(self.setup.dataset, self.setup.sampler)
             self._engine.wiring.warn_of_copies()
-            self._loop = TrainingLoop(self._engine, self.setup.config.train, signals=stop_on_signals)
+            config = self.setup.config
+            saving = Saving(config.checkpoint, self._engine.sampler.steps_per_epoch)
+            self._loop = TrainingLoop(self._engine, config.train, saving, signals)
             self._closers.insert(0, self._loop.close)
             if output is not None:
-                self._write_checkpoints(Path(output))
+                self._write_checkpoints(Path(output), saving)
         except NetTorrentError as error:
             if agreed(error, world):
                 self.close()
             raise
 
-    def _write_checkpoints(self, output: Path) -> None:
+    def _write_checkpoints(self, output: Path, saving: Saving) -> None:
         with self._world.agreement():
             if self.rank == 0:
                 self._closers.append(RunLock(output).release)
         self._checkpoints = output / "checkpoints"
-        self._loop.save = self._save_checkpoint
+        saving.write = self._save_checkpoint
 
     def _plan(self, network: Architecture | PlannedRun, data: Data | None, settings: Mapping[str, Any]) -> PlannedRun:
         world = self._world
@@ -149,6 +156,11 @@ class Trainer:
         return self._loop.step
 
     @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train of the run's length, or the accuracy that ends it is reached."""
+        return self._loop.finished(self.setup.steps)
+
+    @property
     def stopped_by(self) -> str | None:
         """The reason why the latest `train` ended early: "accuracy", "signal", or None if it ran to its end."""
         return self._loop.stopped_by
@@ -162,8 +174,9 @@ class Trainer:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, *, epochs: int | None = None, steps: int | None = None) -> Iterator[Record]:
-        """Train for this many more epochs or steps; by default until the length of the run is reached (the settings
-        `epochs` or `steps`, or the configuration's). Yields a record every `report_every` steps and after each epoch.
+        """Train for this many more epochs or steps; by default until nothing is left of the length of the run (the
+        settings `epochs` or `steps`, or the configuration's). Yields a record every `report_every` steps and after each
+        epoch.
 
         The learning-rate schedule spans the length of the run, or, if none was set, the length given here. All ranks
         get the same records, each when they reach it. To evaluate, save or predict inside the loop, wait for a record
@@ -179,7 +192,7 @@ class Trainer:
                 if number is not None and not (number >= 0 and number == round(number)):
                     raise UserError(f"{name} is {number!r}, but has to be a whole number of at least 0")
         self._world.same("length of training", f"epochs={epochs} steps={steps}")
-        until = whole
+        until = self.step if self.finished else whole
         if epochs is not None or steps is not None:
             until = self.step + (steps if steps is not None else (epochs or 0) * self._loop.epoch_steps)
         horizon = max(until, whole) if self.planned.has_length else until
@@ -267,7 +280,9 @@ class Trainer:
 
         attributes = checkpoint.restore(self._engine, found, accept)
         self._take(*fitted[0])
-        self._loop.resume(int(attributes["step"]), int(attributes["samples"]), float(attributes["time"]))
+        step, samples, seconds = int(attributes["step"]), int(attributes["samples"]), float(attributes["time"])
+        loss, accuracy = (float(attributes[name]) if name in attributes else None for name in ("loss", "accuracy"))
+        self._loop.resume(step, samples, seconds, loss, accuracy)
 
     def _take(self, setup: Setup, warning: str | None) -> None:
         """Take the same data set with its classes numbered as in `setup`."""
@@ -291,10 +306,16 @@ class Trainer:
         groups = checkpoint.collect(self._engine)
         with self._world.agreement():
             if self.rank == 0:
-                attributes = {"step": loop.step, "samples": loop.samples, "time": loop.time}
-                about = {**self._about(), "config": json.dumps(to_plain(config))}
+                figures = {"time": loop.time, "loss": loop.loss, "accuracy": loop.accuracy}
+                attributes: dict[str, Attribute] = {
+                    **self._about(),
+                    "config": json.dumps(to_plain(config)),
+                    "step": loop.step,
+                    "samples": loop.samples,
+                    **{name: figure for name, figure in figures.items() if figure is not None},
+                }
                 try:
-                    checkpoint.write_checkpoint(self._checkpoints, groups, {**about, **attributes})
+                    checkpoint.write_checkpoint(self._checkpoints, groups, attributes, config.checkpoint.keep)
                 except OutputError as error:
                     if needed:
                         raise
@@ -304,6 +325,8 @@ class Trainer:
         """Return the figures of the training as in summary.json. Replicas that differ become one network, for good."""
         self._at_rest("summary")
         loop, world, train = self._loop, self._world, self.setup.config.train
+        if loop.evaluation is None and loop.step:  # resumed after its last step
+            loop.evaluation = loop.evaluator.evaluate()
         latest = {} if loop.evaluation is None else loop.evaluation.figures()
         final = {"test_accuracy": None, "test_loss": None, **latest, **loop.evaluator.unify()}
         chosen = ("test_accuracy", "test_loss", "average", "best_replica")

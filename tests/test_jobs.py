@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ SMALL = [
     "--set",
     "train.schedule=constant",
 ]
+TRAIN = "python -m nettorrent_mpi.train"
+SRUN = "srun --mpi={} --kill-on-bad-exit=1 --ntasks="
 SHAPES = {"cifar": "[32, 32, 3]", "mnist": "[28, 28, 1]", "speedup": "[32, 32, 3]"}
 
 
@@ -64,7 +68,7 @@ def submit_to_fakes(repository: Path, script: str, *args: str, **variables: str)
 def test_mpirun(repository: Path) -> None:
     done = submit_to_fakes(repository, "cifar.sbatch", "--set", "seed=2", SLURM_JOB_NAME="mine")
     assert done.stdout.splitlines() == [
-        "mpirun -n 8 python -m nettorrent_mpi.train configs/cifar.yaml --output runs/mine-17 --set seed=2",
+        f"mpirun -n 8 {TRAIN} configs/cifar.yaml --output runs/mine-17 --resume auto --set seed=2",
         "cpus= binding=core:overload-allowed",
     ]
 
@@ -73,7 +77,7 @@ def test_srun(repository: Path) -> None:
     variables = {"LAUNCH": "srun", "SRUN_MPI": "pmi2", "SLURM_CPUS_PER_TASK": "4"}
     done = submit_to_fakes(repository, "mnist.sbatch", SLURM_JOB_NAME="mnist", **variables)
     assert done.stdout.splitlines() == [
-        "srun --mpi=pmi2 --ntasks=8 python -m nettorrent_mpi.train configs/mnist.yaml --output runs/mnist-17",
+        f"{SRUN.format('pmi2')}8 {TRAIN} configs/mnist.yaml --output runs/mnist-17 --resume auto",
         "cpus=4 binding=none",
     ]
 
@@ -90,7 +94,7 @@ SPEEDUP = (
         ({}, "1,2,4,8", "mpirun -n {ranks}"),
         ({"SLURM_NTASKS": "6"}, "1,2,4,6", "mpirun -n {ranks}"),
         ({"SLURM_NTASKS": "1"}, "1", "mpirun -n {ranks}"),
-        ({"RANKS": "1,3", "LAUNCH": "srun"}, "1,3", "srun --mpi=pmix --ntasks={ranks}"),
+        ({"RANKS": "1,3", "LAUNCH": "srun"}, "1,3", SRUN.format("pmix") + "{ranks}"),
     ],
 )
 def test_speedup(repository: Path, variables: dict[str, str], ranks: str, launcher: str) -> None:
@@ -110,6 +114,29 @@ def test_unknown_launcher(repository: Path) -> None:
     assert done.stderr == "LAUNCH=mpiexec is neither mpirun nor srun (jobs/site.sh)\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_is_passed_on_as_usr1(repository: Path, number: signal.Signals) -> None:
+    """And the script ends as the command does, with its code."""
+    (repository / ".venv" / "bin").mkdir(parents=True)
+    (repository / ".venv" / "bin" / "activate").write_text('PATH="$PWD:$PATH"\n')
+    fake = repository / "mpirun"
+    fake.write_text("#!/bin/sh\ntrap 'echo got USR1; exit 75' USR1\necho ready\nwhile :; do sleep 0.05; done\n")
+    fake.chmod(0o755)
+    job = subprocess.Popen(
+        ["bash", "jobs/mnist.sbatch"],
+        cwd=repository,
+        env={"PATH": "/usr/bin:/bin", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "mnist"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(number)
+    told = job.communicate(timeout=20)[0].splitlines()
+    assert job.returncode == 75
+    assert told == ["got USR1", "stopped with a checkpoint; to continue: scontrol requeue 17"]
+
+
 def slurm_is_missing() -> str:
     """Why jobs cannot be submitted here; empty where they can."""
     if shutil.which("sbatch") is None:
@@ -119,17 +146,16 @@ def slurm_is_missing() -> str:
 
 
 def submit(repository: Path, script: str, *options: str, words: Sequence[str] = (), **variables: str) -> None:
-    """sbatch, wait for the job's end (Slurm ends it after two minutes), and show its output if it failed."""
+    """sbatch, wait for the job's end (Slurm ends it after ten minutes), and show its output if it failed."""
     if reason := slurm_is_missing():
         pytest.skip(reason)
     (repository / ".venv").symlink_to(ROOT / ".venv")
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
     name = script.removesuffix(".sbatch")
     small = [part.replace("SHAPE", SHAPES[name]) for part in SMALL]
     done = subprocess.run(
-        ["sbatch", "--wait", "--time=2", *options, f"jobs/{script}", *small, *words],
+        ["sbatch", "--wait", "--time=10", *options, f"jobs/{script}", *small, *words],
         cwd=repository,
-        env={**os.environ, **root, **variables},
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -149,13 +175,92 @@ def test_job_with_mpirun(repository: Path, script: str) -> None:
     assert world_sizes(repository) == [4]
 
 
-def test_job_with_srun(repository: Path) -> None:
+def with_srun() -> dict[str, str]:
     library = ROOT / ".venv-mpich" / "lib" / "libmpi.so.12"
     if not library.exists():
         pytest.skip(f"{library} is missing: make test installs it")
-    variables = {"LAUNCH": "srun", "SRUN_MPI": "pmi2", "MPI4PY_LIBMPI": str(library)}
-    submit(repository, "cifar.sbatch", "--ntasks=5", **variables)
+    return {"LAUNCH": "srun", "SRUN_MPI": "pmi2", "MPI4PY_LIBMPI": str(library)}
+
+
+def test_job_with_srun(repository: Path) -> None:
+    submit(repository, "cifar.sbatch", "--ntasks=5", **with_srun())
     assert world_sizes(repository) == [5]
+
+
+# Minutes of small steps; the signals below end them.
+LONG = ["train.steps=10000000", "train.batch_size=16", "train.report_every=50", "train.evaluate_every=10000000"]
+LONG += ["checkpoint.every_epochs=null", "model.layers=[flatten, {linear: 16}, {linear: 10}]", "kernels=numpy"]
+
+
+class Job:
+    """A job that trains for long, from its first record on."""
+
+    def __init__(self, repository: Path, script: str, *options: str, **variables: str):
+        if reason := slurm_is_missing():
+            pytest.skip(reason)
+        (repository / ".venv").symlink_to(ROOT / ".venv")
+        name = script.removesuffix(".sbatch")
+        small = [part.replace("SHAPE", SHAPES[name]) for part in SMALL]
+        sets = [word for change in LONG for word in ("--set", change)]
+        done = subprocess.run(
+            ["sbatch", "--parsable", "--time=10", *options, f"jobs/{script}", *small, *sets],
+            cwd=repository, env={**os.environ, **variables}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        self.number = done.stdout.strip()
+        self.run, self.out = repository / "runs" / f"{name}-{self.number}", repository / f"{name}-{self.number}.out"
+        self.wait_for(lambda: self.records() > 0)
+
+    def records(self) -> int:
+        metrics = self.run / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 60) -> None:
+        until = time.monotonic() + seconds
+        while not what():
+            if time.monotonic() > until:
+                self.do("scancel")
+                pytest.fail(self.out.read_text() if self.out.exists() else "the job has not begun")
+            time.sleep(0.2)
+
+    def do(self, *command: str) -> str:
+        return subprocess.run([*command, self.number], capture_output=True, text=True, check=False).stdout
+
+    def end(self) -> str:
+        """Wait for the job's end and return its exit code, a colon and the signal that ended it."""
+        self.wait_for(lambda: " JobState=RUNNING " not in (told := self.do("scontrol", "show", "job")) and (
+            " JobState=COMPLETING " not in told
+        ))  # fmt: skip
+        return next(word for word in self.do("scontrol", "show", "job").split() if word.startswith("ExitCode="))
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+def test_job_that_is_stopped_and_requeued(repository: Path, launcher: str) -> None:
+    """As Slurm does it before the time is over, or with what it preempts."""
+    job = Job(repository, "cifar.sbatch", "--ntasks=3", "--nodes=2", **(with_srun() if launcher == "srun" else {}))
+    job.do("scancel", "--batch", "--signal=USR2")
+    assert job.end() == "ExitCode=75:0", job.out.read_text()
+    (first,) = (job.run / "checkpoints").iterdir()
+    records = job.records()
+    job.do("scontrol", "requeue")
+    at_once = ["scontrol", "update", f"JobId={job.number}", "StartTime=now"]  # instead of in two minutes
+    job.wait_for(lambda: subprocess.run(at_once, capture_output=True, check=False).returncode == 1)  # it has begun
+    job.wait_for(lambda: job.records() > records)
+    job.do("scancel", "--batch", "--signal=USR2")
+    assert job.end() == "ExitCode=75:0", job.out.read_text()
+    told = job.out.read_text()
+    assert f"resumes after step {int(first.stem.removeprefix('step-'))} of " in told
+    assert told.count("stopped with a checkpoint; to continue: scontrol requeue") == 2
+
+
+def test_job_of_which_a_rank_is_killed(repository: Path) -> None:
+    """srun ends the others, which would wait for it."""
+    job = Job(repository, "cifar.sbatch", "--ntasks=3", "--nodes=2", **with_srun())
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"^[^ ]*python -m nettorrent_mpi.train.*runs/cifar-{job.number}"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert job.end() == "ExitCode=137:0", job.out.read_text()
 
 
 def test_job_speedup(repository: Path) -> None:

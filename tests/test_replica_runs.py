@@ -25,7 +25,7 @@ GOSSIP = "deadline: none, part: 0.5"
 NEVER = "deadline: none, probability: 0.0000001"  # nobody exchanges anything
 ADAM = {"train.optimizer": "{adam: 0.01}", "train.schedule": "constant", "train.report_every": 1}
 RUNS: dict[str, dict[str, Any]] = {
-    "gossip": {"exchange": f"{{gossip: {{{GOSSIP}}}}}", "train.checkpoint_every": 2},
+    "gossip": {"exchange": f"{{gossip: {{{GOSSIP}}}}}", "checkpoint.every_epochs": 2},
     "without test rows": {"exchange": f"{{gossip: {{{GOSSIP}}}}}", "data.test_rows": 0, "train.steps": 3},
     "elite": {"exchange": "{elite: {every_samples: 96, metric: validation_accuracy}}"},
     "none": {"exchange": "none"},

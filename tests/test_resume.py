@@ -165,14 +165,76 @@ def test_what_cannot_be_resumed(series: Callable[..., Any], tmp_path: Path) -> N
     refused(size, "train.batch_size")
     refused(another, "another run's results")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    harmed = tmp_path / "harmed.h5"
+    harmed, copy = tmp_path / "harmed.h5", tmp_path / "copy.h5"
     shutil.copy(checkpoint, harmed)
+    shutil.copy(checkpoint, copy)
     with harmed.open("r+b") as file:
         file.truncate(harmed.stat().st_size // 2)
-    # the second one has nothing left to do, and loses nothing
-    told = series(2, tmp_path / "after", [[*resume, str(harmed)], resume, [*run, "--overwrite"]], on=True)
+    from_harmed = command(config, tmp_path / "other", "--resume", harmed)
+    told = series(2, tmp_path / "after", [from_harmed, [*resume, copy], [*run, "--overwrite"]], on=True)
     refused(told[0], "harmed.h5")
-    assert [code for code, *_ in told[1:]] == [0, 0], told
+    refused(told[1], "another run's results")
+    assert told[2][0] == 0, told
+
+
+def test_what_is_finished_stays(series: Callable[..., Any], tmp_path: Path) -> None:
+    """A resume says from which step; where nothing is left to train, it changes nothing."""
+    config, run, early = config_file(tmp_path), tmp_path / "run", tmp_path / "early"
+    whole = command(config, run, train__epochs=2)
+    reaching = command(config, early, train__epochs=2, train__stop_at="{accuracy: 0.01}")
+    series(1, tmp_path / "before", [whole, reaching])
+    before = {folder: contents(folder) for folder in (run, early)}
+    told = series(
+        1,
+        tmp_path / "again",
+        [[*whole, "--resume"], [*whole, "--resume", "auto"], [*reaching, "--resume"], [*reaching, "--resume", "auto"]],
+    )
+    for (_, first, others), folder in zip(told, (run, run, early, early), strict=True):
+        assert f"{folder} is complete after step" in first
+        assert "nothing is left to train" in first
+        assert others == ""
+    assert {folder: contents(folder) for folder in (run, early)} == before
+    # A run that was killed while it wrote its results has a checkpoint of its last step and no summary.
+    (run / "summary.json").unlink()
+    completed, longer = series(1, tmp_path / "on", [[*whole, "--resume"], command(config, early, "--resume")])
+    assert "resumes after step 20 of 20, from " in completed[1]
+    summary = json.loads((run / "summary.json").read_text())
+    old = json.loads(before[run]["summary.json"])
+    kept = ("steps", "test_accuracy", "test_loss", "final_loss", "stopped_by")
+    assert {key: summary[key] for key in kept} == {key: old[key] for key in kept}
+    assert "resumes after step 10 of 30, from " in longer[1]
+    assert json.loads((early / "summary.json").read_text())["steps"] == 30
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_resume_auto(series: Callable[..., Any], tmp_path: Path) -> None:
+    """One command begins a run and goes on with it; what it cannot go on with, it does not replace."""
+    config, run = config_file(tmp_path), tmp_path / "run"
+    auto = command(config, run, "--resume", "auto", train__epochs=2)
+    run.mkdir()
+    (run / "config.yaml").write_text("")  # a job that ended before its first checkpoint
+    (run / "metrics.jsonl").write_text('{"step": 4}\n')
+    begun, going_on, both = series(
+        2,
+        tmp_path / "series",
+        [command(config, run, "--resume", "auto", train__epochs=1), auto, [*auto, "--overwrite"]],
+        on=True,
+    )
+    assert begun[0] == 0
+    assert "resumes" not in begun[1]
+    assert going_on[0] == 0
+    assert "resumes after step 10 of 20, from " in going_on[1]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [4, 8, 10, 12, 16, 20]
+    assert both[0] == 2
+    assert "leave one out" in both[1]
+    shutil.rmtree(run / "checkpoints")
+    ((code, text, _),) = series(2, tmp_path / "lost", [auto], on=True)
+    assert code == 2
+    assert "another run's results (summary.json, model.h5)" in text
 
 
 @slow

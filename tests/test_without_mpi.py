@@ -19,7 +19,7 @@ import sys
 from nettorrent_mpi.__main__ import main
 commands = (
     ["train", "--dry-run", "--ranks", "64"],
-    ["train", "--output", "run", "--set", "train.steps=4", "--set", "train.checkpoint_every=1", "--set", "trace=true"],
+    ["train", "--output", "run", "--set", "train.steps=4", "--set", "checkpoint.every_epochs=1", "--set", "trace=true"],
     ["train", "--output", "run", "--set", "train.steps=6", "--resume"],
     ["evaluate", "run"],
     ["export", "run", "run.npz"],

@@ -61,7 +61,8 @@ def _parser() -> _Parser:
     train.add_argument(
         "--resume", nargs="?", const="", metavar="PATH",
         help="continue from the newest checkpoint in the output folder, or from PATH (a run folder or a checkpoint); "
-        "layout and number of ranks may differ",
+        "`--resume auto`: from the newest one in the output folder if there is one, else begin; layout and number of "
+        "ranks may differ",
     )  # fmt: skip
     train.add_argument(
         "--dry-run",

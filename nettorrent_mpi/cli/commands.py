@@ -8,9 +8,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from nettorrent_mpi.cli.arguments import parse
+from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.plan.errors import ConfigError, NetTorrentWarning
 
 
@@ -20,9 +22,10 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
     command = next((a for a in arguments if not a.startswith("-")), "")
     if not {"-h", "--help"} & set(arguments):
         if command == "train":
+            signals = Signals()  # already here: a signal to stop may come while MPI loads
             from nettorrent_mpi.cli.run import train
 
-            return train
+            return partial(train, signals=signals)
         if command == "evaluate":
             from nettorrent_mpi.cli.evaluate import evaluate
 

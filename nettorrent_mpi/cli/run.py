@@ -18,8 +18,9 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.device.device import make_device
-from nettorrent_mpi.engine.checkpoint import find_checkpoint
-from nettorrent_mpi.engine.trainer import SIGNAL, Record
+from nettorrent_mpi.engine.record import Record
+from nettorrent_mpi.engine.signals import Signals
+from nettorrent_mpi.engine.trainer import SIGNAL
 from nettorrent_mpi.engine.usage import faster, peak_memory
 from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan
@@ -28,9 +29,10 @@ SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TE
 DIVERGED = 1  # exit code: the training diverged, though all numbers are finite
 
 
-def train(arguments: Sequence[str], chosen: str) -> int:
+def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
     """Run `nettorrent train` on all ranks; returns the exit code."""
     with Ranks() as ranks:
+        ranks.open.append(signals.close)
         world = ranks.world
         with world.agreement():
             args = parse(arguments)
@@ -42,22 +44,20 @@ def train(arguments: Sequence[str], chosen: str) -> int:
             if world.rank == 0:
                 sys.stdout.write(planned.describe(hosts if args.ranks is None else None))
             return 0
-        folder, checkpoint = RunFolder(planned.config.output or "runs/run"), None
+        folder = RunFolder(planned.config.output or "runs/run")
         ranks.open.append(folder.close)
         with world.agreement():
             if world.rank == 0:
                 folder.lock()
-        with world.agreement():
-            if args.resume is not None:
-                checkpoint = find_checkpoint(Path(args.resume) if args.resume else folder.path)
-            elif world.rank == 0:
-                folder.check(args.overwrite)
-        trainer = Trainer(planned, comm=world, output=folder.path, stop_on_signals=True)
+        checkpoint = world.once(lambda: folder.starting_point(args.resume, overwrite=args.overwrite))
+        trainer = Trainer(planned, comm=world, output=folder.path, stop_on_signals=signals)
         ranks.open.append(trainer.close)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         run = Run(world, planned, trainer, folder)
-        run.begin(chosen, resumed=checkpoint is not None)
+        if checkpoint is not None and run.is_complete(checkpoint):
+            return 0
+        run.begin(chosen, checkpoint)
         for record in trainer.train():
             run.tell(record)
         ranks.code = run.end()
@@ -97,12 +97,29 @@ class Run:
         self._world, self._planned, self._trainer, self._folder = world, planned, trainer, folder
         self._reporter: Reporter | None = None
 
-    def begin(self, chosen: str, *, resumed: bool) -> None:
-        """Create the folder, and describe the run. `chosen` says how the environment was set."""
-        world, setup = self._world, self._planned.setup
+    def is_complete(self, checkpoint: Path) -> bool:
+        """Whether the run that `checkpoint` continues has nothing left to train, and the folder has its results: they
+        stay, and a line says so."""
+        step, steps, folder = self._trainer.step, self._planned.setup.steps, self._folder
+        complete = self._world.once(lambda: folder.holds(checkpoint) and folder.has_results(step))
+        if not (complete and self._trainer.finished):
+            return False
+        if self._world.rank == 0:
+            whole = f"all {steps} steps" if step >= steps else "the accuracy of train.stop_at"
+            sys.stdout.write(
+                f"{folder.path} is complete after step {step} ({whole}): nothing is left to train, and nothing was "
+                "changed; to train on, raise train.epochs or train.steps\n"
+            )
+        return True
+
+    def begin(self, chosen: str, checkpoint: Path | None) -> None:
+        """Create the folder, and describe the run, which continues from `checkpoint` if there is one. `chosen` says how
+        the environment was set."""
+        world, setup, folder = self._world, self._planned.setup, self._folder
         with world.agreement():
             if world.rank == 0:
-                self._folder.create(to_yaml(setup.config), self._trainer.step if resumed else None)
+                continues = checkpoint is not None and folder.holds(checkpoint)
+                folder.create(to_yaml(setup.config), self._trainer.step if continues else None)
         if world.rank == 0:
             self._reporter = open_reporter(
                 sys.stdout,
@@ -117,6 +134,8 @@ class Run:
             hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels).missing)
             if hint:
                 self._reporter.message(hint)
+            if checkpoint is not None:
+                self._reporter.message(f"resumes after step {self._trainer.step} of {setup.steps}, from {checkpoint}")
 
     def tell(self, record: Record) -> None:
         """Write a record to metrics.jsonl, and show it."""

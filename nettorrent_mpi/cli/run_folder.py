@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.data.storage import replacing, retried
+from nettorrent_mpi.engine.checkpoint import find_checkpoint
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.plan.errors import OutputError, warn
 
+AUTO = "auto"  # the value of --resume that continues if there is something to continue, and begins else
 OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
 
 
@@ -44,16 +46,48 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
 
-    def check(self, overwrite: bool) -> None:
-        """Raise an OutputError if the folder holds another run's results, or is a file."""
+    def check(self, overwrite: bool, results: Sequence[str] = (*OURS, "checkpoints")) -> None:
+        """Raise an OutputError if the folder holds any of another run's `results`, or is a file."""
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file, not a folder; choose another with --output DIR")
-        there = [name for name in (*OURS, "checkpoints") if (self.path / name).exists()]
+        there = [name for name in results if (self.path / name).exists()]
         if there and not overwrite:
             raise OutputError(
                 f"{self.path} holds another run's results ({', '.join(there)}); "
                 "choose another folder with --output DIR, replace them with --overwrite, or continue it with --resume"
             )
+
+    def has_results(self, step: int) -> bool:
+        """Whether it holds the results of a run that has come to its end after this step."""
+        try:
+            return bool(json.loads((self.path / "summary.json").read_text(encoding="utf-8"))["steps"] == step)
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether it is one of this folder's own checkpoints."""
+        return checkpoint.resolve().parent == (self.path / "checkpoints").resolve()
+
+    def starting_point(self, resume: str | None, *, overwrite: bool) -> Path | None:
+        """Return the checkpoint from which a run in this folder continues; None: it begins. `resume` is the value of
+        the option: None without it, empty where it stands alone.
+
+        Raises an OutputError where nothing is to continue from, or where another run's results would be lost.
+        """
+        if resume == AUTO and not any((self.path / "checkpoints").glob("*.h5")):
+            self.check(overwrite, results=("summary.json", "model.h5"))
+            return None
+        if resume is None:
+            self.check(overwrite)
+            return None
+        checkpoint = find_checkpoint(self.path if resume in ("", AUTO) else Path(resume))
+        if not self.holds(checkpoint):
+            self.check(overwrite)
+        elif overwrite:
+            raise OutputError(
+                f"--overwrite would replace the run in {self.path} that --resume continues: leave one out"
+            )
+        return checkpoint
 
     def create(self, config: str, after: int | None = None) -> None:
         """Create the folder, write config.yaml and open metrics.jsonl.

@@ -182,7 +182,6 @@ class Train(Section):
     stop_at: StopAt | None = None
     report_every: Count = 50  # steps
     evaluate_every: Count = 1  # epochs
-    checkpoint_every: Count = 1  # epochs; there is one at the end, too, and when a signal stops the run
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,6 +197,17 @@ class Train(Section):
                 "make micro_batches smaller or batch_size larger",
                 "micro_batches",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Section):
+    """Checkpoint says when the training state is saved: whenever one of the intervals is over, at the end, and when a
+    signal stops the run."""
+
+    every_steps: Count | None = None
+    every_seconds: Annotated[float, Bounds(gt=0)] | None = 600.0
+    every_epochs: Count | None = 1
+    keep: Count = 2  # the newest ones: the second in case the first cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +238,7 @@ class Config(Section):
     data: Data
     model: Model
     train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     layout: Annotated[Literal["layers", "auto"] | Layout, Read(_layout)] = "layers"
     pipeline: Annotated[Spec, _one_of(choices.PIPELINES, "pipeline")] = field(default_factory=choices.OneFOneB)
     exchange: Annotated[Spec, _one_of(choices.EXCHANGES, "exchange")] = field(default_factory=choices.Allreduce)

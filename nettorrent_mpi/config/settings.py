@@ -29,7 +29,7 @@ class Settings(TypedDict, total=False):
     stop_at: float  # the accuracy (a fraction) that ends the training
     report_every: int  # steps from one record to the next: 50
     evaluate_every: int  # epochs from one evaluation to the next: 1
-    checkpoint_every: int  # epochs, where there is an output folder: 1
+    checkpoint: Mapping[str, Any]  # {"every_seconds": 600, "every_epochs": 1, "keep": 2}, where there is an output
     validation: float  # the fraction of the training rows that is held back: 0
     augment: Sequence[str]  # random changes of training images: "flip", "crop"
     partition: Literal["shared", "disjoint"]  # disjoint: each replica trains on its own part of the rows

@@ -139,7 +139,7 @@ _KEYS = _table(
     ("precision floatx", "dtype"),
     ("logdir outdir outputdir savedir savepath workdir checkpointdir", "output"),
     ("verbose loginterval logevery logeverynsteps printevery", "report_every|train.report_every"),
-    ("saveevery savesteps checkpointinterval checkpointfreq", "checkpoint_every|checkpoint"),
+    ("saveevery savesteps checkpointinterval checkpointfreq", "write every_steps or every_epochs under checkpoint"),
     ("evalevery valinterval checkvaleverynepoch", "evaluate_every|train.evaluate_every"),
     ("strategy parallelism tensorparallel dataparallel tpsize ppsize", "layout"),
     ("defaults", "leave it out: a configuration is one file; --set changes a value"),

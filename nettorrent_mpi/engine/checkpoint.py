@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 Groups = dict[str, dict[str, Array]]
 TRAINING = {"step", "samples", "time", "config"}  # attributes of a checkpoint that model.h5 lacks
-KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
 # The values that decide what a step computes: a resumed run must have the same.
 DECISIVE = ("seed", "dtype", "data", "model", "train.batch_size", "train.optimizer")
 
@@ -132,15 +131,20 @@ def _read(path: Path, shapes: Mapping[str, Shape], prefix: str, wanted: Mapping[
 
 
 def write_checkpoint(
-    folder: Path, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute]
+    folder: Path, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute], keep: int
 ) -> None:
-    """Write step-N.h5 and remove all but the newest checkpoints. Raises OutputError."""
+    """Write step-N.h5 and remove all but the `keep` newest checkpoints up to it. Raises OutputError.
+
+    Checkpoints of later steps were left behind by a run that was resumed from an earlier one.
+    """
     path = folder / f"step-{int(attributes['step']):010d}.h5"
     with written(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_arrays(path, groups, attributes)
     with suppress(OSError):
-        for old in (*_checkpoints(folder)[:-KEPT], *folder.glob("step-*.h5.part")):
+        found = _checkpoints(folder)
+        now = found.index(path) + 1
+        for old in (*found[: max(now - keep, 0)], *found[now:], *folder.glob("step-*.h5.part")):
             old.unlink()
 
 

@@ -21,7 +21,7 @@ MOST = 128  # reports in flight at once; beyond that the oldest is waited for
 SAMPLE = 4096  # parameters of a replica that are sampled for the consensus distance
 ROUNDING = 1e-14  # relative rounding error of the difference where all replicas are equal
 
-FLAG, LEFT, DIVERGED, SQUARES, HEAD = range(5)  # positions in a report; four figures of each replica follow
+REST, STOP, LEFT, DIVERGED, SQUARES, HEAD = range(6)  # positions in a report; four figures of each replica follow
 
 Tag = TypeVar("Tag")
 
@@ -30,7 +30,8 @@ class Report(NamedTuple, Generic[Tag]):
     """A Report holds the figures of all ranks. `tag` is what this rank passed when it started the report."""
 
     tag: Tag
-    flag: bool  # whether any rank raised its flag
+    rest: bool  # whether any rank asks all to come to rest
+    stop: bool  # whether any rank asks to stop
     left: bool  # whether any rank takes no more records
     diverged: bool  # whether any rank has seen a non-finite value
     training: Scores  # scores on the rows trained on since the last report
@@ -59,13 +60,16 @@ class Reports(Generic[Tag]):
         self._head, self._each = head, each
         self._under_way: deque[tuple[Tag, Pending]] = deque()
 
-    def start(self, tag: Tag, flag: bool, *, left: bool = False, figures: bool = True) -> None:
-        """Start a report; without `figures` it carries only the flags."""
+    def start(
+        self, tag: Tag, *, rest: bool = False, stop: bool = False, left: bool = False, figures: bool = True
+    ) -> None:
+        """Start a report; without `figures` it carries only this rank's requests."""
         if len(self._under_way) == MOST:
             self._under_way[0][1].sums()
         values = self._values
         values[...] = 0
-        values[FLAG], values[LEFT], values[DIVERGED] = flag, left, self._engine.pipeline.diverged() is not None
+        values[REST], values[STOP], values[LEFT] = rest, stop, left
+        values[DIVERGED] = self._engine.pipeline.diverged() is not None
         if figures:
             place = HEAD + 4 * self._engine.place.replica
             values[place : place + 4] = self._engine.metrics.take()
@@ -101,8 +105,8 @@ class Reports(Generic[Tag]):
             spread = float(sums[SQUARES]) / self._replicas - norm
             distance = 0.0 if norm == 0 or spread <= ROUNDING * norm else math.sqrt(spread / norm)
         losses = [mean_scores(*each).loss if each[2] else math.nan for each in metrics]
-        flag, left, diverged = (bool(sums[place] > 0) for place in (FLAG, LEFT, DIVERGED))
-        return Report(tag, flag, left, diverged, mean_scores(*metrics.sum(axis=0)), losses, distance)
+        rest, stop, left, diverged = (bool(sums[place] > 0) for place in (REST, STOP, LEFT, DIVERGED))
+        return Report(tag, rest, stop, left, diverged, mean_scores(*metrics.sum(axis=0)), losses, distance)
 
     def close(self) -> None:
         """Free the communicator. All ranks call, when no report is in flight."""

@@ -1,24 +1,21 @@
-"""Stopping early: a request on one rank ends the training on all ranks after the same step."""
+"""Coming to rest at an unplanned step: a request on one rank brings all ranks to rest after the same step, to stop the
+training or to save its state."""
 
 from __future__ import annotations
-
-import signal
-import threading
-from types import FrameType
 
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.mail import Pending
 from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.engine.signals import Signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # USR2: what Slurm's --signal=B:USR2@90 usually sends
 PATIENCE = 2.0  # seconds between two reports that carry the ranks' requests to each other
 
 
 class Stopping:
-    """The agreement of all ranks on the step after which they stop.
+    """The agreement of all ranks on the step after which they come to rest because one of them wants it.
 
-    `asked` is this rank's request, which reports carry to the others; `due` says after which steps additional reports
-    have to be started for it, about every PATIENCE seconds. With `signals` a SIGTERM, SIGUSR1 or SIGUSR2 is a request.
+    `asked` is this rank's request to stop, made by a signal, which reports carry to the others like other requests for
+    a rest; `due` says after which steps additional reports have to be started for them, about every PATIENCE seconds.
 
     A report arrives at a different time on every rank. A rank that has heard of a request waits for the others to say
     how far they are, and must not be needed in a step that another rank has begun without having heard. So ranks that
@@ -26,17 +23,19 @@ class Stopping:
     have heard.
     """
 
-    def __init__(self, world: World, bound: Group, *, signals: bool):
+    def __init__(self, world: World, bound: Group, signals: Signals | None):
         self._world, self._bound = world, bound
-        self.asked = False
+        self._signals = signals
         self.heard = False
         self._question: Pending | None = None
         self._every = 10
-        listens = signals and threading.current_thread() is threading.main_thread()
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS if listens}
+        if signals is not None:
+            signals.listen(tells=world.rank == 0)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+    @property
+    def asked(self) -> bool:
+        """Whether this rank is asked to stop."""
+        return self._signals is not None and self._signals.asked
 
     def begin(self) -> None:
         """Begin or continue a training: earlier requests are settled."""
@@ -55,7 +54,7 @@ class Stopping:
         return any(gone for _, gone in every)
 
     def hear(self, asked: bool) -> None:
-        """Take note of a report: whether some rank asked to stop."""
+        """Take note of a report: whether some rank asked for a rest."""
         self.heard = self.heard or asked
 
     def all_know(self, *, ask: bool) -> bool:
@@ -66,11 +65,11 @@ class Stopping:
         return answer
 
     def last_step(self, begun: int) -> int:
-        """Return the step after which all ranks stop: every rank that knows of a request passes how many it has
+        """Return the step after which all ranks come to rest: every rank that knows of a request passes how many it has
         `begun`."""
         return int(max(self._world.gather_objects(begun)))
 
     def close(self) -> None:
-        """Free the communicator and restore the signal handlers. All ranks call, at rest."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        """Handle signals as before."""
+        if self._signals is not None:
+            self._signals.close()

@@ -4,15 +4,17 @@ itself."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 from nettorrent_mpi.config.sections import Train
 from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation, Evaluator
+from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.reports import Report, Reports
+from nettorrent_mpi.engine.saving import Saving
+from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.engine.stopping import Stopping
 from nettorrent_mpi.engine.usage import Clock
 from nettorrent_mpi.exchange.base import next_multiple
@@ -21,40 +23,6 @@ from nettorrent_mpi.plan.errors import NetTorrentError, UserError
 from nettorrent_mpi.plan.scores import Scores
 
 SIGNAL, ACCURACY = "signal", "accuracy"
-FIGURES = ("test_loss", "test_accuracy", "validation_loss", "validation_accuracy")
-
-
-@dataclass(frozen=True)
-class Record:
-    """A Record describes the training after a step, over all ranks; `time` and `samples_per_second` are this rank's
-    own.
-
-    Ranks do not wait for each other between rests, so a record may arrive some steps late. Where `at_rest` is true, all
-    ranks have stopped at that step and may evaluate, save and predict.
-    """
-
-    step: int  # counted from 1
-    epoch: float  # passes over the training rows so far
-    samples: int  # training rows so far
-    time: float  # seconds since the training began, those before a resume included
-    train_loss: float  # mean over the rows since the record before
-    learning_rate: float
-    samples_per_second: float  # training rows over training time, without the first steps
-    consensus_distance: float | None = None  # of replicas that differ from their mean, relative to it (r.m.s.)
-    # Where there was an evaluation (`evaluated`), and there are such rows; accuracies are fractions.
-    test_loss: float | None = None
-    test_accuracy: float | None = None
-    validation_loss: float | None = None
-    validation_accuracy: float | None = None
-    best_replica: int | None = None  # of replicas that train apart, the one that was evaluated
-    evaluated: bool = False
-    at_rest: bool = False
-
-    def line(self) -> dict[str, Any]:
-        """Return the record as a line of metrics.jsonl, with the figures of an evaluation if there was one."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        kept = FIGURES if self.evaluated else ()
-        return {k: v for k, v in found.items() if (v is not None or k in kept) and k not in ("evaluated", "at_rest")}
 
 
 class TrainingLoop:
@@ -64,21 +32,21 @@ class TrainingLoop:
     between are nonblocking sums.
     """
 
-    def __init__(self, engine: Engine, settings: Train, *, signals: bool = False):
+    def __init__(self, engine: Engine, settings: Train, saving: Saving, signals: Signals | None = None):
         self._engine, self._settings = engine, settings
         self.epoch_steps = engine.sampler.steps_per_epoch
         self.step = self.samples = 0  # so far, those before a resume included
         self.loss: float | None = None  # the latest mean training loss
+        self.accuracy: float | None = None  # the one that has ended the training
         self.evaluation: Evaluation | None = None  # the latest one
         self.stopped_by: str | None = None  # SIGNAL or ACCURACY where one of them ended the last training
         self.at_rest = True
         self.abandoned = False  # an error has ended it: no further communication
         self.missed: NetTorrentError | None = None  # raised on all ranks after this one's caller had left the loop
-        # Writes a checkpoint, which is `needed` if the training ends without results. All ranks call it, at rest.
-        self.save: Callable[[bool], None] | None = None
         self.clock = Clock()
+        self._saving = saving
         self.evaluator = Evaluator(engine)
-        self._stopping = Stopping(engine.world, engine.wiring.channel(engine.bound), signals=signals)
+        self._stopping = Stopping(engine.world, engine.wiring.channel(engine.bound), signals)
         self._reports: Reports[Record | None] = Reports(engine)
         self._began = time.perf_counter()
         self._left = self._diverged = False
@@ -98,8 +66,10 @@ class TrainingLoop:
         """
         if not self.at_rest:
             raise UserError("another loop over train() has not come to its end")
+        if until <= self.step:
+            return
         settings, engine, clock = self._settings, self._engine, self.clock
-        stopping, reports, exchange = self._stopping, self._reports, engine.exchange
+        stopping, saving, reports, exchange = self._stopping, self._saving, self._reports, engine.exchange
         lr, warmup = settings.optimizer.options()["lr"], settings.schedule.options()["warmup_steps"]
         rates = make_rate(settings.schedule, lr, horizon, self.epoch_steps)
         stop: int | None = None
@@ -119,12 +89,13 @@ class TrainingLoop:
                 clock.step(work.rows)
                 epochs = done // self.epoch_steps if done % self.epoch_steps == 0 else 0
                 ask = reported and done < rest  # a report may have arrived one step after it was started
-                reported = done == rest or bool(epochs) or done % settings.report_every == 0
+                last, tells = done == until, bool(epochs) or done % settings.report_every == 0
+                figures = tells or last or (done == rest and exchange.next_rest(n) == done)
+                reported = figures or done == rest or stopping.due(done)
                 if reported:
-                    reports.start(self._record(rate), stopping.asked, left=self._left)
-                elif stopping.due(done):
-                    reports.start(None, stopping.asked, figures=False)
-                    reported = True
+                    asks = stopping.asked or saving.overdue
+                    record = self._record(rate) if figures else None
+                    reports.start(record, rest=asks, stop=stopping.asked, left=self._left, figures=figures)
                 if done == 2:
                     stopping.pace(clock.seconds_per_step)
                 try:
@@ -147,41 +118,51 @@ class TrainingLoop:
                 *_, report = reports.ready(wait=True)
                 if self._diverged or report.diverged:
                     check_finite(engine)
-                record, asked, last = self._completed(report), stopping.heard or report.flag, done == until
+                record = None if report.tag is None else self._completed(report)
                 reached = self._reached(exchange.at_rest(done, self.evaluator.compare, report.distance))
                 if report.left:
                     break
-                keep = asked or last or reached or (epochs > 0 and epochs % settings.checkpoint_every == 0)
-                if self.save and keep:  # first, because an evaluation may fail
-                    self.save(asked and not last)
-                if last or reached or (epochs and epochs % settings.evaluate_every == 0):
+                known = reached
+                if report.rest or last or reached or saving.due(done):  # first, because an evaluation may fail
+                    saving.save(needed=report.stop and not last)
+                if record and (last or reached or (epochs and epochs % settings.evaluate_every == 0)):
                     self.evaluation = found = self.evaluator.evaluate()
                     record = replace(record, evaluated=True, best_replica=found.best_replica, **found.figures())
                     reached = reached or self._reached(found.deciding)
-                if last or reached or epochs or done % settings.report_every == 0:
+                if record and (last or reached or tells):
                     try:
                         yield replace(record, at_rest=True)
                     except GeneratorExit:
                         if self.abandoned or run != self._run:
                             return
                         self._left = True
-                if self.save and reached and not keep:
-                    self.save(False)
-                if reached or (asked and not last):
-                    self.stopped_by = SIGNAL if asked and not last else ACCURACY
+                if reached and not known:
+                    saving.save(needed=False)
+                if reached or (report.stop and not last):
+                    self.stopped_by = SIGNAL if report.stop and not last else ACCURACY
                     break
                 if stopping.pace(clock.seconds_per_step, left=self._left):
                     break
+                stop = None
+                stopping.begin()
         except NetTorrentError as error:
             if not self._left:
                 raise
             self.missed = error  # the caller has left, and Python would print the error and forget it
         self.at_rest = True
 
-    def resume(self, step: int, samples: int, seconds: float) -> None:
-        """Continue from the steps, samples and seconds of an earlier training."""
-        self.step, self.samples = step, samples
+    def resume(self, step: int, samples: int, seconds: float, loss: float | None, accuracy: float | None) -> None:
+        """Continue from the steps, samples and seconds of an earlier training, with its latest training loss and the
+        accuracy that has ended it, if any."""
+        self.step, self.samples, self.loss, self.accuracy = step, samples, loss, accuracy
+        self.stopped_by = None if accuracy is None else ACCURACY
         self._began -= seconds
+
+    def finished(self, until: int) -> bool:
+        """Whether nothing is left to train: `until` steps are complete, or the accuracy that ends the training is
+        reached."""
+        stop = self._settings.stop_at
+        return self.step >= until or (stop is not None and (self.accuracy or 0.0) >= stop.accuracy)
 
     def close(self) -> None:
         """Free the communicators and restore the signal handlers. All ranks call, at rest."""
@@ -192,8 +173,10 @@ class TrainingLoop:
     def _begin(self) -> int:
         """Begin a training and return its number."""
         self.stopped_by, self.at_rest, self._left, self._diverged = None, False, False, False
+        self.accuracy = None
         self.evaluator.unified = self._engine.exchange.count == 1
         self._stopping.begin()
+        self._saving.begin()
         self._run += 1
         return self._run
 
@@ -213,8 +196,7 @@ class TrainingLoop:
 
     def _next_rest(self, n: int, until: int) -> int:
         """Return the number of steps after which the ranks next rest, step n being the next to run."""
-        epochs = (self._settings.evaluate_every, self._settings.checkpoint_every)
-        found = [until, *(next_multiple(n, every * self.epoch_steps) for every in epochs)]
+        found = [until, next_multiple(n, self._settings.evaluate_every * self.epoch_steps), *self._saving.rests(n)]
         due = self._engine.exchange.next_rest(n)
         return min(found if due is None else [*found, due])
 
@@ -222,10 +204,10 @@ class TrainingLoop:
         """Yield the records that the ranks' reports complete.
 
         `wait`: for all reports but the last, whose record follows at rest. `to_request`: stop at a report by which some
-        rank asks to stop, because ranks that have heard of it may start no more before all know.
+        rank asks for a rest, because ranks that have heard of it may start no more before all know.
         """
         for report in self._reports.ready(wait=wait, but=1):
-            asked = report.flag or report.diverged
+            asked = report.rest or report.diverged
             self._diverged = self._diverged or report.diverged
             self._stopping.hear(asked)
             record = None if report.tag is None or report.diverged else self._completed(report)
@@ -248,4 +230,7 @@ class TrainingLoop:
     def _reached(self, scores: Scores | None) -> bool:
         """Whether the accuracy that ends the training is reached."""
         stop = self._settings.stop_at
-        return stop is not None and scores is not None and (scores.accuracy or 0.0) >= stop.accuracy
+        if stop is None or scores is None or (scores.accuracy or 0.0) < stop.accuracy:
+            return False
+        self.accuracy = scores.accuracy
+        return True

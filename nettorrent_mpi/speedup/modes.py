@@ -22,6 +22,7 @@ from nettorrent_mpi.plan.topology import LayerFacts
 
 APART = ("async", "gossip", "elite")  # modes whose weights differ from those of one rank
 Settings = dict[str, Any]  # configuration keys as in to_plain
+AT_THE_END = {"every_seconds": None, "every_epochs": None}  # the only checkpoint
 SERIAL = "serial"
 VALIDATION = 0.1  # part of the training rows, if elite needs some and the configuration holds none back
 
@@ -203,16 +204,16 @@ def timed(config: Config, steps: int, *, trace: bool = False) -> Config:
     """Return `config` for a measurement of this many steps: nothing is evaluated, reported or saved before their
     end, and the learning rate, whose schedule may be longer, is constant."""
     never = steps + 1
-    changes = {"steps": steps, "report_every": never, "evaluate_every": never, "checkpoint_every": never}
+    changes = {"steps": steps, "report_every": never, "evaluate_every": never}
     plain = to_plain(config)
     train = {k: v for k, v in plain["train"].items() if k != "epochs"} | changes
     train |= {"stop_at": None, "schedule": "constant"}
-    return configuration.from_plain(plain | {"train": train, "trace": trace})
+    return configuration.from_plain(plain | {"train": train, "trace": trace, "checkpoint": AT_THE_END})
 
 
 def until(config: Config, accuracy: float) -> Config:
     """Return `config` for a training that ends at this accuracy, evaluated after every epoch, or with the
     configuration's own epochs or steps. Checkpoints would cost time that PyTorch does not spend."""
     plain = to_plain(config)
-    changes = {"stop_at": {"accuracy": accuracy}, "evaluate_every": 1, "checkpoint_every": 10**6}
-    return configuration.from_plain(plain | {"train": plain["train"] | changes})
+    changes = {"stop_at": {"accuracy": accuracy}, "evaluate_every": 1}
+    return configuration.from_plain(plain | {"train": plain["train"] | changes, "checkpoint": AT_THE_END})

@@ -111,7 +111,7 @@ ssize_t pread64(int fd, void *data, size_t n, off_t at) { return pread(fd, data,
 CONFIG = """\
 data: {{name: hdf5, root: {root}/data.h5}}
 model: {{layers: [{{linear: 3}}]}}
-train: {{epochs: 2, batch_size: 8, checkpoint_every: 1}}
+train: {{epochs: 2, batch_size: 8}}
 """
 
 

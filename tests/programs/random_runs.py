@@ -90,7 +90,6 @@ def draw(seed: int, number: int) -> list[Run]:
         "schedule": dice.choice(["constant", {"cosine": {"warmup_steps": 3}}, {"exponential": 0.8}]),
         "report_every": dice.choice([1, 3, 50]),
         "evaluate_every": dice.randint(1, 2),
-        "checkpoint_every": dice.randint(1, 2),
     }
     if pipeline in ("gpipe", "1f1b") and dice.random() < 0.3:
         train["clip_norm"] = dice.choice([0.5, 5.0])
@@ -100,6 +99,7 @@ def draw(seed: int, number: int) -> list[Run]:
     config = {
         "seed": dice.randint(0, 1000),
         "dtype": dice.choice(["float32", "float64"]),
+        "checkpoint": {"every_epochs": dice.choice([None, 1, 2]), "every_steps": dice.choice([None, 3])},
         "trace": dice.random() < 0.1,
         "data": data,
         "model": model,

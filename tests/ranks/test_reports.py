@@ -77,7 +77,7 @@ def test_the_sums_of_all_ranks(layout: Topology) -> None:
         engine.step(n, 0.3)
         if n % 2:
             expected.append((engine.world.comm.allgather(tuple(engine.metrics.values[:4])), distance(engine)))
-            found.start(n, flag=False)
+            found.start(n)
             assert not engine.metrics.values.any()
     told = list(found.ready(wait=True))
     assert [report.tag for report in told] == [1, 3, 5]
@@ -88,7 +88,7 @@ def test_the_sums_of_all_ranks(layout: Topology) -> None:
         for r in range(layout.replicas):
             own_loss, _, own_rows, _ = np.sum([t for t, p in zip(tallies, place, strict=True) if p == r], axis=0)
             np.testing.assert_allclose(report.replicas[r], own_loss / own_rows, rtol=1e-13)
-        assert report.flag is False
+        assert report.rest is False
         if layout.replicas == 1:
             assert report.distance is None
         else:
@@ -106,7 +106,7 @@ def test_equal_replicas_have_no_distance(layout: Topology) -> None:
         for i, bucket in enumerate(engine.state.buckets):
             part = bucket.params[bucket.shard]
             part[...] = np.random.default_rng([n, i, *engine.place[1:]]).normal(size=part.size)
-        found.start(n, flag=False)
+        found.start(n)
     for report in found.ready(wait=True):
         assert report.distance == (None if layout.replicas == 1 else 0.0)
         assert all(math.isnan(loss) for loss in report.replicas), "no rows were seen"
@@ -122,7 +122,7 @@ def test_the_distance_of_many_parameters_is_measured_at_some() -> None:
             size=part.size
         )
     found: Reports[int] = Reports(engine)
-    found.start(0, flag=False)
+    found.start(0)
     (report,) = found.ready(wait=True)
     assert report.distance == pytest.approx(distance(engine), rel=0.1)
     closed(found, engine)
@@ -132,14 +132,14 @@ def test_one_rank_raises_its_flag_for_all() -> None:
     engine = make(LAYOUTS[-1])
     found: Reports[int] = Reports(engine)
     engine.step(0, 0.1)
-    found.start(0, flag=False, figures=False)
-    found.start(1, flag=RANK == SIZE - 1, figures=False)
-    found.start(2, flag=True, figures=True)
-    found.start(3, flag=False, figures=False)
+    found.start(0, figures=False)
+    found.start(1, rest=RANK == SIZE - 1, figures=False)
+    found.start(2, rest=True, figures=True)
+    found.start(3, figures=False)
     told = list(found.ready(wait=True, but=1))
-    assert [(report.tag, report.flag) for report in told] == [(0, False), (1, True), (2, True)]
-    assert not math.isnan(told[2].replicas[0]), "reports of the flag alone leave the figures to the next"
-    assert [(report.tag, report.flag) for report in found.ready(wait=True)] == [(3, False)]
+    assert [(report.tag, report.rest) for report in told] == [(0, False), (1, True), (2, True)]
+    assert not math.isnan(told[2].replicas[0]), "reports of requests alone leave the figures to the next"
+    assert [(report.tag, report.rest) for report in found.ready(wait=True)] == [(3, False)]
     assert list(found.ready(wait=True)) == []
     closed(found, engine)
 
@@ -152,7 +152,7 @@ def test_a_late_rank_delays_nobody(shared_path: Path) -> None:
     late = RANK == SIZE - 1
     told: list[Report[int]] = []
     for n in range(3):
-        found.start(n, flag=False)
+        found.start(n)
     told += list(found.ready(wait=True))
     if late:
         end = time.monotonic() + 20
@@ -160,7 +160,7 @@ def test_a_late_rank_delays_nobody(shared_path: Path) -> None:
             assert time.monotonic() < end, "the others wait for this rank"
             time.sleep(0.01)
     for n in range(3, 9):
-        found.start(n, flag=late and n == 5)
+        found.start(n, rest=late and n == 5)
         early = list(found.ready())
         assert late or not early, "nothing can be known of them yet"
         told += early
@@ -168,7 +168,7 @@ def test_a_late_rank_delays_nobody(shared_path: Path) -> None:
         (shared_path / f"{RANK}.told").touch()
     told += list(found.ready(wait=True))
     assert [report.tag for report in told] == list(range(9))
-    assert [report.tag for report in told if report.flag] == [5]
+    assert [report.tag for report in told if report.rest] == [5]
     closed(found, engine)
 
 
@@ -177,6 +177,6 @@ def test_more_reports_than_may_be_under_way(monkeypatch: pytest.MonkeyPatch) -> 
     engine = make(LAYOUTS[0])
     found: Reports[int] = Reports(engine)
     for n in range(10):
-        found.start(n, flag=False)
+        found.start(n)
     assert [report.tag for report in found.ready(wait=True)] == list(range(10))
     closed(found, engine)

@@ -160,7 +160,8 @@ def test_measured_trainings_do_nothing_else() -> None:
     timed = modes.timed(made.config, 30, trace=True)
     train = timed.train
     assert (train.steps, train.epochs, train.stop_at, timed.trace) == (30, None, None, True)
-    assert min(train.report_every, train.evaluate_every, train.checkpoint_every) > 30
+    assert min(train.report_every, train.evaluate_every) > 30
+    assert {timed.checkpoint.every_steps, timed.checkpoint.every_seconds, timed.checkpoint.every_epochs} == {None}
     until = modes.until(made.config, 0.9).train
     assert until.stop_at is not None
     assert (until.stop_at.accuracy, until.epochs, until.evaluate_every) == (0.9, 3, 1)

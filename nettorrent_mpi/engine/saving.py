@@ -1,0 +1,47 @@
+"""When the training state is saved: by steps, by epochs and by seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from nettorrent_mpi.config.sections import Checkpoint
+from nettorrent_mpi.exchange.base import next_multiple
+
+
+class Saving:
+    """A Saving knows after which steps a checkpoint is due, and writes it by `write`.
+
+    Steps and epochs are the same on all ranks. Seconds are this rank's own: where they are over (`overdue`) it asks the
+    others to come to rest by its next report, as it would ask them to stop (engine/stopping.py).
+    """
+
+    def __init__(self, settings: Checkpoint, epoch_steps: int):
+        every = (settings.every_steps, settings.every_epochs and settings.every_epochs * epoch_steps)
+        self._every = [steps for steps in every if steps is not None]
+        self._seconds = settings.every_seconds
+        self.write: Callable[[bool], None] | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin to count the seconds."""
+        self._since = time.monotonic()
+
+    def rests(self, step: int) -> list[int]:
+        """Return steps after `step` at which all ranks come to rest for a checkpoint, among them the next one."""
+        return [next_multiple(step, every) for every in self._every] if self.write else []
+
+    def due(self, step: int) -> bool:
+        """Whether steps or epochs want a checkpoint after this step."""
+        return any(step % every == 0 for every in self._every)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the seconds since the last checkpoint are over on this rank."""
+        return self.write is not None and self._seconds is not None and time.monotonic() - self._since >= self._seconds
+
+    def save(self, *, needed: bool) -> None:
+        """Write a checkpoint, which is `needed` if the training ends without results. All ranks call, at rest."""
+        if self.write is not None:
+            self.write(needed)
+        self.begin()
