@@ -14,6 +14,7 @@ need them. Nothing here reads pickled data.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,9 +73,11 @@ def open_dataset(name: str, root: str | None, *, options: DataOptions | None = N
         return replace(_OPENERS[name](root, options), name=name)
     except DataError as error:
         published = DATASETS[name].published
-        if not planning or published is None or error.file is None or Path(error.file).exists():
+        if not planning or published is None or error.file is None or os.path.exists(error.file):
             raise
         missing, shape = error, published.shape
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})", file=str(error.filename or root)) from error
 
     def fail(*_: Array) -> NoReturn:
         raise missing

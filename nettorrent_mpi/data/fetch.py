@@ -34,11 +34,13 @@ _TIMEOUT = 30.0  # seconds without a byte
 
 @dataclass(frozen=True)
 class Download:
-    """A Download describes a file: its name, the addresses to try in turn, its sum."""
+    """A Download describes a file: its name, the addresses to try in turn, its sum, and the bytes that it has at most:
+    an answer that goes on beyond them is another file."""
 
     name: str
     urls: tuple[str, ...]
     sha256: str
+    most: int = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def _idx(folder: str, bases: tuple[str, ...], sums: tuple[str, str, str, str]) -
     kinds = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     files = [f"{kind}-ubyte.gz" for kind in kinds]
     downloads = (
-        Download(file, tuple(base + file for base in bases), sha256) for file, sha256 in zip(files, sums, strict=True)
+        Download(file, tuple(base + file for base in bases), sha256, 64 << 20)
+        for file, sha256 in zip(files, sums, strict=True)
     )
     return Recipe(folder, tuple(downloads))
 
@@ -91,6 +94,7 @@ RECIPES: Mapping[str, Recipe] = {
                 "emnist-gzip.zip",
                 ("https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",),
                 "fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
+                1 << 30,
             ),
         ),
         tuple(
@@ -106,6 +110,7 @@ RECIPES: Mapping[str, Recipe] = {
                 "cifar-10-binary.tar.gz",
                 ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+                1 << 28,
             ),
         ),
         tuple(
@@ -165,8 +170,8 @@ def _download(download: Download, file: Path, progress: Progress | None, by_hand
     for url in download.urls:
         if not part.exists() or _sha256(part) != download.sha256:
             try:
-                _transfer(url, part, download.name, progress)
-            except (OSError, http.client.HTTPException) as error:
+                _transfer(url, part, download, progress)
+            except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: of a senseless answer
                 failures.append(f"{url}: {error}")
                 continue
             actual = _sha256(part)
@@ -177,12 +182,15 @@ def _download(download: Download, file: Path, progress: Progress | None, by_hand
         with _writing(file):
             os.replace(part, file)
         return
+    if part.exists() and not part.stat().st_size:
+        part.unlink()
     kept = f" ({part.stat().st_size} bytes are kept: the same command goes on from there)" if part.exists() else ""
     raise DataError(f"could not be downloaded{kept}: {'; '.join(failures)}. {by_hand}", file=str(file))
 
 
-def _transfer(url: str, part: Path, name: str, progress: Progress | None) -> None:
-    """Append the missing bytes to `part`. Raises OSError or HTTPException for the network, DataError for the disk."""
+def _transfer(url: str, part: Path, download: Download, progress: Progress | None) -> None:
+    """Append the missing bytes to `part`. Raises OSError, HTTPException or ValueError for the network, DataError for
+    the disk."""
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "nettorrent_mpi"} | ({"Range": f"bytes={done}-"} if done else {})
     try:
@@ -192,7 +200,7 @@ def _transfer(url: str, part: Path, name: str, progress: Progress | None) -> Non
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not done:
             raise
         part.unlink()  # longer than the file: not its beginning
-        _transfer(url, part, name, progress)
+        _transfer(url, part, download, progress)
         return
     with response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
@@ -201,10 +209,15 @@ def _transfer(url: str, part: Path, name: str, progress: Progress | None) -> Non
         total = done + int(length) if length is not None else None
         with _creating(part, append=done > 0) as output:
             while chunk := response.read(_CHUNK):
-                _put(chunk, output, part)
                 done += len(chunk)
+                if done > download.most:
+                    break
+                _put(chunk, output, part)
                 if progress is not None:
-                    progress(name, done, total)
+                    progress(download.name, done, total)
+    if done > download.most:
+        part.unlink()
+        raise ConnectionError(f"the answer has more than {download.most:,} bytes: it is another file")
     if total is not None and done < total:
         raise ConnectionError(f"the connection ended after {done} of {total} bytes")
 

@@ -6,6 +6,7 @@ dimension as a big-endian 32-bit number, then the values (Y. LeCun, C. Cortes, C
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class IdxFile:
     @property
     def length(self) -> int:
         """Return the number of bytes of the file, decompressed."""
-        return self.header + int(np.prod(self.shape, dtype=np.int64))
+        return self.header + math.prod(self.shape)
 
     def read(self, out: Array) -> None:
         """Fill `out` (uint8, C-contiguous, as many values as the file has). Raises DataError."""

@@ -75,7 +75,7 @@ class Scaling:
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
     ):
-        self._size = int(np.prod(shape))
+        self._size = math.prod(shape)
         means = _per_channel("mean", mean, 0.0, shape)
         stds = _per_channel("std", std, 1.0, shape)
         if not np.all(stds > 0.0):
@@ -86,9 +86,9 @@ class Scaling:
                     f"{given}, but the values are scaled to 0..1 before it applies: divide it by {1 / unit:g}",
                     key=f"data.{name}",
                 )
-        self.factor, self.offset = unit / stds, means / stds  # (channels,): x <- x * factor - offset
+        self.factor, self.offset = unit / stds, means / stds  # (channels,) or (1,): x <- x * factor - offset
         self._stds = stds
-        self.mean, self.std = tuple(means.tolist()), tuple(stds.tolist())
+        self.mean, self.std = _shortest(means), _shortest(stds)
         self._cache: dict[np.dtype[Any], tuple[Array | None, Array | None]] = {}
 
     def without_unit(self) -> Scaling:
@@ -125,7 +125,12 @@ def _per_channel(name: str, value: float | Sequence[float] | None, default: floa
         raise ConfigError(text, key=f"data.{name}")
     if not np.all(np.isfinite(values)):
         raise ConfigError(f"must be finite, not {value}", key=f"data.{name}")
-    return np.broadcast_to(values, (shape[-1],)).copy()
+    return values
+
+
+def _shortest(values: Array) -> tuple[float, ...]:
+    """Return the values, or one of them if all are equal."""
+    return tuple(values.tolist()) if np.any(values != values[0]) else (float(values[0]),)
 
 
 class Inputs:

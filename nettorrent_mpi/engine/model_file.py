@@ -78,6 +78,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
 
     def visit(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset):
+            _check_own(file, item)
             arrays[name] = np.asarray(item)
 
     with opened(path) as file:
@@ -92,6 +93,14 @@ def check_shape(file: h5py.File, name: str, shape: Shape) -> None:
         raise DataError(
             f"array {name} {found}, the network wants {shape}; is it another network's?", file=file.filename
         )
+    _check_own(file, file[name])
+
+
+def _check_own(file: h5py.File, array: h5py.Dataset) -> None:
+    """Raise DataError if the array is a link to another file: a stranger's could make this program read any file."""
+    if array.external or array.is_virtual or array.file.filename != file.filename:
+        text = f"array {array.name} is not stored in this file, as nettorrent_mpi does it; use a file of its own"
+        raise DataError(text, file=file.filename)
 
 
 def read_box(file: h5py.File, name: str, box: Box, out: Array) -> None:

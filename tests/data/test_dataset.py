@@ -286,6 +286,16 @@ def test_wrong_headers(tmp_path: Path, compressed: bool) -> None:
         assert (caught.value.file, caught.value.offset) == (str(tmp_path / "mnist" / name), offset)
 
 
+def test_a_header_whose_product_no_integer_holds(tmp_path: Path) -> None:
+    (tmp_path / "mnist").mkdir()
+    header = struct.pack(">4B3I", 0, 0, 8, 3, 64, 2**29, 2**29)
+    (tmp_path / "mnist" / "train-images-idx3-ubyte").write_bytes(header)
+    with pytest.raises(
+        DataError, match=r"truncated: 16 bytes, but shape \(64, 536870912, 536870912\) makes 184467440737"
+    ):
+        open_dataset("mnist", str(tmp_path))
+
+
 def test_labels_that_do_not_fit(tmp_path: Path) -> None:
     write_mnist(tmp_path / "mnist", compressed=False)
     path = tmp_path / "mnist" / "train-labels-idx1-ubyte"

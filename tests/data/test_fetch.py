@@ -9,12 +9,14 @@ import io
 import re
 import resource
 import socket
+import socketserver
 import struct
 import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -273,3 +275,52 @@ def test_recipes_are_complete_and_unknown_names_are_told() -> None:
             assert all(url.startswith(("https://", "http://")) for url in download.urls)
     with pytest.raises(ConfigError, match="'digits' cannot be downloaded; there are mnist"):
         fetch("digits", Path())
+
+
+class Answers(socketserver.StreamRequestHandler):
+    """Answers every request below /NAME by what `texts` has of that name, and /endless without an end."""
+
+    texts: ClassVar[dict[str, bytes]] = {
+        "length": b"Content-Length: abc\r\n\r\nx",
+        "chunk": b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n",
+        "address": b"Location: http://[::1/x\r\n\r\n",
+        "host": b"Location: http://.\xc3\xa4./x\r\n\r\n",
+    }
+
+    def handle(self) -> None:
+        name = self.rfile.readline().split()[1].decode().strip("/")
+        status = "302 Found" if b"Location" in self.texts.get(name, b"") else "200 OK"
+        try:
+            self.wfile.write(f"HTTP/1.1 {status}\r\nConnection: close\r\n".encode() + self.texts.get(name, b"\r\n"))
+            while name == "endless":
+                self.wfile.write(bytes(1 << 16))
+        except OSError:
+            return  # it was told to stop
+
+
+@pytest.fixture
+def senseless() -> Iterator[str]:
+    listener = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.server_address[1]}"
+    listener.shutdown()
+    listener.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("answer", ["endless", *Answers.texts])
+def test_after_a_senseless_answer_the_next_address_is_tried(
+    server: Server, senseless: str, tmp_path: Path, answer: str
+) -> None:
+    offer_mnist(server)
+    downloads = []
+    for name, content in server.files.items():
+        urls = (f"{senseless}/{answer}", server.url(name))
+        downloads.append(Download(name, urls, hashlib.sha256(content).hexdigest(), most=1 << 20))
+    fetch("mnist", tmp_path, recipes={"mnist": Recipe("mnist", tuple(downloads))})
+    assert contents(tmp_path / "mnist") == server.files
+    nowhere = Download("a.gz", (f"{senseless}/{answer}",), "0" * 64, most=1 << 20)
+    with pytest.raises(DataError, match=r"a\.gz: could not be downloaded: http"):
+        fetch("mnist", tmp_path / "other", recipes={"mnist": Recipe("mnist", (nowhere,))})
+    assert contents(tmp_path / "other" / "mnist") == {}
