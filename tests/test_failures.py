@@ -171,15 +171,16 @@ def test_divergence(mpirun: Callable[..., Run], tmp_path: Path, config: Path, mp
 
 
 def test_a_divergence_of_finite_numbers(series: Callable[..., Any], tmp_path: Path) -> None:
-    train = "{steps: 5, batch_size: 500, optimizer: {sgd: {lr: LR}}}"
+    train = "{steps: 5, batch_size: 2000, optimizer: {sgd: {lr: LR}}}"
     model = "{layers: [flatten, {linear: 10}], loss: mean_squared_error}"
     commands = []
     for lr in (0.1, 1.3, 300):
         config = tmp_path / f"{lr}.yaml"
         config.write_text(f"data: {{name: digits}}\nmodel: {model}\ntrain: {train.replace('LR', str(lr))}\n")
         commands.append(["train", config, "--output", tmp_path / f"{lr}"])
-    told = series(2, tmp_path / "series", commands, on=True)
+    *told, evaluated = series(2, tmp_path / "series", [*commands, ["evaluate", tmp_path / "1.3"]], on=True)
     assert [code for code, *_ in told] == [0, 0, 1]
+    assert re.fullmatch(r"test: loss \d+\.\d+, accuracy \d+\.\d+ %\n", evaluated[1]), "nothing about the training"
     for (code, first, others), warned in zip(told, (0, 1, 1), strict=True):
         assert (first + others).count("nettorrent: warning: the training loss is ") == warned, first
         assert ("the training diverged" in first) == bool(code)

@@ -15,10 +15,11 @@ from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.engine.model_file import read_arrays
+from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.plan import exchange_specs as choices
-from nettorrent_mpi.plan.errors import DataError, OutputError
+from nettorrent_mpi.plan.errors import DataError, OutputError, warn
 from nettorrent_mpi.plan.specs import Constant
-from nettorrent_mpi.planning import load_config, plan
+from nettorrent_mpi.planning import PlannedRun, load_config
 
 
 def evaluate(arguments: Sequence[str], chosen: str) -> int:
@@ -30,7 +31,9 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
         folder = Path(args.run)
         config = world.once(lambda: _any_ranks(load_config(folder / "config.yaml", *args.changes)))
         with world.agreement():
-            planned = plan(config, ranks=world.size, data_needed=True)
+            planned = PlannedRun(set_up(config, world.size), has_length=True)  # its warnings are about a training
+            for note in planned.setup.dataset.notes:
+                warn(note)
             if planned.setup.dataset.test is None and not len(planned.setup.sampler.validation_rows):
                 raise DataError(
                     "has no test set (x_test, y_test), and the run held back no validation rows: there is nothing to "
