@@ -33,7 +33,7 @@ ASKED_FOR = {("cli.commands", "speedup.command"), ("planning", "cli.dry_run")}
 # The order within a folder. Modules that are not listed only have to be free of cycles.
 ORDER: dict[str, list[str]] = {
     "device": ["arrays", "random", "geometry", "ops", "cpu", "device"],
-    "nn": ["layer", "initial", "rates", "optimizers", "losses", "layers", "model", "footprint"],
+    "nn": ["layer", "initial", "rates", "optimizers", "losses", "fit", "layers", "model", "footprint"],
     "exchange": [
         "replicas",
         "base",

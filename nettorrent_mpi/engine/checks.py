@@ -9,7 +9,7 @@ from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Shape
 from nettorrent_mpi.engine.layout import AS_FAST, on_fewer_ranks, one_stage, predicted
-from nettorrent_mpi.nn.losses import has_accuracy
+from nettorrent_mpi.nn.fit import has_accuracy
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import Machine

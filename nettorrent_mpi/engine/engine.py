@@ -24,7 +24,8 @@ from nettorrent_mpi.engine.state import PARAMETERS, State
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.exchange import make_exchange
-from nettorrent_mpi.nn.losses import check_fit, make_loss, out_of_reach
+from nettorrent_mpi.nn.fit import check_fit, out_of_reach
+from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import DataError, warn

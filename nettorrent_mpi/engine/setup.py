@@ -14,7 +14,7 @@ from nettorrent_mpi.device.device import Kernels
 from nettorrent_mpi.engine.checks import channels_first, check_batch_norm, check_exchange, check_judged, doubts, slow
 from nettorrent_mpi.engine.layout import lay_out, micro_batches
 from nettorrent_mpi.engine.run_plan import Options, Plan
-from nettorrent_mpi.nn.losses import check_end, check_fit
+from nettorrent_mpi.nn.fit import check_end, check_fit, unusual_labels
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates, extremes
 from nettorrent_mpi.plan.errors import ShapeError, keyed
@@ -120,7 +120,9 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planni
         kernels=_kernels(config, network, ranks, sampler.steps_per_epoch),
     )
     setup = Setup(config, dataset, sampler, network, topology, options)
-    warnings = [*dataset.notes, *filter(None, [doubt]), *doubts(config, sampler, topology, pieces, setup.steps)]
+    labels = unusual_labels(config.model.loss, network.output_shape[-1], dataset.classes)
+    warnings = [*dataset.notes, *filter(None, [doubt, labels])]
+    warnings += doubts(config, sampler, topology, pieces, setup.steps)
     warnings += slow(config, network, topology, setup.steps)
     return replace(setup, warnings=tuple(warnings))
 

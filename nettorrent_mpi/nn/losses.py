@@ -8,25 +8,14 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from math import inf, log, prod
+from collections.abc import Callable
+from math import inf, log
 
-from nettorrent_mpi.device.arrays import Array, DType, Shape, as_dtype
+from nettorrent_mpi.device.arrays import Array, DType, Shape
 from nettorrent_mpi.device.ops import Ops
 from nettorrent_mpi.nn.layer import Context
-from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
-from nettorrent_mpi.plan.specs import (
-    AvgPool2d,
-    BinaryCrossEntropy,
-    CrossEntropy,
-    Dropout,
-    Flatten,
-    GlobalAvgPool2d,
-    LayerSpec,
-    MaxPool2d,
-    MeanSquaredError,
-    Spec,
-)
+from nettorrent_mpi.plan.errors import DataError
+from nettorrent_mpi.plan.specs import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, Spec
 
 
 class Loss(ABC):
@@ -80,104 +69,6 @@ def make_loss(spec: Spec) -> Loss:
     return _MeanSquaredError()
 
 
-def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DType, classes: int | None) -> None:
-    """Raise ShapeError if the last layer and the data do not fit the loss `spec`, before training.
-
-    `layer` is the last layer's name and `outputs` the shape of one row of its outputs; `target` is the shape of one
-    row's target (() for labels), `dtype` the targets' type, `classes` the number of classes in the data (None: none).
-    """
-    dtype = as_dtype(dtype)
-    is_label = _are_labels(dtype, 1 + len(target))
-    if len(outputs) != 1:
-        shape = " x ".join(map(str, outputs))
-        raise ShapeError(
-            f"layer {layer}, the last one, gives {shape} numbers per row, but {spec.kind} needs one row of them: "
-            "end the network with flatten or global_avg_pool2d and a linear layer"
-        )
-    units = outputs[0]
-    if isinstance(spec, CrossEntropy) and not is_label:
-        raise ShapeError(
-            f"the targets of the data are {dtype} of shape {target} per row, but cross_entropy after layer "
-            f"{layer} needs one whole-number label per row: store whole numbers, or use mean_squared_error"
-        )
-    if is_label and classes is not None:
-        single_logit = isinstance(spec, BinaryCrossEntropy) and units == 1 and classes == 2
-        single_value = isinstance(spec, MeanSquaredError) and units == 1
-        if units < classes and not single_logit and not single_value:
-            raise ShapeError(
-                f"layer {layer}, the last one, has {units} units, but the data has {classes} classes: "
-                f"give it {classes} units"
-            )
-    if not is_label and prod(target) != units:
-        raise ShapeError(
-            f"layer {layer}, the last one, has {units} units, but each row of the data has a target of shape {target}: "
-            f"give it {prod(target)} units"
-        )
-
-
-def has_accuracy(spec: Spec, units: int, classes: int | None) -> bool:
-    """Whether this loss counts correct rows, for so many outputs; `classes` is None if the targets are no labels."""
-    if isinstance(spec, BinaryCrossEntropy) and units == 1:
-        return True
-    return classes is not None and (units > 1 or not isinstance(spec, MeanSquaredError))
-
-
-def check_end(spec: Spec, layers: Sequence[LayerSpec], units: int, classes: int | None) -> None:
-    """Raise ConfigError if the network ends with what cannot be meant before the loss `spec`: outputs that are dropped
-    at random, logits that an activation limits, an activation that cannot give the labels.
-
-    `layers` are the network's, each activation one of its own; `units` is the number of outputs, `classes` that of the
-    classes in the data (None: the targets are no labels, see `out_of_reach`).
-    """
-    last, averaged = _end(layers)
-    text = None
-    if isinstance(last, Dropout):
-        text = (
-            f"layer {last.name} comes last and sets outputs to 0 at random, which {spec.kind} takes for the network's "
-            "answer: put it before the last layer with weights"
-        )
-    elif isinstance(spec, MeanSquaredError):
-        if classes is not None:
-            text = out_of_reach(spec, layers, 0, classes - 1 if units == 1 else 1)
-    elif last.limits != (-inf, inf) and not (averaged and last.limits[1] == inf and isinstance(spec, CrossEntropy)):
-        # To a softmax only differences matter, so that averages of numbers above 0 can stand for any probabilities:
-        # relu before global_avg_pool2d is usual (Lin, Chen, Yan, arXiv:1312.4400).
-        own = "softmax" if isinstance(spec, CrossEntropy) else "sigmoid"
-        text = (
-            f"layer {last.name} comes last and gives numbers {_between(last)}, but {spec.kind} takes logits, numbers "
-            f"of either sign and any size, and applies the {own} itself: leave {last.kind} out"
-        )
-    if text is not None:
-        raise ConfigError(text)
-
-
-def out_of_reach(spec: Spec, layers: Sequence[LayerSpec], lowest: float, highest: float) -> str | None:
-    """Return a text if the outputs cannot reach the targets of the loss `spec`, from `lowest` to `highest`."""
-    last, _ = _end(layers)
-    if last.limits[0] <= lowest and highest <= last.limits[1]:
-        return None
-    return (
-        f"layer {last.name} comes last and gives numbers {_between(last)}, but the targets of {spec.kind} go from "
-        f"{lowest:.6g} to {highest:.6g}: leave {last.kind} out, or scale the targets"
-    )
-
-
-def _end(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, bool]:
-    """Return the last layer that does more than arrange or pool numbers, and whether they are averaged after it."""
-    averaged = False
-    for layer in reversed(layers):
-        averaged = averaged or isinstance(layer, AvgPool2d | GlobalAvgPool2d)
-        idle = isinstance(layer, Dropout) and (averaged or layer.rate == 0)
-        if not idle and not isinstance(layer, Flatten | MaxPool2d | AvgPool2d | GlobalAvgPool2d):
-            return layer, averaged
-    return layers[0], averaged
-
-
-def _between(layer: LayerSpec) -> str:
-    low, high = layer.limits
-    return f"from {low:g} to {high:g}" if high < inf else f"from {low:g} on"
-
-
 class _CrossEntropy(Loss):
     """Softmax and the negative log likelihood of the label: (1 - e) * -log p_label + e / O * sum(-log p), where e =
     label_smoothing is spread over all O outputs. Rows are shifted by their largest output, so exp cannot overflow."""
@@ -191,7 +82,7 @@ class _CrossEntropy(Loss):
         ctx.ops.cross_entropy(outputs_bO, targets, self._smoothing, total, dy, metrics)
 
     def check_targets(self, targets: Array, outputs: Shape, most: float = sys.float_info.max) -> None:
-        if not _are_labels(targets.dtype, targets.ndim):
+        if not are_labels(targets.dtype, targets.ndim):
             raise DataError(
                 f"cross_entropy needs whole-number labels of shape (N,), not {targets.dtype} of shape {targets.shape}"
             )
@@ -213,7 +104,7 @@ class _Elementwise(Loss):
         self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
     ) -> None:
         wanted_bO = ctx.workspace.scratch("wanted outputs", outputs_bO.shape)
-        if outputs_bO.shape[1] > 1 and _are_labels(targets.dtype, targets.ndim):
+        if outputs_bO.shape[1] > 1 and are_labels(targets.dtype, targets.ndim):
             ctx.ops.count_right(outputs_bO, targets, metrics)
             ctx.ops.one_hot(targets, wanted_bO)
         else:
@@ -222,7 +113,7 @@ class _Elementwise(Loss):
         self._operation(ctx.ops)(outputs_bO, wanted_bO, total, dy, metrics)
 
     def check_targets(self, targets: Array, outputs: Shape, most: float = sys.float_info.max) -> None:
-        if outputs[-1] > 1 and _are_labels(targets.dtype, targets.ndim):
+        if outputs[-1] > 1 and are_labels(targets.dtype, targets.ndim):
             _check_labels(targets, outputs[-1])
             return
         if targets.size != len(targets) * outputs[-1]:
@@ -277,7 +168,7 @@ class _MeanSquaredError(_Elementwise):
     _least, _most = -inf, inf
 
     def of_zeros(self, targets: Array, units: int) -> float:
-        if units > 1 and _are_labels(targets.dtype, targets.ndim):
+        if units > 1 and are_labels(targets.dtype, targets.ndim):
             return 1 / units
         return float((targets.astype("float64") ** 2).mean())
 
@@ -285,7 +176,8 @@ class _MeanSquaredError(_Elementwise):
         return ops.squared_error
 
 
-def _are_labels(dtype: DType, ndim: int) -> bool:
+def are_labels(dtype: DType, ndim: int) -> bool:
+    """Whether targets of this type and number of dimensions are labels."""
     return bool(dtype.kind in "iu" and ndim == 1)
 
 

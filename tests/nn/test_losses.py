@@ -11,9 +11,10 @@ import pytest
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.nn.fit import check_end, check_fit, has_accuracy, out_of_reach
 from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.nn.layers.sequence import expanded, named
-from nettorrent_mpi.nn.losses import Loss, check_end, check_fit, has_accuracy, make_loss, out_of_reach
+from nettorrent_mpi.nn.losses import Loss, make_loss
 from nettorrent_mpi.plan.errors import ConfigError, DataError, ShapeError
 from nettorrent_mpi.plan.specs import (
     BatchNorm,
