@@ -281,6 +281,7 @@ def test_damaged_files(series: Callable[..., Any], tmp_path: Path, resumed: dict
     assert re.search(r"error: .*step-0000000030\.h5: is not a whole file", damaged[1])
     warnings = [line for line in done[1].splitlines() if line.startswith("nettorrent: warning: ")]
     assert len(warnings) == 2, done[1]
+    assert "warning" not in done[2]
     assert re.search(r"step-0000000030\.h5: is not a whole file .*; resuming from step-0000000020\.h5", warnings[0])
     assert "metrics.jsonl: 2 lines could not be read" in warnings[1]
     told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

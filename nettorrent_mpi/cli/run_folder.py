@@ -100,6 +100,9 @@ class RunFolder:
         def body() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
             told = [] if after is None else self._told(metrics, after)
+            if after is not None and checkpoints.is_dir():  # better now than after an epoch
+                write_whole(checkpoints / "try", "")
+                (checkpoints / "try").unlink()
             with replacing(self.path / "config.yaml") as part:
                 part.write_text(config, encoding="utf-8")
                 if after is None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nettorrent_mpi.data.storage import PASSING, refused
 from nettorrent_mpi.plan.errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -24,6 +25,8 @@ def opening(path: Path, remedy: str) -> Iterator[io.BufferedReader]:
     except FileNotFoundError:
         raise DataError(f"no such file; {remedy}", file=str(path)) from None
     except OSError as error:
+        if error.errno in PASSING:
+            refused(error, path)
         raise DataError(f"cannot be read ({error.strerror or error}); {remedy}", file=str(path)) from error
 
 

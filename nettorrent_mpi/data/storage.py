@@ -20,7 +20,7 @@ T = TypeVar("T")
 PAUSES = (0.1, 0.5)  # seconds before each further attempt
 # What a network's file system may answer once. (A file that could not be flushed has to be written anew: the system
 # forgets the pages.)
-_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EREMOTEIO}
+PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EREMOTEIO}
 # The answers of a file system that cannot flush a file or a folder (some of SMB, FUSE, virtual machines).
 _NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 # The oldest format of HDF5 whose metadata have checksums: with an older one a flipped bit may give wrong arrays.
@@ -33,7 +33,7 @@ def retried(action: Callable[[], T]) -> T:
         try:
             return action()
         except OSError as error:
-            if error.errno not in _PASSING:
+            if error.errno not in PASSING:
                 raise
             time.sleep(pause)
     return action()
@@ -43,7 +43,8 @@ def refused(error: Exception, path: Path) -> None:
     """Raise a DataError if reading failed by an answer of the system's: then the file may well be sound."""
     number = getattr(error, "errno", None)
     if number and number != errno.EINVAL:  # which HDF5 gives where an offset makes no sense
-        raise DataError(f"could not be read ({os.strerror(number)}); try again", file=str(path)) from error
+        remedy = "; try again" if number in PASSING else ""
+        raise DataError(f"could not be read ({os.strerror(number)}){remedy}", file=str(path)) from error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ NetTorrentWarning            what is doubtful but may be meant, in one line: giv
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -143,6 +144,9 @@ class ScheduleError(NetTorrentError):
     """A schedule that cannot run to completion."""
 
 
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # where writing fails, no file is named
+
+
 def in_one_line(error: Exception) -> NetTorrentError | None:
     """Return the error that tells a user of this one: itself if it is the package's, one for too little memory, or for
     what the operating system says about a file or its name; None for any other."""
@@ -154,8 +158,8 @@ def in_one_line(error: Exception) -> NetTorrentError | None:
             f"there is not enough memory{reason}: make the network, the mini-batch or the data smaller, or divide them "
             "over more ranks and nodes; --dry-run predicts the memory of each rank"
         )
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return RefusedError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in _OF_DISKS):
+        return RefusedError(": ".join(str(part) for part in (error.filename, error.strerror) if part is not None))
     if isinstance(error, UnicodeEncodeError):
         text = f"{error.object!r} cannot be written in this locale's encoding, {error.encoding}; set LC_ALL=C.UTF-8"
         return RefusedError(text)
