@@ -39,7 +39,13 @@ def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Seq
     if class_names is not None:
         classes = len(class_names)
     elif labelled:
-        classes = classes_of({name: _values(path, name) for name in names[1::2]}, str(path))
+        labels = {name: _values(path, name) for name in names[1::2]}
+        classes = classes_of(labels, str(path))
+        seen = np.unique(labels["y"])
+        if len(seen) < classes:
+            first = int(np.argmax(np.append(seen, classes) != np.arange(len(seen) + 1)))
+            more = f", and {classes - len(seen) - 1} more of 0..{classes - 1}" if len(seen) + 1 < classes else ""
+            notes.append(f"{path}: no row of y has label {first}{more}: are the classes numbered 0, 1, 2, ...?")
     scaling = Scaling(shape, UNIT if dtype == BYTE else 1.0, mean, std)
 
     def split(x: str, y: str) -> Split:

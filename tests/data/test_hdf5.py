@@ -313,6 +313,16 @@ def test_class_names_that_are_none(tmp_path: Path, classes: Any, text: str) -> N
     assert caught.value.file == str(path)
 
 
+def test_labels_that_leave_classes_without_rows_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "set.h5", values("u1"), labels() + 1)
+    assert open_dataset("hdf5", str(tmp_path / "set.h5")).notes == (
+        f"{tmp_path}/set.h5: no row of y has label 0: are the classes numbered 0, 1, 2, ...?",
+    )
+    write(tmp_path / "set.h5", values("u1"), 7 * labels())
+    (note,) = open_dataset("hdf5", str(tmp_path / "set.h5")).notes
+    assert "no row of y has label 1, and 17 more of 0..21" in note
+
+
 @pytest.mark.parametrize(
     ("y", "text"),
     [
