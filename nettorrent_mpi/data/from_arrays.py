@@ -125,9 +125,7 @@ def as_targets(values: Array, classes: int | None, name: str, file: str | None =
     wrong = np.flatnonzero((values < 0) | (values >= classes))  # before a conversion, which would wrap large ones
     if len(wrong):
         row = int(wrong[0])
-        text = (
-            f"{name}: label {values[row]} of row {row} is not in 0..{classes - 1}; correct it or the list of classes"
-        )
+        text = f"{name}: label {values[row]} of row {row} is not in 0..{classes - 1}; correct it or the list of classes"
         raise DataError(text, file=file)
     return values.astype(np.int64, copy=False)
 
