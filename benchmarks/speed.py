@@ -223,7 +223,9 @@ def main() -> None:
     if options.repeats < 1:
         parser.error("--repeats has to be at least 1")
     if not (options.kernels or torch_is_there()):
-        parser.error("PyTorch is not installed: pip install '.[compare]'")
+        parser.error(
+            "PyTorch is not installed: pip install '.[compare]' --extra-index-url https://download.pytorch.org/whl/cpu"
+        )
     launcher = Launcher(options.launcher)
     report: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks speed", *sys.argv[1:]]),

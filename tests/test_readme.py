@@ -108,6 +108,24 @@ def test_the_configuration_is_one(tmp_path: Path) -> None:
     assert config.train.batch_size == yaml.safe_load(text)["train"]["batch_size"]
 
 
+ARRAYS = """
+import numpy as np
+x, y = np.random.default_rng(0).normal(size=(300, 5)), np.arange(300) % 10
+x_test, y_test, x_new = x[:50], y[:50], x[:7]
+"""
+
+
+def test_the_script_runs(tmp_path: Path) -> None:
+    (script,) = blocks("python")
+    command = [sys.executable, "-c", f"{ARRAYS}{script}print(classes.shape, flush=True)"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "(7,)"
+    assert (tmp_path / "model.h5").exists()
+
+
 # -- the quick start ---------------------------------------------------------------------------------------------------
 (QUICK_START,) = blocks("sh")
 AS_USER: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []}  # nobody

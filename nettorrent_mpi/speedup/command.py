@@ -27,7 +27,10 @@ from nettorrent_mpi.speedup.modes import MODES, VALIDATION, Candidate
 from nettorrent_mpi.speedup.sides import PEERS, Side
 
 TORCH_WARM_UP = 11  # steps: torch_peer.WARM_UP and one of an epoch's last size; that module loads PyTorch
-HOW_TO_INSTALL = "PyTorch is not installed, so the comparison omits it: pip install 'nettorrent_mpi[compare]'"
+HOW_TO_INSTALL = (  # PyPI's PyTorch brings gigabytes of CUDA
+    "PyTorch is not installed, so the comparison omits it: pip install 'nettorrent_mpi[compare]' "
+    "--extra-index-url https://download.pytorch.org/whl/cpu"
+)
 
 
 def speedup(args: argparse.Namespace) -> None:

@@ -57,13 +57,14 @@ def _head(results: Results) -> list[str]:
     host, network = results["host"], results["network"]
     done = sorted({len(side["samples_per_second"]) for side in results["sides"] if side["samples_per_second"]})
     turns = " to ".join(str(n) for n in dict.fromkeys((done[0], done[-1]))) if done else "0"
+    what = "Figures of one turn" if done == [1] else f"Medians of {turns} alternating turns"
     told = (
         f"{network['weight_layers']} weight layers, {network['parameters']:,} parameters, "
         f"{network['operations'] / 1e6:,.2f} million operations per row; {results['batch_size']} rows a step, "
         f"{results['dtype']}, {results['optimizer']}."
     )
     how = (
-        f"Medians of {turns} alternating turns of {results['steps']} steps each, one BLAS thread a rank; spread = "
+        f"{what} of {results['steps']} steps each, one BLAS thread a rank; spread = "
         "(largest - smallest) / median. "
         f"{machine.in_words(host)} {results['mpi'] or 'MPI unknown'}; "
         f"kernels of {', '.join(results['kernels'] or ['unknown'])}. Commit {host['commit']}, {host['date']}. "
