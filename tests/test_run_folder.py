@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import resource
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -297,7 +300,8 @@ def test_the_log_has_every_report(done: Done) -> None:
     assert any(line.startswith("layout: ") and "3 ranks" in line for line in lines)
     assert f"run folder: {done.folder}" in lines
     assert sum(line.startswith("learning rate: ") for line in lines) == 1
-    assert len(lines) == 14
+    assert lines[-2] == f"model: {done.folder / 'model.h5'}"
+    assert len(lines) == 16
 
 
 HELD_BACK = [0.0, 0.1]
@@ -476,3 +480,35 @@ def test_lines_wait_for_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step'
     folder.metrics({"step": 4})
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_run_says_what_can_be_done_next_and_is_evaluated_from_any_folder(tmp_path: Path) -> None:
+    """The data are named relative to the folder in which it was trained."""
+    random = np.random.default_rng(0)
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        for part in ("", "_test"):
+            file[f"x{part}"], file[f"y{part}"] = random.normal(size=(16, 3)), np.arange(16) % 2
+    shutil.copy(tmp_path / "data.h5", tmp_path / "nan.h5")
+    with h5py.File(tmp_path / "nan.h5", "r+") as file:
+        file["x_test"][3, 1] = np.nan
+    (tmp_path / "c.yaml").write_text(
+        "data: {name: hdf5, root: data.h5}\nmodel: {layers: [{linear: 2}]}\ntrain: {steps: 2, batch_size: 8}\n"
+    )
+    code = (
+        "import os, sys\nfrom nettorrent_mpi.__main__ import main\n"
+        "main(['train', 'c.yaml', '--output', 'a run'])\n"
+        "main(['train', 'c.yaml', '--output', 'b', '--set', 'data.root=nan.h5'])\nos.chdir('/')\n"
+        "main(['evaluate', sys.argv[1]])\nos.remove(sys.argv[2])\nsys.exit(main(['evaluate', sys.argv[1]]))"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "a run"), str(tmp_path / "data.h5")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert "\nmodel: a run/model.h5\nnext: nettorrent evaluate 'a run' scores it; nettorrent export" in done.stdout
+    assert re.search(r"^test: loss [\d.]+, accuracy", done.stdout, re.MULTILINE), done.stderr
+    assert done.returncode == 2
+    assert "\nlatest checkpoint: b/checkpoints/step-0000000002.h5; when the cause is mended, continue" in done.stdout
+    assert re.fullmatch(
+        r"nettorrent: error: nan\.h5: x_test: feature 1 of row 3 is nan, which the evaluation after step 2 needs.*\n"
+        r"nettorrent: error: .*a run/config\.yaml:\d+: data\.root: .*/data\.h5: no such file.*\n",
+        done.stderr,
+    )

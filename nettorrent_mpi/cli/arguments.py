@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from nettorrent_mpi import __version__
+from nettorrent_mpi.cli.terminal import fitted
+from nettorrent_mpi.config.settings import key_of
+from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.plan.errors import UserError
 
 TRAIN = """\
 Trains the network that CONFIG describes on all ranks of the run, and writes the results to the output folder:
 
-    mpirun -n 4 python -m nettorrent_mpi.train configs/mnist.yaml
-    mpirun -n 4 python -m nettorrent_mpi.train configs/mnist.yaml --set train.epochs=2 --set layout=auto
-    python -m nettorrent_mpi.train configs/cifar.yaml --dry-run --ranks 64
+    mpirun -n 4 nettorrent train configs/mnist.yaml
+    mpirun -n 4 nettorrent train configs/mnist.yaml --set train.epochs=2
+    nettorrent train configs/cifar.yaml --dry-run --ranks 64
 
 Without mpirun it runs on one rank: the serial baseline. Without CONFIG it trains on the handwritten digits that ship
 with the package. Open MPI's mpirun wants --oversubscribe for more ranks than cores, and, to run as root, the variables
@@ -25,7 +29,7 @@ Compares every mode of parallelizing the network that CONFIG describes, on sever
 with PyTorch (where it is installed). The runs alternate. The report says how fast each mode was, and why:
 
     nettorrent speedup configs/mnist.yaml --ranks 1,2,4,8
-    nettorrent speedup configs/digits.yaml --ranks 1,2 --modes rows,1f1b,gossip --peers none --steps 200
+    nettorrent speedup configs/digits.yaml --ranks 1,2 --modes rows,gossip
     nettorrent speedup configs/mnist.yaml --ranks 1,2,4 --accuracy 0.97
 
 It starts the ranks itself; do not put mpirun before it. The output folder gets results.json (all figures, the machine,
@@ -33,15 +37,30 @@ the versions), report.md (tables, and an analysis of the figures), plots as PNG 
 configuration of each run). The report also lists what is not possible, such as more pipeline stages than layers."""
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Breaks lines between words only, and leaves indented lines, which are commands, as they are."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return fitted(" ".join(text.split()), width).replace("\n  ", "\n").split("\n")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = (each if each.startswith(" ") else " ".join(each.split()) for each in text.split("\n\n"))
+        return "\n\n".join(
+            each if each.startswith(" ") else fitted(each, width).replace("\n  ", "\n") for each in paragraphs
+        )
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises UserErrors for wrong arguments, so that they are shown once and not by every rank. Options cannot be
     abbreviated: an abbreviated --help would not be recognised before MPI starts, and every rank would print it."""
 
     def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        hint = nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]), listed=False) if wrong else ""
+        raise UserError(f"{message}{f'; {hint}' if hint else ''} (see {self.prog} --help)")
 
 
 def _parser() -> _Parser:
@@ -49,9 +68,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"nettorrent_mpi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    train = commands.add_parser(
-        "train", help="train a network", description=TRAIN, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    train = commands.add_parser("train", help="train a network", description=TRAIN)
     train.add_argument(
         "config", nargs="?", metavar="CONFIG", help="a YAML file; examples are in configs/ (default: the digits)"
     )
@@ -107,7 +124,6 @@ def _parser() -> _Parser:
 def _add_speedup(commands: Any) -> None:
     parser = commands.add_parser(
         "speedup", help="compare all modes of parallelizing a network, and PyTorch", description=SPEEDUP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
         "config", nargs="?", metavar="CONFIG", help="a YAML file; examples are in configs/ (default: the digits)"
@@ -154,4 +170,31 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line. Raises UserError."""
-    return _parser().parse_args(arguments)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        following = dict(zip(arguments, [*arguments[1:], "-"], strict=True))
+        hints = [hint for hint in (_hint(word, following.get(word, "-"), args) for word in unknown) if hint]
+        command = " ".join([parser.prog, args.command, *([args.action] if hasattr(args, "action") else [])])
+        told = "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints])
+        raise UserError(f"{told} (see {command} --help)")
+    return args
+
+
+def _hint(word: str, following: str, args: argparse.Namespace) -> str:
+    """Say what is to be written in place of an argument that the command does not know; `following` is the next one."""
+    name, _, value = word.lstrip("-").partition("=")
+    if "changes" in args:
+        key = name if not word.startswith("-") and value else key_of(name)
+        if " " in key:
+            return f"{word}: {key}"
+        if key:
+            value = value or ("..." if following.startswith("-") else following)
+            return f"write --set {key}={value} in place of {word}"
+        if name in ("config", "config-file", "cfg", "c"):
+            return "write the configuration's file without an option before it"
+    if not word.startswith("-"):
+        return ""
+    others = ("config", "run", "target", "folder", "name", "command", "action")  # have no option
+    options = [f"--{each.replace('_', '-').replace('changes', 'set')}" for each in vars(args) if each not in others]
+    return nearest(f"--{name}", options, listed=False)

@@ -17,9 +17,9 @@ from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.plan import exchange_specs as choices
-from nettorrent_mpi.plan.errors import DataError, OutputError, warn
+from nettorrent_mpi.plan.errors import DataError, OutputError, UserError, warn
 from nettorrent_mpi.plan.specs import Constant
-from nettorrent_mpi.planning import PlannedRun, load_config
+from nettorrent_mpi.planning import PlannedRun, load_config, placed
 
 
 def evaluate(arguments: Sequence[str], chosen: str) -> int:
@@ -31,7 +31,10 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
         folder = Path(args.run)
         config = world.once(lambda: _any_ranks(load_config(folder / "config.yaml", *args.changes)))
         with world.agreement():
-            planned = PlannedRun(set_up(config, world.size), has_length=True)  # its warnings are about a training
+            try:
+                planned = PlannedRun(set_up(config, world.size), has_length=True)  # its warnings are about a training
+            except UserError as error:
+                raise placed(error, folder / "config.yaml", *args.changes) from None
             for note in planned.setup.dataset.notes:
                 warn(note)
             if planned.setup.dataset.test is None and not len(planned.setup.sampler.validation_rows):

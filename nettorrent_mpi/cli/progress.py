@@ -6,14 +6,12 @@ take time from the rank that runs it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
-Record = Mapping[str, Any]  # a line of metrics.jsonl
+from nettorrent_mpi.cli.terminal import fitted, terminal_width
 
-# Programs that give each rank a pseudo-terminal, whatever their own output is.
-_LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun", "prun")
+Record = Mapping[str, Any]  # a line of metrics.jsonl
 
 
 class Reporter(Protocol):
@@ -49,37 +47,6 @@ def open_reporter(
         if line:
             reporter.message(line)
     return reporter
-
-
-def terminal_width(stream: TextIO) -> int | None:
-    """Return the width of the terminal behind `stream`; None if it is not a terminal that a person watches.
-
-    Open MPI gives each rank a pseudo-terminal of size 0 x 0 even if mpirun writes to a file, so there mpirun's own
-    output decides.
-    """
-    try:
-        if not stream.isatty():
-            return None
-        columns = os.get_terminal_size(stream.fileno()).columns
-        return columns or _launcher_width()
-    except (OSError, ValueError):
-        return None
-
-
-def _launcher_width() -> int | None:
-    process = os.getppid()
-    while process > 1:
-        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-            name, _, rest = file.read().partition("(")[2].rpartition(")")
-        if name in _LAUNCHERS:
-            # opened for reading, and never as this process's controlling terminal
-            terminal = os.open(f"/proc/{process}/fd/1", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
-            try:
-                return os.get_terminal_size(terminal).columns or None
-            finally:
-                os.close(terminal)
-        process = int(rest.split()[1])
-    return None
 
 
 class Lines:
@@ -123,7 +90,7 @@ class Live:
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.text import Text
 
-        self._text = Text
+        self._text, self._width = Text, width
         self._steps, self._per_epoch = steps, steps_per_epoch
         self._console = Console(file=stream, force_terminal=True, width=width, highlight=False, markup=False)
         self._bars = Progress(
@@ -136,14 +103,14 @@ class Live:
         )
         self._epoch = self._bars.add_task("epoch", total=steps_per_epoch, note="")
         self._run = self._bars.add_task("run", total=steps, note="")
-        self._now = Text("running the first steps", style="dim", no_wrap=True, overflow="ellipsis")
-        head = Text(layout, style="cyan", no_wrap=True, overflow="ellipsis")
+        self._now = Text("running the first steps", style="dim")
         end = Text("")  # mpirun forwards complete lines, so the last one would be delayed
         self._display = Display(
-            Group(head, self._bars, self._now, end), console=self._console, auto_refresh=False, redirect_stdout=False
+            Group(self._bars, self._now, end), console=self._console, auto_refresh=False, redirect_stdout=False
         )
         self._display.start()
         self._console.show_cursor(True)  # a killed run cannot restore it
+        self.message(f"layout: {layout}")
 
     def report(self, record: Record) -> None:
         step, seconds = record["step"], remaining(record, self._steps)
@@ -163,7 +130,7 @@ class Live:
         )
 
     def message(self, text: str) -> None:
-        self._console.print(self._text(text), soft_wrap=True)
+        self._console.print(self._text(fitted(text, self._width)), soft_wrap=True)
         self._display.refresh()
 
     def close(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +20,12 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.engine.checkpoint import find_checkpoint
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.engine.trainer import SIGNAL
 from nettorrent_mpi.engine.usage import faster, peak_memory
-from nettorrent_mpi.plan.errors import ConfigError, UserError
+from nettorrent_mpi.plan.errors import ConfigError, NetTorrentError, UserError
 from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan
 
 SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TEMPFAIL of sysexits.h)
@@ -58,9 +61,13 @@ def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
         if checkpoint is not None and run.is_complete(checkpoint):
             return 0
         run.begin(chosen, checkpoint)
-        for record in trainer.train():
-            run.tell(record)
-        ranks.code = run.end()
+        try:
+            for record in trainer.train():
+                run.tell(record)
+            ranks.code = run.end()
+        except NetTorrentError:
+            run.fail()
+            raise
     return ranks.code
 
 
@@ -88,6 +95,14 @@ def read(args: argparse.Namespace) -> Config:
     if args.ranks is not None and args.ranks < 1:
         raise ConfigError(f"--ranks {args.ranks}: the minimum is 1")
     return config if args.output is None else replace(config, output=args.output)
+
+
+def _anywhere(config: Config) -> Config:
+    """Name the data so that they are found from any folder, as `evaluate` needs them."""
+    root = Path(config.data.root or "").expanduser()
+    if config.data.root is None or not root.exists():  # what a data set of a script's own reads may be no path
+        return config
+    return replace(config, data=replace(config.data, root=str(root.absolute())))
 
 
 class Run:
@@ -119,7 +134,7 @@ class Run:
         with world.agreement():
             if world.rank == 0:
                 continues = checkpoint is not None and folder.holds(checkpoint)
-                folder.create(to_yaml(setup.config), self._trainer.step if continues else None)
+                folder.create(to_yaml(_anywhere(setup.config)), self._trainer.step if continues else None)
         if world.rank == 0:
             self._reporter = open_reporter(
                 sys.stdout,
@@ -152,11 +167,34 @@ class Run:
             self._reporter.message(f"stopped by a signal after step {self._trainer.step}; continue with --resume")
         if not stopped:
             self._write_results()
-        if diverged and self._reporter is not None:
-            self._reporter.message("the training diverged: its results are written, but of no use")
         if self._reporter is not None:
+            if diverged:
+                self._reporter.message("the training diverged: its results are written, but of no use")
+            elif not stopped:
+                self._tell_what_next()
             self._reporter.close()
         return SIGNALLED if stopped else DIVERGED if diverged else 0
+
+    def fail(self) -> None:
+        """Restore the terminal after an error, and say from where the run can go on."""
+        if self._reporter is not None:
+            with suppress(NetTorrentError):  # there is none
+                found = find_checkpoint(self._folder.path)
+                self._reporter.message(f"latest checkpoint: {found}; when the cause is mended, continue with --resume")
+            self._reporter.close()
+
+    def _tell_what_next(self) -> None:
+        """Say where the model lies, and what can be done with it."""
+        assert self._reporter is not None
+        folder, setup = shlex.quote(str(self._folder.path)), self._planned.setup
+        scored = setup.dataset.test is not None or len(setup.sampler.validation_rows) > 0
+        evaluate = f"nettorrent evaluate {folder} scores it; " if scored else ""
+        length = "epochs" if setup.config.train.steps is None else "steps"
+        self._reporter.message(f"model: {self._folder.path / 'model.h5'}")
+        self._reporter.message(
+            f"next: {evaluate}nettorrent export {folder} weights.npz writes its weights; "
+            f"the same command with --resume and more {length} trains it on"
+        )
 
     def _write_results(self) -> None:
         """Write model.h5, trace.json and summary.json."""

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
+from nettorrent_mpi.cli.terminal import fitted, text_width
+
 
 class Stream:
-    """A Stream writes to a text stream what that takes. `error` is the first failure other than a reader's leaving (as
-    `head` does); `tell` is called with it, once."""
+    """A Stream writes to a text stream what that takes, on a terminal in lines that fit. `error` is the first failure
+    other than a reader's leaving (as `head` does); `tell` is called with it, once."""
 
     def __init__(self, stream: TextIO | None, tell: Callable[[Exception], None] = lambda error: None):
         # Python has none where the descriptor is closed
@@ -24,7 +26,8 @@ class Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self._write(text))
+        width = None if "\x1b" in text else text_width(self._stream)  # a live display has its own lines
+        self._attempt(lambda: self._write(text if width is None else fitted(text, width)))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

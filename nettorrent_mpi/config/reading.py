@@ -118,6 +118,8 @@ def _check(document: Document, wrong: Sequence[ConfigError] = ()) -> Config:
 
 
 def _no_file(path: str) -> str:
+    if "=" in path:
+        return f"there is no such file; to change a value, write --set {path}"
     beside = FilePath(path).parent
     near = ""
     if beside.is_dir():

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from nettorrent_mpi.config.sections import Config, Data, Train
-from nettorrent_mpi.config.translation import nearest
+from nettorrent_mpi.config.translation import meant, nearest, plainly
 from nettorrent_mpi.config.writing import plain, to_plain
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.specs import LayerSpec, Spec
@@ -48,6 +48,13 @@ _SECTIONS = {
     **dict.fromkeys((field.name for field in fields(Train)), "train"),
 }
 _EITHER = {"epochs": "steps", "steps": "epochs"}
+
+
+def key_of(word: str) -> str:
+    """Return the key of a configuration that a word means, or a sentence about a word of other programs, or nothing."""
+    sections = {"": Config, "train.": Train, "data.": Data}
+    keys = [place + field.name for place, section in sections.items() for field in fields(section)]
+    return next((key for key in keys if plainly(key) == plainly(word)), meant(word, (), "key"))
 
 
 def configure(

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
-from nettorrent_mpi.cli.progress import Lines, Live, clock, open_reporter, terminal_width
+from nettorrent_mpi.cli.progress import Lines, Live, clock, open_reporter
+from nettorrent_mpi.cli.streams import Stream
+from nettorrent_mpi.cli.terminal import fitted, terminal_width
 
 RECORD: dict[str, Any] = {
     "step": 50,
@@ -94,9 +96,22 @@ def test_the_live_display_fits_a_narrow_terminal() -> None:
     screen = io.StringIO()
     live = Live(screen, 450, 45, 40, "1 replica x [" + " | ".join(f"conv2d{i} 3x1" for i in range(20)) + "]")
     live.report(RECORD)
+    live.epoch(RECORD | SCORES)
     live.close()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert {"conv2d19", "samples/s", "accuracy"} <= set(text.split())
     assert max(len(line.rstrip()) for line in re.split(r"[\r\n]+", text)) <= 40
+
+
+def test_text_is_broken_between_words() -> None:
+    text = "nettorrent: error: 2 mistakes\n  f.yaml:1: seed: unknown\n\nstage  rank  " + "x" * 30 + " end"
+    assert fitted(text, 80) == text
+    assert fitted(text, 18).splitlines() == [
+        "nettorrent: error:", "  2 mistakes", "  f.yaml:1: seed:", "    unknown", "",
+        "stage  rank", "  " + "x" * 30, "  end",
+    ]  # fmt: skip
+    for width in range(1, 90):
+        assert fitted(text, width).split() == text.split()
 
 
 def test_a_log_loads_no_terminal_library() -> None:
@@ -136,7 +151,7 @@ def test_behind_a_launcher_its_own_output_counts(tmp_path: Path, seen: bool) -> 
     """Open MPI gives a rank a pseudo-terminal of no size, whether mpirun writes to a terminal or to a file."""
     launcher = tmp_path / "mpirun"
     (tmp_path / "rank.py").write_text(
-        "import os, sys\nfrom nettorrent_mpi.cli.progress import terminal_width\n"
+        "import os, sys\nfrom nettorrent_mpi.cli.terminal import terminal_width\n"
         "screen, line = os.openpty()\n"
         "open(sys.argv[1], 'w').write(str(terminal_width(os.fdopen(line, 'w'))))\n"
     )
@@ -149,6 +164,22 @@ def test_behind_a_launcher_its_own_output_counts(tmp_path: Path, seen: bool) -> 
         stdout = line if seen else log
         subprocess.run([launcher], stdout=stdout, env={**os.environ, "PYTHONPATH": root}, timeout=60, check=True)
     assert answer.read_text() == ("77" if seen else "None")
+
+
+def test_what_is_written_to_a_terminal_is_broken_between_words() -> None:
+    with terminal(40) as (screen, line), os.fdopen(os.dup(line), "w") as stream:
+        output = Stream(stream)
+        output.write("nettorrent: error: configs/mnist.yaml:12: model.layers[2]: unknown key; did you mean units?\n")
+        output.write("\x1b[1m" + "a live display's line is its own affair and stays as it is\n")
+        output.flush()
+        lines = os.read(screen, 1000).decode().replace("\r", "").splitlines()
+    assert lines == [
+        "nettorrent: error:",
+        "  configs/mnist.yaml:12:",
+        "  model.layers[2]: unknown key; did you",
+        "  mean units?",
+        "\x1b[1ma live display's line is its own affair and stays as it is",
+    ]
 
 
 def test_clock() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -299,3 +300,17 @@ def test_targets_that_an_activation_cannot_reach() -> None:
     assert text is not None
     assert "linear1.tanh comes last and gives numbers from -1 to 1" in text
     assert "targets of mean_squared_error go from -0.5 to 1.5: leave tanh out, or scale the targets" in text
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_targets_of_any_type_are_checked_without_a_warning(dtype: type) -> None:
+    loss = make_loss(MeanSquaredError())
+    targets = np.ones((4, 2), dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.check_targets(targets, (2,))
+        targets[3, 1] = np.nan
+        with pytest.raises(DataError, match=r"row 3 is \[ *1. nan\], but mean_squared_error needs finite"):
+            loss.check_targets(targets, (2,))
+        with pytest.raises(DataError, match=r"row 0 is .* needs finite numbers up to 0\.5"):
+            loss.check_targets(targets, (2,), 0.5)
