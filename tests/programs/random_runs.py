@@ -93,7 +93,7 @@ def draw(seed: int, number: int) -> list[Run]:
     }
     if pipeline in ("gpipe", "1f1b") and dice.random() < 0.3:
         train["clip_norm"] = dice.choice([0.5, 5.0])
-    if dice.random() < 0.1:
+    if dice.random() < 0.1 and (data["test_rows"] or data["validation"]):
         train["stop_at"] = {"accuracy": 0.4}
     steps = dice.randint(1, 24)
     config = {
