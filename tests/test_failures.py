@@ -287,6 +287,15 @@ def ended_together(done: Run, phase: str, ended: float, ranks: int = 3) -> None:
     assert f"rank 1 of {ranks}" in done.stderr, text
 
 
+def test_an_error_of_a_process_that_is_alone_is_all_that_is_told(tmp_path: Path, config: Path) -> None:
+    """Also where a script has loaded MPI, whose own message says nothing, or that it cannot be found."""
+    run = [HERE / "programs" / "failing.py", "forward", "0", config, "--output", tmp_path / "run", *SHORT]
+    done = subprocess.run([sys.executable, *map(str, run)], cwd=HERE.parent, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("Traceback")) == (1, 1), done.stderr
+    assert "MPI_ABORT" not in done.stderr
+    assert "Sorry" not in done.stderr
+
+
 BOTH = ["openmpi", "mpich"]
 QUICK = [("openmpi", "forward"), ("mpich", "report")]
 ONCE = [(BOTH[i % 2], phase) for i, phase in enumerate(PHASES) if phase not in ("forward", "report")]

@@ -50,6 +50,15 @@ _SECTIONS = {
 _EITHER = {"epochs": "steps", "steps": "epochs"}
 
 
+def _correction(name: str) -> str:
+    """Say what is to be given in place of an unknown setting."""
+    meaning = meant(name, Settings.__annotations__, "key")
+    if meaning.startswith("train.optimizer."):
+        kind, option = meaning.split(".")[2:]
+        return f"it is an option of the optimizer: give optimizer={{{kind!r}: {{{option!r}: ...}}}}"
+    return nearest(name, Settings.__annotations__, "key")
+
+
 def key_of(word: str) -> str:
     """Return the key of a configuration that a word means, or a sentence about a word of other programs, or nothing."""
     sections = {"": Config, "train.": Train, "data.": Data}
@@ -77,7 +86,7 @@ def configure(
         raise ConfigError("epochs and steps cannot both be given: leave one out")
     for name, value in settings.items():
         if name not in Settings.__annotations__:
-            raise ConfigError(f"unknown setting {name}; {nearest(name, Settings.__annotations__, 'key')}")
+            raise ConfigError(f"unknown setting {name}; {_correction(name)}")
         section = _SECTIONS.get(name)
         place = asked if section is None else asked.setdefault(section, {})
         place[name] = {"accuracy": value} if name == "stop_at" else plain(value)

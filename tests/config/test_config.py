@@ -19,6 +19,7 @@ from nettorrent_mpi.config import translation, writing
 from nettorrent_mpi.config.default import DEFAULT
 from nettorrent_mpi.config.mistakes import Mistake
 from nettorrent_mpi.config.reading import Config, Layout, Swarm
+from nettorrent_mpi.config.settings import configure
 from nettorrent_mpi.config.written import parse
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
@@ -345,6 +346,22 @@ TRANSLATED = [
 def test_the_words_of_other_programs_are_translated(written: str, instead_of: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         loads(edited(instead_of, written))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"learning_rate": 0.1}, "it is an option of the optimizer: give optimizer={'adam': {'lr': ...}}"),
+        ({"num_epochs": 2}, "unknown setting num_epochs; did you mean epochs?"),
+        ({"shuffle": True}, "leave it out: the rows are shuffled anew in every epoch"),
+        ({"loss": "mse"}, "did you mean mean_squared_error?"),
+        ({"batch_size": 0, "seed": -1}, "2 mistakes\n  seed: must be at least 0, not -1\n  train.batch_size: must be"),
+    ],
+)
+def test_settings_of_a_script_are_corrected_too(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure([specs.Linear(2)], {"name": "digits"}, setting, given=False)
     assert words in str(caught.value)
 
 
