@@ -208,7 +208,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @slow
-@pytest.mark.parametrize("size", ["4k", "8k", "24k"])
+@pytest.mark.parametrize("size", ["4k", "24k"])
 def test_full_disk(
     mpirun: Callable[..., Run], disk: Callable[[str], Path], tmp_path: Path, config: Path, size: str
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_disk_without_room_for_checkpoints(
     mpirun: Callable[..., Run], disk: Callable[[str], Path], config: Path
 ) -> None:
     """Training goes on without them, and its results are there."""
-    changes = ["train.steps=300", "train.optimizer=adam", "model.layers.1.linear.units=256"]
+    changes = ["train.steps=180", "train.optimizer=adam", "model.layers.1.linear.units=256"]
     sets = [word for change in changes for word in ("--set", change)]
     run = disk("200k") / "run"
     done = mpirun(2, [*TRAIN, config, "--output", run, *sets])
@@ -263,7 +263,7 @@ def test_a_disk_without_room_for_checkpoints(
     told = re.findall(
         r"^nettorrent: warning: there is no checkpoint of step (\d+): .* the disk is full", done.stderr, re.M
     )
-    assert told == ["90", "180", "270", "300"], done.stderr
+    assert told == ["90", "180"], done.stderr
     assert "Traceback" not in done.stderr
     assert {path.name for path in run.iterdir() if path.is_file()} == {
         "config.yaml", "metrics.jsonl", "model.h5", "summary.json"

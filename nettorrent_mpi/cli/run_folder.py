@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.data.storage import replacing, retried
-from nettorrent_mpi.engine.checkpoint import find_checkpoint
+from nettorrent_mpi.engine.checkpoint import checkpoints_in, find_checkpoint
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.plan.errors import OutputError, warn
@@ -74,7 +74,7 @@ class RunFolder:
 
         Raises an OutputError where nothing is to continue from, or where another run's results would be lost.
         """
-        if resume == AUTO and not any((self.path / "checkpoints").glob("*.h5")):
+        if resume == AUTO and not checkpoints_in(self.path / "checkpoints"):
             self.check(overwrite, results=("summary.json", "model.h5"))
             return None
         if resume is None:

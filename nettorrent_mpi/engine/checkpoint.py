@@ -142,7 +142,7 @@ def write_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         write_arrays(path, groups, attributes)
     with suppress(OSError):
-        found = _checkpoints(folder)
+        found = checkpoints_in(folder)
         now = found.index(path) + 1
         for old in (*found[: max(now - keep, 0)], *found[now:], *folder.glob("step-*.h5.part")):
             old.unlink()
@@ -157,7 +157,7 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file():
         _verify(path)
         return path
-    found = _checkpoints(path / "checkpoints") or _checkpoints(path)
+    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
     if not found:
         raise OutputError(f"{path} holds no checkpoint to resume from; start the run without --resume")
     damaged: list[DataError] = []
@@ -181,7 +181,7 @@ def _verify(path: Path) -> None:
         raise DataError(text, file=str(path))
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the one with the highest step last. Raises OutputError."""
     try:
         return sorted(path for path in folder.iterdir() if path.match("step-*.h5"))
