@@ -84,6 +84,14 @@ def _first_reader(layers: Sequence[LayerSpec]) -> LayerSpec | None:
     return None
 
 
+def unjudged(dataset: Dataset, sampler: Sampler) -> list[str]:
+    """Return a warning, if nothing in a file of data tells how well the network will do on other rows."""
+    if dataset.file is None or dataset.test is not None or len(sampler.validation_rows):
+        return []
+    text = "has no test set (x_test, y_test), so nothing shows how well the network does on rows that it has not seen"
+    return [f"{dataset.file} {text}; add one, or data.validation: 0.1"]
+
+
 def check_judged(config: Config, network: Network, dataset: Dataset, sampler: Sampler) -> None:
     """Raise ConfigError if rows are to be held back and are not, or if nothing gives the accuracy that is to end the
     training."""

@@ -11,7 +11,15 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.device import Kernels
-from nettorrent_mpi.engine.checks import channels_first, check_batch_norm, check_exchange, check_judged, doubts, slow
+from nettorrent_mpi.engine.checks import (
+    channels_first,
+    check_batch_norm,
+    check_exchange,
+    check_judged,
+    doubts,
+    slow,
+    unjudged,
+)
 from nettorrent_mpi.engine.layout import lay_out, micro_batches
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.fit import check_end, check_fit, unusual_labels
@@ -121,7 +129,7 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planni
     )
     setup = Setup(config, dataset, sampler, network, topology, options)
     labels = unusual_labels(config.model.loss, network.output_shape[-1], dataset.classes)
-    warnings = [*dataset.notes, *filter(None, [doubt, labels])]
+    warnings = [*dataset.notes, *unjudged(dataset, sampler), *filter(None, [doubt, labels])]
     warnings += doubts(config, sampler, topology, pieces, setup.steps)
     warnings += slow(config, network, topology, setup.steps)
     return replace(setup, warnings=tuple(warnings))

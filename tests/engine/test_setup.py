@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import h5py
 import numpy as np
 import pytest
 
@@ -272,3 +275,12 @@ def test_images_and_sequences_are_not_taken_for_others(shape: str) -> None:
 def test_a_layer_that_does_not_fit_channels_first_says_so() -> None:
     with pytest.raises(ShapeError, match=r"kernel of 3 x 3 is larger than the 1 x 28 .*channels come first"):
         set_up(load(DATA.replace("SHAPE", "[1, 28, 28]"), "model.layers=[{conv2d: 2}, flatten, {linear: 4}]"), 1)
+
+
+def test_a_file_without_test_rows_is_told(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "set.h5", "w") as file:
+        file["x"], file["y"] = np.zeros((40, 3)), np.arange(40) % 2
+    changes = [f"data={{name: hdf5, root: {tmp_path}/set.h5}}", "model.layers=[{linear: 2}]"]
+    (told,) = set_up(load(*changes), 1).warnings
+    assert told.startswith(f"{tmp_path}/set.h5 has no test set (x_test, y_test), so nothing shows how well ")
+    assert set_up(load(*changes, "data.validation=0.1"), 1).warnings == ()
