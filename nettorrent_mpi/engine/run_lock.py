@@ -197,7 +197,8 @@ def _alike(owner: Owner, own: Owner, keys: tuple[str, ...]) -> bool:
 def _lives(owner: Owner, own: Owner) -> bool | None:
     """Whether the owner of a lock lives; None if that cannot be known from here."""
     if own["boot"] and _alike(owner, own, _MACHINE):
-        return _started(owner.get("pid")) == owner.get("started")
+        pid = owner.get("pid")
+        return None if _is_hidden(pid) else _started(pid) == owner.get("started")
     if own["job"] and owner.get("job") == own["job"] and owner.get("turn") != own["turn"]:
         return False
     return None
@@ -214,6 +215,17 @@ def _started(pid: object) -> str | None:
     """Return when a process of this machine began, in ticks since the machine did; None if it is gone."""
     state, *others = (_read(f"/proc/{pid}/stat").rpartition(")")[2] or "Z").split()
     return None if state in "ZX" else others[18]
+
+
+def _is_hidden(pid: object) -> bool:
+    """Whether a process exists of which /proc, mounted with hidepid, tells another user nothing."""
+    try:
+        os.kill(pid if isinstance(pid, int) and pid > 0 else os.getpid(), 0)
+    except PermissionError:
+        return not Path(f"/proc/{pid}").exists()
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 def _read(path: str) -> str:
