@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
@@ -247,6 +246,5 @@ class Comparison:
 
 def tell(text: str) -> None:
     """Print progress."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it: the comparison is worth more
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
