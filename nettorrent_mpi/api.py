@@ -89,6 +89,8 @@ class Trainer:
         self._closers: list[Callable[[], None]] = [] if world is comm else [world.free]
         self._runs: list[weakref.ref[Any]] = []
         signals = Signals() if stop_on_signals is True else stop_on_signals or None
+        if signals is not None and signals is not stop_on_signals:
+            self._closers.append(signals.close)
         atexit.register(self._end_of_script)
         try:
             self.planned = self._plan(network, data, settings)

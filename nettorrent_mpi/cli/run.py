@@ -35,7 +35,6 @@ DIVERGED = 1  # exit code: the training diverged, though all numbers are finite
 def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
     """Run `nettorrent train` on all ranks; returns the exit code."""
     with Ranks() as ranks:
-        ranks.open.append(signals.close)
         world = ranks.world
         with world.agreement():
             args = parse(arguments)

@@ -47,6 +47,12 @@ class Signals:
                 os.write(2, b"nettorrent: stopping with a checkpoint; Ctrl-C again ends the run at once\n")
         self.asked = True
 
+    def ignore(self) -> None:
+        """Let the process end in peace: a signal that comes while MPI ends must not replace the exit code. Ctrl-C still
+        ends it at once."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+
     def close(self) -> None:
         """Handle the signals as before. A second call does nothing."""
         before, self._before = self._before, {}

@@ -68,8 +68,3 @@ class Stopping:
         """Return the step after which all ranks come to rest: every rank that knows of a request passes how many it has
         `begun`."""
         return int(max(self._world.gather_objects(begun)))
-
-    def close(self) -> None:
-        """Handle signals as before."""
-        if self._signals is not None:
-            self._signals.close()

@@ -165,9 +165,8 @@ class TrainingLoop:
         return self.step >= until or (stop is not None and (self.accuracy or 0.0) >= stop.accuracy)
 
     def close(self) -> None:
-        """Free the communicators and restore the signal handlers. All ranks call, at rest."""
+        """Free the communicators. All ranks call, at rest."""
         list(self._reports.ready(wait=True))
-        self._stopping.close()
         self._reports.close()
 
     def _begin(self) -> int:

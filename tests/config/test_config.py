@@ -73,6 +73,9 @@ MISTAKES = [
     ("- flatten", "- flatten: 3", 6, "model.layers[1].flatten", ["no options"]),
     ("optimizer: adam", "optimizer: {adam: {beta: 1}}", 12, "train.optimizer.adam.beta", ["did you mean betas?"]),
     ("optimizer: adam", "stop_at: {acuracy: 0.8}", 12, "train.stop_at.acuracy", ["did you mean accuracy?"]),
+    ("seed: 1", "checkpoint: {every_step: 5}", 1, "checkpoint.every_step", ["did you mean every_steps?"]),
+    ("seed: 1", "checkpoint: {zzz: 5}", 1, "checkpoint.zzz", ["possible: every_steps, every_seconds"]),
+    ("seed: 1", "every_seconds: 5", 1, "every_seconds", ["did you mean checkpoint.every_seconds?"]),
     ("seed: 1", "layout: {swarms: [{row: 1}]}", 1, "layout.swarms[0].row", ["did you mean rows?"]),
     ("seed: 1", "overwrite: true", 1, "overwrite", ["unknown key"]),
     # unknown names of things

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from nettorrent_mpi.engine.signals import EARLY, TRAINING, Signals
+
+SHORT = """\
+data: {name: synthetic, rows: 8, test_rows: 0, shape: [3], classes: 2}
+model: {layers: [{linear: 2}]}
+train: {steps: 1, batch_size: 8}
+kernels: numpy
+"""
 
 
 @pytest.fixture
@@ -60,6 +70,30 @@ def test_what_nohup_ignores_stays_ignored(signals: Signals) -> None:
         assert not signals.asked
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+LATE = """
+import atexit, os, signal, sys, time
+from nettorrent_mpi.cli.commands import find
+find(["train"])(["train", sys.argv[1], "--output", sys.argv[2]], "")
+
+class Last:  # what runs when the interpreter has restored its signal handlers, as MPI_Finalize does
+    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)):
+        for number in numbers:
+            kill(pid, number)
+
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+sys.modules["last"] = Last()
+os._last = Last()
+sys.exit(75)
+"""
+
+
+def test_signals_that_come_too_late_do_not_replace_the_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text(SHORT)
+    command = [sys.executable, "-c", LATE, tmp_path / "short.yaml", tmp_path / "run"]
+    assert subprocess.run(command, capture_output=True).returncode == 75
 
 
 def test_handlers_are_restored() -> None:
