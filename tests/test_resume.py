@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +336,54 @@ def test_each_replica_goes_on(series: Callable[..., Any], tmp_path: Path, ranks:
         same(trained(tmp_path / f"parts{i}"), trained(tmp_path / f"whole{i}"))
         if case[2] != "allreduce":
             assert any(key.startswith("replicas/1/optimizer/m/") for key in whole), case
+
+
+WITHHOLDING = "deadline: none, part: 1.0"
+BITWISE = {
+    "rows": ("{swarms: [{layers: 3, rows: 2}]}", "allreduce"),
+    "withholding": ("{replicas: 2}", f"{{gossip: {{{WITHHOLDING}}}}}"),
+    "push_sum": ("{replicas: 2}", f"{{gossip: {{{WITHHOLDING}, mix: push_sum, probability: 0.7}}}}"),
+    "slow momentum": ("{replicas: 2}", f"{{gossip: {{{GOSSIP}, exact_every: 3, slow_momentum: 0.5}}}}"),
+    "optimizer": ("{replicas: 2}", f"{{gossip: {{{WITHHOLDING}, average: [parameters, optimizer]}}}}"),
+    "elite": ("{replicas: 2}", "{elite: 96}"),
+}
+QUICK = ("rows", "withholding")
+
+
+@pytest.mark.parametrize("names", [QUICK, pytest.param([name for name in BITWISE if name not in QUICK], marks=slow)])
+def test_a_rest_in_between_changes_no_bit(series: Callable[..., Any], tmp_path: Path, names: Sequence[str]) -> None:
+    """Neither in the run that goes on, nor in one that is resumed there on the same ranks."""
+    config, commands = config_file(tmp_path), []
+    for name in names:
+        layout, exchange = BITWISE[name]
+        how = {"layout": layout, "exchange": exchange, "dtype": "float32", "kernels": "numpy", "train__epochs": 2}
+        resting, resumed, whole = (tmp_path / f"{name}-{end}" for end in ("resting", "resumed", "whole"))
+        from_there = resting / "checkpoints" / "step-0000000014.h5"
+        commands.append(command(config, resting, **how, checkpoint="{every_steps: 7, keep: 9}"))
+        commands.append(command(config, resumed, "--resume", from_there, **how, train__evaluate_every=2))
+        commands.append(command(config, whole, **how))
+    series(2, tmp_path / "series", commands, timeout=200)
+    for name in names:
+        whole = arrays_of_checkpoint(tmp_path / f"{name}-whole") | trained(tmp_path / f"{name}-whole")
+        for end in ("resting", "resumed"):
+            found = arrays_of_checkpoint(tmp_path / f"{name}-{end}") | trained(tmp_path / f"{name}-{end}")
+            assert found.keys() == whole.keys()
+            different = [key for key, array in whole.items() if not np.array_equal(found[key], array)]
+            assert not different, (name, end)
+
+
+@slow
+def test_a_checkpoint_every_second(series: Callable[..., Any], tmp_path: Path) -> None:
+    """Ranks whose clocks differ agree on the steps, in a pipeline too."""
+    config = config_file(tmp_path)
+    how = {"layout": MIXED.removeprefix("layout="), "train__epochs": 2, "train__report_every": 1}
+    often = {"checkpoint": "{every_seconds: 0.001, every_epochs: null, keep: 100}"}
+    series(3, tmp_path / "series", [command(config, tmp_path / name, **how, **(often if name == "often" else {}))
+                                    for name in ("often", "whole")])  # fmt: skip
+    same(trained(tmp_path / "often"), trained(tmp_path / "whole"))
+    saved = [int(path.stem.removeprefix("step-")) for path in (tmp_path / "often" / "checkpoints").iterdir()]
+    assert len(saved) > 4
+    assert any(step % 10 for step in saved)
 
 
 def arrays_of_checkpoint(run: Path) -> dict[str, np.ndarray]:

@@ -111,17 +111,18 @@ class Engine:
         Where all replicas are equal they are views of the live arrays; where replicas differ, a copy of their average
         and each one's own besides (`resharding.Blocks` describes the names).
         """
-        self.exchange.settle()
-        shards = self.state.shards(self.exchange.memories())
+        with self.exchange.paused():
+            average: dict[Holding, Array] = {}
+            if self.exchange.count > 1:
+                with self.exchange.shown():
+                    average = {holding: block.copy() for holding, block in self.state.blocks().items()}
+                for holding, shard in self.state.shards(self.exchange.memories()).items():
+                    average[holding] = shard.copy()
+                    self.wiring.peers.all_reduce(average[holding])
+                    self.device.ops.divide(average[holding], self.exchange.count)
+        own = self.state.blocks() | self.state.shards(self.exchange.memories())
         if self.exchange.count == 1:
-            return self.state.blocks() | shards
-        own = self.state.blocks() | shards
-        with self.exchange.shown():
-            average = {holding: block.copy() for holding, block in self.state.blocks().items()}
-        for holding, shard in shards.items():
-            average[holding] = shard.copy()
-            self.wiring.peers.all_reduce(average[holding])
-            self.device.ops.divide(average[holding], self.exchange.count)
+            return own
         mine = {Holding(of_replica(self.place.replica, h.name), h.box): array for h, array in own.items()}
         return average | mine
 

@@ -143,6 +143,9 @@ def _gathered(setup: Setup, states: int) -> int:
     arrays = 1 + states
     if isinstance(config.exchange, Gossip):
         arrays += 2 * (config.exchange.slow_momentum > 0) + isinstance(config.exchange.mix, PushSumMix)
+        arrays += (
+            config.exchange.deadline == "none" and withholding(config.exchange, replicas, _parts(config.exchange)) > 0
+        )
     networks = 1 if config.exact or replicas == 1 else replicas + 1
     parameters = sum(layer.parameters for layer in setup.network.facts)
     return networks * arrays * parameters * np.dtype(config.dtype).itemsize

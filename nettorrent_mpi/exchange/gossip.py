@@ -9,7 +9,8 @@ exchange/merging.py has the formulas.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,9 @@ class GossipExchange(Exchange):
         self.mixer = Mixer(spec, self.pairing, vector)
         parts = -(-vector.size // SMALL) if spec.part == "auto" else round(1 / spec.part)
         self.rounds = Rounds(spec, self.pairing, peers, self.mixer, seed, parts)
+        # Whether messages in flight are a function of the state after a step, so that a rest can send them anew.
+        self._repeats = self.waits_for_peers and spec.overlap and spec.every == 1 and spec.part != "auto"
+        self._repeats = self._repeats and not self.mixer.compresses
         self._decide_what_to_withhold()
         self._slow = SlowMomentum(spec.slow_momentum, shards.parameters, device) if spec.slow_momentum else None
         self._masses: Array | None = None  # masses of elements restored from a checkpoint
@@ -92,8 +96,9 @@ class GossipExchange(Exchange):
         self, step: int, compare: Callable[[], list[Scores] | None], distance: float | None = None
     ) -> Scores | None:
         limit = self._spec.consensus
-        if limit is not None and distance is not None and distance > limit.max:
+        if limit is not None and distance is not None and distance > limit.max and step % self._report_every == 0:
             self.become()
+            self._send_anew(step)
         return None
 
     # -- a step's end -----------------------------------------------------------------------------------------------
@@ -170,6 +175,38 @@ class GossipExchange(Exchange):
 
     # -- at rest ----------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        if not self._repeats:
+            self.settle()
+            yield
+            return
+        number = self.rounds.take_back()
+        arrays = [*self.shards.parameters, *self._withheld] if self._withhold else []
+        kept = [self.device.empty(array.shape, array.dtype) for array in arrays]
+        for copy, array in zip(kept, arrays, strict=True):
+            self.device.ops.copy(copy, array)
+        self.settle()
+        yield
+        if kept:
+            self.shards.fence()
+            for copy, array in zip(kept, arrays, strict=True):
+                self.device.ops.copy(array, copy)
+            self.shards.gather()
+        if number is not None:
+            self.rounds.open(number)
+
+    @contextmanager
+    def shown(self, best: int | None = None) -> Iterator[None]:
+        with self.paused(), super().shown(best):
+            yield
+
+    def _send_anew(self, step: int) -> None:
+        """Send the messages that are in flight after `step`."""
+        averages = self._spec.exact_every is not None and step % self._spec.exact_every == 0
+        if self._repeats and step > 0 and not averages:
+            self.rounds.open(step - 1)
+
     def settle(self) -> None:
         self.rounds.settle()
         self.mixer.vector.release(Span(0, self.mixer.vector.size))
@@ -187,18 +224,23 @@ class GossipExchange(Exchange):
         for memories in self.mixer.vector.layers[1:]:
             for array in memories:
                 self.peers.mean(array)
+        for array in self._withheld:
+            self.device.ops.fill(array, 0)
         self.mixer.averaged()
         self._masses = None
         if self._slow is not None:
             self._slow.begin()
 
     def memories(self) -> dict[str, list[Array]]:
-        """Return SlowMo's momenta and the result of the last average; with push-sum the mass of every parameter."""
+        """Return SlowMo's momenta and the result of the last average; with push-sum the mass of every parameter; and
+        what is withheld, where messages in flight do not have it."""
         slow = self._slow
         found = {"slow_momentum": slow.momenta, "slow_before": slow.before} if slow is not None else {}
         if self.mixer.push_sum:
             self._masses = self.mixer.mass_of_elements()
             found["mass"] = self.mixer.vector.split(self._masses)
+        if self._repeats and self._withhold:
+            found["withheld"] = self._withheld
         return found
 
     def recall(self, step: int) -> None:
@@ -206,6 +248,7 @@ class GossipExchange(Exchange):
         if self._masses is not None:
             self.mixer.weigh(self._masses)
             self._masses = None
+        self._send_anew(step)
 
     def figures(self, ranks: Group) -> dict[str, Any]:
         """Return rounds, parts, messages merged in time and late, peers skipped, sends held back, waiting and bytes."""

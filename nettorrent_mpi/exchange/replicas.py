@@ -109,6 +109,13 @@ class Replicas:
 
     # -- overridden by exchanges ------------------------------------------------------------------------------------
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep all messages between replicas from being in flight inside the `with` block. If a run is to be repeated
+        bit for bit, they are sent anew afterwards, and the pause has changed nothing."""
+        self.settle()
+        yield
+
     def settle(self) -> None:
         """Wait until no message between replicas is in flight, and merge all that have come."""
 

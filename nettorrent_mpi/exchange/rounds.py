@@ -254,6 +254,21 @@ class Rounds:
         self.counts.late += 1
         self.mail.release(message)
 
+    def take_back(self) -> int | None:
+        """Take back the open round, of which nothing was merged, and return its number; None: there was none. All peers
+        call, after the same step, and wait. Only without a deadline."""
+        this, self._round = self._round, None
+        held, self._held = self._held, []
+        for message in (*held, *(this.got.values() if this is not None else ())):
+            self.mail.release(message)
+        for message in self.mail.settle():
+            self.mail.release(message)
+        self._seen = [-1] * self._count
+        if this is None:
+            return None
+        self._drop(this)
+        return this.number
+
     def settle(self) -> None:
         """Merge every message that was sent. All peers call, after the same step, and wait."""
         self._sort(self.mail.settle())
