@@ -88,6 +88,8 @@ class Trainer:
         self._world = world = comm if isinstance(comm, World) else World(comm)
         self._closers: list[Callable[[], None]] = [] if world is comm else [world.free]
         self._runs: list[weakref.ref[Any]] = []
+        self._checkpoints: Path | None = None  # their folder
+        self._continues = False  # what is in it
         signals = Signals() if stop_on_signals is True else stop_on_signals or None
         if signals is not None and signals is not stop_on_signals:
             self._closers.append(signals.close)
@@ -110,6 +112,8 @@ class Trainer:
             self._closers.insert(0, self._loop.close)
             if output is not None:
                 self._write_checkpoints(Path(output), saving)
+            elif "checkpoint" in settings and world.rank == 0:
+                warn("checkpoint is set, but there is no folder for checkpoints: none is written; give output")
         except NetTorrentError as error:
             if agreed(error, world):
                 self.close()
@@ -186,6 +190,7 @@ class Trainer:
         ConfigError if a warm-up takes all steps, and NonFiniteError on all ranks if the training diverges.
         """
         self._open("train")
+        self._begin_in_folder()
         whole = self.setup.steps
         with self._world.agreement():
             if epochs is not None and steps is not None:
@@ -206,6 +211,16 @@ class Trainer:
         run = self._loop.train(until, horizon)
         self._runs = [other for other in self._runs if other() is not None] + [weakref.ref(run)]
         return run
+
+    def _begin_in_folder(self) -> None:
+        """Raise an OutputError if checkpoints of another run would give way to this one's."""
+        folder = self._checkpoints
+        with self._world.agreement():
+            if self.rank == 0 and folder is not None and not self._continues and checkpoint.checkpoints_in(folder):
+                raise OutputError(
+                    f"{folder} holds another run's checkpoints: resume from them, remove them, or choose another output"
+                )
+        self._continues = True
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -282,6 +297,8 @@ class Trainer:
 
         attributes = checkpoint.restore(self._engine, found, accept)
         self._take(*fitted[0])
+        if self._checkpoints is not None and found.resolve().parent == self._checkpoints.resolve():
+            self._continues = True
         step, samples, seconds = int(attributes["step"]), int(attributes["samples"]), float(attributes["time"])
         loss, accuracy = (float(attributes[name]) if name in attributes else None for name in ("loss", "accuracy"))
         self._loop.resume(step, samples, seconds, loss, accuracy)
@@ -304,6 +321,7 @@ class Trainer:
         """Write checkpoints/step-N.h5, never with weights that are not finite, and remove all but the newest ones. If
         that fails and the training goes on or has other results (not `needed`), it is a warning."""
         loop, config = self._loop, self.setup.config
+        assert self._checkpoints is not None
         check_finite(self._engine)
         groups = checkpoint.collect(self._engine)
         with self._world.agreement():

@@ -428,3 +428,26 @@ def test_classes_are_taken_by_their_names_from_a_file(world: MPI.Intracomm, shar
             ):
                 take(path if take == trainer.load else shared_path)
         same(trainer.parameters(), before)
+
+
+def test_another_runs_checkpoints_do_not_give_way(world: MPI.Intracomm, shared_path: Path) -> None:
+    how = HOW | {"epochs": 2, "checkpoint": {"every_steps": 3}}
+    with nt.Trainer(LAYERS, rows(), comm=world, output=shared_path, **how) as trainer:
+        list(trainer.train())
+        list(trainer.train(steps=1))
+    files = sorted((shared_path / "checkpoints").iterdir())
+    with nt.Trainer(LAYERS, rows(), comm=world, output=shared_path, **how) as trainer:
+        with pytest.raises(nt.OutputError, match="holds another run's checkpoints: resume from them"):
+            trainer.train()
+        assert sorted((shared_path / "checkpoints").iterdir()) == files
+        trainer.resume(shared_path)
+        list(trainer.train(steps=3))
+        assert trainer.step == 12
+    assert (shared_path / "checkpoints" / "step-0000000012.h5").exists()
+
+
+def test_checkpoints_without_a_folder_are_told(world: MPI.Intracomm) -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        nt.Trainer(LAYERS, rows(), comm=world, checkpoint={"every_steps": 3}, **HOW).close()
+    assert sum("no folder for checkpoints" in str(each.message) for each in given) == (RANK == 0)
