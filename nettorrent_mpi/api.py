@@ -16,7 +16,6 @@ arguments and call the same methods. The command line is built on the same funct
 from __future__ import annotations
 
 import atexit
-import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -32,25 +31,20 @@ if "mpi4py.MPI" not in sys.modules:
 
 from nettorrent_mpi.comm.world import World, abort_after_error
 from nettorrent_mpi.config.settings import Settings
-from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.engine import checkpoint
-from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
 from nettorrent_mpi.engine.failure import agreed, end_all
-from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
 from nettorrent_mpi.engine.record import Record
-from nettorrent_mpi.engine.run_files import written
-from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.signals import Signals
-from nettorrent_mpi.engine.trained_on import ATTRIBUTE, TrainedOn, fit
+from nettorrent_mpi.engine.trained_on import TrainedOn
 from nettorrent_mpi.engine.trainer import TrainingLoop
+from nettorrent_mpi.engine.training_files import TrainingFiles
 from nettorrent_mpi.nn.rates import check_rates
-from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, OutputError, UserError, warn
+from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError, warn
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
 atexit.register(abort_after_error)
@@ -88,15 +82,12 @@ class Trainer:
         self._world = world = comm if isinstance(comm, World) else World(comm)
         self._closers: list[Callable[[], None]] = [] if world is comm else [world.free]
         self._runs: list[weakref.ref[Any]] = []
-        self._checkpoints: Path | None = None  # their folder
-        self._continues = False  # what is in it
         signals = Signals() if stop_on_signals is True else stop_on_signals or None
         if signals is not None and signals is not stop_on_signals:
             self._closers.append(signals.close)
         atexit.register(self._end_of_script)
         try:
             self.planned = self._plan(network, data, settings)
-            self.setup = self.planned.setup
             if self.setup.topology.size != world.size:
                 with world.agreement():
                     raise LayoutError(f"the plan is for {self.setup.topology.size} ranks, not for {world.size}")
@@ -110,21 +101,15 @@ class Trainer:
             saving = Saving(config.checkpoint, self._engine.sampler.steps_per_epoch)
             self._loop = TrainingLoop(self._engine, config.train, saving, signals)
             self._closers.insert(0, self._loop.close)
-            if output is not None:
-                self._write_checkpoints(Path(output), saving)
-            elif "checkpoint" in settings and world.rank == 0:
+            folder = None if output is None else Path(output)
+            self._files = TrainingFiles(self._engine, self._loop, saving, self.setup, folder)
+            self._closers.append(self._files.close)
+            if folder is None and "checkpoint" in settings and world.rank == 0:
                 warn("checkpoint is set, but there is no folder for checkpoints: none is written; give output")
         except NetTorrentError as error:
             if agreed(error, world):
                 self.close()
             raise
-
-    def _write_checkpoints(self, output: Path, saving: Saving) -> None:
-        with self._world.agreement():
-            if self.rank == 0:
-                self._closers.append(RunLock(output).release)
-        self._checkpoints = output / "checkpoints"
-        saving.write = self._save_checkpoint
 
     def _plan(self, network: Architecture | PlannedRun, data: Data | None, settings: Mapping[str, Any]) -> PlannedRun:
         world = self._world
@@ -145,6 +130,11 @@ class Trainer:
         return planned
 
     # -- progress -----------------------------------------------------------------------------------------------------
+
+    @property
+    def setup(self) -> Setup:
+        """What the plan has found out: data set, network, layout."""
+        return self.planned.setup
 
     @property
     def rank(self) -> int:
@@ -190,7 +180,7 @@ class Trainer:
         ConfigError if a warm-up takes all steps, and NonFiniteError on all ranks if the training diverges.
         """
         self._open("train")
-        self._begin_in_folder()
+        self._files.check_folder()
         whole = self.setup.steps
         with self._world.agreement():
             if epochs is not None and steps is not None:
@@ -211,16 +201,6 @@ class Trainer:
         run = self._loop.train(until, horizon)
         self._runs = [other for other in self._runs if other() is not None] + [weakref.ref(run)]
         return run
-
-    def _begin_in_folder(self) -> None:
-        """Raise an OutputError if checkpoints of another run would give way to this one's."""
-        folder = self._checkpoints
-        with self._world.agreement():
-            if self.rank == 0 and folder is not None and not self._continues and checkpoint.checkpoints_in(folder):
-                raise OutputError(
-                    f"{folder} holds another run's checkpoints: resume from them, remove them, or choose another output"
-                )
-        self._continues = True
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -260,12 +240,7 @@ class Trainer:
         self._at_rest("save")
         with self._world.agreement():
             file = Path(path)
-        with self._loop.evaluator.network():
-            arrays = self._engine.parameters()
-        with self._world.agreement():
-            if self.rank == 0:
-                with written(file):
-                    write_arrays(file, {PARAMETERS: arrays}, self._about())
+        self._files.write_network(file)
 
     def load(self, path: str | Path) -> None:
         """Load the network from a file written by `save` or by a run with any layout.
@@ -274,11 +249,7 @@ class Trainer:
         also if it has other classes; ConfigError if its rows are prepared otherwise.
         """
         self._at_rest("load")
-        fitted: list[tuple[Setup, str | None]] = []
-        checkpoint.restore_parameters(
-            self._engine, Path(path), lambda attributes: fitted.append(fit(self.setup, attributes, Path(path)))
-        )
-        self._take(*fitted[0])
+        self.planned.setup = self._files.read_network(Path(path))
 
     def resume(self, path: str | Path) -> None:
         """Continue from a checkpoint, or from a folder's newest undamaged one, made with any layout and ranks.
@@ -287,59 +258,7 @@ class Trainer:
         DataError for other classes or another number of rows; classes in another order are taken by their names.
         """
         self._at_rest("resume")
-        found = self._world.once(lambda: checkpoint.find_checkpoint(Path(path)))
-
-        fitted: list[tuple[Setup, str | None]] = []
-
-        def accept(attributes: Mapping[str, Any]) -> None:
-            checkpoint.must_match(json.loads(str(attributes["config"])), self.setup.config, found)
-            fitted.append(fit(self.setup, attributes, found, resumed=True))
-
-        attributes = checkpoint.restore(self._engine, found, accept)
-        self._take(*fitted[0])
-        if self._checkpoints is not None and found.resolve().parent == self._checkpoints.resolve():
-            self._continues = True
-        step, samples, seconds = int(attributes["step"]), int(attributes["samples"]), float(attributes["time"])
-        loss, accuracy = (float(attributes[name]) if name in attributes else None for name in ("loss", "accuracy"))
-        self._loop.resume(step, samples, seconds, loss, accuracy)
-
-    def _take(self, setup: Setup, warning: str | None) -> None:
-        """Take the same data set with its classes numbered as in `setup`."""
-        if warning is not None and self.rank == 0:
-            warn(warning)
-        before, self.setup = self.setup.dataset, setup
-        self.planned.setup = setup
-        if setup.dataset is not before:
-            with self._world.agreement():
-                self._engine.read_targets(setup.dataset)
-
-    def _about(self) -> dict[str, str]:
-        """Return the attributes of a file of this network."""
-        return {"model": model_json(self.setup.config), ATTRIBUTE: TrainedOn.of(self.setup).text()}
-
-    def _save_checkpoint(self, needed: bool) -> None:
-        """Write checkpoints/step-N.h5, never with weights that are not finite, and remove all but the newest ones. If
-        that fails and the training goes on or has other results (not `needed`), it is a warning."""
-        loop, config = self._loop, self.setup.config
-        assert self._checkpoints is not None
-        check_finite(self._engine)
-        groups = checkpoint.collect(self._engine)
-        with self._world.agreement():
-            if self.rank == 0:
-                figures = {"time": loop.time, "loss": loop.loss, "accuracy": loop.accuracy}
-                attributes: dict[str, Attribute] = {
-                    **self._about(),
-                    "config": json.dumps(to_plain(config)),
-                    "step": loop.step,
-                    "samples": loop.samples,
-                    **{name: figure for name, figure in figures.items() if figure is not None},
-                }
-                try:
-                    checkpoint.write_checkpoint(self._checkpoints, groups, attributes, config.checkpoint.keep)
-                except OutputError as error:
-                    if needed:
-                        raise
-                    warn(f"there is no checkpoint of step {loop.step}: {error}", alone=True)
+        self.planned.setup = self._files.read_checkpoint(Path(path))
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the training as in summary.json. Replicas that differ become one network, for good."""
