@@ -92,6 +92,7 @@ class Trainer:
                 with world.agreement():
                     raise LayoutError(f"the plan is for {self.setup.topology.size} ranks, not for {world.size}")
             world.same("plan", self.setup.agreed_line)
+            world.same("data set", self.setup.data_line)
             self._engine = Engine(world, self.setup.plan)
             self._closers.insert(0, self._engine.close)
             with world.agreement():

@@ -115,7 +115,7 @@ class World(Group):
                 raise self._agreed(
                     LaunchError(
                         f"rank {rank} has another {what} ({other}) than rank 0 ({values[0]}); "
-                        "all ranks have to see the same files and the same installation"
+                        "all ranks have to see the same files (pass the same arrays) and the same installation"
                     )
                 )
 

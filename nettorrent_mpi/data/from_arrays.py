@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split
 from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.plan.errors import DataError
 
+SAMPLE = 16  # rows of an array that tell it from another one
 BLOCK = 1024  # rows that are looked at together, so that copies stay small
 _MOST_CLASSES = 1 << 31
 
@@ -56,7 +58,11 @@ def from_arrays(
         return Split.of_array(arrays[x_name], scaling, as_targets(arrays[y_name], count, y_name))
 
     test = split("x_test", "y_test") if "x_test" in arrays else None
-    return Dataset("arrays", inputs.shape[1:], count, split("x", "y"), test, class_names=names)
+    checksum = 0
+    for values in arrays.values():
+        some = np.linspace(0, len(values) - 1, min(len(values), SAMPLE)).astype(np.intp)
+        checksum = zlib.crc32(np.ascontiguousarray(values[some]).tobytes(), checksum)
+    return Dataset("arrays", inputs.shape[1:], count, split("x", "y"), test, class_names=names, checksum=checksum)
 
 
 def unlabelled(x: npt.ArrayLike, like: Split, dtype: DType) -> Split:

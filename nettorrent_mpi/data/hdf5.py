@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from nettorrent_mpi.data.files import opening
+from nettorrent_mpi.data.files import sampled_checksum
 from nettorrent_mpi.data.from_arrays import as_targets, check_arrays, classes_of
 from nettorrent_mpi.data.hdf5_rows import find, open_rows, opened, storage_note
 from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split
@@ -25,8 +25,7 @@ def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Seq
     Reads metadata only, unless labels come without the attribute `classes`: then they are read, because the largest
     gives the number of classes. Raises DataError, and ConfigError for wrong `mean` and `std`.
     """
-    with opening(path, "set data.root to an HDF5 file"):
-        pass
+    checksum = sampled_checksum(path, "set data.root to an HDF5 file")
     with opened(path) as file:
         names = ["x", "y", *(["x_test", "y_test"] if "x_test" in file or "y_test" in file else [])]
         arrays = {name: find(file, path, name) for name in names}
@@ -63,6 +62,7 @@ def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Seq
         str(path),
         class_names,
         tuple(note for note in notes if note),
+        checksum=checksum,
     )
 
 

@@ -291,6 +291,7 @@ class Dataset:
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     missing: DataError | None = None  # what the files lack of a data set that is only planned with
+    checksum: int = 0  # of samples of the file or the arrays: another one belongs to other data
 
     def require(self) -> None:
         """Raise the DataError of a data set whose files are missing."""

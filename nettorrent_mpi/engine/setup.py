@@ -73,6 +73,13 @@ class Setup:
         rows = f"{train.rows} training rows of shape {train.shape} and {test.rows if test else 0} test rows"
         return f"{rows}, {self.layout_line}, {self.steps} steps of {self.options.micro_batches} micro-batches"
 
+    @property
+    def data_line(self) -> str:
+        """Say in one line what shows whether ranks have the same data."""
+        names = self.dataset.class_names
+        classes = f"classes {', '.join(names)}; " if names else ""
+        return f"{classes}checksum of samples {self.dataset.checksum:08x}"
+
     def place_line(self, rank: int) -> str:
         """Describe the position of a rank in one line."""
         place = self.topology.place(rank)

@@ -272,6 +272,31 @@ def test_a_plan_that_a_host_has_made_of_other_data_is_refused(world: MPI.Intraco
             nt.Trainer(planned, comm=world)
 
 
+@pytest.mark.parametrize("kind", ["rows", "labels", "names", "file", "names of a file"])
+def test_other_data_of_the_same_size_are_refused(world: MPI.Intracomm, shared_path: Path, kind: str) -> None:
+    x, y, *_ = rows()
+    other, names = RANK == SIZE - 1 > 0, ["a", "b", "c"]
+    if other and kind.startswith("names"):
+        names.reverse()
+    if other and kind != "labels" and not kind.startswith("names"):
+        x = x[::-1]
+    if other and kind == "labels":
+        y = y[::-1].copy()
+    data = nt.from_arrays(x, y, classes=names)
+    if kind.endswith("file"):
+        path = shared_path / f"rank-{RANK}.h5"
+        with h5py.File(path, "w") as file:
+            file["x"], file["y"] = x, y
+            file.attrs["classes"] = names
+        network = nt.load_config(None, "data.name=hdf5", f"data.root={path}", "model.layers=[{linear: 3}]")
+        planned = nt.plan(network, ranks=SIZE)
+    else:
+        planned = nt.plan(LAYERS, data, ranks=SIZE, **HOW)
+    if SIZE > 1:
+        with pytest.raises(nt.UserError, match=r"has another data set .*classes a, b, c.* have to see the same files"):
+            nt.Trainer(planned, comm=world)
+
+
 def test_mistakes_end_one_trainer_on_all_ranks(world: MPI.Intracomm) -> None:
     x, y, *_ = rows()
     with nt.Trainer(LAYERS, (x, y), comm=world, **HOW) as other:
