@@ -182,7 +182,8 @@ def test_what_is_finished_stays(series: Callable[..., Any], tmp_path: Path) -> N
     config, run, early = config_file(tmp_path), tmp_path / "run", tmp_path / "early"
     whole = command(config, run, train__epochs=2)
     reaching = command(config, early, train__epochs=2, train__stop_at="{accuracy: 0.01}")
-    series(1, tmp_path / "before", [whole, reaching])
+    _, reached = series(1, tmp_path / "before", [whole, reaching])
+    assert "with --resume and a higher train.stop_at.accuracy trains it on" in " ".join(reached[1].split())
     before = {folder: contents(folder) for folder in (run, early)}
     told = series(
         1,
@@ -191,6 +192,7 @@ def test_what_is_finished_stays(series: Callable[..., Any], tmp_path: Path) -> N
     )
     for (_, first, others), folder in zip(told, (run, run, early, early), strict=True):
         assert f"{folder} is complete after step" in first
+        assert ("to train on, raise " + ("train.epochs" if folder == run else "train.stop_at.accuracy")) in first
         assert "nothing is left to train" in first
         assert others == ""
     assert {folder: contents(folder) for folder in (run, early)} == before

@@ -466,6 +466,19 @@ def test_what_cannot_be_begun_takes_nothing_away(tmp_path: Path) -> None:
     assert left == {"config.yaml": "new", "metrics.jsonl": ""}
 
 
+def test_a_new_run_takes_away_only_an_earlier_runs_files(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for files, left in (
+        ({"step-0000000003.h5", "step-0000000004.h5.part"}, None),
+        ({"step-0000000003.h5", "best.h5"}, {"best.h5"}),
+    ):
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+        RunFolder(str(tmp_path)).create("new")
+        assert (({path.name for path in folder.iterdir()}) if folder.exists() else None) == left
+
+
 def test_lines_wait_for_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
     folder, limits = RunFolder(str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
     folder.create("config: 1")

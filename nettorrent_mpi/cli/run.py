@@ -23,7 +23,7 @@ from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.checkpoint import find_checkpoint
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.signals import Signals
-from nettorrent_mpi.engine.trainer import SIGNAL
+from nettorrent_mpi.engine.trainer import ACCURACY, SIGNAL
 from nettorrent_mpi.engine.usage import faster, peak_memory
 from nettorrent_mpi.plan.errors import ConfigError, NetTorrentError, UserError
 from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan
@@ -119,10 +119,14 @@ class Run:
         if not (complete and self._trainer.finished):
             return False
         if self._world.rank == 0:
-            whole = f"all {steps} steps" if step >= steps else "the accuracy of train.stop_at"
+            if step < steps:
+                whole, more = "the accuracy of train.stop_at", "train.stop_at.accuracy"
+            else:
+                whole = f"all {steps} steps" if step == steps else f"{steps} steps are asked for"
+                more = "train.epochs or train.steps"
             sys.stdout.write(
                 f"{folder.path} is complete after step {step} ({whole}): nothing is left to train, and nothing was "
-                "changed; to train on, raise train.epochs or train.steps\n"
+                f"changed; to train on, raise {more}\n"
             )
         return True
 
@@ -188,11 +192,13 @@ class Run:
         folder, setup = shlex.quote(str(self._folder.path)), self._planned.setup
         scored = setup.dataset.test is not None or len(setup.sampler.validation_rows) > 0
         evaluate = f"nettorrent evaluate {folder} scores it; " if scored else ""
-        length = "epochs" if setup.config.train.steps is None else "steps"
+        more = "more epochs" if setup.config.train.steps is None else "more steps"
+        if self._trainer.stopped_by == ACCURACY:
+            more = "a higher train.stop_at.accuracy"
         self._reporter.message(f"model: {self._folder.path / 'model.h5'}")
         self._reporter.message(
             f"next: {evaluate}nettorrent export {folder} weights.npz writes its weights; "
-            f"the same command with --resume and more {length} trains it on"
+            f"the same command with --resume and {more} trains it on"
         )
 
     def _write_results(self) -> None:

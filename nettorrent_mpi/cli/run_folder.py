@@ -6,7 +6,6 @@ The checkpoints in it are written by the trainer.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
@@ -108,10 +107,11 @@ class RunFolder:
                 if after is None:
                     for name in OURS:
                         (self.path / name).unlink(missing_ok=True)
-                    for path in checkpoints.glob("step-*.h5"):
+                    for path in (*checkpoints.glob("step-*.h5"), *checkpoints.glob("step-*.h5.part")):
                         path.unlink()
-            if after is None and checkpoints.is_dir():
-                shutil.rmtree(checkpoints, ignore_errors=True)
+            if after is None:
+                with suppress(OSError):  # it has files of the user's, or is not there
+                    checkpoints.rmdir()
             write_whole(metrics, "".join(told))
             self._metrics = metrics.open("ab", buffering=0)
             with suppress(OSError):  # what a run that was killed has left
