@@ -479,6 +479,16 @@ def test_a_new_run_takes_away_only_an_earlier_runs_files(tmp_path: Path) -> None
         assert (({path.name for path in folder.iterdir()}) if folder.exists() else None) == left
 
 
+@pytest.mark.parametrize("lost", [None, "summary.json", "model.h5"])
+def test_results_are_summary_and_model(tmp_path: Path, lost: str | None) -> None:
+    (tmp_path / "summary.json").write_text('{"steps": 5}')
+    (tmp_path / "model.h5").touch()
+    if lost:
+        (tmp_path / lost).unlink()
+    assert RunFolder(str(tmp_path)).has_results(5) == (lost is None)
+    assert not RunFolder(str(tmp_path)).has_results(6)
+
+
 def test_lines_wait_for_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
     folder, limits = RunFolder(str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
     folder.create("config: 1")

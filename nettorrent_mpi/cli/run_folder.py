@@ -59,7 +59,8 @@ class RunFolder:
     def has_results(self, step: int) -> bool:
         """Whether it holds the results of a run that has come to its end after this step."""
         try:
-            return bool(json.loads((self.path / "summary.json").read_text(encoding="utf-8"))["steps"] == step)
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            return bool(summary["steps"] == step) and (self.path / "model.h5").exists()
         except (OSError, ValueError, TypeError, KeyError):
             return False
 
