@@ -177,7 +177,7 @@ def _remedy(wanted: str, given: Any) -> str:
         return f" (write {'true' if plain in ('yes', 'on', 'true') else 'false'}, without quotes)"
     digits = plain.replace(",", "").lstrip("0") or "0"
     if wanted in ("a number", "a whole number") and digits.isdecimal() and len(digits) < 20:
-        return f" (write {digits}, without quotes)"
+        return f" (write {digits}{', without quotes' if digits == plain else ''})"
     return ""
 
 

@@ -198,7 +198,9 @@ class _Builder:
             hidden = next((c for c in key if c != " " and unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cf")), None)
             if hidden is not None:
                 name = f"U+{ord(hidden):04X} ({unicodedata.name(hidden).lower()})"
-                text = f"the character {name} is in this key or before it: type a space"
+                text = f"the character {name} is in this key or before it: " + (
+                    "remove it" if unicodedata.category(hidden) == "Cf" else "type a space"
+                )
                 self.document.wrong.append(self.error(text, key_node, (*path, key.strip())))
                 continue
             if key in built:

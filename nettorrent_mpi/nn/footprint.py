@@ -18,6 +18,7 @@ from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import Span
 
 ROWS = 4  # rows of the first trial
+LARGE = 64 << 20  # bytes of a weight whose gradient is not computed in a trial: it may not fit the machine that plans
 ENOUGH = 8 << 20  # bytes at which a trial is the last one: operations in blocks have filled a block by then
 
 
@@ -50,7 +51,7 @@ class _Absent:
 
 
 class _Elsewhere(Operands):
-    """Operands that other ranks hold take no memory here."""
+    """Operands that other ranks hold, or that a trial leaves out, take no memory here."""
 
     def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
         pass
@@ -75,8 +76,10 @@ def footprint(
     """
     device = make_device("cpu", "numpy")
     params = {key: device.zeros(parameter.local, dtype) for key, parameter in layers.parameters}
+    sizes = {key: params[key].nbytes for key, each in layers.parameters if each.product and key not in elsewhere}
+    large = {key: size for key, size in sizes.items() if size > LARGE}
     grads = {
-        key: _Elsewhere() if key in elsewhere else device.zeros(parameter.local, dtype)
+        key: _Elsewhere() if key in elsewhere or key in large else device.zeros(parameter.local, dtype)
         for key, parameter in layers.parameters
         if parameter.trainable
     }
@@ -102,7 +105,9 @@ def footprint(
             before, few, count = count, more, min(2 * count, rows)
             more = trial(count)
     ahead = (rows - count) / max(count - before, 1)
-    return Footprint(*(round(b + max(b - a, 0) * ahead) for a, b in zip(few, more, strict=True)))
+    kept, scratch = (round(b + max(b - a, 0) * ahead) for a, b in zip(few, more, strict=True))
+    # A gradient that is added to others is computed in scratch memory, which the layers share.
+    return Footprint(kept, scratch + (max(large.values(), default=0) if accumulate else 0))
 
 
 def update_footprint(optimizer: Optimizer, elements: int, dtype: DType) -> int:

@@ -397,7 +397,7 @@ def test_every_translation_leads_to_something_that_is_there() -> None:
         ("seed: 1", "output: \u201crun\u201d", 1, "typographic quote"),
         ("seed: 1", "output: $HOME/x", 1, "variables are not replaced"),
         ("epochs: 3", "epochs: '3'", 11, "(write 3, without quotes)"),
-        ("epochs: 3", "epochs: 1,000", 11, "(write 1000, without quotes)"),
+        ("epochs: 3", "epochs: 1,000", 11, "(write 1000)"),
         ("seed: 1", "trace: yes", 1, "(write true, without quotes)"),
         ("optimizer: adam", "optimizer: {adam: {betas: [0.9, 0.99], <<: 3}}", 12, "merge keys are not read"),
         ("    - flatten", "    flatten: {}", 6, "the indentation does not fit"),

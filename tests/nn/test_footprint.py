@@ -33,6 +33,19 @@ def test_by_hand() -> None:
     assert footprint(layers.stage(0, 2, 1, 0), 7, "float64", accumulate=True).shared == (8 + 1) * 7 * 30 + 8 * 20 * 30
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_gradients_of_large_weights_are_not_computed_and_count_alike(
+    accumulate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = Network((specs.Linear(60, activation="relu"), specs.Linear(50), specs.Linear(5)), (40,)).stage(0, 3, 1, 0)
+    whole = footprint(layers, 30, "float32", accumulate=accumulate)
+    monkeypatch.setattr("nettorrent_mpi.nn.footprint.LARGE", 4 * 100)
+    monkeypatch.setattr("nettorrent_mpi.nn.footprint._Elsewhere.put", lambda *_: computed.append(1))
+    computed: list[int] = []
+    assert footprint(layers, 30, "float32", accumulate=accumulate) == whole
+    assert computed
+
+
 @pytest.mark.parametrize("network", [IMAGES, VECTORS], ids=["images", "vectors"])
 @pytest.mark.parametrize("cols", [1, 3])
 @pytest.mark.parametrize("rows", [20, 300])
