@@ -15,11 +15,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = env.prepare()
     from nettorrent_mpi.cli.commands import find, launched_first, tells_results, warnings_shown
     from nettorrent_mpi.cli.streams import safe_streams
+    from nettorrent_mpi.engine.signals import INTERRUPTED
 
     with safe_streams() as output:
         try:
             with warnings_shown():
                 code = find(arguments)(arguments, chosen)
+        except KeyboardInterrupt:
+            sys.stderr.write("nettorrent: interrupted\n")
+            code = INTERRUPTED
         except Exception as error:  # of what runs without ranks, or before they have met
             told = in_one_line(error)
             if told is None:

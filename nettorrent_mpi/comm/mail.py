@@ -145,7 +145,7 @@ class Mail:
 
     def settle(self) -> list[Arrived]:
         """Wait until every message that any member sent has arrived; return those that were not read yet. All members
-        call.
+        call and leave together.
 
         More can arrive than receives are posted: messages are copied aside, so that their buffers receive the others.
         """
@@ -156,8 +156,10 @@ class Mail:
         while True:
             kept += [self.aside(arrived) for arrived in self.take()]
             if not self._sending and all(a >= b for a, b in zip(self.received, expected, strict=True)):
-                return kept
+                break
             os.sched_yield()
+        self.group.barrier()  # or what a faster member sends afterwards could arrive here, too
+        return kept
 
     def close(self) -> None:
         """Free the requests. All members call, after `settle`; once the last one has, another mailbox may use the

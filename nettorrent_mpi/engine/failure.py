@@ -7,9 +7,9 @@ import time
 import traceback
 
 from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.engine.signals import INTERRUPTED
 from nettorrent_mpi.plan.errors import NetTorrentError, RemoteError, in_one_line
 
-INTERRUPTED = 130  # exit code, as shells count: 128 + SIGINT
 PATIENCE = 1.5  # seconds in which a failed rank reports its own error and ends all; later another rank does it
 
 

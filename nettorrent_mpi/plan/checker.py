@@ -44,8 +44,9 @@ def check(topology: Topology, lists: Sequence[Actions], have: Have | None = None
     game.play()
     training = any(action.kind in ("B", "R", "U") for actor in actors for action in actor.actions)
     steps = _mini_batches(actors)
+    optional = frozenset(a.kind for actor in actors for a in actor.actions if a.kind in ("N", "X", "Y"))
     for actor in actors:
-        _check_order(actor, len(topology.stages), training, steps)
+        _check_order(actor, len(topology.stages), training, steps, optional)
         _check_buffers(actor, have[actor.stage], training)
 
 
@@ -243,8 +244,11 @@ def _mini_batches(actors: Sequence[_Actor]) -> list[range] | None:
     return [range(n * each, (n + 1) * each) for n in range(steps)]
 
 
-def _check_order(actor: _Actor, stages: int, training: bool, steps: list[range] | None) -> None:
-    """Check that all actions of a micro-batch and of a step exist, in order of their dependencies."""
+def _check_order(
+    actor: _Actor, stages: int, training: bool, steps: list[range] | None, optional: frozenset[Kind]
+) -> None:
+    """Check that all actions of a micro-batch and of a step exist, in order of their dependencies. The `optional` ones
+    are those that some rank has, so that all have to have them; M is a matter of each stage."""
     s, flying = actor.stage, stages - actor.stage
     index = {action: i for i, action in enumerate(actor.actions)}
     orders: list[list[Kind]] = [["PA", "RA", "F", "SA"], ["WA", "F"]]
@@ -252,7 +256,7 @@ def _check_order(actor: _Actor, stages: int, training: bool, steps: list[range] 
         orders = [["PA", "RA", "F", "SA", "RG", "B", "SG"], ["WA", "F"], ["PG", "RG"], ["WG", "B"]]
     absent = _absent(s, stages)
     orders = [[kind for kind in order if kind not in absent] for order in orders]
-    optional = {action.kind for action in actor.actions} & {"M", "N", "X", "Y"}
+    optional |= {action.kind for action in actor.actions if action.kind == "M"}
     ends = [kind for kind in ONCE if kind in ("R", "U", "G") or kind in optional] if training else []
     here = sorted({a.micro_batch for a in actor.actions if a.kind not in (*ONCE, "L") and a.micro_batch is not None})
     chains: list[list[Action]] = []
