@@ -127,11 +127,12 @@ class RunLock:
 
     def _look(self, path: Path | None = None) -> _Seen | None:
         """Read the lock; None if there is none. Opening it makes NFS ask its server."""
+        path = path or self._path
         try:
-            with (path or self._path).open("rb") as file:
+            with path.open("rb") as file:
                 text, refreshed = file.read(), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
-            return None
+            return _Seen({}, 0.0) if path.is_symlink() else None  # a link to nothing is in the way
         try:
             owner = json.loads(text)
         except ValueError:

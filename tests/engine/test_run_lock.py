@@ -82,6 +82,13 @@ def test_a_number_that_another_process_has_by_now(tmp_path: Path) -> None:
     RunLock(tmp_path).release()
 
 
+def test_a_link_to_nothing_is_no_lock(tmp_path: Path) -> None:
+    (tmp_path / LOCK).symlink_to(tmp_path / "nothing")
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        assert not (tmp_path / LOCK).is_symlink()
+
+
 def test_silence_elsewhere_is_waited_for(elsewhere: Path) -> None:
     began = time.monotonic()
     with pytest.warns(NetTorrentWarning, match=r"waiting for a sign of life of another run \(process \d+ on another"):
