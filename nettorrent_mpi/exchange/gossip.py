@@ -208,6 +208,7 @@ class GossipExchange(Exchange):
             self.rounds.open(step - 1)
 
     def settle(self) -> None:
+        self.shards.fence()  # other holders may still copy what is merged into here
         self.rounds.settle()
         self.mixer.vector.release(Span(0, self.mixer.vector.size))
         self.shards.gather()
