@@ -17,6 +17,7 @@ from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError, in_one_line
 
 T = TypeVar("T")
+FORWARDING = 0.3  # seconds: MPICH's mpirun drops output that it has not forwarded when the ranks end (seen)
 
 
 class World(Group):
@@ -126,7 +127,7 @@ class World(Group):
         if library.loaded() and MPI.COMM_WORLD.Get_size() == 1 and not env.launched(os.environ):
             os._exit(code)  # MPI_Abort would say in many lines what it does, or that it cannot find these lines
         if library.loaded():
-            time.sleep(0.3)  # MPICH's mpirun drops output that it has not forwarded when the ranks end (seen)
+            time.sleep(FORWARDING)
             MPI.COMM_WORLD.Abort(code)
 
 
@@ -145,6 +146,7 @@ def abort_after_error() -> None:
     if size > 1:
         sys.stderr.write(f"rank {rank} of {size} has failed, which ends all ranks\n")
         sys.stderr.flush()
+        time.sleep(FORWARDING)
         MPI.COMM_WORLD.Abort(1)
 
 
