@@ -134,7 +134,7 @@ class Trainer:
 
     @property
     def setup(self) -> Setup:
-        """What the plan has found out: data set, network, layout."""
+        """The setup of the plan: data set, network, layout and options."""
         return self.planned.setup
 
     @property

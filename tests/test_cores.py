@@ -1,4 +1,4 @@
-"""How many cores the ranks of a run have: affinity, control groups, Slurm."""
+"""The cores of a run's ranks are counted from affinity, control groups and Slurm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is doubtful but may be meant is told in one line, once, and nothing else changes."""
+"""A warning tells what is doubtful in one line, once, and nothing else changes."""
 
 from __future__ import annotations
 

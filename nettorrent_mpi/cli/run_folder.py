@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.data.storage import replacing, retried
-from nettorrent_mpi.engine.checkpoint import checkpoints_in, find_checkpoint
+from nettorrent_mpi.engine.checkpoint import checkpoints_in, find_checkpoint, lies_in
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.plan.errors import OutputError, warn
@@ -66,7 +66,7 @@ class RunFolder:
 
     def holds(self, checkpoint: Path) -> bool:
         """Whether it is one of this folder's own checkpoints."""
-        return checkpoint.resolve().parent == (self.path / "checkpoints").resolve()
+        return lies_in(checkpoint, self.path / "checkpoints")
 
     def starting_point(self, resume: str | None, *, overwrite: bool) -> Path | None:
         """Return the checkpoint from which a run in this folder continues; None: it begins. `resume` is the value of

@@ -20,8 +20,8 @@ SPARE = 16 << 20  # bytes that are left free there for MPI, whose files may grow
 
 
 class SharedMemory:
-    """For each member of a group one flat array of its own, and a common one, visible to all members. Its methods are
-    collective.
+    """A SharedMemory holds one flat array for each member of a group and a common one, all visible to all members. Its
+    methods are collective.
 
     The memory is a file in BACKING. Its pages are reserved: where there is no room for a page that is written to, the
     program ends by SIGBUS. Each member reserves its own array and a part of the common one, so that they are near its

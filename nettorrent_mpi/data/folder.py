@@ -12,7 +12,7 @@ import numpy as np
 from nettorrent_mpi.data.images import ImageReader
 from nettorrent_mpi.data.storage import new_hdf5
 from nettorrent_mpi.device.random import generator
-from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError
+from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError, listed
 
 TEST = 0.2  # the fraction of each class that is held out, unless told
 _TRAINING, _TESTING, _VALIDATION = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
@@ -128,7 +128,7 @@ def _divided(directory: Path, test: float | None, notes: _Notes) -> tuple[list[s
         raise DataError(f"cannot be read ({error}); grant access to it", file=str(directory)) from error
     strangers = [name for name in names if name not in classes]
     if strangers:
-        text = f"has classes that {train[0]} lacks: {_listed(strangers)} (there are {_listed(classes)})"
+        text = f"has classes that {train[0]} lacks: {listed(strangers)} (there are {listed(classes)})"
         raise DataError(f"{text}; give both the same classes", file=str(held))
     label = {name: number for number, name in enumerate(classes)}
     named = [(label[name], paths) for name, paths in zip(names, by_test_class, strict=True)]
@@ -245,7 +245,3 @@ def _write(
         if transparent:
             notes.add("transparent images laid over white", path)
         step()
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")

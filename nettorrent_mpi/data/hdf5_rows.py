@@ -119,8 +119,12 @@ def storage_note(data: h5py.Dataset, path: Path, name: str) -> str | None:
     how = f"compressed ({data.compression})" if data.compression else "not contiguous"
     return (
         f"{path}: {name} is {how}, so its {data.nbytes / 1e6:,.1f} MB are read into memory once, if they fit; "
-        f"`h5repack -l CONTI -f NONE {path.name} NEW.h5` writes a file whose rows are read where they lie"
+        f"{_repacking(path)}"
     )
+
+
+def _repacking(path: Path) -> str:
+    return f"`h5repack -l CONTI -f NONE {path.name} NEW.h5` writes a file whose rows are read where they lie"
 
 
 def open_rows(path: Path, name: str, allocate: Allocate, has_room: HasRoom) -> Take:
@@ -140,8 +144,7 @@ def open_rows(path: Path, name: str, allocate: Allocate, has_room: HasRoom) -> T
         return take_from(allocate(shape, dtype, lambda out: _read_all(path, name, out)))
     warn(
         f"{path}: {name}: its {size / 1e6:,.0f} MB do not fit into half of the memory that is free, so every "
-        f"mini-batch is read from the file, which is slow; `h5repack -l CONTI -f NONE {path.name} NEW.h5` writes a "
-        "file whose rows are read where they lie"
+        f"mini-batch is read from the file, which is slow; {_repacking(path)}"
     )
     return _take_from_file(path, name)
 

@@ -191,6 +191,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
         raise OutputError(f"{folder} cannot be read: {error.strerror or error}") from error
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether the checkpoint at `path` is one of those in `folder`."""
+    return path.resolve().parent == folder.resolve()
+
+
 def must_match(before: dict[str, Any], config: Config, path: Path) -> None:
     """Raise ConfigError if a decisive value differs from the one in the checkpoint's configuration `before`."""
     now = to_plain(config)

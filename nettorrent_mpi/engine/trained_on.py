@@ -1,4 +1,4 @@
-"""What a network was trained on travels with it: in model.h5, in checkpoints and in the run folder's summary.
+"""A network's files say what it was trained on: model.h5, checkpoints and the run folder's summary.
 
 Weights mean nothing without it: where classes are numbered otherwise, or inputs have another scale, answers are wrong.
 """
@@ -6,14 +6,14 @@ Weights mean nothing without it: where classes are numbered otherwise, or inputs
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.engine.setup import Setup
-from nettorrent_mpi.plan.errors import ConfigError, DataError
+from nettorrent_mpi.plan.errors import ConfigError, DataError, listed
 
 ATTRIBUTE = "data"  # of the files
 
@@ -86,19 +86,19 @@ class TrainedOn:
             return dataset, None
         if before is None or now is None:
             has, lacks = (path, data) if now is None else (data, path)
-            text = f"{has} names its classes ({_listed(before or now or ())}), {lacks} does not: they are taken to be "
+            text = f"{has} names its classes ({listed(before or now or ())}), {lacks} does not: they are taken to be "
             return dataset, text + "the same, in the same order"
         strangers = set(now) - set(before)
         if strangers or (not part and len(before) != len(now)):
             raise DataError(
-                f"has the classes {_listed(now)}, but the network of {path} was trained on {_listed(before)}; "
+                f"has the classes {listed(now)}, but the network of {path} was trained on {listed(before)}; "
                 + ("use data of the same classes" if not part else "use data of those classes, or of some of them"),
                 file=data,
             )
         if len(now) == len(before):
-            text = f"numbers its classes otherwise ({_listed(now)}) than the network does ({_listed(before)})"
+            text = f"numbers its classes otherwise ({listed(now)}) than the network does ({listed(before)})"
         else:
-            text = f"has only some ({_listed(now)}) of the classes that the network was trained on ({_listed(before)})"
+            text = f"has only some ({listed(now)}) of the classes that the network was trained on ({listed(before)})"
         return dataset.numbered_as(before), f"{data} {text}: they are taken by their names"
 
 
@@ -122,7 +122,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, tuple) and len(set(value)) == 1:
         value = value[0]
     return json.dumps(value)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")

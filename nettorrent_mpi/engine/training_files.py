@@ -86,7 +86,7 @@ class TrainingFiles:
 
         attributes = checkpoint.restore(self._engine, found, accept)
         setup = self._take(*fitted[0])
-        if self._checkpoints is not None and found.resolve().parent == self._checkpoints.resolve():
+        if self._checkpoints is not None and checkpoint.lies_in(found, self._checkpoints):
             self._continues = True
         step, samples, seconds = int(attributes["step"]), int(attributes["samples"]), float(attributes["time"])
         loss, accuracy = (float(attributes[name]) if name in attributes else None for name in ("loss", "accuracy"))

@@ -167,7 +167,8 @@ def in_one_line(error: Exception) -> NetTorrentError | None:
 
 
 class NetTorrentWarning(UserWarning):
-    """What is doubtful but may be meant. `alone` says that only this rank may have found it."""
+    """A NetTorrentWarning tells of what is doubtful but may be meant. `alone` says that only this rank may have found
+    it."""
 
     def __init__(self, text: str, alone: bool = False):
         self.alone = alone
@@ -181,3 +182,8 @@ def warn(text: str, *, alone: bool = False) -> None:
     found it. From Python it is a NetTorrentWarning of the module `warnings`.
     """
     warnings.warn(NetTorrentWarning(text, alone), stacklevel=2)
+
+
+def listed(names: Sequence[str]) -> str:
+    """List names in a message: the first ten, and how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")

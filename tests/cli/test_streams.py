@@ -61,7 +61,7 @@ def ran(command: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_training_goes_on(tmp_path: Path, shell: str, warned: bool) -> None:
-    """In a folder whose name is not ASCII."""
+    """A training in a folder whose name is not ASCII goes on where its streams fail or its locale is ASCII."""
     train = "-m nettorrent_mpi.train --set train.epochs=1 --output $RUN"
     done = ran(shell.replace("{train}", train), tmp_path)
     assert done.returncode == 0, done.stderr

@@ -287,7 +287,7 @@ def test_no_layer_with_weights() -> None:
 
 
 def test_several_mistakes_are_told_one_in_a_line() -> None:
-    """Those of values, of keys, of the text and of --set, in the order of the file."""
+    """One error lists the mistakes of values, of keys, of the text and of --set, in the order of the file."""
     text = edited("epochs: 3", "epochs: x\n  stepz: 1\n  clip_norm: -1\n  clip_norm: 1").replace("filters", "filterz")
     text = text.replace("dropout: 0.25", "dropout: 1e999").replace("linear: 10", "linear: {units: 0, initial: x}")
     error = told(text, "seed=x", "train.optimizer.sgdd.lr=1", "nowhere", lines=12)

@@ -187,7 +187,7 @@ def with_mistakes(seed: int) -> tuple[str, list[int]]:
 
 
 def told(text: str, path: Path) -> UserError:
-    """What is said of a configuration, up to its plan."""
+    """Return what reading and planning a configuration says of it."""
     path.write_text(text)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

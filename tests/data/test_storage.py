@@ -128,7 +128,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("locks", ["37", pytest.param("524", marks=pytest.mark.slow)])
 def test_training_where_the_file_system_lacks_locks_and_fails_once(tmp_path: Path, shim: Path, locks: str) -> None:
-    """With chunked rows, which are read through HDF5."""
+    """A training on chunked rows, which are read through HDF5, survives such a file system."""
     random = np.random.default_rng(0)
     with h5py.File(tmp_path / "data.h5", "w") as file:
         file.create_dataset("x", data=random.normal(size=(40, 6)), chunks=(8, 6))

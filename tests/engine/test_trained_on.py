@@ -1,4 +1,4 @@
-"""What a network was trained on travels with it, and is compared with the data that it meets."""
+"""A network keeps a description of the data it was trained on, which is compared with the data that it meets."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def train(engine: Engine, evaluator: Evaluator, steps: range) -> None:
 
 
 def trained(comm: MPI.Intracomm, case: Case, exchange: specs.Spec, file: Path, read: Path | None = None) -> Found:
-    """What there is after four steps, half-way and at the end; from the checkpoint `read` half-way, if given."""
+    """Train four steps, or the last two from the checkpoint `read`; return what there is half-way and at the end."""
     engine = made(comm, case.topology, exchange)
     evaluator, found = Evaluator(engine), Found()
     evaluator.losses = list(range(case.replicas))

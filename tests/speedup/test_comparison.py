@@ -16,7 +16,7 @@ from nettorrent_mpi.speedup.timetable import Job, Timetable
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
-    """Of four modes and two peers on 2, 4 and 5 ranks, for a machine with four cores."""
+    """Make a comparison of four modes and two peers on 2, 4 and 5 ranks, for a machine with four cores."""
     names = ["1f1b", "layers", "rows", "gossip"]
     config = configuration.load(None, [])
     shared = modes.baseline(config, names)
