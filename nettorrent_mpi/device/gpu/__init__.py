@@ -1,0 +1,1 @@
+"""The GPU device computes with the kernels of kernels.cu, cublasLt and cuDNN, on arrays that stay on the GPU."""

@@ -1,0 +1,60 @@
+"""What all operations of a GPU share: launching kernels, and scratch memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+from nettorrent_mpi.device.arrays import Array, DType, Shape, as_dtype
+from nettorrent_mpi.device.gpu.runtime import Runtime, Stream
+
+BLOCK = 256  # threads of a block, where a kernel does not need another number
+MOST_BLOCKS = 4096  # of a grid-stride loop: enough for every GPU
+
+
+class Owner(Protocol):
+    """What operations need of their device: its runtime, the stream that work goes to at present, and memory."""
+
+    runtime: Runtime
+    stream: Stream
+    tf32: bool  # whether float32 products may be rounded to TF32
+
+    def empty(self, shape: Shape, dtype: DType) -> Array:
+        """Return an uninitialised array."""
+
+
+class Operations:
+    """The base of the GPU's operations. Kernels run on the device's present stream, one after the other."""
+
+    def __init__(self, device: Owner):
+        self.device = device
+        self._scratch: dict[tuple[str, Any], Array] = {}
+
+    def launch(self, kernel: str, real: DType, grid: int | tuple[int, int], block: int, *arguments: Any) -> None:
+        """Launch a kernel for this type of REAL (see `Runtime.launch`)."""
+        size = (grid, 1) if isinstance(grid, int) else grid
+        if size[0] and size[1]:
+            self.device.runtime.launch(self.device.stream, kernel, real, size, block, arguments)
+
+    def each(self, kernel: str, real: DType, count: int, *arguments: Any) -> None:
+        """Launch a kernel that loops over `count` elements with a stride of the whole grid (GRID_STRIDE)."""
+        self.launch(kernel, real, blocks_for(count), BLOCK, *arguments)
+
+    def scratch(self, name: str, shape: Shape, dtype: DType) -> Array:
+        """Return memory of this operation, valid until it is next called with this name. It grows to the largest size
+        that is asked for, so the first step of a run allocates all of it."""
+        size, dtype = math.prod(shape), as_dtype(dtype)
+        memory = self._scratch.get((name, dtype))
+        if memory is None or memory.size < size:
+            memory = self._scratch[name, dtype] = self.device.empty((size,), dtype)
+        return memory[:size].reshape(shape)
+
+    @property
+    def working_bytes(self) -> int:
+        """The bytes of scratch memory."""
+        return sum(int(memory.nbytes) for memory in self._scratch.values())
+
+
+def blocks_for(count: int) -> int:
+    """Return the number of blocks of BLOCK threads for `count` elements."""
+    return min(-(-count // BLOCK), MOST_BLOCKS)
