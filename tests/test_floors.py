@@ -64,6 +64,7 @@ ORDER: dict[str, list[str]] = {
         "actions",
         "stream",
         "checker",
+        "launches",
         "schedule",
         "timeline",
         "cost",
