@@ -32,7 +32,7 @@ BELOW = {
 ASKED_FOR = {("cli.commands", "speedup.command"), ("planning", "cli.dry_run")}
 # The order within a folder. Modules that are not listed only have to be free of cycles.
 ORDER: dict[str, list[str]] = {
-    "device": ["arrays", "random", "geometry", "ops", "cpu", "device"],
+    "device": ["arrays", "random", "geometry", "ops", "cpu", "gpu", "device"],
     "nn": ["layer", "initial", "rates", "optimizers", "losses", "fit", "layers", "model", "footprint"],
     "exchange": [
         "replicas",
@@ -91,6 +91,8 @@ ONLY = {
     "nccl": ["comm"],
     "cupy": ["device.gpu", "comm.nccl"],
     "cupyx": ["device.gpu"],
+    "cudnn": ["device.gpu"],
+    "nvmath": ["device.gpu"],
     "pydantic": ["config"],
     "yaml": ["config"],
     "rich": ["cli"],

@@ -11,9 +11,9 @@ from typing import Any, TextIO, cast
 from nettorrent_mpi.cli.terminal import fitted, text_width
 
 
-class Stream:
-    """A Stream writes to a text stream what that takes, on a terminal in lines that fit. `error` is the first failure
-    other than a reader's leaving (as `head` does); `tell` is called with it, once."""
+class SafeStream:
+    """A SafeStream writes to a text stream what that takes, on a terminal in lines that fit. `error` is the first
+    failure other than a reader's leaving (as `head` does); `tell` is called with it, once."""
 
     def __init__(self, stream: TextIO | None, tell: Callable[[Exception], None] = lambda error: None):
         # Python has none where the descriptor is closed
@@ -60,19 +60,19 @@ class Stream:
 
 
 @contextmanager
-def safe_streams() -> Iterator[Stream]:
+def safe_streams() -> Iterator[SafeStream]:
     """Make sys.stdout and sys.stderr Streams inside the `with` block, and give the former."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # a closed one's number must not become that of a run's file, which libraries would write their output to
     os.close(descriptor)
     before = sys.stdout, sys.stderr
-    errors = Stream(sys.stderr)
+    errors = SafeStream(sys.stderr)
 
     def tell(error: Exception) -> None:
         reason = getattr(error, "strerror", None) or error
         errors.write(f"nettorrent: warning: standard output cannot be written ({reason})\n")
 
-    output = Stream(sys.stdout, tell)
+    output = SafeStream(sys.stdout, tell)
     sys.stdout, sys.stderr = cast("TextIO", output), cast("TextIO", errors)
     try:
         yield output

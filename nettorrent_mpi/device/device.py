@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace
@@ -10,8 +11,27 @@ from nettorrent_mpi.device.ops import Ops
 Kernels = Literal["fastest", "numpy"]  # the fastest of the installed libraries, or NumPy alone
 
 
+class Numbers(Protocol):
+    """Numbers change from step to step: they lie in an array (float64) on the device, where operations read them."""
+
+    @property
+    def array(self) -> Array:
+        """The array on the device: the same one for good."""
+
+    def set(self, values: Sequence[float]) -> None:
+        """Let operations that are called from now on find these values."""
+
+
 class Device(Protocol):
-    """A Device is one rank's processor. Each engine makes its own; only one thread at a time may use it."""
+    """A Device is one rank's processor. Each engine makes its own; only one thread at a time may use it.
+
+    Its arrays' elements are for its operations alone. On a GPU operations only begin: they run in the order of their
+    calls while the host goes on, until it waits in `synchronize`, `download` or `on_host`.
+    """
+
+    @property
+    def kind(self) -> Literal["cpu", "gpu"]:
+        """What processes the arrays."""
 
     @property
     def ops(self) -> Ops:
@@ -37,6 +57,28 @@ class Device(Protocol):
 
     def workspace(self, dtype: DType, shared: Workspace | None = None) -> Workspace:
         """Return a workspace in this device's memory."""
+
+    def numbers(self, count: int) -> Numbers:
+        """Return `count` numbers that change from step to step, zeros at first."""
+
+    def upload(self, out: Array, values: Array) -> None:
+        """out <- `values`, which lie in host memory and may be changed as soon as this returns; both of one shape."""
+
+    def download(self, out: Array, x: Array) -> None:
+        """out, in host memory, <- x, once all operations called so far are complete; both of one shape."""
+
+    def on_host(self, x: Array) -> Array:
+        """Return x in host memory, once all operations called so far are complete: x itself, or a copy."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Return what does the same as `run` each time that it is called, with the same arrays and host values: on a
+        GPU a graph, from the second call on."""
+
+    def synchronize(self) -> None:
+        """Wait until all operations called so far are complete."""
+
+    def close(self) -> None:
+        """Give all memory back: no array of this device is used any more."""
 
 
 def make_device(kind: Literal["cpu"] = "cpu", kernels: Kernels = "fastest") -> Device:

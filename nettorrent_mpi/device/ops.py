@@ -48,14 +48,24 @@ class FlatOps(Protocol):
     def withhold(self, x: Array, before: Array, kept: Array, part: float) -> None:
         """Take back `part` of the change of x since `before`, and add it to `kept`."""
 
-    def sum_of_squares(self, x: Array) -> float:
-        """Return the sum of the squares, computed in float64 for all types."""
+    def increase(self, x: Array, by: float) -> None:
+        """x[0] <- x[0] + by."""
+
+    def sum_of_squares(self, x: Array, total: Array) -> None:
+        """total[0] (float64) <- total[0] + the sum of the squares, computed in float64 for all types."""
+
+    def clip_scale(self, total: Array, limit: float, scale: Array) -> None:
+        """scale[0] <- the factor that limits gradients whose squares sum to total[0] to the norm `limit`; both float64.
+
+        The formula of torch.nn.utils.clip_grad_norm_, limit / (norm + 1e-6) and at most 1; nan if the norm is nan.
+        """
 
     def all_finite(self, x: Array) -> bool:
-        """Whether no element is infinite or NaN."""
+        """Whether no element is infinite or NaN. The host waits for the answer: for use at rest."""
 
-    def count_nonfinite(self, y: Array, count: Array) -> None:
-        """count[0] <- count[0] + 1 unless the sum of y (of any shape) is finite."""
+    def count_nonfinite(self, y: Array, count: Array, step: Array) -> None:
+        """Unless the sum of y (of any shape) is finite: count[0] <- count[0] + 1, and count[1] <- step[0] if count[0]
+        was 0. All numbers are float64."""
 
 
 class MessageOps(Protocol):
@@ -96,6 +106,9 @@ class LayerOps(Protocol):
         a and b may be some columns of matrices. The first axis of `a` may differ from call to call; the objects of the
         steady state are cached.
         """
+
+    def linear(self, x: Array, weight: Array, bias: Array | None, y: Array) -> None:
+        """y_bo <- x_bI @ weight_Io, plus the bias."""
 
     def sum_rows(self, x: Array, out: Array, accumulate: bool = False) -> None:
         """out_c <- (or +=) the sum of x (b, ..., c) over all but its last axis; out may be of a wider type."""
@@ -143,10 +156,10 @@ class LayerOps(Protocol):
         It depends on the layer alone, so it is computed once.
         """
 
-    def keep_mask(self, keep: Array, codes: Array, rate: float, key: int, rows: Span) -> None:
+    def keep_mask(self, keep: Array, codes: Array, rate: float, key: int, step: Array, rows: Span) -> None:
         """Compute keep (rows, features), bool <- True with probability 1 - rate (rounded to 2^-32).
 
-        Each element is a hash of (key, its global row, the code of its place), independent of the rank.
+        Each element is a hash of (key, step[0], its global row, the code of its place), independent of the rank.
         """
 
     def drop(self, y: Array, keep: Array, scale: float) -> None:
@@ -244,37 +257,43 @@ class CriterionOps(Protocol):
 
 
 class UpdateOps(Protocol):
-    """One step of an optimizer on flat arrays, with the gradients scale * g + decay * p; g stays unchanged."""
+    """One step of an optimizer on flat arrays, with the gradients scale[0] * g + decay * p; g stays unchanged.
 
-    def sgd(self, p: Array, g: Array, rate: float, scale: float = 1.0, decay: float = 0.0) -> None:
-        """p <- p - rate g."""
+    What changes from step to step comes in arrays of float64 on the device: `numbers`, and `scale` (None: 1). Each
+    number is rounded to the type of p before it is used.
+    """
+
+    def sgd(self, p: Array, g: Array, numbers: Array, scale: Array | None = None, decay: float = 0.0) -> None:
+        """p <- p - rate g, with numbers = (rate,)."""
 
     def momentum(
-        self, p: Array, g: Array, b: Array, rate: float, beta: float, share: float, nesterov: bool, first: bool,
-        scale: float = 1.0, decay: float = 0.0,
+        self, p: Array, g: Array, b: Array, numbers: Array, nesterov: bool, scale: Array | None = None,
+        decay: float = 0.0,
     ) -> None:  # fmt: skip
-        """b <- beta b + share g, at first g; p <- p - rate b, with Nesterov p - rate (g + beta b)."""
+        """b <- beta b + share g; p <- p - rate b, with Nesterov p - rate (g + ahead b); numbers = (rate, beta, share,
+        ahead)."""
 
     def adagrad(
-        self, p: Array, g: Array, s: Array, rate: float, eps: float, scale: float = 1.0, decay: float = 0.0
+        self, p: Array, g: Array, s: Array, numbers: Array, eps: float, scale: Array | None = None, decay: float = 0.0
     ) -> None:
-        """s <- s + g^2; p <- p - rate g / (sqrt(s) + eps)."""
+        """s <- s + g^2; p <- p - rate g / (sqrt(s) + eps), with numbers = (rate,)."""
 
     def rmsprop(
-        self, p: Array, g: Array, s: Array, a: Array | None, b: Array | None, rate: float, alpha: float, eps: float,
-        beta: float, scale: float = 1.0, decay: float = 0.0,
+        self, p: Array, g: Array, s: Array, a: Array | None, b: Array | None, numbers: Array, alpha: float, eps: float,
+        beta: float, scale: Array | None = None, decay: float = 0.0,
     ) -> None:  # fmt: skip
-        """s <- alpha s + (1 - alpha) g^2; d = g / (sqrt(s) + eps); p <- p - rate d.
+        """With numbers = (rate,): s <- alpha s + (1 - alpha) g^2; d = g / (sqrt(s) + eps); p <- p - rate d.
 
         With a: a <- alpha a + (1 - alpha) g, and sqrt(s - a^2) in place of sqrt(s). With b: b <- beta b + d; p <- p -
         rate b.
         """
 
     def adam(
-        self, p: Array, g: Array, m: Array, v: Array, rate: float, rest1: float, b2: float, rest2: float, eps: float,
-        shrink: float, scale: float = 1.0, decay: float = 0.0,
+        self, p: Array, g: Array, m: Array, v: Array, numbers: Array, rest1: float, b2: float, rest2: float,
+        scale: Array | None = None, decay: float = 0.0,
     ) -> None:  # fmt: skip
-        """m <- m + rest1 (g - m); v <- b2 v + rest2 g^2; p <- shrink p - rate m / (sqrt(v) + eps)."""
+        """m <- m + rest1 (g - m); v <- b2 v + rest2 g^2; p <- shrink p - rate m / (sqrt(v) + eps), with numbers =
+        (rate, eps, shrink)."""
 
 
 class Ops(FlatOps, MessageOps, LayerOps, CriterionOps, UpdateOps, Protocol):

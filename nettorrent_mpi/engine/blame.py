@@ -13,9 +13,9 @@ def check_finite(engine: Engine, evaluated: Batches | None = None) -> None:
     of `evaluated`, or has such weights: a DataError where the rows hold such a value, otherwise a NonFiniteError, which
     names the earliest step and its first layer. All ranks call, at rest."""
     everyone, place = engine.wiring.everyone, engine.place
-    mine = engine.pipeline.diverged() or _wrong_weights(engine)
+    mine = engine.pipeline.divergence.found() or _wrong_weights(engine)
     found = everyone.gather_objects(None if mine is None else (mine[0], place.stage, mine[1]))
-    engine.pipeline.forget_nonfinite()
+    engine.pipeline.divergence.forget()
     seen = [(*each, rank) for rank, each in enumerate(found) if each is not None]
     if not seen:
         return

@@ -86,7 +86,15 @@ class Engine:
         clip_norm = options.clip_norm
         self.update = Update(wiring, self.device, state, self.optimizer, self.exchange, self.metrics, clip_norm)
         self.pipeline = Pipeline(
-            plan, wiring, self.device, self.layers, state, self.update, self.metrics, self._progress()
+            plan,
+            wiring,
+            self.device,
+            self.layers,
+            state,
+            self.update,
+            self.metrics,
+            self._progress(),
+            self.schedule.ahead,
         )
         self._left = 0  # steps planned until the ranks come to rest; 0: they are at rest
         self.steps = 0  # done so far

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from nettorrent_mpi.comm.link import Transfer
 from nettorrent_mpi.device.arrays import Array, quiet
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.batches import Batches
-from nettorrent_mpi.engine.metrics import LOSS, NONFINITE, Metrics
+from nettorrent_mpi.engine.divergence import Divergence
+from nettorrent_mpi.engine.metrics import LOSS, Metrics
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
-from nettorrent_mpi.nn.layer import Alone, Context, Params
+from nettorrent_mpi.nn.layer import Context, Params
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.plan.actions import Action, Kind
@@ -63,8 +63,10 @@ class Pipeline:
         update: Update,
         metrics: Metrics,
         progress: Callable[[], None] | None,
+        ahead: int,
     ):
-        """`progress` lets messages move; it is called between actions and between layers."""
+        """`progress` lets messages move; it is called between actions and between layers. Forward passes run up to
+        `ahead` mini-batches ahead."""
         self._wiring, self._device, self._layers, self._state = wiring, device, layers, state
         self._end, self._loss, self._metrics = update, make_loss(plan.options.loss), metrics
         self.trace = Trace() if plan.options.trace else None
@@ -80,9 +82,12 @@ class Pipeline:
         self._params: list[Params | None] = [None] * slots  # the version that the slot's forward used, until backward
         self._sending_y: list[Transfer | None] = [None] * slots
         self._sending_dx: list[Transfer | None] = [None] * wiring.buffers.dx
+        # The numbers of the present step and of those that forward passes run ahead to, for operations.
+        self._steps = device.numbers(1 + ahead)
+        self._step_of = [self._steps.array[i : i + 1] for i in range(1 + ahead)]
         self._base = self._kept = 0
         self._outputs: Array | None = None
-        self._nonfinite: tuple[int, str] | None = None
+        self.divergence = Divergence(device, layers, state, metrics, wiring.team.cols)
         self._methods: dict[Kind, Callable[[int], None]] = {
             "L": self._load,
             "PA": self._post_x,
@@ -109,6 +114,9 @@ class Pipeline:
         self._batches, self._micro_batches, self._step, self._rate = work.batches, work.pieces, work.step, work.rate
         self._ctx.training, self._outputs = work.training, work.outputs
         step = work.step
+        self._steps.set(range(step, step + len(self._step_of)))
+        if work.training:
+            self._end.begin(work.rate, step + 1)
         if work.first:
             self._base = 0
         trace, methods, progress = self.trace, self._methods, self._progress
@@ -146,7 +154,7 @@ class Pipeline:
         ctx, g = self._ctx, self._base + m
         slot, rows = g % self._wiring.slots, self._batches.rows(m)
         x = self._batches.inputs(m, g)
-        ctx.rows, ctx.count, ctx.step = rows.mine, rows.sharing, self._step + m // self._micro_batches
+        ctx.rows, ctx.count, ctx.step = rows.mine, rows.sharing, self._step_of[m // self._micro_batches]
         ctx.workspace = self._workspaces[slot]
         params = self._state.params
         self._params[slot] = params if ctx.training else None
@@ -158,7 +166,7 @@ class Pipeline:
         elif self._wiring.is_last:
             self._score(x, y, m, slot)
         else:
-            self._look(x, y, self._metrics.values)
+            self.divergence.look(x, y, self._metrics.values, ctx, self._step + m // self._micro_batches)
 
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """Add the loss of this micro-batch to the metrics, and keep its gradient for the backward pass."""
@@ -166,13 +174,8 @@ class Pipeline:
         targets, size = self._batches.targets(m), self._batches.size(m) if training else 1
         metrics = self._metrics.values if self._wiring.place.col == 0 else self._metrics.ignored
         self._dy[slot] = self._loss.forward(y, targets, size, self._ctx, metrics, training)
-        self._look(x, metrics[LOSS : LOSS + 1], metrics)
-
-    def _look(self, x: Array, y: Array, metrics: Array) -> None:
-        """Count y if it is not finite; on a CPU note the step and layer of the first such value."""
-        self._ctx.ops.count_nonfinite(y, metrics[NONFINITE:])
-        if self._nonfinite is None and metrics[NONFINITE]:
-            self._nonfinite = self._ctx.step, self._culprit(x)
+        step = self._step + m // self._micro_batches
+        self.divergence.look(x, metrics[LOSS : LOSS + 1], metrics, self._ctx, step)
 
     def _await_y(self, m: int) -> None:
         _finish(self._sending_y[(self._base + m) % self._wiring.slots])
@@ -198,7 +201,7 @@ class Pipeline:
     def _backward(self, m: int) -> None:
         ctx, wiring, g = self._ctx, self._wiring, self._base + m
         slot, rows = g % wiring.slots, self._batches.rows(m)
-        ctx.rows, ctx.count, ctx.step, ctx.accumulate = rows.mine, rows.sharing, self._step, m > 0
+        ctx.rows, ctx.count, ctx.step, ctx.accumulate = rows.mine, rows.sharing, self._step_of[0], m > 0
         ctx.workspace = self._workspaces[slot]
         dy = self._dy[slot] if wiring.is_last else wiring.dy(g, rows.mine.size)
         params, self._params[slot] = self._params[slot], None
@@ -236,7 +239,7 @@ class Pipeline:
 
     def _update(self, _: int) -> None:
         self._keep_version()
-        self._end.update(self._rate, self._step + 1)
+        self._end.update()
 
     def _after_update(self, _: int) -> None:
         self._end.after(self._rate, self._step + 1)
@@ -253,31 +256,6 @@ class Pipeline:
             state.keep_version(self._kept)
             for slot in under_way:
                 self._params[slot] = state.versions[self._kept]
-
-    # -- divergence -------------------------------------------------------------------------------------------------
-
-    def diverged(self) -> tuple[int, str] | None:
-        """Return (step, layer) of the first non-finite value that this rank has seen, or None."""
-        return self._nonfinite
-
-    def forget_nonfinite(self) -> None:
-        """Forget what was not finite: other parameters are loaded, or the error has been raised."""
-        self._nonfinite = None
-        self._metrics.values[NONFINITE] = self._metrics.ignored[NONFINITE] = 0
-
-    def _culprit(self, x: Array) -> str:
-        """Return the name of the first layer of this stage whose output for these inputs is not finite."""
-        workspace, finite = self._device.workspace(self._state.dtype), self._ctx.ops.all_finite
-        ctx = replace(self._ctx, team=Alone())
-        for layer, params in self._layers.with_params(self._state.params):
-            if not all(finite(array) for array in params.values()):
-                return layer.name
-            if self._wiring.team.cols == 1:
-                ctx.workspace = workspace.child(layer.name)
-                x, _ = layer.forward(params, x, ctx)
-                if not finite(x):
-                    return layer.name
-        return self._layers.layers[-1].name
 
 
 def _finish(transfer: Transfer | None) -> None:

@@ -69,12 +69,12 @@ class Reports(Generic[Tag]):
         values = self._values
         values[...] = 0
         values[REST], values[STOP], values[LEFT] = rest, stop, left
-        values[DIVERGED] = self._engine.pipeline.diverged() is not None
         if figures:
             place = HEAD + 4 * self._engine.place.replica
             values[place : place + 4] = self._engine.metrics.take()
             if self._apart:
                 self._add_sample(values)
+        values[DIVERGED] = self._engine.pipeline.divergence.known
         self._under_way.append((tag, Pending(self._group, values)))
 
     def _add_sample(self, values: np.ndarray) -> None:

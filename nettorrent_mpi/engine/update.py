@@ -13,10 +13,6 @@ so that the rows of a team stay bitwise alike.
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.mail import Pending
 from nettorrent_mpi.device.device import Device
@@ -24,7 +20,7 @@ from nettorrent_mpi.engine.metrics import Metrics
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.exchange.base import Exchange
-from nettorrent_mpi.nn.optimizers import Optimizer, clip_scale
+from nettorrent_mpi.nn.optimizers import Optimizer
 
 
 class Update:
@@ -47,10 +43,15 @@ class Update:
         self._wiring, self._ops, self._state = wiring, device.ops, state
         self._optimizer, self._exchange, self._metrics, self._clip_norm = optimizer, exchange, metrics, clip_norm
         self._begun = 0  # buckets whose gradients have left in this step
-        self._scale = 1.0
-        self._squares = np.zeros(1)
+        self._numbers = device.numbers(len(optimizer.numbers(0.0, 1)))
+        self._scale = None if clip_norm is None else device.zeros((1,), "float64")
+        self._squares = device.zeros((1,), "float64")
         self._losses = wiring.channel(wiring.replica) if exchange.wants_loss else None
         self._loss: Pending | None = None  # the replica's loss of the step before, on its way
+
+    def begin(self, rate: float, step: int) -> None:
+        """Tell the device what is new in this step, before any of its actions."""
+        self._numbers.set(self._optimizer.numbers(rate, step))
 
     def complete(self, first: int) -> None:
         """Note that the last backward pass of the step has written the gradients of the stage's parameters from number
@@ -74,9 +75,12 @@ class Update:
         """Compute the global gradient norm over all stages for clipping; every parameter counts once. All stages take
         part."""
         assert self._clip_norm is not None
-        self._squares[0] = sum(self._ops.sum_of_squares(bucket.reduced) for bucket in self._state.buckets)
+        assert self._scale is not None
+        self._ops.fill(self._squares, 0)
+        for bucket in self._state.buckets:
+            self._ops.sum_of_squares(bucket.reduced, self._squares)
         self._wiring.replica.all_reduce(self._squares)
-        self._scale = clip_scale(math.sqrt(self._squares[0]), self._clip_norm)
+        self._ops.clip_scale(self._squares, self._clip_norm, self._scale)
 
     def before(self, step: int) -> None:
         """Merge into this rank's shards the messages of its peers."""
@@ -84,14 +88,15 @@ class Update:
             self._tell_loss(self._losses)
         self._exchange.before_update(step)
 
-    def update(self, rate: float, step: int) -> None:
+    def update(self) -> None:
         """Run the optimizer on this rank's shards. No rank reads the other shards of the parameters until `gather`."""
         buckets = self._state.buckets
         for bucket in buckets:
             bucket.reducer.expect_gather()
         for bucket in buckets:
             params = bucket.params[bucket.shard]
-            self._optimizer.update(self._ops, params, bucket.reduced, bucket.optimizer, rate, step, scale=self._scale)
+            numbers, scale = self._numbers.array, self._scale
+            self._optimizer.update(self._ops, params, bucket.reduced, bucket.optimizer, numbers, scale)
             if not self._exchange.changes_after_update:
                 bucket.reducer.begin_gather()  # under the next bucket's update
 

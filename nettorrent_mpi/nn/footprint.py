@@ -89,7 +89,8 @@ def footprint(
         device = make_device("cpu", "numpy")
         shared = device.workspace(dtype)
         own = device.workspace(dtype, shared)
-        ctx = Context(device.ops, own, rows=Span(0, count), count=count, team=_Absent(cols))
+        step = device.numbers(1).array
+        ctx = Context(device.ops, own, step=step, rows=Span(0, count), count=count, team=_Absent(cols))
         y, saved = layers.forward(params, device.zeros((count, *layers.inputs.local), dtype), ctx)
         if loss is not None:
             targets = device.zeros((count,), "int64") if labels else device.zeros(y.shape, dtype)
@@ -114,5 +115,9 @@ def update_footprint(optimizer: Optimizer, elements: int, dtype: DType) -> int:
     """Measure the scratch memory of an optimizer for `elements` parameters, with a part of them."""
     device, size = make_device("cpu", "numpy"), min(elements, ENOUGH // 64)
     params, grads = device.zeros((size,), dtype), device.zeros((size,), dtype)
-    optimizer.update(device.ops, params, grads, optimizer.init(device, size, dtype), 0.1, 2, 0.5)
+    step = optimizer.numbers(0.1, 2)
+    numbers, scale = device.numbers(len(step)), device.numbers(1)
+    numbers.set(step)
+    scale.set([0.5])
+    optimizer.update(device.ops, params, grads, optimizer.init(device, size, dtype), numbers.array, scale.array)
     return device.working_bytes

@@ -150,7 +150,7 @@ class Context:
     training: bool = True
     accumulate: bool = False  # whether this micro-batch's gradients are added, or overwrite
     seed: int = 0
-    step: int = 0
+    step: Array | None = None  # the number of the step, from 0, as a float64 on the device (for dropout)
     rows: Span = NO_ROWS  # numbers of these rows in the whole mini-batch (for dropout)
     count: int = 0  # rows of the whole micro-batch, over all ranks that share batch statistics
     usual: int = 0  # `count` is at least this, unless the mini-batch is smaller than usual: the last one of an epoch

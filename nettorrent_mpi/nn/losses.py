@@ -37,7 +37,7 @@ class Loss(ABC):
         """
         dy = ctx.workspace.keep("gradient of the loss", outputs_bO.shape) if gradient else None
         self.compare(outputs_bO, targets, total, ctx, metrics, dy)
-        metrics[2] += len(targets)
+        ctx.ops.increase(metrics[2:], len(targets))
         return dy
 
     @abstractmethod
@@ -134,7 +134,7 @@ class _Elementwise(Loss):
 
     def _count(self, outputs_bO: Array, wanted_bO: Array, ctx: Context, metrics: Array) -> None:
         """Count correct rows where the targets are numbers: not defined, unless a loss defines it."""
-        metrics[3] += 1
+        ctx.ops.increase(metrics[3:], 1)
 
 
 class _BinaryCrossEntropy(_Elementwise):

@@ -31,12 +31,18 @@ class Optimizer(ABC):
         return {name: device.zeros((size,), dtype) for name in self.states}
 
     @abstractmethod
-    def update(
-        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, lr: float, step: int, scale: float = 1.0
-    ) -> None:
-        """Change `params` and `state` in place by one step with the gradients `scale` * `grads`, which stay unchanged.
+    def numbers(self, lr: float, step: int) -> tuple[float, ...]:
+        """Return the numbers that change from step to step, at this learning rate; `step` counts from 1."""
 
-        `step` counts from 1. `scale` is for clipping (see `clip_scale`). Allocates nothing after the first call.
+    @abstractmethod
+    def update(
+        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, numbers: Array, scale: Array | None = None
+    ) -> None:
+        """Change `params` and `state` in place by one step with the gradients `scale[0]` * `grads`, which stay
+        unchanged.
+
+        `numbers` holds those of this step, and `scale` the factor for clipping (`ops.clip_scale`), both as float64 on
+        the device. Allocates nothing after the first call.
         """
 
 
@@ -52,15 +58,6 @@ def make_optimizer(spec: Spec) -> Optimizer:
     return _Adam(spec)
 
 
-def clip_scale(norm: float, limit: float) -> float:
-    """Return the factor that limits gradients of the global `norm` to `limit`.
-
-    The formula of torch.nn.utils.clip_grad_norm_; nan if the norm is nan.
-    """
-    scale = limit / (norm + 1e-6)
-    return 1.0 if scale > 1.0 else scale
-
-
 class _Sgd(Optimizer):
     """SGD: b = momentum b + (1 - dampening) g, at first b = g; p -= lr b, with Nesterov p -= lr (g + momentum b)."""
 
@@ -68,15 +65,20 @@ class _Sgd(Optimizer):
         super().__init__(("momentum",) if spec.momentum else (), spec.weight_decay)
         self._spec = spec
 
-    def update(
-        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, lr: float, step: int, scale: float = 1.0
-    ) -> None:
+    def numbers(self, lr: float, step: int) -> tuple[float, ...]:
         spec = self._spec
         if not spec.momentum:
-            ops.sgd(params, grads, lr, scale, self.decay)
-            return
-        options = lr, spec.momentum, 1.0 - spec.dampening, spec.nesterov
-        ops.momentum(params, grads, state["momentum"], *options, step == 1, scale, self.decay)
+            return (lr,)
+        beta, share = (0.0, 1.0) if step == 1 else (spec.momentum, 1.0 - spec.dampening)
+        return lr, beta, share, spec.momentum
+
+    def update(
+        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, numbers: Array, scale: Array | None = None
+    ) -> None:
+        if self._spec.momentum:
+            ops.momentum(params, grads, state["momentum"], numbers, self._spec.nesterov, scale, self.decay)
+        else:
+            ops.sgd(params, grads, numbers, scale, self.decay)
 
 
 class _Adagrad(Optimizer):
@@ -91,11 +93,13 @@ class _Adagrad(Optimizer):
         device.ops.fill(state["sum"], self._spec.initial_accumulator)
         return state
 
+    def numbers(self, lr: float, step: int) -> tuple[float, ...]:
+        return (lr / (1.0 + (step - 1) * self._spec.lr_decay),)
+
     def update(
-        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, lr: float, step: int, scale: float = 1.0
+        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, numbers: Array, scale: Array | None = None
     ) -> None:
-        rate = lr / (1.0 + (step - 1) * self._spec.lr_decay)
-        ops.adagrad(params, grads, state["sum"], rate, self._spec.eps, scale, self.decay)
+        ops.adagrad(params, grads, state["sum"], numbers, self._spec.eps, scale, self.decay)
 
 
 class _Rmsprop(Optimizer):
@@ -111,12 +115,15 @@ class _Rmsprop(Optimizer):
         super().__init__(("square_average", *centered, *momentum), spec.weight_decay)
         self._spec = spec
 
+    def numbers(self, lr: float, step: int) -> tuple[float, ...]:
+        return (lr,)
+
     def update(
-        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, lr: float, step: int, scale: float = 1.0
+        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, numbers: Array, scale: Array | None = None
     ) -> None:
         spec = self._spec
         arrays = state["square_average"], state.get("gradient_average"), state.get("momentum")
-        ops.rmsprop(params, grads, *arrays, lr, spec.alpha, spec.eps, spec.momentum, scale, self.decay)
+        ops.rmsprop(params, grads, *arrays, numbers, spec.alpha, spec.eps, spec.momentum, scale, self.decay)
 
 
 class _Adam(Optimizer):
@@ -132,12 +139,14 @@ class _Adam(Optimizer):
         super().__init__(("m", "v"), 0.0 if isinstance(spec, AdamW) else spec.weight_decay)
         self._spec = spec
 
-    def update(
-        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, lr: float, step: int, scale: float = 1.0
-    ) -> None:
+    def numbers(self, lr: float, step: int) -> tuple[float, ...]:
         # Numerator and denominator are multiplied by a root, so that bias correction needs no array operation.
         b1, b2 = self._spec.betas
         root = math.sqrt(1.0 - b2**step)
-        rate, eps, shrink = lr * root / (1.0 - b1**step), self._spec.eps * root, 1.0 - lr * self._shrink
-        numbers = rate, 1.0 - b1, b2, 1.0 - b2, eps, shrink
-        ops.adam(params, grads, state["m"], state["v"], *numbers, scale, self.decay)
+        return lr * root / (1.0 - b1**step), self._spec.eps * root, 1.0 - lr * self._shrink
+
+    def update(
+        self, ops: Ops, params: Array, grads: Array, state: OptimizerState, numbers: Array, scale: Array | None = None
+    ) -> None:
+        b1, b2 = self._spec.betas
+        ops.adam(params, grads, state["m"], state["v"], numbers, 1.0 - b1, b2, 1.0 - b2, scale, self.decay)

@@ -13,7 +13,7 @@ from nettorrent_mpi.plan.stream import staleness_bound, stream
 Costs = float | Sequence[float]  # seconds: the same for all stages, or one for each
 
 
-class Event(NamedTuple):
+class Interval(NamedTuple):
     """An action and when it starts and ends, in seconds from the start of the step."""
 
     action: Action
@@ -25,7 +25,7 @@ class Event(NamedTuple):
 class Timeline:
     """One or several simulated steps. `bubble` is the part of makespan x stages in which no F or B runs."""
 
-    stages: tuple[tuple[Event, ...], ...]
+    stages: tuple[tuple[Interval, ...], ...]
     makespan: float
     bubble: float
 
@@ -42,7 +42,7 @@ def simulate(
     count = len(lists)
     f, b, t, r = (_each(c, n) for c, n in ((forward, count), (backward, count), (transfer, count - 1), (finish, count)))
     arrival: dict[Action, float] = {}  # keyed by the F or B that it is for
-    events: list[list[Event]] = [[] for _ in lists]
+    events: list[list[Interval]] = [[] for _ in lists]
     at = [0] * count
     now = [0.0] * count
     norms: dict[int | None, float] = {}  # when all stages have reached an N
@@ -74,7 +74,7 @@ def simulate(
                     arrival[Action(s + 1, "F", m)] = end + t[s]
                 if kind == "B" and s > 0:
                     arrival[Action(s - 1, "B", m)] = end + t[s - 1]
-                events[s].append(Event(action, start, end))
+                events[s].append(Interval(action, start, end))
                 at[s] += 1
                 moved = True
         met = {actions[i][1:] if i < len(actions) else None for actions, i in zip(lists, at, strict=True)}

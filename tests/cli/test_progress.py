@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from nettorrent_mpi.cli.progress import Lines, Live, clock, open_reporter
-from nettorrent_mpi.cli.streams import Stream
+from nettorrent_mpi.cli.streams import SafeStream
 from nettorrent_mpi.cli.terminal import fitted, terminal_width
 
 RECORD: dict[str, Any] = {
@@ -168,7 +168,7 @@ def test_behind_a_launcher_its_own_output_counts(tmp_path: Path, seen: bool) -> 
 
 def test_what_is_written_to_a_terminal_is_broken_between_words() -> None:
     with terminal(40) as (screen, line), os.fdopen(os.dup(line), "w") as stream:
-        output = Stream(stream)
+        output = SafeStream(stream)
         output.write("nettorrent: error: configs/mnist.yaml:12: model.layers[2]: unknown key; did you mean units?\n")
         output.write("\x1b[1m" + "a live display's line is its own affair and stays as it is\n")
         output.flush()

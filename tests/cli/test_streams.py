@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nettorrent_mpi.cli.streams import Stream, safe_streams
+from nettorrent_mpi.cli.streams import SafeStream, safe_streams
 
 
 class Full(io.StringIO):
@@ -27,19 +27,19 @@ def test_text_that_cannot_be_written_is_lost(capsys: pytest.CaptureFixture[str])
     assert sys.stdout is before
     assert capsys.readouterr() == ("can be\nthe same\n", "")
     told: list[Exception] = []
-    stream = Stream(Full(), told.append)
+    stream = SafeStream(Full(), told.append)
     for _ in range(3):
         print("not", file=stream)  # type: ignore[call-overload]
     assert [str(error) for error in told] == ["[Errno 28] No space left on device"]
     closed = io.StringIO()
     closed.close()
-    Stream(closed).write("not")
-    Stream(None).write("not")
+    SafeStream(closed).write("not")
+    SafeStream(None).write("not")
 
 
 def test_letters_that_an_encoding_lacks() -> None:
     raw = io.BytesIO()
-    stream = Stream(io.TextIOWrapper(raw, encoding="ascii"))
+    stream = SafeStream(io.TextIOWrapper(raw, encoding="ascii"))
     stream.write("größer\n")
     stream.flush()
     assert raw.getvalue() == b"gr\\xf6\\xdfer\n"

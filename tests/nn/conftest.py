@@ -100,7 +100,9 @@ class Bench:
         """Return a context with a workspace of its own; `device` and more may be other ones."""
         ops = more.pop("device", self.device).ops
         rows = Span(10, 10 + len(x))
-        return Context(ops, Workspace(self.dtype), training, seed=3, step=5, rows=rows, count=len(x), **more)
+        return Context(
+            ops, Workspace(self.dtype), training, seed=3, step=np.array([5.0]), rows=rows, count=len(x), **more
+        )
 
     def forward(self, params: dict[str, Array], x: Array, ctx: Context) -> Array:
         y, _ = self.sequence().forward(params, x.copy(), ctx)

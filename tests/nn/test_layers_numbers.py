@@ -49,7 +49,7 @@ def test_dropout_chooses_anew_for_each_step_seed_and_layer(bench):
 
     first = kept("dropout1")
     np.testing.assert_array_equal(first, kept("dropout1"))
-    for other in (kept("dropout2"), kept("dropout1", step=6), kept("dropout1", seed=4)):
+    for other in (kept("dropout2"), kept("dropout1", step=np.array([6.0])), kept("dropout1", seed=4)):
         assert 0.4 < (first != other).mean() < 0.6
 
 

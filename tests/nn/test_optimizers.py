@@ -13,7 +13,7 @@ import pytest
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.cpu.updates import BLOCK_BYTES
 from nettorrent_mpi.device.device import Kernels, make_device
-from nettorrent_mpi.nn.optimizers import clip_scale, make_optimizer
+from nettorrent_mpi.nn.optimizers import Optimizer, make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.specs import Adagrad, Adam, AdamW, Rmsprop, Sgd, Spec
 
@@ -46,6 +46,17 @@ def gradient(params: Array, step: int) -> Array:
     return grads.astype(params.dtype)
 
 
+def numbers(optimizer: Optimizer, lr: float, step: int, scale: float | None = None) -> tuple[Array, Array | None]:
+    """What the optimizer and clipping tell the device of a step."""
+    return np.array(optimizer.numbers(lr, step)), None if scale is None else np.array([scale])
+
+
+def clip_scale(squares: float, limit: float) -> float:
+    scale = np.zeros(1)
+    make_device().ops.clip_scale(np.array([squares]), limit, scale)
+    return float(scale[0])
+
+
 def train(
     spec: Spec, start: Array, steps: int, shares: int = 1, scale: float = 1.0, kernels: Kernels = "fastest"
 ) -> tuple[Array, dict[str, Array]]:
@@ -58,7 +69,8 @@ def train(
         grads = gradient(params, step)
         before = grads.copy()
         for optimizer, cut, state in zip(optimizers, cuts, states, strict=True):
-            optimizer.update(device.ops, params[cut], grads[cut], state, spec.options()["lr"] / step, step, scale)
+            told = numbers(optimizer, spec.options()["lr"] / step, step, scale)
+            optimizer.update(device.ops, params[cut], grads[cut], state, *told)
         np.testing.assert_array_equal(grads, before)
     return params, {name: np.concatenate([state[name] for state in states]) for name in optimizers[0].states}
 
@@ -87,10 +99,12 @@ def test_equals_pytorch_after_20_steps(spec: Spec, limit: float | None) -> None:
         scale = 1.0
         if limit is not None:
             torch.nn.utils.clip_grad_norm_([param], limit)
-            scale = clip_scale(math.sqrt(device.ops.sum_of_squares(grads)), limit)
+            squares = np.zeros(1)
+            device.ops.sum_of_squares(grads, squares)
+            scale = clip_scale(squares[0], limit)
             assert scale < 1.0
         reference.step()
-        optimizer.update(device.ops, params, grads, state, lr, step, scale)
+        optimizer.update(device.ops, params, grads, state, *numbers(optimizer, lr, step, scale))
     np.testing.assert_allclose(params, param.detach().numpy(), rtol=1e-12, atol=1e-12)
     assert np.abs(params - start).max() > 1e-3
 
@@ -123,12 +137,13 @@ def test_update_allocates_nothing(spec: Spec) -> None:
     params, grads = np.zeros(size, np.float32), np.ones(size, np.float32)
     optimizer, device = make_optimizer(spec), make_device()
     state = optimizer.init(device, size, np.float32)
-    optimizer.update(device.ops, params, grads, state, 0.1, 2, 0.5)
+    told = [numbers(optimizer, 0.1, step, 0.5) for step in (1, 2, 3)]
+    optimizer.update(device.ops, params, grads, state, *told[1])
     gc.collect()
     tracemalloc.start()
-    for step in (1, 2, 3):
-        optimizer.update(device.ops, params, grads, state, 0.1, step, 0.5)
-        optimizer.update(device.ops, params, grads, state, 0.1, step)
+    for each, scale in told:
+        optimizer.update(device.ops, params, grads, state, each, scale)
+        optimizer.update(device.ops, params, grads, state, each)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8192  # a block has 131,072 bytes
@@ -142,9 +157,9 @@ def test_an_empty_share_is_fine() -> None:
 
 
 def test_clip_scale() -> None:
-    assert clip_scale(0.5, 1.0) == 1.0
+    assert clip_scale(0.25, 1.0) == 1.0
     assert clip_scale(0.0, 1.0) == 1.0
-    assert clip_scale(4.0, 1.0) == pytest.approx(1 / (4 + 1e-6), rel=1e-15)
+    assert clip_scale(16.0, 1.0) == pytest.approx(1 / (4 + 1e-6), rel=1e-15)
     assert math.isnan(clip_scale(math.nan, 1.0))
 
 

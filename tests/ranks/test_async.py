@@ -201,7 +201,15 @@ class Emulated:
             span = micro_batch(len(rows), BATCH, count, m)
             if span.size:
                 told = Context(
-                    DEVICE.ops, Workspace("float64"), True, m > 0, SEED, step, span, span.size, BATCH // count
+                    DEVICE.ops,
+                    Workspace("float64"),
+                    True,
+                    m > 0,
+                    SEED,
+                    np.array([float(step)]),
+                    span,
+                    span.size,
+                    BATCH // count,
                 )
                 x_m, targets = x[slice(*span)], self.targets[rows[slice(*span)]]
                 total += self.micro_batch(number * count + m, x_m, targets, len(rows), told)
@@ -235,9 +243,9 @@ class Emulated:
             newest = dict(self.versions[s][-1])  # running statistics have no versions: every forward moves them on
             for key, g in grads.items():
                 newest[key] = newest[key].copy()
-                self.optimizer.update(
-                    DEVICE.ops, newest[key].reshape(-1), scale * g.reshape(-1), self.memory[s][key], rate, step + 1
-                )
+                numbers = np.array(self.optimizer.numbers(rate, step + 1))
+                flat = newest[key].reshape(-1)
+                self.optimizer.update(DEVICE.ops, flat, scale * g.reshape(-1), self.memory[s][key], numbers)
             self.versions[s].append(newest)
 
     def evaluate(self, inputs: Any, targets: np.ndarray, rows: np.ndarray) -> None:

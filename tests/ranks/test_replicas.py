@@ -5,7 +5,6 @@ The serial run is written out here with the layers, loss and optimizer alone: no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.model import Network
-from nettorrent_mpi.nn.optimizers import clip_scale, make_optimizer
+from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import Span, micro_batch, span
@@ -151,7 +150,9 @@ class Serial:
             for m, piece in enumerate(pieces):
                 mine = rows[slice(*piece)]
                 self.rows_seen |= set(mine.tolist())
-                ctx = Context(DEVICE.ops, Workspace(np.float64), True, m > 0, SEED, n, piece, piece.size, usual)
+                ctx = Context(
+                    DEVICE.ops, Workspace(np.float64), True, m > 0, SEED, np.array([float(n)]), piece, piece.size, usual
+                )
                 x, metrics = np.empty((piece.size, *SHAPE)), np.zeros(4)
                 inputs.batch(mine, x, flip, sampler.augment_key(n))
                 y, saved = self.layers.forward(self.params, x, ctx)
@@ -159,10 +160,12 @@ class Serial:
                 assert dy is not None
                 self.layers.backward(self.params, grads, saved, dy, ctx)
                 total += float(metrics[0])
-            scale = clip_scale(math.sqrt(sum(float((grad**2).sum()) for grad in grads.values())), CLIP)
+            squares, scale = np.array([sum(float((grad**2).sum()) for grad in grads.values())]), np.zeros(1)
+            DEVICE.ops.clip_scale(squares, CLIP, scale)
+            numbers = np.array(optimizer.numbers(RATE, n + 1))
             for key, grad in grads.items():
                 flat = self.params[key].reshape(-1)
-                optimizer.update(DEVICE.ops, flat, grad.reshape(-1), states[key], RATE, n + 1, scale)
+                optimizer.update(DEVICE.ops, flat, grad.reshape(-1), states[key], numbers, scale)
             self.losses.append((total, count))
 
     def loss(self, params: dict[str, Array], split: Split, rows: Array) -> tuple[float, float]:

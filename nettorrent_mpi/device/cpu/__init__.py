@@ -6,7 +6,10 @@ Only NumPy is required: it replaces optional libraries that are missing, and all
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal
+
+import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace, aligned
 from nettorrent_mpi.device.cpu.codecs import CodecOperations
@@ -37,9 +40,21 @@ class CpuOperations(
     """All operations (device.ops.Ops) of the CPU; each is in the module of its subject."""
 
 
+class HostNumbers:
+    """Numbers (device.device.Numbers) in host memory."""
+
+    def __init__(self, count: int):
+        self.array: Array = np.zeros(count)
+
+    def set(self, values: Sequence[float]) -> None:
+        self.array[...] = values
+
+
 class Cpu:
     """A device (device.device.Device) that computes with the fastest of the installed libraries, or with NumPy
     alone."""
+
+    kind: Literal["cpu", "gpu"] = "cpu"
 
     def __init__(self, kernels: Literal["fastest", "numpy"] = "fastest"):
         self.tuning = Tuning(kernels)
@@ -67,3 +82,24 @@ class Cpu:
 
     def workspace(self, dtype: DType, shared: Workspace | None = None) -> Workspace:
         return Workspace(dtype, shared)
+
+    def numbers(self, count: int) -> HostNumbers:
+        return HostNumbers(count)
+
+    def upload(self, out: Array, values: Array) -> None:
+        np.copyto(out, values)
+
+    def download(self, out: Array, x: Array) -> None:
+        np.copyto(out, x)
+
+    def on_host(self, x: Array) -> Array:
+        return x
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        return run
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -86,21 +86,30 @@ class FlatOperations(Operations):
             np.subtract(piece, work, out=piece)
             np.add(kept[block], work, out=kept[block])
 
-    def sum_of_squares(self, x: Array) -> float:
+    def increase(self, x: Array, by: float) -> None:
+        x[0] += by
+
+    def sum_of_squares(self, x: Array, total: Array) -> None:
         exact = self.memory(np.float64).keep("exact", (EXACT_BLOCK,))
-        total = 0.0
+        found = 0.0
         for block in blocks(x.size, EXACT_BLOCK):
             piece = x[block]
             work = exact[: piece.size]
             np.copyto(work, piece)
-            total += float(np.dot(work, work))
-        return total
+            found += float(np.dot(work, work))
+        total[0] += found
+
+    def clip_scale(self, total: Array, limit: float, scale: Array) -> None:
+        factor = limit / (math.sqrt(total[0]) + 1e-6)
+        scale[0] = 1.0 if factor > 1.0 else factor
 
     def all_finite(self, x: Array) -> bool:
         return all(bool(np.isfinite(x[block]).all()) for block in blocks(x.size))
 
-    def count_nonfinite(self, y: Array, count: Array) -> None:
+    def count_nonfinite(self, y: Array, count: Array, step: Array) -> None:
         if not math.isfinite(float(np.add.reduce(y, axis=None))):
+            if not count[0]:
+                count[1] = step[0]
             count[0] += 1
 
 

@@ -18,8 +18,8 @@ BLOCK = 16384  # elements hashed at a time: they stay in the first-level cache
 class MaskOperations(Operations):
     """Masks for dropout: see device.ops.
 
-    SplitMix64 (Steele, Lea, Flood 2014) makes 64 bits from the row; half of them is added to the index's hash before a
-    second round of mixing, and half within it.
+    SplitMix64 (Steele, Lea, Flood 2014) makes a key from the step, and from that 64 bits from the row; half of them is
+    added to the index's hash before a second round of mixing, and half within it.
     """
 
     def place_codes(self, shape: Shape, part: Span) -> Array:
@@ -30,9 +30,9 @@ class MaskOperations(Operations):
         _mix(code, np.empty_like(code), np.uint32(0))
         return code
 
-    def keep_mask(self, keep: Array, codes: Array, rate: float, key: int, rows: Span) -> None:
+    def keep_mask(self, keep: Array, codes: Array, rate: float, key: int, step: Array, rows: Span) -> None:
         memory = self.memory(np.uint32)
-        row_keys = _row_keys(key, rows, memory)
+        row_keys = _row_keys(_step_key(key, int(step[0])), rows, memory)
         threshold = np.uint32(round(rate * 2**32))
         if self._tuning.compiled:
             keep_mask(keep, codes, row_keys, threshold)
@@ -79,15 +79,26 @@ def _mix(x: Array, work: Array, key: Array | np.uint32) -> None:
     np.bitwise_xor(x, work, out=x)
 
 
+GOLDEN, BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1
+ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+
+
+def _step_key(key: int, step: int) -> int:
+    """Return SplitMix64's output number `step` when it starts with `key`."""
+    z = key + GOLDEN * (step + 1) & BITS
+    for shift, factor in ROUNDS:
+        z = (z ^ z >> shift) * factor & BITS
+    return z
+
+
 def _row_keys(key: int, rows: Span, workspace: Workspace) -> Array:
     """Return (rows, 2) uint32: SplitMix64's output number `row` when it starts with `key`."""
-    golden, bits = 0x9E3779B97F4A7C15, (1 << 64) - 1
     z = workspace.scratch("row keys", (rows.size,), np.uint64)
     work = workspace.scratch("row keys work", (rows.size,), np.uint64)
-    z[...] = golden
+    z[...] = GOLDEN
     np.add.accumulate(z, out=z)
-    np.add(z, np.uint64((key + golden * rows.start) & bits), out=z)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+    np.add(z, np.uint64((key + GOLDEN * rows.start) & BITS), out=z)
+    for shift, factor in ROUNDS:
         np.right_shift(z, shift, out=work)
         np.bitwise_xor(z, work, out=z)
         np.multiply(z, np.uint64(factor), out=z)

@@ -48,6 +48,11 @@ class ProductOperations(Operations):
             known = self._known[key] = run, a, b, out  # their ids are unique as long as they live
         known[0]()
 
+    def linear(self, x: Array, weight: Array, bias: Array | None, y: Array) -> None:
+        self.matmul(x, weight, y)
+        if bias is not None:
+            np.add(y, bias, out=y)
+
     def _prepare(self, a: Array, b: Array, out: Array, turn_a: bool, turn_b: bool, accumulate: bool) -> Run:
         first, second = a.T if turn_a else a, b.T if turn_b else b
         if not (out.size and a.size):  # no trial possible, and BLAS requires sizes above 0

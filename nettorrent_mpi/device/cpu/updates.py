@@ -33,7 +33,9 @@ class UpdateOperations(Operations):
     float32 arrays into float64 ones. Loops need numbers of the arrays' type.
     """
 
-    def sgd(self, p: Array, g: Array, rate: float, scale: float = 1.0, decay: float = 0.0) -> None:
+    def sgd(self, p: Array, g: Array, numbers: Array, scale: Array | None = None, decay: float = 0.0) -> None:
+        (rate,) = numbers.tolist()
+
         def rule(p: Array, g: Array, states: Sequence[Array], work: Array) -> None:
             np.multiply(g, rate, out=work)
             np.subtract(p, work, out=p)
@@ -42,35 +44,36 @@ class UpdateOperations(Operations):
         self._update(p, g, (), scale, decay, rule, lambda p, g, states, work: sgd(p, g, real(rate)))
 
     def momentum(
-        self, p: Array, g: Array, b: Array, rate: float, beta: float, share: float, nesterov: bool, first: bool,
-        scale: float = 1.0, decay: float = 0.0,
+        self, p: Array, g: Array, b: Array, numbers: Array, nesterov: bool, scale: Array | None = None,
+        decay: float = 0.0,
     ) -> None:  # fmt: skip
+        rate, beta, share, ahead = numbers.tolist()
+
         def rule(p: Array, g: Array, states: Sequence[Array], work: Array) -> None:
             (b,) = states
-            if first:
-                np.copyto(b, g)
+            np.multiply(b, beta, out=b)
+            if share == 1.0:
+                np.add(b, g, out=b)
             else:
-                np.multiply(b, beta, out=b)
-                if share == 1.0:
-                    np.add(b, g, out=b)
-                else:
-                    np.multiply(g, share, out=work)
-                    np.add(b, work, out=b)
+                np.multiply(g, share, out=work)
+                np.add(b, work, out=b)
             if nesterov:
-                np.multiply(b, beta, out=work)
+                np.multiply(b, ahead, out=work)
                 np.add(g, work, out=work)
                 np.multiply(work, rate, out=work)
             else:
                 np.multiply(b, rate, out=work)
             np.subtract(p, work, out=p)
 
-        numbers = [p.dtype.type(number) for number in (rate, beta, share)]
-        loop = None if first else lambda p, g, states, work: momentum(p, g, *states, *numbers, nesterov)
+        reals = [p.dtype.type(number) for number in (rate, beta, share, ahead)]
+        loop = lambda p, g, states, work: momentum(p, g, *states, *reals, nesterov)  # noqa: E731
         self._update(p, g, (b,), scale, decay, rule, loop)
 
     def adagrad(
-        self, p: Array, g: Array, s: Array, rate: float, eps: float, scale: float = 1.0, decay: float = 0.0
+        self, p: Array, g: Array, s: Array, numbers: Array, eps: float, scale: Array | None = None, decay: float = 0.0
     ) -> None:
+        (rate,) = numbers.tolist()
+
         def rule(p: Array, g: Array, states: Sequence[Array], work: Array) -> None:
             (s,) = states
             np.multiply(g, g, out=work)
@@ -81,14 +84,14 @@ class UpdateOperations(Operations):
             np.multiply(work, rate, out=work)
             np.subtract(p, work, out=p)
 
-        numbers = p.dtype.type(rate), p.dtype.type(eps)
-        self._update(p, g, (s,), scale, decay, rule, lambda p, g, states, work: adagrad(p, g, *states, *numbers))
+        reals = p.dtype.type(rate), p.dtype.type(eps)
+        self._update(p, g, (s,), scale, decay, rule, lambda p, g, states, work: adagrad(p, g, *states, *reals))
 
     def rmsprop(
-        self, p: Array, g: Array, s: Array, a: Array | None, b: Array | None, rate: float, alpha: float, eps: float,
-        beta: float, scale: float = 1.0, decay: float = 0.0,
+        self, p: Array, g: Array, s: Array, a: Array | None, b: Array | None, numbers: Array, alpha: float, eps: float,
+        beta: float, scale: Array | None = None, decay: float = 0.0,
     ) -> None:  # fmt: skip
-        rest = 1.0 - alpha
+        (rate,), rest = numbers.tolist(), 1.0 - alpha
 
         def rule(p: Array, g: Array, states: Sequence[Array], work: Array) -> None:
             s = states[0]
@@ -117,15 +120,17 @@ class UpdateOperations(Operations):
                 np.multiply(work, rate, out=work)
             np.subtract(p, work, out=p)
 
-        numbers = [p.dtype.type(number) for number in (rate, alpha, rest, eps)]
+        reals = [p.dtype.type(number) for number in (rate, alpha, rest, eps)]
         plain = a is None and b is None
-        loop = (lambda p, g, states, work: rmsprop(p, g, *states, *numbers)) if plain else None
+        loop = (lambda p, g, states, work: rmsprop(p, g, *states, *reals)) if plain else None
         self._update(p, g, [state for state in (s, a, b) if state is not None], scale, decay, rule, loop)
 
     def adam(
-        self, p: Array, g: Array, m: Array, v: Array, rate: float, rest1: float, b2: float, rest2: float, eps: float,
-        shrink: float, scale: float = 1.0, decay: float = 0.0,
+        self, p: Array, g: Array, m: Array, v: Array, numbers: Array, rest1: float, b2: float, rest2: float,
+        scale: Array | None = None, decay: float = 0.0,
     ) -> None:  # fmt: skip
+        rate, eps, shrink = numbers.tolist()
+
         def rule(p: Array, g: Array, states: Sequence[Array], work: Array) -> None:
             m, v = states
             np.subtract(g, m, out=work)
@@ -143,14 +148,16 @@ class UpdateOperations(Operations):
                 np.multiply(p, shrink, out=p)
             np.subtract(p, work, out=p)
 
-        numbers = [p.dtype.type(number) for number in (rate, rest1, b2, rest2, eps, shrink)]
-        self._update(p, g, (m, v), scale, decay, rule, lambda p, g, states, work: adam(p, g, *states, *numbers))
+        reals = [p.dtype.type(number) for number in (rate, rest1, b2, rest2, eps, shrink)]
+        self._update(p, g, (m, v), scale, decay, rule, lambda p, g, states, work: adam(p, g, *states, *reals))
 
     def _update(
-        self, p: Array, g: Array, states: Sequence[Array], scale: float, decay: float, rule: Rule, loop: Rule | None
-    ) -> None:
+        self, p: Array, g: Array, states: Sequence[Array], scales: Array | None, decay: float, rule: Rule,
+        loop: Rule | None,
+    ) -> None:  # fmt: skip
         """Change p and the states by `rule`, or by the equivalent compiled `loop` if there is one and it may be called,
         with the gradients scale * g + decay * p."""
+        scale = 1.0 if scales is None else float(scales[0])
         loop = loop if self._tuning.compiled else None
         if loop is not None and scale == 1.0 and not decay:
             loop(p, g, states, p)
@@ -176,13 +183,15 @@ def sgd(p: Array, g: Array, rate: float) -> None:
 
 
 @Loop
-def momentum(p: Array, g: Array, b: Array, rate: float, beta: float, share: float, nesterov: bool) -> None:
-    """b <- beta b + share g; p <- p - rate b, or with Nesterov p - rate (g + beta b)."""
+def momentum(
+    p: Array, g: Array, b: Array, rate: float, beta: float, share: float, ahead: float, nesterov: bool
+) -> None:
+    """b <- beta b + share g; p <- p - rate b, or with Nesterov p - rate (g + ahead b)."""
     for i in range(p.size):
         moved = b[i] * beta + g[i] * share
         b[i] = moved
         if nesterov:
-            moved = g[i] + moved * beta
+            moved = g[i] + moved * ahead
         p[i] -= moved * rate
 
 

@@ -30,8 +30,9 @@ class DropoutLayer(Layer):
         if self._codes is None:
             self._codes = ctx.ops.place_codes(self.inputs.shape, self.inputs.part)
         keep = ctx.workspace.keep("keep", (x.shape[0], self._codes.size), "bool")
-        key = seeds.key(ctx.seed, "dropout", self.name, ctx.step)
-        ctx.ops.keep_mask(keep, self._codes, self.rate, key, ctx.rows)
+        assert ctx.step is not None
+        key = seeds.key(ctx.seed, "dropout", self.name)
+        ctx.ops.keep_mask(keep, self._codes, self.rate, key, ctx.step, ctx.rows)
         y = x
         if not self.in_place:
             y = ctx.workspace.keep("y", x.shape)

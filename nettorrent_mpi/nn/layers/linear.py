@@ -34,9 +34,7 @@ class LinearLayer(Layer):
 
     def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, Array]:
         y = ctx.workspace.keep("y", (x.shape[0], *self.outputs.local))
-        ctx.ops.matmul(x, params["weight"], y)
-        if self.bias:
-            ctx.ops.add(y, params["bias"], y)
+        ctx.ops.linear(x, params["weight"], params["bias"] if self.bias else None, y)
         return y, x
 
     def backward(self, params: Params, grads: Grads, saved: Array, dy: Array, ctx: Context) -> Array | None:
