@@ -95,4 +95,4 @@ def filters(weight: Array) -> Array:
     """Return the memory of weights (height, width, inputs, outputs) as (outputs, height, width, inputs)."""
     memory = weight.transpose(3, 0, 1, 2)
     assert memory.flags.c_contiguous, f"filters {weight.shape} with the strides {weight.strides} do not lie as KRSC"
-    return cast("Array", memory)
+    return memory
