@@ -35,8 +35,8 @@ _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A Parameter of a kernel: its name, its type without `const`, and whether it is a pointer to that."""
+class KernelParameter:
+    """A KernelParameter has a name and a type (without `const`), or is a pointer to that type."""
 
     name: str
     type: str
@@ -53,7 +53,7 @@ class Signature:
     """A Signature is a kernel's name and parameters."""
 
     name: str
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[KernelParameter, ...]
 
     def values(self, real: DType, arguments: Sequence[Any], address: Callable[[Array], int]) -> list[Any]:
         """Return the arguments of a launch as the parameters' plain values: addresses of arrays (0 for None), ints,
@@ -63,7 +63,7 @@ class Signature:
         name = as_dtype(real).name
         return [self._value(p, name, a, address) for p, a in zip(self.parameters, arguments, strict=True)]
 
-    def _value(self, parameter: Parameter, real: str, argument: Any, address: Callable[[Array], int]) -> Any:
+    def _value(self, parameter: KernelParameter, real: str, argument: Any, address: Callable[[Array], int]) -> Any:
         kind = parameter.type
         if parameter.pointer:
             if argument is None:
@@ -92,12 +92,13 @@ def signatures(source: str | None = None) -> dict[str, Signature]:
     return found
 
 
-def _parameter(declaration: str) -> Parameter:
+def _parameter(declaration: str) -> KernelParameter:
     words = [word for word in declaration.replace("*", " * ").split() if word not in ("const", "__restrict__")]
     pointer = words[1:-1] == ["*"]
     kind = words[0]
-    assert (pointer or not words[1:-1]) and kind in (*TYPES, *(["REAL", "void"] if pointer else [])), declaration
-    return Parameter(words[-1], kind, pointer)
+    assert pointer or not words[1:-1], declaration
+    assert kind in TYPES or (pointer and kind in ("REAL", "void")), declaration
+    return KernelParameter(words[-1], kind, pointer)
 
 
 def options(real: DType) -> tuple[str, ...]:
