@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -22,11 +23,14 @@ class Workspace:
     slot is used again (for backward); `scratch` gives memory that all layers share and that is valid only until another
     layer runs. A smaller shape under the same name gives a view of the same memory, so the last, smaller batch costs
     nothing; a larger one reallocates (once: the first step has the largest). Contents are undefined when first handed
-    out, and later whatever was left there.
+    out, and later whatever was left there. `allocate` makes flat arrays of a size and dtype on the device.
     """
 
-    def __init__(self, dtype: DType, shared: Workspace | None = None):
+    def __init__(
+        self, dtype: DType, shared: Workspace | None = None, allocate: Callable[[int, DType], Array] | None = None
+    ):
         self.dtype = np.dtype(dtype)
+        self._allocate = aligned if allocate is None else allocate
         self._views: dict[tuple[Any, ...], Array] = {}
         self._memory: dict[tuple[str, np.dtype[Any]], Array] = {}
         self._shared = shared if shared is not None else self
@@ -65,20 +69,21 @@ class Workspace:
     def child(self, name: str) -> Workspace:
         """Return the workspace of a layer inside this one (of a composite), sharing its scratch memory."""
         if name not in self._children:
-            self._children[name] = Workspace(self.dtype, self._shared)
+            self._children[name] = Workspace(self.dtype, self._shared, self._allocate)
         return self._children[name]
 
     @property
     def bytes(self) -> int:
         """The bytes of all memory allocated so far, that of children included; scratch memory counts where it is
         shared."""
-        return sum(memory.nbytes for memory in self._memory.values()) + sum(c.bytes for c in self._children.values())
+        own = sum(int(memory.nbytes) for memory in self._memory.values())
+        return own + sum(child.bytes for child in self._children.values())
 
     def _make(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> Array:
         size = int(np.prod(shape, dtype=np.int64))
         memory = self._memory.get((name, dtype))
         if memory is None or memory.size < size:
-            memory = aligned(size, dtype)
+            memory = self._allocate(size, dtype)
             self._memory[(name, dtype)] = memory
             self._views = {k: v for k, v in self._views.items() if k[0] != name}
         return memory[:size].reshape(shape)

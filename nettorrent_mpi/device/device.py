@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace
 from nettorrent_mpi.device.ops import Ops
@@ -81,9 +81,15 @@ class Device(Protocol):
         """Give all memory back: no array of this device is used any more."""
 
 
-def make_device(kind: Literal["cpu"] = "cpu", kernels: Kernels = "fastest") -> Device:
-    """Make a device of this kind. Its libraries load when first needed."""
+def make_device(
+    kind: Literal["cpu", "gpu"] = "cpu", kernels: Kernels = "fastest", *, index: int = 0, tf32: bool = False
+) -> Device:
+    """Make a device of this kind: a CPU with these kernels, or the GPU of this number among those that the process
+    sees, whose float32 products may be rounded to TF32 with `tf32`. Its libraries load when first needed."""
+    if kind == "gpu":
+        from nettorrent_mpi.device import gpu
+
+        return cast("Device", gpu.Gpu(gpu.open_runtime(index), tf32))
     from nettorrent_mpi.device.cpu import Cpu
 
-    assert kind == "cpu", kind
     return Cpu(kernels)

@@ -8,6 +8,7 @@ NetTorrentError              exit code 1 unless stated otherwise
 │   ├── DataError            a data file that is missing, truncated or corrupt: names file and offset
 │   ├── OutputError          the run folder: another run's results, no space, no permission
 │   ├── SizeError            something that does not fit into memory
+│   ├── DeviceMemoryError    something that does not fit into a GPU's memory
 │   ├── RefusedError         any other file or folder that the operating system refuses: names it and the reason
 │   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
 ├── NonFiniteError           the training diverged: names step, layer and rank
@@ -97,6 +98,19 @@ class OutputError(UserError):
 
 class SizeError(UserError):
     """Something that does not fit into memory."""
+
+
+class DeviceMemoryError(UserError):
+    """A GPU has too little memory: this rank, which holds `held` bytes, needs `needed` more; `free` of `memory` are
+    free."""
+
+    def __init__(self, name: str, *, needed: int, held: int, free: int, memory: int):
+        sizes = [f"{size / 2**20:,.1f} MiB" for size in (needed, held, free, memory)]
+        super().__init__(
+            f"{name}: this rank needs {sizes[0]} more than the {sizes[1]} that it holds, but only {sizes[2]} of "
+            f"{sizes[3]} are free: lower train.batch_size, raise train.micro_batches, use more ranks or replicas with "
+            "GPUs of their own, or end other programs on this GPU; --dry-run predicts the memory of each rank"
+        )
 
 
 class RefusedError(UserError):

@@ -1,1 +1,134 @@
 """The GPU device computes with the kernels of kernels.cu, cublasLt and cuDNN, on arrays that stay on the GPU."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, cast
+
+import numpy as np
+
+from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace, as_dtype
+from nettorrent_mpi.device.gpu.arena import Arena
+from nettorrent_mpi.device.gpu.convolution import ConvolutionOperations
+from nettorrent_mpi.device.gpu.numbers import DeviceNumbers
+from nettorrent_mpi.device.gpu.products import ProductOperations
+from nettorrent_mpi.device.gpu.runtime import Graph, Runtime, Stream
+from nettorrent_mpi.device.gpu.staging import Staging
+
+
+class GpuOperations(ProductOperations, ConvolutionOperations):
+    """All operations (device.ops.Ops) of a GPU; each is in the module of its subject."""
+
+
+class Gpu:
+    """A device (device.device.Device) that computes on one GPU.
+
+    Operations go to `stream`, which is `compute` except inside `on`. `copies` is for transfers beside the computation;
+    what lies between two streams is ordered by events only.
+    """
+
+    kind: Literal["cpu", "gpu"] = "gpu"
+
+    def __init__(self, runtime: Runtime, tf32: bool = False):
+        self.runtime, self.tf32 = runtime, tf32
+        self.arena = Arena(runtime)
+        self._streams: list[Stream] = []
+        self.compute, self.copies = self.make_stream(), self.make_stream()
+        self.stream = self.compute
+        self._staging = Staging(runtime, self.compute)
+        self.ops = GpuOperations(self)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.runtime.names)
+
+    @property
+    def missing(self) -> list[str]:
+        return []
+
+    @property
+    def working_bytes(self) -> int:
+        return self.ops.working_bytes
+
+    def make_stream(self) -> Stream:
+        """Return a further stream, for which `synchronize` waits, too."""
+        self._streams.append(self.runtime.stream())
+        return self._streams[-1]
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        """Let operations inside the `with` block go to this stream."""
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    def empty(self, shape: Shape, dtype: DType) -> Array:
+        dtype = as_dtype(dtype)
+        return self.arena.take(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+    def zeros(self, shape: Shape, dtype: DType) -> Array:
+        array = self.empty(shape, dtype)
+        self.upload(array, np.broadcast_to(np.zeros((), array.dtype), shape))
+        return array
+
+    def workspace(self, dtype: DType, shared: Workspace | None = None) -> Workspace:
+        return Workspace(dtype, shared, lambda size, kind: self.empty((size,), kind))
+
+    def numbers(self, count: int) -> DeviceNumbers:
+        return DeviceNumbers(self.runtime, self.compute, self.zeros((count,), np.float64))
+
+    def upload(self, out: Array, values: Array) -> None:
+        self.synchronize()
+        self._staging.upload(out, values)
+
+    def download(self, out: Array, x: Array) -> None:
+        self.synchronize()
+        self._staging.download(out, x)
+
+    def on_host(self, x: Array) -> Array:
+        array = np.empty(x.shape, x.dtype)
+        self.download(array, x)
+        return array
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        return Captured(self, run)
+
+    def synchronize(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()
+
+    def close(self) -> None:
+        self.synchronize()
+        self.arena.close()
+
+
+class Captured:
+    """A Captured run of work is executed at its first call, so that all of its memory is allocated and all algorithms
+    are chosen; captured and launched at the second; launched as one graph at all later ones."""
+
+    def __init__(self, device: Gpu, run: Callable[[], None]):
+        self._device, self._run = device, run
+        self._graph: Graph | None = None
+        self._warm = False
+
+    def __call__(self) -> None:
+        if not self._warm:
+            self._run()
+            self._warm = True
+            return
+        if self._graph is None:
+            self._graph = self._device.runtime.capture(self._device.stream, self._run)
+        self._graph.launch(self._device.stream)
+
+
+def open_cuda(index: int) -> Runtime:
+    """Open the GPU of this number through CuPy."""
+    return cast("Runtime", importlib.import_module("nettorrent_mpi.device.gpu.cuda").Cuda(index))
+
+
+open_runtime: Callable[[int], Runtime] = open_cuda  # the only way to a GPU; tests put a device of the host here
