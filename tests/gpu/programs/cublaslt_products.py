@@ -1,0 +1,165 @@
+"""Prepares products by device/gpu/cublaslt.py without a GPU, and computes them on the CPU from what cublasLt's own
+descriptors then say: it stores matrices column by column, and reads and writes at their addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from nvmath import CudaDataType
+from nvmath.bindings import cublas, cublasLt
+
+from nettorrent_mpi.device.gpu.cublaslt import CublasLt
+from nettorrent_mpi.device.gpu.runtime import Matrix
+from tests.gpu.host.products import product
+
+TYPES = {
+    CudaDataType.CUDA_R_32F: np.dtype(np.float32),
+    CudaDataType.CUDA_R_64F: np.dtype(np.float64),
+    CudaDataType.CUDA_R_16BF: np.dtype(ml_dtypes.bfloat16),
+}
+STREAM, SPACE = 77, 1 << 16
+asked: list[dict[str, int]] = []  # the alignments and the workspace of each question to the heuristic
+
+
+def read(function: Any, what: int, attribute: int, dtype: Any) -> int:
+    value, written = np.zeros(1, dtype), np.zeros(1, np.uint64)
+    function(what, attribute, value.ctypes.data, value.nbytes, written.ctypes.data)
+    assert written[0] == value.nbytes
+    return int(value[0])
+
+
+def description(what: int, name: str) -> int:
+    attribute = cublasLt.MatmulDescAttribute[name]
+    dtype = cublasLt.get_matmul_desc_attribute_dtype(attribute)
+    return read(cublasLt.matmul_desc_get_attribute, what, attribute, dtype)
+
+
+def matrix(address: int, layout: int) -> np.ndarray:
+    """The matrix at an address, of cublasLt's sizes."""
+
+    def value(name: str) -> int:
+        attribute = cublasLt.MatrixLayoutAttribute[name]
+        dtype = cublasLt.get_matrix_layout_attribute_dtype(attribute)
+        return read(cublasLt.matrix_layout_get_attribute, layout, attribute, dtype)
+
+    assert value("ORDER") == cublasLt.Order.COL
+    dtype, rows, columns, apart = TYPES[CudaDataType(value("TYPE"))], value("ROWS"), value("COLS"), value("LD")
+    assert apart >= rows
+    memory = (ctypes.c_uint8 * (((columns - 1) * apart + rows) * dtype.itemsize)).from_address(address)
+    return np.ndarray((rows, columns), dtype, memory, strides=(dtype.itemsize, apart * dtype.itemsize))
+
+
+def heuristic(
+    handle: int, what: int, a: int, b: int, c: int, d: int, preference: int, most: int, results: int, count: int
+) -> None:
+    values = {}
+    for name in (
+        *(f"MIN_ALIGNMENT_{letter}_BYTES" for letter in "ABCD"),
+        "MAX_WORKSPACE_BYTES",
+        "REDUCTION_SCHEME_MASK",
+    ):
+        attribute = cublasLt.MatmulPreferenceAttribute[name]
+        dtype = cublasLt.get_matmul_preference_attribute_dtype(attribute)
+        values[name] = read(cublasLt.matmul_preference_get_attribute, preference, attribute, dtype)
+    asked.append(values)
+    dtype = cublasLt.matmul_heuristic_result_dtype
+    memory = (ctypes.c_uint8 * (most * dtype.itemsize)).from_address(results)
+    found = np.ndarray(most, dtype, memory)
+    found["state"][:2] = 15, 0  # the first is not possible
+    found["algo"]["data_"][1] = np.arange(8) + 1
+    ctypes.c_int32.from_address(count).value = 2
+
+
+def matmul(
+    handle: int, what: int, alpha: int, a: int, a_layout: int, b: int, b_layout: int, beta: int, c: int, c_layout: int,
+    d: int, d_layout: int, algorithm: int, space: int, size: int, stream: int,
+) -> None:  # fmt: skip
+    assert (handle, stream, size) == (5, STREAM, SPACE)
+    assert list((ctypes.c_uint64 * 8).from_address(algorithm)) == list(range(1, 9))
+    result = matrix(d, d_layout)
+    wide = result.dtype == np.float64
+    compute = cublas.ComputeType(description(what, "COMPUTE_TYPE"))
+    kinds = {True: {"COMPUTE_64F"}, False: {"COMPUTE_32F", "COMPUTE_32F_FAST_TF32"}}
+    assert compute.name in kinds[wide]
+    assert description(what, "SCALE_TYPE") == (CudaDataType.CUDA_R_64F if wide else CudaDataType.CUDA_R_32F)
+    number = ctypes.c_double if wide else ctypes.c_float
+    assert number.from_address(alpha).value == 1
+    first, second, before = matrix(a, a_layout), matrix(b, b_layout), matrix(c, c_layout)
+    total = np.zeros(result.shape, np.float64 if wide else np.float32)
+    tf32 = compute == cublas.ComputeType.COMPUTE_32F_FAST_TF32
+    product(
+        first.T if description(what, "TRANSA") else first, second.T if description(what, "TRANSB") else second, total,
+        tf32=tf32,
+    )  # fmt: skip
+    total += number.from_address(beta).value * before.astype(total.dtype)
+    epilogue = cublasLt.Epilogue(description(what, "EPILOGUE")).name
+    if "BIAS" in epilogue:
+        memory = (ctypes.c_uint8 * (len(total) * result.itemsize)).from_address(description(what, "BIAS_POINTER"))
+        total += np.ndarray((len(total), 1), result.dtype, memory)
+    if "RELU" in epilogue:
+        total = np.maximum(total, 0)
+    result[...] = total
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def check(dtype: np.dtype, turned: tuple[bool, bool], accumulate: bool, biased: bool, relu: bool, columns: int) -> None:
+    """`columns`: the matrices are some columns of wider ones, whose addresses are aligned to little."""
+    rng = np.random.default_rng(3)
+    tf32 = dtype == np.float32 and relu
+
+    def random(high: int, wide: int) -> np.ndarray:
+        numbers = rng.standard_normal((high, wide + columns)).astype(dtype)
+        return numbers[:, columns // 2 : wide + columns // 2]
+
+    m, k, n = 13, 7, 5
+    a, b = random(*((k, m) if turned[0] else (m, k))), random(*((n, k) if turned[1] else (k, n)))
+    bias = random(1, n)[0].copy() if biased else None
+    out = random(m, n)
+    wanted, space = out.copy(), np.empty(SPACE, np.uint8)
+    prepared = library.product(Matrix(a, turned[0]), Matrix(b, turned[1]), out, accumulate, bias, relu, tf32, space)
+    np.testing.assert_array_equal(out, wanted)  # not yet
+    product(a.T if turned[0] else a, b.T if turned[1] else b, wanted, accumulate, bias, relu, tf32)
+    prepared.run(SimpleNamespace(ptr=STREAM))
+    rounding = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-2}[dtype.name]
+    error = np.abs(out.astype(np.float64) - wanted.astype(np.float64)).max()
+    assert error <= rounding * np.abs(wanted.astype(np.float64)).max(), (dtype, turned, accumulate, biased, relu, error)
+
+
+cublasLt.create = lambda: 5
+cublasLt.matmul_algo_get_heuristic = heuristic
+cublasLt.matmul = matmul
+library = CublasLt(address)
+checked = 0
+for dtype in TYPES.values():
+    for bits in range(32):
+        one, two, accumulate, biased, relu = (bool(bits >> place & 1) for place in range(5))
+        for columns in (0, 6):
+            check(dtype, (one, two), accumulate, biased, relu, columns)
+            checked += 1
+questions = len(asked)
+assert {"MAX_WORKSPACE_BYTES": SPACE, "REDUCTION_SCHEME_MASK": 2}.items() <= asked[0].items()
+assert {question["MIN_ALIGNMENT_A_BYTES"] for question in asked} >= {2, 4, 8}
+
+# The same sizes get the same algorithm, without another question: a product can then be prepared inside a capture.
+a, b = np.zeros((300, 8), np.float32), np.zeros((8, 300), np.float32)
+out, space = np.zeros((300, 300), np.float32), np.empty(SPACE, np.uint8)
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    memory = np.zeros(array.nbytes + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    return memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+
+
+for _ in range(3):
+    library.product(Matrix(aligned(a)), Matrix(aligned(b)), aligned(out), False, None, False, False, space)
+assert len(asked) == questions + 1
+assert asked[-1]["MIN_ALIGNMENT_A_BYTES"] == asked[-1]["MIN_ALIGNMENT_D_BYTES"] == 256
+print(f"{checked} products, {len(asked)} questions")
