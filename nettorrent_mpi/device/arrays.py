@@ -98,7 +98,11 @@ def aligned(size: int, dtype: DType) -> Array:
 
 
 def as_dtype(dtype: DType) -> Any:
-    """Return the dtype of any name of a type."""
+    """Return the dtype of any name of a type; NumPy knows bfloat16 from ml_dtypes."""
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        from ml_dtypes import bfloat16
+
+        return np.dtype(bfloat16)
     return np.dtype(dtype)
 
 

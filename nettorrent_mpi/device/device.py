@@ -34,6 +34,10 @@ class Device(Protocol):
         """What processes the arrays."""
 
     @property
+    def filter_axes(self) -> tuple[int, ...]:
+        """The axes of filters (height, width, inputs, outputs) in their order in this device's memory."""
+
+    @property
     def ops(self) -> Ops:
         """The operations, by name."""
 

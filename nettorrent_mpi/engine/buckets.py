@@ -24,7 +24,7 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.reducers import PIECES, CollectiveReducer, Reducer, RingReducer, SharedReducer
 from nettorrent_mpi.comm.ring import can_carry
 from nettorrent_mpi.comm.shared import Ask, SharedMemory
-from nettorrent_mpi.device.arrays import Array, Shape
+from nettorrent_mpi.device.arrays import Array, Shape, as_dtype
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.operands import PartsReducer, SharedOperands
 from nettorrent_mpi.engine.run_plan import Plan
@@ -52,8 +52,8 @@ class Flat:
     "<layer>/<name>".
     """
 
-    def __init__(self, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
-        self.group, self.parameters, self.dtype = group, blocks, np.dtype(dtype)
+    def __init__(self, device: Device, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
+        self.device, self.group, self.parameters, self.dtype = device, group, blocks, np.dtype(dtype)
         self.places: dict[str, slice] = {}
         size = 0
         for key, parameter in blocks.items():
@@ -66,33 +66,50 @@ class Flat:
         self.shard = slice(start, start + self.counts[group.index])
         self.params: Array
 
+    def _axes(self, key: str) -> tuple[int, ...]:
+        """Return the axes of a block in their order in memory."""
+        parameter = self.parameters[key]
+        return self.device.filter_axes if parameter.filters else tuple(range(len(parameter.shape)))
+
     def blocks(self, flat: Array) -> dict[str, Array]:
-        """Return the blocks in `flat` as views of their shapes."""
-        return {key: flat[place].reshape(self.parameters[key].local) for key, place in self.places.items()}
+        """Return the blocks in `flat` as views of their shapes; filters may be turned views."""
+        return {
+            key: _view(flat[place], self.parameters[key].local, self._axes(key)) for key, place in self.places.items()
+        }
 
     def shard_boxes(self, shard: Array) -> Iterator[tuple[str, Box, Array]]:
         """Yield the parts of blocks in `shard`, an array of this rank's elements: (key, box of the whole array,
         view)."""
         for key, place in self.places.items():
             start, stop = max(place.start, self.shard.start), min(place.stop, self.shard.stop)
-            for begin, box in boxes_of_range(self.parameters[key].box, start - place.start, stop - place.start):
+            axes, whole = self._axes(key), self.parameters[key].box
+            in_memory = tuple(whole[axis] for axis in axes)
+            for begin, part in boxes_of_range(in_memory, start - place.start, stop - place.start):
                 at = place.start + begin - self.shard.start
+                box = tuple(part[axes.index(axis)] for axis in range(len(axes)))
                 shape = [each.size for each in box]
-                yield key, box, shard[at : at + math.prod(shape)].reshape(shape)
+                yield key, box, _view(shard[at : at + math.prod(shape)], shape, axes)
 
     def clear_gaps(self, shard: Array) -> None:
-        """Set to zero what lies between the blocks in an array of this rank's elements."""
-        kept = [view.copy() for _, _, view in self.shard_boxes(shard)]
-        shard.fill(0)
+        """Set to zero what lies between the blocks in an array of this rank's elements. At rest."""
+        kept = [np.array(self.device.on_host(view)) for _, _, view in self.shard_boxes(shard)]
+        self.device.ops.fill(shard, 0)
         for (_, _, view), values in zip(self.shard_boxes(shard), kept, strict=True):
-            view[...] = values
+            self.device.upload(view, values)
+
+
+def _view(flat: Array, shape: Sequence[int], axes: tuple[int, ...]) -> Array:
+    """Return flat memory, in which the axes of an array follow each other in this order, as the array of `shape`."""
+    if axes == tuple(range(len(axes))):
+        return flat.reshape(shape)
+    return flat.reshape([shape[axis] for axis in axes]).transpose([axes.index(axis) for axis in range(len(axes))])
 
 
 class Statistics(Flat):
     """Running statistics of batch norm: no optimizer updates them, and every holder computes the same values."""
 
     def __init__(self, device: Device, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
-        super().__init__(group, blocks, dtype)
+        super().__init__(device, group, blocks, dtype)
         self.params = device.zeros((self.size,), dtype)  # the gaps between the blocks, too
         self.reducer: Reducer = Reducer()
         if group.size > 1:
@@ -101,7 +118,8 @@ class Statistics(Flat):
 
 class Bucket(Flat):
     """A bucket of trainable blocks: `params`, their gradients `grads`, the shard's reduced gradients (`reduced`) and
-    optimizer state. `versions` has room for earlier versions of `params`.
+    optimizer state. `versions` has room for earlier versions of `params`. The optimizer changes `weights`: the shard of
+    `params`, or, where layers compute in a shorter type, what the shard is rounded from (`round`).
 
     `first` is the position of its earliest block among the stage's parameters: once the backward pass has come there,
     all its gradients are written. In shared memory (`memory`) all holders use one `params`. With `operands`, one for
@@ -116,18 +134,22 @@ class Bucket(Flat):
         optimizer: Optimizer,
         dtype: Any,
         *,
+        weights_dtype: Any,
         first: int,
         versions: int,
         memory: SharedMemory | None = None,
         operands: Mapping[str, SharedOperands] | None = None,
     ):
-        super().__init__(group, blocks, dtype)
+        super().__init__(device, group, blocks, dtype)
         self.first, self.memory, self.operands = first, memory, operands or {}
-        self.optimizer = optimizer.init(device, self.counts[group.index], dtype)
+        self.optimizer = optimizer.init(device, self.counts[group.index], weights_dtype)
+        self.rounded = weights_dtype != self.dtype
         self.reducer: Reducer = Reducer()
         size, copies = self.size, 1 + versions  # of params
         if memory is not None:
+            assert not self.rounded
             self.params, *self.versions = (memory.take_common(size) for _ in range(copies))
+            self.weights = self.params[self.shard]
             all_grads = memory.take_own(0 if operands else size)
             self.grads = all_grads[group.index]
             device.ops.fill(self.params[self.shard], 0)
@@ -141,6 +163,9 @@ class Bucket(Flat):
                 self.reducer = SharedReducer(device, [grads[self.shard] for grads in all_grads], self.reduced)
             return
         self.params, *self.versions = (device.zeros((size,), dtype) for _ in range(copies))
+        self.weights = self.params[self.shard]
+        if self.rounded:
+            self.weights = device.zeros((self.counts[group.index],), weights_dtype)
         self.grads = device.zeros((size,), dtype)
         self.reduced = device.zeros((self.counts[group.index],), dtype) if group.size > 1 else self.grads
         if group.size > 1:
@@ -154,10 +179,15 @@ class Bucket(Flat):
         into = self.reduced[start - self.shard.start : stop - self.shard.start]
         operands.own(Span(start - place.start, stop - place.start), into)
 
-    def keep_version(self, device: Device, number: int) -> None:
+    def round(self) -> None:
+        """Set the shard of `params` to the weights."""
+        if self.rounded:
+            self.device.ops.copy(self.params[self.shard], self.weights)
+
+    def keep_version(self, number: int) -> None:
         """Copy the parameters to versions[number]. All holders call, before any of them changes its shard."""
         part = self.shard if self.memory is not None else slice(None)
-        device.ops.copy(self.versions[number][part], self.params[part])
+        self.device.ops.copy(self.versions[number][part], self.params[part])
 
 
 def cut(sizes: Mapping[str, int], full: int, least: int) -> list[list[str]]:
@@ -194,7 +224,7 @@ class BucketMaker:
         versions: int,
     ):
         self._wiring, self._device, self._optimizer = wiring, device, optimizer
-        self._dtype, self._versions = np.dtype(plan.options.dtype), versions
+        self._dtype, self._weights_dtype, self._versions = as_dtype(plan.options.dtype), plan.weights_dtype, versions
         self._rows = rows_shared(plan.topology, plan.options.batch_size, plan.exact)
         self._number = {key: i for i, key in enumerate(parameters)}
 
@@ -205,9 +235,10 @@ class BucketMaker:
         share memory with their holders.
         """
         wiring = self._wiring
-        asks = {i: self._ask(*each) for i, each in enumerate(held) if each[0].size > 1 and each[0].on_one_node}
+        together = [each[0].size > 1 and each[0].on_one_node and self._device.kind == "cpu" for each in held]
+        asks = {i: self._ask(*each) for i, each in enumerate(held) if together[i]}
         memories = dict(zip(asks, wiring.share(wiring.everyone, list(asks.values())), strict=False))
-        mine = [i in memories or group.size == 1 for i, (group, _) in enumerate(held)]
+        mine = [i in memories or group.size == 1 or self._device.kind == "gpu" for i, (group, _) in enumerate(held)]
         whole = [all(peers) for peers in zip(*wiring.peers.gather_objects(mine), strict=True)]
         return [
             bucket
@@ -262,6 +293,7 @@ class BucketMaker:
             {key: blocks[key] for key in keys},
             self._optimizer,
             self._dtype,
+            weights_dtype=self._weights_dtype,
             first=min(self._number[key] for key in keys),
             versions=self._versions,
             memory=memory,

@@ -60,7 +60,7 @@ def collect(engine: Engine) -> Groups:
         shapes = engine.shapes()
         for name in names:
             folder, key = _folder(name)
-            array = groups.setdefault(folder, {})[key] = np.empty(shapes[key], engine.state.dtype)
+            array = groups.setdefault(folder, {})[key] = np.empty(shapes[key], engine.state.weights_dtype)
             wanted[Holding(name, whole(array.shape))] = array
     move(group, held, wanted)
     return groups
@@ -82,9 +82,13 @@ def restore_parameters(engine: Engine, path: Path, accept: Callable[[Mapping[str
     with engine.world.agreement(), opened(path) as file:
         accept(read_attributes(file))
         _check_network(file, engine)
-    with engine.world.agreement():
-        _read(path, engine.shapes(), "", engine.state.blocks())
-    engine.state.fence()
+    shapes = engine.shapes()
+
+    def read(wanted: Mapping[Holding, Array]) -> None:
+        with engine.world.agreement():
+            _read(path, shapes, "", wanted)
+
+    engine.fill(read)
 
 
 def _check_network(file: h5py.File, engine: Engine) -> None:

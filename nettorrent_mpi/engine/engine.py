@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,27 +109,28 @@ class Engine:
 
         Afterwards the engine is attached again or closed.
         """
-        held = self.blocks()
-        arrays = {holding: array.copy() for holding, array in held.items()}
+        arrays = {holding: np.array(array) for holding, array in self.blocks().items()}
         self.close()
         return Blocks(self.world, arrays, self.exchange.count, self.steps)
 
     def blocks(self) -> dict[Holding, Array]:
-        """Return the blocks that this rank holds. Collective over all ranks, at rest.
+        """Return the blocks that this rank holds, in host memory. Collective over all ranks, at rest.
 
-        Where all replicas are equal they are views of the live arrays; where replicas differ, a copy of their average
-        and each one's own besides (`resharding.Blocks` describes the names).
+        Where all replicas are equal they may be views of the live arrays; where replicas differ, a copy of their
+        average and each one's own besides (`resharding.Blocks` describes the names).
         """
+        on_host = self.device.on_host
         with self.exchange.paused():
             average: dict[Holding, Array] = {}
             if self.exchange.count > 1:
                 with self.exchange.shown():
-                    average = {holding: block.copy() for holding, block in self.state.blocks().items()}
+                    average = {holding: np.array(on_host(block)) for holding, block in self.state.blocks().items()}
                 for holding, shard in self.state.shards(self.exchange.memories()).items():
-                    average[holding] = shard.copy()
+                    average[holding] = np.array(on_host(shard))
                     self.wiring.peers.all_reduce(average[holding])
-                    self.device.ops.divide(average[holding], self.exchange.count)
+                    np.divide(average[holding], self.exchange.count, out=average[holding])
         own = self.state.blocks() | self.state.shards(self.exchange.memories())
+        own = {holding: on_host(array) for holding, array in own.items()}
         if self.exchange.count == 1:
             return own
         mine = {Holding(of_replica(self.place.replica, h.name), h.box): array for h, array in own.items()}
@@ -148,13 +150,27 @@ class Engine:
             for bucket, *shards in zip(self.state.buckets, *memories.values(), strict=True):
                 for shard in shards:
                     bucket.clear_gaps(shard)  # `read` leaves them as they are, and a mass is a part's largest
-            self.state.fence()
-            read(prefix, self.state.blocks() | self.state.shards(memories))
-            self.state.fence()
+            self.fill(partial(read, prefix), self.state.shards(memories))
             if not prefix:
                 self.exchange.averaged()
         self.exchange.recall(steps)
         self.steps = steps
+
+    def fill(
+        self, read: Callable[[Mapping[Holding, Array]], None], more: Mapping[Holding, Array] | None = None
+    ) -> None:
+        """Let `read` write new values into host memory of all blocks of parameters, and of `more` arrays of this state.
+        All ranks call, at rest."""
+        arrays = self.state.blocks() | dict(more or {})
+        self.state.fence()
+        wanted = {holding: self.device.on_host(array) for holding, array in arrays.items()}
+        read(wanted)
+        for holding, array in arrays.items():
+            if wanted[holding] is not array:
+                self.device.upload(array, wanted[holding])
+        if any(bucket.rounded for bucket in self.state.buckets):
+            self.state.gather()
+        self.state.fence()
 
     def close(self) -> None:
         """Finish communication and free all MPI objects. All ranks call, at rest."""
@@ -164,6 +180,7 @@ class Engine:
         self.wiring.everyone.barrier()
         self.exchange.close()
         self.wiring.close()
+        self.device.close()
 
     @property
     def bound(self) -> Group:
@@ -281,7 +298,9 @@ class Engine:
         """Return on rank 0 (or `everywhere`) the first replica's whole arrays, "<layer>/<name>"; elsewhere nothing.
         Collective over all ranks."""
         here = everywhere or self.world.rank == 0
-        arrays = {key: np.empty(shape, self.state.dtype) for key, shape in self.shapes().items()} if here else {}
+        dtype, on_host = self.state.weights_dtype, self.device.on_host
+        arrays = {key: np.empty(shape, dtype) for key, shape in self.shapes().items()} if here else {}
         wanted = {Holding(f"{PARAMETERS}/{key}", whole(array.shape)): array for key, array in arrays.items()}
-        move(self.wiring.everyone, self.state.blocks() if self.place.replica == 0 else {}, wanted)
+        held = self.state.blocks() if self.place.replica == 0 else {}
+        move(self.wiring.everyone, {holding: on_host(array) for holding, array in held.items()}, wanted)
         return arrays

@@ -136,7 +136,7 @@ class Evaluator:
         weights shown (`exchange.shown`).
         """
         engine = self._engine
-        outputs = np.zeros((split.rows, *engine.network.output_shape), engine.state.dtype)
+        outputs = np.zeros((split.rows, *engine.network.output_shape), engine.state.weights_dtype)
         if split.rows:
             engine.forward(Batches(split, engine.wiring, private), np.arange(split.rows), outputs=outputs)
             engine.wiring.everyone.all_reduce(outputs)  # zeros where another rank computes the row

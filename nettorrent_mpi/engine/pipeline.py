@@ -162,7 +162,7 @@ class Pipeline:
         self._y[slot] = y
         if self._outputs is not None:
             if self._wiring.is_last and self._wiring.place.col == 0:
-                ctx.ops.copy(self._outputs[slice(*rows.mine)], y)
+                self._outputs[slice(*rows.mine)] = self._device.on_host(y)
         elif self._wiring.is_last:
             self._score(x, y, m, slot)
         else:

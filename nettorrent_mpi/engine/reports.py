@@ -51,7 +51,7 @@ class Reports(Generic[Tag]):
         places = topology.size // topology.replicas
         each = max(SAMPLE // places, 8) if self._apart else 0
         inside = engine.world.rank - topology.rank(place.replica, 0, 0, 0)
-        self._shards = [bucket.params[bucket.shard] for bucket in engine.state.buckets]
+        self._shards = [bucket.weights for bucket in engine.state.buckets]
         count = sum(shard.size for shard in self._shards)
         self._stride = max(1, count // each) if each else 1
         head = HEAD + 4 * self._replicas

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nettorrent_mpi.device.arrays import DType, as_dtype
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.specs import Spec
@@ -44,6 +45,13 @@ class Plan:
     def exact(self) -> bool:
         """Whether all replicas hold the same weights."""
         return isinstance(self.options.exchange, choices.Allreduce) or self.topology.replicas == 1
+
+    @property
+    def weights_dtype(self) -> DType:
+        """The type of the weights that are updated, evaluated alike and written to files. Layers compute in
+        `options.dtype`: with bfloat16, in copies of float32 weights that are rounded once per step."""
+        dtype = as_dtype(self.options.dtype)
+        return as_dtype("float32") if dtype.name == "bfloat16" else dtype
 
     @property
     def statistics_rows(self) -> int:

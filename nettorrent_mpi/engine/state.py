@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.shared import SharedMemory
-from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.arrays import Array, as_dtype
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.buckets import Bucket, BucketMaker, Flat, Statistics
 from nettorrent_mpi.engine.run_plan import Plan
@@ -44,7 +42,7 @@ class State:
     ):
         """Allocate the state. `versions` are kept besides the newest."""
         self.parameters = dict(parameters)
-        self.dtype = np.dtype(plan.options.dtype)
+        self.dtype, self.weights_dtype = as_dtype(plan.options.dtype), plan.weights_dtype
         self._device, self._optimizer = device, optimizer
         self.statistics: list[Statistics] = []
         held: list[tuple[Group, dict[str, Parameter]]] = []
@@ -54,7 +52,7 @@ class State:
             if trainable:
                 held.append((group, trainable))
             if others:
-                self.statistics.append(Statistics(device, group, others, self.dtype))
+                self.statistics.append(Statistics(device, group, others, self.weights_dtype))
         self.buckets = BucketMaker(plan, wiring, device, self.parameters, optimizer, versions).make(held)
         self.buckets.sort(key=lambda bucket: -bucket.first)
         fences: dict[Group, SharedMemory] = {}
@@ -88,7 +86,11 @@ class State:
                 for key in flat.places:
                     parameter = self.parameters[key]
                     value = initial_value(parameter, seed, key.rpartition("/")[0])
-                    self._device.ops.copy(self.params[key], value[parameter.index])
+                    self._device.upload(self.params[key], value[parameter.index])
+                    if isinstance(flat, Bucket) and flat.rounded:
+                        for name, box, view in flat.shard_boxes(flat.weights):
+                            if name == key:
+                                self._device.upload(view, value[tuple(slice(*part) for part in box)])
         self.fence()
 
     # -- collective over the holders --------------------------------------------------------------------------------
@@ -117,6 +119,7 @@ class State:
     def gather(self) -> None:
         """All-gather the trainable parameters; no gradients are read afterwards."""
         for bucket in self.buckets:
+            bucket.round()
             bucket.reducer.gather()
         self.fence()
 
@@ -129,18 +132,27 @@ class State:
     def keep_version(self, number: int) -> None:
         """Copy the parameters to versions[number]. All holders call, before any of them changes its shard."""
         for bucket in self.buckets:
-            bucket.keep_version(self._device, number)
+            bucket.keep_version(number)
 
     # -- what this rank holds, in global coordinates ----------------------------------------------------------------
 
     def blocks(self) -> dict[Holding, Array]:
-        """Return this rank's blocks of parameters and running statistics, as views of the live arrays."""
-        return {Holding(f"{PARAMETERS}/{key}", self.parameters[key].box): self.params[key] for key in self.params}
+        """Return this rank's blocks of parameters and running statistics, as views of the live arrays; of parameters
+        that are rounded weights, these."""
+        found: dict[Holding, Array] = {}
+        for flat in self.flats:
+            if isinstance(flat, Bucket) and flat.rounded:
+                boxes = flat.shard_boxes(flat.weights)
+                found |= {Holding(f"{PARAMETERS}/{key}", box): view for key, box, view in boxes}
+            else:
+                places = {key: self.parameters[key].box for key in flat.places}
+                found |= {Holding(f"{PARAMETERS}/{key}", box): self.params[key] for key, box in places.items()}
+        return found
 
     def owned(self) -> Shards:
         """Return the shards that this rank owns of its replica, for the exchange."""
         return Shards(
-            [bucket.params[bucket.shard] for bucket in self.buckets],
+            [bucket.weights for bucket in self.buckets],
             {name: [bucket.optimizer[name] for bucket in self.buckets] for name in self._optimizer.states},
             [flat.params[flat.shard] for flat in self.statistics],
             gather=self.gather_all,

@@ -94,9 +94,8 @@ class Update:
         for bucket in buckets:
             bucket.reducer.expect_gather()
         for bucket in buckets:
-            params = bucket.params[bucket.shard]
             numbers, scale = self._numbers.array, self._scale
-            self._optimizer.update(self._ops, params, bucket.reduced, bucket.optimizer, numbers, scale)
+            self._optimizer.update(self._ops, bucket.weights, bucket.reduced, bucket.optimizer, numbers, scale)
             if not self._exchange.changes_after_update:
                 bucket.reducer.begin_gather()  # under the next bucket's update
 

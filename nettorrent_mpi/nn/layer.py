@@ -70,6 +70,7 @@ class Parameter:
     replicated_sum: bool = False
     fans: tuple[int, int] = (1, 1)  # (fan in, fan out) for the initial values
     product: bool = False  # whether its gradient is one product x.T @ dy, which may go to `Operands`
+    filters: bool = False  # whether it has the filters of a convolution, whose order in memory is the device's own
 
     @property
     def local(self) -> Shape:

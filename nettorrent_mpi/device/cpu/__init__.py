@@ -55,6 +55,7 @@ class Cpu:
     alone."""
 
     kind: Literal["cpu", "gpu"] = "cpu"
+    filter_axes: tuple[int, ...] = (0, 1, 2, 3)
 
     def __init__(self, kernels: Literal["fastest", "numpy"] = "fastest"):
         self.tuning = Tuning(kernels)

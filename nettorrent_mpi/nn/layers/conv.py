@@ -38,6 +38,7 @@ class Conv2dLayer(Layer):
             axis=3,
             part=part,
             fans=(area * image[2], area * filters),
+            filters=True,
         )
         bias = (Parameter("bias", (filters,), axis=0, part=part),) if spec.bias else ()
         self.bias = spec.bias
