@@ -31,6 +31,7 @@ class Gpu:
     """
 
     kind: Literal["cpu", "gpu"] = "gpu"
+    filter_axes: tuple[int, ...] = (3, 0, 1, 2)
 
     def __init__(self, runtime: Runtime, tf32: bool = False):
         self.runtime, self.tf32 = runtime, tf32
