@@ -33,6 +33,7 @@ from nettorrent_mpi.comm.world import World, abort_after_error
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
 from nettorrent_mpi.engine.failure import agreed, end_all
@@ -119,13 +120,18 @@ class Trainer:
                 if data is not None or settings:
                     raise UserError("a plan has its data and settings already: give them to plan(), not to Trainer()")
                 network.setup.dataset.require()
-                return network
-            dataset = opened(data)
+            else:
+                dataset = opened(data)
+        if isinstance(network, PlannedRun):
+            choose_device(world, network.setup.options.device)  # a plan needs no GPU, and a training may
+            return network
         shape = None if dataset is None else (dataset.train.rows, dataset.test and dataset.test.rows, dataset.shape)
         world.same("data set or settings", f"{shape} {sorted(settings)}")
         config = world.once(lambda: configured(network, data, dataset, settings))
+        device = choose_device(world, config.device)
         with world.agreement():
-            planned = PlannedRun(set_up(config, world.size, dataset), has_length(network, settings))
+            setup = set_up(config, world.size, dataset, device=device.kind)
+            planned = PlannedRun(setup, has_length(network, settings))
         if world.rank == 0:
             planned.warn()
         return planned
@@ -223,7 +229,7 @@ class Trainer:
         """
         self._at_rest("predict")
         with self._world.agreement():
-            split = unlabelled(x, self.setup.dataset.train, self.setup.config.dtype)
+            split = unlabelled(x, self.setup.dataset.train, self.setup.options.dtype)
         self._world.same("number of rows to predict", str(split.rows))
         with self._loop.evaluator.network():
             return self._loop.evaluator.predict(split)
@@ -281,6 +287,7 @@ class Trainer:
             "stopped_by": loop.stopped_by or ("epochs" if train.steps is None else "steps"),
             "data": asdict(TrainedOn.of(self.setup)),
             "exchange": self._engine.exchange_figures(),
+            "device": self.setup.options.device,
             "kernels": self._engine.device.names,
             "mpi": world.library,
             "mpi_threads": world.threads,

@@ -13,6 +13,11 @@ from pathlib import Path, PurePosixPath
 
 PROC = Path("/proc")
 _LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # of Open MPI, of MPICH and Intel MPI
+# This rank's number on its node: of Open MPI, of MPICH and Intel MPI, of MVAPICH, of HPE's PALS, of Flux.
+_LOCAL_NUMBERS = (
+    "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "PALS_LOCAL_RANKID",
+    "FLUX_TASK_LOCAL_ID",
+)  # fmt: skip
 _STEP = "SLURM_STEP_TASKS_PER_NODE"
 
 
@@ -48,6 +53,13 @@ def ranks_on_node(environ: Mapping[str, str]) -> int:
         if node.isdecimal() and int(node) < len(counts):
             return max(1, counts[int(node)])
     return 1
+
+
+def local_rank(environ: Mapping[str, str]) -> int | None:
+    """Return this rank's number among those on its node, from 0 on, as its launcher gives it; None if unknown."""
+    # Slurm's own is set in the batch shell too, where it says nothing of the ranks that mpirun starts from there.
+    names = (*_LOCAL_NUMBERS, "SLURM_LOCALID") if _STEP in environ else _LOCAL_NUMBERS
+    return next((int(environ[name]) for name in names if environ.get(name, "").isdecimal()), None)
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -11,6 +11,7 @@ from nettorrent_mpi.config.settings import Settings, configure
 from nettorrent_mpi.data.from_arrays import from_arrays
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.engine.layout import predicted
+from nettorrent_mpi.engine.run_plan import DeviceKind
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.usage import peak_memory
 from nettorrent_mpi.nn.model import Network
@@ -59,6 +60,13 @@ def plan(
     dataset = opened(data)
     config = configured(network, data, dataset, settings)
     planned = PlannedRun(set_up(config, ranks, dataset, planning=not data_needed), has_length(network, settings))
+    planned.warn()
+    return planned
+
+
+def plan_run(config: Config, ranks: int, device: DeviceKind | None, *, data_needed: bool) -> PlannedRun:
+    """Plan a run of the command line, on the `device` that its ranks have agreed on; see `plan`."""
+    planned = PlannedRun(set_up(config, ranks, planning=not data_needed, device=device), has_length=True)
     planned.warn()
     return planned
 

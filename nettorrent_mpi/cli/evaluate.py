@@ -12,8 +12,9 @@ import numpy as np
 from nettorrent_mpi.api import Trainer
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.ranks import Ranks
-from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.sections import ON_GPU, Config
 from nettorrent_mpi.data.storage import replacing
+from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -29,12 +30,16 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
         with world.agreement():
             args = parse(arguments)
         folder = Path(args.run)
-        config = world.once(lambda: _any_ranks(load_config(folder / "config.yaml", *args.changes)))
+        config = world.once(lambda: _any_ranks(load_config(folder / "config.yaml", *args.changes), args.changes))
+        device = choose_device(world, config.device).kind
+        if device == "cpu" and config.dtype in ON_GPU:  # the weights are float32
+            config = replace(config, dtype="float32")
         with world.agreement():
             try:
-                planned = PlannedRun(set_up(config, world.size), has_length=True)  # its warnings are about a training
+                setup = set_up(config, world.size, device=device)
             except UserError as error:
                 raise placed(error, folder / "config.yaml", *args.changes) from None
+            planned = PlannedRun(setup, has_length=True)  # its warnings are about a training
             for note in planned.setup.dataset.notes:
                 warn(note)
             if planned.setup.dataset.test is None and not len(planned.setup.sampler.validation_rows):
@@ -54,12 +59,16 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
     return ranks.code
 
 
-def _any_ranks(config: Config) -> Config:
+def _any_ranks(config: Config, changes: Sequence[str]) -> Config:
     """Make a configuration of one network, with a layout that is possible on any number of ranks, and no demand on a
-    training."""
+    training. What was trained on a GPU is evaluated where there is none, too, unless `changes` ask for one."""
+    asked = any(change.replace(" ", "").startswith("device=") for change in changes)
+    device = config.device if asked or config.device == "cpu" else "auto"
     layout = config.layout if isinstance(config.layout, str) else "layers"
     train = replace(config.train, stop_at=None, schedule=Constant())
-    return replace(config, exchange=choices.Allreduce(), pipeline=choices.OneFOneB(), layout=layout, train=train)
+    return replace(
+        config, exchange=choices.Allreduce(), pipeline=choices.OneFOneB(), layout=layout, train=train, device=device
+    )
 
 
 def export(run: str, target: str) -> None:

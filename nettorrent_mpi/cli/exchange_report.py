@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from nettorrent_mpi.cli.tables import MOST_LINES, aligned, wrapped
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
@@ -181,9 +179,9 @@ def _fewer(gossip: Gossip) -> str:
 
 def _sends(setup: Setup, gossip: Gossip, pairing: Pairing) -> str:
     """Describe what the rank with the most parameters sends in a round."""
-    dtype, parts = np.dtype(setup.config.dtype), _parts(setup, gossip)
+    parts = _parts(setup, gossip)
     elements = span(_vector(setup, states="optimizer" in gossip.average), parts, 0).size
-    whole, compress = elements * dtype.itemsize, gossip.compress
+    whole, compress = elements * setup.options.itemsize, gossip.compress
     size, smaller = whole, ""
     if not isinstance(compress, Whole):
         size = MessageFormat(compress).bytes(elements)
@@ -221,7 +219,7 @@ def _parameters(setup: Setup, stage: int) -> int:
 
 
 def _itemsize(setup: Setup) -> int:
-    return np.dtype(setup.config.dtype).itemsize
+    return setup.options.itemsize
 
 
 def _asked(spec: Spec) -> str:

@@ -21,12 +21,13 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.checkpoint import find_checkpoint
+from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.engine.trainer import ACCURACY, SIGNAL
 from nettorrent_mpi.engine.usage import faster, peak_memory
 from nettorrent_mpi.plan.errors import ConfigError, NetTorrentError, UserError
-from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan
+from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan_run
 
 SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TEMPFAIL of sysexits.h)
 DIVERGED = 1  # exit code: the training diverged, though all numbers are finite
@@ -40,7 +41,7 @@ def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
             args = parse(arguments)
         world.same("command line", " ".join(arguments))
         world.same("version of nettorrent_mpi", __version__)
-        planned = _plan(world, args)
+        planned, device = _plan(world, args)
         if args.dry_run:
             hosts = world.gather_objects(world.host)
             if world.rank == 0:
@@ -56,7 +57,7 @@ def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
         ranks.open.append(trainer.close)
         if checkpoint is not None:
             trainer.resume(checkpoint)
-        run = Run(world, planned, trainer, folder)
+        run = Run(world, planned, trainer, folder, device)
         if checkpoint is not None and run.is_complete(checkpoint):
             return 0
         run.begin(chosen, checkpoint)
@@ -70,20 +71,22 @@ def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
     return ranks.code
 
 
-def _plan(world: World, args: argparse.Namespace) -> PlannedRun:
-    """Plan the requested run."""
+def _plan(world: World, args: argparse.Namespace) -> tuple[PlannedRun, str]:
+    """Plan the requested run. Gives the plan, and says what the run computes on."""
     before = peak_memory()
     config = world.once(lambda: read(args))
     checker = peak_memory() - before  # loaded on rank 0, to read the configuration
     try:
+        # What is only planned needs no GPU.
+        chosen = None if args.dry_run else choose_device(world, config.device)
         with world.agreement():
-            planned = plan(config, ranks=args.ranks or world.size, data_needed=not args.dry_run)
+            planned = plan_run(config, args.ranks or world.size, chosen and chosen.kind, data_needed=not args.dry_run)
     except UserError as error:
         mistake = error
         raise world.once(lambda: placed(mistake, args.config, *args.changes)) from None
     own = peak_memory()
     planned.process_memory = (own, own - checker)
-    return planned
+    return planned, "" if chosen is None else chosen.line
 
 
 def read(args: argparse.Namespace) -> Config:
@@ -107,8 +110,9 @@ def _anywhere(config: Config) -> Config:
 class Run:
     """A Run shows a training and writes its folder. All ranks call its methods; rank 0 shows and writes."""
 
-    def __init__(self, world: World, planned: PlannedRun, trainer: Trainer, folder: RunFolder):
+    def __init__(self, world: World, planned: PlannedRun, trainer: Trainer, folder: RunFolder, device: str):
         self._world, self._planned, self._trainer, self._folder = world, planned, trainer, folder
+        self._device = device  # what the run computes on, in words
         self._reporter: Reporter | None = None
 
     def is_complete(self, checkpoint: Path) -> bool:
@@ -149,6 +153,8 @@ class Run:
                 steps_per_epoch=setup.sampler.steps_per_epoch,
             )
             self._reporter.message(f"learning rate: {setup.rates} ({setup.config.train.schedule.kind})")
+            if self._device:
+                self._reporter.message(f"device: {self._device}")
             hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels).missing)
             if hint:
                 self._reporter.message(hint)

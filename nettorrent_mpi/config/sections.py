@@ -82,6 +82,7 @@ def _unexpanded(path: str | None, option: str) -> Iterator[Mistake]:
         yield Mistake(f"{path}: variables are not replaced in a configuration; write the path itself", option)
 
 
+ON_GPU = ("tf32", "bfloat16")  # types that CPU cores do not compute with
 Count = Annotated[int, Bounds(ge=1, le=MOST)]
 
 
@@ -232,8 +233,9 @@ class Config(Section):
     """Config holds a whole configuration."""
 
     seed: Annotated[int, Bounds(ge=0)] = 1
-    dtype: Literal["float32", "float64"] = "float32"
-    device: Literal["auto", "cpu"] = "auto"
+    # tf32: arrays of float32, whose products may be rounded to TF32. bfloat16: of 2 bytes. Both on a GPU only.
+    dtype: Literal["float32", "float64", "tf32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where every rank has one
     kernels: Literal["auto", "fastest", "numpy"] = "auto"
     data: Data
     model: Model
@@ -252,6 +254,8 @@ class Config(Section):
 
     def _mistakes(self) -> Iterator[Mistake]:
         yield from _unexpanded(self.output, "output")
+        if self.device == "cpu" and self.dtype in ON_GPU:
+            yield Mistake(f"{self.dtype} needs device: gpu; on CPU cores there are float32 and float64", "dtype")
         if isinstance(self.exchange, choices.Elite) and self.data.validation == 0:
             yield Mistake(
                 "exchange elite needs it: the best replica is chosen on validation rows, never on the test set; "

@@ -37,7 +37,8 @@ class Settings(TypedDict, total=False):
     pipeline: Choice  # "1f1b"
     exchange: Choice  # how replicas agree: "allreduce"
     seed: int  # every random number comes from it: 1
-    dtype: Literal["float32", "float64"]
+    dtype: Literal["float32", "float64", "tf32", "bfloat16"]
+    device: Literal["auto", "cpu", "gpu"]
     kernels: Literal["auto", "fastest", "numpy"]
     trace: bool
 

@@ -19,7 +19,7 @@ def _table(*entries: tuple[str, str]) -> dict[str, str]:
 _LOGITS = "leave it out: cross_entropy takes the outputs before a softmax (logits)"
 _SHAPES = "leave it out: the data and the layers before give the shape"
 _RANKS = "leave it out: mpirun -n N starts N ranks, and layout divides the work"
-_CPU = "leave it out, or write device: cpu: every rank computes on CPU cores"
+_GPU = "write device: gpu, or leave it out: device: auto takes a GPU where every rank has one"
 _OWN = "there is none: layers with weights are linear, conv2d and residual"
 
 _LAYERS = _table(
@@ -67,8 +67,19 @@ _ACTIVATIONS = _table(
     ("logistic", "sigmoid"),
     ("lrelu", "leaky_relu"),
 )
-_DEVICES = _table(("gpu cuda cuda0 cuda1 mps tpu xpu rocm hip", "every rank computes on CPU cores: write cpu"))
+_DEVICES = _table(
+    ("cuda nvidia", "gpu"),
+    ("cuda0 cuda1 cuda2 cuda3 gpu0 gpu1 gpu2 gpu3",
+     "write gpu: each rank takes one of the GPUs that its node has; CUDA_VISIBLE_DEVICES limits the choice"),
+    ("mps tpu xpu rocm hip", "there are cpu and, of NVIDIA, gpu"),
+)  # fmt: skip
 _DTYPES = _table(
+    ("bf16 brainfloat bfloat", "bfloat16"),
+    ("tensorfloat32 tensorfloat", "tf32"),
+    (
+        "half float16 fp16 f16 amp mixed",
+        "write bfloat16, on a GPU: with the range of float32 it needs no loss scaling",
+    ),
     ("double fp64 f64", "float64"),
     ("single float fp32 f32", "float32"),
 )
@@ -134,9 +145,9 @@ _KEYS = _table(
     ("shuffle", "leave it out: the rows are shuffled anew in every epoch"),
     ("metrics", "leave it out: loss and accuracy are always reported"),
     ("numworkers workers nproc nprocpernode worldsize processes nodes np n numgpus ngpus gpus devices", _RANKS),
-    ("gpu cuda usecuda usegpu accelerator", _CPU),
+    ("gpu cuda usecuda usegpu accelerator", _GPU),
     ("randomseed randomstate manualseed", "seed"),
-    ("precision floatx", "dtype"),
+    ("precision floatx mixedprecision", "dtype"),
     ("logdir outdir outputdir savedir savepath workdir checkpointdir", "output"),
     ("verbose loginterval logevery logeverynsteps printevery", "report_every|train.report_every"),
     ("saveevery savesteps checkpointinterval checkpointfreq", "write every_steps or every_epochs under checkpoint"),

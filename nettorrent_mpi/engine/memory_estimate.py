@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
     Runs the layers of every stage on a few rows (nn/footprint.py), so it belongs in a dry run or at the end of a run.
     """
     config, topology, facts, options = setup.config, setup.topology, setup.network.facts, setup.options
-    itemsize, optimizer = np.dtype(config.dtype).itemsize, make_optimizer(options.optimizer)
+    itemsize, optimizer = options.itemsize, make_optimizer(options.optimizer)
     states = len(optimizer.states)
     rows = most_rows(options.batch_size, options.micro_batches, topology.replicas)
     found = memory(
@@ -70,7 +70,7 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
             replace(
                 part,
                 layers=part.layers
-                + update_footprint(optimizer, own // itemsize // sharers, config.dtype)
+                + update_footprint(optimizer, own // itemsize // sharers, _measured(options))
                 + _mixing(setup, -(-own // itemsize // stage.rows)),
                 rows=_rows(setup, s, -(-rows // stage.rows)),
                 exchange=_exchange(setup, -(-own // itemsize // stage.rows), states),
@@ -84,7 +84,12 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
 def _kernels(options: Options) -> int:
     """Return the bytes of the optional kernel libraries, which are loaded with the first step."""
     names = make_device("cpu", options.kernels).names
-    return NUMBA * ("numba" in names) + ONEDNN * ("onednn" in names and np.dtype(options.dtype) == np.float32)
+    return NUMBA * ("numba" in names) + ONEDNN * ("onednn" in names and str(options.dtype) == "float32")
+
+
+def _measured(options: Options) -> Any:
+    """Return the type of the arrays in trials. NumPy has another one of 2 bytes."""
+    return "float16" if options.itemsize == 2 else options.dtype
 
 
 def _layers(setup: Setup, rows: int) -> list[Footprint]:
@@ -103,7 +108,7 @@ def _layers(setup: Setup, rows: int) -> list[Footprint]:
         return footprint(
             layers,
             here,
-            options.dtype,
+            _measured(options),
             cols=cols,
             accumulate=options.micro_batches > 1,
             loss=loss,
@@ -131,7 +136,7 @@ def _rows(setup: Setup, stage: int, here: int) -> int:
     if first:
         held += row * (sum(split.rows for split in splits) + here * (2 if setup.options.augment else 1))
     if last:
-        outputs = int(np.prod(setup.network.output_shape)) * np.dtype(setup.config.dtype).itemsize
+        outputs = int(np.prod(setup.network.output_shape)) * setup.options.itemsize
         held += (_INDEX if dataset.classes is not None else outputs) * sum(split.rows for split in splits)
     return held
 
@@ -148,7 +153,7 @@ def _gathered(setup: Setup, states: int) -> int:
         )
     networks = 1 if config.exact or replicas == 1 else replicas + 1
     parameters = sum(layer.parameters for layer in setup.network.facts)
-    return networks * arrays * parameters * np.dtype(config.dtype).itemsize
+    return networks * arrays * parameters * setup.options.itemsize
 
 
 def _exchange(setup: Setup, elements: int, states: int) -> int:
@@ -156,7 +161,7 @@ def _exchange(setup: Setup, elements: int, states: int) -> int:
     config, replicas = setup.config, setup.topology.replicas
     if config.exact or replicas == 1:
         return 0
-    array = elements * np.dtype(config.dtype).itemsize
+    array = elements * setup.options.itemsize
     if not isinstance(config.exchange, Gossip):
         return array  # a copy of its own parameters, while another replica's or the average is evaluated
     gossip = config.exchange
@@ -177,11 +182,10 @@ def _parts(gossip: Gossip) -> int:
 
 def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int) -> int:
     """Return the bytes of one message."""
-    dtype = np.dtype(setup.config.dtype)
 
     def length(count: int) -> int:
         if isinstance(gossip.compress, Whole):
-            return count * dtype.itemsize * (1 + (states if "optimizer" in gossip.average else 0))
+            return count * setup.options.itemsize * (1 + (states if "optimizer" in gossip.average else 0))
         return MessageFormat(gossip.compress).bytes(count)
 
     parts = min(max(parts, -(-length(elements) // LARGEST)), max(elements, 1))
@@ -191,7 +195,7 @@ def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int
 def _mixing(setup: Setup, elements: int) -> int:
     """Return the bytes of the device's scratch memory that gossip uses on a rank that owns `elements` of a replica's
     parameters: measured with a part of them, as the update's."""
-    gossip, dtype = setup.config.exchange, setup.config.dtype
+    gossip, dtype = setup.config.exchange, _measured(setup.options)
     if setup.config.exact or setup.topology.replicas == 1 or not isinstance(gossip, Gossip):
         return 0
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
 
 from nettorrent_mpi.device.arrays import DType, as_dtype
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.topology import Topology
+
+DeviceKind: TypeAlias = Literal["cpu", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,18 @@ class Options:
     pipeline: Spec = field(default_factory=choices.OneFOneB)
     exchange: Spec = field(default_factory=choices.Allreduce)
     clip_norm: float | None = None
-    dtype: Any = "float32"
+    dtype: Any = "float32"  # of the arrays
+    tf32: bool = False  # whether products of float32 may be rounded to TF32
+    device: DeviceKind = "cpu"
     seed: int = 1
     augment: Sequence[str] = ()
     trace: bool = False
     kernels: Literal["fastest", "numpy"] = "fastest"
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of an element of the arrays. NumPy knows bfloat16 only where ml_dtypes is loaded."""
+        return 2 if str(self.dtype) == "bfloat16" else int(np.dtype(self.dtype).itemsize)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.sections import ON_GPU, Config
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
@@ -20,12 +20,13 @@ from nettorrent_mpi.engine.checks import (
     slow,
     unjudged,
 )
+from nettorrent_mpi.engine.devices import planned_device
 from nettorrent_mpi.engine.layout import lay_out, micro_batches
-from nettorrent_mpi.engine.run_plan import Options, Plan
+from nettorrent_mpi.engine.run_plan import DeviceKind, Options, Plan
 from nettorrent_mpi.nn.fit import check_end, check_fit, unusual_labels
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates, extremes
-from nettorrent_mpi.plan.errors import ShapeError, keyed
+from nettorrent_mpi.plan.errors import ConfigError, ShapeError, keyed
 from nettorrent_mpi.plan.topology import Topology
 
 SHORT_RUN = 2e11  # floating-point operations of a rank: two seconds of one core
@@ -71,7 +72,10 @@ class Setup:
         """Say in one line what decides which messages ranks expect from each other: they have to agree on it."""
         train, test = self.dataset.train, self.dataset.test
         rows = f"{train.rows} training rows of shape {train.shape} and {test.rows if test else 0} test rows"
-        return f"{rows}, {self.layout_line}, {self.steps} steps of {self.options.micro_batches} micro-batches"
+        return (
+            f"{rows}, {self.layout_line}, {self.steps} steps of {self.options.micro_batches} micro-batches "
+            f"on {self.options.device}"
+        )
 
     @property
     def data_line(self) -> str:
@@ -88,10 +92,21 @@ class Setup:
         return f"replica {place.replica}, stage {place.stage} ({names}), row {place.row}, col {place.col}"
 
 
-def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planning: bool = False) -> Setup:
+def set_up(
+    config: Config,
+    ranks: int,
+    dataset: Dataset | None = None,
+    *,
+    planning: bool = False,
+    device: DeviceKind | None = None,
+) -> Setup:
     """Open the data (unless given), build the network and lay it out over `ranks`. `planning` needs no files of data
-    whose size is known (`open_dataset`). Raises every kind of UserError."""
+    whose size is known (`open_dataset`). `device` is what the ranks have agreed on; None: what this process alone can
+    say. Raises every kind of UserError."""
     data, train = config.data, config.train
+    device = device or planned_device(config.device)
+    if device == "cpu" and config.dtype in ON_GPU:
+        raise ConfigError(f"{config.dtype} needs a GPU, and there is none here: write float32, or use one", key="dtype")
     if dataset is None:
         dataset = _open_data(config, planning)
     doubt = channels_first(config, dataset.shape)
@@ -128,7 +143,9 @@ def set_up(config: Config, ranks: int, dataset: Dataset | None = None, *, planni
         pipeline=config.pipeline,
         exchange=config.exchange,
         clip_norm=train.clip_norm,
-        dtype=config.dtype,
+        dtype="float32" if config.dtype == "tf32" else config.dtype,
+        tf32=config.dtype == "tf32",
+        device=device,
         seed=config.seed,
         augment=data.augment,
         trace=config.trace,

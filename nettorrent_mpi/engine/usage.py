@@ -69,7 +69,7 @@ class Clock:
 def faster(network: Network, options: Options, missing: Sequence[str]) -> str:
     """Return one line about what the `missing` libraries would bring this network; empty if nothing, or if that was
     never measured."""
-    if not missing or str(options.dtype) != "float32":
+    if not missing or options.device != "cpu" or str(options.dtype) != "float32":
         return ""
     times = FASTER_CONVOLUTIONS if any(isinstance(layer, Conv2d) for layer in flat(network.layers)) else FASTER
     return (

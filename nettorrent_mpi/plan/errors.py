@@ -10,7 +10,8 @@ NetTorrentError              exit code 1 unless stated otherwise
 │   ├── SizeError            something that does not fit into memory
 │   ├── DeviceMemoryError    something that does not fit into a GPU's memory
 │   ├── RefusedError         any other file or folder that the operating system refuses: names it and the reason
-│   └── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
+│   ├── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
+│   └── DeviceError          a GPU that is asked for and cannot be used: says what is missing
 ├── NonFiniteError           the training diverged: names step, layer and rank
 ├── RemoteError              another rank failed by an error that is not the package's, and reports it itself
 ├── LostStateError           a part of the training state that no living rank holds: names the array
@@ -119,6 +120,10 @@ class RefusedError(UserError):
 
 class LaunchError(UserError):
     """The launcher, MPI and the ranks disagree about the run."""
+
+
+class DeviceError(UserError):
+    """A GPU that is asked for and cannot be used."""
 
 
 class NonFiniteError(NetTorrentError):

@@ -18,7 +18,7 @@ from nettorrent_mpi.plan.errors import UserError
             "write --set train.optimizer.adam.lr=0.1 in place of --lr; write --set seed=3",
         ),
         ("train c.yaml train.epochs=3", "write --set train.epochs=3 in place of train.epochs=3"),
-        ("train --gpu", "--gpu: leave it out, or write device: cpu: every rank computes on CPU cores"),
+        ("train --gpu", "--gpu: write device: gpu, or leave it out: device: auto takes a GPU where every rank has one"),
         ("train c.yaml --nproc 4", "--nproc: leave it out: mpirun -n N starts N ranks"),
         ("train --config c.yaml", "write the configuration's file without an option before it"),
         ("train --resum", "did you mean --resume? (see nettorrent train --help)"),

@@ -21,12 +21,13 @@ FACTS = [LayerFacts(f"linear{i + 1}", 1e6, parameters, 10, 8, 8) for i, paramete
 
 
 def setup(topology: Topology, *changes: str, micro_batches: int = 4) -> Any:
+    found = config.load(None, ["train.batch_size=128", *changes])
     return SimpleNamespace(
-        config=config.load(None, ["train.batch_size=128", *changes]),
+        config=found,
         sampler=SimpleNamespace(validation_rows=range(143)),
         network=SimpleNamespace(facts=FACTS),
         topology=topology,
-        options=SimpleNamespace(micro_batches=micro_batches),
+        options=SimpleNamespace(micro_batches=micro_batches, itemsize=8 if found.dtype == "float64" else 4),
     )
 
 
