@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from nettorrent_mpi import cores
-from nettorrent_mpi.device import visible
 from nettorrent_mpi.device.visible import choose, own_instance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,12 +154,6 @@ def test_ranks_take_gpus(ranks: list[tuple[str, int | None, tuple[str, ...]]], g
 )
 def test_local_rank(environ: Environment, rank: int | None) -> None:
     assert cores.local_rank(environ) == rank
-
-
-def test_a_gpu_is_noticed(tmp_path: Path) -> None:
-    assert not visible.has_gpu(tmp_path)
-    (tmp_path / "driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
-    assert visible.has_gpu(tmp_path)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

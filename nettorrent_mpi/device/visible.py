@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 LIBRARY = "libcuda.so.1"  # of the driver, not of CUDA's toolkit
@@ -31,10 +30,11 @@ class VisibleGpu(NamedTuple):
 
 class Visible(NamedTuple):
     """The GPUs that this process sees, in CUDA's order. Where it can use none, `missing` says why, and how to get
-    one."""
+    one; `likely`: part of what is needed is there, so that one may be expected."""
 
     gpus: tuple[VisibleGpu, ...] = ()
     missing: str = ""
+    likely: bool = True
 
 
 def look(environ: MutableMapping[str, str], rank: int | None) -> Visible:
@@ -48,7 +48,7 @@ def look(environ: MutableMapping[str, str], rank: int | None) -> Visible:
     except OSError:
         library = None
     if find_spec("cupy") is None:
-        return Visible(missing=_without_cupy(library))
+        return Visible(missing=_without_cupy(library), likely=library is not None)
     if library is None:
         return Visible(
             missing=f"this node has no NVIDIA driver ({LIBRARY} is not found): use a node with GPUs; a container "
@@ -64,14 +64,6 @@ def look(environ: MutableMapping[str, str], rank: int | None) -> Visible:
         return Visible(missing=old)
     gpus = tuple(_gpu(library, index) for index in range(_number(library.cuDeviceGetCount)))
     return Visible(gpus, "" if gpus else _hidden(environ))
-
-
-def has_gpu(proc: Path = Path("/proc")) -> bool:
-    """Whether this node has an NVIDIA GPU, be it usable or not."""
-    try:
-        return any((proc / "driver/nvidia/gpus").iterdir())
-    except OSError:
-        return False
 
 
 def own_instance(visible: str, rank: int | None) -> str | None:

@@ -37,7 +37,8 @@ def choose_device(world: World, wanted: Wanted) -> ChosenDevice:
     with world.agreement():
         _check(wanted, seen, [host for host, _, _ in found])
     if not own.gpus:
-        return ChosenDevice("cpu", f"cpu ({own.missing})")
+        likely = [each for each in seen if each.likely]
+        return ChosenDevice("cpu", f"cpu ({likely[0].missing})" if likely else "")
     chosen = visible.choose([(host, number, [gpu.uuid for gpu in each.gpus]) for host, number, each in found])
     taken = [each.gpus[index] for each, index in zip(seen, chosen, strict=True)]
     shared = Counter((host, gpu.uuid) for (host, _, _), gpu in zip(found, taken, strict=True))
