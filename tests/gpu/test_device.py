@@ -11,7 +11,7 @@ import pytest
 from nettorrent_mpi.device import gpu as package
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import make_device
-from nettorrent_mpi.device.gpu import Gpu, arena, numbers, staging
+from nettorrent_mpi.device.gpu import Gpu, arena, host_copies, numbers
 from nettorrent_mpi.plan.errors import DeviceMemoryError, UserError
 from tests.gpu.host.runtime import HostRuntime
 
@@ -137,7 +137,7 @@ VIEWS: dict[str, Any] = {
 def test_arrays_of_any_strides_travel(
     view: str, room: int, dtype: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "STAGING_BYTES", room)
+    monkeypatch.setattr(host_copies, "STAGING_BYTES", room)
     rng = np.random.default_rng(5)
     whole = gpu.empty((6, 3, 4, 5), dtype)
     start, values = (rng.integers(0, 2 if dtype == "bool" else 100, whole.shape).astype(dtype) for _ in range(2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +12,10 @@ import numpy as np
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace, as_dtype
 from nettorrent_mpi.device.gpu.arena import Arena
 from nettorrent_mpi.device.gpu.convolution import ConvolutionOperations
+from nettorrent_mpi.device.gpu.host_copies import HostCopies
 from nettorrent_mpi.device.gpu.numbers import DeviceNumbers
 from nettorrent_mpi.device.gpu.products import ProductOperations
 from nettorrent_mpi.device.gpu.runtime import Graph, Runtime, Stream
-from nettorrent_mpi.device.gpu.staging import Staging
 
 
 class GpuOperations(ProductOperations, ConvolutionOperations):
@@ -39,7 +38,7 @@ class Gpu:
         self._streams: list[Stream] = []
         self.compute, self.copies = self.make_stream(), self.make_stream()
         self.stream = self.compute
-        self._staging = Staging(runtime, self.compute)
+        self._host_copies = HostCopies(runtime, self.compute)
         self.ops = GpuOperations(self)
 
     @property
@@ -85,11 +84,11 @@ class Gpu:
 
     def upload(self, out: Array, values: Array) -> None:
         self.synchronize()
-        self._staging.upload(out, values)
+        self._host_copies.upload(out, values)
 
     def download(self, out: Array, x: Array) -> None:
         self.synchronize()
-        self._staging.download(out, x)
+        self._host_copies.download(out, x)
 
     def on_host(self, x: Array) -> Array:
         array = np.empty(x.shape, x.dtype)
@@ -129,7 +128,9 @@ class Captured:
 
 def open_cuda(index: int) -> Runtime:
     """Open the GPU of this number through CuPy."""
-    return cast("Runtime", importlib.import_module("nettorrent_mpi.device.gpu.cuda").Cuda(index))
+    from nettorrent_mpi.device.gpu.cuda import Cuda
+
+    return cast("Runtime", Cuda(index))
 
 
 open_runtime: Callable[[int], Runtime] = open_cuda  # the only way to a GPU; tests put a device of the host here

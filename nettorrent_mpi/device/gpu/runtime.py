@@ -40,7 +40,11 @@ class Event(Protocol):
 
 
 class Stream(Protocol):
-    """A Stream is work that the GPU does in the order in which it was launched."""
+    """A Stream is work that the GPU does in the order in which it was launched. `handle` is what CUDA's libraries take
+    for it."""
+
+    @property
+    def handle(self) -> int: ...
 
     def record(self) -> Event:
         """Return an event behind all work launched so far. Not inside a capture."""

@@ -32,9 +32,9 @@ class HostMemory:
         finally:
             os.close(file)
         self._arrays = np.frombuffer(self._guarded, np.uint8)
-        self._work = np.frombuffer(self._open, np.uint8)
+        self.work = np.frombuffer(self._open, np.uint8)
         self.start = int(self._arrays.ctypes.data)
-        self.delta = int(self._work.ctypes.data) - self.start
+        self.delta = int(self.work.ctypes.data) - self.start
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.mprotect(ctypes.c_void_p(self.start), ctypes.c_size_t(size), NO_ACCESS):
             raise OSError(ctypes.get_errno(), "mprotect")
@@ -55,7 +55,7 @@ class HostMemory:
             if room >= whole:
                 self._holes[number : number + 1] = [(offset + whole, room - whole)] if room > whole else []
                 self._taken[offset] = whole
-                self._work[offset : offset + whole] = POISON
+                self.work[offset : offset + whole] = POISON
                 return self._arrays[offset : offset + size]
         raise MemoryError(f"{size:,} bytes")
 
@@ -65,8 +65,8 @@ class HostMemory:
             return
         offset = self._offset(array)
         whole = self._taken.pop(offset)
-        assert (self._work[offset + array.size : offset + whole] == POISON).all(), "work has written behind its memory"
-        self._work[offset : offset + whole] = POISON
+        assert (self.work[offset + array.size : offset + whole] == POISON).all(), "work has written behind its memory"
+        self.work[offset : offset + whole] = POISON
         holes: list[tuple[int, int]] = []
         for start, room in sorted([*self._holes, (offset, whole)]):
             if holes and sum(holes[-1]) == start:
@@ -82,7 +82,7 @@ class HostMemory:
     def within(self, array: Array) -> Array:
         """Return the same array in the mapping that work of the device reads and writes."""
         assert self.holds(array), "the array is not on the device"
-        return np.ndarray(array.shape, array.dtype, self._work, self._offset(array), array.strides)
+        return np.ndarray(array.shape, array.dtype, self.work, self._offset(array), array.strides)
 
     def _offset(self, array: Array) -> int:
         return int(array.__array_interface__["data"][0]) - self.start

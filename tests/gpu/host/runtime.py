@@ -16,9 +16,11 @@ import numpy as np
 from nettorrent_mpi.device.arrays import Array, DType, as_dtype
 from nettorrent_mpi.device.geometry import Geometry
 from nettorrent_mpi.device.gpu.runtime import Matrix, Properties
+from nettorrent_mpi.device.gpu.source import signatures
 from tests.gpu.host import convolution, products
+from tests.gpu.host.build import Library, load
 from tests.gpu.host.memory import HostMemory
-from tests.gpu.host.streams import HostGraph, HostStream, Order, capture
+from tests.gpu.host.streams import Exchanges, HostGraph, HostStream, Order, capture
 
 
 class HostRuntime:
@@ -29,9 +31,10 @@ class HostRuntime:
     def __init__(self, seed: int = 0, *, memory: int = 1 << 33, background: bool = False, uuid: str = "host device"):
         self.properties = Properties("host device", uuid, (9, 0), processors=3, memory=memory)
         self.memory, self.order = HostMemory(memory), Order(seed, background)
+        self.exchanges = Exchanges(self.order, self.memory, uuid)
         self._seed = seed
         self._pinned: list[Array] = []
-        self._libraries: dict[str, Any] = {}  # the kernels, by the name of REAL
+        self._libraries: dict[str, Library] = {}  # of kernels, by the name of REAL
         self.allocations = 0
 
     # -- memory -----------------------------------------------------------------------------------------------------
@@ -68,9 +71,6 @@ class HostRuntime:
     def launch(
         self, stream: HostStream, kernel: str, real: DType, grid: tuple[int, int], block: int, arguments: Sequence[Any]
     ) -> None:
-        from nettorrent_mpi.device.gpu.source import signatures
-        from tests.gpu.host.build import load
-
         name = as_dtype(real).name
         values = signatures()[kernel].values(real, arguments, self._in_work)
         if name not in self._libraries:

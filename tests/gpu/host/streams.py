@@ -13,6 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nettorrent_mpi.device.arrays import Array
+from tests.gpu.host.memory import HostMemory
+
 HASTES = (0.0, 0.0, 0.1, 0.9)  # how probable it is that something runs when work is launched
 PATIENCE = 60.0  # seconds for what waits for another rank
 IDLE = 0.02  # seconds without a launch, after which a device in the background begins to work
@@ -20,12 +23,14 @@ IDLE = 0.02  # seconds without a launch, after which a device in the background 
 
 @dataclass(frozen=True)
 class Work:
-    """Work is what a stream does next: `run`, once `ready` says so. `remote` says that other ranks make it ready."""
+    """Work is what a stream does next: `run`, once `ready` says so. `remote` says that other ranks make it ready.
+    `entered` is called each time that the work is launched, alone or with a graph."""
 
     name: str
     run: Callable[[], None]
     ready: Callable[[], bool] | None = None
     remote: bool = False
+    entered: Callable[[], None] | None = None
 
 
 class Order:
@@ -48,14 +53,19 @@ class Order:
 
     def stream(self, name: str = "") -> HostStream:
         """Make a stream."""
-        stream = HostStream(self, name or f"stream {len(self.streams)}")
-        self.streams.append(stream)
-        return stream
+        self.streams.append(HostStream(self, name or f"stream {len(self.streams)}", len(self.streams) + 1))
+        return self.streams[-1]
+
+    def stream_of(self, handle: int) -> HostStream:
+        """Return the stream of a handle."""
+        return self.streams[handle - 1]
 
     def append(self, stream: HostStream, work: Work) -> None:
         """Append work to a stream. Some may run, as it may on a GPU."""
         with self.lock:
             self._launched = time.monotonic()
+            if work.entered is not None:
+                work.entered()
             stream.queue.append(work)
             self.hasten()
 
@@ -138,8 +148,8 @@ class HostEvent:
 class HostStream:
     """A HostStream is a queue of work (device.gpu.runtime.Stream). `complete` counts what has run."""
 
-    def __init__(self, order: Order, name: str):
-        self.order, self.name = order, name
+    def __init__(self, order: Order, name: str, handle: int):
+        self.order, self.name, self.handle = order, name, handle
         self.queue: deque[Work] = deque()
         self.complete = 0
         self.captured: list[Work] = []
@@ -151,10 +161,15 @@ class HostStream:
             return self.complete + len(self.queue)
 
     def enqueue(
-        self, name: str, run: Callable[[], None], ready: Callable[[], bool] | None = None, remote: bool = False
+        self,
+        name: str,
+        run: Callable[[], None],
+        ready: Callable[[], bool] | None = None,
+        remote: bool = False,
+        entered: Callable[[], None] | None = None,
     ) -> None:
         """Append work, to the graph while this stream is captured."""
-        work = Work(name, run, ready, remote)
+        work = Work(name, run, ready, remote, entered)
         if self.order.capturing is None:
             self.order.append(self, work)
         else:
@@ -171,6 +186,26 @@ class HostStream:
 
     def synchronize(self) -> None:
         HostEvent(self, self.launched).synchronize()
+
+
+class Exchanges:
+    """Exchanges are work that other ranks make ready: the host device as its double of NCCL (nccl.py) knows it, by
+    addresses and handles."""
+
+    def __init__(self, order: Order, memory: HostMemory, uuid: str):
+        self._order, self._memory, self.uuid = order, memory, uuid
+
+    def memory(self, address: int, size: int) -> Array:
+        """Return the bytes at an address of the device."""
+        start = address - self._memory.start
+        assert 0 <= start <= self._memory.size - size, "the address is not on the device"
+        return self._memory.work[start : start + size]
+
+    def enqueue(
+        self, stream: int, name: str, entered: Callable[[], None], ready: Callable[[], bool], run: Callable[[], None]
+    ) -> None:
+        """Append work to a stream."""
+        self._order.stream_of(stream).enqueue(name, run, ready, remote=True, entered=entered)
 
 
 class HostGraph:

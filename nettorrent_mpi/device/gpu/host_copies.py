@@ -13,8 +13,9 @@ from nettorrent_mpi.device.gpu.runtime import Runtime, Stream
 STAGING_BYTES = 1 << 24  # of pinned memory, through which everything goes
 
 
-class Staging:
-    """Staging copies arrays of any strides through one buffer in pinned memory. The GPU is idle when a copy begins."""
+class HostCopies:
+    """HostCopies are of arrays of any strides, and go through one buffer in pinned memory. The GPU is idle when a copy
+    begins."""
 
     def __init__(self, runtime: Runtime, stream: Stream):
         self._runtime, self._stream = runtime, stream
