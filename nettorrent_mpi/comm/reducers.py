@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nettorrent_mpi.comm.channels import Channel
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.ring import Ring, Rings
 from nettorrent_mpi.device.arrays import Array
@@ -60,6 +61,22 @@ class CollectiveReducer(Reducer):
 
     def gather(self) -> None:
         self._group.all_gather(self._shard, self._params, self._counts)
+
+
+class ChannelReducer(Reducer):
+    """Reduces and gathers over a channel; all shards have the same size. Nothing waits but the device's stream."""
+
+    def __init__(self, channel: Channel, params: Array, grads: Array, sums: Array):
+        size, more = divmod(params.size, channel.group.size)
+        assert not more, "shards of different sizes"
+        self._channel, self._params, self._grads, self._sums = channel, params, grads, sums
+        self._shard = params[channel.group.index * size :][:size]
+
+    def reduce(self) -> None:
+        self._channel.reduce_scatter(self._grads, self._sums)
+
+    def gather(self) -> None:
+        self._channel.all_gather(self._shard, self._params)
 
 
 class RingReducer(Reducer):

@@ -31,7 +31,7 @@ from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
-from nettorrent_mpi.plan.blocks import Span, span
+from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.cost import in_parts, rows_shared
 from nettorrent_mpi.plan.moves import Box, boxes_of_range
 
@@ -45,11 +45,16 @@ def round_up(length: int) -> int:
     return -(-length // LINE) * LINE
 
 
+def divisible(size: int, members: int) -> int:
+    """Return the size of a flat array of at least `size` elements whose shards, of whole lines, are all equal."""
+    return -(-size // (LINE * members)) * LINE * members
+
+
 class Flat:
     """A flat array `params` of blocks that all members of `group` hold alike, one after another.
 
-    `counts` gives the elements that each member owns, `shard` this rank's, `places` the position of each block
-    "<layer>/<name>".
+    `counts` gives the elements that each member owns, which are equal: GPUs reduce equal parts only. `shard` are this
+    rank's, `places` gives the position of each block "<layer>/<name>".
     """
 
     def __init__(self, device: Device, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
@@ -60,8 +65,8 @@ class Flat:
             length = math.prod(parameter.local)
             self.places[key] = slice(size, size + length)
             size += round_up(length)
-        self.size = size
-        self.counts = [LINE * span(size // LINE, group.size, i).size for i in range(group.size)]
+        self.size = divisible(size, group.size)
+        self.counts = [self.size // group.size] * group.size
         start = sum(self.counts[: group.index])
         self.shard = slice(start, start + self.counts[group.index])
         self.params: Array
@@ -250,8 +255,9 @@ class BucketMaker:
         """Return what `group` asks to share: parameters, everyone's gradients, operands of gradients in parts."""
         shapes = self._in_parts(group, blocks)
         sizes = {key: round_up(math.prod(parameter.local)) for key, parameter in blocks.items()}
-        size, copies = sum(sizes.values()), 1 + self._versions
-        own = sum(size for key, size in sizes.items() if key not in shapes)
+        whole = divisible(sum(sizes[key] for key in shapes), group.size)
+        own = sum(self._sizes(group, {key: size for key, size in sizes.items() if key not in shapes}))
+        size, copies = whole + own, 1 + self._versions
         operands = sum(round_up(self._rows * length) for shape in shapes.values() for length in shape)
         alone = (copies + 1) * size * self._dtype.itemsize
         return Ask(group, own, copies * size + operands, self._dtype, alone)
@@ -267,8 +273,7 @@ class BucketMaker:
         rest = {key: round_up(math.prod(blocks[key].local)) for key in blocks if key not in operands}
         if not rest:
             return made
-        least = LEAST_SHARD * group.size // self._dtype.itemsize
-        parts = [list(rest)] if whole else cut(rest, max(FULL // self._dtype.itemsize, least), least)
+        parts = [list(rest)] if whole else self._cut(group, rest)
         made += [self._bucket(group, blocks, keys, memory) for keys in parts]
         if memory is not None or group.size == 1:
             return made
@@ -278,6 +283,15 @@ class BucketMaker:
                 arrays = bucket.params, bucket.grads, bucket.reduced
                 bucket.reducer = RingReducer(self._wiring.rings, apart, i * PIECES, bucket.counts, *arrays)
         return made
+
+    def _cut(self, group: Group, sizes: Mapping[str, int]) -> list[list[str]]:
+        """Return the buckets that these blocks are cut into where they are not one."""
+        least = LEAST_SHARD * group.size // self._dtype.itemsize
+        return cut(sizes, max(FULL // self._dtype.itemsize, least), least)
+
+    def _sizes(self, group: Group, sizes: Mapping[str, int]) -> list[int]:
+        """Return the elements of these buckets; one of all blocks has at most as many as they have together."""
+        return [divisible(sum(sizes[key] for key in keys), group.size) for keys in self._cut(group, sizes)]
 
     def _bucket(
         self,
