@@ -170,6 +170,32 @@ class Inputs:
         np.copyto(out_bR, raw_bR.view(self.dtype), casting="unsafe")
         self._scaling.apply(out_bR)
 
+    @property
+    def native(self) -> np.dtype[Any]:
+        """The type in which `stored` gives rows: uint8, float32 or float64, the smallest that holds them."""
+        if self.dtype == BYTE:
+            return BYTE
+        return np.dtype(np.float32 if self.dtype.itemsize <= 4 else np.float64)
+
+    @property
+    def native_bytes(self) -> int:
+        """The bytes of a row of that type."""
+        return math.prod(self.shape) * self.native.itemsize
+
+    @property
+    def scale(self) -> tuple[Array, Array]:
+        """The factor and the offset (float64) of x * factor - offset: one number each, or one per channel."""
+        return self._scaling.factor, self._scaling.offset
+
+    def stored(self, indices: Array, out_bR: Array) -> None:
+        """Copy rows, neither augmented nor scaled: out_bR[i] <- row indices[i]; out_bR (b, native_bytes) is uint8."""
+        if self.native == self.dtype:
+            self._take(indices, out_bR)
+            return
+        raw_bR = np.empty((len(indices), self._row_bytes), np.uint8)
+        self._take(indices, raw_bR)
+        np.copyto(out_bR.view(self.native), raw_bR.view(self.dtype), casting="same_kind")
+
     def doubt(self, indices: Array) -> str | None:
         """Return a warning if floating-point rows, judged by some of `indices`, are much larger than a network can be
         trained on, or if `mean` and `std` seem to be in another unit."""

@@ -8,13 +8,14 @@ The path of a row from the data set to the first layer, and which ranks hold wha
     - inputs   the split's rows: `Inputs.batch` gathers, augments and scales them into the wiring's buffer  first stage
     - targets  the split's targets, whole in memory: labels never travel                                    last stage
 
-Micro-batches are numbered from the present mini-batch on, as in engine/pipeline.py.
+On a GPU engine/device_batches.py does the last two. Micro-batches are numbered from the present mini-batch on, as in
+engine/pipeline.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -23,7 +24,10 @@ from nettorrent_mpi.data.rows import Allocate, Split, Wrong
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.engine.wiring import Wiring
+from nettorrent_mpi.plan.actions import Action
 from nettorrent_mpi.plan.blocks import Span, micro_batch, span
+
+CheckTargets: TypeAlias = Callable[[Array], None]
 
 
 class RowsOfMicroBatch(NamedTuple):
@@ -63,7 +67,7 @@ class Batches:
         self._chosen, self._rows, self._key = -1, np.empty(0, np.int64), 0  # a step, its rows, its augmentation key
         self._loaded = (-1, -1)  # (step, micro-batch) whose inputs were gathered ahead
 
-    def read_targets(self, check: Callable[[Array], None], split: Split | None = None) -> None:
+    def read_targets(self, check: CheckTargets, split: Split | None = None) -> None:
         """Read the targets, if this rank needs them, and pass all of them to `check`; from now on those of `split`, if
         given, which has the same rows. Not collective."""
         self._split = split or self._split
@@ -90,6 +94,16 @@ class Batches:
             return len(self._given)
         assert self._sampler is not None
         return self._sampler.size(self.step + m // self._micro_batches)
+
+    def prepare(self, actions: Sequence[Action], steps: Sequence[Array] = ()) -> None:
+        """Make ready what these actions need of the present mini-batch and the following ones, after `begin_step` or
+        `begin_rows`. `steps` are arrays of the device, of one element: the number of the step whose mini-batch is the
+        present one, and of those after it. On a CPU `inputs` and `targets` do all of it."""
+
+    def key(self) -> Hashable | None:
+        """Return what a recording of `inputs` and `targets` depends on besides the actions: it holds where this is the
+        same. None: it holds never, as they do more than begin operations of the device."""
+        return ()
 
     # -- micro-batch m ------------------------------------------------------------------------------------------------
 

@@ -11,11 +11,12 @@ import numpy as np
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.rows import Dataset
+from nettorrent_mpi.data.rows import Allocate, Dataset, Split
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.batches import Batches
+from nettorrent_mpi.engine.device_batches import open_batches
 from nettorrent_mpi.engine.metrics import Metrics
 from nettorrent_mpi.engine.pipeline import Pipeline, Work
 from nettorrent_mpi.engine.resharding import Blocks, move, of_replica, takes
@@ -206,15 +207,22 @@ class Engine:
 
     def open_data(self, dataset: Dataset, sampler: Sampler) -> None:
         """Read what this rank needs of the data set: the inputs on the first stage, in memory that the ranks of a node
-        share, and the targets on the last. Collective over the ranks of the first stage."""
+        share (and in that of a GPU), and the targets on the last. Collective over the ranks of the first stage."""
         self.dataset, self.sampler, self._opened = dataset, sampler, True
         augment = Augment(self.plan.options.augment, dataset.shape) if self.plan.options.augment else None
-        allocate = self.wiring.shared_rows
-        self.train = Batches(dataset.train, self.wiring, allocate, sampler=sampler, augment=augment)
-        self.test = Batches(dataset.test, self.wiring, allocate) if dataset.test else None
+        allocate, ahead = self.wiring.shared_rows, self.schedule.ahead
+        self.train = self.batches(dataset.train, allocate, sampler=sampler, augment=augment, ahead=ahead)
+        self.test = self.batches(dataset.test, allocate) if dataset.test else None
         replica, _, row, col = self.wiring.place
         self._doubt(self.train.doubt() if replica == row == col == 0 else None)
         self.read_targets(dataset)
+
+    def batches(self, split: Split, allocate: Allocate, **more: Any) -> Batches:
+        """Open the mini-batches of a split for this engine (see `open_batches`)."""
+        options = self.options
+        return open_batches(
+            split, self.wiring, allocate, self.device, options.batch_size, options.micro_batches, **more
+        )
 
     def read_targets(self, dataset: Dataset) -> None:
         """Read the targets of a data set that has the same rows. Not collective."""

@@ -115,6 +115,7 @@ class Pipeline:
         self._ctx.training, self._outputs = work.training, work.outputs
         step = work.step
         self._steps.set(range(step, step + len(self._step_of)))
+        work.batches.prepare(work.actions, self._step_of)
         if work.training:
             self._end.begin(work.rate, step + 1)
         if work.first:
