@@ -10,44 +10,52 @@ from nettorrent_mpi.device.arrays import Array, DType, Shape
 
 
 class RowOps(Protocol):
-    """Operations on rows. Row numbers are int64, and nothing here depends on a host value that changes from step to
-    step, so that all of it can be captured."""
+    """Operations on rows of a data set. None depends on a host value that changes from step to step, so that all of
+    them can be captured."""
 
     def gather(
         self,
-        stored: Array,
-        numbers_b: Array | None,
-        x: Array,
+        images: Array,
+        numbers: Array,
+        out: Array,
         factor: Array,
-        offset: Array,
+        shift: Array,
+        *,
         key: Array | None = None,
         flip: bool = False,
         crop: bool = False,
-        in_place: bool = False,
+        resident: bool = True,
     ) -> None:
-        """x[i] <- row numbers_b[i] of `stored`, scaled: row * factor - offset, in x's type; with `flip` or `crop`
-        (data.augment), images are changed at random by (key[0], numbers_b[i]) first.
+        """out[i] <- row numbers[i], augmented as by data/augment.py, times `factor` plus `shift`.
 
-        `stored` (rows, *shape) is uint8 or floating; `factor` and `offset` are float64, one number or one per channel;
-        `key` is uint64. With `in_place` row i is stored[i] itself, and numbers_b[i] only its name,
-        needed where images are changed.
+        The row lies at images[numbers[i]] if `resident`, otherwise at images[i]. `images` (rows, *shape) are uint8,
+        float32 or float64; `numbers` (b,) int64; `factor` and `shift` one number, or one of each channel, float64 if
+        `out` is, otherwise float32; `key` (1,) uint64, for augmentation.
         """
 
-    def take_rows(self, stored: Array, numbers_b: Array, out: Array) -> None:
-        """out[i] <- row numbers_b[i] of `stored`, of out's type."""
+    def take_rows(self, source: Array, numbers: Array, out: Array) -> None:
+        """out[i] <- source[numbers[i]]."""
 
     def rows_of_step(
-        self, orders: Array, keys: Array, step: Array, training_rows: int, batch_size: int, numbers: Array, key: Array
+        self,
+        step: Array,
+        orders: Array,
+        keys: Array,
+        numbers: Array,
+        key: Array | None,
+        *,
+        steps_per_epoch: int,
+        batch_size: int,
     ) -> None:
-        """numbers[:size] <- the row numbers of the mini-batch of step[0] (float64), and key[0] <- its epoch's key.
+        """numbers (b,) int64 <- the row numbers of the mini-batch of step[0] (float64), which may be smaller: the rest
+        are numbers of any rows; key[0] <- the augmentation's key of its epoch.
 
-        Epoch e has ceil(training_rows / batch_size) steps, its order in orders[e % len(orders), :training_rows], and
-        its key in keys[e % len(keys)]. The last mini-batch of an epoch may be smaller than `batch_size`.
+        orders (epochs, rows) int64 and keys (epochs,) uint64 have those of epoch e at e % epochs.
         """
 
 
-class Staging(Protocol):
-    """A Staging is a ring of buffers for what the host uploads ahead of the computation: `count` positions, each in
+class UploadRing(Protocol):
+    """An UploadRing is a ring of buffers for what the host uploads ahead of the computation: `count` positions, each in
     pinned memory and on the device."""
 
     @property
@@ -78,8 +86,12 @@ class Feeder(Protocol):
     def upload(self, out: Array, values: Array) -> None:
         """out <- `values`, which lie in host memory and may be changed as soon as this returns."""
 
-    def staging(self, count: int, size: int) -> Staging:
-        """Make a ring of `count` positions of at most `size` bytes."""
+    def upload_ring(self, count: int, size: int, name: str = "") -> UploadRing:
+        """Make a ring of `count` positions of at most `size` bytes. One with a name may be that of an earlier call,
+        whose caller is done with it."""
+
+    def constant(self, values: Array) -> Array:
+        """Return these values on the device, which nothing may change."""
 
     def has_room(self, size: int) -> bool:
         """Whether there is room for so many bytes of data besides what training needs."""

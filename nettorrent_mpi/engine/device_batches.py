@@ -26,7 +26,7 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.device.feeding import Feeder
 from nettorrent_mpi.engine.batches import Batches, CheckTargets
-from nettorrent_mpi.engine.device_rows import EpochOrders, GivenRows, StagedRows, on_device, resident_rows
+from nettorrent_mpi.engine.device_rows import EpochOrders, GivenRows, StagedRows, resident_rows
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.plan.actions import Action
 
@@ -43,15 +43,17 @@ def open_batches(
     sampler: Sampler | None = None,
     augment: Augment | None = None,
     resident: bool | None = None,
+    name: str = "",
 ) -> Batches:
     """Open the mini-batches of a split for a device: they have `batch_size` rows in `micro_batches` micro-batches, and
-    forward passes run up to `ahead` mini-batches ahead. On a GPU rows are `resident` (None: where there is room)."""
+    forward passes run up to `ahead` mini-batches ahead. On a GPU rows are `resident` (None: where there is room); those
+    of batches that are opened again and again have a `name`, by which they use the same memory of the device."""
     if device.kind == "cpu":
         return Batches(split, wiring, allocate, sampler=sampler, augment=augment)
     most = wiring.topology.batch_rows(wiring.place, batch_size, micro_batches, 0).size
     mini_batches = ahead + 2 if sampler else 2
     batches = DeviceBatches(split, wiring, allocate, cast("Feeder", device), most, sampler=sampler, augment=augment)
-    batches.place(batch_size, mini_batches, micro_batches if sampler else 1, resident)
+    batches.place(batch_size, mini_batches, micro_batches if sampler else 1, resident, name)
     return batches
 
 
@@ -75,11 +77,13 @@ class DeviceBatches(Batches):
         self._resident: Array | None = None
         self._ring: StagedRows | None = None
         self._orders: EpochOrders | None = None
+        self._given_numbers: GivenRows | None = None
+        self._key_of_epoch: Array | None = None
         self._stored_targets: Array | None = None
         self._present: Array | None = None  # the numbers of the mini-batch whose forward passes are running
         self._key_now: Hashable | None = ()
 
-    def place(self, batch_size: int, mini_batches: int, micro_batches: int, resident: bool | None) -> None:
+    def place(self, batch_size: int, mini_batches: int, micro_batches: int, resident: bool | None, name: str) -> None:
         """Decide where the rows lie, and upload them where they are resident. A ring of staged rows has room for so
         many mini-batches of so many micro-batches."""
         device, inputs = self._device, self._inputs
@@ -88,19 +92,17 @@ class DeviceBatches(Batches):
             if device.has_room(size) if resident is None else resident:
                 self._resident = resident_rows(device, inputs)
             else:
-                self._ring = StagedRows(device, inputs, self._most, mini_batches, micro_batches)
+                self._ring = StagedRows(device, inputs, self._most, mini_batches, micro_batches, name)
+            work = "float64" if self._wiring.x(0, 0).dtype == "float64" else "float32"
             factor, offset = inputs.scale
-            self._factor, self._offset = (on_device(device, values) for values in (factor, offset))
-        self._numbered = (
-            self._resident is not None
-            or self._augment is not None
-            or (self._wiring.is_last and self._split.read_targets is not None)
-        )
-        if self._numbered and self._sampler is not None:
+            self._factor, self._shift = (device.constant(values.astype(work)) for values in (factor, -offset))
+        if inputs is None and not self._wiring.is_last:
+            return
+        if self._sampler is not None:
             self._orders = EpochOrders(device, self._sampler, mini_batches - 2)
             self._step_numbers = device.empty((batch_size,), "int64")
-        self._key_of_epoch = device.empty((1,), "uint64")
-        self._given_numbers = GivenRows(device) if self._numbered else None
+            self._key_of_epoch = device.empty((1,), "uint64")
+        self._given_numbers = GivenRows(device, name and f"{name}: numbers")
 
     def read_targets(self, check: CheckTargets, split: Split | None = None) -> None:
         super().read_targets(check, split)
@@ -179,16 +181,17 @@ class DeviceBatches(Batches):
             stored = self._ring.rows(self._position(m), part.size)
         augment = self._augment if self._given is None else None
         assert stored is not None
+        assert self._present is not None
         self._device.ops.gather(
             stored,
-            None if self._present is None else self._present[slice(*part)],
+            self._present[slice(*part)],
             x,
             self._factor,
-            self._offset,
+            self._shift,
             key=self._key_of_epoch if augment else None,
             flip=augment is not None and augment.flip,
             crop=augment is not None and augment.crop,
-            in_place=self._ring is not None,
+            resident=self._ring is None,
         )
         if self._ring is not None and self._given is not None:
             self._ring.release()
@@ -209,4 +212,5 @@ class DeviceBatches(Batches):
         """Let the device write the row numbers of a mini-batch of training when its first micro-batch begins."""
         number, piece = divmod(m, self._micro_batches)
         if self._given is None and piece == 0 and self._orders is not None:
+            assert self._key_of_epoch is not None
             self._orders.write(self._steps[number], self._step_numbers, self._key_of_epoch)

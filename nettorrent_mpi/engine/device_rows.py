@@ -9,7 +9,7 @@ import numpy as np
 from nettorrent_mpi.data.rows import Inputs
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.feeding import Feeder, Staging
+from nettorrent_mpi.device.feeding import Feeder, UploadRing
 
 CHUNK = 1 << 24  # bytes that are read at a time while rows become resident
 NUMBER = 8  # bytes of a row number and of a key
@@ -27,21 +27,14 @@ def resident_rows(device: Feeder, inputs: Inputs) -> Array:
     return rows
 
 
-def on_device(device: Feeder, values: Array) -> Array:
-    """Return a copy of `values` in the device's memory."""
-    array = device.empty(values.shape, values.dtype)
-    device.upload(array, values)
-    return array
-
-
 class StagedRows:
     """StagedRows are a ring of micro-batches: the host takes their rows, as they are stored, and uploads them ahead."""
 
-    def __init__(self, device: Feeder, inputs: Inputs, most: int, mini_batches: int, micro_batches: int):
+    def __init__(self, device: Feeder, inputs: Inputs, most: int, mini_batches: int, micro_batches: int, name: str):
         """Make room for so many mini-batches, of so many micro-batches of at most `most` rows."""
         self.mini_batches, self.count = mini_batches, mini_batches * micro_batches
         self._inputs = inputs
-        self._staging = device.staging(self.count, max(most * inputs.native_bytes, 1))
+        self._uploads = device.upload_ring(self.count, max(most * inputs.native_bytes, 1), name)
         self._names: list[tuple[int, int] | None] = [None] * self.count
         self._after: list[Any] = [None] * self.count
         self._used: list[int] = []
@@ -55,23 +48,23 @@ class StagedRows:
         def fill(host: Array) -> None:
             inputs.stored(numbers, host.reshape(len(numbers), inputs.native_bytes))
 
-        self._staging.stage(position, len(numbers) * inputs.native_bytes, fill, self._after[position])
+        self._uploads.stage(position, len(numbers) * inputs.native_bytes, fill, self._after[position])
 
     def arrive(self, position: int) -> None:
         """Let operations from now on wait for the rows of a position. They may use them until `release`."""
-        self._staging.arrive(position)
+        self._uploads.arrive(position)
         self._used.append(position)
 
     def rows(self, position: int, count: int) -> Array:
         """Return the rows (count, *shape) that lie at a position."""
         inputs = self._inputs
-        memory = self._staging.memory[position, : count * inputs.native_bytes]
+        memory = self._uploads.memory[position, : count * inputs.native_bytes]
         return memory.view(inputs.native).reshape(count, *inputs.shape)
 
     def release(self) -> None:
         """Let later uploads overwrite, once the operations called so far are complete, what has arrived before."""
         if self._used:
-            mark = self._staging.mark()
+            mark = self._uploads.mark()
             for position in self._used:
                 self._after[position] = mark
             self._used.clear()
@@ -85,8 +78,8 @@ class EpochOrders:
         """Forward passes run up to `ahead` mini-batches ahead of the present one."""
         self._device, self._sampler = device, sampler
         self._count = (ahead + sampler.steps_per_epoch - 1) // sampler.steps_per_epoch + 2
-        self._order_ring = device.staging(self._count, NUMBER * len(sampler.training_rows))
-        self._key_ring = device.staging(self._count, NUMBER)
+        self._order_ring = device.upload_ring(self._count, NUMBER * len(sampler.training_rows))
+        self._key_ring = device.upload_ring(self._count, NUMBER)
         self._orders = self._order_ring.memory.view("int64")
         self._keys = self._key_ring.memory.view("uint64").reshape(self._count)
         self._held: list[int | None] = [None] * self._count  # epochs
@@ -114,30 +107,38 @@ class EpochOrders:
 
     def write(self, step: Array, numbers: Array, key: Array) -> None:
         """Write the row numbers of the mini-batch of a step, and its epoch's key."""
-        rows, size = len(self._sampler.training_rows), self._sampler.batch_size
-        self._device.ops.rows_of_step(self._orders, self._keys, step, rows, size, numbers, key)
+        sampler = self._sampler
+        self._device.ops.rows_of_step(
+            step,
+            self._orders,
+            self._keys,
+            numbers,
+            key,
+            steps_per_epoch=sampler.steps_per_epoch,
+            batch_size=sampler.batch_size,
+        )
 
 
 class GivenRows:
     """GivenRows are the row numbers of an evaluation, on the device."""
 
-    def __init__(self, device: Feeder):
-        self._device = device
-        self._staging: Staging | None = None
+    def __init__(self, device: Feeder, name: str):
+        self._device, self._name = device, name
+        self._uploads: UploadRing | None = None
         self._room = 0
 
     def put(self, rows: Array) -> Array:
         """Upload the numbers and return them. All operations on earlier ones have been called."""
-        if self._staging is None or self._room < len(rows):
+        if self._uploads is None or self._room < len(rows):
             self._room = len(rows)
-            self._staging = self._device.staging(1, max(NUMBER * self._room, 1))
-        _stage_values(self._staging, 0, np.asarray(rows, np.int64), self._staging.mark())
-        self._staging.arrive(0)
-        return self._staging.memory[0, : NUMBER * len(rows)].view("int64")
+            self._uploads = self._device.upload_ring(1, max(NUMBER * self._room, 1), self._name)
+        _stage_values(self._uploads, 0, np.asarray(rows, np.int64), self._uploads.mark())
+        self._uploads.arrive(0)
+        return self._uploads.memory[0, : NUMBER * len(rows)].view("int64")
 
 
-def _stage_values(staging: Staging, position: int, values: Array, after: Any) -> None:
+def _stage_values(ring: UploadRing, position: int, values: Array, after: Any) -> None:
     def fill(host: Array) -> None:
         host.view(values.dtype)[...] = values
 
-    staging.stage(position, values.nbytes, fill, after)
+    ring.stage(position, values.nbytes, fill, after)

@@ -138,7 +138,8 @@ class Evaluator:
         engine = self._engine
         outputs = np.zeros((split.rows, *engine.network.output_shape), engine.state.weights_dtype)
         if split.rows:
-            engine.forward(engine.batches(split, private, resident=False), np.arange(split.rows), outputs=outputs)
+            batches = engine.batches(split, private, resident=False, name="predictions")
+            engine.forward(batches, np.arange(split.rows), outputs=outputs)
             engine.wiring.everyone.all_reduce(outputs)  # zeros where another rank computes the row
         return outputs
 

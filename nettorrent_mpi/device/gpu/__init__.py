@@ -14,6 +14,7 @@ from nettorrent_mpi.device.gpu.arena import Arena
 from nettorrent_mpi.device.gpu.convolution import ConvolutionOperations
 from nettorrent_mpi.device.gpu.host_copies import HostCopies
 from nettorrent_mpi.device.gpu.numbers import DeviceNumbers
+from nettorrent_mpi.device.gpu.pinned import PinnedRing
 from nettorrent_mpi.device.gpu.products import ProductOperations
 from nettorrent_mpi.device.gpu.runtime import Graph, Runtime, Stream
 
@@ -39,6 +40,8 @@ class Gpu:
         self.compute, self.copies = self.make_stream(), self.make_stream()
         self.stream = self.compute
         self._host_copies = HostCopies(runtime, self.compute)
+        self._rings: dict[str, PinnedRing] = {}
+        self._constants: dict[tuple[str, bytes], Array] = {}
         self.ops = GpuOperations(self)
 
     @property
@@ -94,6 +97,28 @@ class Gpu:
         array = np.empty(x.shape, x.dtype)
         self.download(array, x)
         return array
+
+    def upload_ring(self, count: int, size: int, name: str = "") -> PinnedRing:
+        """Make a ring of buffers for uploads ahead (device.feeding.UploadRing). One with a name is the same as before
+        where that is large enough, and its former user is done with it."""
+        ring = self._rings.get(name)
+        if ring is None or ring.memory.shape[0] < count or ring.memory.shape[1] < size:
+            ring = PinnedRing(self, self.copies, count, size)
+        if name:
+            self._rings[name] = ring
+        return ring
+
+    def constant(self, values: Array) -> Array:
+        """Return these values on the GPU: the same array for the same values, which nothing may change."""
+        key = values.dtype.name, values.tobytes()
+        if key not in self._constants:
+            self._constants[key] = self.empty(values.shape, values.dtype)
+            self.upload(self._constants[key], values)
+        return self._constants[key]
+
+    def has_room(self, size: int) -> bool:
+        """Whether data of so many bytes may lie on the GPU: in half of what is free of its memory."""
+        return 2 * size <= self.runtime.free_memory()
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         return Captured(self, run)
