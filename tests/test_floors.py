@@ -32,7 +32,7 @@ BELOW = {
 ASKED_FOR = {("cli.commands", "speedup.command"), ("planning", "cli.dry_run")}
 # The order within a folder. Modules that are not listed only have to be free of cycles.
 ORDER: dict[str, list[str]] = {
-    "device": ["arrays", "random", "geometry", "ops", "cpu", "gpu", "device"],
+    "device": ["arrays", "random", "events", "geometry", "ops", "cpu", "gpu", "device"],
     "nn": ["layer", "initial", "rates", "optimizers", "losses", "fit", "layers", "model", "footprint"],
     "exchange": [
         "replicas",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, cast
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace
+from nettorrent_mpi.device.events import Stream
 from nettorrent_mpi.device.ops import Ops
 
 Kernels = Literal["fastest", "numpy"]  # the fastest of the installed libraries, or NumPy alone
@@ -83,6 +85,25 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Give all memory back: no array of this device is used any more."""
+
+
+@runtime_checkable
+class StreamDevice(Device, Protocol):
+    """A StreamDevice is a device that works in streams: a GPU. Operations go to its present stream."""
+
+    @property
+    def uuid(self) -> str:
+        """What tells this GPU from others."""
+
+    @property
+    def compute(self) -> Stream:
+        """The stream of operations, unless another one is chosen."""
+
+    def make_stream(self) -> Stream:
+        """Make one more stream. `Device.synchronize` waits for all of them."""
+
+    def on(self, stream: Stream) -> AbstractContextManager[None]:
+        """Let operations inside the `with` block go to this stream."""
 
 
 def make_device(

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from nettorrent_mpi.comm.channels import Channel
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.reducers import PIECES, CollectiveReducer, Reducer, RingReducer, SharedReducer
+from nettorrent_mpi.comm.reducers import PIECES, ChannelReducer, CollectiveReducer, Reducer, RingReducer, SharedReducer
 from nettorrent_mpi.comm.ring import can_carry
 from nettorrent_mpi.comm.shared import Ask, SharedMemory
 from nettorrent_mpi.device.arrays import Array, Shape, as_dtype
@@ -113,12 +114,13 @@ def _view(flat: Array, shape: Sequence[int], axes: tuple[int, ...]) -> Array:
 class Statistics(Flat):
     """Running statistics of batch norm: no optimizer updates them, and every holder computes the same values."""
 
-    def __init__(self, device: Device, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
+    def __init__(self, device: Device, channel: Channel, blocks: Mapping[str, Parameter], dtype: Any):
+        group = channel.group
         super().__init__(device, group, blocks, dtype)
         self.params = device.zeros((self.size,), dtype)  # the gaps between the blocks, too
         self.reducer: Reducer = Reducer()
         if group.size > 1:
-            self.reducer = CollectiveReducer(group, self.counts, self.params, self.params, self.params)
+            self.reducer = ChannelReducer(channel, self.params, self.params, self.params)
 
 
 class Bucket(Flat):
@@ -276,6 +278,11 @@ class BucketMaker:
         parts = [list(rest)] if whole else self._cut(group, rest)
         made += [self._bucket(group, blocks, keys, memory) for keys in parts]
         if memory is not None or group.size == 1:
+            return made
+        if self._device.kind == "gpu":
+            for bucket in made:
+                channel = self._wiring.channels[group]
+                bucket.reducer = ChannelReducer(channel, bucket.params, bucket.grads, bucket.reduced)
             return made
         if all(can_carry(bucket.counts, self._dtype.itemsize, LEAST_SHARD) for bucket in made):
             apart = self._wiring.channel(group)

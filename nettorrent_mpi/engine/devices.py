@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.cores import local_rank
 from nettorrent_mpi.device import visible
+from nettorrent_mpi.device.device import Device, make_device
 from nettorrent_mpi.device.visible import Visible
-from nettorrent_mpi.engine.run_plan import DeviceKind
+from nettorrent_mpi.engine.run_plan import DeviceKind, Options
 from nettorrent_mpi.plan.errors import DeviceError
 
 Wanted = Literal["auto", "cpu", "gpu"]
@@ -46,6 +47,13 @@ def choose_device(world: World, wanted: Wanted) -> ChosenDevice:
     most = max(shared.values())
     ranks = f"; up to {most} ranks share one" if most > 1 else ", one for each rank" if world.size > 1 else ""
     return ChosenDevice("gpu", f"gpu ({names}{ranks})", chosen[world.rank])
+
+
+def open_device(world: World, options: Options) -> Device:
+    """Open what this rank computes on; on GPUs, all ranks of the world call. Raises DeviceError on all of them."""
+    if options.device == "cpu":
+        return make_device("cpu", options.kernels)
+    return make_device("gpu", index=choose_device(world, "gpu").gpu, tf32=options.tf32)
 
 
 def planned_device(wanted: Wanted) -> DeviceKind:

@@ -14,9 +14,10 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.rows import Allocate, Dataset, Split
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, Shape
-from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.device_batches import open_batches
+from nettorrent_mpi.engine.device_pipeline import DevicePipeline
+from nettorrent_mpi.engine.devices import open_device
 from nettorrent_mpi.engine.metrics import Metrics
 from nettorrent_mpi.engine.pipeline import Pipeline, Work
 from nettorrent_mpi.engine.resharding import Blocks, move, of_replica, takes
@@ -65,10 +66,10 @@ class Engine:
         self.network, self.topology, self.options = network, topology, options
         self.place = topology.place(world.rank)
         stage = topology.stages[self.place.stage]
-        self.device = make_device("cpu", options.kernels)
+        self.device = open_device(world, options)
         self.layers = network.stage(stage.first, stage.stop, stage.cols, self.place.col)
         self.schedule = StageSchedule(plan, self.place.stage)
-        self.wiring = wiring = Wiring(world, plan, self.schedule.slots)
+        self.wiring = wiring = Wiring(world, plan, self.device, self.schedule.slots)
         self.optimizer = make_optimizer(options.optimizer)
         parameters, late = self.layers.parameters, self.schedule.late
         self.state = state = State(plan, wiring, self.device, parameters, self.optimizer, versions=late)
@@ -87,7 +88,7 @@ class Engine:
         )
         clip_norm = options.clip_norm
         self.update = Update(wiring, self.device, state, self.optimizer, self.exchange, self.metrics, clip_norm)
-        self.pipeline = Pipeline(
+        self.pipeline = (Pipeline if self.device.kind == "cpu" else DevicePipeline)(
             plan,
             wiring,
             self.device,

@@ -109,17 +109,21 @@ class Pipeline:
             "G": self._gather,
         }
 
-    def run(self, work: Work) -> None:
-        """Execute a list of actions."""
+    def begin(self, work: Work) -> None:
+        """Make this the work that actions belong to, and tell the device what is new in it."""
         self._batches, self._micro_batches, self._step, self._rate = work.batches, work.pieces, work.step, work.rate
         self._ctx.training, self._outputs = work.training, work.outputs
-        step = work.step
-        self._steps.set(range(step, step + len(self._step_of)))
+        self._steps.set(range(work.step, work.step + len(self._step_of)))
         work.batches.prepare(work.actions, self._step_of)
         if work.training:
-            self._end.begin(work.rate, step + 1)
+            self._end.begin(work.rate, work.step + 1)
         if work.first:
             self._base = 0
+
+    def run(self, work: Work) -> None:
+        """Execute a list of actions."""
+        self.begin(work)
+        step = work.step
         trace, methods, progress = self.trace, self._methods, self._progress
         with quiet():  # non-finite values are located once
             for action in work.actions:

@@ -52,7 +52,7 @@ class State:
             if trainable:
                 held.append((group, trainable))
             if others:
-                self.statistics.append(Statistics(device, group, others, self.weights_dtype))
+                self.statistics.append(Statistics(device, wiring.channels[group], others, self.weights_dtype))
         self.buckets = BucketMaker(plan, wiring, device, self.parameters, optimizer, versions).make(held)
         self.buckets.sort(key=lambda bucket: -bucket.first)
         fences: dict[Group, SharedMemory] = {}

@@ -79,7 +79,7 @@ class Update:
         self._ops.fill(self._squares, 0)
         for bucket in self._state.buckets:
             self._ops.sum_of_squares(bucket.reduced, self._squares)
-        self._wiring.replica.all_reduce(self._squares)
+        self._wiring.channels[self._wiring.replica].all_reduce(self._squares)
         self._ops.clip_scale(self._squares, self._clip_norm, self._scale)
 
     def before(self, step: int) -> None:

@@ -10,17 +10,22 @@ owner adds up.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from math import prod
+from typing import Any, Literal
 
 import numpy as np
 
+from nettorrent_mpi.comm.channel_team import ChannelTeam
+from nettorrent_mpi.comm.connect import connect
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
+from nettorrent_mpi.comm.parcels import Parcel
 from nettorrent_mpi.comm.ring import Rings
 from nettorrent_mpi.comm.shared import BACKING, Ask, SharedMemory, room, share
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.rows import private
-from nettorrent_mpi.device.arrays import Array, Shape, Workspace, aligned
+from nettorrent_mpi.device.arrays import Array, Shape, as_dtype
+from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.usage import free_memory
 from nettorrent_mpi.plan.actions import buffers
@@ -28,60 +33,6 @@ from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
 from nettorrent_mpi.plan.errors import warn
 
 FORWARD, BACKWARD = 0, 1
-
-
-class WiredTeam:
-    """Implements nn.layer.Team with real groups: the collective operations of layers among the ranks of a stage."""
-
-    def __init__(self, holders: Group, cols: Group):
-        self._holders, self._cols = holders, cols
-        self.cols = cols.size
-        self.col = cols.index
-
-    def sum_over_rows(self, values: Array) -> None:
-        """All-reduce over all ranks that hold other rows of the micro-batch: of the team, and of all replicas where
-        they are exact."""
-        self._holders.all_reduce(values)
-
-    def sum_over_cols(self, values: Array) -> None:
-        """All-reduce over the cols of the team."""
-        self._cols.all_reduce(values)
-
-    def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
-        """All-gather: whole_b..C <- part_b..c of all cols. Every col's part travels flat and is then put in place."""
-        if self.cols == 1:
-            np.copyto(whole, part)
-            return
-        rest = whole.shape[:-1]
-        size = int(np.prod(rest))
-        counts = [size * span(whole.shape[-1], self.cols, c).size for c in range(self.cols)]
-        flat = workspace.scratch("gather", (sum(counts),))
-        self._cols.all_gather(part.reshape(-1), flat, counts)
-        for c, piece in self._slices(flat, counts, rest):
-            np.copyto(whole[..., slice(*c)], piece)
-
-    def scatter_cols(self, partial_whole: Array, part: Array, workspace: Workspace) -> None:
-        """Reduce-scatter: part_b..c <- this col's slice of the sum over cols of partial_whole_b..C."""
-        if self.cols == 1:
-            np.copyto(part, partial_whole)
-            return
-        rest = partial_whole.shape[:-1]
-        size = int(np.prod(rest))
-        counts = [size * span(partial_whole.shape[-1], self.cols, c).size for c in range(self.cols)]
-        flat = workspace.scratch("scatter", (sum(counts),))
-        for c, piece in self._slices(flat, counts, rest):
-            np.copyto(piece, partial_whole[..., slice(*c)])
-        self._cols.reduce_scatter(flat, part.reshape(-1), counts)
-
-    def _slices(self, flat: Array, counts: list[int], rest: Shape) -> list[tuple[Span, Array]]:
-        """Return (features, their part of the flat array) for every col."""
-        found, start = [], 0
-        features = sum(counts) // max(int(np.prod(rest)), 1)
-        for c, count in enumerate(counts):
-            own = span(features, self.cols, c)
-            found.append((own, flat[start : start + count].reshape(*rest, own.size)))
-            start += count
-        return found
 
 
 class Wiring:
@@ -98,11 +49,11 @@ class Wiring:
     pass.
     """
 
-    def __init__(self, world: World, plan: Plan, slots: int):
+    def __init__(self, world: World, plan: Plan, device: Device, slots: int):
         topology, options, exact = plan.topology, plan.options, plan.exact
         self.world, self.topology = world, topology
         self.place = topology.place(world.rank)
-        self.slots, self.exact = slots, exact
+        self._device, self.slots, self.exact = device, slots, exact
         replica, stage, row, col = self.place
         self.is_first = stage == 0
         self.is_last = stage == len(topology.stages) - 1
@@ -125,7 +76,11 @@ class Wiring:
         self.peers = self._group([world.rank] if exact else topology.peers(stage, row, col))
         swarm = topology.swarm(0) if self.is_first else [world.rank]
         self.readers = self._group([rank for rank in swarm if world.nodes[rank] == world.nodes[world.rank]])
-        self.team = WiredTeam(self.holders, self.cols)
+        links = self._link_groups() if device.kind == "gpu" else {}
+        wanted = [self.holders, self.all_holders, self.cols, self.replica, self.peers, *links.values()]
+        self.channels = connect(world, device, list(dict.fromkeys(wanted)))
+        self._links = {lower: self.channels[group] for lower, group in links.items()}
+        self.team = ChannelTeam(device, self.channels[self.holders], self.channels[self.cols])
         self.rings = Rings()
         self.buffers = buffers(stage, slots)
         # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use. On the first
@@ -135,15 +90,26 @@ class Wiring:
         self._dy_shape = (*outputs[:-1], local)
 
         def made(count: int, shape: Shape) -> list[Array]:
-            return [aligned(most_rows * int(np.prod(shape)), options.dtype) for _ in range(count)]
+            return [device.empty((most_rows * prod(shape),), as_dtype(options.dtype)) for _ in range(count)]
 
         self._x = made(self.ring + self.is_first, inputs)
         self._dy = made(0 if self.is_last else self.buffers.dy, self._dy_shape)
         self._dx = made(0 if self.is_first else self.buffers.dx, inputs)
         self._views: dict[tuple[int, int], Array] = {}
         self._transfers: dict[tuple[int, bool, int, int], Transfer] = {}
+        self._parcels: dict[tuple[int, bool, int, int], Parcel] = {}
 
     # -- groups and shared memory -----------------------------------------------------------------------------------
+
+    def _link_groups(self) -> dict[int, Group]:
+        """Return the groups of this rank's links, by their lower stage: both teams of each. Links do not overlap with
+        those of every other stage, so that no two ranks wait for each other in different ones."""
+        replica, stage = self.place.replica, self.place.stage
+        lower = [s for s in (stage - 1, stage) if 0 <= s < len(self.topology.stages) - 1]
+        return {s: self._group(self._link_ranks(replica, s)) for s in sorted(lower, key=lambda s: s % 2)}
+
+    def _link_ranks(self, replica: int, lower: int) -> list[int]:
+        return [*self.topology.team(replica, lower), *self.topology.team(replica, lower + 1)]
 
     def _group(self, ranks: Sequence[int]) -> Group:
         """Return the group of these ranks of the world. Its members alone call, in the same order of groups."""
@@ -265,6 +231,24 @@ class Wiring:
             self._transfers[key] = transfer
         return transfer
 
+    def parcel(self, kind: Literal["x", "y", "dx", "dy"], array: Array, of: int) -> Parcel:
+        """Return the parcel that carries an array of a micro-batch of `of` rows on a GPU: x and dy are received, y and
+        dx sent. It is made on first use, like transfers."""
+        direction, sending = FORWARD if kind in ("x", "y") else BACKWARD, kind in ("y", "dx")
+        key = direction, sending, of, id(array)  # arrays of the steady state are always the same objects
+        parcel = self._parcels.get(key)
+        if parcel is None:
+            lower = self.place.stage - (kind in ("x", "dx"))
+            ranks = self._link_ranks(self.place.replica, lower)
+            parts = [part._replace(peer=ranks.index(part.peer)) for part in self._parts(direction, of, sending)]
+            parcel = self._parcels[key] = Parcel(self._device, self._links[lower], array, parts, sending=sending)
+        return parcel
+
+    @property
+    def capturable(self) -> bool:
+        """Whether what the groups' channels do can be captured in a graph: the same on all ranks."""
+        return all(channel.capturable for channel in self.channels.values())
+
     def _parts(self, direction: int, of: int, sending: bool) -> list[Part]:
         """Return this rank's messages for one micro-batch of `of` rows in its replica."""
         upstream = self.place.stage - (1 if (direction == FORWARD) != sending else 0)
@@ -290,7 +274,11 @@ class Wiring:
         for transfer in self._transfers.values():
             transfer.free()
         self._transfers.clear()
+        self._parcels.clear()
         self.rings.free()
+        for channel in self.channels.values():
+            channel.close()
+        self.channels.clear()
         for memory in self._memories:
             memory.free()
         for group in self._made:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import numpy as np
@@ -57,6 +56,10 @@ class Gpu:
     def working_bytes(self) -> int:
         return self.ops.working_bytes
 
+    @property
+    def uuid(self) -> str:
+        return self.runtime.properties.uuid
+
     def make_stream(self) -> Stream:
         """Return a further stream, for which `synchronize` waits, too."""
         self._streams.append(self.runtime.stream())
@@ -77,8 +80,7 @@ class Gpu:
 
     def zeros(self, shape: Shape, dtype: DType) -> Array:
         array = self.empty(shape, dtype)
-        self.synchronize()
-        self._host_copies.clear(array)
+        self.upload(array, np.broadcast_to(np.zeros((), array.dtype), shape))
         return array
 
     def workspace(self, dtype: DType, shared: Workspace | None = None) -> Workspace:
@@ -154,13 +156,7 @@ class Captured:
 
 
 def open_cuda(index: int) -> Runtime:
-    """Open the GPU of this number through CuPy, which keeps compiled kernels in a folder; where it cannot, each process
-    compiles its own."""
-    folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
-    with suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        os.environ.setdefault("CUPY_CACHE_IN_MEMORY", "1")
+    """Open the GPU of this number through CuPy."""
     from nettorrent_mpi.device.gpu.cuda import Cuda
 
     return cast("Runtime", Cuda(index))

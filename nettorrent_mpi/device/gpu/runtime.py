@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from nettorrent_mpi.device.arrays import Array, DType
+from nettorrent_mpi.device.events import Event, Stream
 from nettorrent_mpi.device.geometry import Geometry
+
+__all__ = ["Event", "Graph", "Matrix", "Product", "Properties", "Runtime", "Stream"]
 
 
 @dataclass(frozen=True)
@@ -27,33 +30,6 @@ class Properties:
     memory: int  # bytes in all
     driver: int = 0  # version, like 13000
     runtime: int = 0
-
-
-class Event(Protocol):
-    """An Event is a point in a stream's work."""
-
-    def done(self) -> bool:
-        """Whether the stream has come there. Does not wait."""
-
-    def synchronize(self) -> None:
-        """Let the host wait until it has."""
-
-
-class Stream(Protocol):
-    """A Stream is work that the GPU does in the order in which it was launched. `handle` is what CUDA's libraries take
-    for it."""
-
-    @property
-    def handle(self) -> int: ...
-
-    def record(self) -> Event:
-        """Return an event behind all work launched so far. Not inside a capture."""
-
-    def wait(self, event: Event) -> None:
-        """Let work launched from now on wait for the event. Not inside a capture."""
-
-    def synchronize(self) -> None:
-        """Let the host wait for all work launched so far."""
 
 
 class Graph(Protocol):
