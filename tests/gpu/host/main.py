@@ -7,7 +7,6 @@ rank; with `--shared` all ranks' devices claim to be one GPU. Under mpirun, as n
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import MutableMapping
@@ -20,7 +19,9 @@ MEMORY = 1 << 33  # bytes of a device; what is not used takes no room
 
 def install(seed: int, *, shared: bool = False) -> None:
     """Let this process, one rank, find the host device where it looks for a GPU, and NCCL's double for NCCL."""
+    from nettorrent_mpi.comm import nccl
     from nettorrent_mpi.device import gpu, visible
+    from tests.gpu.host.nccl import HostNccl
     from tests.gpu.host.runtime import HostRuntime
 
     rank = next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
@@ -36,9 +37,7 @@ def install(seed: int, *, shared: bool = False) -> None:
         return opened[-1]
 
     visible.look, gpu.open_runtime = look, open_runtime
-    if importlib.util.find_spec("nettorrent_mpi.comm.nccl") is not None:
-        nccl, double = (importlib.import_module(n) for n in ("nettorrent_mpi.comm.nccl", "tests.gpu.host.nccl"))
-        nccl.open_library = lambda: double.HostNccl(opened[-1].exchanges)
+    nccl.open_library = lambda: HostNccl(opened[-1].exchanges)
 
 
 def main() -> int:
