@@ -12,6 +12,7 @@ import numpy as np
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace, as_dtype
 from nettorrent_mpi.device.gpu.arena import Arena
 from nettorrent_mpi.device.gpu.convolution import ConvolutionOperations
+from nettorrent_mpi.device.gpu.envelopes import Envelopes, GpuEnvelope
 from nettorrent_mpi.device.gpu.host_copies import HostCopies
 from nettorrent_mpi.device.gpu.numbers import DeviceNumbers
 from nettorrent_mpi.device.gpu.pinned import PinnedRing
@@ -42,6 +43,7 @@ class Gpu:
         self._host_copies = HostCopies(runtime, self.compute)
         self._rings: dict[str, PinnedRing] = {}
         self._constants: dict[tuple[str, bytes], Array] = {}
+        self._envelopes: Envelopes | None = None
         self.ops = GpuOperations(self)
 
     @property
@@ -88,6 +90,11 @@ class Gpu:
 
     def numbers(self, count: int) -> DeviceNumbers:
         return DeviceNumbers(self.runtime, self.compute, self.zeros((count,), np.float64))
+
+    def envelope(self, head: int, size: int) -> GpuEnvelope:
+        if self._envelopes is None:
+            self._envelopes = Envelopes(self)
+        return self._envelopes.make(head, size)
 
     def upload(self, out: Array, values: Array) -> None:
         self.synchronize()
