@@ -20,6 +20,9 @@ from nettorrent_mpi.device.gpu.products import ProductOperations
 from nettorrent_mpi.device.gpu.runtime import Graph, Runtime, Stream
 
 
+WARM_UP = 2  # calls of a run before it is captured
+
+
 class GpuOperations(ProductOperations, ConvolutionOperations):
     """All operations (device.ops.Ops) of a GPU; each is in the module of its subject."""
 
@@ -144,18 +147,19 @@ class Gpu:
 
 
 class Captured:
-    """A Captured run of work is executed at its first call, so that all of its memory is allocated and all algorithms
-    are chosen; captured and launched at the second; launched as one graph at all later ones."""
+    """A Captured run of work is executed at its first two calls: in the first all memory is allocated, while scratch
+    memory still grows, and in the second all algorithms are chosen for the arrays that remain. It is captured and
+    launched at the third, and launched as one graph at all later ones."""
 
     def __init__(self, device: Gpu, run: Callable[[], None]):
         self._device, self._run = device, run
         self._graph: Graph | None = None
-        self._warm = False
+        self._executed = 0
 
     def __call__(self) -> None:
-        if not self._warm:
+        if self._executed < WARM_UP:
             self._run()
-            self._warm = True
+            self._executed += 1
             return
         if self._graph is None:
             self._graph = self._device.runtime.capture(self._device.stream, self._run)
