@@ -111,9 +111,8 @@ def planted(old: str, new: str) -> str:
 
 def test_a_barrier_left_out_is_found() -> None:
     text = planted("    __syncthreads();\n", "")
-    for seed in range(4):
-        found, wanted = column_sums(text, seed)
-        assert not np.array_equal(found, wanted)
+    wrong = [not np.array_equal(*column_sums(text, seed)) for seed in range(12)]
+    assert sum(wrong) > 8  # right by luck where the threads that read come last
 
 
 def test_memory_that_nobody_has_written_is_found() -> None:

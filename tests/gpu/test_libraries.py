@@ -146,6 +146,9 @@ class Libraries:
         self.made: list[Prepared] = []
         self.workspaces: list[Array] = []
 
+    def address(self, array: Array) -> int:
+        return array.ctypes.data
+
     def product(self, a: Matrix, b: Matrix, out: Array, *, workspace: Array, accumulate: bool, **more: Any) -> Prepared:
         for matrix in (a.array, b.array, out):
             assert matrix.size
@@ -277,5 +280,9 @@ def test_convolutions(shape: Geometry, wide_gradient: bool) -> None:
         ops.convolve_grad_w(x, dy, total, shape, accumulate)
         assert_near(total, times * expected.astype(np.float64), dtype)
     assert len(libraries.made) == (1 if wide_gradient else 2)  # one straight into the gradient, one beside it
+    odd = np.empty(dy.size + 1, dtype)[1:].reshape(dy.shape)
+    assert odd.ctypes.data % 16
+    with pytest.raises(AssertionError, match=r"forward: .* is not aligned"):
+        ops.convolve(x, given, bias, odd, shape)
     with pytest.raises(AssertionError, match="KRSC"):
         ops.convolve(x, weight, bias, np.empty_like(dy), shape)

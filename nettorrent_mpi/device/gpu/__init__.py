@@ -12,18 +12,25 @@ import numpy as np
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace, as_dtype
 from nettorrent_mpi.device.gpu.arena import Arena
 from nettorrent_mpi.device.gpu.convolution import ConvolutionOperations
-from nettorrent_mpi.device.gpu.envelopes import Envelopes, GpuEnvelope
+from nettorrent_mpi.device.gpu.criteria import CriterionOperations
+from nettorrent_mpi.device.gpu.elementwise import ElementwiseOperations
+from nettorrent_mpi.device.gpu.flat import FlatOperations
 from nettorrent_mpi.device.gpu.host_copies import HostCopies
 from nettorrent_mpi.device.gpu.numbers import DeviceNumbers
 from nettorrent_mpi.device.gpu.pinned import PinnedRing
 from nettorrent_mpi.device.gpu.products import ProductOperations
 from nettorrent_mpi.device.gpu.runtime import Graph, Runtime, Stream
+from nettorrent_mpi.device.gpu.updates import UpdateOperations
 
 
-WARM_UP = 2  # calls of a run before it is captured
-
-
-class GpuOperations(ProductOperations, ConvolutionOperations):
+class GpuOperations(
+    FlatOperations,
+    ProductOperations,
+    ConvolutionOperations,
+    ElementwiseOperations,
+    CriterionOperations,
+    UpdateOperations,
+):
     """All operations (device.ops.Ops) of a GPU; each is in the module of its subject."""
 
 
@@ -46,7 +53,6 @@ class Gpu:
         self._host_copies = HostCopies(runtime, self.compute)
         self._rings: dict[str, PinnedRing] = {}
         self._constants: dict[tuple[str, bytes], Array] = {}
-        self._envelopes: Envelopes | None = None
         self.ops = GpuOperations(self)
 
     @property
@@ -93,11 +99,6 @@ class Gpu:
 
     def numbers(self, count: int) -> DeviceNumbers:
         return DeviceNumbers(self.runtime, self.compute, self.zeros((count,), np.float64))
-
-    def envelope(self, head: int, size: int) -> GpuEnvelope:
-        if self._envelopes is None:
-            self._envelopes = Envelopes(self)
-        return self._envelopes.make(head, size)
 
     def upload(self, out: Array, values: Array) -> None:
         self.synchronize()
@@ -147,19 +148,18 @@ class Gpu:
 
 
 class Captured:
-    """A Captured run of work is executed at its first two calls: in the first all memory is allocated, while scratch
-    memory still grows, and in the second all algorithms are chosen for the arrays that remain. It is captured and
-    launched at the third, and launched as one graph at all later ones."""
+    """A Captured run of work is executed at its first call, so that all of its memory is allocated and all algorithms
+    are chosen; captured and launched at the second; launched as one graph at all later ones."""
 
     def __init__(self, device: Gpu, run: Callable[[], None]):
         self._device, self._run = device, run
         self._graph: Graph | None = None
-        self._executed = 0
+        self._warm = False
 
     def __call__(self) -> None:
-        if self._executed < WARM_UP:
+        if not self._warm:
             self._run()
-            self._executed += 1
+            self._warm = True
             return
         if self._graph is None:
             self._graph = self._device.runtime.capture(self._device.stream, self._run)

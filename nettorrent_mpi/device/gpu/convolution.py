@@ -17,6 +17,7 @@ from nettorrent_mpi.device.gpu.runtime import Product
 from nettorrent_mpi.device.ops import FlatOps
 
 REMEMBERED = 1024  # prepared convolutions; in the steady state three per layer and micro-batch in flight
+ALIGNED = 16  # bytes: cuDNN's frontend says so of all tensors
 
 
 class Prepared(NamedTuple):
@@ -80,6 +81,8 @@ class ConvolutionOperations(Operations):
     def _prepare_convolution(
         self, kind: str, x: Array, weight: Array, y: Array, geometry: Geometry, bias: Array | None = None
     ) -> Prepared:
+        for array in (x, weight, y) if bias is None else (x, weight, y, bias):
+            assert self.device.runtime.address(array) % ALIGNED == 0, f"{kind}: {array.shape} is not aligned"
         if len(self._convolutions) == REMEMBERED:
             self._convolutions.clear()
         product = self.device.runtime.convolution(

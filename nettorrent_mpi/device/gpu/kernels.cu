@@ -243,10 +243,15 @@ extern "C" __global__ void count_nonfinite(const REAL* y, double* count, const d
 extern "C" __global__ void find_nonfinite(const REAL* x, double* found, i64 n) {
     GRID_STRIDE(i, n) if (!is_finite(get(x, i))) found[0] = 1;  // all who write write the same
 }
-extern "C" __global__ void increase(REAL* x, double by) { put(x, 0, get(x, 0) + (WORK)by); }
+extern "C" __global__ void clear_counter(u32* done) {
+    if (threadIdx.x == 0) *done = 0;
+}
+extern "C" __global__ void increase(REAL* x, double by) {
+    if (threadIdx.x == 0) put(x, 0, get(x, 0) + (WORK)by);
+}
 extern "C" __global__ void clip_scale(const double* total, double limit, double* scale) {
     double s = limit / (sqrt(total[0]) + 1e-6);
-    scale[0] = s > 1 ? 1 : s;  // nan stays nan
+    if (threadIdx.x == 0) scale[0] = s > 1 ? 1 : s;  // nan stays nan
 }
 
 // ---- Activations (device/gpu/elementwise.py) ------------------------------------------------------------------------
@@ -276,10 +281,9 @@ extern "C" __global__ void tanh_forward(const REAL* x, REAL* y, i64 n) { GRID_ST
 extern "C" __global__ void tanh_grad(const REAL* y, REAL* dy, i64 n) {
     GRID_STRIDE(i, n) { WORK v = get(y, i); put(dy, i, get(dy, i) * (1 - v * v)); }
 }
-// Phi is taken at no less than -9, as on the CPU: minus infinity times 0 would be NaN.
 extern "C" __global__ void gelu(const REAL* x, REAL* y, REAL* slope, i64 n) {
     GRID_STRIDE(i, n) {
-        WORK v = get(x, i), cdf = erfc((v < -9 ? WORK(-9) : v) * WORK(-0.70710678118654752440)) * WORK(0.5);
+        WORK v = get(x, i), cdf = erfc(v * WORK(-0.70710678118654752440)) * WORK(0.5);
         put(y, i, v * cdf);
         if (slope) put(slope, i, exp(v * v * WORK(-0.5)) * WORK(0.39894228040143267794) * v + cdf);
     }

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
+import numpy as np
+
 from nettorrent_mpi.device.arrays import Array, DType, Shape, as_dtype
 from nettorrent_mpi.device.gpu.runtime import Runtime, Stream
 
 BLOCK = 256  # threads of a block, where a kernel does not need another number
 MOST_BLOCKS = 4096  # of a grid-stride loop: enough for every GPU
+EACH = 8  # elements that a thread adds up at least
+SUM_BLOCKS = 1024  # of a kernel that adds up its blocks' sums (kernels.cu: grid_sum)
 
 
 class Owner(Protocol):
@@ -22,13 +26,16 @@ class Owner(Protocol):
     def empty(self, shape: Shape, dtype: DType) -> Array:
         """Return an uninitialised array."""
 
+    def download(self, out: Array, x: Array) -> None:
+        """out, in host memory, <- x, once all operations called so far are complete."""
+
 
 class Operations:
     """The base of the GPU's operations. Kernels run on the device's present stream, one after the other."""
 
     def __init__(self, device: Owner):
         self.device = device
-        self._scratch: dict[tuple[str, Any], Array] = {}
+        self._scratch: dict[tuple[str, Any, Stream], Array] = {}
 
     def launch(self, kernel: str, real: DType, grid: int | tuple[int, int], block: int, *arguments: Any) -> None:
         """Launch a kernel for this type of REAL (see `Runtime.launch`)."""
@@ -40,13 +47,28 @@ class Operations:
         """Launch a kernel that loops over `count` elements with a stride of the whole grid (GRID_STRIDE)."""
         self.launch(kernel, real, blocks_for(count), BLOCK, *arguments)
 
+    def sum(self, kernel: str, real: DType, count: int, *arguments: Any) -> None:
+        """Launch a kernel that adds up something of `count` elements. Its grid depends on the count alone, and so does
+        the order of the sum."""
+        self.launch(kernel, real, min(-(-count // (BLOCK * EACH)), SUM_BLOCKS), BLOCK, *arguments)
+
+    def partial_sums(self) -> tuple[Array, Array]:
+        """Return memory for two sums of each of SUM_BLOCKS blocks, and a counter of blocks that are done, which is 0
+        between launches."""
+        counter = self._scratch.get(("blocks done", as_dtype(np.uint32), self.device.stream))
+        if counter is None:
+            counter = self.scratch("blocks done", (1,), np.uint32)
+            self.launch("clear_counter", np.float32, 1, 32, counter)
+        return self.scratch("partial sums", (2 * SUM_BLOCKS,), np.float64), counter
+
     def scratch(self, name: str, shape: Shape, dtype: DType) -> Array:
-        """Return memory of this operation, valid until it is next called with this name. It grows to the largest size
-        that is asked for, so the first step of a run allocates all of it."""
+        """Return memory of this operation on the present stream, valid until it is next called with this name there. It
+        grows to the largest size that is asked for, so the first step of a run allocates all of it."""
         size, dtype = math.prod(shape), as_dtype(dtype)
-        memory = self._scratch.get((name, dtype))
+        key = name, dtype, self.device.stream
+        memory = self._scratch.get(key)
         if memory is None or memory.size < size:
-            memory = self._scratch[name, dtype] = self.device.empty((size,), dtype)
+            memory = self._scratch[key] = self.device.empty((size,), dtype)
         return memory[:size].reshape(shape)
 
     @property

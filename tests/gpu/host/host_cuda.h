@@ -6,7 +6,6 @@
 // order of threads or blocks (a seed shuffles both).
 #pragma once
 #include <math.h>
-#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -32,53 +31,109 @@ static dim3 gridDim, blockDim, blockIdx, threadIdx;
 extern "C" char __start_gpushared[] __attribute__((weak)), __stop_gpushared[] __attribute__((weak));
 
 namespace emulated {
+// A context is where a fiber stopped. On other processors than x86-64 the C library changes contexts, with two calls of
+// the kernel.
+#if defined(__x86_64__)
+typedef void* Context;  // the stack pointer, with the registers that a function keeps below it
+asm(R"(
+.pushsection .text
+.type emulated_switch, @function
+emulated_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq (%rsi), %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulated_switch, .-emulated_switch
+.popsection
+)");
+extern "C" __attribute__((visibility("hidden"))) void emulated_switch(Context* from, const Context* to);
+static void change(Context* from, const Context* to) { emulated_switch(from, to); }
+static void make(Context* context, char* stack, size_t size, void (*function)()) {
+    auto* top = (uintptr_t*)((uintptr_t)(stack + size) & ~(uintptr_t)15);
+    *--top = 0;  // where the function would return to, which it never does
+    *--top = (uintptr_t)function;
+    for (int i = 0; i < 6; i++) *--top = 0;
+    *context = top;
+}
+#else
+typedef ucontext_t Context;
+static void change(Context* from, const Context* to) { swapcontext(from, to); }
+static void make(Context* context, char* stack, size_t size, void (*function)()) {
+    getcontext(context);
+    context->uc_stack.ss_sp = stack;
+    context->uc_stack.ss_size = size;
+    context->uc_link = nullptr;
+    makecontext(context, function, 0);
+}
+#endif
+
 enum { RUNS, BARRIER, SHUFFLE };
 struct Fiber {
-    ucontext_t start;
-    jmp_buf at;
+    Context at;
     bool begun, done;
     unsigned id, waits, turn;
-    const char* place;      // the kind of barrier or shuffle at which it waits
+    const char* place;           // the kind of barrier or shuffle at which it waits
     unsigned long long slot[2];  // what it gives to a shuffle: alternating, as others may read the last one still
     char* stack;
 };
 static const size_t STACK = (1 << 15) + 448;  // no power of two: or all stacks would want the same lines of the cache
 static std::vector<Fiber*> fibers;
 static Fiber* now;
-static jmp_buf scheduler;
+static Context home;                 // of run_warp
+static std::vector<unsigned> order;  // in which the threads of a warp go on
+static unsigned position;            // in the order
 static const std::function<void()>* body;
-static unsigned long long state;  // of the order; 0: as the threads are numbered
+static unsigned long long state;  // of the random order; 0: as threads and blocks are numbered
 static char message[256];
 
 static unsigned random_below(unsigned n) {
     state = state * 6364136223846793005ull + 1442695040888963407ull;
-    return (unsigned)((state >> 33) % n);
+    return (unsigned)((state >> 32) * n >> 32);
 }
-static void shuffle(std::vector<unsigned>& order) {
-    for (size_t i = order.size(); state && i > 1; i--) std::swap(order[i - 1], order[random_below((unsigned)i)]);
+static void shuffle(std::vector<unsigned>& numbers) {
+    for (size_t i = numbers.size(); state && i > 1; i--) std::swap(numbers[i - 1], numbers[random_below((unsigned)i)]);
 }
 static void fail(const char* what) {
     if (!message[0]) snprintf(message, sizeof message, "%s (block %u %u)", what, blockIdx.x, blockIdx.y);
 }
+static void change_from(Context* from);
 static void entry() {
     for (;;) {
         (*body)();
         now->done = true;
-        if (!_setjmp(now->at)) _longjmp(scheduler, 1);
+        change_from(&now->at);
     }
 }
-static void resume(Fiber* fiber) {
-    now = fiber;
-    threadIdx = {fiber->id, 0, 0};
-    if (_setjmp(scheduler)) return;
-    if (fiber->begun) _longjmp(fiber->at, 1);
-    fiber->begun = true;
-    setcontext(&fiber->start);
+// Goes on with the next thread of the order that can, or at home.
+static void change_from(Context* from) {
+    while (position < order.size() && !message[0]) {
+        Fiber* next = fibers[order[position++]];
+        if (next->done || next->waits != RUNS) continue;
+        now = next;
+        threadIdx = {next->id, 0, 0};
+        if (!next->begun) {
+            next->begun = true;
+            make(&next->at, next->stack, STACK, entry);
+        }
+        return change(from, &next->at);
+    }
+    change(from, &home);
 }
 static void wait(unsigned what, const char* place) {
     now->waits = what;
     now->place = place;
-    if (!_setjmp(now->at)) _longjmp(scheduler, 1);
+    change_from(&now->at);
 }
 static void prepare(unsigned threads) {
     while (fibers.size() < threads) {
@@ -92,52 +147,43 @@ static void prepare(unsigned threads) {
         fiber->done = false;
         fiber->waits = RUNS;
         fiber->turn = 0;
-        if (fiber->begun) continue;  // it stands behind its last body
-        getcontext(&fiber->start);
-        fiber->start.uc_stack.ss_sp = fiber->stack;
-        fiber->start.uc_stack.ss_size = STACK;
-        fiber->start.uc_link = nullptr;
-        makecontext(&fiber->start, entry, 0);
     }
 }
-// Lets those go on that have all come to one place: true if there are any.
-static bool release(unsigned threads) {
-    bool freed = false;
-    unsigned done = 0, waiting = 0;
-    for (unsigned w = 0; w < threads; w += 32) {
-        unsigned end = w + 32 < threads ? w + 32 : threads, here = 0;
-        for (unsigned i = w; i < end; i++) {
-            done += fibers[i]->done;
-            waiting += !fibers[i]->done && fibers[i]->waits == BARRIER;
+// Runs the threads of a warp until none can go on before a barrier of the block.
+static void run_warp(unsigned first) {
+    for (;;) {
+        for (unsigned i = 0; i < 32; i++) order[i] = first + i;
+        shuffle(order);
+        position = 0;
+        change_from(&home);
+        if (message[0]) return;
+        unsigned here = 0;
+        bool alike = true;
+        for (unsigned i = first; i < first + 32; i++) {
             here += !fibers[i]->done && fibers[i]->waits == SHUFFLE;
+            alike = alike && fibers[i]->place == fibers[first]->place;
         }
-        if (here != 32) continue;
-        for (unsigned i = w; i < end; i++) {
-            if (fibers[i]->place != fibers[w]->place) fail("threads of a warp are at different shuffles");
-            fibers[i]->waits = RUNS;
-        }
-        freed = true;
+        if (!here) return;
+        if (here < 32) return fail("some threads of a warp are not at its shuffle");
+        if (!alike) return fail("threads of a warp are at different shuffles");
+        for (unsigned i = first; i < first + 32; i++) fibers[i]->waits = RUNS;
     }
-    if (waiting && waiting == threads) {
-        for (unsigned i = 0; i < threads; i++) fibers[i]->waits = RUNS;
-        freed = true;
-    } else if (!freed && done != threads) {
-        fail(waiting + done < threads ? "some threads of a warp are not at its shuffle"
-                                      : "some threads have ended, others wait at __syncthreads");
-    }
-    return freed;
 }
-static void run_block(unsigned threads, std::vector<unsigned>& order) {
+static void run_block(unsigned threads, std::vector<unsigned>& warps) {
     if (__start_gpushared) memset(__start_gpushared, 0xFF, (size_t)(__stop_gpushared - __start_gpushared));  // NaN
     prepare(threads);
-    do {
-        shuffle(order);
-        for (unsigned i : order)
-            if (!fibers[i]->done && fibers[i]->waits == RUNS) {
-                resume(fibers[i]);
-                if (message[0]) return;
-            }
-    } while (release(threads) && !message[0]);
+    for (;;) {
+        shuffle(warps);
+        for (unsigned warp : warps) {
+            run_warp(32 * warp);
+            if (message[0]) return;
+        }
+        unsigned done = 0;
+        for (unsigned i = 0; i < threads; i++) done += fibers[i]->done;
+        if (done == threads) return;
+        if (done) return fail("some threads have ended, others wait at __syncthreads");
+        for (unsigned i = 0; i < threads; i++) fibers[i]->waits = RUNS;
+    }
 }
 static std::vector<unsigned> numbers(unsigned count) {
     std::vector<unsigned> all(count);
@@ -147,7 +193,7 @@ static std::vector<unsigned> numbers(unsigned count) {
 static const char* begin(unsigned gx, unsigned gy, unsigned threads, unsigned long long seed) {
     gridDim = {gx, gy, 1};
     blockDim = {threads, 1, 1};
-    state = seed;
+    state = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9ull;
     message[0] = 0;
     if (!threads || threads > 1024 || threads % 32 || gy > 65535) fail("a launch of a size that no GPU takes");
     return message[0] ? message : nullptr;
@@ -157,11 +203,12 @@ static const char* run(unsigned gx, unsigned gy, unsigned threads, unsigned long
                        const std::function<void()>& kernel) {
     if (begin(gx, gy, threads, seed)) return message;
     body = &kernel;
-    std::vector<unsigned> blocks = numbers(gx * gy), order = numbers(threads);
+    std::vector<unsigned> blocks = numbers(gx * gy), warps = numbers(threads / 32);
+    order = numbers(32);
     shuffle(blocks);
     for (unsigned b : blocks) {
         blockIdx = {b % gx, b / gx, 0};
-        run_block(threads, order);
+        run_block(threads, warps);
         if (!message[0]) continue;
         for (Fiber* fiber : fibers) fiber->begun = false;  // they stand somewhere in the kernel
         return message;

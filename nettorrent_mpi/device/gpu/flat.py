@@ -1,0 +1,107 @@
+"""Operations on flat arrays, and on views of arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nettorrent_mpi.device.arrays import Array, DType
+from nettorrent_mpi.device.gpu.operations import Operations
+from nettorrent_mpi.device.gpu.source import REALS
+from nettorrent_mpi.device.gpu.views import type_code, view
+
+ADD, SUBTRACT, MULTIPLY = range(3)  # as in kernels.cu
+
+
+class FlatOperations(Operations):
+    """Operations on flat arrays: see device.ops. Arrays are contiguous, except those of `copy`, `fill` and of sums,
+    differences and products, which may be any views of up to four axes."""
+
+    def copy(self, out: Array, x: Array) -> None:
+        if out.dtype == x.dtype and out.shape == x.shape and contiguous(out, x):
+            if out.size:
+                self.device.runtime.copy(self.device.stream, out, x)
+            return
+        layout, real = view(out, x), real_of(out, x)
+        if out.dtype == x.dtype:
+            self.each("copy_view", real, layout[0], out, x, out.dtype.itemsize, *layout)
+        else:
+            self.each("convert_view", real, layout[0], out, type_code(out), x, type_code(x), *layout)
+
+    def fill(self, out: Array, value: float) -> None:
+        layout = view(out)
+        self.each("fill_view", real_of(out), layout[0], out, type_code(out), value, *layout)
+
+    def add(self, a: Array, b: Array, out: Array) -> None:
+        self._combine(ADD, a, b, out)
+
+    def subtract(self, a: Array, b: Array, out: Array) -> None:
+        self._combine(SUBTRACT, a, b, out)
+
+    def multiply(self, a: Array, b: Array, out: Array) -> None:
+        self._combine(MULTIPLY, a, b, out)
+
+    def scale(self, x: Array, factor: float) -> None:
+        self.each("scale", x.dtype, flat(x), x, factor, x.size)
+
+    def divide(self, x: Array, divisor: float) -> None:
+        self.each("divide", x.dtype, flat(x), x, divisor, x.size)
+
+    def store(self, out: Array, x: Array, accumulate: bool) -> None:
+        if x.dtype == out.dtype:
+            if accumulate:
+                self.add(out, x, out)
+            else:
+                self.copy(out, x)
+        else:
+            self.each("store", out.dtype, flat(out, x), out, x, accumulate, out.size)
+
+    def move(self, x: Array, share: float, towards: Array, origin: Array | None = None) -> None:
+        count = flat(x, towards) if origin is None else flat(x, towards, origin)
+        self.each("move", x.dtype, count, x, share, towards, origin, count)
+
+    def withhold(self, x: Array, before: Array, kept: Array, part: float) -> None:
+        count = flat(x, before, kept)
+        self.each("withhold", x.dtype, count, x, before, kept, part, count)
+
+    def increase(self, x: Array, by: float) -> None:
+        self.launch("increase", x.dtype, 1, 32, x, by)
+
+    def sum_of_squares(self, x: Array, total: Array) -> None:
+        self.sum("sum_of_squares", x.dtype, flat(x), x, total, *self.partial_sums(), x.size)
+
+    def clip_scale(self, total: Array, limit: float, scale: Array) -> None:
+        self.launch("clip_scale", np.float64, 1, 32, total, limit, scale)
+
+    def all_finite(self, x: Array) -> bool:
+        found, told = self.scratch("what is not finite", (1,), np.float64), np.zeros(1)
+        self.fill(found, 0)
+        self.each("find_nonfinite", x.dtype, flat(x), x, found, x.size)
+        self.device.download(told, found)
+        return not told[0]
+
+    def count_nonfinite(self, y: Array, count: Array, step: Array) -> None:
+        self.sum("count_nonfinite", y.dtype, flat(y), y, count, step, *self.partial_sums(), y.size)
+
+    def _combine(self, kind: int, a: Array, b: Array, out: Array) -> None:
+        if a.shape == b.shape == out.shape and contiguous(a, b, out):
+            self.each("combine", out.dtype, out.size, out, a, b, kind, out.size)
+        else:
+            layout = view(out, a, b)
+            self.each("combine_view", out.dtype, layout[0], out, a, b, kind, *layout)
+
+
+def contiguous(*arrays: Array) -> bool:
+    """Whether all arrays are C-contiguous."""
+    return all(array.flags.c_contiguous for array in arrays)
+
+
+def flat(first: Array, *others: Array) -> int:
+    """Return the number of elements of arrays that a kernel goes through from their first element to their last."""
+    assert contiguous(first, *others), "an array is not contiguous"
+    assert all(array.size == first.size for array in others), [array.shape for array in (first, *others)]
+    return first.size
+
+
+def real_of(*arrays: Array) -> DType:
+    """Return the type of REAL for a kernel that does not use it: one that is compiled anyway, where possible."""
+    return next((array.dtype for array in arrays if array.dtype.name in REALS), np.float32)
