@@ -10,6 +10,7 @@ import cupy
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, DType
+from nettorrent_mpi.device.geometry import Geometry
 from nettorrent_mpi.device.gpu import source
 from nettorrent_mpi.device.gpu.cublaslt import CublasLt, LtProduct
 from nettorrent_mpi.device.gpu.runtime import Matrix, Properties
@@ -80,6 +81,7 @@ class Cuda:
         self.names = [f"CuPy {cupy.__version__}", f"CUDA {self.properties.runtime // 1000}"]
         self._index = index
         self._products = CublasLt(self.address)
+        self._convolutions: Any = None  # cuDNN, which loads with the first convolution
         self._functions: dict[tuple[str, DType], tuple[Any, list[Callable[[Any], Any]]]] = {}
 
     def allocate(self, size: int) -> Array:
@@ -155,3 +157,22 @@ class Cuda:
         workspace: Array,
     ) -> LtProduct:
         return self._products.product(a, b, out, accumulate, bias, relu, tf32, workspace)
+
+    def convolution(
+        self,
+        kind: str,
+        x: Array,
+        weight: Array,
+        y: Array,
+        geometry: Geometry,
+        *,
+        bias: Array | None = None,
+        relu: bool = False,
+        tf32: bool = False,
+        workspace: Callable[[int], Array],
+    ) -> Any:
+        if self._convolutions is None:
+            from nettorrent_mpi.device.gpu.cudnn import Cudnn
+
+            self._convolutions = Cudnn(self._index, self.address)
+        return self._convolutions.convolution(kind, x, weight, y, geometry, bias, relu, tf32, workspace)
