@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,10 +167,12 @@ def test_uploaded_values_are_converted_and_may_be_changed_at_once(gpu: Gpu) -> N
         gpu.upload(array, values[0])
 
 
-def test_zeros_are_zeros(gpu: Gpu) -> None:
-    for dtype in (np.float32, np.bool_, np.int64):
-        for shape in ((), (3, 5), (0, 2)):
-            assert not gpu.on_host(gpu.zeros(shape, dtype)).any()
+def test_zeros_are_zeros(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in (1 << 24, 16):
+        monkeypatch.setattr(host_copies, "STAGING_BYTES", room)
+        for dtype in (np.float32, np.bool_, np.int64):
+            for shape in ((), (3, 5), (0, 2)):
+                assert not gpu.on_host(gpu.zeros(shape, dtype)).any()
 
 
 def test_what_is_downloaded_waits_for_both_streams() -> None:
@@ -306,3 +312,19 @@ def test_numbers_are_not_set_inside_a_capture(gpu: Gpu) -> None:
     step()
     with pytest.raises(AssertionError, match="inside a capture"):
         step()
+
+
+# -- CuPy -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_kernels_are_kept_in_memory_where_no_folder_can_be(
+    writable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / ("kernels" if writable else "file/kernels")))
+    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+    monkeypatch.setitem(sys.modules, "nettorrent_mpi.device.gpu.cuda", SimpleNamespace(Cuda=str))
+    assert package.open_cuda(3) == "3"  # type: ignore[comparison-overlap]
+    assert ("CUPY_CACHE_IN_MEMORY" in os.environ) != writable
+    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)

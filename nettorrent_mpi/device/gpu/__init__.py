@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, cast
 
 import numpy as np
@@ -95,7 +96,8 @@ class Gpu:
 
     def zeros(self, shape: Shape, dtype: DType) -> Array:
         array = self.empty(shape, dtype)
-        self.upload(array, np.broadcast_to(np.zeros((), array.dtype), shape))
+        self.synchronize()
+        self._host_copies.clear(array)
         return array
 
     def workspace(self, dtype: DType, shared: Workspace | None = None) -> Workspace:
@@ -177,7 +179,13 @@ class Captured:
 
 
 def open_cuda(index: int) -> Runtime:
-    """Open the GPU of this number through CuPy."""
+    """Open the GPU of this number through CuPy, which keeps compiled kernels in a folder; where it cannot, each process
+    compiles its own."""
+    folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+    with suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        os.environ.setdefault("CUPY_CACHE_IN_MEMORY", "1")
     from nettorrent_mpi.device.gpu.cuda import Cuda
 
     return cast("Runtime", Cuda(index))
