@@ -71,7 +71,7 @@ def identities(world: World, library: Any, groups: Sequence[Group]) -> list[byte
     of them waits for an id.
     """
     with world.agreement():
-        made = [_identity(library) if group.index == 0 else b"" for group in groups]
+        made = [_identity(library) if group.index == 0 and group.size > 1 else b"" for group in groups]
     return [_told(group, identity) for group, identity in zip(groups, made, strict=True)]
 
 

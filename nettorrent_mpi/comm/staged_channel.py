@@ -51,9 +51,11 @@ class StagedChannel(Channel):
     bfloat16, which MPI has not got, is summed in float32 and rounded once.
     """
 
-    def __init__(self, device: Any, group: Group, pinned: PinnedMemory, largest: int = LARGEST_MESSAGE):
+    largest = LARGEST_MESSAGE
+
+    def __init__(self, device: Any, group: Group, pinned: PinnedMemory):
         super().__init__(device, group)
-        self._pinned, self._largest = pinned, largest
+        self._pinned = pinned
 
     @classmethod
     def carry(cls, messages: Sequence[Message]) -> None:
@@ -125,7 +127,7 @@ class StagedChannel(Channel):
 
     def _pieces(self, count: int, dtype: np.dtype[Any], parts: int) -> Iterator[slice]:
         """Cut `count` elements so that `parts` times a piece is not larger than allowed."""
-        most = max(self._largest // (dtype.itemsize * parts), 1)
+        most = max(self.largest // (dtype.itemsize * parts), 1)
         for start in range(0, count, most):
             yield slice(start, min(start + most, count))
 

@@ -13,6 +13,7 @@ NetTorrentError              exit code 1 unless stated otherwise
 │   ├── LaunchError          the launcher and MPI, or the ranks among themselves, disagree
 │   └── DeviceError          a GPU that is asked for and cannot be used: says what is missing
 ├── NonFiniteError           the training diverged: names step, layer and rank
+├── CommunicationError       GPUs do not exchange arrays any more: NCCL failed, or waits for ever
 ├── RemoteError              another rank failed by an error that is not the package's, and reports it itself
 ├── LostStateError           a part of the training state that no living rank holds: names the array
 ├── ChildError               a program that this one started failed: names it and shows its last lines
@@ -140,6 +141,10 @@ class NonFiniteError(NetTorrentError):
 
 class RemoteError(NetTorrentError):
     """Another rank failed by an error that is not the package's. That rank prints it with its traceback."""
+
+
+class CommunicationError(NetTorrentError):
+    """GPUs do not exchange arrays any more: NCCL has failed, or a GPU waits for another rank for ever."""
 
 
 class LostStateError(NetTorrentError):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import numpy as np
@@ -15,7 +14,6 @@ from nettorrent_mpi.device.gpu.arena import Arena
 from nettorrent_mpi.device.gpu.convolution import ConvolutionOperations
 from nettorrent_mpi.device.gpu.criteria import CriterionOperations
 from nettorrent_mpi.device.gpu.elementwise import ElementwiseOperations
-from nettorrent_mpi.device.gpu.envelopes import Envelopes, GpuEnvelope
 from nettorrent_mpi.device.gpu.flat import FlatOperations
 from nettorrent_mpi.device.gpu.host_copies import HostCopies
 from nettorrent_mpi.device.gpu.numbers import DeviceNumbers
@@ -23,8 +21,6 @@ from nettorrent_mpi.device.gpu.pinned import PinnedRing
 from nettorrent_mpi.device.gpu.products import ProductOperations
 from nettorrent_mpi.device.gpu.runtime import Graph, Runtime, Stream
 from nettorrent_mpi.device.gpu.updates import UpdateOperations
-
-WARM_UP = 2  # calls of a run before it is captured
 
 
 class GpuOperations(
@@ -57,7 +53,6 @@ class Gpu:
         self._host_copies = HostCopies(runtime, self.compute)
         self._rings: dict[str, PinnedRing] = {}
         self._constants: dict[tuple[str, bytes], Array] = {}
-        self._envelopes: Envelopes | None = None
         self.ops = GpuOperations(self)
 
     @property
@@ -96,8 +91,7 @@ class Gpu:
 
     def zeros(self, shape: Shape, dtype: DType) -> Array:
         array = self.empty(shape, dtype)
-        self.synchronize()
-        self._host_copies.clear(array)
+        self.upload(array, np.broadcast_to(np.zeros((), array.dtype), shape))
         return array
 
     def workspace(self, dtype: DType, shared: Workspace | None = None) -> Workspace:
@@ -105,11 +99,6 @@ class Gpu:
 
     def numbers(self, count: int) -> DeviceNumbers:
         return DeviceNumbers(self.runtime, self.compute, self.zeros((count,), np.float64))
-
-    def envelope(self, head: int, size: int) -> GpuEnvelope:
-        if self._envelopes is None:
-            self._envelopes = Envelopes(self)
-        return self._envelopes.make(head, size)
 
     def upload(self, out: Array, values: Array) -> None:
         self.synchronize()
@@ -159,19 +148,18 @@ class Gpu:
 
 
 class Captured:
-    """A Captured run of work is executed at its first two calls: in the first all memory is allocated, while scratch
-    memory still grows, and in the second all algorithms are chosen for the arrays that remain. It is captured and
-    launched at the third, and launched as one graph at all later ones."""
+    """A Captured run of work is executed at its first call, so that all of its memory is allocated and all algorithms
+    are chosen; captured and launched at the second; launched as one graph at all later ones."""
 
     def __init__(self, device: Gpu, run: Callable[[], None]):
         self._device, self._run = device, run
         self._graph: Graph | None = None
-        self._executed = 0
+        self._warm = False
 
     def __call__(self) -> None:
-        if self._executed < WARM_UP:
+        if not self._warm:
             self._run()
-            self._executed += 1
+            self._warm = True
             return
         if self._graph is None:
             self._graph = self._device.runtime.capture(self._device.stream, self._run)
@@ -179,13 +167,7 @@ class Captured:
 
 
 def open_cuda(index: int) -> Runtime:
-    """Open the GPU of this number through CuPy, which keeps compiled kernels in a folder; where it cannot, each process
-    compiles its own."""
-    folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
-    with suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        os.environ.setdefault("CUPY_CACHE_IN_MEMORY", "1")
+    """Open the GPU of this number through CuPy."""
     from nettorrent_mpi.device.gpu.cuda import Cuda
 
     return cast("Runtime", Cuda(index))

@@ -69,14 +69,16 @@ class Cuda:
         api = cupy.cuda.runtime
         found = api.getDeviceProperties(index)
         # CuPy cuts the UUID at its first zero byte; together with the bus it still tells GPUs and their parts apart.
+        bus = api.deviceGetPCIBusId(index)
         self.properties = Properties(
             found["name"].decode(),
-            f"{api.deviceGetPCIBusId(index)} {found['uuid'][:16].hex()}",
+            f"{bus} {found['uuid'][:16].hex()}",
             (found["major"], found["minor"]),
             found["multiProcessorCount"],
             found["totalGlobalMem"],
             api.driverGetVersion(),
             api.runtimeGetVersion(),
+            bus,
         )
         self.names = [f"CuPy {cupy.__version__}", f"CUDA {self.properties.runtime // 1000}"]
         self._index = index

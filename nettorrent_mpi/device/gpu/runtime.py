@@ -21,7 +21,8 @@ __all__ = ["Event", "Graph", "Matrix", "Product", "Properties", "Runtime", "Stre
 
 @dataclass(frozen=True)
 class Properties:
-    """The properties of one GPU (or part of one: MIG): `capability` is (9, 0) for sm_90; `uuid` tells GPUs apart."""
+    """The properties of one GPU (or part of one: MIG): `capability` is (9, 0) for sm_90; `uuid` tells GPUs and their
+    parts apart, parts of one GPU have the same `bus`."""
 
     name: str
     uuid: str
@@ -30,6 +31,7 @@ class Properties:
     memory: int  # bytes in all
     driver: int = 0  # version, like 13000
     runtime: int = 0
+    bus: str = ""
 
 
 class Graph(Protocol):

@@ -48,8 +48,13 @@ class Order:
         self.error: BaseException | None = None  # of work in the background
         self.lock = threading.RLock()
         self._launched = time.monotonic()
+        self._stopped = False
         if background:
             threading.Thread(target=self._work, name="host device", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped = True
 
     def stream(self, name: str = "") -> HostStream:
         """Make a stream."""
@@ -111,7 +116,7 @@ class Order:
         return True
 
     def _work(self) -> None:
-        while self.error is None:
+        while self.error is None and not self._stopped:
             time.sleep(IDLE / 4)
             with self.lock:
                 try:
