@@ -7,7 +7,8 @@
 # module load python/3.12 openmpi/5.0
 
 # 2. The virtual environment, made once on a login node with the same modules:
-#      python3 -m venv .venv && .venv/bin/pip install -e '.[mpi]'     (without [mpi] where a module brings MPI)
+#      python3 -m venv .venv && .venv/bin/pip install -e '.[mpi]'     (without [mpi] where a module brings MPI;
+#      with cuda13 or cuda12 for GPUs: '.[mpi,cuda13]')
 # shellcheck disable=SC1091
 source .venv/bin/activate
 
@@ -30,12 +31,22 @@ if ((EUID == 0)); then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CO
 # would leave all ranks of the node the CPUs of one.
 if [[ $LAUNCH == srun ]]; then export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}; fi
 
+# GPUs, where a job asks for --gpus-per-task (jobs/gpu.sbatch). A rank takes one of those that it sees: with srun the
+# ones that are closest to its cores, or all of its node (GPU_BIND=none), or the one that Slurm chooses (per_task:1).
+# mpirun's daemons, one for each node, would be given the GPUs of one task: they have to share all of the job's.
+GPU_BIND=${GPU_BIND:-closest}
+gpus=${SLURM_GPUS_PER_TASK:-}
+if [[ -n $gpus && $LAUNCH == mpirun ]]; then
+  export SLURM_GPUS=$((${gpus##*:} * SLURM_NTASKS))
+  unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+fi
+
 # launcher RANKS: the words that start so many ranks
 launcher() {
   case $LAUNCH in
     mpirun) echo "mpirun -n $1" ;;
     # Without --kill-on-bad-exit the others would wait for a rank that was killed.
-    srun) echo "srun --mpi=$SRUN_MPI --kill-on-bad-exit=1 --ntasks=$1" ;;
+    srun) echo "srun --mpi=$SRUN_MPI --kill-on-bad-exit=1${gpus:+ --gpu-bind=$GPU_BIND} --ntasks=$1" ;;
     *)
       echo "LAUNCH=$LAUNCH is neither mpirun nor srun (jobs/site.sh)" >&2
       return 2

@@ -26,7 +26,7 @@ SMALL = [
 ]
 TRAIN = "python -m nettorrent_mpi.train"
 SRUN = "srun --mpi={} --kill-on-bad-exit=1 --ntasks="
-SHAPES = {"cifar": "[32, 32, 3]", "mnist": "[28, 28, 1]", "speedup": "[32, 32, 3]"}
+SHAPES = {"cifar": "[32, 32, 3]", "gpu": "[32, 32, 3]", "mnist": "[28, 28, 1]", "speedup": "[32, 32, 3]"}
 
 
 def test_scripts_are_known() -> None:
@@ -53,6 +53,7 @@ def submit_to_fakes(repository: Path, script: str, *args: str, **variables: str)
         fake.write_text(
             f'#!/bin/sh\necho {name} "$@"\n'
             "echo cpus=$SRUN_CPUS_PER_TASK binding=$PRTE_MCA_hwloc_default_binding_policy\n"
+            "[ -z $SLURM_GPUS$SLURM_GPUS_PER_TASK ] || echo gpus=$SLURM_GPUS, per task=$SLURM_GPUS_PER_TASK\n"
         )
         fake.chmod(0o755)
     return subprocess.run(
@@ -80,6 +81,26 @@ def test_srun(repository: Path) -> None:
         f"{SRUN.format('pmi2')}8 {TRAIN} configs/mnist.yaml --output runs/mnist-17 --resume auto",
         "cpus=4 binding=none",
     ]
+
+
+TRAIN_GPU = f"{TRAIN} configs/cifar_resnet.yaml --set device=gpu --output runs/gpu-17 --resume auto"
+
+
+@pytest.mark.parametrize("asked", ["1", "a100:1"])
+def test_gpus_with_mpirun(repository: Path, asked: str) -> None:
+    """Its daemon gets all GPUs of the job on its node, which the ranks divide."""
+    done = submit_to_fakes(repository, "gpu.sbatch", SLURM_JOB_NAME="gpu", SLURM_GPUS_PER_TASK=asked)
+    command, _, gpus = done.stdout.splitlines()
+    assert command == f"mpirun -n 8 {TRAIN_GPU}"
+    assert gpus == "gpus=8, per task="
+
+
+def test_gpus_with_srun(repository: Path) -> None:
+    variables = {"LAUNCH": "srun", "SLURM_GPUS_PER_TASK": "1"}
+    done = submit_to_fakes(repository, "gpu.sbatch", "--set", "seed=2", SLURM_JOB_NAME="gpu", **variables)
+    command, _, gpus = done.stdout.splitlines()
+    assert command == f"srun --mpi=pmix --kill-on-bad-exit=1 --gpu-bind=closest --ntasks=8 {TRAIN_GPU} --set seed=2"
+    assert gpus == "gpus=, per task=1"
 
 
 SPEEDUP = (
@@ -185,6 +206,32 @@ def with_srun() -> dict[str, str]:
 def test_job_with_srun(repository: Path) -> None:
     submit(repository, "cifar.sbatch", "--ntasks=5", **with_srun())
     assert world_sizes(repository) == [5]
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+def test_job_on_a_node_without_a_gpu(repository: Path, launcher: str) -> None:
+    """Where Slurm has no GPUs to give, without asking for them."""
+    if reason := slurm_is_missing():
+        pytest.skip(reason)
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("there is an NVIDIA driver here")
+    (repository / ".venv").symlink_to(ROOT / ".venv")
+    script = repository / "gpu.sbatch"
+    lines = (ROOT / "jobs" / "gpu.sbatch").read_text().splitlines(keepends=True)
+    gpus = "Gres=gpu" in subprocess.run(["scontrol", "show", "node"], capture_output=True, text=True, check=True).stdout
+    script.write_text("".join(line for line in lines if gpus or not line.startswith("#SBATCH --gpus-per-task")))
+    small = [part.replace("SHAPE", SHAPES["gpu"]) for part in SMALL]
+    done = subprocess.run(
+        ["sbatch", "--wait", "--time=10", "--ntasks=3", "--cpus-per-task=1", script, *small],
+        cwd=repository, env={**os.environ, **(with_srun() if launcher == "srun" else {})},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    log = "\n".join(path.read_text() for path in repository.glob("*.out"))
+    assert done.returncode == 2, f"{done.stdout}{done.stderr}\n{log}"
+    (told,) = [line for line in log.splitlines() if line.startswith("nettorrent: ")]
+    assert "error: --set device=gpu: device: a GPU is asked for, but " in told
+    assert "no NVIDIA driver on this node" in told or "this node has no NVIDIA driver" in told
+    assert not (repository / "runs").exists()
 
 
 # Minutes of small steps; the signals below end them.

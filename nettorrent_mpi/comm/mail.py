@@ -3,6 +3,9 @@
 A message is sent in MPI's synchronous mode (Issend): it is in flight until its receiver has begun to receive it. So a
 sender knows which members lag behind, and never has more than one message in flight to each; nothing accumulates in
 MPI's memory at a stalled member. Receives for any sender are posted in advance. Messages of one sender arrive in order.
+
+MPI knows host memory only. What a GPU writes or reads is copied there and back by its envelopes, beside compute: a
+message leaves when its copy is complete, and a receive is posted anew when the message before it has been copied.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import Device, Envelope
 from nettorrent_mpi.plan.gossip_rules import SPARE
 
 HEADER = 8  # numbers (float64) at the head of every message
@@ -24,16 +28,19 @@ _HEAD = 8 * HEADER  # bytes
 
 
 class Letter:
-    """A buffer for one message: `head`, HEADER numbers, and `body`, the bytes after them."""
+    """A buffer for one message: `head`, HEADER numbers, and `body`, the bytes after them, on the device."""
 
-    def __init__(self, size: int):
-        memory = np.zeros(_HEAD + size + 64, np.uint8)
-        start = -memory.ctypes.data % 64
-        self.whole: Array = memory[start : start + _HEAD + size]
-        self.head: Array = self.whole[:_HEAD].view(np.float64)
-        self.body: Array = self.whole[_HEAD:]
+    def __init__(self, envelope: Envelope, size: int):
+        self.envelope = envelope
+        self.head: Array = envelope.whole[:_HEAD].view(np.float64)
         self.length = size  # bytes of the body that are sent, or have arrived
+        self.sealed = False  # written: its body is in host memory, or on its way there
         self.under_way = 0  # sends that are not finished
+
+    @property
+    def body(self) -> Array:
+        """The body, for operations of the device that are called from now on."""
+        return self.envelope.body
 
 
 class Arrived(NamedTuple):
@@ -45,57 +52,80 @@ class Arrived(NamedTuple):
 
 
 class Mail:
-    """The mailbox of one member. `size` is the largest body in bytes; `receives` messages can arrive before one is
-    read."""
+    """The mailbox of one member, for bodies on its device. `size` is the largest body in bytes; `receives` messages can
+    arrive before one is read."""
 
-    def __init__(self, group: Group, size: int, receives: int, tag: int):
+    def __init__(self, group: Group, device: Device, size: int, receives: int, tag: int):
         assert _HEAD + size < 1 << 31, "larger messages than MPI counts; send parts"
-        self.group, self.size, self._tag = group, size, tag
+        self.group, self.size, self._device, self._tag = group, size, device, tag
         self.sent: list[int] = [0] * group.size  # messages to each member so far
         self.received: list[int] = [0] * group.size  # messages from each member
         self.bytes = 0  # sent so far
-        self._free = [Letter(size) for _ in range(SPARE)]
+        self._free = [self._make() for _ in range(SPARE)]
+        self._leaving: dict[int, Letter] = {}  # until their copies are complete
         self._sending: dict[int, tuple[MPI.Request, Letter]] = {}
         self._posted: list[tuple[MPI.Prequest, Letter]] = []
+        self._returning: list[tuple[MPI.Prequest, Letter]] = []  # read, but not yet copied
         self._made: dict[int, MPI.Prequest] = {}
         self._arrived: list[Arrived] = []
         self._status = MPI.Status()
         for _ in range(receives):
-            letter = Letter(size)
-            request = group.comm.Recv_init(letter.whole, MPI.ANY_SOURCE, tag)
+            letter = self._make()
+            request = group.comm.Recv_init(letter.envelope.whole, MPI.ANY_SOURCE, tag)
             self._made[id(letter)] = request
             request.Start()
             self._posted.append((request, letter))
+
+    def _make(self) -> Letter:
+        return Letter(self._device.envelope(_HEAD, self.size), self.size)
 
     def letter(self) -> Letter:
         """Return a buffer to fill, whose sends have all finished."""
         self._poll()
         for i, letter in enumerate(self._free):
             if not letter.under_way:
+                letter.sealed = False
                 return self._free.pop(i)
-        return Letter(self.size)
+        return self._make()
 
     def put_back(self, letter: Letter) -> None:
         """Return an own letter; its buffer is reused once its sends are finished."""
+        letter.envelope.drop()
         self._free.append(letter)
 
     def can_send(self, to: int) -> bool:
         """Whether the last message to this member has been received."""
-        if to in self._sending:
+        if to in self._sending or to in self._leaving:
             self._poll()
-        return to not in self._sending
+        return to not in self._sending and to not in self._leaving
 
     def send(self, letter: Letter, to: int) -> None:
         """Start to send; the letter may not be changed until it is handed out again. Requires `can_send`."""
         assert to not in self._sending
-        message = letter.whole[: _HEAD + letter.length]
-        self._sending[to] = (self.group.comm.Issend(message, to, self._tag), letter)
+        assert to not in self._leaving
+        if not letter.sealed:
+            letter.envelope.collect(letter.length)
+            letter.sealed = True
+        self._leaving[to] = letter
         letter.under_way += 1
         self.sent[to] += 1
-        self.bytes += message.nbytes
+        self.bytes += _HEAD + letter.length
+        self._leave()
+
+    def _leave(self) -> None:
+        """Send what has been copied to host memory."""
+        for to, letter in list(self._leaving.items()):
+            if letter.envelope.done():
+                message = letter.envelope.whole[: _HEAD + letter.length]
+                self._sending[to] = (self.group.comm.Issend(message, to, self._tag), letter)
+                del self._leaving[to]
 
     def progress(self) -> None:
         """Let messages progress by one nonblocking call into MPI, during compute."""
+        if self._leaving:
+            self._leave()
+        if self._returning:
+            self._return()
         if self._posted:
             self._look(self._posted[0])
 
@@ -106,10 +136,15 @@ class Mail:
             source = self._status.Get_source()
             letter.length = self._status.Get_count(MPI.BYTE) - _HEAD
             self.received[source] += 1
+            letter.envelope.deliver(letter.length)
             self._arrived.append(Arrived(source, letter, time.perf_counter()))
 
     def _poll(self) -> None:
         """Register what has arrived and which sends are complete."""
+        if self._leaving:
+            self._leave()
+        if self._returning:
+            self._return()
         for posted in tuple(self._posted):  # in the order of matching, so that one sender's messages keep theirs
             self._look(posted)
         done = [to for to, (request, _) in self._sending.items() if request.Test()]
@@ -124,24 +159,32 @@ class Mail:
 
     def release(self, arrived: Arrived) -> None:
         """Return a message that was read: its buffer waits for another one."""
+        arrived.letter.envelope.drop()
         request = self._made.get(id(arrived.letter))
         if request is not None:  # not a copy of `aside`
+            self._returning.append((request, arrived.letter))
+            self._return()
+
+    def _return(self) -> None:
+        """Post receives into the buffers of messages that were read and have been copied."""
+        while self._returning and self._returning[0][1].envelope.done():
+            request, letter = self._returning.pop(0)
             request.Start()
-            self._posted.append((request, arrived.letter))
+            self._posted.append((request, letter))
 
     def aside(self, arrived: Arrived) -> Arrived:
         """Copy the message to memory of its own; its buffer waits for another one."""
         if id(arrived.letter) not in self._made:
             return arrived
-        copy = Letter(arrived.letter.length)
-        copy.whole[...] = arrived.letter.whole[: copy.whole.size]
+        size = arrived.letter.length
+        copy = Letter(arrived.letter.envelope.aside(size), size)
         self.release(arrived)
         return arrived._replace(letter=copy)
 
     @property
     def is_full(self) -> bool:
         """Whether all senders have to wait until a message is released."""
-        return not self._posted
+        return not self._posted and not self._returning
 
     def settle(self) -> list[Arrived]:
         """Wait until every message that any member sent has arrived; return those that were not read yet. All members
@@ -155,7 +198,8 @@ class Mail:
         kept: list[Arrived] = []
         while True:
             kept += [self.aside(arrived) for arrived in self.take()]
-            if not self._sending and all(a >= b for a, b in zip(self.received, expected, strict=True)):
+            flying = self._leaving or self._sending
+            if not flying and all(a >= b for a, b in zip(self.received, expected, strict=True)):
                 break
             os.sched_yield()
         self.group.barrier()  # or what a faster member sends afterwards could arrive here, too
@@ -165,12 +209,15 @@ class Mail:
         """Free the requests. All members call, after `settle`; once the last one has, another mailbox may use the
         tag."""
         assert not self._sending
+        assert not self._leaving
+        self._device.synchronize()  # or what is being copied would lose its memory
         for request, _ in self._posted:
             request.Cancel()
             request.Wait()
         for request in self._made.values():
             request.Free()
         self._posted.clear()
+        self._returning.clear()
         self._made.clear()
         self.group.barrier()  # or a message for the other mailbox could match a receive of this one
 

@@ -24,6 +24,36 @@ class Numbers(Protocol):
         """Let operations that are called from now on find these values."""
 
 
+class Envelope(Protocol):
+    """An Envelope holds one message of a fixed largest size: a head of numbers and a body of bytes.
+
+    `whole` is host memory, from which a message is sent or into which it is received; `body` is where operations write
+    and read the bytes after the head. On a CPU that is one memory. On a GPU there are two, and the methods begin copies
+    beside compute, for which the host never waits: it asks `done`.
+    """
+
+    whole: Array
+
+    @property
+    def body(self) -> Array:
+        """The body, for operations that are called from now on."""
+
+    def collect(self, size: int) -> None:
+        """Begin to put into `whole` what the operations called so far have written to the body: `size` bytes."""
+
+    def deliver(self, size: int) -> None:
+        """Begin to give operations the body of the message of `size` bytes that lies in `whole`."""
+
+    def done(self) -> bool:
+        """Whether what was begun is complete, so that `whole` may be sent, or written again."""
+
+    def aside(self, size: int) -> Envelope:
+        """Return a message of `size` bytes that was delivered in an envelope of its own, which is not for sending."""
+
+    def drop(self) -> None:
+        """Take note that no more operations use the body, until it is written anew or another message is delivered."""
+
+
 class Device(Protocol):
     """A Device is one rank's processor. Each engine makes its own; only one thread at a time may use it.
 
@@ -66,6 +96,9 @@ class Device(Protocol):
 
     def numbers(self, count: int) -> Numbers:
         """Return `count` numbers that change from step to step, zeros at first."""
+
+    def envelope(self, head: int, size: int) -> Envelope:
+        """Return an envelope for messages with a head of `head` bytes (a multiple of 64) and bodies of up to `size`."""
 
     def upload(self, out: Array, values: Array) -> None:
         """out <- `values`, which lie in host memory and may be changed as soon as this returns; both of one shape."""

@@ -80,13 +80,14 @@ class DeviceBatches(Batches):
         self._given_numbers: GivenRows | None = None
         self._key_of_epoch: Array | None = None
         self._stored_targets: Array | None = None
+        self._uploads = 0  # of targets to memory of their own
         self._present: Array | None = None  # the numbers of the mini-batch whose forward passes are running
         self._key_now: Hashable | None = ()
 
     def place(self, batch_size: int, mini_batches: int, micro_batches: int, resident: bool | None, name: str) -> None:
         """Decide where the rows lie, and upload them where they are resident. A ring of staged rows has room for so
         many mini-batches of so many micro-batches."""
-        device, inputs = self._device, self._inputs
+        device, inputs, self._mini_batches = self._device, self._inputs, mini_batches
         if inputs is not None:
             size = inputs.rows * inputs.native_bytes
             if device.has_room(size) if resident is None else resident:
@@ -112,6 +113,7 @@ class DeviceBatches(Batches):
             if stored is None or (stored.shape, stored.dtype) != (targets.shape, targets.dtype):
                 stored = self._stored_targets = self._device.empty(targets.shape, targets.dtype)
                 self._out = self._device.empty((self._most, *targets.shape[1:]), targets.dtype)
+                self._uploads += 1
             self._device.upload(stored, targets)
 
     # -- before the actions of a step -------------------------------------------------------------------------------
@@ -128,18 +130,17 @@ class DeviceBatches(Batches):
             self._key_now = None if self._ring is not None else (len(self._given), pieces, self._alone)
             return
         sizes = tuple(self.batch_size(n * pieces) for n in range(begun))
-        turn = 0
         if self._orders is not None:
             self._present = self._step_numbers
             self._orders.put(self.step, self.step + begun - 1)
         if self._ring is not None:
-            turn = self.step % self._ring.mini_batches
             for m in forward:
                 self._stage(m)
             for m in forward:
                 if self.rows(m).mine.size:
                     self._ring.arrive(self._position(m))
-        self._key_now = (turn, sizes)
+        # The turn counts on ranks without staged rows, too, so that all ranks of a swarm record the same steps.
+        self._key_now = (self.step % self._mini_batches, sizes, self._uploads)
 
     def key(self) -> Hashable | None:
         return self._key_now

@@ -35,11 +35,13 @@ def parts_that_hide(peers: Group, vector: Vector, seconds: float, messages: int)
     where = Span(0, min(vector.size, 1 << 18))
     values = vector.device.empty((where.size * len(vector.layers),), vector.dtype)
     touch = math.inf
+    vector.device.synchronize()
     for _ in range(4):  # the first one warms the cache; any may be interrupted
         began = time.perf_counter()
         vector.read(where, values)
         vector.move(where, 0.0, values, values)
         vector.mix(where, 0.0, values)
+        vector.device.synchronize()
         touch = min(touch, (time.perf_counter() - began) / max(values.nbytes, 1))
     travels = TRAVEL * seconds / (link * messages)
     works = WORK * seconds / (touch + COPIES * messages)

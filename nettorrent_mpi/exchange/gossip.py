@@ -108,6 +108,7 @@ class GossipExchange(Exchange):
 
     def before_update(self, step: int) -> None:
         if self._warming and self._last:
+            self.device.synchronize()  # the step's compute is measured, not how soon the host has launched it
             self._seconds.append(time.perf_counter() - self._last)
         self.mixer.clock += 1
         if self._withhold:  # changes that peers know are released before a part of the next step is withheld

@@ -213,6 +213,7 @@ class Mixer:
     def weigh(self, whole: Array) -> None:
         """Set each part's mass from the masses of its elements; `whole` has zeros in the gaps between arrays. If they
         come from a run with other parts, a part gets the largest of its elements' masses."""
+        masses = self.vector.device.on_host(whole)
         for part in range(self.parts):
-            inside = whole[slice(*self.where(part))]
+            inside = masses[slice(*self.where(part))]
             self.masses[part] = inside.max(initial=0.0) or 1.0

@@ -66,7 +66,7 @@ class Rounds:
         mixer = self._mixer
         mixer.divide(max(parts, -(-mixer.length(mixer.vector.size) // LARGEST)))
         length = mixer.length(span(mixer.vector.size, mixer.parts, 0).size)
-        return Mail(self._peers, -(-length // 8) * 8, receives(self._pairing, self._me), TAG)
+        return Mail(self._peers, mixer.vector.device, -(-length // 8) * 8, receives(self._pairing, self._me), TAG)
 
     def divide(self, parts: int) -> None:
         """Exchange this number of parts in turn from now on. All peers call, settled."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,10 +167,12 @@ def test_uploaded_values_are_converted_and_may_be_changed_at_once(gpu: Gpu) -> N
         gpu.upload(array, values[0])
 
 
-def test_zeros_are_zeros(gpu: Gpu) -> None:
-    for dtype in (np.float32, np.bool_, np.int64):
-        for shape in ((), (3, 5), (0, 2)):
-            assert not gpu.on_host(gpu.zeros(shape, dtype)).any()
+def test_zeros_are_zeros(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in (1 << 24, 16):
+        monkeypatch.setattr(host_copies, "STAGING_BYTES", room)
+        for dtype in (np.float32, np.bool_, np.int64):
+            for shape in ((), (3, 5), (0, 2)):
+                assert not gpu.on_host(gpu.zeros(shape, dtype)).any()
 
 
 def test_what_is_downloaded_waits_for_both_streams() -> None:
@@ -261,15 +267,15 @@ def test_a_ring_without_events_gives_wrong_numbers(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_captured_run_reads_numbers_anew_and_calls_its_function_twice(seed: int) -> None:
+def test_a_captured_run_reads_numbers_anew_and_calls_its_function_three_times(seed: int) -> None:
     device = Gpu(HostRuntime(seed))
     given = device.numbers(1)
     reader, calls = Reader(device, given.array), list[int]()
 
     def run() -> None:
         calls.append(len(calls))
-        if not calls[-1]:
-            device.empty((BLOCK_BYTES,), np.uint8)  # the first call may allocate
+        if calls[-1] < 2:
+            device.empty((BLOCK_BYTES,), np.uint8)  # the first two calls may allocate
         reader.launch()
         reader.launch()
 
@@ -279,7 +285,7 @@ def test_a_captured_run_reads_numbers_anew_and_calls_its_function_twice(seed: in
         step()
     device.synchronize()
     assert reader.found == [(float(n),) for n in range(7) for _ in range(2)]
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_a_run_that_fails_is_not_captured(gpu: Gpu) -> None:
@@ -287,22 +293,39 @@ def test_a_run_that_fails_is_not_captured(gpu: Gpu) -> None:
 
     def run() -> None:
         calls.append(1)
-        if len(calls) in (1, 3):
+        if len(calls) in (1, 4):
             raise ZeroDivisionError
 
     step = gpu.capture(run)
-    for _ in range(5):
-        if len(calls) in (0, 2):
+    for _ in range(6):
+        if len(calls) in (0, 3):
             with pytest.raises(ZeroDivisionError):
                 step()
         else:
             step()
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 def test_numbers_are_not_set_inside_a_capture(gpu: Gpu) -> None:
     given = gpu.numbers(1)
     step = gpu.capture(lambda: given.set((1,)))
     step()
+    step()
     with pytest.raises(AssertionError, match="inside a capture"):
         step()
+
+
+# -- CuPy -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_kernels_are_kept_in_memory_where_no_folder_can_be(
+    writable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / ("kernels" if writable else "file/kernels")))
+    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+    monkeypatch.setitem(sys.modules, "nettorrent_mpi.device.gpu.cuda", SimpleNamespace(Cuda=str))
+    assert package.open_cuda(3) == "3"  # type: ignore[comparison-overlap]
+    assert ("CUPY_CACHE_IN_MEMORY" in os.environ) != writable
+    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)

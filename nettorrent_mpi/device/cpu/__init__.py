@@ -16,6 +16,7 @@ from nettorrent_mpi.device.cpu.codecs import CodecOperations
 from nettorrent_mpi.device.cpu.convolution import ConvolutionOperations
 from nettorrent_mpi.device.cpu.criteria import CriterionOperations
 from nettorrent_mpi.device.cpu.elementwise import ElementwiseOperations
+from nettorrent_mpi.device.cpu.envelope import HostEnvelope
 from nettorrent_mpi.device.cpu.flat import FlatOperations
 from nettorrent_mpi.device.cpu.masks import MaskOperations
 from nettorrent_mpi.device.cpu.norms import NormOperations
@@ -86,6 +87,9 @@ class Cpu:
 
     def numbers(self, count: int) -> HostNumbers:
         return HostNumbers(count)
+
+    def envelope(self, head: int, size: int) -> HostEnvelope:
+        return HostEnvelope(head, size)
 
     def upload(self, out: Array, values: Array) -> None:
         np.copyto(out, values)

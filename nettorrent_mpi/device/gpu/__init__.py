@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from nettorrent_mpi.device.gpu.arena import Arena
 from nettorrent_mpi.device.gpu.convolution import ConvolutionOperations
 from nettorrent_mpi.device.gpu.criteria import CriterionOperations
 from nettorrent_mpi.device.gpu.elementwise import ElementwiseOperations
+from nettorrent_mpi.device.gpu.envelopes import Envelopes, GpuEnvelope
 from nettorrent_mpi.device.gpu.flat import FlatOperations
 from nettorrent_mpi.device.gpu.host_copies import HostCopies
 from nettorrent_mpi.device.gpu.numbers import DeviceNumbers
@@ -21,6 +23,8 @@ from nettorrent_mpi.device.gpu.pinned import PinnedRing
 from nettorrent_mpi.device.gpu.products import ProductOperations
 from nettorrent_mpi.device.gpu.runtime import Graph, Runtime, Stream
 from nettorrent_mpi.device.gpu.updates import UpdateOperations
+
+WARM_UP = 2  # calls of a run before it is captured
 
 
 class GpuOperations(
@@ -53,6 +57,7 @@ class Gpu:
         self._host_copies = HostCopies(runtime, self.compute)
         self._rings: dict[str, PinnedRing] = {}
         self._constants: dict[tuple[str, bytes], Array] = {}
+        self._envelopes: Envelopes | None = None
         self.ops = GpuOperations(self)
 
     @property
@@ -91,7 +96,8 @@ class Gpu:
 
     def zeros(self, shape: Shape, dtype: DType) -> Array:
         array = self.empty(shape, dtype)
-        self.upload(array, np.broadcast_to(np.zeros((), array.dtype), shape))
+        self.synchronize()
+        self._host_copies.clear(array)
         return array
 
     def workspace(self, dtype: DType, shared: Workspace | None = None) -> Workspace:
@@ -99,6 +105,11 @@ class Gpu:
 
     def numbers(self, count: int) -> DeviceNumbers:
         return DeviceNumbers(self.runtime, self.compute, self.zeros((count,), np.float64))
+
+    def envelope(self, head: int, size: int) -> GpuEnvelope:
+        if self._envelopes is None:
+            self._envelopes = Envelopes(self)
+        return self._envelopes.make(head, size)
 
     def upload(self, out: Array, values: Array) -> None:
         self.synchronize()
@@ -148,18 +159,19 @@ class Gpu:
 
 
 class Captured:
-    """A Captured run of work is executed at its first call, so that all of its memory is allocated and all algorithms
-    are chosen; captured and launched at the second; launched as one graph at all later ones."""
+    """A Captured run of work is executed at its first two calls: in the first all memory is allocated, while scratch
+    memory still grows, and in the second all algorithms are chosen for the arrays that remain. It is captured and
+    launched at the third, and launched as one graph at all later ones."""
 
     def __init__(self, device: Gpu, run: Callable[[], None]):
         self._device, self._run = device, run
         self._graph: Graph | None = None
-        self._warm = False
+        self._executed = 0
 
     def __call__(self) -> None:
-        if not self._warm:
+        if self._executed < WARM_UP:
             self._run()
-            self._warm = True
+            self._executed += 1
             return
         if self._graph is None:
             self._graph = self._device.runtime.capture(self._device.stream, self._run)
@@ -167,7 +179,13 @@ class Captured:
 
 
 def open_cuda(index: int) -> Runtime:
-    """Open the GPU of this number through CuPy."""
+    """Open the GPU of this number through CuPy, which keeps compiled kernels in a folder; where it cannot, each process
+    compiles its own."""
+    folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+    with suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        os.environ.setdefault("CUPY_CACHE_IN_MEMORY", "1")
     from nettorrent_mpi.device.gpu.cuda import Cuda
 
     return cast("Runtime", Cuda(index))

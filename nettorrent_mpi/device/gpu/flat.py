@@ -73,6 +73,7 @@ class FlatOperations(Operations):
         self.launch("clip_scale", np.float64, 1, 32, total, limit, scale)
 
     def all_finite(self, x: Array) -> bool:
+        x = x.transpose(sorted(range(x.ndim), key=lambda axis: -x.strides[axis]))  # filters may be a turned view
         found, told = self.scratch("what is not finite", (1,), np.float64), np.zeros(1)
         self.fill(found, 0)
         self.each("find_nonfinite", x.dtype, flat(x), x, found, x.size)

@@ -35,6 +35,15 @@ class HostCopies:
                 at += part.nbytes
             self._stream.synchronize()
 
+    def clear(self, out: Array) -> None:
+        """Every byte of out, on the GPU, <- 0."""
+        for _, parts in self._rounds(out.transpose(_order_in_memory(out))):
+            size = sum(int(part.nbytes) for part in parts)
+            self._pinned()[:size] = 0
+            for part in parts:
+                self._runtime.copy(self._stream, part, self._pinned()[: part.nbytes])
+            self._stream.synchronize()
+
     def download(self, out: Array, x: Array) -> None:
         """out, on the host, <- x, on the GPU; both of one shape."""
         assert out.shape == x.shape, (out.shape, x.shape)

@@ -27,11 +27,10 @@ OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
 class Driver:
-    """A Driver is one GPU, present in one process."""
+    """A Driver is one GPU, present in one process: a host device. `index` is the current GPU's."""
 
-    def __init__(self, seed: int, memory: int = 1 << 33, background: bool = False):
-        self.host = HostRuntime(seed, memory=memory, background=background)
-        self.seed, self.index = seed, -1
+    def __init__(self, host: HostRuntime):
+        self.host, self.index = host, -1
         self.allocated: dict[int, Array] = {}
 
     def malloc(self, size: int) -> int:
@@ -137,7 +136,7 @@ def install(driver: Driver) -> None:
             assert "extern" in code
             (real,) = (option.removeprefix("-DREAL=") for option in options if option.startswith("-DREAL="))
             name = next(name for name, spelt in source.REALS.items() if spelt == real)
-            self._library = load(name, driver.seed)
+            self._library = load(name, driver.host.seed)
 
         def get_function(self, name: str) -> RawKernel:
             return RawKernel(self._library, name)
@@ -195,7 +194,7 @@ def install(driver: Driver) -> None:
         "memcpyAsync": driver.copy,
         "memGetInfo": lambda: (driver.host.free_memory(), driver.host.memory.size),
         "driverGetVersion": lambda: 13000,
-        "deviceGetPCIBusId": lambda index: f"0000:0{index}:00.0",
+        "deviceGetPCIBusId": lambda index: f"{driver.host.properties.uuid}, 0000:0{index}:00.0",
         "getDeviceProperties": lambda index: properties,
         "CUDARuntimeError": DriverError,
     }.items():
@@ -211,6 +210,6 @@ def install(driver: Driver) -> None:
 def replace(module: Any, name: str, double: Any) -> None:
     """Replace what CuPy has by this name. A class must have all of its double's methods."""
     real = getattr(module, name)
-    if isinstance(real, type):
+    if isinstance(real, type) and isinstance(double, type):
         assert all(hasattr(real, method) for method in vars(double) if not method.startswith("_")), name
     setattr(module, name, double)

@@ -32,7 +32,7 @@ class HostRuntime:
         self.properties = Properties("host device", uuid, (9, 0), processors=3, memory=memory)
         self.memory, self.order = HostMemory(memory), Order(seed, background)
         self.exchanges = Exchanges(self.order, self.memory, uuid)
-        self._seed = seed
+        self.seed = seed
         self._pinned: list[Array] = []
         self._libraries: dict[str, Library] = {}  # of kernels, by the name of REAL
         self.allocations = 0
@@ -74,7 +74,7 @@ class HostRuntime:
         name = as_dtype(real).name
         values = signatures()[kernel].values(real, arguments, self._in_work)
         if name not in self._libraries:
-            self._libraries[name] = load(name, self._seed)
+            self._libraries[name] = load(name, self.seed)
         library = self._libraries[name]
         stream.enqueue(kernel, lambda: library.call(kernel, grid, block, values))
 

@@ -10,19 +10,20 @@ from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.device.gpu import Gpu
 from nettorrent_mpi.plan.errors import DeviceMemoryError
 from tests.gpu.host.driver import Driver, install
+from tests.gpu.host.runtime import HostRuntime
 
 ROUNDS = 20
 
 
 def main() -> None:
-    driver = Driver(seed=1, memory=1 << 28)
+    driver = Driver(HostRuntime(1, memory=1 << 28, uuid="A"))
     install(driver)
     device = make_device("gpu", index=2)
     assert isinstance(device, Gpu)
     assert driver.index == 2
     about = device.runtime.properties
     assert (about.name, about.capability, about.processors) == ("NVIDIA H200", (9, 0), 132)
-    assert about.uuid == "0000:02:00.0 0102030405060708090a0b0c0d0e0f10"
+    assert about.uuid == "A, 0000:02:00.0 0102030405060708090a0b0c0d0e0f10"
     assert about.memory == 1 << 28
     assert about.runtime // 1000 in (12, 13)
     arrays(device)
