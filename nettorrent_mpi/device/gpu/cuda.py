@@ -15,7 +15,9 @@ from nettorrent_mpi.device.gpu import source
 from nettorrent_mpi.device.gpu.cublaslt import CublasLt, LtProduct
 from nettorrent_mpi.device.gpu.runtime import Matrix, Properties
 
-ERROR_MEMORY = 2  # cudaErrorMemoryAllocation, as everywhere in https://docs.nvidia.com/cuda/cuda-runtime-api/
+# Of https://docs.nvidia.com/cuda/cuda-runtime-api/
+ERROR_MEMORY = 2  # cudaErrorMemoryAllocation
+ERROR_NOT_READY = 600  # cudaErrorNotReady
 COPY_DEFAULT = 4  # cudaMemcpyDefault: the addresses tell where memory lies
 
 
@@ -27,7 +29,10 @@ class CudaEvent:
         self.event.record(stream)
 
     def done(self) -> bool:
-        return bool(self.event.done)
+        code = cupy.cuda.runtime.eventQuery(self.event.ptr)
+        if code not in (0, ERROR_NOT_READY):  # the GPU has failed, and will never come there
+            self.event.synchronize()  # raises the error
+        return bool(code == 0)
 
     def synchronize(self) -> None:
         self.event.synchronize()

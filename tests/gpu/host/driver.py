@@ -8,22 +8,26 @@ one) fails as it does without a driver.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import cupy
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.geometry import Geometry
 from nettorrent_mpi.device.gpu import cuda, source
 from nettorrent_mpi.device.gpu.runtime import Matrix
 from tests.gpu.host import products
 from tests.gpu.host.build import Library, load
-from tests.gpu.host.runtime import HostProduct, HostRuntime
+from tests.gpu.host.runtime import HostProduct, HostRuntime, convolution_of
 from tests.gpu.host.streams import HostEvent, HostGraph
 
 DEFAULT = 4  # cudaMemcpyDefault
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+NOT_READY = 600  # cudaErrorNotReady
 
 
 class Driver:
@@ -32,6 +36,8 @@ class Driver:
     def __init__(self, host: HostRuntime):
         self.host, self.index = host, -1
         self.allocated: dict[int, Array] = {}
+        self.events: dict[int, HostEvent] = {}
+        self.failure = 0  # the error of the GPU
 
     def malloc(self, size: int) -> int:
         assert size > 0
@@ -45,6 +51,9 @@ class Driver:
 
     def free(self, address: int) -> None:
         self.host.free(self.allocated.pop(address))
+
+    def query(self, event: int) -> int:
+        return self.failure or (0 if self.events[event].done() else NOT_READY)
 
     def copy(self, to: int, origin: int, size: int, kind: int, stream: int) -> None:
         assert size > 0
@@ -102,19 +111,18 @@ def install(driver: Driver) -> None:
         def __init__(self, *, disable_timing: bool):
             assert disable_timing
             self._event: HostEvent | None = None
+            self.ptr = id(self)
 
         def _there(self) -> HostEvent:
             assert self._event is not None
             return self._event
 
         def record(self, stream: Stream) -> None:
-            self._event = stream.stream.record()
-
-        @property
-        def done(self) -> bool:
-            return self._there().done()
+            self._event = driver.events[self.ptr] = stream.stream.record()
 
         def synchronize(self) -> None:
+            if driver.failure:
+                raise DriverError(driver.failure)
             self._there().synchronize()
 
     class Graph:
@@ -173,6 +181,19 @@ def install(driver: Driver) -> None:
             work = HostProduct("product", lambda: products.product(first, second, to, accumulate, more, relu, tf32))
             return OnStream(work)
 
+    class Convolutions:
+        def __init__(self, index: int, address: Any):
+            assert index == driver.index
+
+        def convolution(
+            self, kind: str, x: Any, weight: Any, y: Any, geometry: Geometry, bias: Any, relu: bool, tf32: bool,
+            workspace: Callable[[int], Any],
+        ) -> Any:  # fmt: skip
+            assert isinstance(workspace(1000), cupy.ndarray)
+            images, filters, outputs = (driver.within(array) for array in (x, weight, y))
+            more = None if bias is None else driver.within(bias)
+            return OnStream(convolution_of(kind, images, filters, outputs, geometry, more, relu, tf32))
+
     class OnStream:
         def __init__(self, work: HostProduct):
             self._work = work
@@ -192,6 +213,7 @@ def install(driver: Driver) -> None:
         "malloc": driver.malloc,
         "free": driver.free,
         "memcpyAsync": driver.copy,
+        "eventQuery": driver.query,
         "memGetInfo": lambda: (driver.host.free_memory(), driver.host.memory.size),
         "driverGetVersion": lambda: 13000,
         "deviceGetPCIBusId": lambda index: f"{driver.host.properties.uuid}, 0000:0{index}:00.0",
@@ -205,6 +227,7 @@ def install(driver: Driver) -> None:
     for double in (RawModule, RawKernel):
         replace(cupy, double.__name__, double)
     cuda.CublasLt = Products
+    sys.modules["nettorrent_mpi.device.gpu.cudnn"] = SimpleNamespace(Cudnn=Convolutions)  # type: ignore[assignment]
 
 
 def replace(module: Any, name: str, double: Any) -> None:

@@ -126,12 +126,7 @@ class HostRuntime:
         assert self.memory.holds(workspace(1000))
         images, filters, outputs = (self.within(array) for array in (x, weight, y))
         more = None if bias is None else self.within(bias)
-        runs: dict[str, Callable[[], None]] = {
-            "forward": lambda: convolution.forward(images, filters, outputs, geometry, more, relu, tf32),
-            "grad_x": lambda: convolution.grad_x(images, filters, outputs, geometry, tf32),
-            "grad_w": lambda: convolution.grad_w(images, filters, outputs, geometry, tf32),
-        }
-        return HostProduct(f"convolution {kind}", runs[kind])
+        return convolution_of(kind, images, filters, outputs, geometry, more, relu, tf32)
 
     def _in_work(self, array: Array) -> int:
         if not array.size:
@@ -160,3 +155,15 @@ class HostProduct:
     def _quiet(self) -> None:
         with np.errstate(all="ignore"):
             self._run()
+
+
+def convolution_of(
+    kind: str, x: Array, weight: Array, y: Array, geometry: Geometry, bias: Array | None, relu: bool, tf32: bool
+) -> HostProduct:
+    """Return a convolution of arrays as work reads and writes them."""
+    runs: dict[str, Callable[[], None]] = {
+        "forward": lambda: convolution.forward(x, weight, y, geometry, bias, relu, tf32),
+        "grad_x": lambda: convolution.grad_x(x, weight, y, geometry, tf32),
+        "grad_w": lambda: convolution.grad_w(x, weight, y, geometry, tf32),
+    }
+    return HostProduct(f"convolution {kind}", runs[kind])

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.device.geometry import Geometry
 from nettorrent_mpi.device.gpu import Gpu
 from nettorrent_mpi.plan.errors import DeviceMemoryError
-from tests.gpu.host.driver import Driver, install
+from tests.gpu.host.driver import Driver, DriverError, install
 from tests.gpu.host.runtime import HostRuntime
 
 ROUNDS = 20
@@ -70,15 +71,21 @@ def work(device: Gpu, driver: Driver) -> None:
     device.upload(second, b)
     device.ops.matmul(first, second, out)
     np.testing.assert_allclose(device.on_host(out), a @ b, rtol=1e-12)
+    geometry = Geometry.of((5, 4, 2), 3, (3, 3), (2, 1), "same")
+    image, filters, bias = rng.standard_normal((6, 5, 4, 2)), rng.standard_normal((3, 3, 2, 3)), rng.standard_normal(3)
+    wanted = np.empty((6, *geometry.output))
+    make_device().ops.convolve(image, filters, bias, wanted, geometry)
+    x, w, b3, y = (device.empty(shape, np.float64) for shape in (image.shape, (3, 3, 3, 2), (3,), wanted.shape))
+    w = w.transpose(1, 2, 3, 0)
+    for array, values in ((x, image), (w, filters), (b3, bias)):
+        device.upload(array, values)
+    device.ops.convolve(x, w, b3, y, geometry)
+    np.testing.assert_allclose(device.on_host(y), wanted, rtol=1e-12, atol=1e-12)
     numbers, total, scale, g = device.numbers(1), *(device.zeros((1,), np.float64) for _ in range(3))
     device.upload(scale, np.ones(1))
     device.upload(g, -np.ones(1))
 
-    def step() -> None:
-        arguments = (total, g, numbers.array, scale, 0.0, 1)
-        device.runtime.launch(device.stream, "sgd", np.float64, (1, 1), 32, arguments)
-
-    captured = device.capture(step)
+    captured = device.capture(lambda: device.ops.sgd(total, g, numbers.array, scale, 0.0))
     for number in range(ROUNDS):
         numbers.set((number,))
         captured()
@@ -87,8 +94,12 @@ def work(device: Gpu, driver: Driver) -> None:
     with device.on(device.copies):
         device.runtime.copy(device.stream, copied, total)
     last = device.copies.record()
-    last.synchronize()
-    assert last.done()
+    while not last.done():
+        pass
+    driver.failure = 700  # cudaErrorIllegalAddress
+    with pytest.raises(DriverError, match="700"):
+        last.done()
+    driver.failure = 0
     assert device.on_host(copied)[0] == sum(range(ROUNDS))
     with pytest.raises(ZeroDivisionError):
         device.runtime.capture(device.compute, lambda: 1 // 0)
