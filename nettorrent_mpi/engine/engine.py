@@ -241,7 +241,7 @@ class Engine:
         shape = network.output_shape
         check_fit(loss, network.output_name, shape, targets.shape[1:], targets.dtype, self.dataset.classes)
         try:
-            make_loss(loss).check_targets(targets, shape, float(np.finfo(self.state.dtype).max))
+            make_loss(loss).check_targets(targets, shape, float(np.finfo(self.state.weights_dtype).max))
         except DataError as error:
             raise DataError(f"{name}: {error}", file=self.dataset.file) from None
         if told and targets.size:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from nettorrent_mpi.engine.run_plan import Plan
-from nettorrent_mpi.plan.actions import Actions, Kind, peak_stored, step_end
+from nettorrent_mpi.plan.actions import Actions, Kind, buffers, peak_stored, step_end
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.exchange_specs import Async
+from nettorrent_mpi.plan.launches import proved
 from nettorrent_mpi.plan.schedule import build, evaluation
 from nettorrent_mpi.plan.stream import mean_staleness, reach, staleness_bound, stream_step
 from nettorrent_mpi.plan.topology import Topology
@@ -28,7 +29,8 @@ class StageSchedule:
         options, stages = plan.options, len(plan.topology.stages)
         self._pipeline, self._stages, self._stage = options.pipeline.kind, stages, stage
         self._micro_batches, self._clip, self._exact = options.micro_batches, options.clip_norm is not None, plan.exact
-        self._slots = _proved(plan.topology, self._pipeline, self._micro_batches, self._end(parts=False))
+        launched = options.device == "gpu"
+        self._slots = _proved(plan.topology, self._pipeline, self._micro_batches, self._end(parts=False), launched)
         self.slots = self._slots[stage]
         self.asynchronous = isinstance(options.pipeline, Async) and stages > 1
         self.late = self.ahead = 0
@@ -64,11 +66,19 @@ class StageSchedule:
 
 
 @lru_cache(maxsize=64)
-def _proved(topology: Topology, pipeline: str, micro_batches: int, end: Sequence[Kind]) -> tuple[int, ...]:
-    """Prove the lists of all stages; gives how many micro-batches each holds between forward and backward."""
+def _proved(
+    topology: Topology, pipeline: str, micro_batches: int, end: Sequence[Kind], launched: bool
+) -> tuple[int, ...]:
+    """Prove the lists of all stages, and, where GPUs run them, the order of their launches, in training and in an
+    evaluation; gives how many micro-batches each stage holds between forward and backward."""
     lists = build(pipeline, len(topology.stages), micro_batches, end=end)
     check(topology, lists)
-    return tuple(peak_stored(actions) for actions in lists)
+    slots = tuple(peak_stored(actions) for actions in lists)
+    if launched:
+        have = [buffers(stage, count) for stage, count in enumerate(slots)]
+        proved(topology, lists, have)
+        proved(topology, evaluation(slots, micro_batches), have)
+    return slots
 
 
 @lru_cache(maxsize=64)

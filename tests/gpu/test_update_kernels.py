@@ -34,7 +34,8 @@ RULES: dict[str, tuple[int, Callable[..., None]]] = {  # name -> number of state
 @pytest.mark.parametrize("size", [0, 1, 1009])
 def test_optimizers(host_ops: HostOps, name: str, rule: str, size: int) -> None:
     count, call = RULES[rule]
-    p, g, *states = (some(name, size, seed=seed) for seed in range(2 + count))
+    kept = "float32" if name == "bfloat16" else name  # of what the gradients change
+    p, g, *states = (some(name if seed == 1 else kept, size, seed=seed) for seed in range(2 + count))
     if rule in ("rmsprop", "centered", "moved", "both", "adagrad", "adam"):  # squares
         states[-1 if rule == "adam" else 0] = np.abs(states[-1 if rule == "adam" else 0])
     numbers = np.array([0.01, 0.9, 0.7, 0.8, 0.003, 1e-8, 0.999])
@@ -46,10 +47,4 @@ def test_optimizers(host_ops: HostOps, name: str, rule: str, size: int) -> None:
         ) -> None:
             call(ops, p, g, numbers, *states, scales, decay)
 
-        # What is near to cancelled in float32 is not near in bfloat16; states are rounded before they are used again.
-        given = (p, g, numbers, scales, *states)
-        if name != "bfloat16":
-            on_both(host_ops, run, *given)
-        elif rule not in ("centered", "both"):
-            plain = [None if x is None else np.where(np.isfinite(x), x, 1).astype(x.dtype) for x in given]
-            on_both(host_ops, run, *plain, ulps=1.1)
+        on_both(host_ops, run, p, g, numbers, scales, *states)

@@ -2,7 +2,7 @@
 //
 // Plain CUDA C++17. NVRTC compiles it for the GPU, once for each REAL (float, double, bf16); g++ compiles it for tests
 // (tests/gpu/host). Launchers parse the signatures of the extern "C" functions: scalars are i64, int, u32, u64, bool or
-// double, pointers are to these, u8, u16, float, REAL or void.
+// double, pointers are to these, u8, u16, float, REAL, WORK or void.
 //
 // - Arithmetic is in WORK: float, or double where REAL is double. A double argument is rounded to it first, as NumPy
 //   rounds a Python float. What works element by element does the same operations in the same order as device/cpu, so
@@ -408,14 +408,14 @@ __device__ inline WORK gradient(const REAL* g, i64 i, WORK p, WORK scale, WORK d
 }
 __device__ inline WORK clipping(const double* scale) { return scale ? (WORK)scale[0] : WORK(1); }
 
-extern "C" __global__ void sgd(REAL* p, const REAL* g, const double* numbers, const double* scale, double decay, i64 n) {
+extern "C" __global__ void sgd(WORK* p, const REAL* g, const double* numbers, const double* scale, double decay, i64 n) {
     WORK rate = (WORK)numbers[0], clip = clipping(scale), fall = (WORK)decay;
     GRID_STRIDE(i, n) {
         WORK w = get(p, i);
         put(p, i, w - gradient(g, i, w, clip, fall) * rate);
     }
 }
-extern "C" __global__ void momentum(REAL* p, const REAL* g, REAL* b, const double* numbers, bool nesterov,
+extern "C" __global__ void momentum(WORK* p, const REAL* g, WORK* b, const double* numbers, bool nesterov,
                                     const double* scale, double decay, i64 n) {
     WORK rate = (WORK)numbers[0], beta = (WORK)numbers[1], share = (WORK)numbers[2], clip = clipping(scale);
     WORK ahead = nesterov ? (WORK)numbers[3] : WORK(0), fall = (WORK)decay;
@@ -425,7 +425,7 @@ extern "C" __global__ void momentum(REAL* p, const REAL* g, REAL* b, const doubl
         put(p, i, w - (nesterov ? d + moved * ahead : moved) * rate);
     }
 }
-extern "C" __global__ void adagrad(REAL* p, const REAL* g, REAL* s, const double* numbers, double eps,
+extern "C" __global__ void adagrad(WORK* p, const REAL* g, WORK* s, const double* numbers, double eps,
                                    const double* scale, double decay, i64 n) {
     WORK rate = (WORK)numbers[0], least = (WORK)eps, clip = clipping(scale), fall = (WORK)decay;
     GRID_STRIDE(i, n) {
@@ -435,7 +435,7 @@ extern "C" __global__ void adagrad(REAL* p, const REAL* g, REAL* s, const double
     }
 }
 // a and b may be null.
-extern "C" __global__ void rmsprop(REAL* p, const REAL* g, REAL* s, REAL* a, REAL* b, const double* numbers,
+extern "C" __global__ void rmsprop(WORK* p, const REAL* g, WORK* s, WORK* a, WORK* b, const double* numbers,
                                    double alpha, double eps, double beta, const double* scale, double decay, i64 n) {
     WORK rate = (WORK)numbers[0], keep = (WORK)alpha, rest = (WORK)(1 - alpha), least = (WORK)eps;
     WORK again = (WORK)beta, clip = clipping(scale), fall = (WORK)decay;
@@ -456,7 +456,7 @@ extern "C" __global__ void rmsprop(REAL* p, const REAL* g, REAL* s, REAL* a, REA
         put(p, i, w - d * rate);
     }
 }
-extern "C" __global__ void adam(REAL* p, const REAL* g, REAL* m, REAL* v, const double* numbers, double rest1, double b2,
+extern "C" __global__ void adam(WORK* p, const REAL* g, WORK* m, WORK* v, const double* numbers, double rest1, double b2,
                                 double rest2, const double* scale, double decay, i64 n) {
     WORK rate = (WORK)numbers[0], eps = (WORK)numbers[1], shrink = (WORK)numbers[2], clip = clipping(scale);
     WORK first = (WORK)rest1, keep = (WORK)b2, second = (WORK)rest2, fall = (WORK)decay;

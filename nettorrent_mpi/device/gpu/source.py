@@ -68,7 +68,7 @@ class Signature:
         if parameter.pointer:
             if argument is None:
                 return 0
-            if kind != "void" and argument.dtype.name not in ((real,) if kind == "REAL" else TYPES[kind]):
+            if kind != "void" and argument.dtype.name not in _types(kind, real):
                 raise TypeError(f"{self.name}: {parameter.name} ({kind}*, REAL = {real}) is of {argument.dtype}")
             return address(argument)
         if kind == "double":
@@ -97,8 +97,15 @@ def _parameter(declaration: str) -> KernelParameter:
     pointer = words[1:-1] == ["*"]
     kind = words[0]
     assert pointer or not words[1:-1], declaration
-    assert kind in TYPES or (pointer and kind in ("REAL", "void")), declaration
+    assert kind in TYPES or (pointer and kind in ("REAL", "WORK", "void")), declaration
     return KernelParameter(words[-1], kind, pointer)
+
+
+def _types(kind: str, real: str) -> tuple[str, ...]:
+    """Return the names of the dtypes of arrays that a pointer to this type may point to."""
+    if kind == "WORK":  # what arithmetic is in
+        return ("float64" if real == "float64" else "float32",)
+    return (real,) if kind == "REAL" else TYPES[kind]
 
 
 def options(real: DType) -> tuple[str, ...]:
