@@ -29,6 +29,17 @@ def test_every_name_exists(version: int) -> None:
     } <= set(found)
 
 
+@pytest.mark.long
+@each_version
+def test_the_extras_install_all_that_is_imported(version: int) -> None:
+    """Libraries that nvmath, cuDNN's frontend and CuPy load by name come from the extra's own packages, too."""
+    used = {name.split(".")[0] for name in run(version, "names.py", *FILES).splitlines()}
+    assert used >= {"cupy", "cudnn", "nvmath"}
+    modules = ",".join(sorted(used | {"cuda", "ml_dtypes"}))  # nvmath imports cuda, NumPy's bfloat16 is of ml_dtypes
+    numbered = {12: "libcublasLt.so.12,libnvrtc.so.12", 13: "libcublasLt.so.13,libnvrtc.so.13"}[version]
+    assert run(version, "extras.py", f"cuda{version}", modules, f"{numbered},libcudnn.so.9,libnccl.so.2") == ""
+
+
 SOURCE = """
 import json
 import pathlib as paths
