@@ -181,5 +181,5 @@ class Cuda:
         if self._convolutions is None:
             from nettorrent_mpi.device.gpu.cudnn import Cudnn
 
-            self._convolutions = Cudnn(self._index, self.address)
+            self._convolutions = Cudnn(self.address)
         return self._convolutions.convolution(kind, x, weight, y, geometry, bias, relu, tf32, workspace)

@@ -36,12 +36,12 @@ class CudnnProduct:
 
 
 class Cudnn:
-    """Cudnn prepares convolutions on the present GPU, whose number is `index`. `address` gives an array's address."""
+    """Cudnn prepares convolutions on the present GPU. `address` gives an array's address."""
 
-    def __init__(self, index: int, address: Callable[[Array], int]):
+    def __init__(self, address: Callable[[Array], int]):
         self._address = address
         self._handle = cudnn.create_handle()
-        self._properties = cudnn.create_device_properties(index)
+        self._where = {"handle": self._handle}
         self._plans: dict[tuple[Any, ...], Any] = {}
 
     def convolution(
@@ -59,7 +59,7 @@ class Cudnn:
         """Prepare a convolution: see Runtime."""
         key = kind, geometry, len(x), x.dtype, tf32, bias is not None, relu
         if key not in self._plans:
-            self._plans[key] = plan(self._properties, *key)
+            self._plans[key] = plan(self._where, *key)
         graph, arrays = self._plans[key], {X: x, FILTERS: weight, Y: y}
         if bias is not None:
             arrays[BIAS] = bias
@@ -78,13 +78,25 @@ def plan_workspace(
     properties: Any, kind: str, geometry: Geometry, rows: int, dtype: DType, tf32: bool = False, bias: bool = False
 ) -> int:
     """Return the bytes that a convolution works in on a GPU with these properties. Needs no GPU."""
-    return int(plan(properties, kind, geometry, rows, dtype, tf32, bias, False).get_workspace_size())
+    return int(
+        plan({"device_property": properties}, kind, geometry, rows, dtype, tf32, bias, False).get_workspace_size()
+    )
 
 
 def plan(
-    properties: Any, kind: str, geometry: Geometry, rows: int, dtype: DType, tf32: bool, bias: bool, relu: bool
+    where: Mapping[str, Any],
+    kind: str,
+    geometry: Geometry,
+    rows: int,
+    dtype: DType,
+    tf32: bool,
+    bias: bool,
+    relu: bool,
 ) -> Any:
-    """Return a graph with its plan: "forward", "grad_x" or "grad_w" of images (rows, height, width, channels)."""
+    """Return a graph with its plan: "forward", "grad_x" or "grad_w" of images (rows, height, width, channels).
+
+    `where` is {"handle": of the present GPU}, or {"device_property": of another}; then it is only planned.
+    """
     name = as_dtype(dtype).name
     types = {"float32": cudnn.data_type.FLOAT, "float64": cudnn.data_type.DOUBLE, "bfloat16": cudnn.data_type.BFLOAT16}
     computed = types["float64" if name == "float64" else "float32"]
@@ -92,7 +104,7 @@ def plan(
         io_data_type=types[name],
         intermediate_data_type=computed,
         compute_data_type=computed,
-        device_property=properties,
+        **where,
     )
     images, outputs = _images(rows, geometry.image), _images(rows, geometry.output)
     filters = _images(geometry.output[2], (*geometry.kernel, geometry.image[2]))

@@ -7,12 +7,13 @@ import ctypes
 from types import SimpleNamespace
 from typing import Any
 
+import cupy
 import ml_dtypes
 import numpy as np
 from nvmath import CudaDataType
 from nvmath.bindings import cublas, cublasLt
 
-from nettorrent_mpi.device.gpu.cublaslt import CublasLt
+from nettorrent_mpi.device.gpu.cublaslt import REPEATS, CublasLt
 from nettorrent_mpi.device.gpu.runtime import Matrix
 from tests.gpu.host.products import product
 
@@ -21,7 +22,12 @@ TYPES = {
     CudaDataType.CUDA_R_64F: np.dtype(np.float64),
     CudaDataType.CUDA_R_16BF: np.dtype(ml_dtypes.bfloat16),
 }
-STREAM, SPACE = 77, 1 << 16
+STREAM, TRIAL, SPACE = 77, 78, 1 << 16
+PROPOSED, REFUSED, FASTEST = 5, 1, 3  # algorithms: the heuristic's first is not possible, the next one is refused
+TIMES = {2: 7, 3: 5, 4: 6}
+now = 0  # the time on the stream of trials
+trials: list[tuple[int, bool]] = []  # (algorithm, whether it writes to the product's own matrix)
+given: set[int] = set()  # memory for results of trials that is not freed
 asked: list[dict[str, int]] = []  # the alignments and the workspace of each question to the heuristic
 
 
@@ -69,17 +75,28 @@ def heuristic(
     dtype = cublasLt.matmul_heuristic_result_dtype
     memory = (ctypes.c_uint8 * (most * dtype.itemsize)).from_address(results)
     found = np.ndarray(most, dtype, memory)
-    found["state"][:2] = 15, 0  # the first is not possible
-    found["algo"]["data_"][1] = np.arange(8) + 1
-    ctypes.c_int32.from_address(count).value = 2
+    found["state"][0] = 15  # not possible
+    for number in range(1, PROPOSED):
+        found["algo"]["data_"][number] = number
+    ctypes.c_int32.from_address(count).value = PROPOSED
 
 
 def matmul(
     handle: int, what: int, alpha: int, a: int, a_layout: int, b: int, b_layout: int, beta: int, c: int, c_layout: int,
     d: int, d_layout: int, algorithm: int, space: int, size: int, stream: int,
 ) -> None:  # fmt: skip
-    assert (handle, stream, size) == (5, STREAM, SPACE)
-    assert list((ctypes.c_uint64 * 8).from_address(algorithm)) == list(range(1, 9))
+    global now
+    assert (handle, size) == (5, SPACE)
+    assert space
+    number = ctypes.c_uint64.from_address(algorithm).value
+    if stream == TRIAL:
+        trials.append((number, d == c))
+        if number == REFUSED:
+            raise cublasLt.cuBLASLtError(15)
+        now += TIMES[number]
+    else:
+        assert stream == STREAM
+        assert number == FASTEST
     result = matrix(d, d_layout)
     wide = result.dtype == np.float64
     compute = cublas.ComputeType(description(what, "COMPUTE_TYPE"))
@@ -124,7 +141,11 @@ def check(dtype: np.dtype, turned: tuple[bool, bool], accumulate: bool, biased: 
     out = random(m, n)
     wanted, space = out.copy(), np.empty(SPACE, np.uint8)
     prepared = library.product(Matrix(a, turned[0]), Matrix(b, turned[1]), out, accumulate, bias, relu, tf32, space)
-    np.testing.assert_array_equal(out, wanted)  # not yet
+    if accumulate:
+        np.testing.assert_array_equal(out, wanted)  # not yet
+    assert {own for _, own in trials} <= {not accumulate}
+    assert not given
+    trials.clear()
     product(a.T if turned[0] else a, b.T if turned[1] else b, wanted, accumulate, bias, relu, tf32)
     prepared.run(SimpleNamespace(ptr=STREAM))
     rounding = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-2}[dtype.name]
@@ -132,6 +153,27 @@ def check(dtype: np.dtype, turned: tuple[bool, bool], accumulate: bool, biased: 
     assert error <= rounding * np.abs(wanted.astype(np.float64)).max(), (dtype, turned, accumulate, biased, relu, error)
 
 
+class Event:
+    def record(self, stream: Any) -> None:
+        self.time = now
+
+    def synchronize(self) -> None:
+        pass
+
+
+def malloc(size: int) -> int:
+    buffers.append(np.empty(size, np.uint8))
+    given.add(buffers[-1].ctypes.data)
+    return buffers[-1].ctypes.data
+
+
+buffers: list[np.ndarray] = []
+cupy.cuda = SimpleNamespace(
+    runtime=SimpleNamespace(deviceSynchronize=lambda: None, malloc=malloc, free=given.remove),
+    Stream=lambda non_blocking: SimpleNamespace(ptr=TRIAL),
+    Event=Event,
+    get_elapsed_time=lambda start, end: end.time - start.time,
+)
 cublasLt.create = lambda: 5
 cublasLt.matmul_algo_get_heuristic = heuristic
 cublasLt.matmul = matmul
@@ -158,8 +200,10 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
 
 
+trials.clear()
 for _ in range(3):
     library.product(Matrix(aligned(a)), Matrix(aligned(b)), aligned(out), False, None, False, False, space)
 assert len(asked) == questions + 1
+assert trials == [(REFUSED, True)] + [(number, True) for number in (2, 3, 4) for _ in range(1 + REPEATS)]
 assert asked[-1]["MIN_ALIGNMENT_A_BYTES"] == asked[-1]["MIN_ALIGNMENT_D_BYTES"] == 256
 print(f"{checked} products, {len(asked)} questions")
