@@ -91,9 +91,10 @@ class Order:
                 if done() or self._step():
                     until = None
                     continue
+                local = not any(work.remote for work in self._heads())
             if until is None:
                 until = time.monotonic() + PATIENCE
-            if not any(work.remote for work in self._heads()) or time.monotonic() > until:
+            if local or time.monotonic() > until:
                 raise RuntimeError(f"the device waits for ever in {waiting}: {self}")
             time.sleep(0.0002)
 
