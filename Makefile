@@ -4,10 +4,13 @@
 # make test-all    every test, the long ones too: both MPIs, every rank count, many seeds
 # make check   ruff, ruff format, mypy --strict
 # make bench   the benchmarks, against PyTorch
+# make test-gpu    tests/gpu on this machine's GPU, with its own Python, CuPy and PyTorch      ARGS="-k products"
+# make bench-gpu   what only a GPU can show, in less than eight minutes: benchmarks/results/gpu_NAME.json
+# make wheels-gpu  fetch what such a machine may lack into .wheels/, for one without network: 50 MiB at most
 # make clean   remove the environments
 #
-# Needs Python 3.11 or newer and make, nothing else: MPI comes from PyPI. Each target makes the environment it needs and
-# makes it anew when pyproject.toml changes. Open MPI and MPICH both install bin/mpirun, so MPICH lives in an environment
+# Needs Python 3.11 or newer and make, nothing else: MPI comes from PyPI. Each target, those for GPUs excepted, makes the
+# environment it needs and makes it anew when pyproject.toml changes. Open MPI and MPICH both install bin/mpirun, so MPICH lives in an environment
 # of its own that holds nothing else.
 
 PYTHON ?= python3
@@ -26,7 +29,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: run test test-slow test-all check bench clean
+.PHONY: run test test-slow test-all check bench test-gpu bench-gpu wheels-gpu clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run
@@ -44,6 +47,16 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev $(VENV)/.compare
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# With the machine's own Python, which has CuPy and PyTorch: no environment is made.
+test-gpu:
+	. benchmarks/gpu/bare_machine.sh && $(PYTHON) -m pytest tests/gpu -m "not long" $(ARGS)
+
+bench-gpu:
+	. benchmarks/gpu/bare_machine.sh && $(PYTHON) -m benchmarks.gpu $(ARGS)
+
+wheels-gpu:
+	$(PYTHON) -m benchmarks.gpu.wheels download $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(MPICH)

@@ -1,0 +1,1 @@
+"""What only a GPU can show: whether its numbers are right, and how fast it is. `make bench-gpu` runs all of it."""
