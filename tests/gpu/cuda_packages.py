@@ -40,7 +40,7 @@ def run(version: int, program: str, *arguments: str | Path, libcuda: bool = Fals
     python = python_of(version)
     env = dict(os.environ, PYTHONPATH=str(ROOT), CUDNN_LOGLEVEL_DBG="0")
     if LIBCUDA in os.environ:
-        env["LD_LIBRARY_PATH"] = os.pathsep.join([os.environ[LIBCUDA], env.get("LD_LIBRARY_PATH", "")])
+        env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [os.environ[LIBCUDA], env.get("LD_LIBRARY_PATH")]))
     if libcuda and not has_libcuda(env):
         pytest.skip(f"no libcuda.so.1 here; {LIBCUDA} may name a folder that has it (Debian's libcuda1, unpacked)")
     done = subprocess.run(
