@@ -97,7 +97,7 @@ ONLY = {
     "yaml": ["config"],
     "rich": ["cli"],
     "numba": ["device.cpu.loop"],
-    "torch": ["speedup.torch_network", "speedup.torch_peer"],
+    "torch": ["speedup.torch_network", "speedup.torch_peer", "speedup.torch_rows"],
     "matplotlib": ["speedup.plots"],
 }
 # Packages that these parts do not import: layers, losses and optimizers are formulas over the device's operations.

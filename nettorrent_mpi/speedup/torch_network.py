@@ -182,5 +182,5 @@ def to_torch(name: str, array: Array) -> Tensor:
 
 def to_numpy(tensor: Tensor) -> Array:
     """Convert a PyTorch array to the layout of model.h5."""
-    array: Array = tensor.detach().numpy()
+    array: Array = tensor.detach().cpu().numpy()
     return array.T if array.ndim == 2 else np.transpose(array, (2, 3, 1, 0)) if array.ndim == 4 else array

@@ -26,13 +26,13 @@ from torch.multiprocessing.spawn import spawn
 # isort: split
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.rows import Split, private, unlimited
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.plan.blocks import micro_batch, span
-from nettorrent_mpi.plan.errors import NetTorrentError
+from nettorrent_mpi.plan.errors import DeviceError, NetTorrentError
 from nettorrent_mpi.speedup.torch_network import TorchNetwork, count_right, loss_of, make_optimizer
+from nettorrent_mpi.speedup.torch_rows import Rows
 
 WARM_UP = 10  # steps before the timed ones
 
@@ -40,45 +40,6 @@ WARM_UP = 10  # steps before the timed ones
 def channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of a row in PyTorch."""
     return (shape[2], shape[0], shape[1]) if len(shape) == 3 else shape
-
-
-class Rows:
-    """A split's rows in memory as stored in the file (bytes, or floats), and mini-batches of them."""
-
-    def __init__(self, split: Split, dtype: torch.dtype, augment: Augment | None, channels_last: bool):
-        raw = np.empty((split.rows, int(np.prod(split.shape)) * split.dtype.itemsize), np.uint8)
-        split.open_rows(private, unlimited)(np.arange(split.rows, dtype=np.intp), raw)
-        rows = raw.view(split.dtype).reshape(split.rows, *split.shape)
-        rows = rows.astype(split.dtype.newbyteorder("="), copy=False)
-        self._images = len(split.shape) == 3
-        self._last = self._images and (channels_last or augment is not None)  # memory layout of rows
-        self._format = torch.channels_last if channels_last and self._images else torch.contiguous_format
-        first = self._images and not self._last
-        self._rows = torch.from_numpy(np.ascontiguousarray(np.moveaxis(rows, -1, 1)) if first else rows)
-        self._targets = torch.from_numpy(np.ascontiguousarray(split.targets()))
-        self._dtype, self._augment = dtype, augment
-        channels = (1, -1, 1, 1) if self._images else (1, *[1] * (len(split.shape) - 1), -1)
-        factor, offset = split.scaling.factor, split.scaling.offset
-        self._factor = None if (factor == 1).all() else torch.tensor(factor, dtype=dtype).reshape(channels)
-        self._offset = None if (offset == 0).all() else torch.tensor(offset, dtype=dtype).reshape(channels)
-
-    def batch(self, rows: np.ndarray[Any, Any], key: int = 0, *, training: bool = True) -> tuple[Tensor, Tensor]:
-        """Return (inputs, targets) of these rows; `key` seeds the augmentation, in training only."""
-        chosen = torch.tensor(rows)
-        x = self._rows.index_select(0, chosen)
-        if self._augment is not None and training:
-            raw = x.numpy().reshape(len(rows), -1).view(np.uint8)
-            out = np.empty_like(raw)
-            self._augment.apply(rows, key, raw, out)
-            x = torch.from_numpy(out.view(x.numpy().dtype).reshape(x.shape))
-        if self._last:
-            x = x.permute(0, 3, 1, 2)
-        x = x.to(self._dtype, memory_format=self._format)
-        if self._factor is not None:
-            x = x.mul_(self._factor)
-        if self._offset is not None:
-            x = x.sub_(self._offset)
-        return x, self._targets.index_select(0, chosen)
 
 
 class Peer:
@@ -91,25 +52,31 @@ class Peer:
         # A process's rows are processed as a whole, or batch norm would see another mini-batch.
         self._pieces = setup.options.micro_batches if network.has_batch_norm else 1
         self._dtype = torch.float64 if config.dtype == "float64" else torch.float32
+        self._half = config.dtype == "bfloat16"
         self._channels_last = options.channels_last
+        self._device = torch.device(options.device)
         augment = Augment(config.data.augment, setup.dataset.shape) if config.data.augment else None
-        self._train_rows = Rows(setup.dataset.train, self._dtype, augment, options.channels_last)
+        self._train_rows = Rows(setup.dataset.train, self._dtype, augment, options.channels_last, self._device)
         self.network = TorchNetwork(network.layers, channels_first(setup.dataset.shape)).to(self._dtype)
         self.network.load(initial_weights(setup))
+        self.network = self.network.to(self._device)
         if options.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self._model: Any = self.network
         if options.processes > 1:
             self._model = nn.parallel.DistributedDataParallel(self.network)
         if options.compile:  # the size of the last, shorter mini-batch of an epoch
-            self._model = torch.compile(self._model, dynamic=False)
+            # On a GPU its choice of kernels by trial, and CUDA graphs.
+            how = {"mode": "max-autotune"} if self._device.type == "cuda" else {}
+            self._model = torch.compile(self._model, dynamic=False, **how)
         self._optimizer = make_optimizer(config.train.optimizer, list(self.network.parameters()))
         self._judged: tuple[Rows, np.ndarray[Any, Any]] | None = None
+        self._epoch, self._order = -1, torch.empty(0)  # the rows of an epoch, on the GPU
 
     def step(self, n: int, rate: float) -> None:
         """Run training step n, counted from 0."""
         sampler = self._setup.sampler
-        rows, key = sampler.rows(n), sampler.augment_key(n)
+        rows, key = self._rows(n), sampler.augment_key(n)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
@@ -120,14 +87,26 @@ class Peer:
                 continue
             self.network.train(len(mine) != 1)  # PyTorch refuses batch statistics of a single row
             x, targets = self._train_rows.batch(mine, key)
-            outputs = self._model(x)
-            # DistributedDataParallel averages over the processes; the fraction of the rows makes it the mean over rows.
-            share = len(mine) * self._size / len(rows)
-            loss = loss_of(self._loss, outputs, targets) * share if len(mine) else outputs.sum() * 0
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+                outputs = self._model(x)
+                # DistributedDataParallel averages over the processes; the fraction of the rows makes it the mean.
+                share = len(mine) * self._size / len(rows)
+                loss = loss_of(self._loss, outputs, targets) * share if len(mine) else outputs.sum() * 0
             loss.backward()
         if self._clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
         self._optimizer.step()
+
+    def _rows(self, n: int) -> np.ndarray[Any, Any] | Tensor:
+        """Return the rows of a step. Their numbers are brought to a GPU once for an epoch."""
+        sampler = self._setup.sampler
+        if self._device.type == "cpu":
+            return sampler.rows(n)
+        epoch, step = divmod(n, sampler.steps_per_epoch)
+        if epoch != self._epoch:
+            order = torch.tensor(sampler.order(epoch), dtype=torch.int64)
+            self._epoch, self._order = epoch, order.to(self._device)
+        return self._order[step * sampler.batch_size :][: sampler.batch_size]
 
     def read_judged(self) -> None:
         """Read the rows that stop_at evaluates: validation rows if some are held back, otherwise the test set."""
@@ -135,7 +114,7 @@ class Peer:
         if len(sampler.validation_rows):
             self._judged = self._train_rows, sampler.validation_rows
         elif test is not None:
-            self._judged = Rows(test, self._dtype, None, self._channels_last), np.arange(test.rows)
+            self._judged = Rows(test, self._dtype, None, self._channels_last, self._device), np.arange(test.rows)
 
     def accuracy(self) -> float | None:
         """Return the accuracy on these rows over all processes; None if there are none."""
@@ -156,6 +135,9 @@ class Peer:
         return int(counted) / len(chosen)
 
     def meet(self) -> None:
+        """Wait until all work is done, of all processes."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
         if self._size > 1:
             dist.barrier()
 
@@ -178,7 +160,7 @@ def measure_speed(peer: Peer, setup: Setup, steps: int) -> dict[str, Any]:
     samples = 0
     for n in range(steps):
         peer.step(n, rate(n))
-        samples += len(sampler.rows(n))
+        samples += sampler.size(n)
     peer.meet()
     seconds = time.perf_counter() - begin
     return {"samples_per_second": samples / seconds, "seconds": seconds, "steps": steps, "warm_up": WARM_UP + 1}
@@ -208,7 +190,12 @@ def train_until(peer: Peer, setup: Setup, accuracy: float) -> dict[str, Any]:
 def train(options: argparse.Namespace, rank: int) -> dict[str, Any]:
     """Return the measurements of this process."""
     torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"PyTorch {torch.__version__} finds no GPU: is it one for CPUs only?")
     setup = set_up(configuration.load(options.config), 1)
+    tf32 = setup.options.tf32  # without it float32 is true float32, of convolutions, too
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True  # cuDNN's algorithms by trial
     torch.manual_seed(setup.config.seed + rank)  # of dropout
     peer = Peer(setup, options, rank)
     if options.accuracy is None:
@@ -220,6 +207,7 @@ def train(options: argparse.Namespace, rank: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
     }
 
 
@@ -238,7 +226,7 @@ def train_one_of_many(rank: int, options: argparse.Namespace, meeting_point: str
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="torch_peer", description="A configuration's training in PyTorch, on CPUs.")
+    parser = argparse.ArgumentParser(prog="torch_peer", description="A configuration's training in PyTorch.")
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, as `nettorrent train` takes it")
     parser.add_argument("--steps", type=int, default=100, help=f"timed steps, after {WARM_UP} others")
     parser.add_argument(
@@ -246,6 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--processes", type=int, default=1, help="above 1: DistributedDataParallel over gloo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU")
     parser.add_argument("--channels-last", action="store_true", help="images lie with the channels last")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     options = parser.parse_args(arguments)

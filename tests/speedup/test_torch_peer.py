@@ -23,7 +23,7 @@ from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.nn.layer import Context
-from nettorrent_mpi.speedup import torch_peer
+from nettorrent_mpi.speedup import torch_peer, torch_rows
 from nettorrent_mpi.speedup.torch_network import TorchNetwork
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,13 +103,67 @@ def test_same_rows(shape: tuple[int, ...], augment: tuple[str, ...], channels_la
     setup = set_up(configuration.load(None, [data, layers]), 1)
     made = Augment(augment, shape) if augment else None
     rows = setup.sampler.rows(0)
-    x, targets = torch_peer.Rows(setup.dataset.train, torch.float64, made, channels_last).batch(rows, 5)
+    x, targets = torch_rows.Rows(setup.dataset.train, torch.float64, made, channels_last).batch(rows, 5)
     wanted = np.empty((len(rows), *shape))
     setup.dataset.train.inputs().batch(rows, wanted, made, 5)
     np.testing.assert_allclose(np.moveaxis(x.numpy(), 1, -1) if len(shape) == 3 else x.numpy(), wanted, rtol=1e-14)
     np.testing.assert_array_equal(targets.numpy(), setup.dataset.train.targets()[rows])
     assert x.is_contiguous(
         memory_format=torch.channels_last if channels_last and len(shape) == 3 else torch.contiguous_format
+    )
+
+
+@pytest.mark.parametrize("names", [("flip",), ("crop",), ("flip", "crop")])
+@pytest.mark.parametrize("shape", [(6, 5, 3), (3, 9, 1)])
+def test_rows_are_augmented_on_a_gpu_as_here(names: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    """By operations of PyTorch's, which a CPU has, too."""
+    random = np.random.default_rng(1)
+    rows, chosen = random.integers(0, 256, (31, *shape), np.uint8), random.permutation(31)[:17]
+    augment = Augment(names, shape)
+    for key in (0, 5, (1 << 64) - 3, 1 << 63):
+        tensors = torch.tensor(rows), torch.tensor(chosen), key, augment
+        theirs, ours = torch_rows.augmented(*tensors), torch_rows.augmented_on_host(*tensors)
+        np.testing.assert_array_equal(theirs.numpy(), ours.numpy())
+        assert (ours.numpy() != rows[chosen]).any()
+
+
+def test_epochs_are_ordered_alike_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = set_up(configuration.load(None, ["train.batch_size=100"]), 1)
+    options = argparse.Namespace(processes=1, channels_last=False, compile=False, device="cpu")
+    peer, steps = torch_peer.Peer(setup, options, 0), setup.sampler.steps_per_epoch
+    monkeypatch.setattr(peer, "_device", torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    for n in (0, 1, steps - 1, steps, 2 * steps + 1, 0):
+        np.testing.assert_array_equal(np.asarray(peer._rows(n)), setup.sampler.rows(n))
+        assert setup.sampler.size(n) == len(setup.sampler.rows(n))
+
+
+def test_bfloat16_keeps_weights_of_float32() -> None:
+    torch.set_num_threads(1)
+    setup = set_up(configuration.load(None, ["device=gpu", "dtype=bfloat16", "train.batch_size=64"]), 1)
+    options = argparse.Namespace(processes=1, channels_last=False, compile=False, device="cpu")
+    peer = torch_peer.Peer(setup, options, 0)
+    before = {key: array.copy() for key, array in peer.network.arrays().items()}
+    kinds: list[torch.dtype] = []
+    peer.network.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    peer.step(0, 0.01)
+    assert kinds == [torch.bfloat16]
+    for key, array in peer.network.arrays().items():
+        assert array.dtype == np.float32
+        assert (array != before[key]).any()
+
+
+def test_no_gpu_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    path = tmp_path / "normed.yaml"
+    path.write_text(NORMED)
+    monkeypatch.setattr("sys.argv", ["torch_peer", str(path), "--device", "cuda"])
+    assert torch_peer.main() == 2
+    assert capsys.readouterr().err == (
+        f"torch_peer: error: PyTorch {torch.__version__} finds no GPU: is it one for CPUs only?\n"
     )
 
 
@@ -121,7 +175,7 @@ def test_same_training(tmp_path: Path, mpirun: Any) -> None:
     done = mpirun(1, ["-m", "nettorrent_mpi.train", path, "--output", tmp_path / "run"])
     assert done.returncode == 0, done.stderr
     setup = set_up(configuration.load(str(path)), 1)
-    options = argparse.Namespace(processes=1, channels_last=True, compile=False)
+    options = argparse.Namespace(processes=1, channels_last=True, compile=False, device="cpu")
     peer = torch_peer.Peer(setup, options, 0)
     train = setup.config.train
     (norm,) = (module for module in peer.network.modules() if isinstance(module, torch.nn.BatchNorm2d))
