@@ -31,6 +31,7 @@ with PyTorch (where it is installed). The runs alternate. The report says how fa
     nettorrent speedup configs/mnist.yaml --ranks 1,2,4,8
     nettorrent speedup configs/digits.yaml --ranks 1,2 --modes rows,gossip
     nettorrent speedup configs/mnist.yaml --ranks 1,2,4 --accuracy 0.97
+    nettorrent speedup configs/cifar_resnet.yaml --ranks 1,2,4 --baseline gpu
 
 It starts the ranks itself; do not put mpirun before it. The output folder gets results.json (all figures, the machine,
 the versions), report.md (tables, and an analysis of the figures), plots as PNG and SVG, and trainings/ (the
@@ -130,13 +131,18 @@ def _add_speedup(commands: Any) -> None:
     )
     parser.add_argument("--ranks", default="1,2,4", metavar="N,N,...", help="numbers of ranks (default: 1,2,4)")
     parser.add_argument(
+        "--baseline", choices=("cpu", "gpu"), default="cpu",
+        help="what everything is compared with: one rank on CPU cores (default), or one on a GPU, beside which PyTorch "
+        "computes on the same GPU; the modes then use a GPU for each rank, or CPU cores with --set device=cpu",
+    )  # fmt: skip
+    parser.add_argument(
         "--modes", metavar="MODE,...",
         help="a selection of rows, cols, gpipe, 1f1b, async, replicas, gossip, elite, layers, auto (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--peers", metavar="PEER,...",
         help="a selection of torch, torch_channels_last, torch_compile, ddp, each with one thread or process and with "
-        "as many as there are ranks; or none (default: all, if PyTorch is installed)",
+        "as many as there are ranks, or on one GPU; or none (default: all, if PyTorch is installed)",
     )  # fmt: skip
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="repetitions of every measurement (default: 3)"

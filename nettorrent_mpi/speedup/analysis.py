@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nettorrent_mpi.speedup.figures import WIDE, Figure, Results, best, figures, losses, ranked
-from nettorrent_mpi.speedup.modes import APART, SERIAL
+from nettorrent_mpi.speedup.figures import (
+    UNITS,
+    WIDE,
+    Figure,
+    Results,
+    best,
+    figures,
+    limit,
+    losses,
+    modes_device,
+    ranked,
+)
+from nettorrent_mpi.speedup.modes import APART, GPU, SERIAL
 from nettorrent_mpi.speedup.sides import in_words
 
 _LOSSES = {
@@ -23,8 +34,9 @@ def analysis(results: Results) -> list[str]:
     found = figures(results)
     if not found:
         return ["There are no figures yet."]
-    paragraphs = [doubtful(found), overloaded(results), winners(results, found), against_torch(results, found)]
-    return [text for text in (*paragraphs, bounds(results), to_accuracy(results)) if text]
+    paragraphs = [doubtful(found), overloaded(results), winners(results, found)]
+    paragraphs += [against_gpu(found), against_torch(results, found), bounds(results), to_accuracy(results)]
+    return [text for text in paragraphs if text]
 
 
 def doubtful(found: list[Figure]) -> str:
@@ -46,58 +58,83 @@ def doubtful(found: list[Figure]) -> str:
 
 
 def overloaded(results: Results) -> str:
-    """Explain that there were more ranks than cores; empty if there were not."""
-    cores = results["host"]["cores"]
-    beyond = sorted({side["cpus"] for side in results["sides"] if side["cpus"] > cores and not side["impossible"]})
+    """Explain that there were more ranks than cores, or GPUs; empty if there were not."""
+    device = modes_device(results)
+    most, unit = limit(results, device), UNITS[device]
+    sides = [side for side in results["sides"] if side["device"] == device and not side["impossible"]]
+    beyond = sorted({side["cpus"] for side in sides if side["cpus"] > most})
     if not beyond:
         return ""
-    return (
-        f"**{_listed(beyond)} ranks exceed the {_cores(cores)} of this machine.** There they take turns on a core, so "
-        f"no speedup beyond {cores} is possible, and time that a rank spends without a core is counted as whatever it "
-        "was doing. Such figures show how the modes cope with overload; they say nothing about a machine with as many "
-        "cores as ranks."
+    text = f"**{_listed(beyond)} ranks exceed the {_units(most, unit)} of this machine.** "
+    if device == "gpu":
+        return text + (
+            "There they share a GPU: their work takes turns, and they exchange through the host's memory where NCCL "
+            "cannot. Such figures say nothing about a machine with as many GPUs as ranks."
+        )
+    return text + (
+        f"There they take turns on a core, so no speedup beyond {most} is possible, and time that a rank spends "
+        "without a core is counted as whatever it was doing. Such figures show how the modes cope with overload; they "
+        "say nothing about a machine with as many cores as ranks."
     )
 
 
 def winners(results: Results, found: list[Figure]) -> str:
     """Say which mode was fastest on each number of ranks."""
-    cores, told = results["host"]["cores"], []
+    device, told = modes_device(results), []
+    most, unit = limit(results, device), UNITS[device]
+    serial = next((figure for figure in found if figure.mode == SERIAL), None)
+    one = "one rank" if serial is None else in_words(serial.side)
     for ranks in sorted({figure.cpus for figure in found if figure.ours and figure.cpus > 1}):
-        first, *others = best(found, ranks, ours=True)
+        first, *others = best(found, ranks, ours=True, device=device)
         text = (
-            f"On {ranks} ranks{' (more than cores)' if ranks > cores else ''} {first.name} was the fastest with "
-            f"{first.median:,.0f} samples/s, {first.speedup:.2f} times one rank ({first.efficiency:.0%} efficiency)"
+            f"On {ranks} ranks{f' (more than {unit}s)' if ranks > most else ''} {first.name} was the fastest with "
+            f"{first.median:,.0f} samples/s, {first.speedup:.2f} times {one} ({first.efficiency:.0%} efficiency)"
         )
         if others:
             text += f"; {_listed([f.name for f in others])} is not distinguishable from it within the spread"
-        alike = next((f for f in ranked(found, ranks, ours=True) if f.mode not in APART), None)
+        alike = next((f for f in ranked(found, ranks, ours=True, device=device) if f.mode not in APART), None)
         if first.mode in APART and alike is not None:
             text += (
                 f"; of the modes with the weights of one rank {alike.name} was, with {alike.median:,.0f} "
                 f"({alike.speedup:.2f} times)"
             )
         if first.speedup <= 1:
-            text += "; nothing was faster than one rank"
+            text += f"; nothing was faster than {one}"
         told.append(text + ".")
-    serial = next((figure for figure in found if figure.mode == SERIAL), None)
     if serial is not None:
-        told.insert(0, f"One rank made {serial.median:,.0f} samples/s.")
+        told.insert(0, f"{one.capitalize() if device == 'cpu' else 'One GPU'} made {serial.median:,.0f} samples/s.")
     return " ".join(told)
 
 
+def against_gpu(found: list[Figure]) -> str:
+    """Compare modes on CPU cores with one GPU, where that is the baseline."""
+    gpu = next((figure for figure in found if figure.mode == GPU), None)
+    ours = [figure for figure in found if figure.ours and figure.device == "cpu"]
+    if gpu is None or not ours:
+        return ""
+    first = max(ours, key=lambda figure: figure.median)
+    return (
+        f"One GPU made {gpu.median:,.0f} samples/s, {gpu.speedup:.2f} times one rank on a core; the fastest on cores, "
+        f"{in_words(first.side)}, made {first.of_gpu or 0:.2f} times as many as the GPU."
+    )
+
+
 def against_torch(results: Results, found: list[Figure]) -> str:
-    """Compare our modes with PyTorch's best on the same number of cores."""
+    """Compare our modes with PyTorch's best on the same number of cores, or on one GPU."""
     told = []
+    device = "gpu" if results["baseline"] == "gpu" else "cpu"
     for count in sorted({figure.cpus for figure in found if not figure.ours}):
-        mine, theirs = best(found, count, ours=True), best(found, count, ours=False)
+        mine, theirs = (best(found, count, ours=ours, device=device) for ours in (True, False))
         if not mine or not theirs:
             continue
         ratio = mine[0].median / theirs[0].median
+        own = in_words(mine[0].side) if count == 1 else f"{mine[0].name} on {count} ranks"
         told.append(
             f"{ratio:.2f} times PyTorch's best ({in_words(theirs[0].side)}, {theirs[0].median:,.0f} samples/s) "
-            f"with {'one rank' if count == 1 else f'{mine[0].name} on {count} ranks'}"
+            f"with {own}"
         )
-    return f"Beside PyTorch on as many cores this package made {_listed(told)}." if told else ""
+    where = "on the same GPU" if device == "gpu" else "on as many cores"
+    return f"Beside PyTorch {where} this package made {_listed(told)}." if told else ""
 
 
 def bounds(results: Results) -> str:
@@ -140,13 +177,14 @@ def to_accuracy(results: Results) -> str:
     text += f"{reached[0]['seconds']:.1f} s"
     alone = next((run for run in reached if sides[run["side"]]["mode"] == SERIAL), None)
     if alone is not None and alone is not reached[0]:
-        text += f", {alone['seconds'] / max(reached[0]['seconds'], 1e-9):.2f} times as fast as one rank"
+        times = alone["seconds"] / max(reached[0]["seconds"], 1e-9)
+        text += f", {times:.2f} times as fast as {in_words(sides[alone['side']])}"
     text += ". Each training was done once, so small differences are chance."
     return text + (f" {_listed(missed)} did not reach it." if missed else "")
 
 
-def _cores(count: int) -> str:
-    return f"{count} core{'s' if count != 1 else ''}"
+def _units(count: int, unit: str) -> str:
+    return f"{count} {unit}{'s' if count != 1 else ''}"
 
 
 def _listed(items: Sequence[object]) -> str:

@@ -19,8 +19,9 @@ from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup import modes, runs, shares, sides
+from nettorrent_mpi.speedup.figures import limit
 from nettorrent_mpi.speedup.machine import Launcher
-from nettorrent_mpi.speedup.modes import SERIAL, Candidate
+from nettorrent_mpi.speedup.modes import GPU, SERIAL, Candidate
 from nettorrent_mpi.speedup.report import PICTURES, failure_in_words, to_markdown
 from nettorrent_mpi.speedup.sides import COMPILE, OURS, Side
 from nettorrent_mpi.speedup.timetable import Job, Timetable
@@ -44,12 +45,13 @@ class Comparison:
         everyone: Sequence[Side],
         results: dict[str, Any],
         shared: Config,
+        program: Sequence[str] = runs.PROGRAM,
     ):
         self._folder, self._launcher = folder, launcher
         self._plans = {(plan.mode, plan.ranks): plan for plan in plans}
         self._sides = list(everyone)
         self._results = results
-        self._shared = shared
+        self._shared, self._program = shared, program
 
     def run(self, repeats: int, steps: int | None, accuracy: float | None) -> None:
         """Run all turns, then the traces, then the trainings to an accuracy."""
@@ -89,7 +91,8 @@ class Comparison:
             for turn in range(repeats)
             for side in there
         ]
-        ours = [side for side in self._largest(there) if side.kind == OURS]
+        # A GPU's work is not done when the launch of it, which a trace has, returns.
+        ours = [side for side in self._largest(there) if side.kind == OURS and side.device == "cpu"]
         jobs += [Job("trace", side.name, partial(self._trace, side, min(steps, TRACED_STEPS))) for side in ours]
         if accuracy is not None:
             jobs += [Job("training", side.name, partial(self._train, side, accuracy)) for side in self._largest(there)]
@@ -154,12 +157,13 @@ class Comparison:
         return f"{label}: {sides.in_words(entry)}: {figure:,.0f} samples/s"
 
     def _largest(self, there: Sequence[Side]) -> list[Side]:
-        """Return one rank, and every mode and peer on the largest number of existing cores (or else on the fewest); a
-        side that stands for several modes once."""
+        """Return one rank, and every mode and peer on the largest number of existing cores or GPUs (or else on the
+        fewest); a side that stands for several modes once."""
         found: dict[str, Side] = {}
         for mode in dict.fromkeys(mode for side in there for mode in (side.mode, *side.also)):
             own = [side for side in there if mode in (side.mode, *side.also)]
-            fitting = [side for side in own if side.cpus <= self._launcher.cores]
+            there_are = self._launcher.cores if own[0].device == "cpu" else limit(self._results, "gpu")
+            fitting = [side for side in own if side.cpus <= there_are]
             side = max(fitting, key=lambda s: s.cpus) if fitting else min(own, key=lambda s: s.cpus)
             found[side.name] = side
         return list(found.values())
@@ -199,11 +203,12 @@ class Comparison:
 
     def _trained(self, name: str, config: Config, ranks: int) -> runs.Trained:
         """Train a configuration of ours, which stays in the folder to be run again."""
-        return runs.train(self._write_config(name, config), ranks, self._launcher)
+        return runs.train(self._write_config(name, config), ranks, self._launcher, self._program)
 
     def _torch(self, side: Side, options: list[str]) -> dict[str, Any] | None:
         """Return PyTorch's output; None if torch.compile does not work here, which the table then reports."""
-        serial = self._plans[SERIAL, 1].config
+        plan = self._plans.get((GPU, 1), self._plans[SERIAL, 1]) if side.device == "gpu" else self._plans[SERIAL, 1]
+        serial = plan.config
         assert serial is not None
         path = self._write_config("torch", serial)
         try:

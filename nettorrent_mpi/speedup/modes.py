@@ -12,6 +12,7 @@ from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import plain as plain_of
 from nettorrent_mpi.config.writing import to_plain
+from nettorrent_mpi.engine.run_plan import DeviceKind
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError, UserError
@@ -24,6 +25,7 @@ APART = ("async", "gossip", "elite")  # modes whose weights differ from those of
 Settings = dict[str, Any]  # configuration keys as in to_plain
 AT_THE_END = {"every_seconds": None, "every_epochs": None}  # the only checkpoint
 SERIAL = "serial"
+GPU = "gpu"  # one rank on a GPU, where the modes compute on CPU cores
 VALIDATION = 0.1  # part of the training rows, if elite needs some and the configuration holds none back
 
 
@@ -52,6 +54,7 @@ class Candidate:
     work: Hashable = None
     also: tuple[str, ...] = ()
     impossible: str | None = None
+    device: DeviceKind = "cpu"
 
 
 def _one_team(layers: int, **grid: int) -> Settings:
@@ -125,14 +128,15 @@ MODES: dict[str, Mode] = {
 }
 
 
-def baseline(config: Config, modes: Sequence[str]) -> Config:
-    """Return the configuration that all sides share: one rank, no exchange; `modes` will be compared with it.
+def baseline(config: Config, modes: Sequence[str], device: DeviceKind = "cpu") -> Config:
+    """Return the configuration that all sides share: one rank on this device, no exchange; `modes` will be compared
+    with it.
 
     Elite chooses on validation rows; if the configuration holds none back and elite is among the modes, a tenth is held
     back from every side, so that all train on the same rows.
     """
     changes: Settings = {"layout": {"replicas": 1}, "pipeline": {"1f1b": {}}, "exchange": {"allreduce": {}}}
-    changes |= {"trace": False, "output": None}
+    changes |= {"trace": False, "output": None, "device": device}
     if config.kernels == "auto":  # a measured run is short, but represents a long one
         changes["kernels"] = "fastest"
     plain = to_plain(config) | changes
@@ -147,6 +151,12 @@ def serial(config: Config) -> tuple[Candidate, Setup]:
     whole = configuration.from_plain(to_plain(config) | {"layout": _one_team(layers)})
     setup = set_up(whole, 1)
     return _candidate(SERIAL, 1, setup), setup
+
+
+def alone_on_gpu(shared: Config) -> Candidate:
+    """Return one rank with the whole network on a GPU, beside modes on CPU cores."""
+    one, _ = serial(configuration.from_plain(to_plain(shared) | {"device": "gpu"}))
+    return replace(one, mode=GPU)
 
 
 def plans(
@@ -179,13 +189,14 @@ def plan(mode: str, config: Config, shared: Config, facts: Sequence[LayerFacts],
             if sharing > most:
                 raise ConfigError(f"{sharing} ranks for {most} rows at a time: some would stay idle")
     except UserError as error:
-        return Candidate(mode, ranks, impossible=str(error))
+        return Candidate(mode, ranks, impossible=str(error), device="gpu" if shared.device == "gpu" else "cpu")
     return _candidate(mode, ranks, setup)
 
 
 def _candidate(mode: str, ranks: int, setup: Setup) -> Candidate:
     pieces = setup.options.micro_batches
-    return Candidate(mode, ranks, setup.config, setup.layout_line, pieces, setup.steps, _work(setup))
+    made = Candidate(mode, ranks, setup.config, setup.layout_line, pieces, setup.steps, _work(setup))
+    return replace(made, device=setup.options.device)
 
 
 def _work(setup: Setup) -> Hashable:

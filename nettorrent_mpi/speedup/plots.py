@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter, ScalarFormatter
 
-from nettorrent_mpi.speedup.figures import Figure, Results, figures, shown_shares
-from nettorrent_mpi.speedup.modes import MODES, SERIAL
+from nettorrent_mpi.speedup.figures import UNITS, Figure, Results, figures, limit, modes_device, shown_shares
+from nettorrent_mpi.speedup.modes import GPU, MODES, SERIAL
 from nettorrent_mpi.speedup.report import PICTURES
 from nettorrent_mpi.speedup.shares import PARTS
 from nettorrent_mpi.speedup.sides import PEERS, in_words, names
@@ -51,7 +51,7 @@ def _lines(found: list[Figure], value: Callable[[float, Figure], float], axes: A
         own = [figure for figure in found if mode in figure.modes]
         lines.setdefault(tuple(figure.side["name"] for figure in own), ([], own))[0].append(mode)
     for (mode, *others), own in lines.values():
-        if own[0].ours:  # every mode is the same on one rank
+        if own[0].ours and mode != GPU:  # every mode is the same on one rank
             own.insert(0, serial)
         xs = [figure.cpus for figure in own]
         ys = [value(figure.median, figure) for figure in own]
@@ -59,8 +59,18 @@ def _lines(found: list[Figure], value: Callable[[float, Figure], float], axes: A
         down = [y - value(min(e), f) for y, e, f in zip(ys, ends, own, strict=True)]
         up = [value(max(e), f) - y for y, e, f in zip(ys, ends, own, strict=True)]
         style = {"capsize": 2, "elinewidth": 0.8, **_style(mode)}
-        label = " = ".join((mode, *others)) if own[0].ours else PEERS[mode]
+        label = _label((mode, *others), own[0])
+        if mode == GPU or (not own[0].ours and own[0].device == "gpu"):  # one GPU, beside any number of ranks
+            axes.axhline(ys[0], color=style["color"], linestyle=style["linestyle"], linewidth=0.8, zorder=0)
         axes.errorbar(xs, ys, yerr=[down, up], label=label, **style)
+
+
+def _label(modes: tuple[str, ...], figure: Figure) -> str:
+    if figure.mode == GPU:
+        return "one GPU"
+    if figure.ours:
+        return " = ".join(modes)
+    return PEERS[figure.mode] + (", one GPU" if figure.device == "gpu" else "")
 
 
 def _style(mode: str) -> dict[str, Any]:
@@ -68,6 +78,8 @@ def _style(mode: str) -> dict[str, Any]:
     style: dict[str, Any] = {"linewidth": 1.2, "markersize": 4}
     if mode == SERIAL:
         return style | {"color": "#000000", "marker": ".", "linestyle": (0, (1, 1))}
+    if mode == GPU:
+        return style | {"color": "#000000", "marker": "h", "linestyle": (0, (4, 1, 1, 1))}
     if mode in PEERS:
         number = list(PEERS).index(mode)
         return style | {"color": "#777777", "linestyle": _PEER_LINES[number], "marker": _MARKS[number]}
@@ -76,8 +88,11 @@ def _style(mode: str) -> dict[str, Any]:
     return style | {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKS[number], "linestyle": line}
 
 
-def _over_ranks(results: Results, value: Callable[[float, Figure], float], title: str) -> tuple[Picture, Axes] | None:
-    found = figures(results)
+def _over_ranks(
+    results: Results, value: Callable[[float, Figure], float], title: str, *, alike: bool = False
+) -> tuple[Picture, Axes] | None:
+    """Draw a value over the ranks; `alike`: of sides on the modes' device only."""
+    found = [figure for figure in figures(results) if not alike or figure.device == modes_device(results)]
     counts = sorted({figure.cpus for figure in found})
     if len(counts) < 2:
         return None
@@ -88,12 +103,14 @@ def _over_ranks(results: Results, value: Callable[[float, Figure], float], title
     axes.xaxis.set_major_locator(FixedLocator(counts))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set(xlabel="ranks (of PyTorch: threads, processes)", ylabel=title, title=results["config"])
-    cores = results["host"]["cores"]
+    theirs = "one GPU" if results["baseline"] == "gpu" else "threads, processes"
+    axes.set(xlabel=f"ranks (of PyTorch: {theirs})", ylabel=title, title=results["config"])
+    device = modes_device(results)
+    cores = limit(results, device)
     if counts[-1] > cores:
         axes.axvspan(max(cores, counts[0]) * 1.03, counts[-1] * 1.1, color="#000000", alpha=0.06, linewidth=0)
         axes.text(
-            counts[-1] * 1.08, 0.99, f"more than the {cores} cores", transform=axes.get_xaxis_transform(),
+            counts[-1] * 1.08, 0.99, f"more than the {cores} {UNITS[device]}s", transform=axes.get_xaxis_transform(),
             fontsize=7, ha="right", va="top",
         )  # fmt: skip
     tidy(axes)
@@ -102,7 +119,8 @@ def _over_ranks(results: Results, value: Callable[[float, Figure], float], title
 
 def speedup(results: Results) -> Picture | None:
     """Draw the speedup relative to one rank of ours over the ranks, with the ideal line."""
-    drawn = _over_ranks(results, lambda speed, of: speed * of.speedup / of.median, "speedup against one rank")
+    one = "one GPU" if modes_device(results) == "gpu" else "one rank"
+    drawn = _over_ranks(results, lambda speed, of: speed * of.speedup / of.median, f"speedup against {one}")
     if drawn is None:
         return None
     picture, axes = drawn
@@ -116,7 +134,7 @@ def speedup(results: Results) -> Picture | None:
 
 def efficiency(results: Results) -> Picture | None:
     """Draw speedup divided by the number of ranks."""
-    drawn = _over_ranks(results, lambda speed, of: speed * of.efficiency / of.median, "efficiency")
+    drawn = _over_ranks(results, lambda speed, of: speed * of.efficiency / of.median, "efficiency", alike=True)
     if drawn is None:
         return None
     picture, axes = drawn

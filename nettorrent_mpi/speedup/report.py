@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from nettorrent_mpi.speedup import machine
 from nettorrent_mpi.speedup.analysis import analysis
-from nettorrent_mpi.speedup.figures import WIDE, Figure, Results, figures, shown_shares
-from nettorrent_mpi.speedup.modes import MODES, SERIAL
+from nettorrent_mpi.speedup.figures import UNITS, WIDE, Figure, Results, figures, limit, modes_device, shown_shares
+from nettorrent_mpi.speedup.modes import GPU, MODES, SERIAL
 from nettorrent_mpi.speedup.shares import PARTS
 from nettorrent_mpi.speedup.sides import DDP, OURS, PEERS, in_words
 
@@ -57,6 +57,7 @@ def _head(results: Results) -> list[str]:
     host, network = results["host"], results["network"]
     done = sorted({len(side["samples_per_second"]) for side in results["sides"] if side["samples_per_second"]})
     turns = " to ".join(str(n) for n in dict.fromkeys((done[0], done[-1]))) if done else "0"
+    each = "one GPU a rank" if modes_device(results) == "gpu" else "one BLAS thread a rank"
     what = "Figures of one turn" if done == [1] else f"Medians of {turns} alternating turns"
     told = (
         f"{network['weight_layers']} weight layers, {network['parameters']:,} parameters, "
@@ -64,7 +65,7 @@ def _head(results: Results) -> list[str]:
         f"{results['dtype']}, {results['optimizer']}."
     )
     how = (
-        f"{what} of {results['steps']} steps each, one BLAS thread a rank; spread = "
+        f"{what} of {results['steps']} steps each, {each}; spread = "
         "(largest - smallest) / median. "
         f"{machine.in_words(host)} {results['mpi'] or 'MPI unknown'}; "
         f"kernels of {', '.join(results['kernels'] or ['unknown'])}. Commit {host['commit']}, {host['date']}. "
@@ -74,32 +75,46 @@ def _head(results: Results) -> list[str]:
 
 
 def _table(results: Results) -> list[str]:
-    cores = results["host"]["cores"]
+    found, device = figures(results), modes_device(results)
+    more = [name for name, there in (("of one GPU", device == "cpu"), ("of PyTorch on one GPU", True)) if there]
+    more = [name for name in more if any(_against(figure, name) for figure in found)]
+    names = ["side", f"{UNITS[device]}s used", "samples/s", "spread", "speedup", "efficiency", *more]
     lines = [
-        "| side | cores used | samples/s | spread | speedup | efficiency | layout | micro-batches |",
-        "|---|---:|---:|---:|---:|---:|---|---:|",
+        f"| {' | '.join(names)} | layout | micro-batches |",
+        f"|---|{'---:|' * (len(names) - 1)}---|---:|",
     ]
-    found = figures(results)
-    lines += [_line(figure, cores) for figure in found]
-    if any(figure.cpus > cores for figure in found):
-        lines += ["", f"\\* more than the {cores} core{'s' if cores > 1 else ''} of this machine"]
+    lines += [_line(figure, results, more) for figure in found]
+    for unit in dict.fromkeys(figure.device for figure in found):
+        most = limit(results, unit)
+        if any(figure.cpus > most for figure in found if figure.device == unit):
+            lines += ["", f"\\* more than the {most} {UNITS[unit]}{'s' if most > 1 else ''} of this machine"]
     return lines
 
 
-def _line(figure: Figure, cores: int) -> str:
-    side = figure.side
-    star = r"\*" if figure.cpus > cores else ""
-    title = PEERS[figure.mode] if not figure.ours else "one rank" if figure.mode == SERIAL else MODES[figure.mode].title
-    name = title if not figure.ours or figure.mode == SERIAL else f"{figure.name}: {title}"
+def _against(figure: Figure, name: str) -> float | None:
+    return figure.of_gpu if name == "of one GPU" else figure.of_torch
+
+
+def _line(figure: Figure, results: Results, more: Sequence[str]) -> str:
+    side, alike = figure.side, figure.device == modes_device(results)
+    star = r"\*" if figure.cpus > limit(results, figure.device) else ""
+    if figure.mode in (SERIAL, GPU):
+        name = in_words(side)
+    elif figure.ours:
+        name = f"{figure.name}: {MODES[figure.mode].title}"
+    else:
+        name = PEERS[figure.mode] + (", on a GPU" if figure.device == "gpu" else "")
     spread = f"{figure.spread:.0%}"
+    theirs = "one GPU" if figure.device == "gpu" else "processes" if figure.mode == DDP else "threads"
     cells = [
         name,
-        f"{figure.cpus}{star}",
+        f"{figure.cpus}{star}" if alike else "a GPU",
         f"{figure.median:,.0f}",
         "?" if figure.turns == 1 else f"**{spread}**" if figure.spread > WIDE else spread,
         f"{figure.speedup:.2f}",
-        f"{figure.efficiency:.0%}",
-        side["layout"] or ("processes" if figure.mode == DDP else "threads"),
+        f"{figure.efficiency:.0%}" if alike else "",
+        *(f"{_against(figure, name) or 0:.2f}" for name in more),
+        side["layout"] or theirs,
         "" if side["micro_batches"] is None else str(side["micro_batches"]),
     ]
     return "| " + " | ".join(map(_cell, cells)) + " |"
@@ -135,7 +150,7 @@ def _accuracy(results: Results) -> list[str]:
     lines = [
         how,
         "",
-        "| side | cores used | seconds | epochs | accuracy reached |",
+        f"| side | {UNITS[modes_device(results)]}s used | seconds | epochs | accuracy reached |",
         "|---|---:|---:|---:|---:|",
     ]
     sides = {side["name"]: side for side in results["sides"]}
@@ -144,7 +159,8 @@ def _accuracy(results: Results) -> list[str]:
         seconds = f"{run['seconds']:.1f}" if run["seconds"] is not None else "not reached"
         last = run["curve"][-1] if run["curve"] else None
         epochs, top = (f"{last[1]:g}", f"{max(p[2] for p in run['curve']):.2%}") if last else ("", "")
-        lines.append(f"| {in_words(side)} | {side['cpus']} | {seconds} | {epochs} | {top} |")
+        used = side["cpus"] if side["device"] == modes_device(results) else "a GPU"
+        lines.append(f"| {in_words(side)} | {used} | {seconds} | {epochs} | {top} |")
     return lines
 
 
@@ -165,8 +181,9 @@ def equality(results: Results) -> list[str]:
         )
     modes = {side["mode"] for side in results["sides"] if not side["impossible"]}
     if any(side["kind"] != OURS for side in results["sides"]):
+        where = "a GPU's memory, to which it brings them once" if results["baseline"] == "gpu" else "memory"
         told.append(
-            "PyTorch gathers rows of the same data from memory, scales them in every step, and sends the mini-batch "
+            f"PyTorch gathers rows of the same data from {where}, scales them in every step, and sends the mini-batch "
             + (
                 "through in the same micro-batches as one rank of ours, since batch norm takes its statistics over one"
                 if results["network"]["batch_norm"]
@@ -174,6 +191,13 @@ def equality(results: Results) -> list[str]:
             )
             + ". Its optimizers are used with their default implementations. Dropout draws other numbers."
         )
+    if results["baseline"] == "gpu":
+        told.append(
+            "PyTorch on the GPU has cuDNN choose algorithms by trial (`cudnn.benchmark`); torch.compile has the mode "
+            "`max-autotune`, with CUDA graphs. float32 is true float32 on both sides, tf32 may round products on both, "
+            "and with bfloat16 PyTorch's weights are float32, too (autocast)."
+        )
+        told.append("Where a GPU's time went is not shown: its work is not done when the launch of it returns.")
     if modes & {"gossip", "elite"}:
         told.append(
             "Replicas that gossip, or of which the best one wins, train on their part of each mini-batch with weights "

@@ -18,6 +18,7 @@ from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup.machine import Launcher, environment
 
 LAST_LINES = 12  # lines of a failed program's output that are shown
+PROGRAM = (sys.executable, "-m", "nettorrent_mpi")
 PATIENCE = 10  # seconds that a program has to stop
 
 
@@ -63,11 +64,12 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.communicate()
 
 
-def train(config: Path, ranks: int, launcher: Launcher) -> Trained:
-    """Train the configuration in this file on `ranks` ranks, in a temporary run folder."""
+def train(config: Path, ranks: int, launcher: Launcher, program: Sequence[str] = PROGRAM) -> Trained:
+    """Train the configuration in this file on `ranks` ranks, in a temporary run folder. `program` is this package's
+    command line."""
     with tempfile.TemporaryDirectory(prefix="nettorrent-") as folder:
         output = Path(folder, "run")
-        run(launcher.command(ranks, training(config, output)))
+        run(launcher.command(ranks, training(config, output, program)))
         return Trained(*left_in(output))
 
 
@@ -81,9 +83,9 @@ def left_in(output: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str | N
     )
 
 
-def training(config: Path, output: Path) -> list[str]:
+def training(config: Path, output: Path, program: Sequence[str] = PROGRAM) -> list[str]:
     """Return the training command, without its launcher."""
-    return [sys.executable, "-m", "nettorrent_mpi.train", str(config), "--output", str(output)]
+    return [*program, "train", str(config), "--output", str(output)]
 
 
 def torch_peer(config: Path, options: Sequence[str], threads: int) -> dict[str, Any]:

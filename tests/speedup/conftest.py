@@ -10,6 +10,7 @@ import pytest
 HOST = {
     "cpu": "A processor",
     "cores": 2,
+    "gpus": [],
     "python": "3.11",
     "packages": {"numpy": "2.0", "torch": None},
     "blas": [{"internal_api": "openblas", "version": "0.3", "architecture": "Zen"}],
@@ -26,6 +27,7 @@ def side(
     kind: str = "ours",
     also: tuple[str, ...] = (),
     why: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     return {
         "name": f"{mode}-{cpus}",
@@ -36,6 +38,7 @@ def side(
         "micro_batches": 4 if kind == "ours" and not why else None,
         "also": list(also),
         "impossible": why,
+        "device": device,
         "samples_per_second": figures,
     }
 
@@ -47,7 +50,7 @@ def shares(**parts: float) -> dict[str, float]:
 
 
 RESULTS: dict[str, Any] = {
-    "format": 2,
+    "format": 3,
     "complete": True,
     "failure": None,
     "command": "nettorrent speedup some.yaml",
@@ -57,6 +60,7 @@ RESULTS: dict[str, Any] = {
     "batch_size": 32,
     "dtype": "float32",
     "optimizer": "adam",
+    "baseline": "cpu",
     "ranks": [1, 2, 4],
     "modes": ["rows", "1f1b", "gossip", "auto"],
     "repeats": 3,
@@ -112,3 +116,35 @@ RESULTS: dict[str, Any] = {
 def results() -> dict[str, Any]:
     """A comparison on two cores, complete."""
     return copy.deepcopy(RESULTS)
+
+
+@pytest.fixture
+def results_on_gpus() -> dict[str, Any]:
+    """A comparison of ranks on two GPUs, complete."""
+    made = copy.deepcopy(RESULTS)
+    made |= {"baseline": "gpu", "traces": [], "host": HOST | {"gpus": ["A GPU", "A GPU"]}}
+    made["sides"] = [
+        side("serial", 1, [100.0, 90.0, 110.0], device="gpu"),
+        side("rows", 2, [180.0, 170.0, 190.0], device="gpu", also=("auto",)),
+        side("rows", 4, [120.0, 121.0, 119.0], device="gpu"),
+        side("torch", 1, [50.0, 49.0, 51.0], kind="torch", device="gpu"),
+        side("torch_compile", 1, [80.0, 79.0, 81.0], kind="torch", device="gpu"),
+    ]
+    made["accuracy"]["runs"] = [
+        {"side": "serial-1", "seconds": 4.0, "curve": [[2.0, 1.0, 0.8], [4.0, 2.0, 0.91]]},
+        {"side": "rows-2", "seconds": 2.0, "curve": [[1.0, 1.0, 0.8], [2.0, 2.0, 0.91]]},
+        {"side": "torch-1", "seconds": None, "curve": [[3.0, 1.0, 0.5]]},
+    ]
+    return made
+
+
+@pytest.fixture
+def results_beside_a_gpu() -> dict[str, Any]:
+    """A comparison of ranks on two cores with one GPU, complete."""
+    made = copy.deepcopy(RESULTS)
+    made |= {"baseline": "gpu", "host": HOST | {"gpus": ["A GPU"]}}
+    ours = [each for each in made["sides"] if each["kind"] == "ours"]
+    theirs = [side("torch", 1, [500.0, 490.0, 510.0], kind="torch", device="gpu")]
+    made["sides"] = [ours[0], side("gpu", 1, [1000.0, 990.0, 1010.0], device="gpu"), *ours[1:], *theirs]
+    made["accuracy"]["runs"][2:] = [{"side": "gpu-1", "seconds": 1.0, "curve": [[1.0, 2.0, 0.92]]}]
+    return made

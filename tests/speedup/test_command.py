@@ -49,6 +49,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--launcher", "mpirun -n 2"], "write {ranks} where the number of ranks belongs"),
     (["--launcher", "no-such-program {ranks}"], "there is no program no-such-program"),
     (["--set", "train.batch_size=none"], "train.batch_size"),
+    (["--set", "device=gpu"], "device is gpu: compare with one GPU (--baseline gpu)"),
+    (["--baseline", "gpu"], "a GPU is asked for, but "),
+    (["--baseline", "gpus"], "did you mean gpu?"),
     (["--set", "data={name: mnist, root: /nowhere}"], "/nowhere"),
 ]
 

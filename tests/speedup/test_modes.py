@@ -213,3 +213,22 @@ def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(sides, "torch_is_there", lambda: True)
     assert command._asked_peers(None) == list(sides.PEERS)
     assert command._asked_peers("ddp,torch,ddp") == ["ddp", "torch"]
+
+
+def test_what_computes_where() -> None:
+    """Compared with a GPU, the modes use GPUs, or, where the configuration says so, CPU cores beside one."""
+    assert command._device("gpu", load()) == command._device("gpu", load("device=gpu")) == "gpu"
+    assert command._device("gpu", load("device=cpu")) == command._device("cpu", load()) == "cpu"
+    for config in (load("device=gpu"), load("device=cpu")):
+        device = command._device("gpu", config)
+        shared = modes.baseline(config, ["rows"], device)
+        one, setup = modes.serial(shared)
+        rows, cols = (modes.plan(mode, config, shared, setup.network.facts, 11) for mode in ("rows", "cols"))
+        assert cols.impossible
+        assert [each.device for each in (one, rows, cols)] == [device] * 3
+        assert one.config is not None
+        assert one.config.device == device
+    alone = modes.alone_on_gpu(modes.baseline(load(), ["rows"]))
+    assert (alone.mode, alone.device, alone.ranks) == ("gpu", "gpu", 1)
+    with pytest.raises(ConfigError, match="tf32 needs device: gpu"):
+        modes.baseline(load("dtype=tf32"), ["rows"])

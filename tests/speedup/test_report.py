@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,3 +180,64 @@ def test_pictures(results: Results, tmp_path: Any) -> None:
     draw(results, tmp_path)
     assert (tmp_path / "shares.svg").read_bytes() == first  # the same figures, the same bytes
     assert draw({**results, "sides": [], "traces": [], "accuracy": None}, tmp_path) == []
+
+
+def rows_of(report: str, heading: str) -> dict[str, list[str]]:
+    """The cells of each line of the table below this heading, by the first; of its header by "side"."""
+    part = report.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+    return {cells[0]: [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_ranks_on_gpus(results_on_gpus: Results) -> None:
+    report = to_markdown(results_on_gpus, ["speedup"])
+    table = rows_of(report, "Samples per second")
+    assert table["side"][:6] == ["GPUs used", "samples/s", "spread", "speedup", "efficiency", "of PyTorch on one GPU"]
+    assert table["one GPU"][:6] == ["1", "100", "**20%**", "1.00", "100%", "1.25"]
+    assert table["`rows`: the rows of a batch divided"][:6] == [r"4\*", "120", "2%", "1.20", "30%", "1.50"]
+    assert table["PyTorch, torch.compile, on a GPU"] == ["1", "80", "2%", "0.80", "80%", "1.00", "one GPU"]
+    assert r"\* more than the 2 GPUs of this machine" in report
+    assert "A processor, 2 cores; 2 x A GPU; Python" in report
+    assert "one GPU a rank" in report
+    assert "brings them once" in report
+    text = " ".join(report.split())
+    assert "**4 ranks exceed the 2 GPUs of this machine.** There they share a GPU" in text
+    assert (
+        "One GPU made 100 samples/s. On 2 ranks `rows` = `auto` was the fastest with 180 samples/s, 1.80 times" in text
+    )
+    assert "1.80 times one GPU (90% efficiency)" in text
+    assert (
+        "Beside PyTorch on the same GPU this package made 1.25 times PyTorch's best (torch_compile, one GPU, 80" in text
+    )
+    assert "samples/s) with one GPU." in text
+    assert "2.00 times as fast as one GPU" in text
+    assert rows_of(report, "Time to accuracy")["torch, one GPU"][0] == "1"
+
+
+def test_ranks_on_cores_beside_a_gpu(results_beside_a_gpu: Results) -> None:
+    report = to_markdown(results_beside_a_gpu)
+    table = rows_of(report, "Samples per second")
+    assert table["side"][:5] == ["cores used", "samples/s", "spread", "speedup", "efficiency"]
+    assert table["side"][5:7] == ["of one GPU", "of PyTorch on one GPU"]
+    assert table["one rank"][:7] == ["1", "100", "**20%**", "1.00", "100%", "0.10", "0.20"]
+    assert table["one GPU"][:7] == ["a GPU", "1,000", "2%", "10.00", "", "1.00", "2.00"]
+    assert table["PyTorch, on a GPU"][:7] == ["a GPU", "500", "4%", "5.00", "", "0.50", "1.00"]
+    text = " ".join(report.split())
+    assert "One GPU made 1,000 samples/s, 10.00 times one rank on a core; the fastest on cores" in text
+    assert "rows = auto, 2 ranks, made 0.18 times as many as the GPU" in text
+    assert "2.00 times PyTorch's best (torch, one GPU, 500 samples/s) with one GPU" in text
+    assert "**4 ranks exceed the 2 cores of this machine.**" in text
+    assert rows_of(report, "Time to accuracy")["one GPU"][0] == "a GPU"
+    assert rows_of(report, "Where the time went")
+
+
+@pytest.mark.parametrize("kind", ["results_on_gpus", "results_beside_a_gpu"])
+def test_pictures_of_gpus(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    plots = pytest.importorskip("nettorrent_mpi.speedup.plots", reason="matplotlib is not installed")
+    drawn = plots.draw(request.getfixturevalue(kind), tmp_path)
+    assert drawn == ["speedup", "efficiency", "accuracy", *(["shares"] if kind == "results_beside_a_gpu" else [])]
+    told = (tmp_path / "speedup.svg").read_text()
+    assert "of PyTorch: one GPU" in told
+    assert ("more than the 2 GPUs" in told) == (kind == "results_on_gpus")
+    assert ("speedup against one GPU" in told) == (kind == "results_on_gpus")
+    assert "PyTorch, one GPU" in told
