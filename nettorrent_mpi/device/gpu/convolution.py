@@ -16,7 +16,9 @@ from nettorrent_mpi.device.gpu.operations import Operations, Owner
 from nettorrent_mpi.device.gpu.runtime import Product
 from nettorrent_mpi.device.ops import FlatOps
 
-REMEMBERED = 1024  # prepared convolutions; in the steady state three per layer and micro-batch in flight
+# Prepared convolutions: three per layer and micro-batch in flight, and room for more than any network has, since nothing may
+# be prepared inside a capture.
+REMEMBERED = 1 << 16
 ALIGNED = 16  # bytes: cuDNN's frontend says so of all tensors
 
 

@@ -126,7 +126,15 @@ def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
-def check(dtype: np.dtype, turned: tuple[bool, bool], accumulate: bool, biased: bool, relu: bool, columns: int) -> None:
+def check(
+    dtype: np.dtype,
+    result: np.dtype,
+    turned: tuple[bool, bool],
+    accumulate: bool,
+    biased: bool,
+    relu: bool,
+    columns: int,
+) -> None:
     """`columns`: the matrices are some columns of wider ones, whose addresses are aligned to little."""
     rng = np.random.default_rng(3)
     tf32 = dtype == np.float32 and relu
@@ -137,8 +145,8 @@ def check(dtype: np.dtype, turned: tuple[bool, bool], accumulate: bool, biased: 
 
     m, k, n = 13, 7, 5
     a, b = random(*((k, m) if turned[0] else (m, k))), random(*((n, k) if turned[1] else (k, n)))
-    bias = random(1, n)[0].copy() if biased else None
-    out = random(m, n)
+    bias = random(1, n)[0].astype(result) if biased else None
+    out = random(m, n).astype(result) if result != dtype else random(m, n)
     wanted, space = out.copy(), np.empty(SPACE, np.uint8)
     prepared = library.product(Matrix(a, turned[0]), Matrix(b, turned[1]), out, accumulate, bias, relu, tf32, space)
     if accumulate:
@@ -148,7 +156,7 @@ def check(dtype: np.dtype, turned: tuple[bool, bool], accumulate: bool, biased: 
     trials.clear()
     product(a.T if turned[0] else a, b.T if turned[1] else b, wanted, accumulate, bias, relu, tf32)
     prepared.run(SimpleNamespace(ptr=STREAM))
-    rounding = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-2}[dtype.name]
+    rounding = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-2}[result.name]
     error = np.abs(out.astype(np.float64) - wanted.astype(np.float64)).max()
     assert error <= rounding * np.abs(wanted.astype(np.float64)).max(), (dtype, turned, accumulate, biased, relu, error)
 
@@ -179,11 +187,12 @@ cublasLt.matmul_algo_get_heuristic = heuristic
 cublasLt.matmul = matmul
 library = CublasLt(address)
 checked = 0
-for dtype in TYPES.values():
+FLOAT32, _, BFLOAT16 = TYPES.values()
+for dtype, result in [*zip(TYPES.values(), TYPES.values(), strict=True), (BFLOAT16, FLOAT32)]:
     for bits in range(32):
         one, two, accumulate, biased, relu = (bool(bits >> place & 1) for place in range(5))
         for columns in (0, 6):
-            check(dtype, (one, two), accumulate, biased, relu, columns)
+            check(dtype, result, (one, two), accumulate, biased, relu, columns)
             checked += 1
 questions = len(asked)
 assert {"MAX_WORKSPACE_BYTES": SPACE, "REDUCTION_SCHEME_MASK": 2}.items() <= asked[0].items()
