@@ -32,3 +32,11 @@ def connect(world: World, device: Device, groups: Sequence[Group]) -> dict[Group
     return {
         group: NcclChannel(device, group, library, identity) for group, identity in zip(groups, identities, strict=True)
     }
+
+
+def channel_of(device: Device, group: Group) -> Channel:
+    """Return a channel that needs no decision of all ranks: arrays of a GPU travel through the host's memory."""
+    if device.kind == "cpu":
+        return MpiChannel(device, group)
+    assert isinstance(device, StreamDevice)
+    return StagedChannel(device, group, PinnedMemory(device))

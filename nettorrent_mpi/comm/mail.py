@@ -120,6 +120,13 @@ class Mail:
                 self._sending[to] = (self.group.comm.Issend(message, to, self._tag), letter)
                 del self._leaving[to]
 
+    def see_off(self) -> None:
+        """Wait until all messages have left. Peers that wait for one without a deadline would otherwise wait while this
+        member does something else: for ever, if that waits for them."""
+        while self._leaving:
+            self._poll()
+            os.sched_yield()
+
     def progress(self) -> None:
         """Let messages progress by one nonblocking call into MPI, during compute."""
         if self._leaving:

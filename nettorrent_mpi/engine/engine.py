@@ -81,6 +81,7 @@ class Engine:
             state.owned(),
             wiring.channel(wiring.peers),
             self.device,
+            wiring.channels[wiring.peers],
             optimizer=options.optimizer,
             seed=options.seed,
             batch_size=options.batch_size,

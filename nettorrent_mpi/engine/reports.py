@@ -58,6 +58,7 @@ class Reports(Generic[Tag]):
         self._sample = slice(head + inside * each, head + (inside + 1) * each)
         self._values = np.zeros(head + places * each)
         self._head, self._each = head, each
+        self._picked = engine.device.zeros((each,), "float64")  # the sample, on the device
         self._under_way: deque[tuple[Tag, Pending]] = deque()
 
     def start(
@@ -79,12 +80,13 @@ class Reports(Generic[Tag]):
 
     def _add_sample(self, values: np.ndarray) -> None:
         """Add every stride-th parameter of this rank, at positions that its peers sample too, and their squares."""
-        at = self._sample.start
+        device, at = self._engine.device, 0
         for shard in self._shards:
-            part = shard[:: self._stride][: self._sample.stop - at]
-            values[at : at + part.size] = part
+            part = shard[:: self._stride][: self._each - at]
+            device.ops.copy(self._picked[at : at + part.size], part)
             at += part.size
         own = values[self._sample]
+        own[...] = device.on_host(self._picked)
         values[SQUARES] = np.dot(own, own)
 
     def ready(self, *, wait: bool = False, but: int = 0) -> Iterator[Report[Tag]]:

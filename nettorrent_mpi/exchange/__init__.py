@@ -11,6 +11,7 @@ exchange.close()
 
 from __future__ import annotations
 
+from nettorrent_mpi.comm.channels import Channel
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.exchange.base import Exchange
@@ -26,6 +27,7 @@ def make_exchange(
     shards: Shards,
     peers: Group,
     device: Device,
+    channel: Channel | None = None,
     *,
     optimizer: Spec | None = None,
     seed: int = 1,
@@ -36,20 +38,23 @@ def make_exchange(
     ranks that own the same elements in the other replicas. All peers call, with shards of the same sizes.
 
     `peers` is a communicator for this exchange alone, which the caller made and frees after `close`. A group of one has
-    no exchange, whatever `spec` says. `optimizer` determines how the learning rate is scaled (None: not at all),
-    `batch_size` is the number of rows that all replicas together train on in a step, `report_every` the number of steps
-    between two times at which a distance may be known. For `gather` and `fence` see Replicas. If messages are
-    compressed, all replicas have to be equal when the exchange is made: both ends of a pair start with the same
-    estimates.
+    no exchange, whatever `spec` says. `channel` connects the same ranks for whole shards, which travel at rest; without
+    one, a GPU's go through the host's memory, as gossip's messages always do. `optimizer` determines how the learning
+    rate is scaled (None: not at all), `batch_size` is the number of rows that all replicas together train on in a step,
+    `report_every` the number of steps between two times at which a distance may be known. For `gather` and `fence` see
+    Replicas. If messages are compressed, all replicas have to be equal when the exchange is made: both ends of a pair
+    start with the same estimates.
 
     Raises ConfigError for an impossible pairing or compression.
     """
     if peers.size > 1 and isinstance(spec, exchange_specs.Gossip):
         from nettorrent_mpi.exchange.gossip import GossipExchange
 
-        return GossipExchange(spec, shards, peers, device, optimizer=optimizer, seed=seed, report_every=report_every)
+        return GossipExchange(
+            spec, shards, peers, device, channel, optimizer=optimizer, seed=seed, report_every=report_every
+        )
     if peers.size > 1 and isinstance(spec, exchange_specs.Elite):
         from nettorrent_mpi.exchange.elite import EliteExchange
 
-        return EliteExchange(spec, shards, peers, device, seed=seed, batch_size=batch_size)
-    return Exchange(shards, peers, device)
+        return EliteExchange(spec, shards, peers, device, channel, seed=seed, batch_size=batch_size)
+    return Exchange(shards, peers, device, channel)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from nettorrent_mpi.comm.channels import Channel
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.exchange.base import Exchange, next_multiple
@@ -39,8 +40,18 @@ def takes(spec: Elite, found: Sequence[Scores], number: int, seed: int) -> list[
 class EliteExchange(Exchange):
     """Compares the replicas at intervals and gives the losers the winners' weights."""
 
-    def __init__(self, spec: Elite, shards: Shards, peers: Group, device: Device, *, seed: int, batch_size: int):
-        super().__init__(shards, peers, device)
+    def __init__(
+        self,
+        spec: Elite,
+        shards: Shards,
+        peers: Group,
+        device: Device,
+        channel: Channel | None,
+        *,
+        seed: int,
+        batch_size: int,
+    ):
+        super().__init__(shards, peers, device, channel)
         self._spec, self._seed = spec, seed
         self._every = steps_between(spec, batch_size)
         self.metric = spec.metric

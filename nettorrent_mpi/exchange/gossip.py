@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nettorrent_mpi.comm.channels import Channel
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
@@ -53,12 +54,13 @@ class GossipExchange(Exchange):
         shards: Shards,
         peers: Group,
         device: Device,
+        channel: Channel | None,
         *,
         optimizer: Spec | None,
         seed: int,
         report_every: int,
     ):
-        super().__init__(shards, peers, device)
+        super().__init__(shards, peers, device, channel)
         self._spec, self._optimizer, self._report_every = spec, optimizer, report_every
         self.waits_for_peers = spec.deadline == "none"
         self.wants_loss = isinstance(spec.mix, LossMix | LossDivergenceMix)
@@ -218,14 +220,12 @@ class GossipExchange(Exchange):
     def average(self) -> None:
         """Average parameters and statistics. Statistics are averaged only here: training does not read them, and
         differences would distort a variance."""
-        self.mixer.average(self.peers)
-        for array in self.shards.statistics:
-            self.peers.mean(array)
+        self.mixer.average(self.peers, self.channel)
+        self.mean(self.shards.statistics)
 
     def averaged(self) -> None:
         for memories in self.mixer.vector.layers[1:]:
-            for array in memories:
-                self.peers.mean(array)
+            self.mean(memories)
         for array in self._withheld:
             self.device.ops.fill(array, 0)
         self.mixer.averaged()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from nettorrent_mpi.comm.channels import Channel
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.mail import Arrived, Letter
 from nettorrent_mpi.device.arrays import Array
@@ -186,15 +187,15 @@ class Mixer:
 
     # -- at rest ----------------------------------------------------------------------------------------------------
 
-    def average(self, peers: Group) -> None:
+    def average(self, peers: Group, channel: Channel) -> None:
         """Set the parameters to their mean over the replicas; with push-sum to the mean weighted by mass, which
-        exchanges do not change. All peers call, settled."""
+        exchanges do not change. All peers call, settled; `channel` connects them."""
         totals = self.masses.copy()
         peers.all_reduce(totals)
         for part in range(self.parts):
             self.vector.scale(self.where(part), float(self.masses[part] / totals[part]))
         for shard in self.vector.layers[0]:
-            peers.all_reduce(shard)
+            channel.all_reduce(shard)
 
     def averaged(self) -> None:
         """Restart with replicas that are equal."""

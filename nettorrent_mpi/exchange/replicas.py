@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from nettorrent_mpi.comm.channels import Channel
+from nettorrent_mpi.comm.connect import channel_of
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
-
-TAG = 79
 
 
 def nothing() -> None:
@@ -47,12 +47,21 @@ class Replicas:
 
     Where several ranks hold the same blocks and each owns a shard of them, `gather` all-gathers the shards among these
     holders, and `fence` waits until all of them have come, before a shard changes that others read. `count` is the
-    number of replicas with weights of their own.
+    number of replicas with weights of their own. Arrays of the shards travel on `channel`; without one, through the
+    host's memory.
     """
 
-    def __init__(self, shards: Shards, peers: Group, device: Device):
+    def __init__(self, shards: Shards, peers: Group, device: Device, channel: Channel | None = None):
         self.shards, self.peers, self.device = shards, peers, device
+        self.channel = channel_of(device, peers) if channel is None else channel
         self.count = peers.size
+
+    def mean(self, arrays: Iterable[Array]) -> None:
+        """Set arrays to their mean over all peers, bitwise the same everywhere. All peers call."""
+        if self.count > 1:
+            for array in arrays:
+                self.channel.all_reduce(array)
+                self.device.ops.scale(array, 1 / self.count)
 
     @contextmanager
     def shown(self, best: int | None = None) -> Iterator[None]:
@@ -82,7 +91,7 @@ class Replicas:
         self.settle()
         if best is not None:
             for array in self.shards.memories:
-                self.peers.broadcast(array, best)
+                self.channel.broadcast(array, best)
         self._all_take(best)
         self.averaged()
 
@@ -95,7 +104,7 @@ class Replicas:
         for array in (*self.shards.weights, *self.shards.memories):
             sends = [(array, to) for to, source in enumerate(takes) if source == own != to]
             receives = [(array, source) for to, source in enumerate(takes) if to == own != source]
-            self.peers.trade(sends, receives, TAG)
+            self.channel.exchange(sends, receives)
         self.shards.gather()
 
     def _all_take(self, best: int | None) -> None:
@@ -104,7 +113,7 @@ class Replicas:
             self.average()
         else:
             for array in self.shards.weights:
-                self.peers.broadcast(array, best)
+                self.channel.broadcast(array, best)
         self.shards.gather()
 
     # -- overridden by exchanges ------------------------------------------------------------------------------------
@@ -122,8 +131,7 @@ class Replicas:
     def average(self) -> None:
         """Set this rank's parameters and statistics to their mean over all replicas. Settled; the caller
         all-gathers."""
-        for array in self.shards.weights:
-            self.peers.mean(array)
+        self.mean(self.shards.weights)
 
     def averaged(self) -> None:
         """Take note that the replicas are equal from now on, with the present parameters."""

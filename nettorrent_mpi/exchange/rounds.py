@@ -151,6 +151,8 @@ class Rounds:
             if not wait:
                 break
             os.sched_yield()
+        if wait and self._patient:
+            self.mail.see_off()
         self.counts.waited += (time.perf_counter_ns() - began) / 1e9
 
     def _may_come(self, source: int, this: Round) -> bool:
