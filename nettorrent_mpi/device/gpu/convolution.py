@@ -16,8 +16,7 @@ from nettorrent_mpi.device.gpu.operations import Operations, Owner
 from nettorrent_mpi.device.gpu.runtime import Product
 from nettorrent_mpi.device.ops import FlatOps
 
-# Prepared convolutions: three per layer and micro-batch in flight, and room for more than any network has, since nothing may
-# be prepared inside a capture.
+# Prepared convolutions: see products.
 REMEMBERED = 1 << 16
 ALIGNED = 16  # bytes: cuDNN's frontend says so of all tensors
 

@@ -11,8 +11,8 @@ from nettorrent_mpi.device.gpu.operations import Operations, Owner
 from nettorrent_mpi.device.gpu.runtime import Matrix, Product
 from nettorrent_mpi.device.ops import FlatOps
 
-# Prepared products: three per layer and micro-batch in flight, and room for more than any network has, since nothing may
-# be prepared inside a capture.
+# Prepared products: three per layer and micro-batch in flight, and room for more than any network has: nothing can be
+# prepared inside a capture.
 REMEMBERED = 1 << 16
 WORKSPACE = 32 << 20  # bytes: what cuBLAS itself takes on an H100
 
