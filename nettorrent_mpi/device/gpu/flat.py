@@ -21,6 +21,8 @@ class FlatOperations(Operations):
             if out.size:
                 self.device.runtime.copy(self.device.stream, out, x)
             return
+        if self._rounded(out, x):
+            return
         layout, real = view(out, x), real_of(out, x)
         if out.dtype == x.dtype:
             self.each("copy_view", real, layout[0], out, x, out.dtype.itemsize, *layout)
@@ -41,10 +43,10 @@ class FlatOperations(Operations):
         self._combine(MULTIPLY, a, b, out)
 
     def scale(self, x: Array, factor: float) -> None:
-        self.each("scale", x.dtype, flat(x), x, factor, x.size)
+        self.each_pack("scale", x.dtype, flat(x), x, factor, x.size)
 
     def divide(self, x: Array, divisor: float) -> None:
-        self.each("divide", x.dtype, flat(x), x, divisor, x.size)
+        self.each_pack("divide", x.dtype, flat(x), x, divisor, x.size)
 
     def store(self, out: Array, x: Array, accumulate: bool) -> None:
         if x.dtype == out.dtype:
@@ -53,15 +55,15 @@ class FlatOperations(Operations):
             else:
                 self.copy(out, x)
         else:
-            self.each("store", out.dtype, flat(out, x), out, x, accumulate, out.size)
+            self.each_pack("store_double", out.dtype, flat(out, x), out, x, accumulate, out.size)
 
     def move(self, x: Array, share: float, towards: Array, origin: Array | None = None) -> None:
         count = flat(x, towards) if origin is None else flat(x, towards, origin)
-        self.each("move", x.dtype, count, x, share, towards, origin, count)
+        self.each_pack("move", x.dtype, count, x, share, towards, origin, count)
 
     def withhold(self, x: Array, before: Array, kept: Array, part: float) -> None:
         count = flat(x, before, kept)
-        self.each("withhold", x.dtype, count, x, before, kept, part, count)
+        self.each_pack("withhold", x.dtype, count, x, before, kept, part, count)
 
     def increase(self, x: Array, by: float) -> None:
         self.launch("increase", x.dtype, 1, 32, x, by)
@@ -76,16 +78,27 @@ class FlatOperations(Operations):
         x = x.transpose(sorted(range(x.ndim), key=lambda axis: -x.strides[axis]))  # filters may be a turned view
         found, told = self.scratch("what is not finite", (1,), np.float64), np.zeros(1)
         self.fill(found, 0)
-        self.each("find_nonfinite", x.dtype, flat(x), x, found, x.size)
+        self.each_pack("find_nonfinite", x.dtype, flat(x), x, found, x.size)
         self.device.download(told, found)
         return not told[0]
 
     def count_nonfinite(self, y: Array, count: Array, step: Array) -> None:
         self.sum("count_nonfinite", y.dtype, flat(y), y, count, step, *self.partial_sums(), y.size)
 
+    def _rounded(self, out: Array, x: Array) -> bool:
+        """Copy x to out at the full rate, if one is of float32, the other of another type of REAL, and both are alike
+        in memory."""
+        for kernel, real, other in (("from_float", out, x), ("to_float", x, out)):
+            if other.dtype == np.float32 and real.dtype.name in REALS and real.dtype != np.float32:
+                dense = out.shape == x.shape and contiguous(out, x)
+                if dense:
+                    self.each_pack(kernel, real.dtype, out.size, out, x, out.size)
+                return dense
+        return False
+
     def _combine(self, kind: int, a: Array, b: Array, out: Array) -> None:
         if a.shape == b.shape == out.shape and contiguous(a, b, out):
-            self.each("combine", out.dtype, out.size, out, a, b, kind, out.size)
+            self.each_pack("combine", out.dtype, out.size, out, a, b, kind, out.size)
         else:
             layout = view(out, a, b)
             self.each("combine_view", out.dtype, layout[0], out, a, b, kind, *layout)

@@ -41,6 +41,62 @@ __device__ inline void put(bf16* p, i64 i, float v) { p[i].bits = bf16_bits(v); 
 #define GRID_STRIDE(i, n) \
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (i64)gridDim.x * blockDim.x)
 
+// Kernels that work element by element take PACK neighbours at a time where the arrays' addresses allow: loads and stores
+// of 16 bytes, as many in flight as a GPU's memory needs for its full rate. In: read; Out: written; InOut: both. An array
+// may be null: its numbers are read as 0, and not written.
+const int PACK = 16 / sizeof(REAL);
+template <typename T> struct alignas(sizeof(T) * PACK < 16 ? sizeof(T) * PACK : 16) Pack { T element[PACK]; };
+template <typename T> struct In { const T* p; typename Work<T>::type v[PACK]; };
+template <typename T> struct Out { T* p; typename Work<T>::type v[PACK]; };
+template <typename T> struct InOut { T* p; typename Work<T>::type v[PACK]; };
+template <typename T> In(const T*) -> In<T>;
+template <typename T> Out(T*) -> Out<T>;
+template <typename T> InOut(T*) -> InOut<T>;
+
+template <typename A> __device__ inline bool aligned(const A& a) { return ((u64)a.p & 15) == 0; }
+
+template <typename T, typename V> __device__ inline void read_pack(const T* p, V* v, i64 k) {
+    Pack<T> pack = {};
+    if (p) pack = ((const Pack<T>*)p)[k];
+#pragma unroll
+    for (int j = 0; j < PACK; j++) v[j] = get(pack.element, j);
+}
+template <typename T, typename V> __device__ inline void write_pack(T* p, const V* v, i64 k) {
+    if (!p) return;
+    Pack<T> pack;
+#pragma unroll
+    for (int j = 0; j < PACK; j++) put(pack.element, j, v[j]);
+    ((Pack<T>*)p)[k] = pack;
+}
+template <typename T> __device__ inline void load(In<T>& a, i64 k) { read_pack(a.p, a.v, k); }
+template <typename T> __device__ inline void load(Out<T>&, i64) {}
+template <typename T> __device__ inline void load(InOut<T>& a, i64 k) { read_pack(a.p, a.v, k); }
+template <typename T> __device__ inline void store(In<T>&, i64) {}
+template <typename T> __device__ inline void store(Out<T>& a, i64 k) { write_pack(a.p, a.v, k); }
+template <typename T> __device__ inline void store(InOut<T>& a, i64 k) { write_pack(a.p, a.v, k); }
+template <typename T> __device__ inline void load_one(In<T>& a, i64 i) { a.v[0] = a.p ? get(a.p, i) : 0; }
+template <typename T> __device__ inline void load_one(Out<T>&, i64) {}
+template <typename T> __device__ inline void load_one(InOut<T>& a, i64 i) { a.v[0] = a.p ? get(a.p, i) : 0; }
+template <typename T> __device__ inline void store_one(In<T>&, i64) {}
+template <typename T> __device__ inline void store_one(Out<T>& a, i64 i) { if (a.p) put(a.p, i, a.v[0]); }
+template <typename T> __device__ inline void store_one(InOut<T>& a, i64 i) { if (a.p) put(a.p, i, a.v[0]); }
+
+// Calls f for each of n elements: with the number of an In, with a reference to the number of an Out or InOut.
+template <typename F, typename... A> __device__ inline void each_element(i64 n, F f, A... a) {
+    i64 packs = (aligned(a) && ...) ? n / PACK : 0, packed = packs * PACK;
+    GRID_STRIDE(k, packs) {
+        (load(a, k), ...);
+#pragma unroll
+        for (int j = 0; j < PACK; j++) f(a.v[j]...);
+        (store(a, k), ...);
+    }
+    GRID_STRIDE(i, n - packed) {
+        (load_one(a, packed + i), ...);
+        f(a.v[0]...);
+        (store_one(a, packed + i), ...);
+    }
+}
+
 template <typename T> __device__ inline bool is_finite(T v) { return v - v == T(0); }
 
 // The sum over the warp, which every thread gets.
@@ -188,7 +244,7 @@ enum { ADD, SUBTRACT, MULTIPLY };
 __device__ inline WORK combined(WORK a, WORK b, int kind) { return kind == ADD ? a + b : kind == SUBTRACT ? a - b : a * b; }
 
 extern "C" __global__ void combine(REAL* out, const REAL* a, const REAL* b, int kind, i64 n) {
-    GRID_STRIDE(i, n) put(out, i, combined(get(a, i), get(b, i), kind));
+    each_element(n, [=](WORK v, WORK w, WORK& sum) { sum = combined(v, w, kind); }, In{a}, In{b}, Out{out});
 }
 extern "C" __global__ void combine_view(REAL* out, const REAL* a, const REAL* b, int kind, i64 n, i64 s1, i64 s2,
                                         i64 s3, i64 o0, i64 o1, i64 o2, i64 o3, i64 a0, i64 a1, i64 a2, i64 a3, i64 b0,
@@ -199,41 +255,41 @@ extern "C" __global__ void combine_view(REAL* out, const REAL* a, const REAL* b,
     });
 }
 extern "C" __global__ void scale(REAL* x, double factor, i64 n) {
-    WORK f = (WORK)factor;
-    GRID_STRIDE(i, n) put(x, i, get(x, i) * f);
+    each_element(n, [f = (WORK)factor](WORK& v) { v = v * f; }, InOut{x});
 }
 extern "C" __global__ void divide(REAL* x, double divisor, i64 n) {
-    WORK d = (WORK)divisor;
-    GRID_STRIDE(i, n) put(x, i, get(x, i) / d);
+    each_element(n, [d = (WORK)divisor](WORK& v) { v = v / d; }, InOut{x});
 }
-extern "C" __global__ void store(REAL* out, const double* x, bool accumulate, i64 n) {
-    GRID_STRIDE(i, n) put(out, i, (WORK)(accumulate ? (double)get(out, i) + x[i] : x[i]));
+extern "C" __global__ void store_double(REAL* out, const double* x, bool accumulate, i64 n) {
+    each_element(n, [=](WORK& v, double d) { v = (WORK)(accumulate ? (double)v + d : d); }, InOut{out}, In{x});
+}
+extern "C" __global__ void from_float(REAL* out, const float* x, i64 n) {
+    each_element(n, [](WORK& v, float w) { v = w; }, Out{out}, In{x});
+}
+extern "C" __global__ void to_float(float* out, const REAL* x, i64 n) {
+    each_element(n, [](float& w, WORK v) { w = (float)v; }, Out{out}, In{x});
 }
 extern "C" __global__ void move(REAL* x, double share, const REAL* towards, const REAL* origin, i64 n) {
-    WORK s = (WORK)share;
-    GRID_STRIDE(i, n) {
-        WORK v = get(x, i);
-        put(x, i, v + (get(towards, i) - (origin ? get(origin, i) : v)) * s);
-    }
+    each_element(n, [=, s = (WORK)share](WORK& v, WORK to, WORK from) { v = v + (to - (origin ? from : v)) * s; },
+                 InOut{x}, In{towards}, In{origin});
 }
 extern "C" __global__ void withhold(REAL* x, const REAL* before, REAL* kept, double part, i64 n) {
-    WORK p = (WORK)part;
-    GRID_STRIDE(i, n) {
-        WORK v = get(x, i), change = (v - get(before, i)) * p;
-        put(x, i, v - change);
-        put(kept, i, get(kept, i) + change);
-    }
+    each_element(n, [p = (WORK)part](WORK& v, WORK old, WORK& held) {
+        WORK change = (v - old) * p;
+        v = v - change;
+        held = held + change;
+    }, InOut{x}, In{before}, InOut{kept});
 }
 extern "C" __global__ void sum_of_squares(const REAL* x, double* total, double* partial, u32* done, i64 n) {
     double sum = 0;
-    GRID_STRIDE(i, n) { double v = get(x, i); sum += v * v; }
+    each_element(n, [&](WORK v) { sum += (double)v * (double)v; }, In{x});
     sum = block_sum(sum);
     if (grid_sum(sum, partial, done) && threadIdx.x == 0) total[0] += sum;
 }
 extern "C" __global__ void count_nonfinite(const REAL* y, double* count, const double* step, double* partial, u32* done,
                                            i64 n) {
     double sum = 0;
-    GRID_STRIDE(i, n) sum += get(y, i);
+    each_element(n, [&](WORK v) { sum += v; }, In{y});
     sum = block_sum(sum);
     if (grid_sum(sum, partial, done) && threadIdx.x == 0 && !is_finite((WORK)sum)) {
         if (count[0] == 0) count[1] = step[0];
@@ -241,7 +297,7 @@ extern "C" __global__ void count_nonfinite(const REAL* y, double* count, const d
     }
 }
 extern "C" __global__ void find_nonfinite(const REAL* x, double* found, i64 n) {
-    GRID_STRIDE(i, n) if (!is_finite(get(x, i))) found[0] = 1;  // all who write write the same
+    each_element(n, [=](WORK v) { if (!is_finite(v)) found[0] = 1; }, In{x});  // all who write write the same
 }
 extern "C" __global__ void clear_counter(u32* done) {
     if (threadIdx.x == 0) *done = 0;
@@ -258,35 +314,36 @@ extern "C" __global__ void clip_scale(const double* total, double limit, double*
 
 // y may be x. Where NumPy multiplies by a mask, so do these: NaN and infinity come through.
 extern "C" __global__ void relu(const REAL* x, REAL* y, i64 n) {
-    GRID_STRIDE(i, n) { WORK v = get(x, i); put(y, i, v < 0 ? WORK(0) : v); }
+    each_element(n, [](WORK v, WORK& w) { w = v < 0 ? WORK(0) : v; }, In{x}, Out{y});
 }
 extern "C" __global__ void relu_grad(const REAL* y, REAL* dy, i64 n) {
-    GRID_STRIDE(i, n) put(dy, i, get(dy, i) * (get(y, i) > 0 ? WORK(1) : WORK(0)));
+    each_element(n, [](WORK v, WORK& d) { d = d * (v > 0 ? WORK(1) : WORK(0)); }, In{y}, InOut{dy});
 }
 extern "C" __global__ void leaky_relu(const REAL* x, REAL* y, double slope, i64 n) {
-    WORK s = (WORK)slope;
-    GRID_STRIDE(i, n) { WORK v = get(x, i), w = v * s; put(y, i, v >= w || v != v ? v : w); }
+    each_element(n, [s = (WORK)slope](WORK v, WORK& w) { w = v >= v * s || v != v ? v : v * s; }, In{x}, Out{y});
 }
 extern "C" __global__ void leaky_relu_grad(const REAL* y, REAL* dy, double slope, i64 n) {
     WORK s = (WORK)slope, most = s > 1 ? s : WORK(1);
-    GRID_STRIDE(i, n) put(dy, i, get(dy, i) * (get(y, i) > 0 ? most : s));
+    each_element(n, [=](WORK v, WORK& d) { d = d * (v > 0 ? most : s); }, In{y}, InOut{dy});
 }
 extern "C" __global__ void sigmoid(const REAL* x, REAL* y, i64 n) {
-    GRID_STRIDE(i, n) put(y, i, 1 / (exp(-get(x, i)) + 1));
+    each_element(n, [](WORK v, WORK& w) { w = 1 / (exp(-v) + 1); }, In{x}, Out{y});
 }
 extern "C" __global__ void sigmoid_grad(const REAL* y, REAL* dy, i64 n) {
-    GRID_STRIDE(i, n) { WORK v = get(y, i); put(dy, i, get(dy, i) * ((1 - v) * v)); }
+    each_element(n, [](WORK v, WORK& d) { d = d * ((1 - v) * v); }, In{y}, InOut{dy});
 }
-extern "C" __global__ void tanh_forward(const REAL* x, REAL* y, i64 n) { GRID_STRIDE(i, n) put(y, i, tanh(get(x, i))); }
+extern "C" __global__ void tanh_forward(const REAL* x, REAL* y, i64 n) {
+    each_element(n, [](WORK v, WORK& w) { w = tanh(v); }, In{x}, Out{y});
+}
 extern "C" __global__ void tanh_grad(const REAL* y, REAL* dy, i64 n) {
-    GRID_STRIDE(i, n) { WORK v = get(y, i); put(dy, i, get(dy, i) * (1 - v * v)); }
+    each_element(n, [](WORK v, WORK& d) { d = d * (1 - v * v); }, In{y}, InOut{dy});
 }
 extern "C" __global__ void gelu(const REAL* x, REAL* y, REAL* slope, i64 n) {
-    GRID_STRIDE(i, n) {
-        WORK v = get(x, i), cdf = erfc(v * WORK(-0.70710678118654752440)) * WORK(0.5);
-        put(y, i, v * cdf);
-        if (slope) put(slope, i, exp(v * v * WORK(-0.5)) * WORK(0.39894228040143267794) * v + cdf);
-    }
+    each_element(n, [=](WORK v, WORK& w, WORK& derivative) {
+        WORK cdf = erfc(v * WORK(-0.70710678118654752440)) * WORK(0.5);
+        w = v * cdf;
+        if (slope) derivative = exp(v * v * WORK(-0.5)) * WORK(0.39894228040143267794) * v + cdf;
+    }, In{x}, Out{y}, Out{slope});
 }
 
 // ---- Losses (device/gpu/criteria.py) --------------------------------------------------------------------------------
@@ -363,25 +420,23 @@ extern "C" __global__ void count_right(const REAL* y, const void* labels, int la
 extern "C" __global__ void binary_cross_entropy(const REAL* y, const REAL* wanted, REAL* dy, double* metrics,
                                                 double* partial, u32* done, double share, i64 n, i64 outputs) {
     double loss = 0;
-    WORK factor = (WORK)share;
-    GRID_STRIDE(i, n) {
-        WORK v = get(y, i), t = get(wanted, i), e = exp(v < 0 ? v : -v);  // exp(-|v|)
+    each_element(n, [&, factor = (WORK)share](WORK v, WORK t, WORK& d) {
+        WORK e = exp(v < 0 ? v : -v);  // exp(-|v|)
         WORK below = v >= 0 ? WORK(0) : v;  // min(v, 0), NaN for NaN: sigmoid(v) = exp(min(v, 0)) / (1 + exp(-|v|))
-        if (dy) put(dy, i, (exp(below) / (e + 1) - t) * factor);
+        if (dy) d = (exp(below) / (e + 1) - t) * factor;
         loss += log1p(e) + (v <= 0 ? WORK(0) : v) - t * v;
-    }
+    }, In{y}, In{wanted}, Out{dy});
     loss = block_sum(loss);
     if (grid_sum(loss, partial, done) && threadIdx.x == 0) metrics[0] += loss / outputs;
 }
 extern "C" __global__ void squared_error(const REAL* y, const REAL* wanted, REAL* dy, double* metrics, double* partial,
                                          u32* done, double share, i64 n, i64 outputs) {
     double loss = 0;
-    WORK factor = (WORK)share;
-    GRID_STRIDE(i, n) {
-        WORK error = get(y, i) - get(wanted, i);
+    each_element(n, [&, factor = (WORK)share](WORK v, WORK t, WORK& d) {
+        WORK error = v - t;
         loss += (double)error * (double)error;
-        if (dy) put(dy, i, error * factor);
-    }
+        d = error * factor;
+    }, In{y}, In{wanted}, Out{dy});
     loss = block_sum(loss);
     if (grid_sum(loss, partial, done) && threadIdx.x == 0) metrics[0] += loss / outputs;
 }
@@ -394,80 +449,79 @@ extern "C" __global__ void one_hot(const void* labels, int label_type, REAL* out
 extern "C" __global__ void count_same_side(const REAL* y, const REAL* wanted, double* metrics, double* partial,
                                            u32* done, i64 n) {
     double same = 0;
-    GRID_STRIDE(i, n) same += (get(y, i) > 0) == (get(wanted, i) > WORK(0.5));
+    each_element(n, [&](WORK v, WORK t) { same += (v > 0) == (t > WORK(0.5)); }, In{y}, In{wanted});
     same = block_sum(same);
     if (grid_sum(same, partial, done) && threadIdx.x == 0) metrics[1] += same;
 }
 
 // ---- Optimizers (device/gpu/updates.py) -----------------------------------------------------------------------------
 
-// The gradient of element i: scale * g + decay * p.
-__device__ inline WORK gradient(const REAL* g, i64 i, WORK p, WORK scale, WORK decay) {
-    WORK d = get(g, i) * scale;
-    return decay != 0 ? d + p * decay : d;
+// The gradients that an update works with are scale * g + decay * p.
+struct Gradient {
+    WORK scale, decay;
+};
+__device__ inline Gradient gradient_of(const double* scale, double decay) {
+    return Gradient{scale ? (WORK)scale[0] : WORK(1), (WORK)decay};
 }
-__device__ inline WORK clipping(const double* scale) { return scale ? (WORK)scale[0] : WORK(1); }
+__device__ inline WORK gradient(Gradient with, WORK p, WORK g) {
+    WORK d = g * with.scale;
+    return with.decay != 0 ? d + p * with.decay : d;
+}
 
 extern "C" __global__ void sgd(WORK* p, const REAL* g, const double* numbers, const double* scale, double decay, i64 n) {
-    WORK rate = (WORK)numbers[0], clip = clipping(scale), fall = (WORK)decay;
-    GRID_STRIDE(i, n) {
-        WORK w = get(p, i);
-        put(p, i, w - gradient(g, i, w, clip, fall) * rate);
-    }
+    Gradient with = gradient_of(scale, decay);
+    WORK rate = (WORK)numbers[0];
+    each_element(n, [=](WORK& w, WORK d) { w = w - gradient(with, w, d) * rate; }, InOut{p}, In{g});
 }
 extern "C" __global__ void momentum(WORK* p, const REAL* g, WORK* b, const double* numbers, bool nesterov,
                                     const double* scale, double decay, i64 n) {
-    WORK rate = (WORK)numbers[0], beta = (WORK)numbers[1], share = (WORK)numbers[2], clip = clipping(scale);
-    WORK ahead = nesterov ? (WORK)numbers[3] : WORK(0), fall = (WORK)decay;
-    GRID_STRIDE(i, n) {
-        WORK w = get(p, i), d = gradient(g, i, w, clip, fall), moved = get(b, i) * beta + d * share;
-        put(b, i, moved);
-        put(p, i, w - (nesterov ? d + moved * ahead : moved) * rate);
-    }
+    Gradient with = gradient_of(scale, decay);
+    WORK rate = (WORK)numbers[0], beta = (WORK)numbers[1], share = (WORK)numbers[2], ahead = (WORK)numbers[3];
+    each_element(n, [=](WORK& w, WORK d, WORK& moved) {
+        d = gradient(with, w, d);
+        moved = moved * beta + d * share;
+        w = w - (nesterov ? d + moved * ahead : moved) * rate;
+    }, InOut{p}, In{g}, InOut{b});
 }
 extern "C" __global__ void adagrad(WORK* p, const REAL* g, WORK* s, const double* numbers, double eps,
                                    const double* scale, double decay, i64 n) {
-    WORK rate = (WORK)numbers[0], least = (WORK)eps, clip = clipping(scale), fall = (WORK)decay;
-    GRID_STRIDE(i, n) {
-        WORK w = get(p, i), d = gradient(g, i, w, clip, fall), squares = get(s, i) + d * d;
-        put(s, i, squares);
-        put(p, i, w - d / (sqrt(squares) + least) * rate);
-    }
+    Gradient with = gradient_of(scale, decay);
+    WORK rate = (WORK)numbers[0], least = (WORK)eps;
+    each_element(n, [=](WORK& w, WORK d, WORK& squares) {
+        d = gradient(with, w, d);
+        squares = squares + d * d;
+        w = w - d / (sqrt(squares) + least) * rate;
+    }, InOut{p}, In{g}, InOut{s});
 }
 // a and b may be null.
 extern "C" __global__ void rmsprop(WORK* p, const REAL* g, WORK* s, WORK* a, WORK* b, const double* numbers,
                                    double alpha, double eps, double beta, const double* scale, double decay, i64 n) {
-    WORK rate = (WORK)numbers[0], keep = (WORK)alpha, rest = (WORK)(1 - alpha), least = (WORK)eps;
-    WORK again = (WORK)beta, clip = clipping(scale), fall = (WORK)decay;
-    GRID_STRIDE(i, n) {
-        WORK w = get(p, i), d = gradient(g, i, w, clip, fall), squares = get(s, i) * keep + d * d * rest;
-        put(s, i, squares);
+    Gradient with = gradient_of(scale, decay);
+    WORK rate = (WORK)numbers[0], keep = (WORK)alpha, rest = (WORK)(1 - alpha), least = (WORK)eps, again = (WORK)beta;
+    each_element(n, [=](WORK& w, WORK d, WORK& squares, WORK& mean, WORK& moved) {
+        d = gradient(with, w, d);
+        squares = squares * keep + d * d * rest;
+        WORK variance = squares;
         if (a) {
-            WORK mean = get(a, i);
             mean = mean + (d - mean) * rest;
-            put(a, i, mean);
-            squares = squares - mean * mean;
+            variance = squares - mean * mean;
         }
-        d = d / (sqrt(squares) + least);
-        if (b) {
-            d = get(b, i) * again + d;
-            put(b, i, d);
-        }
-        put(p, i, w - d * rate);
-    }
+        d = d / (sqrt(variance) + least);
+        if (b) d = moved = moved * again + d;
+        w = w - d * rate;
+    }, InOut{p}, In{g}, InOut{s}, InOut{a}, InOut{b});
 }
 extern "C" __global__ void adam(WORK* p, const REAL* g, WORK* m, WORK* v, const double* numbers, double rest1, double b2,
                                 double rest2, const double* scale, double decay, i64 n) {
-    WORK rate = (WORK)numbers[0], eps = (WORK)numbers[1], shrink = (WORK)numbers[2], clip = clipping(scale);
-    WORK first = (WORK)rest1, keep = (WORK)b2, second = (WORK)rest2, fall = (WORK)decay;
-    GRID_STRIDE(i, n) {
-        WORK w = get(p, i), d = gradient(g, i, w, clip, fall), mean = get(m, i), squares = get(v, i);
+    Gradient with = gradient_of(scale, decay);
+    WORK rate = (WORK)numbers[0], eps = (WORK)numbers[1], shrink = (WORK)numbers[2];
+    WORK first = (WORK)rest1, keep = (WORK)b2, second = (WORK)rest2;
+    each_element(n, [=](WORK& w, WORK d, WORK& mean, WORK& squares) {
+        d = gradient(with, w, d);
         mean = mean + (d - mean) * first;
         squares = squares * keep + d * d * second;
-        put(m, i, mean);
-        put(v, i, squares);
-        put(p, i, w * shrink - mean / (sqrt(squares) + eps) * rate);
-    }
+        w = w * shrink - mean / (sqrt(squares) + eps) * rate;
+    }, InOut{p}, In{g}, InOut{m}, InOut{v});
 }
 
 // ---- Norms, pools, masks, codecs, rows follow here ------------------------------------------------------------------

@@ -47,6 +47,11 @@ class Operations:
         """Launch a kernel that loops over `count` elements with a stride of the whole grid (GRID_STRIDE)."""
         self.launch(kernel, real, blocks_for(count), BLOCK, *arguments)
 
+    def each_pack(self, kernel: str, real: DType, count: int, *arguments: Any) -> None:
+        """Launch a kernel that loops over packs of `count` elements (each_element), each of which has 16 bytes of
+        REAL."""
+        self.launch(kernel, real, blocks_for(-(-count * as_dtype(real).itemsize // 16)), BLOCK, *arguments)
+
     def sum(self, kernel: str, real: DType, count: int, *arguments: Any) -> None:
         """Launch a kernel that adds up something of `count` elements. Its grid depends on the count alone, and so does
         the order of the sum."""

@@ -23,7 +23,7 @@ from nettorrent_mpi.device.gpu import source as kernels
 HEADER = Path(__file__).with_name("host_cuda.h")
 # Contraction would fuse products and sums, as NumPy does not.
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-sign-compare")
-IGNORED = ("-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-parentheses", "-Wno-clobbered")
+IGNORED = ("-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-parentheses", "-Wno-missing-field-initializers")
 SCALARS: dict[str, Any] = {
     "double": ctypes.c_double,
     "int": ctypes.c_int,
