@@ -186,9 +186,7 @@ class GossipExchange(Exchange):
             return
         number = self.rounds.take_back()
         arrays = [*self.shards.parameters, *self._withheld] if self._withhold else []
-        kept = [self.device.empty(array.shape, array.dtype) for array in arrays]
-        for copy, array in zip(kept, arrays, strict=True):
-            self.device.ops.copy(copy, array)
+        kept = self._copies("paused", arrays)
         self.settle()
         yield
         if kept:

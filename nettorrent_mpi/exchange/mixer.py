@@ -59,6 +59,7 @@ class Mixer:
         if not isinstance(spec.compress, Whole):
             self._estimates = Estimates(spec.compress, spec.gamma, vector)
         self.clock, self.loss = 0.0, float("nan")
+        self._elements: Array | None = None  # memory for a mass of each element
         self.divide(1)
 
     def divide(self, parts: int) -> None:
@@ -206,7 +207,9 @@ class Mixer:
     def mass_of_elements(self) -> Array:
         """Return the mass of each element: that of its part."""
         device = self.vector.device
-        whole = device.empty((self.vector.size,), self.vector.dtype)
+        if self._elements is None:
+            self._elements = device.empty((self.vector.size,), self.vector.dtype)
+        whole = self._elements
         for part in range(self.parts):
             device.ops.fill(whole[slice(*self.where(part))], float(self.masses[part]))
         return whole

@@ -55,6 +55,7 @@ class Replicas:
         self.shards, self.peers, self.device = shards, peers, device
         self.channel = channel_of(device, peers) if channel is None else channel
         self.count = peers.size
+        self._memory = device.workspace("float32")
 
     def mean(self, arrays: Iterable[Array]) -> None:
         """Set arrays to their mean over all peers, bitwise the same everywhere. All peers call."""
@@ -74,15 +75,21 @@ class Replicas:
             yield
             return
         self.settle()
-        kept = [self.device.empty(array.shape, array.dtype) for array in self.shards.weights]
-        for copy, array in zip(kept, self.shards.weights, strict=True):
-            self.device.ops.copy(copy, array)
+        kept = self._copies("shown", self.shards.weights)
         self._all_take(best)
         yield
         self.shards.fence()
         for copy, array in zip(kept, self.shards.weights, strict=True):
             self.device.ops.copy(array, copy)
         self.shards.gather()
+
+    def _copies(self, purpose: str, arrays: Sequence[Array]) -> list[Array]:
+        """Return copies of arrays in memory that is allocated once for each purpose: a GPU gives none back."""
+        found = []
+        for number, array in enumerate(arrays):
+            found.append(self._memory.keep(f"{purpose} {number}", array.shape, array.dtype))
+            self.device.ops.copy(found[-1], array)
+        return found
 
     def become(self, best: int | None = None) -> None:
         """Give every replica the average of all, or replica `best`'s weights and optimizer state, for good."""
