@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.plan import seeds
+from nettorrent_mpi.plan.blocks import Span
 
 
 def generator(seed: int, purpose: str, *numbers: int | str) -> np.random.Generator:
@@ -26,3 +29,26 @@ def normal(shape: Shape, deviation: float, seed: int, purpose: str, *numbers: in
 def uniform(shape: Shape, bound: float, seed: int, purpose: str, *numbers: int | str) -> Array:
     """Draw random numbers (float64) that are uniform from -bound to bound."""
     return generator(seed, purpose, *numbers).uniform(-bound, bound, shape)
+
+
+def place_codes(shape: Shape, part: Span) -> Array:
+    """Return a hash (uint32) of the index of each feature in a row of `shape`, whose last axis is held in `part`."""
+    places = math.prod(shape[:-1])
+    index = np.arange(places)[:, None] * shape[-1] + np.arange(*part)
+    assert places * shape[-1] < 1 << 32, f"rows of {shape} are too long"
+    code = index.reshape(-1).astype(np.uint32)
+    mix(code, np.empty_like(code), np.uint32(0))
+    return code
+
+
+def mix(x: Array, work: Array, key: Array | np.uint32) -> None:
+    """Apply a bijection of 32 bits to x: C. Wellons' lowbias32 (2018), with a key added halfway."""
+    np.right_shift(x, 16, out=work)
+    np.bitwise_xor(x, work, out=x)
+    np.multiply(x, np.uint32(0x7FEB352D), out=x)
+    np.add(x, key, out=x)
+    np.right_shift(x, 15, out=work)
+    np.bitwise_xor(x, work, out=x)
+    np.multiply(x, np.uint32(0x846CA68B), out=x)
+    np.right_shift(x, 16, out=work)
+    np.bitwise_xor(x, work, out=x)

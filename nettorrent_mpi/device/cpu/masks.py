@@ -3,13 +3,12 @@ element."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace
 from nettorrent_mpi.device.cpu.flat import Operations
 from nettorrent_mpi.device.cpu.loop import Loop
+from nettorrent_mpi.device.random import mix, place_codes
 from nettorrent_mpi.plan.blocks import Span
 
 BLOCK = 16384  # elements hashed at a time: they stay in the first-level cache
@@ -23,12 +22,7 @@ class MaskOperations(Operations):
     """
 
     def place_codes(self, shape: Shape, part: Span) -> Array:
-        places = math.prod(shape[:-1])
-        index = np.arange(places)[:, None] * shape[-1] + np.arange(*part)
-        assert places * shape[-1] < 1 << 32, f"rows of {shape} are too long"
-        code = index.reshape(-1).astype(np.uint32)
-        _mix(code, np.empty_like(code), np.uint32(0))
-        return code
+        return place_codes(shape, part)
 
     def keep_mask(self, keep: Array, codes: Array, rate: float, key: int, step: Array, rows: Span) -> None:
         memory = self.memory(np.uint32)
@@ -45,7 +39,7 @@ class MaskOperations(Operations):
                 shape = (some.stop - some.start, across.stop - across.start)
                 number, work = memory.scratch("random number", shape), memory.scratch("random work", shape)
                 np.bitwise_xor(codes[across], row_keys[some, :1], out=number)
-                _mix(number, work, row_keys[some, 1:])
+                mix(number, work, row_keys[some, 1:])
                 np.greater_equal(number, threshold, out=keep[some, across])
 
 
@@ -64,19 +58,6 @@ def keep_mask(keep_bf: Array, codes_f: Array, keys_b: Array, threshold: int) -> 
             x = np.uint32(x * np.uint32(0x846CA68B))
             x = np.uint32(x ^ (x >> np.uint32(16)))
             keep[i] = x >= threshold
-
-
-def _mix(x: Array, work: Array, key: Array | np.uint32) -> None:
-    """Apply a bijection of 32 bits to x: C. Wellons' lowbias32 (2018), with a key added halfway."""
-    np.right_shift(x, 16, out=work)
-    np.bitwise_xor(x, work, out=x)
-    np.multiply(x, np.uint32(0x7FEB352D), out=x)
-    np.add(x, key, out=x)
-    np.right_shift(x, 15, out=work)
-    np.bitwise_xor(x, work, out=x)
-    np.multiply(x, np.uint32(0x846CA68B), out=x)
-    np.right_shift(x, 16, out=work)
-    np.bitwise_xor(x, work, out=x)
 
 
 GOLDEN, BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1

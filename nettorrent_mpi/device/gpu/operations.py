@@ -13,6 +13,7 @@ from nettorrent_mpi.device.gpu.runtime import Runtime, Stream
 BLOCK = 256  # threads of a block, where a kernel does not need another number
 MOST_BLOCKS = 4096  # of a grid-stride loop: enough for every GPU
 EACH = 8  # elements that a thread adds up at least
+LEAST_COUNTERS = 1024  # that are made at once
 SUM_BLOCKS = 1024  # of a kernel that adds up its blocks' sums (kernels.cu: grid_sum)
 
 
@@ -25,6 +26,9 @@ class Owner(Protocol):
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
         """Return an uninitialised array."""
+
+    def upload(self, out: Array, values: Array) -> None:
+        """out <- `values`, which lie in host memory and may be changed as soon as this returns."""
 
     def download(self, out: Array, x: Array) -> None:
         """out, in host memory, <- x, once all operations called so far are complete."""
@@ -58,13 +62,16 @@ class Operations:
         self.launch(kernel, real, min(-(-count // (BLOCK * EACH)), SUM_BLOCKS), BLOCK, *arguments)
 
     def partial_sums(self) -> tuple[Array, Array]:
-        """Return memory for two sums of each of SUM_BLOCKS blocks, and a counter of blocks that are done, which is 0
-        between launches."""
-        counter = self._scratch.get(("blocks done", as_dtype(np.uint32), self.device.stream))
-        if counter is None:
-            counter = self.scratch("blocks done", (1,), np.uint32)
-            self.launch("clear_counter", np.float32, 1, 32, counter)
-        return self.scratch("partial sums", (2 * SUM_BLOCKS,), np.float64), counter
+        """Return memory for two sums of each of SUM_BLOCKS blocks, and a counter of the blocks that are done."""
+        return self.scratch("partial sums", (2 * SUM_BLOCKS,), np.float64), self.counters(1)
+
+    def counters(self, count: int, name: str = "counters") -> Array:
+        """Return so many numbers (uint32) that are 0 between launches on the present stream."""
+        counters = self._scratch.get((name, as_dtype(np.uint32), self.device.stream))
+        if counters is None or counters.size < count:
+            counters = self.scratch(name, (max(count, LEAST_COUNTERS),), np.uint32)
+            self.each("clear_counters", np.float32, counters.size, counters, counters.size)
+        return counters
 
     def scratch(self, name: str, shape: Shape, dtype: DType) -> Array:
         """Return memory of this operation on the present stream, valid until it is next called with this name there. It

@@ -34,7 +34,7 @@ class HostRuntime:
         self.exchanges = Exchanges(self.order, self.memory, uuid)
         self.seed = seed
         self._pinned: list[Array] = []
-        self._libraries: dict[str, Library] = {}  # of kernels, by the name of REAL
+        self.libraries: dict[str, Library] = {}  # of kernels, by the name of REAL
         self.allocations = 0
 
     # -- memory -----------------------------------------------------------------------------------------------------
@@ -73,9 +73,9 @@ class HostRuntime:
     ) -> None:
         name = as_dtype(real).name
         values = signatures()[kernel].values(real, arguments, self._in_work)
-        if name not in self._libraries:
-            self._libraries[name] = load(name, self.seed)
-        library = self._libraries[name]
+        if name not in self.libraries:
+            self.libraries[name] = load(name, self.seed)
+        library = self.libraries[name]
         stream.enqueue(kernel, lambda: library.call(kernel, grid, block, values))
 
     def copy(self, stream: HostStream, out: Array, source: Array) -> None:
