@@ -6,11 +6,12 @@ A CUDA-aware MPI is not used: it would have to be told of streams, and NCCL does
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from nettorrent_mpi.comm.channels import Channel, MpiChannel, NcclChannel
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.staged_channel import PinnedMemory, StagedChannel
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.device.device import Device
+from nettorrent_mpi.device.device import Device, StreamDevice
+from nettorrent_mpi.device.events import Stream
 from nettorrent_mpi.plan.errors import CommunicationError, LaunchError, NetTorrentError, warn
 
 By = Literal["mpi", "nccl", "staged"]
@@ -38,11 +40,41 @@ class PlacedRank(NamedTuple):
     bus: str = ""
 
 
-class Waitable(Protocol):
-    """A stream, as far as its completion is waited for."""
+class _Watch(threading.Thread):
+    """A _Watch is a thread that looks at channels while the host waits for a GPU. If one has failed, or when `until` is
+    reached, it aborts them all: then the host goes on, and finds the `failure`."""
 
-    def record(self) -> Any:
-        """Return an event behind all work launched so far."""
+    def __init__(self, channels: Sequence[Channel], rank: int):
+        super().__init__(name="NCCL's watch", daemon=True)
+        self._channels, self._rank, self._ended = channels, rank, False
+        self.begun, self.until = threading.Event(), 0.0
+        self.failure: CommunicationError | None = None
+
+    def run(self) -> None:
+        while not self._ended:
+            self.begun.wait()
+            time.sleep(max(min(CHECKED, self.until - time.monotonic()), 0.001))
+            if self.begun.is_set() and not self._ended:
+                self._look()
+
+    def end(self) -> None:
+        """Let the thread end."""
+        self._ended = True
+        self.begun.set()
+
+    def _look(self) -> None:
+        try:
+            for channel in self._channels:
+                channel.check()
+            if time.monotonic() < self.until:
+                return
+            self.failure = CommunicationError(f"the GPU of rank {self._rank} waits in vain for those of other ranks")
+        except RuntimeError as error:
+            self.failure = CommunicationError(f"NCCL has failed on rank {self._rank}: {error}")
+        self._ended = True
+        for channel in self._channels:
+            with suppress(RuntimeError):
+                channel.abort()  # which may not return while there are graphs with operations of the channel
 
 
 class Connector:
@@ -57,11 +89,14 @@ class Connector:
         self._library: Any = None
         self._pinned: PinnedMemory | None = None
         self._channels: list[Channel] = []
+        self._watch = _Watch(self._channels, world.rank)
         self.by: By = self._choose(world.gather_objects(_place(world, device)))
+        if self._watch.is_alive():
+            _streams_of(device).wait_by(self.wait)
 
-    def connect(self, groups: Sequence[Group]) -> list[Channel]:
-        """Return a channel for each of this rank's groups. All ranks of the world call, those of a group in the same
-        order of groups."""
+    def connect(self, groups: Sequence[Group]) -> dict[Group, Channel]:
+        """Return a channel for each of this rank's groups. All ranks of the world call, and name their groups in an
+        order in which no two of them wait for each other."""
         made: list[Channel] = []
         if self.by == "nccl":
             ids = self._identities(groups)
@@ -75,35 +110,23 @@ class Connector:
         else:
             made += [MpiChannel(self._device, group) for group in groups]
         self._channels += made
-        return made
+        return dict(zip(groups, made, strict=True))
 
-    def wait(self, streams: Iterable[Waitable], patience: float = PATIENCE) -> None:
+    def wait(self, streams: Sequence[Stream], patience: float = PATIENCE) -> None:
         """Wait until streams have done all work launched so far. Should NCCL fail meanwhile, or take longer than
-        `patience` seconds, all channels are aborted, so that the streams come to an end, and a CommunicationError
+        `patience` seconds, its communicators are aborted, so that the streams come to an end, and a CommunicationError
         tells of it."""
-        began = checked = time.monotonic()
+        self._watch.until = time.monotonic() + patience
+        self._watch.begun.set()
         try:
-            for event in [stream.record() for stream in streams]:
-                pause = 1e-5
-                while not event.done():
-                    now = time.monotonic()
-                    if now > checked + CHECKED or now > began + patience:
-                        self._check()
-                        checked = now
-                    if now > began + patience:
-                        raise CommunicationError(f"rank {self._world.rank}'s GPU waits for others since {patience:g} s")
-                    time.sleep(pause)
-                    pause = min(pause * 1.1, 1e-3)
-        except CommunicationError:
-            self.abort()
-            raise
-
-    def _check(self) -> None:
-        for channel in self._channels:
-            try:
-                channel.check()
-            except RuntimeError as error:
-                raise CommunicationError(f"NCCL has failed on rank {self._world.rank}: {error}") from error
+            for stream in streams:
+                stream.synchronize()
+        except RuntimeError as error:
+            raise self._watch.failure or error from error
+        finally:
+            self._watch.begun.clear()
+        if self._watch.failure is not None:
+            raise self._watch.failure
 
     def abort(self) -> None:
         """End what waits on the device for other ranks. No channel can be used afterwards."""
@@ -112,7 +135,10 @@ class Connector:
                 channel.abort()
 
     def close(self) -> None:
-        """Free all channels. All ranks call when nothing is in flight."""
+        """Free all channels. All ranks call when nothing is in flight, and no graph with their operations is left."""
+        if self._watch.is_alive():
+            self._watch.end()
+            _streams_of(self._device).wait_by(None)
         for channel in self._channels:
             channel.close()
         self._channels.clear()
@@ -135,10 +161,14 @@ class Connector:
         together = _together(places, self._world.rank)
         shared = max(self._world.gather_objects(len(together))) > 1
         reason = self._load(shared)
-        if reason is None and shared:
-            reason = self._refusal(together)
+        if reason is None:
+            self._watch.start()
+            reason = self._refusal(together) if shared else None
         if reason is None:
             return "nccl"
+        if self._watch.is_alive():
+            self._watch.end()
+            self._watch.join()
         if self._world.rank == 0:
             warn(f"{reason}: GPUs exchange arrays through their hosts' memory, which is slow")
         return "staged"
@@ -176,7 +206,7 @@ class Connector:
             values = self._device.empty((1000,), np.float32)
             self._device.upload(values, np.ones(1000, np.float32))
             channel.all_reduce(values)
-            self.wait([self._device.stream], TRIAL)  # type: ignore[attr-defined]
+            self.wait([_streams_of(self._device).stream], TRIAL)
             channel.close()
             if not (self._device.on_host(values) == len(together)).all():
                 problem = "the sum of a trial is wrong"
@@ -189,11 +219,21 @@ class Connector:
         return f"ranks share a GPU, and NCCL does not connect them ({problems[0]})" if problems else None
 
 
+def channel_of(device: Device, group: Group) -> Channel:
+    """Return a channel that needs no decision of all ranks: arrays of a GPU travel through the host's memory."""
+    return MpiChannel(device, group) if device.kind == "cpu" else StagedChannel(device, group, PinnedMemory(device))
+
+
 def _place(world: World, device: Device) -> PlacedRank:
     if device.kind == "cpu":
         return PlacedRank(world.host, device.kind)
-    properties: Any = device.runtime.properties  # type: ignore[attr-defined]
-    return PlacedRank(world.host, device.kind, properties.uuid, properties.bus)
+    gpu = _streams_of(device)
+    return PlacedRank(world.host, device.kind, gpu.uuid, gpu.bus)
+
+
+def _streams_of(device: Device) -> StreamDevice:
+    assert isinstance(device, StreamDevice)
+    return device
 
 
 def _check(places: Sequence[PlacedRank]) -> None:

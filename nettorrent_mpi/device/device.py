@@ -126,7 +126,15 @@ class StreamDevice(Device, Protocol):
 
     @property
     def uuid(self) -> str:
-        """What tells this GPU from others."""
+        """What tells this GPU, or part of one, from others."""
+
+    @property
+    def bus(self) -> str:
+        """What tells this GPU from others of its node, and is the same for all parts of it; "" if unknown."""
+
+    @property
+    def stream(self) -> Stream:
+        """The stream that operations go to at present."""
 
     @property
     def compute(self) -> Stream:
@@ -134,6 +142,9 @@ class StreamDevice(Device, Protocol):
 
     def make_stream(self) -> Stream:
         """Make one more stream. `Device.synchronize` waits for all of them."""
+
+    def wait_by(self, wait: Callable[[Sequence[Stream]], None] | None) -> None:
+        """Let `synchronize` wait for streams by this function, which may give up; None: by CUDA's."""
 
     def on(self, stream: Stream) -> AbstractContextManager[None]:
         """Let operations inside the `with` block go to this stream."""

@@ -95,6 +95,10 @@ class DevicePipeline(Pipeline):
         """Wait for everything that was launched."""
         self._gpu.synchronize()
 
+    def close(self) -> None:
+        super().close()
+        self._recorded.clear()  # NCCL waits, when a communicator is freed, for all graphs that it is used in
+
     def _launches(self, actions: Sequence[Action]) -> tuple[list[Item], frozenset[int]]:
         key = tuple(actions)
         known = self._known.get(key)

@@ -178,7 +178,7 @@ class Engine:
     def close(self) -> None:
         """Finish communication and free all MPI objects. All ranks call, at rest."""
         self.exchange.settle()
-        self.pipeline.drain()
+        self.pipeline.close()
         self.update.close()
         self.wiring.everyone.barrier()
         self.exchange.close()

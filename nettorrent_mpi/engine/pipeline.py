@@ -140,6 +140,10 @@ class Pipeline:
         for transfer in (*self._sending_y, *self._sending_dx):
             _finish(transfer)
 
+    def close(self) -> None:
+        """Finish what is in flight, and give up what uses the wiring's channels."""
+        self.drain()
+
     # -- actions of micro-batch m -----------------------------------------------------------------------------------
 
     def _load(self, m: int) -> None:

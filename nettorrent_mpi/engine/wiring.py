@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from nettorrent_mpi.comm.channel_team import ChannelTeam
-from nettorrent_mpi.comm.connect import connect
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
 from nettorrent_mpi.comm.parcels import Parcel
+from nettorrent_mpi.comm.placing import Connector
 from nettorrent_mpi.comm.ring import Rings
 from nettorrent_mpi.comm.shared import BACKING, Ask, SharedMemory, room, share
 from nettorrent_mpi.comm.world import World
@@ -78,7 +78,8 @@ class Wiring:
         self.readers = self._group([rank for rank in swarm if world.nodes[rank] == world.nodes[world.rank]])
         links = self._link_groups() if device.kind == "gpu" else {}
         wanted = [self.holders, self.all_holders, self.cols, self.replica, self.peers, *links.values()]
-        self.channels = connect(world, device, list(dict.fromkeys(wanted)))
+        self._connector = Connector(world, device)
+        self.channels = self._connector.connect(list(dict.fromkeys(wanted)))
         self._links = {lower: self.channels[group] for lower, group in links.items()}
         self.team = ChannelTeam(device, self.channels[self.holders], self.channels[self.cols])
         self.rings = Rings()
@@ -276,8 +277,7 @@ class Wiring:
         self._transfers.clear()
         self._parcels.clear()
         self.rings.free()
-        for channel in self.channels.values():
-            channel.close()
+        self._connector.close()
         self.channels.clear()
         for memory in self._memories:
             memory.free()

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from nettorrent_mpi.comm.channels import Channel
-from nettorrent_mpi.comm.connect import channel_of
 from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.placing import channel_of
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
 

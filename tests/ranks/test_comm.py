@@ -18,8 +18,6 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
 from nettorrent_mpi.comm.shared import Ask, SharedMemory, share
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.device.arrays import Workspace
-from nettorrent_mpi.engine.wiring import WiredTeam
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
 from nettorrent_mpi.plan.errors import ConfigError, DataError, LaunchError
 
@@ -128,18 +126,6 @@ def test_long_arrays_are_cut() -> None:
     assert [c.nbytes for c in cut] == [12, 12, 12, 4]
     cut[1][...] = 0
     np.testing.assert_array_equal(array, [0, 1, 2, 0, 0, 0, 6, 7, 8, 9])
-
-
-def test_cols_gather_and_scatter(ours: World) -> None:
-    team, workspace = WiredTeam(ours, ours), Workspace(np.float64)
-    whole = np.arange(3 * 2 * 11.0).reshape(3, 2, 11)
-    own = slice(*span(11, SIZE, RANK))
-    gathered = np.empty_like(whole)
-    team.gather_cols(np.ascontiguousarray(whole[..., own]), gathered, workspace)
-    np.testing.assert_array_equal(gathered, whole)
-    part = np.empty_like(whole[..., own])
-    team.scatter_cols(whole * (RANK + 1), part, workspace)
-    np.testing.assert_allclose(part, whole[..., own] * SIZE * (SIZE + 1) / 2)
 
 
 def test_shared_memory_of_all_is_seen_by_all(ours: World) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Literal, cast
 
@@ -62,6 +62,7 @@ class Gpu:
         self.runtime, self.tf32 = runtime, tf32
         self.arena = Arena(runtime)
         self._streams: list[Stream] = []
+        self._wait: Callable[[Sequence[Stream]], None] | None = None
         self.compute, self.copies = self.make_stream(), self.make_stream()
         self.stream = self.compute
         self._host_copies = HostCopies(runtime, self.compute)
@@ -85,6 +86,10 @@ class Gpu:
     @property
     def uuid(self) -> str:
         return self.runtime.properties.uuid
+
+    @property
+    def bus(self) -> str:
+        return self.runtime.properties.bus
 
     def make_stream(self) -> Stream:
         """Return a further stream, for which `synchronize` waits, too."""
@@ -159,7 +164,13 @@ class Gpu:
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         return Captured(self, run)
 
+    def wait_by(self, wait: Callable[[Sequence[Stream]], None] | None) -> None:
+        self._wait = wait
+
     def synchronize(self) -> None:
+        if self._wait is not None:
+            self._wait(self._streams)
+            return
         for stream in self._streams:
             stream.synchronize()
 

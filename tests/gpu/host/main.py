@@ -44,7 +44,8 @@ def install(seed: int, *, shared: bool = False, cupy: bool = False) -> None:
         return opened[-1]
 
     visible.look, gpu.open_runtime = look, open_runtime
-    nccl.open_library = lambda: HostNccl(opened[-1].exchanges)
+    version = 22907 if shared else 23200  # the older one connects no ranks that share a GPU
+    nccl.open_library = lambda: HostNccl(opened[-1].exchanges, version=version)
 
 
 def main() -> int:

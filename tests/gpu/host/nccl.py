@@ -10,12 +10,14 @@ together. Everything is a rendezvous: no operation ends before its partners have
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import numpy as np
 from mpi4py import MPI
@@ -23,6 +25,7 @@ from mpi4py import MPI
 from nettorrent_mpi.device.arrays import Array
 
 PATIENCE = 20.0  # seconds
+ID_BYTES = 128
 FIRST_TAG = 20000  # in MPI.COMM_WORLD, where members of a new communicator meet
 
 
@@ -83,7 +86,8 @@ class HostNccl:
     def get_unique_id(self) -> bytes:
         """Say where the members meet: at the rank that made the id, under its number."""
         self._ids += 1
-        return b"%d %d %s" % (MPI.COMM_WORLD.rank, self._ids, os.urandom(4).hex().encode())
+        told = b"%d %d %s" % (MPI.COMM_WORLD.rank, self._ids, os.urandom(4).hex().encode())
+        return told.ljust(ID_BYTES)
 
     def NcclCommunicator(self, size: int, identity: bytes, index: int) -> HostCommunicator:
         return HostCommunicator(self, size, identity, index)
@@ -116,6 +120,8 @@ class HostCommunicator:
     def __init__(self, library: HostNccl, size: int, identity: bytes, index: int):
         self.library, self.size, self.index, self.identity = library, size, index, identity
         self.aborted, self.error = False, ""
+        self.launches = WeakSet[Launch]()  # those that are to run, or that a graph holds
+        assert len(identity) == ID_BYTES
         maker, number, _ = identity.split()
         assert (index == 0) == (int(maker) == MPI.COMM_WORLD.rank), "member 0 makes the id"
         tag = FIRST_TAG + int(number)
@@ -181,8 +187,10 @@ class HostCommunicator:
         self.aborted = True
 
     def destroy(self) -> None:
-        waiting = [str(turn) for turn in self.library.launches if turn.launch.communicator is self]
-        assert not waiting, f"a communicator is destroyed under {waiting}"
+        if self.launches:
+            gc.collect()
+        held = [str(launch) for launch in self.launches]
+        assert not held, f"a communicator is destroyed, and NCCL would wait for ever for the end of {held}"
         self.aborted = True
         self.comm.Free()
 
@@ -193,6 +201,7 @@ class Launch:
     def __init__(self, communicator: HostCommunicator, operations: list[Operation]):
         self.communicator, self.operations = communicator, operations
         self._turns: deque[Turn] = deque()
+        communicator.launches.add(self)
 
     def entered(self) -> None:
         self._turns.append(Turn(self))
