@@ -1,0 +1,66 @@
+"""GPUs give the CPU's weights: the layouts, schedules and networks of test_parallel.py on the host device.
+
+Its kernels are those of kernels.cu; its streams run in any order that events allow, another one for each seed and rank;
+its graphs replay what was captured; and the host cannot read its memory. Row counts divide by nothing, and a last
+mini-batch is smaller, so that every run of compute is captured for two sizes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan import specs
+from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.topology import Stage, Topology
+from tests.gpu.host.main import install
+from tests.ranks.test_parallel import CASES, NETWORKS, SHAPE, Trained, compare, serial
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the host device needs g++"),
+    pytest.mark.ranks(1, 2, 3, 4),
+    *([pytest.mark.slow] if MPI.COMM_WORLD.size == 4 else []),  # left to CI: many layouts
+]
+
+
+def on_gpus(seed: int, network: str, topology: Topology, *, shared: bool = False, **options: Any) -> Trained:
+    install(seed, shared=shared)
+    return Trained(World(), network, topology, device="gpu", **options)
+
+
+def check(mine: Trained, network: str, tolerance: float, **options: Any) -> None:
+    if MPI.COMM_WORLD.rank == 0:
+        compare(mine, serial(network, **options), tolerance)
+
+
+@pytest.mark.parametrize(("network", "topology", "pipeline"), CASES)
+def test_any_layout_gives_the_cpus_weights(network: str, topology: Topology, pipeline: str) -> None:
+    check(on_gpus(1, network, topology, pipeline=choices.PIPELINES[pipeline]()), network, 1e-10)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(2, 22))
+@pytest.mark.parametrize("network", list(NETWORKS))
+def test_any_order_of_work_gives_the_cpus_weights(network: str, seed: int) -> None:
+    facts = Network(NETWORKS[network], SHAPE).facts
+    check(on_gpus(seed, network, layers_layout(facts, MPI.COMM_WORLD.size, 13)), network, 1e-10)
+
+
+@pytest.mark.parametrize("network", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
+def test_float32(network: str) -> None:
+    options = {"dtype": "float32", "optimizer": specs.Sgd(momentum=0.9), "clip_norm": None, "rate": 0.005}
+    topology = layers_layout(Network(NETWORKS[network], SHAPE).facts, MPI.COMM_WORLD.size, 13)
+    check(on_gpus(1, network, topology, **options), network, 1e-4, **options)
+
+
+@pytest.mark.ranks(2, 4)
+def test_ranks_that_share_a_gpu(recwarn: pytest.WarningsRecorder) -> None:
+    size, count = MPI.COMM_WORLD.size, Network(NETWORKS["cnn"], SHAPE).weight_layers
+    topology = Topology(1, (Stage(0, 2, size // 2, 1), Stage(2, count, 1, size // 2)))
+    check(on_gpus(1, "cnn", topology, shared=True), "cnn", 1e-10)
