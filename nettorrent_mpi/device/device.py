@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace
 from nettorrent_mpi.device.events import Stream
@@ -158,7 +158,7 @@ def make_device(
     if kind == "gpu":
         from nettorrent_mpi.device import gpu
 
-        return cast("Device", gpu.Gpu(gpu.open_runtime(index), tf32))
+        return gpu.Gpu(gpu.open_runtime(index), tf32)
     from nettorrent_mpi.device.cpu import Cpu
 
     return Cpu(kernels)
