@@ -14,8 +14,8 @@ from nettorrent_mpi import env
 STEPS, ROWS, BATCH = 20, 210, 32  # an epoch has seven steps, the last one with fewer rows
 
 
-def networks() -> dict[str, tuple[list[Any], dict[str, Any]]]:
-    """Return layers and settings by name."""
+def networks(ranks: int) -> dict[str, tuple[list[Any], dict[str, Any], Any]]:
+    """Return layers, settings, and a layout for so many ranks, by name."""
     import nettorrent_mpi as nt
 
     def block(filters: int, stride: int) -> Any:
@@ -39,11 +39,11 @@ def networks() -> dict[str, tuple[list[Any], dict[str, Any]]]:
         *(nt.Conv2d(8, padding="same", bias=False), nt.BatchNorm(), nt.Relu(), block(8, 1), nt.Relu()),
         *(block(12, 2), nt.Relu(), nt.GlobalAvgPool2d(), nt.Linear(10)),
     ]
-    momentum = {"sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.001}}
+    momentum = {"sgd": {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.001}}
     return {
-        "perceptron": (perceptron, {"optimizer": momentum, "clip_norm": 1.0}),
-        "images": (images, {"optimizer": momentum, "augment": ["flip", "crop"]}),
-        "residual": (residual, {"optimizer": momentum, "pipeline": "gpipe"}),
+        "perceptron": (perceptron, {"optimizer": momentum, "clip_norm": 1.0}, {"replicas": ranks}),
+        "images": (images, {"optimizer": momentum, "augment": ["flip", "crop"]}, "layers"),
+        "residual": (residual, {"optimizer": momentum, "pipeline": "gpipe"}, {"replicas": 2} if ranks > 2 else "layers"),
     }
 
 
@@ -61,10 +61,10 @@ def main() -> int:
 
     world, rng = World(), np.random.default_rng(7)
     x, y = rng.integers(0, 256, (ROWS, 13, 11, 3), np.uint8), rng.integers(0, 10, ROWS)
-    for name, (layers, settings) in networks().items():
+    for name, (layers, settings, layout) in networks(world.size).items():
         for dtype in ("float32", "float64"):
             shared = {**settings, "dtype": dtype, "batch_size": BATCH, "micro_batches": 4, "steps": STEPS, "seed": 3}
-            found = trained(nt.Trainer(layers, (x, y), comm=world, device="gpu", **shared))
+            found = trained(nt.Trainer(layers, (x, y), comm=world, device="gpu", layout=layout, **shared))
             if world.rank == 0:
                 alone = World(comm_self()) if world.size > 1 else world
                 wanted = trained(nt.Trainer(layers, (x, y), comm=alone, device="cpu", **shared))
