@@ -43,7 +43,11 @@ def networks(ranks: int) -> dict[str, tuple[list[Any], dict[str, Any], Any]]:
     return {
         "perceptron": (perceptron, {"optimizer": momentum, "clip_norm": 1.0}, {"replicas": ranks}),
         "images": (images, {"optimizer": momentum, "augment": ["flip", "crop"]}, "layers"),
-        "residual": (residual, {"optimizer": momentum, "pipeline": "gpipe"}, {"replicas": 2} if ranks > 2 else "layers"),
+        "residual": (
+            residual,
+            {"optimizer": momentum, "pipeline": "gpipe"},
+            {"replicas": 2} if ranks > 2 else "layers",
+        ),
     }
 
 

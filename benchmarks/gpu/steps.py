@@ -101,7 +101,7 @@ def run(record: Record) -> None:
                 share = record.left / (len(cases) - number)
                 own = [process for process in started if process.case is case]
                 with record.case(case.name) as figures:
-                    compared(figures, case, own, missing, share)
+                    compared(figures, case, 16 if record.host else case.batch, own, missing, share)
             with record.case("the GPU is busy (mnist_wide, 1024)") as figures:
                 figures["busy"] = busy(started[0], record)
         finally:
@@ -122,10 +122,15 @@ def await_all(started: Sequence[Process], seconds: float) -> dict[Process, str]:
 
 
 def compared(
-    figures: dict[str, Any], case: StepCase, own: Sequence[Process], missing: dict[Process, str], share: float
+    figures: dict[str, Any],
+    case: StepCase,
+    batch: int,
+    own: Sequence[Process],
+    missing: dict[Process, str],
+    share: float,
 ) -> None:
     """Add the seconds of a step of all sides, and the ratios. Raises RuntimeError if our side is not ready."""
-    figures |= {"batch": case.batch, "dtype": case.dtype}
+    figures |= {"batch": batch, "dtype": case.dtype}
     figures["not_ready"] = {process.side: missing[process] for process in own if process in missing}
     if not figures["not_ready"]:
         del figures["not_ready"]
@@ -141,7 +146,7 @@ def compared(
     figures["ready_after"] = {process.side: process.ready for process in ready}
     if OURS not in middle:
         raise RuntimeError(figures["not_ready"][OURS])
-    figures["samples_per_second"] = {side: case.batch / seconds for side, seconds in middle.items()}
+    figures["samples_per_second"] = {side: batch / seconds for side, seconds in middle.items()}
     figures["times_as_fast_as"] = {side: middle[side] / middle[OURS] for side in SIDES[1:] if side in middle}
     figures["aims"] = {side: AIMS[side] for side in figures["times_as_fast_as"]}
     if case.work:

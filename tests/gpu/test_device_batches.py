@@ -26,7 +26,10 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.schedule import build
 from nettorrent_mpi.plan.stream import staleness_bound, stream_step
 from nettorrent_mpi.plan.topology import Stage, Topology
-from tests.gpu.double import Double
+from tests.gpu.host.build import compiler
+from tests.gpu.host.runtime import HostRuntime
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="g++ is not installed")
 
 BATCH, PIECES = 10, 3
 
@@ -98,6 +101,13 @@ class Buffers(SimpleNamespace):
     def take_ahead(self, g: int) -> None:
         place = g % self.slots
         self.memory[place], self.memory[-1] = self.memory[-1], self.memory[place]
+
+
+def gpu(seed: int) -> Gpu:
+    """A device whose order of work the seed decides."""
+    device = Gpu(HostRuntime(seed, memory=1 << 28))
+    device.arena.reserve(1 << 18)
+    return device
 
 
 def lists(case: Case, stage: int, steps: int) -> list[Sequence[Action]]:
@@ -188,7 +198,7 @@ def scripts(reader: Reader, test: Batches, case: Case, sampler: Sampler) -> None
 
 def read(case: Case, rank: int, seed: int | None) -> Reader:
     """Everything that one rank reads: with a seed on the double, else on the CPU."""
-    device: Any = make_device("cpu") if seed is None else Double(seed)
+    device: Any = make_device("cpu") if seed is None else gpu(seed)
     wiring = Buffers(case, rank, device.empty)
     dataset, sampler = case.dataset(), case.sampler()
     augment = Augment(case.augment, case.shape) if case.augment else None
@@ -259,7 +269,7 @@ def test_in_many_orders(name: str, resident: bool) -> None:
 
 @pytest.mark.parametrize("room", [True, False])
 def test_rows_are_resident_where_there_is_room(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, device = Case(), Double(0)
+    case, device = Case(), gpu(0)
     monkeypatch.setattr(device, "has_room", lambda size: room)
     batches = open_batches(case.dataset().train, Buffers(case, 0, device.empty), private, device, BATCH, PIECES)
     assert isinstance(batches, DeviceBatches)
@@ -267,7 +277,7 @@ def test_rows_are_resident_where_there_is_room(room: bool, monkeypatch: pytest.M
 
 
 def test_batches_with_a_name_use_the_same_memory_again() -> None:
-    case, device = Case(), Double(0)
+    case, device = Case(), gpu(0)
     wiring, used = Buffers(case, 0, device.empty), []
     for _ in range(3):
         open_batches(case.dataset().train, wiring, private, device, BATCH, PIECES, resident=False, name="again")
