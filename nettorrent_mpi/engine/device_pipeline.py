@@ -52,6 +52,7 @@ class DevicePipeline(Pipeline):
         ahead: int,
     ):
         super().__init__(plan, wiring, device, layers, state, update, metrics, progress, ahead)
+        self._ctx.progress = None  # between layers the host has nothing to wait for, and may be inside a capture
         self._gpu = cast("StreamDevice", self._device)
         self._links = self._gpu.make_stream()
         self._last: dict[bool, Event | None] = {False: None, True: None}  # of compute, of links
