@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.gpu import Gpu
+from nettorrent_mpi.device.gpu import Gpu, operations
 from nettorrent_mpi.device.gpu.views import view
 from tests.gpu.compared import NAMES, SIZES, HostOps, dtype_of, on_both, some
 from tests.gpu.host import build
@@ -36,6 +37,32 @@ def test_flat_operations(host_ops: HostOps, name: str, size: int) -> None:
     on_both(host_ops, lambda ops, x, to: ops.move(x, 0.3, to), a, b)
     on_both(host_ops, lambda ops, x, to, origin: ops.move(x, 0.3, to, origin), a, b, c)
     on_both(host_ops, lambda ops, x, before, kept: ops.withhold(x, before, kept, 0.3), a, b, c)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("blocks", [1, operations.MOST_BLOCKS])
+def test_parts_of_arrays_begin_anywhere(
+    host_ops: HostOps, name: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs of 16 bytes are taken only where all addresses allow; a small grid goes round several times."""
+    monkeypatch.setattr(operations, "MOST_BLOCKS", blocks)
+    a, b, out = (some(name, 5003, seed=seed) for seed in range(3))
+    for first, second in ((0, 0), (1, 1), (8, 0), (0, 3)):
+        size = 4990
+
+        def run(ops: Any, a: Array, b: Array, out: Array, first: int = first, second: int = second) -> None:
+            ops.subtract(a[first : first + size], b[second : second + size], out[first : first + size])  # noqa: B023
+            ops.relu(a[second : second + 77], out[first : first + 77])
+            ops.copy(out[-3:], a[first : first + 3])
+
+        on_both(host_ops, run, a, b, out)
+        x, y = a[first : first + size], np.zeros(5003, np.float32)
+        for given, into in ((x, y), (y, a)):
+            on_device = host_ops.up(into)
+            host_ops.copy(on_device[second : second + size], host_ops.up(given)[:size])
+            wanted = into.copy()
+            wanted[second : second + size] = given[:size]
+            np.testing.assert_array_equal(host_ops.down(on_device), wanted)
 
 
 TYPES = ["float32", "float64", "bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64"]

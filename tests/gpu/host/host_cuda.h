@@ -11,13 +11,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <link.h>
 #include <ucontext.h>
 #include <vector>
 
 #define __global__ __attribute__((visibility("hidden")))
 #define __device__ static
 #define __constant__ static const
-#define __shared__ static __attribute__((section("gpushared")))
+#define __shared__ static thread_local  // all lie in one block, which is found and poisoned before each block of threads
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
@@ -28,7 +29,6 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 static dim3 gridDim, blockDim, blockIdx, threadIdx;
-extern "C" char __start_gpushared[] __attribute__((weak)), __stop_gpushared[] __attribute__((weak));
 
 namespace emulated {
 // A context is where a fiber stopped. On other processors than x86-64 the C library changes contexts, with two calls of
@@ -169,8 +169,23 @@ static void run_warp(unsigned first) {
         for (unsigned i = first; i < first + 32; i++) fibers[i]->waits = RUNS;
     }
 }
-static void run_block(unsigned threads, std::vector<unsigned>& warps) {
-    if (__start_gpushared) memset(__start_gpushared, 0xFF, (size_t)(__stop_gpushared - __start_gpushared));  // NaN
+// The memory of this library's thread_local variables, which are those that a block shares.
+static thread_local volatile char first_touch;  // it is there once it has been used
+struct Block { void* begin; size_t size; };
+static int find_shared(dl_phdr_info* info, size_t, void* found) {
+    bool own = false;
+    size_t size = 0;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const auto& part = info->dlpi_phdr[i];
+        auto here = (uintptr_t)&find_shared - info->dlpi_addr - part.p_vaddr;
+        own = own || (part.p_type == PT_LOAD && here < part.p_memsz);
+        if (part.p_type == PT_TLS) size = part.p_memsz;
+    }
+    if (own) *(Block*)found = {info->dlpi_tls_data, size};
+    return own;
+}
+static void run_block(unsigned threads, const Block& shared, std::vector<unsigned>& warps) {
+    memset(shared.begin, 0xFF, shared.size);  // NaN
     prepare(threads);
     for (;;) {
         shuffle(warps);
@@ -204,11 +219,14 @@ static const char* run(unsigned gx, unsigned gy, unsigned threads, unsigned long
     if (begin(gx, gy, threads, seed)) return message;
     body = &kernel;
     std::vector<unsigned> blocks = numbers(gx * gy), warps = numbers(threads / 32);
+    Block shared = {};
+    first_touch = 0;
+    if (!dl_iterate_phdr(find_shared, &shared) || !shared.begin) return "memory shared by a block is not found";
     order = numbers(32);
     shuffle(blocks);
     for (unsigned b : blocks) {
         blockIdx = {b % gx, b / gx, 0};
-        run_block(threads, warps);
+        run_block(threads, shared, warps);
         if (!message[0]) continue;
         for (Fiber* fiber : fibers) fiber->begun = false;  // they stand somewhere in the kernel
         return message;
