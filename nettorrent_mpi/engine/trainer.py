@@ -43,7 +43,7 @@ class TrainingLoop:
         self.at_rest = True
         self.abandoned = False  # an error has ended it: no further communication
         self.missed: NetTorrentError | None = None  # raised on all ranks after this one's caller had left the loop
-        self.clock = Clock()
+        self.clock = Clock(self._settle)
         self._saving = saving
         self.evaluator = Evaluator(engine)
         self._stopping = Stopping(engine.world, engine.wiring.channel(engine.bound), signals)
@@ -97,6 +97,7 @@ class TrainingLoop:
                     record = self._record(rate) if figures else None
                     reports.start(record, rest=asks, stop=stopping.asked, left=self._left, figures=figures)
                 if done == 2:
+                    clock.settle()
                     stopping.pace(clock.seconds_per_step)
                 try:
                     yield from self._arrived(wait=done == rest, to_request=True)
@@ -216,9 +217,14 @@ class TrainingLoop:
                 break
 
     def _record(self, rate: float) -> Record:
-        """Return this step's record, before the other ranks' figures are known."""
+        """Return this step's record, before the other ranks' figures are known. Its times are those of complete steps:
+        the report's figures wait for them, too."""
+        self.clock.settle()
         epoch, seconds = round(self.step / self.epoch_steps, 4), round(self.time, 3)
         return Record(self.step, epoch, self.samples, seconds, 0.0, rate, self.clock.samples_per_second)
+
+    def _settle(self) -> None:
+        self._engine.device.synchronize()
 
     def _completed(self, report: Report[Record | None]) -> Record:
         self.loss = report.training.loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # isort: split
 from pathlib import Path, PurePosixPath
@@ -20,9 +20,13 @@ WARM_UP = 5  # steps that samples_per_second leaves out
 
 
 class Clock:
-    """A Clock measures training time, without start-up and evaluation, and for the rate without the first steps."""
+    """A Clock measures training time, without start-up and evaluation, and for the rate without the first steps.
 
-    def __init__(self) -> None:
+    On a GPU the steps that the host has counted may only have begun: `settle` waits for them.
+    """
+
+    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
+        self.settle = settle
         self._seconds = 0.0
         self._since: float | None = None
         self._steps = 0
@@ -49,6 +53,7 @@ class Clock:
         self._steps += 1
         self._rows += rows
         if self._steps == WARM_UP:
+            self.settle()
             self._warm_seconds = self.seconds
             self._warm_rows = self._rows
 

@@ -51,6 +51,23 @@ def test_the_rate_leaves_the_first_steps_out(now: list[float], steps: int, rate:
     assert clock.samples_per_second == rate
 
 
+def test_steps_that_have_only_begun_are_waited_for(now: list[float]) -> None:
+    """On a GPU the host counts steps that take no time, and waits for them later."""
+    begun = [0]
+
+    def settle() -> None:
+        now[0] += 0.5 * begun[0]
+        begun[0] = 0
+
+    clock = Clock(settle)
+    clock.go_on()
+    for _ in range(WARM_UP + 4):
+        begun[0] += 1
+        clock.step(10)
+    clock.settle()
+    assert clock.samples_per_second == 20.0
+
+
 def test_nothing_trained() -> None:
     assert (Clock().seconds, Clock().samples_per_second, Clock().seconds_per_step) == (0, 0, 0)
 
