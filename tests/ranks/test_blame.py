@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from mpi4py import MPI
 
 import nettorrent_mpi as nt
+from tests.gpu.host.main import install
 
 pytestmark = pytest.mark.ranks(1, 3)
 
@@ -16,6 +18,28 @@ X = np.random.default_rng(0).normal(size=(24, 6))
 Y = np.arange(24) % 2
 LAYERS = [nt.Linear(8, activation="relu"), nt.Linear(6), nt.Linear(2)]
 HOW = {"batch_size": 8, "micro_batches": 2, "dtype": "float64", "kernels": "numpy", "optimizer": nt.Sgd(0.1)}
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "gpu",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(shutil.which("g++") is None, reason="the host device needs g++"),
+            ],
+        ),
+    ],
+    autouse=True,
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On GPUs, where no value is read back in a step, the same is told."""
+    kind: str = request.param
+    if kind == "gpu":
+        install(1)
+    monkeypatch.setitem(HOW, "device", kind)
+    return kind
 
 
 def harmed(value: float = np.nan) -> np.ndarray:
