@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +121,28 @@ def test_work_of_other_ranks_is_waited_for_and_runs_in_the_background(background
         stream.synchronize()
     assert done == ["receive"]
     assert later()
+
+
+def test_the_background_ends_with_its_device() -> None:
+    others = set(threading.enumerate())
+
+    def threads() -> int:
+        return sum(thread.name == "host device" and thread not in others for thread in threading.enumerate())
+
+    def wait_for(count: int) -> None:
+        until = time.monotonic() + 20
+        while threads() > count and time.monotonic() < until:
+            gc.collect()
+            time.sleep(0.02)
+        assert threads() == count
+
+    stopped, runtime = (HostRuntime(3, memory=4096, background=True) for _ in range(2))
+    runtime.stream().enqueue("nothing", lambda: None)
+    assert threads() == 2
+    stopped.order.stop()
+    wait_for(1)
+    del runtime
+    wait_for(0)
 
 
 def test_a_failure_in_the_background_is_raised_where_the_host_waits() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,10 +51,11 @@ class Order:
         self._launched = time.monotonic()
         self._stopped = False
         if background:
-            threading.Thread(target=self._work, name="host device", daemon=True).start()
+            own = weakref.ref(self)
+            threading.Thread(target=_in_background, args=(own,), name="host device", daemon=True).start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread, which also ends with this object."""
         self._stopped = True
 
     def stream(self, name: str = "") -> HostStream:
@@ -116,16 +118,23 @@ class Order:
         stream.complete += 1
         return True
 
-    def _work(self) -> None:
-        while self.error is None and not self._stopped:
-            time.sleep(IDLE / 4)
-            with self.lock:
-                try:
-                    if time.monotonic() - self._launched > IDLE:
-                        while self._step():
-                            pass
-                except BaseException as error:
-                    self.error = error
+    def work_if_idle(self) -> bool:
+        """Let all work run that can, unless something was launched just now. Its error is kept for who waits. Whether
+        there may be more."""
+        with self.lock:
+            try:
+                if time.monotonic() - self._launched > IDLE and not self._stopped:
+                    while self._step():
+                        pass
+            except BaseException as error:
+                self.error = error
+            return self.error is None and not self._stopped
+
+
+def _in_background(own: weakref.ref[Order]) -> None:
+    while (order := own()) is not None and order.work_if_idle():
+        del order  # which may end meanwhile
+        time.sleep(IDLE / 4)
 
 
 class HostEvent:
