@@ -86,6 +86,13 @@ class Bench:
     def channel(self, group: Group) -> Channel:
         return self.connector.connect([group])[group]
 
+    def connected(self, group: Group) -> Channel:
+        """A channel that has been used."""
+        channel = self.channel(group)
+        channel.all_reduce(self.put(np.ones(1)))
+        self.device.synchronize()
+        return channel
+
     def put(self, values: Array) -> Array:
         made = self.device.empty(values.shape, values.dtype)
         self.device.upload(made, values)
@@ -306,18 +313,31 @@ def test_a_rank_that_cannot_make_an_id_is_told_by_all(ours: World, monkeypatch: 
     finish(connector, gpu)
 
 
+@pytest.mark.ranks(2, 3)
+def test_hosts_that_connect_in_another_order_are_named(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = host_device(monkeypatch)
+    connector = Connector(ours, gpu)
+    bench = Bench(gpu, connector)
+    channels, values = [bench.channel(ours), bench.channel(ours)], bench.put(np.ones(5))
+    with pytest.raises(TimeoutError, match=f"host of rank {RANK} waits for others' to launch all_reduce of 5 float64"):
+        channels[RANK > 0].all_reduce(values)
+    ours.barrier()
+    connector.abort()
+    finish(connector, gpu)
+
+
 @pytest.mark.ranks(2, 3, 4)
 def test_launches_in_another_order_are_named(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 launches two operations in the opposite order."""
     gpu = host_device(monkeypatch)
     connector = Connector(ours, gpu)
     bench = Bench(gpu, connector)
-    channels, values = [bench.channel(ours), bench.channel(ours)], bench.put(np.ones(5))
+    channels, values = [bench.connected(ours), bench.connected(ours)], bench.put(np.ones(5))
     for channel in channels if RANK else reversed(channels):
         channel.all_reduce(values)
     with pytest.raises(
         (TimeoutError, CommunicationError),
-        match=rf"NCCL launch 1 of rank {RANK} \(all_reduce of 5 float64 among ranks 0, 1",
+        match=rf"NCCL launch 3 of rank {RANK} \(all_reduce of 5 float64 among ranks 0, 1",
     ):
         gpu.synchronize()
     ours.barrier()
@@ -331,7 +351,7 @@ def test_events_against_the_order_of_launches_are_named(ours: World, monkeypatch
     gpu = host_device(monkeypatch)
     connector = Connector(ours, gpu)
     bench = Bench(gpu, connector)
-    channel, values = bench.channel(ours), bench.put(np.ones(5))
+    channel, values = bench.connected(ours), bench.put(np.ones(5))
     order = gpu.runtime.order
     with order.lock:  # nothing runs meanwhile
         before = gpu.copies.launched
@@ -340,7 +360,7 @@ def test_events_against_the_order_of_launches_are_named(ours: World, monkeypatch
         with gpu.on(gpu.copies):
             channel.all_reduce(values)
     with pytest.raises(
-        (TimeoutError, CommunicationError), match=rf"launch 2 of rank {RANK} .* has waited 2 s for NCCL launch 1"
+        (TimeoutError, CommunicationError), match=rf"launch 3 of rank {RANK} .* has waited 2 s for NCCL launch 2"
     ):
         gpu.synchronize()
     ours.barrier()
@@ -353,7 +373,7 @@ def test_different_operations_are_told(ours: World, monkeypatch: pytest.MonkeyPa
     gpu = host_device(monkeypatch)
     connector = Connector(ours, gpu)
     bench = Bench(gpu, connector)
-    channel, values = bench.channel(ours), bench.put(np.ones(5))
+    channel, values = bench.connected(ours), bench.put(np.ones(5))
     channel.all_reduce(values[RANK:])
     with pytest.raises(
         (RuntimeError, CommunicationError), match=r"the members' operations differ: \['all_reduce of [345] float64', "
@@ -368,11 +388,10 @@ def test_a_rank_that_does_not_come_is_waited_for_until_the_deadline(
     ours: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = host_device(monkeypatch)
-    monkeypatch.setattr(HostNccl, "patience", 100.0, raising=False)
     connector = Connector(ours, gpu)
-    connector._library.patience = 100.0
+    connector._library.line.patience = 100.0
     bench = Bench(gpu, connector)
-    channel, values = bench.channel(ours), bench.put(np.ones(5))
+    channel, values = bench.connected(ours), bench.put(np.ones(5))
     if RANK:
         channel.all_reduce(values)
         with pytest.raises(CommunicationError, match=f"the GPU of rank {RANK} waits in vain for those of other ranks"):
