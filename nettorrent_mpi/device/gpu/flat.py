@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nettorrent_mpi.device.arrays import Array, DType
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.operations import Operations
 from nettorrent_mpi.device.gpu.source import REALS
 from nettorrent_mpi.device.gpu.views import type_code, view
@@ -23,15 +23,15 @@ class FlatOperations(Operations):
             return
         if self._rounded(out, x):
             return
-        layout, real = view(out, x), real_of(out, x)
+        layout = view(out, x)
         if out.dtype == x.dtype:
-            self.each("copy_view", real, layout[0], out, x, out.dtype.itemsize, *layout)
+            self.each("copy_view", None, layout[0], out, x, out.dtype.itemsize, *layout)
         else:
-            self.each("convert_view", real, layout[0], out, type_code(out), x, type_code(x), *layout)
+            self.each("convert_view", None, layout[0], out, type_code(out), x, type_code(x), *layout)
 
     def fill(self, out: Array, value: float) -> None:
         layout = view(out)
-        self.each("fill_view", real_of(out), layout[0], out, type_code(out), value, *layout)
+        self.each("fill_view", None, layout[0], out, type_code(out), value, *layout)
 
     def add(self, a: Array, b: Array, out: Array) -> None:
         self._combine(ADD, a, b, out)
@@ -66,13 +66,13 @@ class FlatOperations(Operations):
         self.each_pack("withhold", x.dtype, count, x, before, kept, part, count)
 
     def increase(self, x: Array, by: float) -> None:
-        self.launch("increase", x.dtype, 1, 32, x, by)
+        self.launch("increase", None, 1, 32, x, type_code(x), by)
 
     def sum_of_squares(self, x: Array, total: Array) -> None:
         self.sum("sum_of_squares", x.dtype, flat(x), x, total, *self.partial_sums(), x.size)
 
     def clip_scale(self, total: Array, limit: float, scale: Array) -> None:
-        self.launch("clip_scale", np.float64, 1, 32, total, limit, scale)
+        self.launch("clip_scale", None, 1, 32, total, limit, scale)
 
     def all_finite(self, x: Array) -> bool:
         x = x.transpose(sorted(range(x.ndim), key=lambda axis: -x.strides[axis]))  # filters may be a turned view
@@ -114,8 +114,3 @@ def flat(first: Array, *others: Array) -> int:
     assert contiguous(first, *others), "an array is not contiguous"
     assert all(array.size == first.size for array in others), [array.shape for array in (first, *others)]
     return first.size
-
-
-def real_of(*arrays: Array) -> DType:
-    """Return the type of REAL for a kernel that does not use it: one that is compiled anyway, where possible."""
-    return next((array.dtype for array in arrays if array.dtype.name in REALS), np.float32)

@@ -45,7 +45,7 @@ class GatherOperations(Operations):
             return
         starts = [self.device.runtime.address(array) for array in (source, out)]
         unit = next(unit for unit in (8, 4, 1) if not any(number % unit for number in (size, *starts)))
-        self.each("take_rows", np.float32, out.nbytes // unit, source, numbers, out, numbers.size, size // unit, unit)
+        self.each("take_rows", None, out.nbytes // unit, source, numbers, out, numbers.size, size // unit, unit)
 
     def gather(
         self,

@@ -302,8 +302,10 @@ extern "C" __global__ void count_nonfinite(const REAL* y, double* count, const d
 extern "C" __global__ void find_nonfinite(const REAL* x, double* found, i64 n) {
     each_element(n, [=](WORK v) { if (!is_finite(v)) found[0] = 1; }, In{x});  // all who write write the same
 }
-extern "C" __global__ void increase(REAL* x, double by) {
-    if (threadIdx.x == 0) put(x, 0, get(x, 0) + (WORK)by);
+extern "C" __global__ void increase(void* x, int type, double by) {
+    if (threadIdx.x != 0) return;
+    double v = number_at(x, type, 0).d;
+    put_number(x, type, 0, Number{false, 0, type == F64 ? v + by : (float)v + (float)by});
 }
 extern "C" __global__ void clip_scale(const double* total, double limit, double* scale) {
     double s = limit / (sqrt(total[0]) + 1e-6);

@@ -40,11 +40,17 @@ class Operations:
     def __init__(self, device: Owner):
         self.device = device
         self._scratch: dict[tuple[str, Any, Stream], Array] = {}
+        self._real: DType = np.float32  # of the last launch
+        self._chosen: dict[str, DType] = {}  # kernel that does not depend on REAL -> where it is taken from
 
     def launch(self, kernel: str, real: DType, grid: int | tuple[int, int], block: int, *arguments: Any) -> None:
-        """Launch a kernel for this type of REAL (see `Runtime.launch`)."""
+        """Launch a kernel for this type of REAL (see `Runtime.launch`). None: the kernel does not depend on it; it is
+        taken from the kernels that are in use when it is first launched, so that no others have to be compiled."""
         size = (grid, 1) if isinstance(grid, int) else grid
         if size[0] and size[1]:
+            if real is None:
+                real = self._chosen.setdefault(kernel, self._real)
+            self._real = real
             self.device.runtime.launch(self.device.stream, kernel, real, size, block, arguments)
 
     def each(self, kernel: str, real: DType, count: int, *arguments: Any) -> None:
@@ -70,7 +76,7 @@ class Operations:
         counters = self._scratch.get((name, as_dtype(np.uint32), self.device.stream))
         if counters is None or counters.size < count:
             counters = self.scratch(name, (max(count, LEAST_COUNTERS),), np.uint32)
-            self.each("clear_counters", np.float32, counters.size, counters, counters.size)
+            self.each("clear_counters", None, counters.size, counters, counters.size)
         return counters
 
     def scratch(self, name: str, shape: Shape, dtype: DType) -> Array:
