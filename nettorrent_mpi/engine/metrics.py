@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
 
 LOSS, CORRECT, ROWS, UNKNOWN, NONFINITE, FIRST = range(6)
+_HEAD = 64  # bytes of an envelope, which are not used
 
 
 class Metrics:
@@ -22,30 +25,56 @@ class Metrics:
         self.values: Array = device.zeros((6,), "float64")
         self.ignored: Array = device.zeros((6,), "float64")
         self.nonfinite: int | None = None  # the step of the first value that was not finite, once it is known here
-        self._before = (0.0, 0.0, 0.0, 0.0)  # what was added up before the last call of `recent`
+        self._before = (0.0, 0.0, 0.0, 0.0)  # what was read since the last call of `take`
+        self._envelope = device.envelope(_HEAD, 48)
+        self._reading = False
+        self._recent = (0.0, 0.0)
 
     def take(self) -> tuple[float, float, float, float]:
         """Return (loss, right, rows, unknown) and set them to zero."""
         self.recent()
+        self._add(self.look())
+        self._device.ops.fill(self.values[:NONFINITE], 0)
         taken, self._before = self._before, (0.0, 0.0, 0.0, 0.0)
         return taken
 
     def put_back(self, taken: tuple[float, float, float, float]) -> None:
-        """Restore the sums that were taken before an evaluation; `recent` starts anew."""
+        """Restore the sums that were taken before an evaluation."""
         self._before = taken
 
-    def recent(self) -> tuple[float, float]:
-        """Return (loss, rows) since the last call."""
-        now = self.look()
+    def begin(self) -> None:
+        """Begin to read what was added since it was last read. The host does not wait."""
+        self.recent()
+        self._device.ops.copy(self._envelope.body.view("float64"), self.values)
+        self._envelope.collect(48)
         self._device.ops.fill(self.values[:NONFINITE], 0)
+        self._reading = True
+
+    def done(self) -> bool:
+        """Whether what `begin` has begun is complete."""
+        return self._envelope.done()
+
+    def recent(self) -> tuple[float, float]:
+        """Return (loss, rows) as `begin` has found them; the host waits until the device has come there."""
+        if self._reading:
+            while not self._envelope.done():
+                os.sched_yield()
+            self._reading = False
+            now = self._understood(self._envelope.whole[_HEAD:].view("float64").tolist())
+            self._add(now)
+            self._recent = now[LOSS], now[ROWS]
+        return self._recent
+
+    def _add(self, now: list[float]) -> None:
         loss, correct, rows, unknown = (a + b for a, b in zip(self._before, now, strict=True))
         self._before = loss, correct, rows, unknown
-        return now[LOSS], now[ROWS]
 
     def look(self) -> list[float]:
         """Return (loss, correct, rows, unknown) at present, and learn of values that are not finite. The host waits for
         the device."""
-        now: list[float] = self._device.on_host(self.values).tolist()
+        return self._understood(self._device.on_host(self.values).tolist())
+
+    def _understood(self, now: list[float]) -> list[float]:
         if self.nonfinite is None and now[NONFINITE]:
             self.nonfinite = int(now[FIRST])
         return now[:NONFINITE]

@@ -48,6 +48,7 @@ class Update:
         self._squares = device.zeros((1,), "float64")
         self._losses = wiring.channel(wiring.replica) if exchange.wants_loss else None
         self._loss: Pending | None = None  # the replica's loss of the step before, on its way
+        self._loss_read = False  # whether it is to be summed
 
     def begin(self, rate: float, step: int) -> None:
         """Tell the device what is new in this step, before any of its actions."""
@@ -109,14 +110,28 @@ class Update:
 
     def close(self) -> None:
         """Wait for communication in flight. All ranks call, at rest."""
-        if self._loss is not None:
-            self._loss.sums()
+        if self._losses is not None:
+            self._replicas_loss(self._losses)
 
     def _tell_loss(self, replica: Group) -> None:
         """Pass the exchange this replica's loss in the previous step. Only the last stage knows it, so it is summed
-        over the replica while a step computes."""
-        if self._loss is not None:
-            loss, rows = self._loss.sums()
-            if rows:
-                self._exchange.tell_loss(float(loss / rows))
-        self._loss = Pending(replica, self._metrics.recent())
+        over the replica while a step computes, as soon as it is known on the host."""
+        loss, rows = self._replicas_loss(replica)
+        if rows:
+            self._exchange.tell_loss(float(loss / rows))
+        self._metrics.begin()
+        self._loss_read = True
+        if self._metrics.done():
+            self._sum_loss(replica)
+
+    def _sum_loss(self, replica: Group) -> None:
+        if self._loss_read:
+            self._loss = Pending(replica, self._metrics.recent())
+            self._loss_read = False
+
+    def _replicas_loss(self, replica: Group) -> tuple[float, float]:
+        """Return (loss, rows) of this replica, as last read; zeros if they were not."""
+        self._sum_loss(replica)
+        loss, rows = (0.0, 0.0) if self._loss is None else self._loss.sums()
+        self._loss = None
+        return loss, rows
