@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.gpu import cuda_packages
 from tests.gpu.host import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,6 +285,27 @@ def test_nccl_on_the_host_device(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["kernels", "parity", "steps"])
 def test_long_parts_on_the_host_device(name: str, tmp_path: Path) -> None:
     assert run_part(name, tmp_path, "9")["cases"]
+
+
+@compiled
+@pytest.mark.long
+@cuda_packages.each_version
+def test_parts_on_the_arrays_of_cupy(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Path(sys.prefix, "lib", "libmpi.so.40")
+    if library.exists():  # that Python may have no MPI of its own
+        monkeypatch.setenv("MPI4PY_LIBMPI", str(library))
+        monkeypatch.setenv("OPAL_PREFIX", sys.prefix)
+    told = cuda_packages.run(version, "bench_parts.py", "launches", "products", "convolutions")
+    assert "launches 11 passed 0 failed" in told, told
+    assert "products 36 passed 0 failed" in told, told
+    assert "convolutions 20 passed 0 failed" in told, told
+
+
+@pytest.mark.long
+@cuda_packages.each_version
+def test_filters_as_hwio_have_plans(version: int) -> None:
+    """cuDNN accepts them; whether its numbers are right the benchmark shows on a GPU."""
+    assert len(cuda_packages.run(version, "hwio_plans.py", libcuda=True).splitlines()) >= 9
 
 
 KERNELS_OF_HOST = """
