@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from nettorrent_mpi.device import gpu as package
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = "/usr/local/cuda/bin"  # where the toolkit usually lies
 COUNTS = re.compile(r"(\d+) (passed|failed|skipped|deselected|errors?)\b")
+AT_ONCE = 4  # test modules, or types that are compiled
 TOLD = 40  # failed tests that are named
 ERRORS = 86  # the exit code of compute-sanitizer where it has found something
 REFUSALS = ("Device not supported", "not supported on", "Unable to find injection", "unsupported", "error 999")
@@ -29,13 +32,19 @@ class TestsFailed(Exception):  # noqa: N818
 
 
 def run(record: Record) -> None:
-    """Compile the kernels in each type, then run the test modules one by one."""
-    for real in () if record.host else ("float32", "float64", "bfloat16"):
+    """Compile the kernels in each type, then run the test modules, a few at a time."""
+
+    def compile_for(real: str) -> None:
         with record.case(f"compiled for {real}") as figures:
             figures["first_launch"], figures["second_launch"] = compiled(real)
-    for module in modules():
+
+    def run_module(module: Path) -> None:
         with record.case(module.stem) as figures:
             tested(figures, [], module, record)
+
+    with ThreadPoolExecutor(1 if record.host else AT_ONCE) as threads:
+        list(threads.map(compile_for, () if record.host else ("float32", "float64", "bfloat16")))
+        list(threads.map(run_module, modules()))
 
 
 def sanitize(record: Record) -> None:
@@ -45,13 +54,17 @@ def sanitize(record: Record) -> None:
     path = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA)
     if path is None:
         raise Skipped("there is no compute-sanitizer")
-    for tool in ("memcheck", "racecheck"):
-        for module in modules():
-            with record.case(f"{tool}: {module.stem}") as figures:
-                if record.left < 5:
-                    raise Skipped("no time is left")
-                words = [path, "--tool", tool, "--error-exitcode", str(ERRORS), "--print-limit", "5"]
-                tested(figures, words, module, record)
+
+    def check(job: tuple[str, Path]) -> None:
+        tool, module = job
+        with record.case(f"{tool}: {module.stem}") as figures:
+            if record.left < 5:
+                raise Skipped("no time is left")
+            words = [path, "--tool", tool, "--error-exitcode", str(ERRORS), "--print-limit", "5"]
+            tested(figures, words, module, record)
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        list(threads.map(check, product(("memcheck", "racecheck"), modules())))
 
 
 def modules() -> list[Path]:
@@ -99,9 +112,10 @@ def tested(figures: dict[str, Any], before: Sequence[str], module: Path, record:
             raise Skipped("no time is left") from None
         raise
     text = done.stdout + done.stderr
-    refusal = next((line for line in text.splitlines() if any(word in line for word in REFUSALS)), None)
+    own = [line.lstrip("= ") for line in text.splitlines() if line.startswith("=====")]  # the checker's words
+    refusal = next((line for line in own if any(word in line for word in REFUSALS)), None)
     if before and done.returncode and refusal:
-        raise Skipped(f"compute-sanitizer refuses: {refusal.strip()}")
+        raise Skipped(f"compute-sanitizer refuses: {refusal}")
     figures |= {name: int(number) for number, name in COUNTS.findall(done.stdout)}
     figures["failures"] = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))][:TOLD]
     if not figures["failures"]:

@@ -330,6 +330,44 @@ def test_tests_of_kernels_run_on_the_runtime_of_a_gpu(tmp_path: Path, monkeypatc
     assert re.search(r"\d+ passed", done.stdout)
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "status", "told"),
+    [
+        (
+            "========= Error: Device not supported. Please refer to",
+            1,
+            "skipped",
+            "refuses: Error: Device not supported",
+        ),
+        ("========= Invalid __global__ write of size 4 bytes", 86, "failed", "Invalid __global__ write"),
+        ("1 failed: operation not supported on this", 1, "failed", "1 failed"),
+        ("3 passed, 2 deselected in 0.1s", 0, "passed", ""),
+    ],
+)
+def test_what_compute_sanitizer_says(
+    words: str, code: int, status: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checker = tmp_path / "compute-sanitizer"
+    checker.write_text(f"#!/bin/sh\necho '{words}'\nexit {code}\n")
+    checker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(kernels, "modules", lambda: [ROOT / "tests" / "gpu" / "test_flat_kernels.py"])
+    record = records.Record(tmp_path / "lines", False, 60.0)
+    kernels.sanitize(record)
+    cases = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    assert {case["case"] for case in cases} == {"memcheck: test_flat_kernels", "racecheck: test_flat_kernels"}
+    for case in cases:
+        assert case["status"] == status
+        assert told in (case.get("reason") or case.get("traceback") or "")
+
+
+def test_without_compute_sanitizer_the_part_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(kernels, "CUDA", str(tmp_path))
+    with pytest.raises(records.Skipped, match="no compute-sanitizer"):
+        kernels.sanitize(records.Record(tmp_path / "lines", False, 60.0))
+
+
 def test_tests_of_kernels_are_found() -> None:
     names = [path.name for path in kernels.modules()]
     assert "test_flat_kernels.py" in names
