@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.device.gpu import Gpu, source
 from nettorrent_mpi.device.gpu.operations import Operations
+from tests.gpu.compared import NAMES, dtype_of
 from tests.gpu.host import build
 from tests.gpu.host.runtime import HostRuntime
 
-CPU = make_device("cpu", "numpy").ops
-NAMES = ["float32", "float64", "bfloat16"]
-SEEDS = range(4)  # of the order of threads, blocks and streams; 0: as they are numbered
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:]]
+typed = pytest.mark.parametrize("name", [NAMES[0], *OTHERS])
 STEPS = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-8}
 O = TypeVar("O", bound=Operations)  # noqa: E741
 
@@ -46,12 +45,6 @@ class Bench(Generic[O]):
 
     def down(self, x: Array) -> Array:
         return self.device.on_host(x)
-
-
-def dtype_of(name: str) -> Any:
-    if name == "bfloat16":
-        return np.dtype(pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy comes from ml_dtypes").bfloat16)
-    return np.dtype(name)
 
 
 def work_of(name: str) -> Any:

@@ -9,8 +9,9 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.codecs import CodecOperations
 from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.exchange_specs import Float16, Int8, Sign, TopK
+from tests.gpu.compared import CPU
 from tests.gpu.host import build
-from tests.gpu.kernel_cases import CPU, Bench, planted
+from tests.gpu.kernel_cases import OTHERS, Bench, planted
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
 
@@ -24,7 +25,7 @@ FORMATS = {
 }
 SIZES = [1, 7, 9, 127, 128, 130, 1023, 1025, 5003]
 formats = pytest.mark.parametrize("form", FORMATS)
-typed = pytest.mark.parametrize("name", ["float32", "float64"])
+typed = pytest.mark.parametrize("name", ["float32", OTHERS[0]])
 
 
 def cases(name: str, size: int) -> dict[str, Array]:
@@ -112,6 +113,19 @@ def test_many_chunks_and_ties_over_all_of_them() -> None:
             message = bench.up(np.zeros_like(wanted))
             bench.ops.encode("topk", bench.up(values), message)
             np.testing.assert_array_equal(bench.down(message), wanted)
+
+
+def test_a_captured_encoding_can_be_repeated() -> None:
+    """What the selection needs of one message is found and left in the device's memory."""
+    bench, rng = Bench(CodecOperations, seed=1), np.random.default_rng(1)
+    given, message, wanted = bench.up(np.zeros(9000, "f4")), bench.up(np.zeros(8 * 700, "u1")), np.zeros(8 * 700, "u1")
+    encode = bench.device.capture(lambda: bench.ops.encode("topk", given, message))
+    for _ in range(5):
+        values = rng.integers(-rng.integers(2, 90), 90, 9000).astype(np.float32)
+        bench.device.upload(given, values)
+        encode()
+        CPU.encode("topk", values, wanted)
+        np.testing.assert_array_equal(bench.down(message), wanted)
 
 
 SYNC = "        __syncthreads();\n"

@@ -11,8 +11,9 @@ from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.rows import UNIT, Inputs, Scaling, take_from
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.gather import GatherOperations, work_type
+from tests.gpu.compared import dtype_of
 from tests.gpu.host import build
-from tests.gpu.kernel_cases import Bench, dtype_of, planted, same
+from tests.gpu.kernel_cases import Bench, planted, same, typed
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
 
@@ -63,7 +64,7 @@ def scalings(kind: str, shape: tuple[int, ...]) -> list[Scaling]:
     return [Scaling(shape, unit), Scaling(shape, unit, 0.4, 0.3), Scaling(shape, unit, means, [0.2 + m for m in means])]
 
 
-@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16"])
+@typed
 @pytest.mark.parametrize("kind", ["uint8", "float32", "float64"])
 @pytest.mark.parametrize("shape", [(17,), (8, 9, 3), (2, 3, 1), (1,), (13, 11, 16), (3, 5)])
 def test_rows(name: str, kind: str, shape: tuple[int, ...]) -> None:

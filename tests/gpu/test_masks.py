@@ -7,8 +7,9 @@ import pytest
 
 from nettorrent_mpi.device.gpu.masks import MaskOperations
 from nettorrent_mpi.plan.blocks import Span
+from tests.gpu.compared import CPU
 from tests.gpu.host import build
-from tests.gpu.kernel_cases import CPU, NAMES, Bench, planted, same, some, wide
+from tests.gpu.kernel_cases import Bench, planted, same, some, typed, wide
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
 
@@ -32,7 +33,7 @@ def test_masks(shape: tuple[int, ...], part: Span, rows: Span, step: int) -> Non
         same(bench.down(keep), wanted)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@typed
 @pytest.mark.parametrize("size", [0, 1, 129, 1000])
 def test_drops(name: str, size: int) -> None:
     bench, x = Bench(MaskOperations, seed=1), some(name, size)

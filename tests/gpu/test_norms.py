@@ -11,15 +11,15 @@ import pytest
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.norms import SUM_BLOCK, SUM_BLOCKS, NormOperations
 from nettorrent_mpi.device.gpu.tiles import tiles
+from tests.gpu.compared import CPU, dtype_of
 from tests.gpu.host import build
-from tests.gpu.kernel_cases import CPU, NAMES, Bench, dtype_of, near, planted, same, some, wide, work_of
+from tests.gpu.kernel_cases import OTHERS, Bench, near, planted, same, some, typed, wide, work_of
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
 
 Shape = tuple[int, ...]
 SHAPES = [(7, 5), (0, 3), (1, 1), (4, 3, 5, 16), (33, 129), (5, 7, 7, 3), (3, 0), (2, 2, 1025), (1500, 17)]
 every = pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, shape)) for shape in SHAPES])
-typed = pytest.mark.parametrize("name", NAMES)
 
 
 def channels(c: int, seed: int = 5) -> tuple[Array, Array]:
@@ -126,7 +126,7 @@ def test_batch_norm_element_by_element(name: str, shape: Shape) -> None:
         same(bench.down(dx), wanted)
 
 
-@pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["float32", OTHERS[0]])
 @pytest.mark.parametrize("size", [0, 1, 129, 1000])
 def test_statistics(name: str, size: int) -> None:
     bench, x = Bench(NormOperations, seed=1), np.abs(some(name, size))
@@ -145,10 +145,12 @@ def test_statistics(name: str, size: int) -> None:
 # -- layer norm -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, name) for name in NAMES), ("bfloat16", "float32")])
+@pytest.mark.parametrize("wide_statistics", [False, pytest.param(True, marks=pytest.mark.slow)])
+@typed
 @every
-def test_layer_norm(name: str, kind: str, shape: Shape) -> None:
-    """Statistics of bfloat16 arrays may be of either type."""
+def test_layer_norm(name: str, wide_statistics: bool, shape: Shape) -> None:
+    """Statistics and gradients may be of a wider type than the arrays."""
+    kind = {"bfloat16": "float32"}.get(name, "float64") if wide_statistics else name
     bench, x, dy = Bench(NormOperations, seed=2), some(name, *shape), some(name, *shape, seed=2)
     n, c = prod(shape[:-1]), shape[-1]
     mean, scale = some(kind, n, seed=3), np.abs(some(kind, n, seed=4))

@@ -8,8 +8,9 @@ import pytest
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.geometry import Pair, Pooling
 from nettorrent_mpi.device.gpu.pools import PoolOperations
+from tests.gpu.compared import CPU
 from tests.gpu.host import build
-from tests.gpu.kernel_cases import CPU, NAMES, Bench, near, planted, same, some, wide
+from tests.gpu.kernel_cases import Bench, near, planted, same, some, typed, wide
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
 
@@ -25,7 +26,6 @@ CASES = [
     ((70, 1), (2, 2), (2, 1), (1, 1)),
 ]
 every = pytest.mark.parametrize(("counts", "image", "size", "stride"), CASES)
-typed = pytest.mark.parametrize("name", NAMES)
 
 
 def inputs(name: str, counts: Pair, image: Pair, kind: str) -> Array:

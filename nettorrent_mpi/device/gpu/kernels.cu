@@ -33,6 +33,7 @@ __device__ inline u16 bf16_bits(float v) {  // the nearest, ties to even; NaN st
 __device__ inline float get(const float* p, i64 i) { return p[i]; }
 __device__ inline double get(const double* p, i64 i) { return p[i]; }
 __device__ inline float get(const bf16* p, i64 i) { return bf16_value(p[i].bits); }
+__device__ inline float get(const bool* p, i64 i) { return p[i]; }
 __device__ inline void put(float* p, i64 i, float v) { p[i] = v; }
 __device__ inline void put(double* p, i64 i, double v) { p[i] = v; }
 __device__ inline void put(bf16* p, i64 i, float v) { p[i].bits = bf16_bits(v); }
@@ -895,8 +896,7 @@ extern "C" __global__ void keep_mask(bool* keep, const u32* codes, const double*
     }
 }
 extern "C" __global__ void drop(REAL* y, const bool* keep, double scale, i64 n) {
-    WORK s = (WORK)scale;
-    GRID_STRIDE(i, n) put(y, i, get(y, i) * (keep[i] ? WORK(1) : WORK(0)) * s);
+    each_element(n, [s = (WORK)scale](WORK& v, float kept) { v = v * (WORK)kept * s; }, InOut{y}, In{keep});
 }
 
 // ---- Messages (device/gpu/codecs.py), for REAL = float or double ----------------------------------------------------

@@ -36,4 +36,4 @@ class MaskOperations(Operations):
     def drop(self, y: Array, keep: Array, scale: float) -> None:
         assert y.size == keep.size
         assert y.flags.c_contiguous
-        self.each("drop", y.dtype, y.size, y, keep, scale, y.size)
+        self.each_pack("drop", y.dtype, y.size, y, keep, scale, y.size)
