@@ -32,7 +32,7 @@ from tests.gpu.host.runtime import HostRuntime
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 SUM = SIZE * (SIZE + 1) / 2
-PATIENCE = 2.0  # seconds, of NCCL's double
+PATIENCE, SHORT = 30.0, 1.0  # seconds, of NCCL's double
 FAULTS = (RuntimeError, TimeoutError, CommunicationError)  # of the double, or as the connector tells of them
 KINDS = ["mpi", "staged", "nccl"]
 
@@ -64,12 +64,19 @@ def ours() -> Iterator[World]:
     made.free()
 
 
-def host_device(monkeypatch: pytest.MonkeyPatch, *, seed: int = 0, gpu: int = RANK, version: int = 23200) -> Gpu:
+def host_device(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    seed: int = 0,
+    gpu: int = RANK,
+    version: int = 23200,
+    patience: float = PATIENCE,
+) -> Gpu:
     """A GPU of the host device, whose NCCL is the double."""
     runtime = HostRuntime(seed * 100 + RANK, memory=1 << 24, background=True, uuid=f"GPU {gpu}")
     made = Gpu(runtime)
     made.ops = StreamOps(made)
-    library = HostNccl(runtime.exchanges, patience=PATIENCE, version=version)
+    library = HostNccl(runtime.exchanges, patience=patience, version=version)
     monkeypatch.setattr(nccl, "open_library", lambda: library)
     for name in (nccl.SHARED_GPUS, nccl.IN_HOST_ORDER):
         monkeypatch.setenv(name, "")  # restored afterwards
@@ -315,7 +322,7 @@ def test_a_rank_that_cannot_make_an_id_is_told_by_all(ours: World, monkeypatch: 
 
 @pytest.mark.ranks(2, 3)
 def test_hosts_that_connect_in_another_order_are_named(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = host_device(monkeypatch)
+    gpu = host_device(monkeypatch, patience=SHORT)
     connector = Connector(ours, gpu)
     bench = Bench(gpu, connector)
     channels, values = [bench.channel(ours), bench.channel(ours)], bench.put(np.ones(5))
@@ -329,7 +336,7 @@ def test_hosts_that_connect_in_another_order_are_named(ours: World, monkeypatch:
 @pytest.mark.ranks(2, 3, 4)
 def test_launches_in_another_order_are_named(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 launches two operations in the opposite order."""
-    gpu = host_device(monkeypatch)
+    gpu = host_device(monkeypatch, patience=SHORT)
     connector = Connector(ours, gpu)
     bench = Bench(gpu, connector)
     channels, values = [bench.connected(ours), bench.connected(ours)], bench.put(np.ones(5))
@@ -348,7 +355,7 @@ def test_launches_in_another_order_are_named(ours: World, monkeypatch: pytest.Mo
 @pytest.mark.ranks(2, 3)
 def test_events_against_the_order_of_launches_are_named(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first launch waits for an event behind the second one."""
-    gpu = host_device(monkeypatch)
+    gpu = host_device(monkeypatch, patience=SHORT)
     connector = Connector(ours, gpu)
     bench = Bench(gpu, connector)
     channel, values = bench.connected(ours), bench.put(np.ones(5))
@@ -360,7 +367,7 @@ def test_events_against_the_order_of_launches_are_named(ours: World, monkeypatch
         with gpu.on(gpu.copies):
             channel.all_reduce(values)
     with pytest.raises(
-        (TimeoutError, CommunicationError), match=rf"launch 3 of rank {RANK} .* has waited 2 s for NCCL launch 2"
+        (TimeoutError, CommunicationError), match=rf"launch 3 of rank {RANK} .* has waited 1 s for NCCL launch 2"
     ):
         gpu.synchronize()
     ours.barrier()
@@ -374,11 +381,13 @@ def test_different_operations_are_told(ours: World, monkeypatch: pytest.MonkeyPa
     connector = Connector(ours, gpu)
     bench = Bench(gpu, connector)
     channel, values = bench.connected(ours), bench.put(np.ones(5))
-    channel.all_reduce(values[RANK:])
-    with pytest.raises(
-        (RuntimeError, CommunicationError), match=r"the members' operations differ: \['all_reduce of [345] float64', "
-    ):
+
+    def launch_and_wait() -> None:
+        channel.all_reduce(values[RANK:])
         gpu.synchronize()
+
+    with pytest.raises(FAULTS, match=r"the members' operations differ: \['all_reduce of [345] float64', "):
+        launch_and_wait()
     connector.abort()
     finish(connector, gpu)
 
@@ -389,7 +398,6 @@ def test_a_rank_that_does_not_come_is_waited_for_until_the_deadline(
 ) -> None:
     gpu = host_device(monkeypatch)
     connector = Connector(ours, gpu)
-    connector._library.line.patience = 100.0
     bench = Bench(gpu, connector)
     channel, values = bench.connected(ours), bench.put(np.ones(5))
     if RANK:
