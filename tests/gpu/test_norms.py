@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.device.gpu.norms import SUM_BLOCK, SUM_BLOCKS, NormOperations
 from nettorrent_mpi.device.gpu.tiles import tiles
+from nettorrent_mpi.nn.layer import Context, Features
+from nettorrent_mpi.nn.layers.norm import LayerNormLayer
+from nettorrent_mpi.nn.layers.registry import Site
+from nettorrent_mpi.plan import specs
 from tests.gpu.compared import CPU, dtype_of
 from tests.gpu.host import build
 from tests.gpu.kernel_cases import OTHERS, Bench, near, planted, same, some, typed, wide, work_of
@@ -192,6 +198,32 @@ def test_layer_norm(name: str, wide_statistics: bool, shape: Shape) -> None:
     bench.ops.layer_norm_grad(bench.up(x), dx, *map(bench.up, (mean, scale, given)))
     CPU.layer_norm_grad(wide(x), wide_dx, wide(mean), wide(scale), wide(given))
     same(bench.down(dx), wide_dx)
+
+
+def layer_norm(device: Any, dtype: Any, x: Array, dy: Array) -> list[Array]:
+    """The output, dx and gradients of the layer, in float64."""
+    layer = LayerNormLayer(specs.LayerNorm(), Site("norm", Features.whole(x.shape[1:])))
+    ctx = Context(device.ops, device.workspace(dtype))
+
+    def up(values: Array) -> Array:
+        array = device.empty(values.shape, dtype)
+        device.upload(array, values.astype(dtype))
+        return array
+
+    params = {"weight": up(np.linspace(0.5, 1.5, x.shape[-1])), "bias": up(np.zeros(x.shape[-1]))}
+    grads = {name: up(np.zeros(x.shape[-1])) for name in params}
+    y, saved = layer.forward(params, up(x), ctx)
+    found = [np.array(device.on_host(y))]
+    found.append(device.on_host(layer.backward(params, grads, saved, up(dy), ctx)))
+    return [array.astype(np.float64) for array in (*found, *map(device.on_host, grads.values()))]
+
+
+def test_bfloat16_loses_nothing_by_its_statistics() -> None:
+    """Means far from 0 that were rounded to bfloat16 would leave nothing of the features."""
+    x, dy = (some("bfloat16", 40, 129, seed=seed, shift=shift).astype(float) for seed, shift in ((1, 30.0), (2, 0.0)))
+    found = layer_norm(Bench(NormOperations).device, dtype_of("bfloat16"), x, dy)
+    for array, wanted in zip(found, layer_norm(make_device("cpu", "numpy"), np.float64, x, dy), strict=True):
+        np.testing.assert_allclose(array, wanted, rtol=2**-6, atol=2**-6 * np.abs(wanted).max())
 
 
 def test_nan_stays_in_its_channel_and_in_its_row() -> None:

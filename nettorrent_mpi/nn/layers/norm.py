@@ -104,13 +104,14 @@ class BatchNormLayer(Norm):
 @register_layer(specs.LayerNorm)
 class LayerNormLayer(Norm):
     """Layer norm (Ba, Kiros, Hinton 2016) works on the last axis of each row and position, over all cols where it is
-    divided."""
+    divided. Statistics are of the arrays' type, but float32 for bfloat16, and gradients are rounded once then."""
 
     def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, Any]:
         ops, rows, features = ctx.ops, (prod(x.shape[:-1]),), self.inputs.shape[-1]
         y = ctx.workspace.keep("y", x.shape)
-        mean = ctx.workspace.keep("mean", rows)
-        scale = ctx.workspace.keep("scale", rows)  # 1 / sqrt(variance + eps)
+        kind = "float32" if x.dtype.name == "bfloat16" else None
+        mean = ctx.workspace.keep("mean", rows, kind)
+        scale = ctx.workspace.keep("scale", rows, kind)  # 1 / sqrt(variance + eps)
         ops.sum_features(x, mean)
         self._over_cols(mean, ctx)
         ops.divide(mean, features)
@@ -123,8 +124,8 @@ class LayerNormLayer(Norm):
 
     def backward(self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context) -> Array | None:
         x, mean, scale = saved
-        gradients = ctx.workspace.scratch("sums", (2, x.shape[-1]))
-        sums = ctx.workspace.scratch("row sums", (2, *mean.shape))
+        gradients = ctx.workspace.scratch("sums", (2, x.shape[-1]), "float64" if mean.dtype != x.dtype else None)
+        sums = ctx.workspace.scratch("row sums", (2, *mean.shape), mean.dtype)
         ctx.ops.layer_norm_sums(x, dy, mean, scale, params["weight"], gradients, sums)
         self.store(grads, gradients, ctx)
         if not self.needs_dx:
