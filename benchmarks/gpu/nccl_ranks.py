@@ -54,7 +54,7 @@ def main() -> int:
             tell(f"{REFUSED}{world.size} ranks on one GPU exchange {connector.by}; NCCL {version}")
             world.barrier()
             return 0
-        channel = connector.connect([world])[0]
+        channel = connector.connect([world])[world]
         assert isinstance(channel, NcclChannel)
         tell(json.dumps({"by": connector.by, "version": nccl.load().get_version(), "size": world.size}))
     for name in ("float32", "float64", "bfloat16"):
