@@ -32,7 +32,7 @@ class GatherOperations(Operations):
         assert orders.flags.c_contiguous
         grid = max(1, min(-(-numbers.size // BLOCK), 64))  # one block for the key at least
         self.launch(
-            "rows_of_step", np.float32, grid, BLOCK, step, orders, keys, epochs, numbers, key, rows, steps_per_epoch,
+            "rows_of_step", None, grid, BLOCK, step, orders, keys, epochs, numbers, key, rows, steps_per_epoch,
             batch_size, numbers.size,
         )  # fmt: skip
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.device.gpu.operations import BLOCK, Operations
 from nettorrent_mpi.device.gpu.tiles import tiles
@@ -27,9 +25,10 @@ class MaskOperations(Operations):
         assert keep.flags.c_contiguous
         wide, grid = tiles(rows.size, codes.size, BLOCK, TILE_BLOCKS)
         threshold = round(rate * 2**32)
+        assert threshold < 1 << 32, rate
         if rows.size:
             self.launch(
-                "keep_mask", np.float32, grid, BLOCK, keep, codes, step, key, rows.start, rows.size, codes.size, wide,
+                "keep_mask", None, grid, BLOCK, keep, codes, step, key, rows.start, rows.size, codes.size, wide,
                 threshold,
             )  # fmt: skip
 
