@@ -3,7 +3,6 @@ filters that lie as HWIO beside those that lie as KRSC; and how fast they are.""
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -30,23 +29,12 @@ FAST = (256, (32, 32, 64), 64, 3, 1, "same")
 
 
 def run(record: Record) -> None:
-    for name, kind in product(TYPES, KINDS):
-        label = {"float32": "strict float32"}.get(name, name)
-        with record.case(f"{label}, {kind}") as figures:
-            bench, worst, missing = OnDevice(name), 0.0, []
-            for rows, image, count, kernel, stride, padding in SHAPES:
-                geometry = Geometry.of(image, count, (kernel, kernel), (stride, stride), padding)
-                try:
-                    worst = max(worst, compared(bench, rows, geometry, kind))
-                except NotImplementedError as error:
-                    missing.append(str(error))
-            bench.device.close()
-            figures |= {"error": worst, "of": "a rounding of the type, relative to the sum of magnitudes"}
-            if missing:
-                figures["without_plan"] = missing
-            check(worst, 4.5 if name in ("tf32", "bfloat16") else 32.0)
-            if len(missing) == len(SHAPES):
-                raise Skipped(missing[0])
+    for name in TYPES:
+        bench = OnDevice(name)  # for all of them: its library is loaded once
+        for kind in KINDS:
+            with record.case(f"{'strict ' if name == 'float32' else ''}{name}, {kind}") as figures:
+                every_shape(figures, bench, kind)
+        bench.device.close()
     for name in TYPES if not record.host else ():
         for kind in ("forward", "grad_x", "grad_w"):
             with record.case(f"rate in {name}, {kind}") as figures:
@@ -54,6 +42,28 @@ def run(record: Record) -> None:
     for name in ("float32", "tf32", "bfloat16") if not record.host else ():
         with record.case(f"filters as HWIO, {name}") as figures:
             figures.update(as_hwio(name))
+
+
+def every_shape(figures: dict[str, Any], bench: OnDevice, kind: str) -> None:
+    """Compare one kind of convolution of every shape. Raises WrongNumbers, or Skipped where there is no plan at all."""
+    worst, missing = 0.0, []
+    for rows, image, count, kernel, stride, padding in SHAPES:
+        geometry = Geometry.of(image, count, (kernel, kernel), (stride, stride), padding)
+        try:
+            worst = max(worst, compared(bench, rows, geometry, kind))
+        except NotImplementedError as error:
+            missing.append(str(error))
+    figures |= {"error": worst, "of": "a rounding of the type, relative to the sum of magnitudes"}
+    if missing:
+        figures["without_plan"] = missing
+    if len(missing) == len(SHAPES):
+        raise Skipped(missing[0])
+    check(worst, limit(bench.name))
+
+
+def limit(name: str) -> float:
+    """Return the largest error in roundings of the type: of factors and result, or of sums in some order."""
+    return 4.5 if name in ("tf32", "bfloat16") else 32.0
 
 
 def operands(bench: OnDevice, rows: int, geometry: Geometry) -> tuple[Array, Array, Array, Array]:
@@ -160,7 +170,7 @@ def as_hwio(name: str) -> dict[str, Any]:
         "seconds_krsc": bench.seconds(bench.captured(lambda: ready.run(stream))),
     }
     bench.device.close()
-    check(error, 4.5 if name in ("tf32", "bfloat16") else 32.0)
+    check(error, limit(name))
     return found
 
 

@@ -71,7 +71,7 @@ def main() -> int:
             found = trained(nt.Trainer(layers, (x, y), comm=world, device="gpu", layout=layout, **shared))
             if world.rank == 0:
                 alone = World(comm_self()) if world.size > 1 else world
-                wanted = trained(nt.Trainer(layers, (x, y), comm=alone, device="cpu", **shared))
+                wanted = trained(nt.Trainer(layers, (x, y), comm=alone, device="cpu", kernels="numpy", **shared))
                 worst = {key: difference(found[key], wanted[key]) for key in wanted}
                 where = max(worst, key=lambda key: worst[key])
                 told = {"case": f"{name} in {dtype}", "dtype": dtype, "difference": worst[where], "where": where}

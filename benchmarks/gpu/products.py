@@ -33,14 +33,15 @@ EPILOGUES = [Epilogue(*words) for words in product((False, True), repeat=3)]
 
 def run(record: Record) -> None:
     for name in TYPES:
+        bench = OnDevice(name)
         for epilogue in EPILOGUES:
             with record.case(f"{name}, {epilogue}") as figures:
-                bench, worst = OnDevice(name), 0.0
+                worst = 0.0
                 for (m, k, n), turn_a, turn_b in product(SIZES, (False, True), (False, True)):
                     worst = max(worst, compared(bench, m, k, n, turn_a, turn_b, epilogue))
-                bench.device.close()
                 figures |= {"error": worst, "of": "a rounding of the type, relative to the sum of magnitudes"}
                 check(worst, limit(bench))
+        bench.device.close()
     for name, size in FAST.items():
         with record.case(f"rate in {name}") as figures:
             figures["size"] = size if not record.host else 64

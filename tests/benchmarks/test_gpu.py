@@ -211,7 +211,7 @@ def test_a_machine_without_wheels_is_left_as_it_is(tmp_path: Path) -> None:
     done = subprocess.run(
         ["sh", "-c", f". {script} && echo $PYTHONPATH"],
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": "/before"},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": "/before", "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=True,
