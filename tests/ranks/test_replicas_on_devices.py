@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import MutableMapping
 from typing import Any
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-from nettorrent_mpi.comm import nccl
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.device import gpu, visible
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.reports import Reports
 from nettorrent_mpi.engine.run_plan import Options, Plan
@@ -23,10 +20,9 @@ from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.scores import Scores
 from nettorrent_mpi.plan.topology import Stage, Topology
-from tests.gpu.host.nccl import HostNccl
-from tests.gpu.host.runtime import HostRuntime
+from tests.gpu.host.main import install
 
-SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
+SIZE = MPI.COMM_WORLD.size
 LAYERS = (
     specs.Linear(7, activation="tanh"),
     specs.BatchNorm(),
@@ -34,7 +30,6 @@ LAYERS = (
     specs.Linear(3),
 )
 STEPS = 7
-MEMORY = 1 << 28
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the host device's kernels are compiled by g++")
 
@@ -75,22 +70,6 @@ def name(layout: Topology) -> str:
     return f"{layout.replicas}*[{'|'.join(f'{s.layers}:{s.rows}x{s.cols}' for s in layout.stages)}]"
 
 
-def install(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Let this rank find the host device where it looks for a GPU, and NCCL's double for NCCL."""
-    uuid, opened = f"host device {RANK}", list[HostRuntime]()
-
-    def look(environ: MutableMapping[str, str], number: int | None) -> visible.Visible:
-        return visible.Visible((visible.VisibleGpu(uuid, "host device", MEMORY),))
-
-    def open_runtime(index: int) -> HostRuntime:
-        opened.append(HostRuntime(seed * 100 + RANK, memory=MEMORY, background=True, uuid=uuid))
-        return opened[-1]
-
-    monkeypatch.setattr(visible, "look", look)
-    monkeypatch.setattr(gpu, "open_runtime", open_runtime)
-    monkeypatch.setattr(nccl, "open_library", lambda: HostNccl(opened[-1].exchanges))
-
-
 def trained(layout: Topology, exchange: Any, device: Any, optimizer: Any) -> tuple[dict[Any, np.ndarray], list[Any]]:
     """All blocks of this rank after some steps, a look at the average in between, and a restart; and what was told."""
     dataset = open_dataset("synthetic", None, options=DataOptions(rows=96, test_rows=8, shape=(6,), classes=3))
@@ -126,10 +105,10 @@ def trained(layout: Topology, exchange: Any, device: Any, optimizer: Any) -> tup
     return found, told
 
 
-def compare(layout: Topology, exchange: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def compare(layout: Topology, exchange: Any, seed: int, *, shared: bool = False) -> None:
     optimizer = specs.Adam()
     expected, wanted = trained(layout, exchange, "cpu", optimizer)
-    install(monkeypatch, seed)
+    install(seed, shared=shared)
     found, told = trained(layout, exchange, "gpu", optimizer)
     assert found.keys() == expected.keys()
     for holding, values in expected.items():
@@ -147,23 +126,30 @@ def compare(layout: Topology, exchange: Any, seed: int, monkeypatch: pytest.Monk
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("layout", LAYOUTS[:2], ids=name)
 @pytest.mark.parametrize("kind", QUICK)
-def test_replicas_agree_as_on_the_cpu(kind: str, layout: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(layout, QUICK[kind], 1, monkeypatch)
+def test_replicas_agree_as_on_the_cpu(kind: str, layout: Topology) -> None:
+    compare(layout, QUICK[kind], 1)
 
 
 @pytest.mark.slow
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 @pytest.mark.parametrize("kind", MORE)
-def test_so_do_many_more(kind: str, layout: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(layout, MORE[kind], 2, monkeypatch)
+def test_so_do_many_more(kind: str, layout: Topology) -> None:
+    compare(layout, MORE[kind], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_ranks_that_share_a_gpu(layout: Topology) -> None:
+    """What NCCL would carry goes through the host's memory, where ranks wait for each other on the host."""
+    compare(layout, QUICK["ring, by loss"], 3, shared=True)
 
 
 @pytest.mark.long
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 @pytest.mark.parametrize("kind", QUICK | MORE)
-def test_over_many_orders(kind: str, layout: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_many_orders(kind: str, layout: Topology) -> None:
     for seed in range(10, 20):
-        with monkeypatch.context() as patch:
-            compare(layout, (QUICK | MORE)[kind], seed, patch)
+        compare(layout, (QUICK | MORE)[kind], seed, shared=seed % 3 == 0)
