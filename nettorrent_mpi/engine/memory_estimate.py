@@ -161,7 +161,7 @@ def _exchange(setup: Setup, elements: int, states: int) -> int:
     config, replicas = setup.config, setup.topology.replicas
     if config.exact or replicas == 1:
         return 0
-    array = elements * setup.options.itemsize
+    array = elements * _weight(setup)
     if not isinstance(config.exchange, Gossip):
         return array  # a copy of its own parameters, while another replica's or the average is evaluated
     gossip = config.exchange
@@ -175,6 +175,11 @@ def _exchange(setup: Setup, elements: int, states: int) -> int:
     return array * arrays + letters * _letter(setup, gossip, elements, parts, states)
 
 
+def _weight(setup: Setup) -> int:
+    """Return the bytes of a weight that is updated and exchanged: of float32 where layers compute in bfloat16."""
+    return max(setup.options.itemsize, 4)
+
+
 def _parts(gossip: Gossip) -> int:
     """Return in how many parts the elements are exchanged; `auto`: one, as where the links can bear it."""
     return 1 if gossip.part == "auto" else round(1 / gossip.part)
@@ -185,7 +190,7 @@ def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int
 
     def length(count: int) -> int:
         if isinstance(gossip.compress, Whole):
-            return count * setup.options.itemsize * (1 + (states if "optimizer" in gossip.average else 0))
+            return count * _weight(setup) * (1 + (states if "optimizer" in gossip.average else 0))
         return MessageFormat(gossip.compress).bytes(count)
 
     parts = min(max(parts, -(-length(elements) // LARGEST)), max(elements, 1))
