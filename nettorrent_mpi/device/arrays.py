@@ -51,10 +51,15 @@ class Workspace:
         return self._shared.keep(name, shape, dtype)
 
     def gradient(self, shape: Shape, dy: Array) -> Array:
-        """Return scratch memory for a dx of `shape` that does not overlap dy: two buffers alternate along the
-        layers."""
-        dx = self.scratch("dx", shape)
-        return self.scratch("other dx", shape) if np.may_share_memory(dx, dy) else dx
+        """Return scratch memory for a dx of `shape` that does not overlap dy: two buffers alternate along the layers.
+
+        Which one it is does not depend on whether its memory has to grow: otherwise later passes would choose other
+        ones than the first, and let these grow in their turn.
+        """
+        shared = self._shared
+        memory = shared._memory.get(("dx", shared.dtype))
+        taken = memory is not None and np.may_share_memory(memory, dy)
+        return self.scratch("other dx" if taken else "dx", shape)
 
     def reshaped(self, array: Array, shape: Shape) -> Array:
         """Return a C-contiguous array in another shape: the same object for the same array."""
