@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 from nettorrent_mpi import env
 
@@ -33,6 +33,7 @@ from nettorrent_mpi.comm.world import World, abort_after_error
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.device import StreamDevice
 from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
@@ -152,6 +153,12 @@ class Trainer:
     def size(self) -> int:
         """The number of ranks that train."""
         return self._world.size
+
+    @property
+    def gpu_bytes(self) -> int:
+        """The bytes that this rank's arrays take of its GPU's memory; 0 on CPU cores."""
+        device = self._engine.device
+        return cast("StreamDevice", device).held_bytes if device.kind == "gpu" else 0
 
     @property
     def step(self) -> int:

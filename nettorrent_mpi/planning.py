@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, Unpack
 
@@ -10,6 +12,8 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.settings import Settings, configure
 from nettorrent_mpi.data.from_arrays import from_arrays
 from nettorrent_mpi.data.rows import Dataset
+from nettorrent_mpi.device import visible
+from nettorrent_mpi.device.visible import ASSUMED_GPU, VisibleGpu
 from nettorrent_mpi.engine.layout import predicted
 from nettorrent_mpi.engine.run_plan import DeviceKind
 from nettorrent_mpi.engine.setup import Setup, set_up
@@ -125,16 +129,30 @@ class PlannedRun:
 
     @property
     def memory(self) -> list[Memory]:
-        """The predicted bytes of each stage's largest rank, by purpose."""
+        """The predicted bytes of each stage's largest rank, by purpose; of its node, where it computes on a GPU."""
         from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
 
         return estimate(self.setup, Libraries(*self.process_memory))
+
+    @cached_property
+    def gpu_memory(self) -> list[Memory]:
+        """The predicted bytes of each stage's largest rank in its GPU's memory; empty for a run on CPU cores."""
+        from nettorrent_mpi.engine.gpu_estimate import gpu_estimate
+
+        return gpu_estimate(self.setup, self._gpu) if self.setup.options.device == "gpu" else []
+
+    @cached_property
+    def _gpu(self) -> VisibleGpu:
+        """The smallest GPU that this process sees, or one that it could see."""
+        seen = visible.look(dict(os.environ), None).gpus
+        return min(seen, key=lambda gpu: gpu.memory) if seen else ASSUMED_GPU
 
     def describe(self, hosts: Sequence[str] | None = None) -> str:
         """Return the report of `--dry-run`; `hosts` names each rank's node."""
         from nettorrent_mpi.cli.dry_run import dry_run
 
-        return dry_run(self.setup, self.memory, hosts)
+        gpu = self._gpu if self.gpu_memory else None
+        return dry_run(self.setup, self.memory, hosts, self.gpu_memory, gpu)
 
     def __str__(self) -> str:
         return self.describe()

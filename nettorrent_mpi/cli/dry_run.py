@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nettorrent_mpi.cli.exchange_report import exchange_block, stream_block
 from nettorrent_mpi.cli.speed_report import speed_block
 from nettorrent_mpi.cli.tables import MOST_LINES, WIDTH, aligned, shortened, wrapped
+from nettorrent_mpi.device.visible import VisibleGpu
 from nettorrent_mpi.engine.layout import predicted
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.actions import peak_stored, step_end
@@ -29,9 +30,15 @@ if TYPE_CHECKING:  # the report needs neither engine nor MPI
     from nettorrent_mpi.engine.setup import Setup
 
 
-def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None = None) -> str:
-    """Describe a run before it starts; `memory` is that of each stage's largest rank, `hosts` names each rank's node if
-    known.
+def dry_run(
+    setup: Setup,
+    memory: Sequence[Memory],
+    hosts: Sequence[str] | None = None,
+    gpu_memory: Sequence[Memory] = (),
+    gpu: VisibleGpu | None = None,
+) -> str:
+    """Describe a run before it starts; `memory` is that of each stage's largest rank, `gpu_memory` that of its GPU,
+    `hosts` names each rank's node if known.
 
     Raises ScheduleError if the schedule could deadlock, which would be an error of this package.
     """
@@ -50,6 +57,7 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
         f"network   {len(facts)} weight layers, {parameters:,} parameters, {millions:,.1f} million operations per row",
         f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
         f"rate      {setup.rates} ({train.schedule.kind})",
+        *_device(setup),
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
     ]
     letters = "F forward, B backward"
@@ -64,11 +72,20 @@ def dry_run(setup: Setup, memory: Sequence[Memory], hosts: Sequence[str] | None 
         f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline.kind, len(topology.stages), micro_batches),
         "STAGES\n" + stages_table(setup),
         "SPEED (predicted)\n" + speed_block(setup),
+        *([] if gpu is None else [gpu_block(gpu_memory, gpu)]),
         "MEMORY (MB of each stage's largest rank)\n" + memory_table(memory),
         stream_block(setup),
         exchange_block(setup),
     ]
     return "\n\n".join(block for block in blocks if block is not None) + "\n"
+
+
+def _device(setup: Setup) -> list[str]:
+    """Say where the ranks compute, if not on CPU cores."""
+    options = setup.options
+    if options.device == "cpu":
+        return []
+    return [f"device    gpu, one for each rank where there are enough; arrays and products in {setup.config.dtype}"]
 
 
 def network_table(network: Network) -> str:
@@ -228,7 +245,37 @@ def stages_table(setup: Setup) -> str:
     return "\n".join(lines)
 
 
+def gpu_block(memory: Sequence[Memory], gpu: VisibleGpu) -> str:
+    """Write the table of what lies on GPUs, and whether it fits."""
+    most = max(each.total for each in memory)
+    stage = [each.total for each in memory].index(most)
+    fits = f"stage {stage} needs most: {most / 1e9:,.1f} GB of the {gpu.memory / 1e9:,.1f} GB of {gpu.name}"
+    if most > gpu.memory:
+        fits += (
+            ". THAT IS TOO MUCH: lower train.batch_size, raise train.micro_batches, or divide the network over more "
+            "ranks (layout)"
+        )
+    text = (
+        "layers: saved for backward, and what kernels, products and convolutions work in. rows: of the data set, all "
+        "where twice as much is free, else those that come next. libraries: assumed, as nothing was measured on a GPU. "
+        f"Ranks that share a GPU need as much each. {fits}"
+    )
+    return "\n".join(["GPU MEMORY (MB of each stage's largest rank)", _table(memory), *wrapped("", text)])
+
+
 def memory_table(memory: Sequence[Memory]) -> str:
+    """Write a line for each stage, and what the columns are."""
+    lines = [_table(memory)]
+    lines += wrapped(
+        "",
+        "layers: saved for backward, and workspaces. rows: of the data set; the ranks of a node share them, and "
+        "each counts those it has touched. files: rank 0 gathers whole arrays to write them. "
+        "libraries: Python, NumPy, MPI",
+    )
+    return "\n".join(lines)
+
+
+def _table(memory: Sequence[Memory]) -> str:
     """Write a line for each stage; columns that would be 0 are omitted."""
     names = [field.name for field in fields(Memory) if any(getattr(each, field.name) for each in memory)]
     rows = [
@@ -238,12 +285,6 @@ def memory_table(memory: Sequence[Memory]) -> str:
     lines = [aligned(["stage", *names, "total"], rows)]
     if len(memory) > MOST_LINES:
         lines.append(f"... and {len(memory) - MOST_LINES} more stages")
-    lines += wrapped(
-        "",
-        "layers: saved for backward, and workspaces. rows: of the data set; the ranks of a node share them, and "
-        "each counts those it has touched. files: rank 0 gathers whole arrays to write them. "
-        "libraries: Python, NumPy, MPI",
-    )
     return "\n".join(lines)
 
 

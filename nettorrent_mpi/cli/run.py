@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.api import Trainer
@@ -216,14 +217,21 @@ class Run:
         with world.agreement():
             if trace is not None:
                 self._folder.trace(trace)
-        peak = max(world.gather_objects(peak_memory()))
+        peaks = world.gather_objects((peak_memory(), trainer.gpu_bytes))
+        peak, on_gpu = (max(each) for each in zip(*peaks, strict=True))
         with world.agreement():
             if world.rank == 0:
                 predicted = max(each.total for each in self._planned.memory)
-                more = {
+                more: dict[str, Any] = {
                     "peak_memory_mb": round(peak / 1e6, 1),
                     "memory_estimate_mb": round(predicted / 1e6, 1),
                     "commit": commit(),
                     "version": __version__,
                 }
+                if on_gpu:
+                    predicted = max(each.total - each.libraries for each in self._planned.gpu_memory)
+                    more |= {
+                        "gpu_arrays_mb": round(on_gpu / 1e6, 1),
+                        "gpu_arrays_estimate_mb": round(predicted / 1e6, 1),
+                    }
                 self._folder.summary(summary | more)

@@ -137,6 +137,10 @@ class StreamDevice(Device, Protocol):
         """The stream that operations go to at present."""
 
     @property
+    def held_bytes(self) -> int:
+        """The bytes of all arrays that were ever made: the device gives none back before it is closed."""
+
+    @property
     def compute(self) -> Stream:
         """The stream of operations, unless another one is chosen."""
 
@@ -162,3 +166,11 @@ def make_device(
     from nettorrent_mpi.device.cpu import Cpu
 
     return Cpu(kernels)
+
+
+def planned_gpu(tf32: bool = False) -> StreamDevice:
+    """Make a GPU that only counts the memory that it takes: no GPU is needed, and its arrays have no elements."""
+    from nettorrent_mpi.device import gpu
+    from nettorrent_mpi.device.gpu.planned import PlannedRuntime
+
+    return gpu.Gpu(PlannedRuntime(), tf32)

@@ -28,6 +28,10 @@ class VisibleGpu(NamedTuple):
     memory: int  # bytes in all
 
 
+# What a plan for GPUs takes for one where there is none, with the memory that its driver reports.
+ASSUMED_GPU = VisibleGpu("", "an H200 (there is no GPU here)", 150_754_820_096)
+
+
 class Visible(NamedTuple):
     """The GPUs that this process sees, in CUDA's order. Where it can use none, `missing` says why, and how to get
     one; `likely`: part of what is needed is there, so that one may be expected."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from nettorrent_mpi.comm import library
 from nettorrent_mpi.device.device import make_device
-from nettorrent_mpi.engine.run_plan import Options
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.nn.footprint import Footprint, footprint, update_footprint
 from nettorrent_mpi.nn.losses import make_loss
@@ -25,6 +25,9 @@ from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 
 FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
 MPI = 14_000_000  # bytes that it takes when it is loaded: 13 MB of Open MPI 5.0.11, 15 MB of MPICH 5.0.2
+# Bytes of the host that CuPy 14.2, nvmath 1.0 and cuDNN 9.28 take when they are loaded, measured without a GPU (so its
+# driver's are not in them), and of the memory that copies go through.
+CUDA = 354_000_000 + (16 << 20)
 NUMBA, ONEDNN = 117_000_000, 21_000_000  # bytes that they take when they are loaded: versions 0.68 and 3.2
 _TRIAL = 1 << 17  # elements that are exchanged in a trial: beyond that scratch memory stays, or grows with them
 _INDEX = 8  # bytes of a row's number, and of a label
@@ -39,14 +42,40 @@ class Libraries(NamedTuple):
 
 
 def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
-    """Return the most memory that a rank of each stage will hold. Stage 0 has rank 0, which writes the files.
+    """Return the most memory of its node that a rank of each stage will hold; what lies on a GPU is not in it
+    (engine/gpu_estimate.py). Stage 0 has rank 0, which writes the files.
 
     Runs the layers of every stage on a few rows (nn/footprint.py), so it belongs in a dry run or at the end of a run.
     """
     config, topology, facts, options = setup.config, setup.topology, setup.network.facts, setup.options
-    itemsize, optimizer = options.itemsize, make_optimizer(options.optimizer)
-    states = len(optimizer.states)
+    itemsize, states, on_gpu = options.itemsize, len(make_optimizer(options.optimizer).states), options.device == "gpu"
     rows = most_rows(options.batch_size, options.micro_batches, topology.replicas)
+    found = [Memory() for _ in topology.stages] if on_gpu else _computing(setup, rows, states)
+    kernels = CUDA if on_gpu else _kernels(options)
+    mpi = MPI if topology.size > 1 and not library.loaded() else 0
+    result = []
+    for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
+        parameters = round(parameters_of(facts[stage.first : stage.stop], stage.cols))
+        own, sharers = parameters * itemsize, sharers_of(topology, stage, config.exact)
+        # For a checkpoint each rank holds the replicas' average besides its own weights, where replicas differ, and
+        # those of a GPU.
+        copies = (not setup.plan.exact) + on_gpu
+        arrays, letters = exchange_bytes(setup.plan, -(-parameters // stage.rows), states)
+        result.append(
+            replace(
+                part,
+                rows=_rows(setup, s, -(-rows // stage.rows)),
+                exchange=letters if on_gpu else arrays + letters,
+                files=copies * (own + states * own // sharers) + (FILES + _gathered(setup, states) if s == 0 else 0),
+                libraries=kernels + mpi + (libraries.first if s == 0 else libraries.others),
+            )
+        )
+    return result
+
+
+def _computing(setup: Setup, rows: int, states: int) -> list[Memory]:
+    """Return the memory of the ranks of each stage for what they compute with, on CPU cores."""
+    config, topology, facts, options = setup.config, setup.topology, setup.network.facts, setup.options
     found = memory(
         topology,
         facts,
@@ -55,41 +84,22 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
         config.pipeline.kind,
         _layers(setup, rows),
         states=states,
-        itemsize=itemsize,
+        itemsize=options.itemsize,
         exact=config.exact,
     )
-    kernels = _kernels(options)
-    mpi = MPI if topology.size > 1 and not library.loaded() else 0
-    result = []
-    for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
-        own = round(parameters_of(facts[stage.first : stage.stop], stage.cols)) * itemsize
+    optimizer = make_optimizer(options.optimizer)
+    for s, stage in enumerate(topology.stages):
+        parameters = round(parameters_of(facts[stage.first : stage.stop], stage.cols))
         sharers = sharers_of(topology, stage, config.exact)
-        # For a checkpoint each rank holds the replicas' average besides its own weights, where replicas differ.
-        average = 0 if config.exact or topology.replicas == 1 else own + states * own // sharers
-        result.append(
-            replace(
-                part,
-                layers=part.layers
-                + update_footprint(optimizer, own // itemsize // sharers, _measured(options))
-                + _mixing(setup, -(-own // itemsize // stage.rows)),
-                rows=_rows(setup, s, -(-rows // stage.rows)),
-                exchange=_exchange(setup, -(-own // itemsize // stage.rows), states),
-                files=average + (FILES + _gathered(setup, states) if s == 0 else 0),
-                libraries=kernels + mpi + (libraries.first if s == 0 else libraries.others),
-            )
-        )
-    return result
+        update = update_footprint(optimizer, parameters // sharers, options.dtype)
+        found[s] = replace(found[s], layers=found[s].layers + update + _mixing(setup, -(-parameters // stage.rows)))
+    return found
 
 
 def _kernels(options: Options) -> int:
     """Return the bytes of the optional kernel libraries, which are loaded with the first step."""
     names = make_device("cpu", options.kernels).names
     return NUMBA * ("numba" in names) + ONEDNN * ("onednn" in names and str(options.dtype) == "float32")
-
-
-def _measured(options: Options) -> Any:
-    """Return the type of the arrays in trials. NumPy has another one of 2 bytes."""
-    return "float16" if options.itemsize == 2 else options.dtype
 
 
 def _layers(setup: Setup, rows: int) -> list[Footprint]:
@@ -108,7 +118,7 @@ def _layers(setup: Setup, rows: int) -> list[Footprint]:
         return footprint(
             layers,
             here,
-            _measured(options),
+            options.dtype,
             cols=cols,
             accumulate=options.micro_batches > 1,
             loss=loss,
@@ -156,28 +166,24 @@ def _gathered(setup: Setup, states: int) -> int:
     return networks * arrays * parameters * setup.options.itemsize
 
 
-def _exchange(setup: Setup, elements: int, states: int) -> int:
-    """Return the bytes that the exchange needs on a rank that owns `elements` of a replica's parameters."""
-    config, replicas = setup.config, setup.topology.replicas
-    if config.exact or replicas == 1:
-        return 0
-    array = elements * _weight(setup)
-    if not isinstance(config.exchange, Gossip):
-        return array  # a copy of its own parameters, while another replica's or the average is evaluated
-    gossip = config.exchange
-    pairing = make_pairing(gossip.pairing, replicas, config.seed)
+def exchange_bytes(plan: Plan, elements: int, states: int) -> tuple[int, int]:
+    """Return the bytes that the exchange needs on a rank that owns `elements` of a replica's parameters: its arrays,
+    and its messages."""
+    gossip, replicas = plan.options.exchange, plan.topology.replicas
+    if plan.exact:
+        return 0, 0
+    itemsize = max(plan.options.itemsize, 4)  # of the weights that are updated
+    array = elements * itemsize
+    if not isinstance(gossip, Gossip):
+        return array, 0  # a copy of its own parameters, while another replica's or the average is evaluated
+    pairing = make_pairing(gossip.pairing, replicas, plan.options.seed)
     parts = _parts(gossip)
     withheld = withholding(gossip, replicas, parts) > 0  # and the snapshot before each update
     arrays = 1 + 2 * withheld + 2 * (gossip.slow_momentum > 0)
     if not isinstance(gossip.compress, Whole):
         arrays += 2 + 2 * len(_partners(pairing, 0))
     letters = SPARE + max(receives(pairing, me) for me in range(replicas))
-    return array * arrays + letters * _letter(setup, gossip, elements, parts, states)
-
-
-def _weight(setup: Setup) -> int:
-    """Return the bytes of a weight that is updated and exchanged: of float32 where layers compute in bfloat16."""
-    return max(setup.options.itemsize, 4)
+    return array * arrays, letters * _letter(itemsize, gossip, elements, parts, states)
 
 
 def _parts(gossip: Gossip) -> int:
@@ -185,12 +191,12 @@ def _parts(gossip: Gossip) -> int:
     return 1 if gossip.part == "auto" else round(1 / gossip.part)
 
 
-def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int) -> int:
+def _letter(itemsize: int, gossip: Gossip, elements: int, parts: int, states: int) -> int:
     """Return the bytes of one message."""
 
     def length(count: int) -> int:
         if isinstance(gossip.compress, Whole):
-            return count * _weight(setup) * (1 + (states if "optimizer" in gossip.average else 0))
+            return count * itemsize * (1 + (states if "optimizer" in gossip.average else 0))
         return MessageFormat(gossip.compress).bytes(count)
 
     parts = min(max(parts, -(-length(elements) // LARGEST)), max(elements, 1))
@@ -200,7 +206,7 @@ def _letter(setup: Setup, gossip: Gossip, elements: int, parts: int, states: int
 def _mixing(setup: Setup, elements: int) -> int:
     """Return the bytes of the device's scratch memory that gossip uses on a rank that owns `elements` of a replica's
     parameters: measured with a part of them, as the update's."""
-    gossip, dtype = setup.config.exchange, _measured(setup.options)
+    gossip, dtype = setup.config.exchange, setup.config.dtype
     if setup.config.exact or setup.topology.replicas == 1 or not isinstance(gossip, Gossip):
         return 0
 

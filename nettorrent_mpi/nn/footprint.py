@@ -10,8 +10,9 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from nettorrent_mpi.device.arrays import Array, DType, Workspace, quiet
-from nettorrent_mpi.device.device import make_device
-from nettorrent_mpi.nn.layer import Context, Operands
+from nettorrent_mpi.device.device import StreamDevice, make_device
+from nettorrent_mpi.device.ops import Ops
+from nettorrent_mpi.nn.layer import Context, Operands, Parameter
 from nettorrent_mpi.nn.layers.sequence import Sequence
 from nettorrent_mpi.nn.losses import Loss
 from nettorrent_mpi.nn.optimizers import Optimizer
@@ -32,8 +33,8 @@ class Footprint(NamedTuple):
 class _Absent:
     """A team of `cols` whose other members are absent: it allocates what they would make it allocate."""
 
-    def __init__(self, cols: int):
-        self.cols, self.col = cols, 0
+    def __init__(self, ops: Ops, cols: int):
+        self._ops, self.cols, self.col = ops, cols, 0
 
     def sum_over_rows(self, values: Array) -> None:
         pass
@@ -43,11 +44,11 @@ class _Absent:
 
     def gather_cols(self, part: Array, whole: Array, workspace: Workspace) -> None:
         workspace.scratch("gather", (whole.size,))
-        whole[...] = 0
+        self._ops.fill(whole, 0)
 
     def scatter_cols(self, partial_whole: Array, part: Array, workspace: Workspace) -> None:
         workspace.scratch("scatter", (partial_whole.size,))
-        part[...] = 0
+        self._ops.fill(part, 0)
 
 
 class _Elsewhere(Operands):
@@ -90,7 +91,7 @@ def footprint(
         shared = device.workspace(dtype)
         own = device.workspace(dtype, shared)
         step = device.numbers(1).array
-        ctx = Context(device.ops, own, step=step, rows=Span(0, count), count=count, team=_Absent(cols))
+        ctx = Context(device.ops, own, step=step, rows=Span(0, count), count=count, team=_Absent(device.ops, cols))
         y, saved = layers.forward(params, device.zeros((count, *layers.inputs.local), dtype), ctx)
         if loss is not None:
             targets = device.zeros((count,), "int64") if labels else device.zeros(y.shape, dtype)
@@ -109,6 +110,50 @@ def footprint(
     kept, scratch = (round(b + max(b - a, 0) * ahead) for a, b in zip(few, more, strict=True))
     # A gradient that is added to others is computed in scratch memory, which the layers share.
     return Footprint(kept, scratch + (max(large.values(), default=0) if accumulate else 0))
+
+
+def footprint_on(
+    device: StreamDevice,
+    layers: Sequence,
+    rows: int,
+    dtype: DType,
+    *,
+    cols: int = 1,
+    accumulate: bool = False,
+    loss: Loss | None = None,
+    labels: bool = True,
+) -> Footprint:
+    """Count the memory for micro-batches of `rows` rows in training on a GPU that only counts (`planned_gpu`): by what
+    the device has allocated, since it gives nothing back. See `footprint`."""
+
+    def block(parameter: Parameter) -> Array:
+        """Return a block; filters lie in memory in the device's order."""
+        shape = parameter.local
+        axes = device.filter_axes if parameter.filters else tuple(range(len(shape)))
+        order = [axes.index(axis) for axis in range(len(axes))]
+        return device.empty(tuple(shape[axis] for axis in axes), dtype).transpose(order)
+
+    params = {key: block(parameter) for key, parameter in layers.parameters}
+    grads = {key: block(parameter) for key, parameter in layers.parameters if parameter.trainable}
+    x, step = device.empty((rows, *layers.inputs.local), dtype), device.numbers(1).array
+    targets = device.empty((rows,), "int64") if labels else device.empty((rows, *layers.outputs.shape), dtype)
+    metrics = device.zeros((4,), "float64")
+    shared = device.workspace(dtype)
+    before, held, dy = device.held_bytes, [], None
+    for _ in range(2):  # slots: what the second one adds is kept for a micro-batch
+        ctx = Context(device.ops, device.workspace(dtype, shared), step=step, rows=Span(0, rows), count=rows)
+        ctx.team = _Absent(device.ops, cols)
+        y, saved = layers.forward(params, x, ctx)
+        if loss is not None:
+            loss.forward(y, targets, max(rows, 1), ctx, metrics)
+        if dy is None:
+            unit = device.held_bytes
+            dy = device.empty(y.shape, dtype)
+            before += device.held_bytes - unit
+        for ctx.accumulate in (False, accumulate):
+            layers.backward(params, grads, saved, dy, ctx)
+        held.append(device.held_bytes - before)
+    return Footprint(held[1] - held[0], 2 * held[0] - held[1])
 
 
 def update_footprint(optimizer: Optimizer, elements: int, dtype: DType) -> int:

@@ -40,7 +40,7 @@ def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) ->
         rates=Rates(0.00004, 0.004, 0.0),
         network=SimpleNamespace(facts=facts, has_batch_norm=False, input_shape=(32, 32, 3), whole=WHOLE),
         topology=topology,
-        options=SimpleNamespace(micro_batches=4, itemsize=4),
+        options=SimpleNamespace(micro_batches=4, itemsize=4, device="cpu"),
         layout_line=topology.describe([f.name for f in facts]),
     )
 

@@ -84,6 +84,10 @@ class Gpu:
         return self.ops.working_bytes
 
     @property
+    def held_bytes(self) -> int:
+        return self.arena.used
+
+    @property
     def uuid(self) -> str:
         return self.runtime.properties.uuid
 
