@@ -224,7 +224,9 @@ class TrainingLoop:
         return Record(self.step, epoch, self.samples, seconds, 0.0, rate, self.clock.samples_per_second)
 
     def _settle(self) -> None:
-        self._engine.device.synchronize()
+        # Without flush a rank's launches may wait for those of its neighbour's next step.
+        if not self._engine.schedule.asynchronous:
+            self._engine.device.synchronize()
 
     def _completed(self, report: Report[Record | None]) -> Record:
         self.loss = report.training.loss
