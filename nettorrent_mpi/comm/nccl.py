@@ -10,6 +10,7 @@ host's (NCCL 2.26 and later; NVIDIA's user guide, "Environment Variables").
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,6 +108,9 @@ class Communicator:
             raise LaunchError(
                 f"NCCL cannot connect {group.size} GPUs ({error}); NCCL_DEBUG=INFO makes it say why"
             ) from error
+        # CuPy's object destroys what it holds when it goes, and NCCL then waits for graphs and for the other members:
+        # after an error for ever. So it stays, and only `close` and `abort` end the communicator.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._nccl))
 
     def all_reduce(self, values: Array, stream: int) -> None:
         """values <- the sum of everyone's."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -318,6 +320,22 @@ def test_a_rank_that_cannot_make_an_id_is_told_by_all(ours: World, monkeypatch: 
         assert error.value.agreed == frozenset(range(SIZE))
     assert time.monotonic() - began < 2
     finish(connector, gpu)
+
+
+@pytest.mark.ranks(2, 3)
+def test_a_communicator_that_nobody_closes_is_not_destroyed(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an error: CuPy would destroy it, and NCCL wait."""
+    gpu = host_device(monkeypatch)
+    library = nccl.load()
+    (identity,) = nccl.identities(ours, library, [ours])
+    communicator = nccl.Communicator(library, ours, identity, gpu.runtime.address)
+    held = weakref.ref(communicator._nccl)
+    del communicator
+    gc.collect()
+    kept = held()
+    assert kept is not None
+    kept.destroy()
+    gpu.runtime.order.stop()
 
 
 @pytest.mark.ranks(2, 3)
