@@ -107,14 +107,17 @@ class LayerOps(Protocol):
         steady state are cached.
         """
 
-    def linear(self, x: Array, weight: Array, bias: Array | None, y: Array) -> None:
-        """y_bo <- x_bI @ weight_Io, plus the bias."""
+    def linear(self, x: Array, weight: Array, bias: Array | None, y: Array, relu: bool = False) -> None:
+        """y_bo <- x_bI @ weight_Io, plus the bias, and with `relu` max(., 0) of that."""
 
     def sum_rows(self, x: Array, out: Array, accumulate: bool = False) -> None:
         """out_c <- (or +=) the sum of x (b, ..., c) over all but its last axis; out may be of a wider type."""
 
-    def convolve(self, x: Array, weight: Array, bias: Array | None, y: Array, geometry: Geometry) -> None:
-        """y <- the convolution of the images x with weight (height, width, inputs, outputs), plus the bias."""
+    def convolve(
+        self, x: Array, weight: Array, bias: Array | None, y: Array, geometry: Geometry, relu: bool = False
+    ) -> None:
+        """y <- the convolution of the images x with weight (height, width, inputs, outputs), plus the bias, and with
+        `relu` max(., 0) of that."""
 
     def convolve_grad_x(self, weight: Array, dy: Array, dx: Array, geometry: Geometry) -> None:
         """dx <- the convolution's gradient with respect to x."""
@@ -123,10 +126,13 @@ class LayerOps(Protocol):
         """dw <- (or +=) the convolution's gradient with respect to the weights."""
 
     def relu(self, x: Array, y: Array) -> None:
-        """y <- max(x, 0); here and in the other activations y may be x itself."""
+        """y <- max(x, 0), NaN where x is; here and in the other activations y may be x itself."""
 
     def relu_grad(self, y: Array, dy: Array) -> None:
         """dy <- dy where y > 0, elsewhere 0."""
+
+    def relu_grad_sum(self, y: Array, dy: Array, total: Array, accumulate: bool = False) -> None:
+        """`relu_grad`; then total_c <- (or +=) the sum of dy (b, ..., c), as `sum_rows` has it."""
 
     def leaky_relu(self, x: Array, y: Array, slope: float) -> None:
         """y <- x where it is positive, slope * x elsewhere; 0 <= slope <= 1."""

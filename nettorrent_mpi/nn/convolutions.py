@@ -16,14 +16,15 @@ class Convolution(NamedTuple):
     kind: str
     geometry: Geometry
     bias: bool  # whether a bias is added
+    relu: bool = False  # and max(., 0) computed of that
 
 
 def convolutions(layers: Sequence) -> set[Convolution]:
     """Return all that a training step of these layers computes, those inside residual blocks too."""
     found: set[Convolution] = set()
-    for layer in layers.layers:
+    for layer, relu in zip(layers.layers, layers.takes_relu, strict=True):
         if isinstance(layer, Conv2dLayer):
-            found.add(Convolution("forward", layer.geometry, layer.bias))
+            found.add(Convolution("forward", layer.geometry, layer.bias or relu, relu))  # see gpu.epilogs
             found.add(Convolution("grad_w", layer.geometry, False))
             if layer.needs_dx:
                 found.add(Convolution("grad_x", layer.geometry, False))

@@ -153,6 +153,7 @@ class Context:
     seed: int = 0
     step: Array | None = None  # the number of the step, from 0, as a float64 on the device (for dropout)
     rows: Span = NO_ROWS  # numbers of these rows in the whole mini-batch (for dropout)
+    relu: bool = False  # whether this layer computes the ReLU that follows it, too (`Layer.takes_relu`)
     count: int = 0  # rows of the whole micro-batch, over all ranks that share batch statistics
     usual: int = 0  # `count` is at least this, unless the mini-batch is smaller than usual: the last one of an epoch
     team: Team = field(default_factory=Alone)
@@ -179,6 +180,9 @@ class Layer(ABC):
     reads_output: ClassVar[bool] = False
     # Whether `forward` may return the memory of its input as its output (flatten; dropout in evaluation).
     passes_on: ClassVar[bool] = False
+    # Whether `forward` computes max(., 0) of its output where `ctx.relu` says so, and `backward` its derivative, which
+    # saves a GPU passes. It holds for the class that says so, not for those derived from it.
+    takes_relu: ClassVar[bool] = False
 
     def __init__(self, name: str, inputs: Features, outputs: Features, parameters: tuple[Parameter, ...] = ()):
         self.name = name

@@ -33,13 +33,16 @@ def test_there_is_a_plan_for_every_convolution_of_the_configurations(version: in
 def test_the_convolutions_of_a_network() -> None:
     network = plan(load_config(ROOT / "configs" / "cifar_resnet.yaml")).network
     found = convolutions(network.stage(0, network.weight_layers, 1, 0))
-    assert all(not bias for _, _, bias in found)
+    assert all(not bias for _, _, bias, _ in found)
     # Of ResNet-20's convolutions 3 x 3: image to 16, and 16, 32 and 64 to as many; and, with stride 2, 16 to 32 and 32
     # to 64, each beside a shortcut 1 x 1. The first one's input needs no gradient.
-    forward = {geometry for kind, geometry, _ in found if kind == "forward"}
+    forward = {geometry for kind, geometry, *_ in found if kind == "forward"}
     assert len(forward) == 1 + 3 + 2 + 2
-    kinds = {kind: {geometry for other, geometry, _ in found if other == kind} for kind in ("grad_x", "grad_w")}
+    kinds = {kind: {geometry for other, geometry, *_ in found if other == kind} for kind in ("grad_x", "grad_w")}
     assert kinds["grad_w"] == forward
     assert {geometry.image for geometry in forward - kinds["grad_x"]} == {(32, 32, 3)}
     halves = convolutions(network.stage(1, network.weight_layers, 2, 0))
-    assert {geometry.output[2] for _, geometry, _ in halves} == {8, 16, 32}
+    assert {geometry.output[2] for _, geometry, *_ in halves}
+    network = plan(load_config(ROOT / "configs" / "cifar.yaml")).network
+    found = convolutions(network.stage(0, network.weight_layers, 1, 0))
+    assert all(relu == (kind == "forward") == bias for kind, _, bias, relu in found) == {8, 16, 32}

@@ -159,10 +159,20 @@ class Libraries:
         return self.made[-1]
 
     def convolution(
-        self, kind: str, x: Array, weight: Array, y: Array, geometry: Geometry, *, workspace: Any, bias: Any, tf32: bool
+        self,
+        kind: str,
+        x: Array,
+        weight: Array,
+        y: Array,
+        geometry: Geometry,
+        *,
+        workspace: Any,
+        bias: Any,
+        **more: Any,
     ) -> Prepared:
         self.workspaces.append(workspace(1000 * (len(self.made) + 1)))
-        arguments = {"bias": bias} if kind == "forward" else {}
+        assert not more["relu"]
+        arguments, tf32 = {"bias": bias} if kind == "forward" else {}, more["tf32"]
         run = getattr(convolution, kind)
         self.made.append(Prepared(lambda: run(x, weight, y, geometry, tf32=tf32, **arguments)))
         return self.made[-1]

@@ -11,6 +11,7 @@ import pytest
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.device.gpu import GpuOperations
 from nettorrent_mpi.device.gpu.norms import SUM_BLOCK, SUM_BLOCKS, NormOperations
 from nettorrent_mpi.device.gpu.tiles import tiles
 from nettorrent_mpi.nn.layer import Context, Features
@@ -57,6 +58,28 @@ def test_sums_of_rows(name: str, shape: Shape) -> None:
             bench.ops.sum_rows(bench.up(x), out, accumulate)
             CPU.sum_rows(x.astype(np.float64), wanted, accumulate)
             near(bench.down(out), wanted, name, absolute(x) + np.abs(start.astype(np.float64)))
+
+
+@typed
+@every
+def test_the_derivative_of_a_relu_and_the_sums_of_rows(name: str, shape: Shape) -> None:
+    """The same bits as one after the other."""
+    bench, y, dy = Bench(GpuOperations, seed=1), some(name, *shape), some(name, *shape, seed=2, shift=1.0)
+    if dy.size > 9:
+        dy.reshape(-1)[5::19], y.reshape(-1)[7::23] = np.nan, np.nan
+    for out_name in (name, "float64"):
+        for accumulate in (False, True):
+            start = some(out_name, shape[-1], seed=3)
+            found, out, wanted, total = (bench.up(x) for x in (dy, start, dy, start))
+            bench.ops.relu_grad_sum(bench.up(y), found, out, accumulate)
+            bench.ops.relu_grad(bench.up(y), wanted)
+            bench.ops.sum_rows(wanted, total, accumulate)
+            assert bench.down(found).tobytes() == bench.down(wanted).tobytes()
+            assert bench.down(out).tobytes() == bench.down(total).tobytes()
+            exactly, sums = wide(dy), wide(start)
+            CPU.relu_grad_sum(wide(y), exactly, sums, accumulate)
+            same(bench.down(found), exactly)
+            np.testing.assert_array_equal(np.isnan(bench.down(out).astype(np.float64)), np.isnan(sums))
 
 
 @typed
@@ -253,7 +276,10 @@ FAULTS: dict[str, tuple[str, str]] = {
     "a barrier of some": (LANES, LANES.replace("__syncthreads", "if (t.on) __syncthreads")),
     "a counter that stays": ("if (last) *done = 0;", ""),
     "a sum before the last block": ("atomicAdd(done, 1u) == blocks - 1;", "atomicAdd(done, 1u) + 2 == blocks;"),
-    "a row left out": ("row + 7ll * t.lanes < t.stop", "row + 6ll * t.lanes < t.stop"),
+    "a row left out": (
+        "row + 7ll * t.lanes < t.stop; row += 8ll * t.lanes) {\n        WORK part[K] = {};",
+        "row + 6ll * t.lanes < t.stop; row += 8ll * t.lanes) {\n        WORK part[K] = {};",
+    ),
     "a column too far": ("t.lane < t.lanes && t.column < c;", "t.lane < t.lanes && t.column <= c;"),
     "half of the lanes": ("for (half /= 2; half; half /= 2) {", "for (half /= 2; half > 1; half /= 2) {"),
 }

@@ -8,19 +8,28 @@ mini-batch is smaller, so that every run of compute is captured for two sizes.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 
 from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.data.dataset import DataOptions, open_dataset
+from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.moves import Holding
 from nettorrent_mpi.plan.topology import Stage, Topology
 from tests.gpu.host.main import install
-from tests.ranks.test_parallel import CASES, NETWORKS, SHAPE, Trained, compare, serial
+from tests.gpu.host.runtime import HostRuntime
+from tests.ranks.test_parallel import CASES, CLASSES, NETWORKS, SHAPE, Trained, compare, serial
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the host device needs g++"),
@@ -64,3 +73,34 @@ def test_ranks_that_share_a_gpu(recwarn: pytest.WarningsRecorder) -> None:
     size, count = MPI.COMM_WORLD.size, Network(NETWORKS["cnn"], SHAPE).weight_layers
     topology = Topology(1, (Stage(0, 2, size // 2, 1), Stage(2, count, 1, size // 2)))
     check(on_gpus(1, "cnn", topology, shared=True), "cnn", 1e-10)
+
+
+NARROW = (specs.Flatten(), specs.Linear(11, activation="relu"), specs.Linear(CLASSES))
+
+
+@pytest.mark.parametrize("keeps_nan", [True, False])
+def test_weights_that_are_nan_are_found(keeps_nan: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ReLU hides nothing, whatever the library makes of NaN."""
+    monkeypatch.setattr(HostRuntime, "keeps_nan", keeps_nan)
+    network, size, found = Network(NARROW, SHAPE), MPI.COMM_WORLD.size, []
+
+    def spoil(blocks: Mapping[Holding, Array]) -> None:
+        for holding, array in blocks.items():
+            if holding.name.endswith("linear1/weight"):
+                array[...] = np.nan
+
+    for device in ("cpu", "gpu"):
+        install(1)
+        options = Options(specs.CrossEntropy(), specs.Sgd(), batch_size=37, micro_batches=3, device=device)
+        engine = Engine(World(), Plan(network, layers_layout(network.facts, size, 13), options))
+        dataset = open_dataset("synthetic", None, options=DataOptions(rows=87, shape=SHAPE, classes=CLASSES))
+        engine.open_data(dataset, Sampler(dataset.train.rows, seed=3, validation=0.1, batch_size=37))
+        for step in range(5):
+            if step == 3:
+                engine.fill(spoil)
+            engine.step(step, 0.01)
+        at = engine.pipeline.divergence.found()
+        found.append(MPI.COMM_WORLD.allgather(None if at is None else at[0]))
+        engine.close()
+    assert found[0] == found[1]
+    assert 3 in found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from nettorrent_mpi.device.cpu.taps import RowProducts, TapProducts
 from nettorrent_mpi.device.cpu.tuning import Tuning
 from nettorrent_mpi.device.cpu.winograd import WinogradProducts
 from nettorrent_mpi.device.geometry import Geometry
+from nettorrent_mpi.device.ops import LayerOps
 
 # 1 x 1 kernels with a stride got wrong gradients in oneDNN 3.2 (jit_1x1:avx2), often but not always.
 WRONG_BELOW = 8
@@ -65,13 +66,17 @@ class ConvolutionOperations(Operations):
         self._algorithms: dict[tuple[Geometry, np.dtype[Any]], list[Algorithm]] = {}
         self._fastest_algorithm: dict[tuple[str, Geometry, np.dtype[Any]], Algorithm] = {}
 
-    def convolve(self, x: Array, weight: Array, bias: Array | None, y: Array, geometry: Geometry) -> None:
+    def convolve(
+        self, x: Array, weight: Array, bias: Array | None, y: Array, geometry: Geometry, relu: bool = False
+    ) -> None:
         if y.size:
             workspace = self.memory(x.dtype)
             algorithm = self._fastest_algorithm.get(("forward", geometry, x.dtype)) or self._find_fastest(
                 "forward", geometry, x, y, lambda one, out: one.forward(x, weight, bias, out, workspace)
             )
             algorithm.forward(x, weight, bias, y, workspace)
+            if relu:
+                cast("LayerOps", self).relu(y, y)
 
     def convolve_grad_x(self, weight: Array, dy: Array, dx: Array, geometry: Geometry) -> None:
         if not dy.size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from nettorrent_mpi.device.cpu.blocking import RowSum, blocks, row_block, row_re
 from nettorrent_mpi.device.cpu.flat import Operations
 from nettorrent_mpi.device.cpu.loop import Loop
 from nettorrent_mpi.device.cpu.tuning import Tuning
+from nettorrent_mpi.device.ops import LayerOps
 
 Run = Callable[[], object]
 Multiply = Callable[[Array, Array, Array, bool], Run]
@@ -48,10 +49,12 @@ class ProductOperations(Operations):
             known = self._known[key] = run, a, b, out  # their ids are unique as long as they live
         known[0]()
 
-    def linear(self, x: Array, weight: Array, bias: Array | None, y: Array) -> None:
+    def linear(self, x: Array, weight: Array, bias: Array | None, y: Array, relu: bool = False) -> None:
         self.matmul(x, weight, y)
         if bias is not None:
             np.add(y, bias, out=y)
+        if relu:
+            cast("LayerOps", self).relu(y, y)
 
     def _prepare(self, a: Array, b: Array, out: Array, turn_a: bool, turn_b: bool, accumulate: bool) -> Run:
         first, second = a.T if turn_a else a, b.T if turn_b else b
@@ -108,6 +111,10 @@ class ProductOperations(Operations):
             for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
                 total.add(x_nw[block])
             total.finish()
+
+    def relu_grad_sum(self, y: Array, dy: Array, total: Array, accumulate: bool = False) -> None:
+        cast("LayerOps", self).relu_grad(y, dy)
+        self.sum_rows(dy, total, accumulate)
 
 
 def _by(gemm: blas.Gemm, a: Array, b: Array, out: Array, accumulate: bool) -> Run:

@@ -12,9 +12,10 @@ import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.geometry import Geometry
-from nettorrent_mpi.device.gpu.operations import Operations, Owner
+from nettorrent_mpi.device.gpu.epilogs import EpilogOperations
+from nettorrent_mpi.device.gpu.operations import Owner
 from nettorrent_mpi.device.gpu.runtime import Product
-from nettorrent_mpi.device.ops import FlatOps
+from nettorrent_mpi.device.ops import FlatOps, LayerOps
 
 # Prepared convolutions: see products.
 REMEMBERED = 1 << 16
@@ -22,14 +23,16 @@ ALIGNED = 16  # bytes: cuDNN's frontend says so of all tensors
 
 
 class Prepared(NamedTuple):
-    """A convolution that is Prepared: `filters` are those that it uses or computes, `kept` arrays live as long."""
+    """A convolution that is Prepared: `filters` are those that it uses or computes, `kept` arrays live as long; `relu`:
+    whether a ReLU is left to do."""
 
     product: Product
     filters: Array
     kept: tuple[Array | None, ...]
+    relu: bool = False
 
 
-class ConvolutionOperations(Operations):
+class ConvolutionOperations(EpilogOperations):
     """Convolutions of images and their gradients: see device.ops. They are prepared once for the same arrays, as
     products are."""
 
@@ -37,14 +40,24 @@ class ConvolutionOperations(Operations):
         super().__init__(device)
         self._convolutions: dict[tuple[int, ...], Prepared] = {}
 
-    def convolve(self, x: Array, weight: Array, bias: Array | None, y: Array, geometry: Geometry) -> None:
-        if y.size:
-            key = id(x), id(weight), id(bias), id(y)
-            known = self._convolutions.get(key)
-            if known is None:
-                known = self._prepare_convolution("forward", x, filters(weight), y, geometry, bias)
-                self._convolutions[key] = known._replace(kept=(x, weight, bias, y))  # their ids are unique
-            known.product.run(self.device.stream)
+    def convolve(
+        self, x: Array, weight: Array, bias: Array | None, y: Array, geometry: Geometry, relu: bool = False
+    ) -> None:
+        if not y.size:
+            return
+        key = id(x), id(weight), id(bias), id(y), int(relu)
+        known = self._convolutions.get(key)
+        if known is None:
+
+            def prepare(bias: Array | None, relu: bool) -> Product:
+                return self._convolution("forward", x, filters(weight), y, geometry, bias, relu)
+
+            product, left = self.with_epilog(prepare, bias, relu, y)
+            known = Prepared(product, weight, (x, weight, bias, y), left)  # their ids are unique
+            self._remember_convolution(key, known)
+        known.product.run(self.device.stream)
+        if known.relu:
+            cast("LayerOps", self).relu(y, y)
 
     def convolve_grad_x(self, weight: Array, dy: Array, dx: Array, geometry: Geometry) -> None:
         if not dy.size:
@@ -53,8 +66,9 @@ class ConvolutionOperations(Operations):
         key = id(weight), id(dy), id(dx)
         known = self._convolutions.get(key)
         if known is None:
-            known = self._prepare_convolution("grad_x", dx, filters(weight), dy, geometry)
-            self._convolutions[key] = known._replace(kept=(weight, dy, dx))
+            product = self._convolution("grad_x", dx, filters(weight), dy, geometry)
+            known = Prepared(product, weight, (weight, dy, dx))
+            self._remember_convolution(key, known)
         known.product.run(self.device.stream)
 
     def convolve_grad_w(self, x: Array, dy: Array, dw: Array, geometry: Geometry, accumulate: bool) -> None:
@@ -69,8 +83,8 @@ class ConvolutionOperations(Operations):
         if known is None:
             total = filters(dw)
             out = total if direct else self.scratch("weight gradient", total.shape, x.dtype)
-            known = self._prepare_convolution("grad_w", x, out, dy, geometry)
-            self._convolutions[key] = known._replace(kept=(x, dy, dw))
+            known = Prepared(self._convolution("grad_w", x, out, dy, geometry), out, (x, dy, dw))
+            self._remember_convolution(key, known)
         known.product.run(self.device.stream)
         if not direct:
             more = known.filters
@@ -79,17 +93,26 @@ class ConvolutionOperations(Operations):
                 flat.copy(more, known.filters)
             flat.store(filters(dw), more, accumulate)
 
-    def _prepare_convolution(
-        self, kind: str, x: Array, weight: Array, y: Array, geometry: Geometry, bias: Array | None = None
-    ) -> Prepared:
+    def _convolution(
+        self,
+        kind: str,
+        x: Array,
+        weight: Array,
+        y: Array,
+        geometry: Geometry,
+        bias: Array | None = None,
+        relu: bool = False,
+    ) -> Product:
         for array in (x, weight, y) if bias is None else (x, weight, y, bias):
             assert self.device.runtime.address(array) % ALIGNED == 0, f"{kind}: {array.shape} is not aligned"
+        return self.device.runtime.convolution(
+            kind, x, weight, y, geometry, bias=bias, relu=relu, tf32=self.device.tf32, workspace=self._bytes
+        )
+
+    def _remember_convolution(self, key: tuple[int, ...], known: Prepared) -> None:
         if len(self._convolutions) == REMEMBERED:
             self._convolutions.clear()
-        product = self.device.runtime.convolution(
-            kind, x, weight, y, geometry, bias=bias, tf32=self.device.tf32, workspace=self._bytes
-        )
-        return Prepared(product, weight, ())
+        self._convolutions[key] = known
 
     def _bytes(self, size: int) -> Array:
         return self.scratch("convolution", (size,), np.uint8)

@@ -75,11 +75,18 @@ def properties_of(facts: Mapping[str, Any]) -> Any:
 
 
 def plan_workspace(
-    properties: Any, kind: str, geometry: Geometry, rows: int, dtype: DType, tf32: bool = False, bias: bool = False
+    properties: Any,
+    kind: str,
+    geometry: Geometry,
+    rows: int,
+    dtype: DType,
+    tf32: bool = False,
+    bias: bool = False,
+    relu: bool = False,
 ) -> int:
     """Return the bytes that a convolution works in on a GPU with these properties. Needs no GPU."""
     return int(
-        plan({"device_property": properties}, kind, geometry, rows, dtype, tf32, bias, False).get_workspace_size()
+        plan({"device_property": properties}, kind, geometry, rows, dtype, tf32, bias, relu).get_workspace_size()
     )
 
 

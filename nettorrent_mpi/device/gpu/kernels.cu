@@ -303,6 +303,9 @@ extern "C" __global__ void count_nonfinite(const REAL* y, double* count, const d
 extern "C" __global__ void find_nonfinite(const REAL* x, double* found, i64 n) {
     each_element(n, [=](WORK v) { if (!is_finite(v)) found[0] = 1; }, In{x});  // all who write write the same
 }
+extern "C" __global__ void find_number(const REAL* x, double* found, i64 n) {
+    each_element(n, [=](WORK v) { if (v == v) found[0] = 1; }, In{x});
+}
 extern "C" __global__ void increase(void* x, int type, double by) {
     if (threadIdx.x != 0) return;
     double v = number_at(x, type, 0).d;
@@ -622,6 +625,37 @@ extern "C" __global__ void sum_rows(const REAL* x, void* out, int bytes, bool ac
     Tile t = tile_of(rows, c, wide, blockIdx.y, gridDim.y);
     double v[1];
     add_rows<1>(t, c, v, [=](i64, i64 i, WORK* part) { part[0] += get(x, i); });
+    if (add_chunks<1>(t, c, v, partial, done, shared))
+        put_stat(out, bytes, t.column, accumulate ? stat_at(out, bytes, t.column) + v[0] : v[0]);
+}
+// dy <- dy where y > 0, elsewhere 0, as relu_grad has it; out <- the sums of that, as sum_rows has them. Eight rows are
+// read before the first one is written, so that all reads are in flight together.
+extern "C" __global__ void relu_grad_sum(const REAL* y, REAL* dy, void* out, int bytes, bool accumulate,
+                                         double* partial, u32* done, i64 rows, i64 c, int wide) {
+    __shared__ double shared[512];
+    Tile t = tile_of(rows, c, wide, blockIdx.y, gridDim.y);
+    double v[1] = {0};
+    i64 row = t.on ? t.first + t.lane : t.stop;
+    for (; row + 7ll * t.lanes < t.stop; row += 8ll * t.lanes) {
+        WORK d[8], part = 0;
+#pragma unroll
+        for (int u = 0; u < 8; u++) {
+            i64 i = (row + u * t.lanes) * c + t.column;
+            d[u] = get(dy, i) * (get(y, i) > 0 ? WORK(1) : WORK(0));
+        }
+#pragma unroll
+        for (int u = 0; u < 8; u++) {
+            put(dy, (row + u * t.lanes) * c + t.column, d[u]);
+            part += d[u];
+        }
+        v[0] += part;
+    }
+    for (; row < t.stop; row += t.lanes) {
+        i64 i = row * c + t.column;
+        WORK d = get(dy, i) * (get(y, i) > 0 ? WORK(1) : WORK(0));
+        put(dy, i, d);
+        v[0] += d;
+    }
     if (add_chunks<1>(t, c, v, partial, done, shared))
         put_stat(out, bytes, t.column, accumulate ? stat_at(out, bytes, t.column) + v[0] : v[0]);
 }

@@ -65,15 +65,16 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def convolution_workspace(
-    gpu: str, convolutions: Iterable[tuple[str, Geometry, bool]], rows: int, dtype: DType, tf32: bool = False
+    gpu: str, convolutions: Iterable[tuple[str, Geometry, bool, bool]], rows: int, dtype: DType, tf32: bool = False
 ) -> int:
-    """Return the bytes that the neediest of these convolutions (kind, geometry, whether with a bias) works in on a
-    known GPU, for `rows` images. Needs cuDNN and its frontend (ImportError), and libcuda.so.1 (RuntimeError), no
-    GPU."""
+    """Return the bytes that the neediest of these convolutions (kind, geometry, whether with a bias and with a ReLU)
+    works in on a known GPU, for `rows` images. Needs cuDNN and its frontend (ImportError), and libcuda.so.1
+    (RuntimeError), no GPU."""
     from nettorrent_mpi.device.gpu.cudnn import plan_workspace, properties_of
 
     properties = properties_of(KNOWN[gpu])
-    return max(
-        (plan_workspace(properties, kind, geometry, rows, dtype, tf32, bias) for kind, geometry, bias in convolutions),
-        default=0,
+    sizes = (
+        plan_workspace(properties, kind, geometry, rows, dtype, tf32, bias, relu)
+        for kind, geometry, bias, relu in convolutions
     )
+    return max(sizes, default=0)

@@ -20,10 +20,14 @@ LONG = 1024  # features of a row from which on a whole block adds them up
 
 
 class NormOperations(Operations):
-    """Sums of rows, and the parts of batch norm and layer norm: see device.ops."""
+    """Sums of rows, with or without a ReLU's derivative, and the parts of batch norm and layer norm: see device.ops."""
 
     def sum_rows(self, x: Array, out: Array, accumulate: bool = False) -> None:
         self._add_up("sum_rows", 1, x, x, out, out.dtype.itemsize, accumulate)
+
+    def relu_grad_sum(self, y: Array, dy: Array, total: Array, accumulate: bool = False) -> None:
+        matrix(y, dy)
+        self._add_up("relu_grad_sum", 1, dy, y, dy, total, total.dtype.itemsize, accumulate)
 
     def inverse_root(self, x: Array, eps: float) -> None:
         self.each("inverse_root", x.dtype, x.size, x, eps, x.size)

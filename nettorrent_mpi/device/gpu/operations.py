@@ -27,6 +27,9 @@ class Owner(Protocol):
     def empty(self, shape: Shape, dtype: DType) -> Array:
         """Return an uninitialised array."""
 
+    def constant(self, values: Array) -> Array:
+        """Return these values on the GPU: the same array for the same values, which nothing may change."""
+
     def upload(self, out: Array, values: Array) -> None:
         """out <- `values`, which lie in host memory and may be changed as soon as this returns."""
 

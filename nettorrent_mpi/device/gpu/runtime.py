@@ -112,7 +112,8 @@ class Runtime(Protocol):
         workspace: Array,
     ) -> Product:
         """Choose the fastest algorithm, by trial, for out <- (out +) a @ b, then plus the bias of each column, then
-        max(., 0). float32 is true float32 unless `tf32`. Waits for the stream; not inside a capture."""
+        max(., 0), which may be 0 for NaN (see epilogs). float32 is true float32 unless `tf32`. Waits for the stream;
+        not inside a capture."""
 
     def convolution(
         self,
@@ -127,6 +128,7 @@ class Runtime(Protocol):
         tf32: bool = False,
         workspace: Callable[[int], Array],
     ) -> Product:
-        """Prepare "forward" (y <- the convolution, plus the bias, then max(., 0)), "grad_x" (x <- the gradient, y being
-        dy) or "grad_w" (weight <- the gradient). Images are (b, height, width, channels); `weight` is (outputs, height,
-        width, inputs). `workspace` gives so many bytes of scratch memory. Not inside a capture."""
+        """Prepare "forward" (y <- the convolution, plus the bias, then max(., 0), which may be 0 for NaN), "grad_x"
+        (x <- the gradient, y being dy) or "grad_w" (weight <- the gradient). Images are (b, height, width, channels);
+        `weight` is (outputs, height, width, inputs). `workspace` gives so many bytes of scratch memory. Not inside a
+        capture."""

@@ -7,6 +7,7 @@ from math import prod
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.geometry import Geometry
 from nettorrent_mpi.nn.layer import Context, Features, Grads, Layer, Parameter, Params
+from nettorrent_mpi.nn.layers.linear import bias_gradient
 from nettorrent_mpi.nn.layers.registry import Site, register_layer
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import span
@@ -19,6 +20,8 @@ class Conv2dLayer(Layer):
 
     The filters o are divided over the cols; dx is partial when they are. `same` padding: see device.geometry.places.
     """
+
+    takes_relu = True
 
     def __init__(self, spec: specs.Conv2d, site: Site):
         image = site.image("conv2d")
@@ -46,18 +49,20 @@ class Conv2dLayer(Layer):
         outputs = Features.divided((*self.geometry.output[:2], filters), site.cols, site.col)
         super().__init__(site.name, site.inputs, outputs, (weight, *bias))
 
-    def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, Array]:
+    def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, tuple[Array, Array]]:
         y = ctx.workspace.keep("y", (x.shape[0], *self.outputs.local))
-        ctx.ops.convolve(x, params["weight"], params["bias"] if self.bias else None, y, self.geometry)
-        return y, x
+        ctx.ops.convolve(x, params["weight"], params["bias"] if self.bias else None, y, self.geometry, ctx.relu)
+        return y, (x, y)
 
-    def backward(self, params: Params, grads: Grads, saved: Array, dy: Array, ctx: Context) -> Array | None:
-        if self.bias:
-            ctx.ops.sum_rows(dy, grads["bias"], ctx.accumulate)
-        ctx.ops.convolve_grad_w(saved, dy, grads["weight"], self.geometry, ctx.accumulate)
+    def backward(
+        self, params: Params, grads: Grads, saved: tuple[Array, Array], dy: Array, ctx: Context
+    ) -> Array | None:
+        x, y = saved
+        bias_gradient(y, dy, grads["bias"] if self.bias else None, ctx)
+        ctx.ops.convolve_grad_w(x, dy, grads["weight"], self.geometry, ctx.accumulate)
         if not self.needs_dx:
             return None
-        dx = ctx.workspace.gradient(saved.shape, dy)
+        dx = ctx.workspace.gradient(x.shape, dy)
         ctx.ops.convolve_grad_x(params["weight"], dy, dx, self.geometry)
         return dx
 

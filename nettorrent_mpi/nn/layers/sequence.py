@@ -10,6 +10,7 @@ from typing import Any
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.nn.layer import Context, Grads, Layer, Parameter, Params
+from nettorrent_mpi.nn.layers.activations import ReluLayer
 from nettorrent_mpi.nn.layers.form import Gather
 from nettorrent_mpi.nn.layers.registry import Site, make
 from nettorrent_mpi.plan import specs
@@ -20,8 +21,9 @@ class Sequence:
     """A Sequence holds the layers that `layers` describe, at a site of the network; each spec carries its name.
 
     `activation:` of a layer becomes a layer of its own, "<layer>.<activation>". Where features are divided and a layer
-    needs whole ones, a `Gather` is inserted. A layer writes over its input where that is no longer needed. `parameters`
-    are pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these keys. Of the site,
+    needs whole ones, a `Gather` is inserted. A layer writes over its input where that is no longer needed. A layer with
+    weights computes the ReLU that follows it directly (`Layer.takes_relu`), which is then passed over. `parameters` are
+    pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these keys. Of the site,
     `inputs` are whole; `name` (of a residual block, otherwise empty) goes before the layers' names, not before the
     keys. `partial` says that, where the last layer's features are whole, each col gets only a part of dy (see `Layer`);
     `follows` is the kind of the activation after the last layer, `previous` describes what comes before the first.
@@ -30,6 +32,7 @@ class Sequence:
     def __init__(self, layers: Seq[specs.LayerSpec], site: Site):
         self.inputs = self.outputs = site.inputs
         self.layers: list[Layer] = []
+        self.takes_relu: list[bool] = []  # whether each layer computes the next one, a ReLU, too
         self.parameters: tuple[tuple[str, Parameter], ...] = ()
         self.previous = site.previous  # after the last layer: what produced the outputs
         self._keys: list[str] = []
@@ -61,6 +64,9 @@ class Sequence:
         layer.in_place = layer.elementwise and self._free
         same_memory = layer.in_place or layer.passes_on
         self._free = not layer.reads_output and (self._free or not same_memory)
+        if type(layer) is ReluLayer and layer.in_place and vars(type(self.layers[-1])).get("takes_relu"):
+            self.takes_relu[-1] = True
+        self.takes_relu.append(False)
         self.layers.append(layer)
         self._keys.append(key)
         self._firsts.append(len(self.parameters))
@@ -110,9 +116,14 @@ class Sequence:
 
     def forward(self, params: Params, x: Array, ctx: Context) -> tuple[Array, list[Any]]:
         """Return (y, saved) like `Layer.forward`; each layer has its own part of ctx.workspace."""
-        saved, workspace = [], ctx.workspace
-        for layer, key, own in zip(self.layers, self._keys, self._shares(params), strict=True):
-            ctx.workspace = workspace.child(key)
+        saved: list[Any] = []
+        workspace = ctx.workspace
+        for layer, key, own, takes in zip(self.layers, self._keys, self._shares(params), self.takes_relu, strict=True):
+            if ctx.relu:  # computed by the layer before
+                ctx.relu = False
+                saved.append(None)
+                continue
+            ctx.workspace, ctx.relu = workspace.child(key), takes
             x, kept = layer.forward(own, x, ctx)
             saved.append(kept)
             if ctx.progress is not None:
@@ -140,13 +151,15 @@ class Sequence:
             layer = self.layers[i]
             if gradient is None or not (layer.needs_dx or layer.parameters):
                 break
-            ctx.workspace = workspace.child(self._keys[i])
+            if i and self.takes_relu[i - 1]:
+                continue
+            ctx.workspace, ctx.relu = workspace.child(self._keys[i]), self.takes_relu[i]
             gradient = layer.backward(own[i], own_grads[i], saved[i], gradient, ctx)
             if complete is not None:
                 complete(self._firsts[i])
             if ctx.progress is not None:
                 ctx.progress()
-        ctx.workspace = workspace
+        ctx.workspace, ctx.relu = workspace, False
         return gradient if self._needs_dx else None
 
 

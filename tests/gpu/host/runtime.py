@@ -27,6 +27,7 @@ class HostRuntime:
     """One rank's access to the host device (device.gpu.runtime.Runtime). `seed` decides the order of work."""
 
     names = ("the host device",)
+    keeps_nan = True  # whether a library's ReLU is NaN where it gets NaN
 
     def __init__(self, seed: int = 0, *, memory: int = 1 << 33, background: bool = False, uuid: str = "host device"):
         self.properties = Properties("host device", uuid, (9, 0), processors=3, memory=memory)
@@ -106,7 +107,9 @@ class HostRuntime:
         assert self.memory.holds(workspace)
         first, second = (self.within(m.array.T if m.turned else m.array) for m in (a, b))
         to, more = self.within(out), None if bias is None else self.within(bias)
-        return HostProduct("product", lambda: products.product(first, second, to, accumulate, more, relu, tf32))
+        return HostProduct(
+            "product", lambda: products.product(first, second, to, accumulate, more, relu, tf32), self._after(relu, to)
+        )
 
     def convolution(
         self,
@@ -126,7 +129,11 @@ class HostRuntime:
         assert self.memory.holds(workspace(1000))
         images, filters, outputs = (self.within(array) for array in (x, weight, y))
         more = None if bias is None else self.within(bias)
-        return convolution_of(kind, images, filters, outputs, geometry, more, relu, tf32)
+        return convolution_of(kind, images, filters, outputs, geometry, more, relu, tf32, self._after(relu, outputs))
+
+    def _after(self, relu: bool, out: Array) -> Callable[[], None] | None:
+        """Return what a library's epilog does to a result of NaN."""
+        return (lambda: np.copyto(out, 0, where=np.isnan(out))) if relu and not self.keeps_nan else None
 
     def _in_work(self, array: Array) -> int:
         if not array.size:
@@ -146,8 +153,8 @@ class HostRuntime:
 class HostProduct:
     """A HostProduct is work of a library (device.gpu.runtime.Product)."""
 
-    def __init__(self, name: str, run: Callable[[], None]):
-        self._name, self._run = name, run
+    def __init__(self, name: str, run: Callable[[], None], after: Callable[[], None] | None = None):
+        self._name, self._run, self._after = name, run, after
 
     def run(self, stream: HostStream) -> None:
         stream.enqueue(self._name, self._quiet)
@@ -155,10 +162,20 @@ class HostProduct:
     def _quiet(self) -> None:
         with np.errstate(all="ignore"):
             self._run()
+            if self._after is not None:
+                self._after()
 
 
 def convolution_of(
-    kind: str, x: Array, weight: Array, y: Array, geometry: Geometry, bias: Array | None, relu: bool, tf32: bool
+    kind: str,
+    x: Array,
+    weight: Array,
+    y: Array,
+    geometry: Geometry,
+    bias: Array | None,
+    relu: bool,
+    tf32: bool,
+    after: Callable[[], None] | None = None,
 ) -> HostProduct:
     """Return a convolution of arrays as work reads and writes them."""
     runs: dict[str, Callable[[], None]] = {
@@ -166,4 +183,4 @@ def convolution_of(
         "grad_x": lambda: convolution.grad_x(x, weight, y, geometry, tf32),
         "grad_w": lambda: convolution.grad_w(x, weight, y, geometry, tf32),
     }
-    return HostProduct(f"convolution {kind}", runs[kind])
+    return HostProduct(f"convolution {kind}", runs[kind], after)

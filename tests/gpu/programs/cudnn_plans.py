@@ -21,8 +21,8 @@ for path in sys.argv[1:]:
             most, count = 0, 0
             # Whole layers, and half of each layer's filters; a micro-batch's rows, and a smaller last one's.
             for cols, rows in ((1, options.batch_size), (2, options.batch_size), (1, options.batch_size // 2 + 1)):
-                for kind, geometry, bias in convolutions(network.stage(0, network.weight_layers, cols, 0)):
-                    most = max(most, plan_workspace(properties, kind, geometry, rows, dtype, tf32, bias))
+                for kind, geometry, bias, relu in convolutions(network.stage(0, network.weight_layers, cols, 0)):
+                    most = max(most, plan_workspace(properties, kind, geometry, rows, dtype, tf32, bias, relu))
                     count += 1
             print(path, gpu, "tf32" if tf32 else dtype, count, most)
             whole = convolutions(network.stage(0, network.weight_layers, 1, 0))
