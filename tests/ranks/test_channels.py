@@ -453,11 +453,13 @@ def missing() -> Any:
 
 
 @pytest.mark.ranks(2, 3)
-@pytest.mark.parametrize("case", ["old", "new", "refuses", "missing"])
+@pytest.mark.parametrize("case", ["old", "new", "refuses", "missing", "unavailable"])
 def test_ranks_of_one_gpu(ours: World, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     gpu = host_device(monkeypatch, gpu=RANK // 2, version=22907 if case == "old" else 23004)
     if case == "missing":
         monkeypatch.setattr(nccl, "open_library", missing)
+    if case == "unavailable":
+        monkeypatch.setattr(HostNccl, "available", False)
     if case == "refuses":
         library = nccl.open_library()
 
@@ -468,6 +470,7 @@ def test_ranks_of_one_gpu(ours: World, monkeypatch: pytest.MonkeyPatch, case: st
     told = {
         "old": "ranks share a GPU, and NCCL 2.29.7 does not connect them .2.30 can.: GPUs exchange arrays through",
         "refuses": "ranks share a GPU, and NCCL does not connect them .NCCL cannot connect 2 GPUs .not on this GPU",
+        "unavailable": "NCCL, by which GPUs exchange arrays, cannot be loaded .CuPy finds no libnccl.so.2.: .*: GPUs",
         "missing": "NCCL, by which GPUs exchange arrays, cannot be loaded .no libnccl here.: .*: GPUs exchange arrays",
     }
     if case in told and RANK == 0:
