@@ -132,7 +132,8 @@ class PlannedRuntime:
         size = ASSUMED
         if _cudnn_plans():
             with suppress(RuntimeError):  # it has no plan
-                size = convolution_workspace(GPU, [(kind, geometry, bias is not None)], len(x), x.dtype, tf32)
+                wanted = kind, geometry, bias is not None, relu
+                size = convolution_workspace(GPU, [wanted], len(x), x.dtype, tf32)
         workspace(max(size, 1))
         return _Nothing()
 
