@@ -64,9 +64,7 @@ def assert_alike(found: Array, wanted: Array, ulps: float = 0) -> None:
     np.testing.assert_allclose(found.astype(np.float64), near, rtol=max(ulps, 0.5) * step, atol=max(ulps, 0.5) * 1e-38)
 
 
-def on_both(
-    gpu: HostOps, run: Callable[..., Any], *arrays: Array | None, ulps: float = 0, changed: int | None = None
-) -> None:
+def on_both(gpu: HostOps, run: Callable[..., Any], *arrays: Array | None, ulps: float = 0) -> None:
     """Run an operation (ops, *arrays) on copies of the arrays, on the CPU device and on the host device: all arrays are
     alike afterwards. The CPU computes in float32 what is bfloat16."""
     wide = [None if x is None else x.astype(np.float32) if x.dtype.name == "bfloat16" else x.copy() for x in arrays]
