@@ -7,7 +7,8 @@
 // - Arithmetic is in WORK: float, or double where REAL is double. A double argument is rounded to it first, as NumPy
 //   rounds a Python float. What works element by element does the same operations in the same order as device/cpu, so
 //   that both give the same bits; --fmad=false keeps the compiler from fusing them.
-// - Sums are in double and in an order that depends on the sizes alone: the same bits in every run and on every GPU.
+// - Sums over many elements are in double, and in an order that depends on the sizes alone, and on whether arrays begin at
+//   multiples of 16 bytes: the same bits in every run and on every GPU.
 // - Blocks have a multiple of 32 threads. __syncthreads and shuffles are reached by all threads of a block or warp.
 // - Nothing that changes from step to step is an argument: a captured graph would freeze it. It lies in memory.
 
