@@ -150,6 +150,9 @@ class StreamDevice(Device, Protocol):
     def wait_by(self, wait: Callable[[Sequence[Stream]], None] | None) -> None:
         """Let `synchronize` wait for streams by this function, which may give up; None: by CUDA's."""
 
+    def reserve(self, size: int) -> None:
+        """Allocate memory for arrays of `size` bytes in one piece, before any is made. Raises DeviceMemoryError."""
+
     def on(self, stream: Stream) -> AbstractContextManager[None]:
         """Let operations inside the `with` block go to this stream."""
 

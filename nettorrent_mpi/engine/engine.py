@@ -18,6 +18,7 @@ from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.device_batches import open_batches
 from nettorrent_mpi.engine.device_pipeline import DevicePipeline
 from nettorrent_mpi.engine.devices import open_device
+from nettorrent_mpi.engine.gpu_estimate import reserve
 from nettorrent_mpi.engine.metrics import Metrics
 from nettorrent_mpi.engine.pipeline import Pipeline, Work
 from nettorrent_mpi.engine.resharding import Blocks, move, of_replica, takes
@@ -69,6 +70,9 @@ class Engine:
         self.device = open_device(world, options)
         self.layers = network.stage(stage.first, stage.stop, stage.cols, self.place.col)
         self.schedule = StageSchedule(plan, self.place.stage)
+        if options.device == "gpu":
+            with world.agreement():
+                reserve(self.device, plan, self.place.stage)
         self.wiring = wiring = Wiring(world, plan, self.device, self.schedule.slots)
         self.optimizer = make_optimizer(options.optimizer)
         parameters, late = self.layers.parameters, self.schedule.late

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from math import prod
+from typing import cast
 
-from nettorrent_mpi.device.device import planned_gpu
+from nettorrent_mpi.device.device import Device, StreamDevice, planned_gpu
 from nettorrent_mpi.device.visible import VisibleGpu
 from nettorrent_mpi.engine.memory_estimate import exchange_bytes
 from nettorrent_mpi.engine.run_plan import Plan
@@ -70,6 +71,12 @@ def arrays(plan: Plan, labels: bool = True) -> list[Memory]:
             )
         )
     return found
+
+
+def reserve(device: Device, plan: Plan, stage: int) -> None:
+    """Allocate what an engine needs on the GPU of a rank of this stage in one piece, before it makes any array. Raises
+    DeviceMemoryError."""
+    cast("StreamDevice", device).reserve(arrays(plan)[stage].total)
 
 
 def gpu_estimate(setup: Setup, gpu: VisibleGpu) -> list[Memory]:

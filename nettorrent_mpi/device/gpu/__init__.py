@@ -100,6 +100,9 @@ class Gpu:
         self._streams.append(self.runtime.stream())
         return self._streams[-1]
 
+    def reserve(self, size: int) -> None:
+        self.arena.reserve(size)
+
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
         """Let operations inside the `with` block go to this stream."""
