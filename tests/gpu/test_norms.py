@@ -174,12 +174,14 @@ def test_statistics(name: str, size: int) -> None:
 # -- layer norm -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wide_statistics", [False, pytest.param(True, marks=pytest.mark.slow)])
-@typed
+KINDS = [("float64", "float64"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]  # of arrays, of statistics
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("float32", "float32"), *(pytest.param(*kinds, marks=pytest.mark.slow) for kinds in KINDS)]
+)
 @every
-def test_layer_norm(name: str, wide_statistics: bool, shape: Shape) -> None:
-    """Statistics and gradients may be of a wider type than the arrays."""
-    kind = {"bfloat16": "float32"}.get(name, "float64") if wide_statistics else name
+def test_layer_norm(name: str, kind: str, shape: Shape) -> None:
     bench, x, dy = Bench(NormOperations, seed=2), some(name, *shape), some(name, *shape, seed=2)
     n, c = prod(shape[:-1]), shape[-1]
     mean, scale = some(kind, n, seed=3), np.abs(some(kind, n, seed=4))
