@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,15 +128,18 @@ def run(world: MPI.Intracomm, case: Case, device: Device) -> dict[str, Any]:
     return found
 
 
-def compare(world: MPI.Intracomm, case: Case, device: Device) -> None:
+def compare(world: MPI.Intracomm, case: Case, seeds: Iterable[int]) -> None:
     expected = run(world, case, make_device("cpu", "numpy"))
-    found = run(world, case, device)
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        if isinstance(values, dict):
-            assert found[name] == values
-        else:
-            np.testing.assert_array_equal(found[name], values, err_msg=name)
+    for seed in seeds:
+        device = gpu(seed)
+        found = run(world, case, device)
+        device.close()
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            if isinstance(values, dict):
+                assert found[name] == values
+            else:
+                np.testing.assert_array_equal(found[name], values, err_msg=f"{name}, {seed}")
 
 
 def gpu(seed: int) -> Gpu:
@@ -145,24 +149,21 @@ def gpu(seed: int) -> Gpu:
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("name", QUICK)
 def test_the_host_device_exchanges_as_the_cpu_does(world: MPI.Intracomm, name: str) -> None:
-    for seed in range(2):
-        compare(world, QUICK[name], gpu(seed))
+    compare(world, QUICK[name], range(2))
 
 
 @pytest.mark.slow
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("name", MORE)
 def test_so_do_many_more(world: MPI.Intracomm, name: str) -> None:
-    for seed in range(2, 6):
-        compare(world, MORE[name], gpu(seed))
+    compare(world, MORE[name], range(2, 6))
 
 
 @pytest.mark.long
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("name", QUICK | MORE)
 def test_over_many_orders(world: MPI.Intracomm, name: str) -> None:
-    for seed in range(10, 30):
-        compare(world, (QUICK | MORE)[name], gpu(seed))
+    compare(world, (QUICK | MORE)[name], range(10, 30))
 
 
 @pytest.mark.ranks(2, 4)

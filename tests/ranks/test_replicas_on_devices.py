@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ LAYERS = (
     specs.Linear(5, activation="relu"),
     specs.Linear(3),
 )
-STEPS = 7
+ONE = choices.OneFOneB()
+HALF = 4
+STEPS = 2 * HALF
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the host device's kernels are compiled by g++")
 
@@ -70,12 +73,13 @@ def name(layout: Topology) -> str:
     return f"{layout.replicas}*[{'|'.join(f'{s.layers}:{s.rows}x{s.cols}' for s in layout.stages)}]"
 
 
-def trained(layout: Topology, exchange: Any, device: Any, optimizer: Any) -> tuple[dict[Any, np.ndarray], list[Any]]:
+def trained(layout: Topology, exchange: Any, device: Any, pipeline: Any) -> tuple[dict[Any, np.ndarray], list[Any]]:
     """All blocks of this rank after some steps, a look at the average in between, and a restart; and what was told."""
     dataset = open_dataset("synthetic", None, options=DataOptions(rows=96, test_rows=8, shape=(6,), classes=3))
     options = Options(
         loss=specs.CrossEntropy(),
-        optimizer=optimizer,
+        optimizer=specs.Adam(),
+        pipeline=pipeline,
         batch_size=37,
         micro_batches=2,
         exchange=exchange,
@@ -89,13 +93,15 @@ def trained(layout: Topology, exchange: Any, device: Any, optimizer: Any) -> tup
     engine.open_data(dataset, Sampler(96, 1, 0.0, 37))
     reports, told = Reports[int](engine), []
     for n in range(STEPS):
-        engine.step(n, 0.02 * (n + 1))
+        left = HALF - n % HALF
+        engine.step(n, 0.02 * (n + 1), left)
+        rests = left == 1 or not engine.schedule.asynchronous
         reports.start(n)
-        told += [(r.training, r.replicas, r.distance) for r in reports.ready(wait=True)]
-        if engine.exchange.next_rest(n) == n + 1:
+        told += [(r.training, r.replicas, r.distance) for r in reports.ready(wait=rests)]
+        if engine.exchange.next_rest(n) == n + 1 and rests:
             scores = [Scores(float((r * 5 + n) % SIZE), 0.5) for r in range(layout.replicas)]
             told.append(engine.exchange.at_rest(n + 1, lambda scores=scores: scores, 1.0))
-        if n == STEPS // 2:
+        if n == HALF - 1:
             reports.close()
             engine.attach(world, plan, engine.detach())
             reports = Reports(engine)
@@ -105,29 +111,31 @@ def trained(layout: Topology, exchange: Any, device: Any, optimizer: Any) -> tup
     return found, told
 
 
-def compare(layout: Topology, exchange: Any, seed: int, *, shared: bool = False) -> None:
-    optimizer = specs.Adam()
-    expected, wanted = trained(layout, exchange, "cpu", optimizer)
-    install(seed, shared=shared)
-    found, told = trained(layout, exchange, "gpu", optimizer)
-    assert found.keys() == expected.keys()
-    for holding, values in expected.items():
-        np.testing.assert_allclose(found[holding], values, rtol=1e-9, atol=1e-10, err_msg=holding)
-    assert len(told) == len(wanted)
-    for here, there in zip(told, wanted, strict=True):
-        if isinstance(there, tuple) and len(there) == 3:
-            np.testing.assert_allclose(here[0], there[0], rtol=1e-9)
-            np.testing.assert_allclose(here[1], there[1], rtol=1e-9)
-            assert here[2] == pytest.approx(there[2], rel=1e-6, abs=1e-7)
-        else:
-            assert here == there
+def compare(
+    layout: Topology, exchange: Any, seeds: Iterable[int], *, shared: bool = False, pipeline: Any = ONE
+) -> None:
+    expected, wanted = trained(layout, exchange, "cpu", pipeline)
+    for seed in seeds:
+        install(seed, shared=shared)
+        found, told = trained(layout, exchange, "gpu", pipeline)
+        assert found.keys() == expected.keys()
+        for holding, values in expected.items():
+            np.testing.assert_allclose(found[holding], values, rtol=1e-9, atol=1e-10, err_msg=f"{holding}, {seed}")
+        assert len(told) == len(wanted)
+        for here, there in zip(told, wanted, strict=True):
+            if isinstance(there, tuple) and len(there) == 3:
+                np.testing.assert_allclose(here[0], there[0], rtol=1e-9)
+                np.testing.assert_allclose(here[1], there[1], rtol=1e-9)
+                assert here[2] == pytest.approx(there[2], rel=1e-6, abs=1e-7)
+            else:
+                assert here == there
 
 
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("layout", LAYOUTS[:2], ids=name)
 @pytest.mark.parametrize("kind", QUICK)
 def test_replicas_agree_as_on_the_cpu(kind: str, layout: Topology) -> None:
-    compare(layout, QUICK[kind], 1)
+    compare(layout, QUICK[kind], [1])
 
 
 @pytest.mark.slow
@@ -135,7 +143,7 @@ def test_replicas_agree_as_on_the_cpu(kind: str, layout: Topology) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 @pytest.mark.parametrize("kind", MORE)
 def test_so_do_many_more(kind: str, layout: Topology) -> None:
-    compare(layout, MORE[kind], 2)
+    compare(layout, MORE[kind], [2])
 
 
 @pytest.mark.slow
@@ -143,7 +151,14 @@ def test_so_do_many_more(kind: str, layout: Topology) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 def test_ranks_that_share_a_gpu(layout: Topology) -> None:
     """What NCCL would carry goes through the host's memory, where ranks wait for each other on the host."""
-    compare(layout, QUICK["ring, by loss"], 3, shared=True)
+    compare(layout, QUICK["ring, by loss"], [3], shared=True)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("kind", ["ring, by loss", "withheld"])
+def test_without_flush(kind: str) -> None:
+    compare(topology(2, (1, 1), (1, 1)), (QUICK | MORE)[kind], [4, 5], pipeline=choices.Async())
 
 
 @pytest.mark.long
@@ -151,5 +166,4 @@ def test_ranks_that_share_a_gpu(layout: Topology) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 @pytest.mark.parametrize("kind", QUICK | MORE)
 def test_over_many_orders(kind: str, layout: Topology) -> None:
-    for seed in range(10, 20):
-        compare(layout, (QUICK | MORE)[kind], seed, shared=seed % 3 == 0)
+    compare(layout, (QUICK | MORE)[kind], range(10, 20))
