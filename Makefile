@@ -50,7 +50,7 @@ bench: $(VENV)/.dev $(VENV)/.compare
 
 # With the machine's own Python, which has CuPy and PyTorch: no environment is made.
 test-gpu:
-	. benchmarks/gpu/bare_machine.sh && $(PYTHON) -m pytest tests/gpu -m "not long" $(ARGS)
+	. benchmarks/gpu/bare_machine.sh && $(PYTHON) -m pytest tests/gpu -m "not slow and not long" $(ARGS)
 
 bench-gpu:
 	. benchmarks/gpu/bare_machine.sh && $(PYTHON) -m benchmarks.gpu $(ARGS)
