@@ -52,7 +52,7 @@ class Theirs:
         torch.backends.cudnn.benchmark = True
         words = ["none", "--device", "cpu" if host else "cuda"]
         options = torch_peer.parse(words + (["--compile"] if compiled else []))
-        setup = set_up(case.load("cpu", host), 1)
+        setup = set_up(case.load("gpu", host), 1, device="gpu")
         self._rate = setup.config.train.optimizer.options()["lr"]
         self._peer, self._done = torch_peer.Peer(setup, options, 0), 0
 

@@ -28,6 +28,7 @@ TURNS, SECONDS = 3, 0.5  # of each side
 READY = 0.6  # the part of the time in which sides have to be ready
 AIMS = {EAGER: 1.0, COMPILED: 0.95}
 LAST_LINES = 15
+COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}  # of each side that compiles: all do at the same time
 
 
 class Process:
@@ -40,7 +41,7 @@ class Process:
         self._process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env=environment(),
+            env=environment() | COMPILERS,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nettorrent_mpi.engine import setup
 from tests.gpu import cuda_packages
 from tests.gpu.host import build
 
@@ -21,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
     sys.path.append(str(ROOT))
 
-main, parts, runner, records, wheels, on_device, step_side, steps, kernels, parity_ranks = (
+main, parts, runner, records, wheels, on_device, step_cases, step_side, steps, kernels, parity_ranks = (
     importlib.import_module(f"benchmarks.gpu.{name}")
     for name in (
         *("__main__", "parts", "runner", "record", "wheels", "on_device"),
-        *("step_side", "steps", "kernels", "parity_ranks"),
+        *("step_cases", "step_side", "steps", "kernels", "parity_ranks"),
     )
 )
 compiled = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
@@ -372,3 +373,17 @@ def test_tests_of_kernels_are_found() -> None:
     names = [path.name for path in kernels.modules()]
     assert "test_flat_kernels.py" in names
     assert "test_host_streams.py" not in names
+
+
+def test_all_sides_of_a_step_train_the_same_rows() -> None:
+    for case in step_cases.CASES:
+        config = case.load("gpu")
+        found = setup.set_up(config, 1, device="gpu", planning=True)
+        assert (found.options.batch_size, found.options.micro_batches) == (case.batch, 1)
+        assert found.dataset.train.rows % case.batch == 0  # all steps are alike, so that nothing is compiled again
+        assert found.config.dtype == case.dtype
+        assert found.dataset.test is None
+        assert config.train.evaluate_every * found.sampler.steps_per_epoch > 10**6
+    assert [case.name for case in step_cases.CASES] == [
+        *("mnist_wide, 1024", "CNN, 128", "CNN, 1024", "8192 x 4", "ResNet-20, 512"),
+    ]
