@@ -3,7 +3,8 @@
 plan/launches.py turns the list into launches on two streams, and says which waits for which. A run of compute is
 executed once, so that all memory is allocated and all algorithms are chosen; then it is captured as a graph, which is
 launched whenever the same run comes again. Nothing that a graph contains depends on a value of the host that changes
-from step to step: learning rate, step number and row numbers lie in arrays on the GPU.
+from step to step: learning rate, step number and row numbers lie in arrays on the GPU. Layers from outside the package
+may compute with such values, so networks that have one are executed in every step.
 """
 
 from __future__ import annotations
@@ -61,13 +62,14 @@ class DevicePipeline(Pipeline):
         self._executed = False
         buffers = self._wiring.buffers
         self._period = lcm(*(count for count in buffers if count))
+        self._recordable = self._wiring.capturable and not plan.network.whole.foreign
 
     def run(self, work: Work) -> None:
         """Launch a list of actions."""
         self.begin(work)
         items, awaited_items = self._launches(work.actions)
         events: dict[int, Event] = {}
-        with quiet():
+        with quiet(), self._gpu.on(self._gpu.compute):
             for number, item in enumerate(items):
                 moves = isinstance(item, Transfers)
                 stream = self._links if moves else self._gpu.compute
@@ -143,7 +145,7 @@ class DevicePipeline(Pipeline):
         """Return what the arrays and arguments of a run depend on, None where it cannot be recorded. It is the same on
         all ranks of a swarm, so that all of them record, or all of them launch, an operation that needs all."""
         told = work.batches.key()
-        if told is None or not work.training or not actions or self.trace or not self._wiring.capturable:
+        if told is None or not work.training or not actions or self.trace or not self._recordable:
             return None
         versions = {id(params): number for number, params in enumerate(self._state.versions)}
         used = tuple(None if params is None else versions.get(id(params), -1) for params in self._params)

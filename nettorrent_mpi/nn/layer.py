@@ -205,6 +205,12 @@ class Layer(ABC):
         parameters' gradients (or add them if ctx.accumulate)."""
 
     @property
+    def foreign(self) -> bool:
+        """Whether it is, or contains, a layer from outside the package, which may compute with what changes on the host
+        from step to step: a GPU executes it anew each time."""
+        return not type(self).__module__.startswith("nettorrent_mpi.")
+
+    @property
     def operations(self) -> float:
         """Return the floating-point operations of forward and backward for one row of the whole layer."""
         return 0.0

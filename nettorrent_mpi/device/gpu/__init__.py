@@ -107,10 +107,12 @@ class Gpu:
     def on(self, stream: Stream) -> Iterator[None]:
         """Let operations inside the `with` block go to this stream."""
         before, self.stream = self.stream, stream
+        self.runtime.use(stream)
         try:
             yield
         finally:
             self.stream = before
+            self.runtime.use(before)
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
         dtype = as_dtype(dtype)

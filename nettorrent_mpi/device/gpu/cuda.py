@@ -119,6 +119,9 @@ class Cuda:
     def stream(self) -> CudaStream:
         return CudaStream()
 
+    def use(self, stream: CudaStream) -> None:
+        stream.stream.use()
+
     def launch(
         self, stream: CudaStream, kernel: str, real: DType, grid: tuple[int, int], block: int, arguments: Sequence[Any]
     ) -> None:

@@ -84,6 +84,9 @@ class Runtime(Protocol):
     def stream(self) -> Stream:
         """Make a stream."""
 
+    def use(self, stream: Stream) -> None:
+        """Let NumPy's functions of the GPU's arrays, which layers from outside the package call, go to this stream."""
+
     def launch(
         self, stream: Stream, kernel: str, real: DType, grid: tuple[int, int], block: int, arguments: Sequence[Any]
     ) -> None:

@@ -85,5 +85,9 @@ class ResidualLayer(Layer):
         return copy
 
     @property
+    def foreign(self) -> bool:
+        return self.body.foreign or self.shortcut.foreign
+
+    @property
     def operations(self) -> float:
         return self.body.operations + self.shortcut.operations + 2.0 * prod(self.outputs.shape)

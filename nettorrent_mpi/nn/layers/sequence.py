@@ -93,6 +93,11 @@ class Sequence:
         return min((width for spec in self._specs for width in spec.widths()), default=1)
 
     @property
+    def foreign(self) -> bool:
+        """Whether a layer is from outside the package."""
+        return any(layer.foreign for layer in self.layers)
+
+    @property
     def operations(self) -> float:
         """Return the floating-point operations of forward and backward for one row of the whole layers."""
         return sum(layer.operations for layer in self.layers)

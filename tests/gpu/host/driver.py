@@ -38,6 +38,7 @@ class Driver:
         self.allocated: dict[int, Array] = {}
         self.events: dict[int, HostEvent] = {}
         self.failure = 0  # the error of the GPU
+        self.current = 0  # the handle of the stream that CuPy's own functions go to
 
     def malloc(self, size: int) -> int:
         assert size > 0
@@ -90,6 +91,9 @@ def install(driver: Driver) -> None:
             assert non_blocking
             self.stream = driver.host.stream()
             self.ptr = self.stream.handle
+
+        def use(self) -> None:
+            driver.current = self.ptr
 
         def wait_event(self, event: Event) -> None:
             self.stream.wait(event._there())

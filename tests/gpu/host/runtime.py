@@ -69,6 +69,9 @@ class HostRuntime:
     def stream(self) -> HostStream:
         return self.order.stream()
 
+    def use(self, stream: HostStream) -> None:
+        pass  # the host device has no arrays with functions of their own
+
     def launch(
         self, stream: HostStream, kernel: str, real: DType, grid: tuple[int, int], block: int, arguments: Sequence[Any]
     ) -> None:

@@ -93,6 +93,8 @@ def work(device: Gpu, driver: Driver) -> None:
     device.copies.wait(event)
     with device.on(device.copies):
         device.runtime.copy(device.stream, copied, total)
+        assert driver.current == device.copies.handle
+    assert driver.current == device.compute.handle
     last = device.copies.record()
     while not last.done():
         pass
