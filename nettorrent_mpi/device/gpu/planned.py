@@ -91,6 +91,9 @@ class PlannedRuntime:
     def stream(self) -> Stream:
         return _Nothing()
 
+    def use(self, stream: Stream) -> None:
+        pass
+
     def launch(
         self, stream: Stream, kernel: str, real: DType, grid: tuple[int, int], block: int, arguments: Sequence[Any]
     ) -> None:
