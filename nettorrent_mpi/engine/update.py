@@ -13,10 +13,9 @@ so that the rows of a team stay bitwise alike.
 
 from __future__ import annotations
 
-from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.mail import Pending
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.metrics import Metrics
+from nettorrent_mpi.engine.replica_loss import ReplicaLoss
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.exchange.base import Exchange
@@ -41,14 +40,12 @@ class Update:
         clip_norm: float | None,
     ):
         self._wiring, self._ops, self._state = wiring, device.ops, state
-        self._optimizer, self._exchange, self._metrics, self._clip_norm = optimizer, exchange, metrics, clip_norm
+        self._optimizer, self._exchange, self._clip_norm = optimizer, exchange, clip_norm
         self._begun = 0  # buckets whose gradients have left in this step
         self._numbers = device.numbers(len(optimizer.numbers(0.0, 1)))
         self._scale = None if clip_norm is None else device.zeros((1,), "float64")
         self._squares = device.zeros((1,), "float64")
-        self._losses = wiring.channel(wiring.replica) if exchange.wants_loss else None
-        self._loss: Pending | None = None  # the replica's loss of the step before, on its way
-        self._loss_read = False  # whether it is to be summed
+        self._loss = ReplicaLoss(wiring.channel(wiring.replica), metrics) if exchange.wants_loss else None
 
     def begin(self, rate: float, step: int) -> None:
         """Tell the device what is new in this step, before any of its actions."""
@@ -85,8 +82,11 @@ class Update:
 
     def before(self, step: int) -> None:
         """Merge into this rank's shards the messages of its peers."""
-        if self._losses is not None:
-            self._tell_loss(self._losses)
+        if self._loss is not None:
+            loss, rows = self._loss.take()  # in the step before
+            if rows:
+                self._exchange.tell_loss(float(loss / rows))
+            self._loss.begin()
         self._exchange.before_update(step)
 
     def update(self) -> None:
@@ -110,28 +110,5 @@ class Update:
 
     def close(self) -> None:
         """Wait for communication in flight. All ranks call, at rest."""
-        if self._losses is not None:
-            self._replicas_loss(self._losses)
-
-    def _tell_loss(self, replica: Group) -> None:
-        """Pass the exchange this replica's loss in the previous step. Only the last stage knows it, so it is summed
-        over the replica while a step computes, as soon as it is known on the host."""
-        loss, rows = self._replicas_loss(replica)
-        if rows:
-            self._exchange.tell_loss(float(loss / rows))
-        self._metrics.begin()
-        self._loss_read = True
-        if self._metrics.done():
-            self._sum_loss(replica)
-
-    def _sum_loss(self, replica: Group) -> None:
-        if self._loss_read:
-            self._loss = Pending(replica, self._metrics.recent())
-            self._loss_read = False
-
-    def _replicas_loss(self, replica: Group) -> tuple[float, float]:
-        """Return (loss, rows) of this replica, as last read; zeros if they were not."""
-        self._sum_loss(replica)
-        loss, rows = (0.0, 0.0) if self._loss is None else self._loss.sums()
-        self._loss = None
-        return loss, rows
+        if self._loss is not None:
+            self._loss.take()
