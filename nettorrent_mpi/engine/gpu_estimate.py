@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from math import prod
 from typing import cast
 
+from nettorrent_mpi.device.arrays import as_dtype
 from nettorrent_mpi.device.device import Device, StreamDevice, planned_gpu
 from nettorrent_mpi.device.visible import VisibleGpu
 from nettorrent_mpi.engine.memory_estimate import exchange_bytes
@@ -38,18 +40,21 @@ def arrays(plan: Plan, labels: bool = True) -> list[Memory]:
     rounded = wide != size  # layers compute in copies of the weights
     states = len(make_optimizer(options.optimizer).states)
 
+    short = size == 2 and find_spec("ml_dtypes") is None  # NumPy has no bfloat16: half of what float32 would take
+
     @cache  # teams of a wide layout are often alike
     def layers(first: int, stop: int, cols: int, here: int) -> Footprint:
-        return footprint_on(
+        found = footprint_on(
             planned_gpu(options.tf32),
             plan.network.stage(first, stop, cols, 0),
             here,
-            "float16" if size == 2 else options.dtype,  # NumPy's own type of 2 bytes
+            "float32" if short else as_dtype(options.dtype),
             cols=cols,
             accumulate=options.micro_batches > 1,
             loss=make_loss(options.loss) if stop == plan.network.weight_layers else None,
             labels=labels,
         )
+        return Footprint(found.kept // 2, found.shared) if short else found
 
     found = []
     for s, stage in enumerate(topology.stages):
