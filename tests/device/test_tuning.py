@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nettorrent_mpi.device import choices
 from nettorrent_mpi.device.cpu import onednn, tuning
 from nettorrent_mpi.device.cpu.tuning import Tuning
 
@@ -75,11 +76,11 @@ def test_findings_of_other_settings_are_kept(findings: Path, monkeypatch: pytest
         before = findings.read_text() if findings.exists() else ""
         again = threads == "1" and "1 threads" in before
         assert Tuning().fastest("waiting", {"slow": slow, "quick": never if again else quick}, OUT) == "quick"
-    for other in range(2 * tuning.SUBJECTS):
+    for other in range(2 * choices.SUBJECTS):
         monkeypatch.setattr(tuning, "_subject", lambda other=other: f"subject {other}")
         Tuning().fastest("waiting", {"slow": quick, "quick": quick}, OUT)
     assert list(json.loads(findings.read_text())) == [
-        f"subject {other}" for other in range(tuning.SUBJECTS, 2 * tuning.SUBJECTS)
+        f"subject {other}" for other in range(choices.SUBJECTS, 2 * choices.SUBJECTS)
     ]
 
 

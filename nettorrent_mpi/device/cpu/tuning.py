@@ -1,22 +1,18 @@
 """Tuning finds the fastest of several algorithms for the same operation: each is timed once, and the results are kept.
 
 Results are kept in a file for each host and version of the libraries, so that later runs start at once and choose
-alike: `~/.cache/nettorrent_mpi/kernels-HOST.json` (or under XDG_CACHE_HOME). Without a place for it each process runs
-its own trials. The ranks of a host run them one after another, as long as that takes no longer than PATIENCE.
+alike: kernels-HOST.json (see choices). The ranks of a host run the trials one after another.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +20,7 @@ import numpy as np
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.choices import choices_folder, open_choices, read_choices, write_choices
 from nettorrent_mpi.device.cpu import blas, onednn
 
 REPEATS = 5  # timed calls of each algorithm, after one that is not counted; the fastest counts
@@ -31,8 +28,6 @@ SECONDS = 0.1  # seconds for all calls of an algorithm, but for the first two
 # Relative to the largest number, by bytes per element: far more than rounding, also Winograd's.
 TOLERANCE = {4: 1e-3, 8: 1e-9}
 SAMPLE = 1 << 20  # approximate count of compared numbers
-SUBJECTS = 8  # subjects that the file keeps: the latest
-PATIENCE = 20.0  # seconds to wait for other ranks of the host
 
 
 class Tuning:
@@ -76,11 +71,11 @@ class Tuning:
             return next(iter(algorithms))
         key = f"{what}: {' or '.join(algorithms)}"
         if key not in self._known:
-            with _open_file() as file:
-                self._known.update(_read(file).get(_subject(), {}))
+            with open_choices(_path) as file:
+                self._known.update(read_choices(file).get(_subject(), {}))
                 if self._known.get(key) not in algorithms:
                     self._known[key] = _try(algorithms, out)
-                    _write(file, self._known)
+                    write_choices(file, _subject(), self._known)
         return self._known[key]
 
 
@@ -123,8 +118,7 @@ def _time(algorithm: Callable[[], object]) -> float:
 
 @cache
 def _path() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "nettorrent_mpi", f"kernels-{platform.node() or 'host'}.json")
+    return choices_folder() / f"kernels-{platform.node() or 'host'}.json"
 
 
 @cache
@@ -138,52 +132,3 @@ def _subject() -> str:
         processor = " ".join(told.get(name, "") for name in wanted)
     settings = " ".join(os.environ.get(name, "") for name in ("OPENBLAS_CORETYPE", "OMP_NUM_THREADS"))
     return f"{__version__}, numpy {np.__version__}, {processor}, {settings}"
-
-
-@contextmanager
-def _open_file() -> Iterator[FileIO | None]:
-    """Open the file of results for this process alone; None if that is impossible."""
-    try:
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        file = _path().open("a+b", buffering=0)  # unbuffered: nothing is left to write when it is closed
-    except (OSError, RuntimeError):  # RuntimeError: the home folder is unknown
-        yield None
-        return
-    try:
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.002)
-            except OSError:  # the file system has no locks
-                break
-        yield file
-    finally:
-        with suppress(OSError):  # as where a quota is found to be exceeded
-            file.close()
-
-
-def _read(file: FileIO | None) -> dict[str, dict[str, str]]:
-    """Read the file: {subject: {operation: fastest algorithm}}."""
-    if file is None:
-        return {}
-    try:
-        file.seek(0)
-        return {
-            subject: {operation: name for operation, name in choices.items() if isinstance(name, str)}
-            for subject, choices in json.loads(file.read() or "{}").items()
-        }
-    except (OSError, ValueError, AttributeError):  # an unreadable, incomplete or foreign file
-        return {}
-
-
-def _write(file: FileIO | None, known: dict[str, str]) -> None:
-    if file is None:
-        return
-    others = [(subject, choices) for subject, choices in _read(file).items() if subject != _subject()]
-    text = json.dumps(dict([*others[1 - SUBJECTS :], (_subject(), known)]), indent=1) + "\n"
-    with suppress(OSError):  # a full disk does not prevent training
-        file.truncate(0)
-        file.write(text.encode())

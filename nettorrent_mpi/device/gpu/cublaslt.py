@@ -1,23 +1,28 @@
 """Matrix products by cublasLt, on addresses (https://docs.nvidia.com/cuda/cublas/#cublasltmatmul).
 
 cublasLt's matrices stand in memory column by column, ours row by row: what is (m, n) here is its transpose there. So it
-computes out' = b' a'. The same sizes get the same algorithm for as long as the process runs, and parts of a sum are
-added in the type of the computation in a fixed order: no result depends on chance. (Its GELU is the approximation by
-tanh, which no layer has.)
+computes out' = b' a'. The same sizes get the same algorithm on all GPUs of this name with this version of the library:
+what a trial has chosen is kept in a file, products-GPU.json (see choices), and of algorithms that are about as fast it
+is the first that the library proposes. Parts of a sum are added in the type of the computation in a fixed order. So no
+result depends on chance. (Its GELU is the approximation by tanh, which no layer has.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nettorrent_mpi import __version__
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.choices import choices_folder, open_choices, read_choices, write_choices
 from nettorrent_mpi.device.gpu.runtime import Matrix
 
 CANDIDATES = 8  # algorithms that the library's heuristic proposes and a trial compares
 REPEATS = 5  # of each, timed together
+MARGIN = 0.05  # of the time, by which an algorithm has to be faster than those proposed before it
 ALIGNMENT = 256  # bytes; no algorithm wants more
 
 
@@ -34,14 +39,16 @@ class LtProduct:
 
 
 class CublasLt:
-    """CublasLt prepares products on the present GPU. `address` gives an array's address."""
+    """CublasLt prepares products on the present GPU, of the name `gpu`. `address` gives an array's address."""
 
-    def __init__(self, address: Callable[[Array], int]):
+    def __init__(self, address: Callable[[Array], int], gpu: str):
         from nvmath.bindings import cublasLt
 
-        self._address = address
+        self._address, self._file = address, f"products-{'-'.join(gpu.split())}.json"
         self._handle = cublasLt.create()
         self._chosen: dict[tuple[Any, ...], Array] = {}
+        self._subject = f"{__version__}, cublasLt {cublasLt.get_version()}, {gpu}"
+        self._kept: dict[str, str] = {}
 
     def product(
         self,
@@ -72,12 +79,35 @@ class CublasLt:
         alignments = [min(place & -place, ALIGNMENT) for place in (first, second, third)]
         sizes = (*map(_sizes, (b.array, a.array, out)), *alignments)
         key = sizes, a.turned, b.turned, accumulate, bias is None, relu, tf32, space.nbytes
-        if key not in self._chosen:
+
+        def trial() -> Array:
             found = candidates(self._handle, description, layouts, alignments, space.nbytes)
             reach = out.itemsize * (_sizes(out)[0] * _sizes(out)[2])
-            self._chosen[key] = fastest(found, arguments, third, reach if accumulate else 0)
+            return fastest(found, arguments, third, reach if accumulate else 0)
+
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(str(key), (description, *layouts, layouts[2]), trial)
         algorithm = self._chosen[key]
         return LtProduct(arguments(algorithm, third), factors, algorithm, a, b, out, bias, space)
+
+    def _choose(self, what: str, about: tuple[int, ...], trial: Callable[[], Array]) -> Array:
+        """Return the algorithm that is kept for this, or else that of a trial, and keep it."""
+        import cupy
+
+        if what not in self._kept:
+            # Before others have to wait for the file: the GPU may wait for theirs.
+            cupy.cuda.runtime.deviceSynchronize()
+        with open_choices(self._path) as file:
+            self._kept.update(read_choices(file).get(self._subject, {}))
+            kept = usable(self._handle, about, self._kept.get(what, ""))
+            if kept is None:
+                kept = trial()
+                self._kept[what] = kept.tobytes().hex()
+                write_choices(file, self._subject, self._kept)
+        return kept
+
+    def _path(self) -> Path:
+        return choices_folder() / self._file
 
 
 def describe(turn_first: bool, turn_second: bool, out: Array, bias: int, relu: bool, tf32: bool) -> int:
@@ -111,6 +141,21 @@ def layout(array: Array) -> int:
     return made
 
 
+def usable(handle: int, about: tuple[int, ...], text: str) -> Array | None:
+    """Return the algorithm of a file, unless the library cannot use it for the product of these descriptions."""
+    from nvmath.bindings import cublasLt
+
+    result = np.zeros(1, cublasLt.matmul_heuristic_result_dtype)
+    try:
+        algorithm = np.frombuffer(bytes.fromhex(text), result["algo"].dtype).copy()
+        if algorithm.size != 1:
+            return None
+        cublasLt.matmul_algo_check(handle, *about, algorithm.ctypes.data, result.ctypes.data)
+    except (ValueError, cublasLt.cuBLASLtError):
+        return None
+    return algorithm
+
+
 def candidates(handle: int, description: int, layouts: list[int], alignments: list[int], space: int) -> list[Array]:
     """Return the algorithms that the heuristic proposes, the best first. It fails inside a capture."""
     from nvmath.bindings import cublasLt
@@ -138,7 +183,8 @@ def candidates(handle: int, description: int, layouts: list[int], alignments: li
 
 
 def fastest(found: list[Array], arguments: Callable[[Array, int], tuple[int, ...]], out: int, kept: int) -> Array:
-    """Return the algorithm that takes least time. With `kept` bytes of `out` to keep it writes elsewhere."""
+    """Return the first algorithm that no other one beats by MARGIN. With `kept` bytes of `out` to keep it writes
+    elsewhere."""
     import cupy
     from nvmath.bindings import cublasLt
 
@@ -163,7 +209,7 @@ def fastest(found: list[Array], arguments: Callable[[Array, int], tuple[int, ...
     if kept:
         cuda.runtime.free(result)
     assert min(times) < np.inf, "cublasLt refuses all its algorithms for this product"
-    return found[times.index(min(times))]
+    return next(algorithm for algorithm, time in zip(found, times, strict=True) if time * (1 - MARGIN) <= min(times))
 
 
 def _sizes(array: Array) -> tuple[int, int, int, str]:

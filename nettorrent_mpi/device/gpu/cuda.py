@@ -87,7 +87,7 @@ class Cuda:
         )
         self.names = [f"CuPy {cupy.__version__}", f"CUDA {self.properties.runtime // 1000}"]
         self._index = index
-        self._products = CublasLt(self.address)
+        self._products = CublasLt(self.address, self.properties.name)
         self._convolutions: Any = None  # cuDNN, which loads with the first convolution
         self._functions: dict[tuple[str, DType], tuple[Any, list[Callable[[Any], Any]]]] = {}
 

@@ -174,7 +174,7 @@ def install(driver: Driver) -> None:
             there.enqueue(self._name, lambda: self._library.call(self._name, grid, block[0], values))
 
     class Products:
-        def __init__(self, address: Any):
+        def __init__(self, address: Any, gpu: str):
             pass
 
         def product(

@@ -4,6 +4,10 @@ descriptors then say: it stores matrices column by column, and reads and writes 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +17,7 @@ import numpy as np
 from nvmath import CudaDataType
 from nvmath.bindings import cublas, cublasLt
 
+from nettorrent_mpi.device.gpu import cublaslt
 from nettorrent_mpi.device.gpu.cublaslt import REPEATS, CublasLt
 from nettorrent_mpi.device.gpu.runtime import Matrix
 from tests.gpu.host.products import product
@@ -23,6 +28,7 @@ TYPES = {
     CudaDataType.CUDA_R_16BF: np.dtype(ml_dtypes.bfloat16),
 }
 STREAM, TRIAL, SPACE = 77, 78, 1 << 16
+FOREIGN = 99  # an algorithm that another version of the library had
 PROPOSED, REFUSED, FASTEST = 5, 1, 3  # algorithms: the heuristic's first is not possible, the next one is refused
 TIMES = {2: 7, 3: 5, 4: 6}
 now = 0  # the time on the stream of trials
@@ -185,7 +191,19 @@ cupy.cuda = SimpleNamespace(
 cublasLt.create = lambda: 5
 cublasLt.matmul_algo_get_heuristic = heuristic
 cublasLt.matmul = matmul
-library = CublasLt(address)
+checked_algorithms: list[int] = []
+
+
+def check_algorithm(handle: int, what: int, a: int, b: int, c: int, d: int, algorithm: int, result: int) -> None:
+    assert handle == 5
+    checked_algorithms.append(ctypes.c_uint64.from_address(algorithm).value)
+    if checked_algorithms[-1] == FOREIGN:
+        raise cublasLt.cuBLASLtError(7)
+
+
+cublasLt.matmul_algo_check = check_algorithm
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+library = CublasLt(address, "NVIDIA H200")
 checked = 0
 FLOAT32, _, BFLOAT16 = TYPES.values()
 for dtype, result in [*zip(TYPES.values(), TYPES.values(), strict=True), (BFLOAT16, FLOAT32)]:
@@ -215,4 +233,49 @@ for _ in range(3):
 assert len(asked) == questions + 1
 assert trials == [(REFUSED, True)] + [(number, True) for number in (2, 3, 4) for _ in range(1 + REPEATS)]
 assert asked[-1]["MIN_ALIGNMENT_A_BYTES"] == asked[-1]["MIN_ALIGNMENT_D_BYTES"] == 256
+
+# Another process chooses alike, from the file; it asks again where the library cannot use what it finds there.
+file = Path(os.environ["XDG_CACHE_HOME"], "nettorrent_mpi", "products-NVIDIA-H200.json")
+((subject, kept),) = json.loads(file.read_text()).items()
+assert subject.endswith(f"cublasLt {cublasLt.get_version()}, NVIDIA H200")
+assert len(kept) == len(asked)
+questions = len(asked)
+matrices = Matrix(aligned(a)), Matrix(aligned(b)), aligned(out)
+
+
+def again(gpu: str = "NVIDIA H200") -> int:
+    """The algorithm that another process chooses."""
+    trials.clear()
+    made = CublasLt(address, gpu).product(*matrices, False, None, False, False, space)
+    return ctypes.c_uint64.from_address(made._arguments[12]).value
+
+
+assert again() == FASTEST
+assert (len(asked), trials, checked_algorithms[-1]) == (questions, [], FASTEST)
+wrong = np.zeros(1, cublasLt.matmul_heuristic_result_dtype)["algo"]
+wrong["data_"][0, 0] = FOREIGN
+for text in (wrong.tobytes().hex(), "00ff", "no number", ""):
+    file.write_text(json.dumps({subject: dict.fromkeys(kept, text)}))
+    assert again() == FASTEST
+    assert trials
+    assert again() == FASTEST
+    assert not trials
+assert again("NVIDIA A100") == FASTEST
+assert trials
+
+# An algorithm that is faster by less than the margin is not chosen before one that was proposed earlier.
+TIMES = {2: 5.2, 3: 5, 4: 6}
+file.unlink()
+assert again() == 2
+TIMES = {2: 5.3, 3: 5, 4: 4.9}
+file.unlink()
+assert again() == 3
+TIMES = {2: 5.3, 3: 5.2, 4: 4.9}
+file.unlink()
+assert again() == 4
+file.parent.rename(file.parent.with_name("elsewhere"))
+file.parent.write_text("a file where the folder would be")
+assert again() == 4
+assert trials
+assert 0 < cublaslt.MARGIN < 0.06
 print(f"{checked} products, {len(asked)} questions")
