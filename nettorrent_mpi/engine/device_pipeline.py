@@ -60,6 +60,8 @@ class DevicePipeline(Pipeline):
         self._known: dict[tuple[Action, ...], tuple[list[Item], frozenset[int]]] = {}
         self._recorded: dict[Hashable, _Recorded] = {}
         self._executed = False
+        # Without flush the GPU may wait for what a neighbour launches in its next step, so no report waits for it.
+        self._follows = ahead > 0 and not update.reads_loss
         buffers = self._wiring.buffers
         self._period = lcm(*(count for count in buffers if count))
         self._recordable = self._wiring.capturable and not plan.network.whole.foreign
@@ -93,6 +95,8 @@ class DevicePipeline(Pipeline):
                 if self._progress:
                     self._progress()
         self._base += work.pieces
+        if self._follows:
+            self._metrics.follow()
 
     def drain(self) -> None:
         """Wait for everything that was launched."""

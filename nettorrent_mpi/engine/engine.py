@@ -194,6 +194,12 @@ class Engine:
         """The group of ranks that wait for each other inside a step."""
         return self.wiring.everyone if self.exchange.waits_for_peers else self.wiring.replica
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether the host may wait for the device. In a pipeline without flush a GPU's launches may wait for those of
+        a neighbour's next step, whose host would wait for this one, unless all ranks are at rest."""
+        return self.device.kind == "cpu" or not self.schedule.asynchronous or self._left == 0
+
     def _progress(self) -> Callable[[], None] | None:
         """Let messages move while this rank computes: those of rings, of peers and between stages, which MPI advances
         only when sender and receiver call it."""

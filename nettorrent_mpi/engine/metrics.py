@@ -30,11 +30,13 @@ class Metrics:
         self._reading = False
         self._recent = (0.0, 0.0)
 
-    def take(self) -> tuple[float, float, float, float]:
-        """Return (loss, right, rows, unknown) and set them to zero."""
-        self.recent()
-        self._add(self.look())
-        self._device.ops.fill(self.values[:NONFINITE], 0)
+    def take(self, *, wait: bool = True) -> tuple[float, float, float, float]:
+        """Return (loss, right, rows, unknown) and set them to zero. Without `wait` only what the host knows already
+        (`follow`) is taken, and the rest follows later."""
+        if wait:
+            self.recent()
+            self._add(self.look())
+            self._device.ops.fill(self.values[:NONFINITE], 0)
         taken, self._before = self._before, (0.0, 0.0, 0.0, 0.0)
         return taken
 
@@ -49,6 +51,11 @@ class Metrics:
         self._envelope.collect(48)
         self._device.ops.fill(self.values[:NONFINITE], 0)
         self._reading = True
+
+    def follow(self) -> None:
+        """Read on what was added, as far as that needs no waiting."""
+        if not self._reading or self.done():
+            self.begin()
 
     def done(self) -> bool:
         """Whether what `begin` has begun is complete."""

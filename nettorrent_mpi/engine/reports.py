@@ -59,6 +59,7 @@ class Reports(Generic[Tag]):
         self._values = np.zeros(head + places * each)
         self._head, self._each = head, each
         self._picked = engine.device.zeros((each,), "float64")  # the sample, on the device
+        self._training = Scores(math.nan, None)  # of the latest report that had any
         self._under_way: deque[tuple[Tag, Pending]] = deque()
 
     def start(
@@ -72,9 +73,12 @@ class Reports(Generic[Tag]):
         values[REST], values[STOP], values[LEFT] = rest, stop, left
         if figures:
             place = HEAD + 4 * self._engine.place.replica
-            values[place : place + 4] = self._engine.metrics.take()
-            if self._apart:
+            wait = self._engine.may_wait
+            values[place : place + 4] = self._engine.metrics.take(wait=wait)
+            if self._apart and wait:
                 self._add_sample(values)
+            elif self._apart:
+                values[SQUARES] = math.nan
         values[DIVERGED] = self._engine.pipeline.divergence.known
         self._under_way.append((tag, Pending(self._group, values)))
 
@@ -101,14 +105,16 @@ class Reports(Generic[Tag]):
     def _read(self, tag: Tag, sums: np.ndarray) -> Report[Tag]:
         metrics = sums[HEAD : self._head].reshape(self._replicas, 4)
         distance = None
-        if self._each:
+        if self._each and not math.isnan(sums[SQUARES]):
             mean = sums[self._head :] / self._replicas
             norm = float(np.dot(mean, mean))
             spread = float(sums[SQUARES]) / self._replicas - norm
             distance = 0.0 if norm == 0 or spread <= ROUNDING * norm else math.sqrt(spread / norm)
         losses = [mean_scores(*each).loss if each[2] else math.nan for each in metrics]
         rest, stop, left, diverged = (bool(sums[place] > 0) for place in (REST, STOP, LEFT, DIVERGED))
-        return Report(tag, rest, stop, left, diverged, mean_scores(*metrics.sum(axis=0)), losses, distance)
+        total = metrics.sum(axis=0)
+        self._training = mean_scores(*total) if total[2] else self._training
+        return Report(tag, rest, stop, left, diverged, self._training, losses, distance)
 
     def close(self) -> None:
         """Free the communicator. All ranks call, when no report is in flight."""

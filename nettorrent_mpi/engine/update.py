@@ -47,6 +47,11 @@ class Update:
         self._squares = device.zeros((1,), "float64")
         self._loss = ReplicaLoss(wiring.channel(wiring.replica), metrics) if exchange.wants_loss else None
 
+    @property
+    def reads_loss(self) -> bool:
+        """Whether the loss is read in every step, for the exchange."""
+        return self._loss is not None
+
     def begin(self, rate: float, step: int) -> None:
         """Tell the device what is new in this step, before any of its actions."""
         self._numbers.set(self._optimizer.numbers(rate, step))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+import nettorrent_mpi as nt
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
@@ -104,3 +105,21 @@ def test_weights_that_are_nan_are_found(keeps_nan: bool, monkeypatch: pytest.Mon
         engine.close()
     assert found[0] == found[1]
     assert 3 in found[0]
+
+
+@pytest.mark.ranks(2, 3)
+def test_reports_of_a_pipeline_without_flush_wait_for_no_gpu() -> None:
+    """A GPU's launches may wait there for those of a neighbour's next step: if both hosts waited, both would for ever."""
+    install(1)
+    rng = np.random.default_rng(1)
+    data = rng.normal(size=(96, 12)), np.arange(96) % 3
+    layers = [nt.Linear(16, activation="tanh"), nt.Linear(8, activation="tanh"), nt.Linear(3)]
+    weights = {}
+    for device in ("cpu", "gpu"):
+        how = {"batch_size": 12, "micro_batches": 3, "dtype": "float64", "pipeline": "async", "report_every": 1}
+        with nt.Trainer(layers, data, device=device, optimizer=nt.Sgd(0.05), **how) as trainer:
+            records = list(trainer.train(epochs=3))
+            assert len(records) == 24
+            weights[device] = trainer.parameters()
+    for key, array in weights["cpu"].items():
+        np.testing.assert_allclose(weights["gpu"][key], array, rtol=0, atol=1e-10, err_msg=key)
