@@ -109,7 +109,7 @@ def test_weights_that_are_nan_are_found(keeps_nan: bool, monkeypatch: pytest.Mon
 
 @pytest.mark.ranks(2, 3)
 def test_reports_of_a_pipeline_without_flush_wait_for_no_gpu() -> None:
-    """A GPU's launches may wait there for those of a neighbour's next step: if both hosts waited, both would for ever."""
+    """A GPU's launches may wait there for those of a neighbour's next step, whose host must not wait meanwhile."""
     install(1)
     rng = np.random.default_rng(1)
     data = rng.normal(size=(96, 12)), np.arange(96) % 3
