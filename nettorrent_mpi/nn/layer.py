@@ -153,13 +153,13 @@ class Context:
     seed: int = 0
     step: Array | None = None  # the number of the step, from 0, as a float64 on the device (for dropout)
     rows: Span = NO_ROWS  # numbers of these rows in the whole mini-batch (for dropout)
-    relu: bool = False  # whether this layer computes the ReLU that follows it, too (`Layer.takes_relu`)
     count: int = 0  # rows of the whole micro-batch, over all ranks that share batch statistics
     usual: int = 0  # `count` is at least this, unless the mini-batch is smaller than usual: the last one of an epoch
     team: Team = field(default_factory=Alone)
     progress: Callable[[], None] | None = (
         None  # called between layers, so that messages progress while this rank computes
     )
+    relu: bool = False  # whether this layer computes the ReLU that follows it, too (`Layer.takes_relu`)
 
 
 class Layer(ABC):
