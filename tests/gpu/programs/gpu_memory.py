@@ -32,7 +32,7 @@ CASES = {
     "deep, replicas": [IMAGES, DEEP, "layout={replicas: RANKS}"],
     "deep, gossip": [IMAGES, DEEP, "layout={replicas: RANKS}", "exchange=gossip"],
     "wide, small messages": [IMAGES, WIDE, "layout={replicas: RANKS}", "exchange={gossip: {compress: int8}}"],
-    "wide, async": [IMAGES, WIDE, "pipeline=async"],
+    "wide, async": [IMAGES, WIDE, "pipeline=async", "train.report_every=3"],
 }
 
 
