@@ -203,13 +203,13 @@ class Emulated:
                 told = Context(
                     DEVICE.ops,
                     Workspace("float64"),
-                    True,
-                    m > 0,
-                    SEED,
-                    np.array([float(step)]),
-                    span,
-                    span.size,
-                    BATCH // count,
+                    training=True,
+                    accumulate=m > 0,
+                    seed=SEED,
+                    step=np.array([float(step)]),
+                    rows=span,
+                    count=span.size,
+                    usual=BATCH // count,
                 )
                 x_m, targets = x[slice(*span)], self.targets[rows[slice(*span)]]
                 total += self.micro_batch(number * count + m, x_m, targets, len(rows), told)
