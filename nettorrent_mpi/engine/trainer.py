@@ -91,7 +91,6 @@ class TrainingLoop:
                 ask = reported and done < rest  # a report may have arrived one step after it was started
                 last, tells = done == until, bool(epochs) or done % settings.report_every == 0
                 figures = tells or last or (done == rest and exchange.next_rest(n) == done)
-                figures = figures and (done == rest or not self._reads_at_rest)
                 reported = figures or done == rest or stopping.due(done)
                 if reported:
                     asks = stopping.asked or saving.overdue
@@ -198,8 +197,6 @@ class TrainingLoop:
     def _next_rest(self, n: int, until: int) -> int:
         """Return the number of steps after which the ranks next rest, step n being the next to run."""
         found = [until, next_multiple(n, self._settings.evaluate_every * self.epoch_steps), *self._saving.rests(n)]
-        if self._reads_at_rest:
-            found += [next_multiple(n, self._settings.report_every), next_multiple(n, self.epoch_steps)]
         due = self._engine.exchange.next_rest(n)
         return min(found if due is None else [*found, due])
 
@@ -226,14 +223,9 @@ class TrainingLoop:
         epoch, seconds = round(self.step / self.epoch_steps, 4), round(self.time, 3)
         return Record(self.step, epoch, self.samples, seconds, 0.0, rate, self.clock.samples_per_second)
 
-    @property
-    def _reads_at_rest(self) -> bool:
-        """Whether the host may wait for its device at rest only. Without flush a GPU's launches may wait for those of
-        its neighbour's next step, which the neighbour's host, if it waited as well, would not come to."""
-        return self._engine.schedule.asynchronous and self._engine.device.kind == "gpu"
-
     def _settle(self) -> None:
-        if not self._reads_at_rest:
+        # Without flush a rank's launches may wait for those of its neighbour's next step.
+        if not self._engine.schedule.asynchronous:
             self._engine.device.synchronize()
 
     def _completed(self, report: Report[Record | None]) -> Record:
