@@ -156,6 +156,8 @@ def set_up(
     warnings = [*dataset.notes, *unjudged(dataset, sampler), *filter(None, [doubt, labels])]
     warnings += doubts(config, sampler, topology, pieces, setup.steps)
     warnings += slow(config, network, topology, setup.steps)
+    if device == "gpu" and config.kernels != "auto":
+        warnings.append(f"kernels: {config.kernels} is for CPU cores: a GPU has kernels of its own")
     return replace(setup, warnings=tuple(warnings))
 
 

@@ -284,3 +284,9 @@ def test_a_file_without_test_rows_is_told(tmp_path: Path) -> None:
     (told,) = set_up(load(*changes), 1).warnings
     assert told.startswith(f"{tmp_path}/set.h5 has no test set (x_test, y_test), so nothing shows how well ")
     assert set_up(load(*changes, "data.validation=0.1"), 1).warnings == ()
+
+
+def test_kernels_of_cpu_cores_are_told_of_on_a_gpu() -> None:
+    told = ("kernels: numpy is for CPU cores: a GPU has kernels of its own",)
+    assert set_up(load(*SMALL, "kernels=numpy"), 1, device="gpu").warnings == told
+    assert set_up(load(*SMALL, "kernels=numpy"), 1, device="cpu").warnings == ()
