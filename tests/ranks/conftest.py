@@ -15,7 +15,7 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +152,15 @@ def world_size() -> int:
 def shared_path(tmp_path: Path) -> Path:
     """One empty folder, the same on all ranks."""
     return Path(verdicts.bcast(str(tmp_path), root=0))
+
+
+@pytest.fixture(autouse=True)
+def no_host_device_is_left() -> Iterator[None]:
+    """Let a test that installs the host device (tests/gpu/host/main.py) leave none behind: `device: auto` would take
+    it."""
+    from nettorrent_mpi.comm import nccl
+    from nettorrent_mpi.device import gpu, visible
+
+    before = visible.look, gpu.open_runtime, nccl.open_library
+    yield
+    visible.look, gpu.open_runtime, nccl.open_library = before
