@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nettorrent_mpi.comm.channel_team import ChannelTeam
+from nettorrent_mpi.comm.channels import Message, launch
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
 from nettorrent_mpi.comm.parcels import Parcel
@@ -81,6 +82,8 @@ class Wiring:
         self._connector = Connector(world, device)
         self.channels = self._connector.connect(list(dict.fromkeys(wanted)))
         self._links = {lower: self.channels[group] for lower, group in links.items()}
+        for lower in self._links:
+            self._meet(lower)
         self.team = ChannelTeam(device, self.channels[self.holders], self.channels[self.cols])
         self.rings = Rings()
         self.buffers = buffers(stage, slots)
@@ -108,6 +111,18 @@ class Wiring:
         replica, stage = self.place.replica, self.place.stage
         lower = [s for s in (stage - 1, stage) if 0 <= s < len(self.topology.stages) - 1]
         return {s: self._group(self._link_ranks(replica, s)) for s in sorted(lower, key=lambda s: s % 2)}
+
+    def _meet(self, lower: int) -> None:
+        """Let the ranks of a link send each other something. NCCL connects two ranks when they first do, and their
+        hosts wait for each other: inside a step one of them might wait for its GPU, which waits for the other."""
+        channel, stage = self._links[lower], self.topology.stages[lower]
+        inside = stage.rows * stage.cols  # members before the others
+        others = range(inside, channel.group.size) if self.place.stage == lower else range(inside)
+        sent, received = (self._device.zeros((len(others),), "float32") for _ in range(2))
+        ways = ((True, sent), (False, received))
+        launch(
+            [Message(channel, way, array[i : i + 1], other) for way, array in ways for i, other in enumerate(others)]
+        )
 
     def _link_ranks(self, replica: int, lower: int) -> list[int]:
         return [*self.topology.team(replica, lower), *self.topology.team(replica, lower + 1)]

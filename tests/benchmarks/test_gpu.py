@@ -256,7 +256,7 @@ def run_part(name: str, tmp_path: Path, scale: str = "3") -> dict[str, Any]:
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.long
 def test_launches_on_the_host_device(tmp_path: Path) -> None:
     cases = run_part("launches", tmp_path)["cases"]
     assert all(case["status"] == "passed" and case["each_us"] > 0 for case in cases)
@@ -264,7 +264,7 @@ def test_launches_on_the_host_device(tmp_path: Path) -> None:
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["products", "convolution"])
 def test_libraries_on_the_host_device(name: str, tmp_path: Path) -> None:
     cases = [case for case in run_part(name, tmp_path, "9")["cases"] if "error" in case]
@@ -273,7 +273,7 @@ def test_libraries_on_the_host_device(name: str, tmp_path: Path) -> None:
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.long
 def test_nccl_on_the_host_device(tmp_path: Path) -> None:
     cases = {case["case"]: case for case in run_part("nccl", tmp_path)["cases"]}
     for ranks in (1, 2):

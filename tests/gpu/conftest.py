@@ -11,7 +11,7 @@ from tests.gpu.compared import HostOps
 from tests.gpu.host.runtime import HostRuntime
 
 
-@pytest.fixture(params=[pytest.param(0, marks=pytest.mark.slow), 3], scope="module")
+@pytest.fixture(params=[pytest.param(0, marks=pytest.mark.long), 3], scope="module")
 def host_ops(request: pytest.FixtureRequest) -> Iterator[HostOps]:
     """Operations on the host device; its seed shuffles the order of threads and blocks."""
     device = Gpu(HostRuntime(request.param))

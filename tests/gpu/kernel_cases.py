@@ -15,7 +15,7 @@ from tests.gpu.compared import NAMES, dtype_of
 from tests.gpu.host import build
 from tests.gpu.host.runtime import HostRuntime
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:]]
+OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in NAMES[1:]]
 typed = pytest.mark.parametrize("name", [NAMES[0], *OTHERS])
 STEPS = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-8}
 O = TypeVar("O", bound=Operations)  # noqa: E741

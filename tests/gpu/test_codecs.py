@@ -142,7 +142,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_in_codecs_are_found(fault: str | None) -> None:
     text = planted("Messages", *FAULTS[fault]) if fault else None

@@ -139,7 +139,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_in_gathering_are_found(fault: str | None) -> None:
     text = planted("Dropout|Rows|Norms", *FAULTS[fault]) if fault else None

@@ -183,7 +183,7 @@ print("sums", int(out.min()), int(out.max()))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [False, True])
 def test_an_index_too_far_is_found(fault: bool) -> None:
     gxx = shutil.which("g++")

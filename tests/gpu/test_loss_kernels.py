@@ -54,7 +54,7 @@ def test_gelu(host_ops: HostOps, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "shape", [(0, 10), (9, 2), (33, 10), (5, 100), (1, 1000), pytest.param((4100, 3), marks=pytest.mark.slow)]
+    "shape", [(0, 10), (9, 2), (33, 10), (5, 100), (1, 1000), pytest.param((4100, 3), marks=pytest.mark.long)]
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy(host_ops: HostOps, name: str, shape: tuple[int, int], smoothing: float) -> None:

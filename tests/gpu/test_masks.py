@@ -52,7 +52,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_in_masks_are_found(fault: str | None) -> None:
     # keep_mask works on tiles, which are in the section of norms.

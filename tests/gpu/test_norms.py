@@ -178,7 +178,7 @@ KINDS = [("float64", "float64"), ("bfloat16", "bfloat16"), ("bfloat16", "float32
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("float32", "float32"), *(pytest.param(*kinds, marks=pytest.mark.slow) for kinds in KINDS)]
+    ("name", "kind"), [("float32", "float32"), *(pytest.param(*kinds, marks=pytest.mark.long) for kinds in KINDS)]
 )
 @every
 def test_layer_norm(name: str, kind: str, shape: Shape) -> None:
@@ -291,7 +291,7 @@ def test_sums_without_faults() -> None:
     assert not any(sums_of(None, seed).any() for seed in range(4))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_in_sums_are_found(fault: str) -> None:
     text = planted("Norms", *FAULTS[fault])

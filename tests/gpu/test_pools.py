@@ -110,7 +110,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_in_max_pool_are_found(fault: str | None) -> None:
     text = planted("Norms|Pools", *FAULTS[fault]) if fault else None

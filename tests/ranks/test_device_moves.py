@@ -17,7 +17,7 @@ from tests.ranks.test_attach import NETWORK, SIZE, equal, plan, serial, start, t
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the host device needs g++"),
     pytest.mark.ranks(1, 2, 3, 4),
-    pytest.mark.slow,
+    pytest.mark.slow if MPI.COMM_WORLD.size == 2 else pytest.mark.long,
 ]
 
 

@@ -39,6 +39,10 @@ pytestmark = [
 ]
 
 
+# Of the layouts of test_parallel.py those of `make test`; `make test-all` has all, with every network and pipeline.
+ON_GPUS = [case._replace(marks=[pytest.mark.long] if case.marks else []) for case in CASES]
+
+
 def on_gpus(seed: int, network: str, topology: Topology, *, shared: bool = False, **options: Any) -> Trained:
     install(seed, shared=shared)
     return Trained(World(), network, topology, device="gpu", **options)
@@ -49,7 +53,7 @@ def check(mine: Trained, network: str, tolerance: float, **options: Any) -> None
         compare(mine, serial(network, **options), tolerance)
 
 
-@pytest.mark.parametrize(("network", "topology", "pipeline"), CASES)
+@pytest.mark.parametrize(("network", "topology", "pipeline"), ON_GPUS)
 def test_any_layout_gives_the_cpus_weights(network: str, topology: Topology, pipeline: str) -> None:
     check(on_gpus(1, network, topology, pipeline=choices.PIPELINES[pipeline]()), network, 1e-10)
 

@@ -27,7 +27,7 @@ WHOLE = Stage(0, NETWORK.weight_layers, 1, 1)
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the host device needs g++"),
     pytest.mark.ranks(1, 2, 3, 4),
-    *([] if SIZE == 3 else [pytest.mark.slow]),
+    *([] if SIZE == 3 else [pytest.mark.long]),
 ]
 
 

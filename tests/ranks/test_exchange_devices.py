@@ -152,7 +152,7 @@ def test_the_host_device_exchanges_as_the_cpu_does(world: MPI.Intracomm, name: s
     compare(world, QUICK[name], range(2))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("name", MORE)
 def test_so_do_many_more(world: MPI.Intracomm, name: str) -> None:

@@ -138,7 +138,7 @@ def test_replicas_agree_as_on_the_cpu(kind: str, layout: Topology) -> None:
     compare(layout, QUICK[kind], [1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 @pytest.mark.parametrize("kind", MORE)
@@ -146,7 +146,7 @@ def test_so_do_many_more(kind: str, layout: Topology) -> None:
     compare(layout, MORE[kind], [2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 def test_ranks_that_share_a_gpu(layout: Topology) -> None:
@@ -154,7 +154,7 @@ def test_ranks_that_share_a_gpu(layout: Topology) -> None:
     compare(layout, QUICK["ring, by loss"], [3], shared=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("kind", ["ring, by loss", "withheld"])
 def test_without_flush(kind: str) -> None:
