@@ -322,7 +322,17 @@ def test_tests_of_kernels_run_on_the_runtime_of_a_gpu(tmp_path: Path, monkeypatc
     """The plugin gives them another runtime; here it is the host device's once more."""
     (tmp_path / "instead_of_a_gpu.py").write_text(KERNELS_OF_HOST)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    words = ["-q", "-p", "instead_of_a_gpu", "-p", "tests.gpu.on_gpu", "-p", "no:cacheprovider", "-m", "not slow"]
+    words = [
+        "-q",
+        "-p",
+        "instead_of_a_gpu",
+        "-p",
+        "tests.gpu.on_gpu",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow and not long",
+    ]
     chosen = ["tests/gpu/test_flat_kernels.py", "-k", "views or order or seeds", "-rs"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words, *chosen], cwd=ROOT, capture_output=True, text=True, check=False
