@@ -97,7 +97,7 @@ def exchange(engine: Engine) -> int:
     if estimates is not None:
         arrays += [estimates._reference, estimates._difference, *estimates._sent.values(), *estimates._known.values()]
     shown = sum(flat.params[flat.shard].nbytes for flat in engine.state.flats)  # the copy while an average is shown
-    unique = {id(letter): letter.whole.nbytes for letter in letters}
+    unique = {id(letter): letter.envelope.whole.nbytes for letter in letters}
     return sum(unique.values()) + sum(array.nbytes for array in arrays) + shown
 
 
