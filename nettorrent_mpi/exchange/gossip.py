@@ -186,14 +186,14 @@ class GossipExchange(Exchange):
             return
         number = self.rounds.take_back()
         arrays = [*self.shards.parameters, *self._withheld] if self._withhold else []
-        kept = self._copies("paused", arrays)
-        self.settle()
-        yield
-        if kept:
-            self.shards.fence()
-            for copy, array in zip(kept, arrays, strict=True):
-                self.device.ops.copy(array, copy)
-            self.shards.gather()
+        with self._copies(arrays) as kept:
+            self.settle()
+            yield
+            if kept:
+                self.shards.fence()
+                for copy, array in zip(kept, arrays, strict=True):
+                    self.device.ops.copy(array, copy)
+                self.shards.gather()
         if number is not None:
             self.rounds.open(number)
 

@@ -56,6 +56,7 @@ class Replicas:
         self.channel = channel_of(device, peers) if channel is None else channel
         self.count = peers.size
         self._memory = device.workspace("float32")
+        self._depth = 0  # of blocks with copies
 
     def mean(self, arrays: Iterable[Array]) -> None:
         """Set arrays to their mean over all peers, bitwise the same everywhere. All peers call."""
@@ -75,21 +76,27 @@ class Replicas:
             yield
             return
         self.settle()
-        kept = self._copies("shown", self.shards.weights)
-        self._all_take(best)
-        yield
-        self.shards.fence()
-        for copy, array in zip(kept, self.shards.weights, strict=True):
-            self.device.ops.copy(array, copy)
+        with self._copies(self.shards.weights) as kept:
+            self._all_take(best)
+            yield
+            self.shards.fence()
+            for copy, array in zip(kept, self.shards.weights, strict=True):
+                self.device.ops.copy(array, copy)
         self.shards.gather()
 
-    def _copies(self, purpose: str, arrays: Sequence[Array]) -> list[Array]:
-        """Return copies of arrays in memory that is allocated once for each purpose: a GPU gives none back."""
-        found = []
-        for number, array in enumerate(arrays):
-            found.append(self._memory.keep(f"{purpose} {number}", array.shape, array.dtype))
-            self.device.ops.copy(found[-1], array)
-        return found
+    @contextmanager
+    def _copies(self, arrays: Sequence[Array]) -> Iterator[list[Array]]:
+        """Give copies of arrays inside the `with` block, in memory that is allocated once for each depth of such
+        blocks: a GPU gives none back."""
+        self._depth += 1
+        try:
+            found = []
+            for number, array in enumerate(arrays):
+                found.append(self._memory.keep(f"{self._depth} {number}", array.shape, array.dtype))
+                self.device.ops.copy(found[-1], array)
+            yield found
+        finally:
+            self._depth -= 1
 
     def become(self, best: int | None = None) -> None:
         """Give every replica the average of all, or replica `best`'s weights and optimizer state, for good."""
