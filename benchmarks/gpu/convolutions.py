@@ -11,6 +11,7 @@ from benchmarks.gpu.on_device import ROUNDING, TYPES, OnDevice, check, error_of
 from benchmarks.gpu.record import Record, Skipped
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.geometry import Geometry
+from nettorrent_mpi.plan.errors import NoPlanError
 from tests.gpu.host import convolution as reference
 
 # (rows, image, filters, kernel, stride, padding): those of configs/, and some whose sizes divide nothing.
@@ -51,7 +52,7 @@ def every_shape(figures: dict[str, Any], bench: OnDevice, kind: str) -> None:
         geometry = Geometry.of(image, count, (kernel, kernel), (stride, stride), padding)
         try:
             worst = max(worst, compared(bench, rows, geometry, kind))
-        except NotImplementedError as error:
+        except NoPlanError as error:
             missing.append(str(error))
     figures |= {"error": worst, "of": "a rounding of the type, relative to the sum of magnitudes"}
     if missing:

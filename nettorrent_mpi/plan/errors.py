@@ -127,6 +127,10 @@ class DeviceError(UserError):
     """A GPU that is asked for and cannot be used."""
 
 
+class NoPlanError(DeviceError):
+    """A convolution that a GPU's library has no plan for."""
+
+
 class NonFiniteError(NetTorrentError):
     """The training diverged: a value that is not finite occurred, though the data are finite. `step` counts from 1."""
 

@@ -11,6 +11,7 @@ import pytest
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.geometry import Geometry
 from nettorrent_mpi.device.gpu import GpuOperations
+from nettorrent_mpi.plan.errors import NoPlanError
 from tests.gpu.compared import CPU
 from tests.gpu.host import build
 from tests.gpu.kernel_cases import Bench, some, typed
@@ -35,7 +36,7 @@ class Watched:
         def noting(*arguments: Any, bias: Array | None = None, relu: bool = False, **more: Any) -> Any:
             self.asked.append((bias is not None, relu))
             if relu and refuses:
-                raise NotImplementedError("no plan")
+                raise NoPlanError("no plan")
             return prepare(*arguments, bias=bias, relu=relu, **more)
 
         return noting

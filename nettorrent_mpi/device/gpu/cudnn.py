@@ -19,6 +19,7 @@ import cudnn
 
 from nettorrent_mpi.device.arrays import Array, DType, as_dtype
 from nettorrent_mpi.device.geometry import Geometry
+from nettorrent_mpi.plan.errors import NoPlanError
 
 X, FILTERS, Y, BIAS = 1, 2, 3, 4  # the tensors' numbers
 
@@ -151,9 +152,11 @@ def plan(
         graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         graph.deselect_numeric_notes(barred)
         graph.build_plans()
-    except (cudnn.cudnnGraphNotSupportedError, NotImplementedError, RuntimeError) as error:
+    except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
         what = f"{kind} of {rows} {name} images {geometry}{' + bias' if bias else ''}{', relu' if relu else ''}"
-        raise NotImplementedError(f"cuDNN {cudnn.backend_version()} has no plan for {what}") from error
+        raise NoPlanError(
+            f"cuDNN {cudnn.backend_version()} has no plan for {what}: choose another dtype or kernel, or device: cpu"
+        ) from error
     return graph
 
 

@@ -17,6 +17,7 @@ from nettorrent_mpi.device.gpu.flat import flat
 from nettorrent_mpi.device.gpu.operations import Operations
 from nettorrent_mpi.device.gpu.runtime import Product
 from nettorrent_mpi.device.ops import FlatOps
+from nettorrent_mpi.plan.errors import NoPlanError
 
 Prepare = Callable[[Array | None, bool], Product]
 """prepare(bias, relu) prepares a product with this epilog."""
@@ -33,7 +34,7 @@ class EpilogOperations(Operations):
             try:
                 if self._keeps_nan(prepare, y):
                     return prepare(some, True), False
-            except NotImplementedError:  # cuDNN has no plan for it
+            except NoPlanError:
                 pass
         return prepare(bias, False), relu
 

@@ -16,6 +16,7 @@ import pytest
 from nettorrent_mpi.device.geometry import Geometry
 from nettorrent_mpi.device.gpu.cudnn import Cudnn, properties_of
 from nettorrent_mpi.device.gpu.known import KNOWN
+from nettorrent_mpi.plan.errors import NoPlanError
 from tests.gpu.host import convolution
 
 TYPES = {"FLOAT": np.dtype(np.float32), "DOUBLE": np.dtype(np.float64), "BFLOAT16": np.dtype(ml_dtypes.bfloat16)}
@@ -149,6 +150,6 @@ for dtype in TYPES.values():
             if dtype != np.float64 or biased or not relu:
                 check(dtype, geometry, biased, relu)
 x, weight, y = np.zeros((1, 9, 7, 3)), np.zeros((5, 3, 2, 3)), np.zeros((1, 5, 7, 5))
-with pytest.raises(NotImplementedError, match="float64 images 9x7x3"):
+with pytest.raises(NoPlanError, match="float64 images 9x7x3"):
     library.convolution("forward", x, weight, y, GEOMETRIES[0], None, True, False, workspace)
 print(f"{checked} convolutions")
