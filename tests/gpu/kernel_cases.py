@@ -10,7 +10,7 @@ import pytest
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu import Gpu, source
-from nettorrent_mpi.device.gpu.operations import Operations
+from nettorrent_mpi.device.gpu.operations import KernelOperations
 from tests.gpu.compared import NAMES, dtype_of
 from tests.gpu.host import build
 from tests.gpu.host.runtime import HostRuntime
@@ -18,7 +18,7 @@ from tests.gpu.host.runtime import HostRuntime
 OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in NAMES[1:]]
 typed = pytest.mark.parametrize("name", [NAMES[0], *OTHERS])
 STEPS = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-8}
-O = TypeVar("O", bound=Operations)  # noqa: E741
+O = TypeVar("O", bound=KernelOperations)  # noqa: E741
 
 
 class Bench(Generic[O]):

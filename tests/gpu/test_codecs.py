@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.gpu.codecs import CodecOperations
+from nettorrent_mpi.device.gpu.codecs import GpuCodecOperations
 from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.exchange_specs import Float16, Int8, Sign, TopK
 from tests.gpu.compared import CPU
@@ -59,7 +59,7 @@ def message_of(form: MessageFormat, values: Array) -> Array:
 @typed
 @pytest.mark.parametrize("size", SIZES)
 def test_messages(form: str, name: str, size: int) -> None:
-    bench, kind = Bench(CodecOperations, seed=size % 5), FORMATS[form].kind
+    bench, kind = Bench(GpuCodecOperations, seed=size % 5), FORMATS[form].kind
     for case, values in cases(name, size).items():
         wanted = message_of(FORMATS[form], values)
         CPU.encode(kind, values, wanted)
@@ -76,7 +76,7 @@ def test_messages(form: str, name: str, size: int) -> None:
 
 @formats
 def test_nothing_is_encoded_into_nothing(form: str) -> None:
-    bench = Bench(CodecOperations)
+    bench = Bench(GpuCodecOperations)
     nothing, message = bench.up(np.zeros(0, "f4")), bench.up(np.zeros(0, np.uint8))
     bench.ops.encode(FORMATS[form].kind, nothing, message)
     bench.ops.decode_add(FORMATS[form].kind, message, nothing)
@@ -87,7 +87,7 @@ def test_nothing_is_encoded_into_nothing(form: str) -> None:
 def test_every_float16_is_decoded(name: str) -> None:
     halves = np.arange(1 << 16).astype(np.uint16)
     halves = halves[np.isfinite(halves.view(np.float16))]
-    bench, estimate = Bench(CodecOperations), np.zeros(halves.size, name)
+    bench, estimate = Bench(GpuCodecOperations), np.zeros(halves.size, name)
     out = bench.up(estimate)
     bench.ops.decode_add("float16", bench.up(halves.view(np.uint8)), out)
     np.testing.assert_array_equal(bench.down(out), halves.view(np.float16).astype(name))
@@ -97,7 +97,7 @@ def test_halfway_numbers_go_to_the_even_float16() -> None:
     halves = np.arange(0x7BFF, dtype=np.uint16).view(np.float16).astype(np.float64)
     after = np.arange(1, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
     values = ((halves + after) / 2).astype(np.float32)
-    bench = Bench(CodecOperations)
+    bench = Bench(GpuCodecOperations)
     message = bench.up(np.zeros(2 * values.size, np.uint8))
     bench.ops.encode("float16", bench.up(-values), message)
     np.testing.assert_array_equal(bench.down(message).view(np.float16), (-values).astype(np.float16))
@@ -108,7 +108,7 @@ def test_many_chunks_and_ties_over_all_of_them() -> None:
     wanted = np.zeros(8 * 10_000, np.uint8)
     CPU.encode("topk", values, wanted)
     for seed in (0, 3):
-        bench = Bench(CodecOperations, seed)
+        bench = Bench(GpuCodecOperations, seed)
         for _ in range(2):  # counters are left as they were found
             message = bench.up(np.zeros_like(wanted))
             bench.ops.encode("topk", bench.up(values), message)
@@ -117,7 +117,7 @@ def test_many_chunks_and_ties_over_all_of_them() -> None:
 
 def test_a_captured_encoding_can_be_repeated() -> None:
     """What the selection needs of one message is found and left in the device's memory."""
-    bench, rng = Bench(CodecOperations, seed=1), np.random.default_rng(1)
+    bench, rng = Bench(GpuCodecOperations, seed=1), np.random.default_rng(1)
     given, message, wanted = bench.up(np.zeros(9000, "f4")), bench.up(np.zeros(8 * 700, "u1")), np.zeros(8 * 700, "u1")
     encode = bench.device.capture(lambda: bench.ops.encode("topk", given, message))
     for _ in range(5):
@@ -156,7 +156,7 @@ def test_faults_in_codecs_are_found(fault: str | None) -> None:
     CPU.encode(kind, values, wanted)
     found = []
     for seed in range(4):
-        bench = Bench(CodecOperations, seed, text)
+        bench = Bench(GpuCodecOperations, seed, text)
         given, message = bench.up(values), bench.up(np.zeros_like(wanted))
         for _ in range(2):
             if kind == "int8":  # so few blocks that each encodes several

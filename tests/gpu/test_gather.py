@@ -10,7 +10,7 @@ import pytest
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.rows import UNIT, Inputs, Scaling, take_from
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.gpu.gather import GatherOperations, work_type
+from nettorrent_mpi.device.gpu.gather import GpuGatherOperations, work_type
 from tests.gpu.compared import dtype_of
 from tests.gpu.host import build
 from tests.gpu.kernel_cases import Bench, planted, same, typed
@@ -31,7 +31,7 @@ def stored(kind: str, shape: tuple[int, ...]) -> Array:
 
 
 def gathered(
-    bench: Bench[GatherOperations],
+    bench: Bench[GpuGatherOperations],
     x: Array,
     numbers: Array,
     name: str,
@@ -68,7 +68,7 @@ def scalings(kind: str, shape: tuple[int, ...]) -> list[Scaling]:
 @pytest.mark.parametrize("kind", ["uint8", "float32", "float64"])
 @pytest.mark.parametrize("shape", [(17,), (8, 9, 3), (2, 3, 1), (1,), (13, 11, 16), (3, 5)])
 def test_rows(name: str, kind: str, shape: tuple[int, ...]) -> None:
-    bench, x = Bench(GatherOperations, seed=2), stored(kind, shape)
+    bench, x = Bench(GpuGatherOperations, seed=2), stored(kind, shape)
     for count in (0, 1, 20):
         numbers = np.random.default_rng(count).integers(0, ROWS, count)
         for scaling in scalings(kind, shape):
@@ -81,7 +81,7 @@ def test_rows(name: str, kind: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
 @pytest.mark.parametrize("shape", [(8, 9, 3), (3, 2, 1), (12, 1, 2)])
 def test_augmented_images(names: tuple[str, ...], kind: str, shape: tuple[int, ...]) -> None:
-    bench, x, numbers = Bench(GatherOperations, seed=1), stored(kind, shape), np.arange(ROWS)[::-1].copy()
+    bench, x, numbers = Bench(GpuGatherOperations, seed=1), stored(kind, shape), np.arange(ROWS)[::-1].copy()
     scaling = scalings(kind, shape)[2]
     for key in KEYS:
         expected = wanted(x, numbers, "float32", scaling, names, key)
@@ -92,7 +92,7 @@ def test_augmented_images(names: tuple[str, ...], kind: str, shape: tuple[int, .
 @pytest.mark.parametrize("kind", ["int64", "float32", "float64", "uint8"])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 7), (0,)])
 def test_targets(kind: str, shape: tuple[int, ...]) -> None:
-    bench = Bench(GatherOperations, seed=1)
+    bench = Bench(GpuGatherOperations, seed=1)
     source = np.random.default_rng(2).integers(0, 200, (ROWS, *shape)).astype(kind)
     for count in (0, 1, 33):
         numbers = np.random.default_rng(count).integers(0, ROWS, count)
@@ -102,7 +102,7 @@ def test_targets(kind: str, shape: tuple[int, ...]) -> None:
 
 
 def test_rows_whose_memory_is_not_aligned() -> None:
-    bench, source = Bench(GatherOperations), np.random.default_rng(2).integers(0, 200, (ROWS, 16), np.uint8)
+    bench, source = Bench(GpuGatherOperations), np.random.default_rng(2).integers(0, 200, (ROWS, 16), np.uint8)
     memory = bench.up(np.zeros(source.nbytes + 1, np.uint8))
     moved = memory[1:].reshape(source.shape)
     bench.device.upload(moved, source)
@@ -113,7 +113,7 @@ def test_rows_whose_memory_is_not_aligned() -> None:
 
 @pytest.mark.parametrize(("rows", "batch_size", "epochs"), [(37, 10, 2), (40, 10, 3), (5, 7, 2), (700, 300, 2)])
 def test_rows_of_a_step(rows: int, batch_size: int, epochs: int) -> None:
-    bench, rng = Bench(GatherOperations, seed=1), np.random.default_rng(1)
+    bench, rng = Bench(GpuGatherOperations, seed=1), np.random.default_rng(1)
     per_epoch = -(-rows // batch_size)
     orders = np.stack([rng.permutation(rows) for _ in range(epochs)])
     keys = rng.integers(0, 1 << 63, epochs).astype(np.uint64) + np.uint64(1 << 62)
@@ -143,7 +143,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_in_gathering_are_found(fault: str | None) -> None:
     text = planted("Dropout|Rows|Norms", *FAULTS[fault]) if fault else None
-    bench, x, numbers = Bench(GatherOperations, 1, text), stored("uint8", (8, 9, 3)), np.arange(ROWS)[::-1].copy()
+    bench, x, numbers = Bench(GpuGatherOperations, 1, text), stored("uint8", (8, 9, 3)), np.arange(ROWS)[::-1].copy()
     scaling = scalings("uint8", (8, 9, 3))[1]
     found = gathered(bench, x, numbers, "float32", scaling, ("flip", "crop"), KEYS[0])
     right = np.array_equal(found, wanted(x, numbers, "float32", scaling, ("flip", "crop"), KEYS[0]))

@@ -14,8 +14,8 @@ import pytest
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.device.geometry import Geometry
-from nettorrent_mpi.device.gpu.convolution import ConvolutionOperations
-from nettorrent_mpi.device.gpu.products import ProductOperations
+from nettorrent_mpi.device.gpu.convolution import GpuConvolutionOperations
+from nettorrent_mpi.device.gpu.products import GpuProductOperations
 from nettorrent_mpi.device.gpu.runtime import Matrix
 from nettorrent_mpi.plan import specs
 from tests.gpu.host import convolution, products
@@ -178,7 +178,7 @@ class Libraries:
         return self.made[-1]
 
 
-class Operations(ProductOperations, ConvolutionOperations):
+class Operations(GpuProductOperations, GpuConvolutionOperations):
     def fill(self, out: Array, value: float) -> None:
         out[...] = value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nettorrent_mpi.device.gpu.masks import MaskOperations
+from nettorrent_mpi.device.gpu.masks import GpuMaskOperations
 from nettorrent_mpi.plan.blocks import Span
 from tests.gpu.compared import CPU
 from tests.gpu.host import build
@@ -22,7 +22,7 @@ KEY = 0xFEDCBA9876543210
 @pytest.mark.parametrize("rows", [Span(0, 1), Span(1_000_003, 1_000_036), Span(5, 5), Span(1 << 40, (1 << 40) + 300)])
 @pytest.mark.parametrize("step", [0, 17, 3_000_000_000])
 def test_masks(shape: tuple[int, ...], part: Span, rows: Span, step: int) -> None:
-    bench = Bench(MaskOperations, seed=1 + step % 5)
+    bench = Bench(GpuMaskOperations, seed=1 + step % 5)
     codes, wanted_codes = bench.ops.place_codes(shape, part), CPU.place_codes(shape, part)
     same(bench.down(codes), wanted_codes)
     wanted = np.zeros((rows.size, wanted_codes.size), np.bool_)
@@ -36,7 +36,7 @@ def test_masks(shape: tuple[int, ...], part: Span, rows: Span, step: int) -> Non
 @typed
 @pytest.mark.parametrize("size", [0, 1, 129, 1000])
 def test_drops(name: str, size: int) -> None:
-    bench, x = Bench(MaskOperations, seed=1), some(name, size)
+    bench, x = Bench(GpuMaskOperations, seed=1), some(name, size)
     x[size // 2 :][:1] = np.nan
     keep = np.random.default_rng(2).random(size) > 0.5
     y, wanted = bench.up(x), wide(x)
@@ -59,7 +59,7 @@ def test_faults_in_masks_are_found(fault: str | None) -> None:
     text = planted("Norms|Dropout", *FAULTS[fault]) if fault else None
     found = []
     for seed in range(4):
-        bench, rows, step = Bench(MaskOperations, seed, text), Span(0, 1100), np.zeros(1)
+        bench, rows, step = Bench(GpuMaskOperations, seed, text), Span(0, 1100), np.zeros(1)
         codes = CPU.place_codes((45,), Span(0, 45))
         wanted = np.zeros((rows.size, codes.size), np.bool_)
         CPU.keep_mask(wanted, codes, 0.5, KEY, step, rows)

@@ -12,7 +12,7 @@ import pytest
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.device.gpu import GpuOperations
-from nettorrent_mpi.device.gpu.norms import SUM_BLOCK, SUM_BLOCKS, NormOperations
+from nettorrent_mpi.device.gpu.norms import SUM_BLOCK, SUM_BLOCKS, GpuNormOperations
 from nettorrent_mpi.device.gpu.tiles import tiles
 from nettorrent_mpi.nn.layer import Context, Features
 from nettorrent_mpi.nn.layers.norm import LayerNormLayer
@@ -50,7 +50,7 @@ def absolute(x: Array) -> Array:
 @typed
 @every
 def test_sums_of_rows(name: str, shape: Shape) -> None:
-    bench, x = Bench(NormOperations, seed=1), some(name, *shape, shift=1.0)
+    bench, x = Bench(GpuNormOperations, seed=1), some(name, *shape, shift=1.0)
     for out_name in (name, "float64"):
         for accumulate in (False, True):
             start = some(out_name, shape[-1], seed=2)
@@ -85,7 +85,7 @@ def test_the_derivative_of_a_relu_and_the_sums_of_rows(name: str, shape: Shape) 
 @typed
 @every
 def test_squared_deviations(name: str, shape: Shape) -> None:
-    bench, x = Bench(NormOperations, seed=2), some(name, *shape)
+    bench, x = Bench(GpuNormOperations, seed=2), some(name, *shape)
     mean = some("float32", shape[-1], seed=3).astype(np.float64)  # what each type rounds alike
     total, wanted = bench.like(mean), mean.copy()
     bench.ops.squared_deviations(bench.up(x), bench.up(mean), total)
@@ -96,7 +96,7 @@ def test_squared_deviations(name: str, shape: Shape) -> None:
 @typed
 @every
 def test_norm_sums(name: str, shape: Shape) -> None:
-    bench, x, dy = Bench(NormOperations, seed=3), some(name, *shape), some(name, *shape, seed=2)
+    bench, x, dy = Bench(GpuNormOperations, seed=3), some(name, *shape), some(name, *shape, seed=2)
     mean, scale = some("float32", shape[-1], seed=3).astype(np.float64), channels(shape[-1])[1]
     sums, wanted = bench.like(np.empty((2, shape[-1]))), np.empty((2, shape[-1]))
     bench.ops.norm_sums(*map(bench.up, (x, dy, mean, scale)), sums)
@@ -121,7 +121,7 @@ def test_long_columns_are_cut_into_chunks_whatever_the_gpu() -> None:
 def test_sums_are_the_same_bits_in_any_order_and_each_time(shape: Shape) -> None:
     found = []
     for seed in (0, 1, 2, 3):
-        bench = Bench(NormOperations, seed)
+        bench = Bench(GpuNormOperations, seed)
         x, dy = bench.up(some("float32", *shape)), bench.up(some("float32", *shape, seed=2))
         mean, scale = map(bench.up, channels(shape[-1]))
         assert tiles(*shape, SUM_BLOCK, SUM_BLOCKS)[1][1] > 1
@@ -140,7 +140,7 @@ def test_sums_are_the_same_bits_in_any_order_and_each_time(shape: Shape) -> None
 @typed
 @every
 def test_batch_norm_element_by_element(name: str, shape: Shape) -> None:
-    bench, x, dy = Bench(NormOperations, seed=1), some(name, *shape), some(name, *shape, seed=2)
+    bench, x, dy = Bench(GpuNormOperations, seed=1), some(name, *shape), some(name, *shape, seed=2)
     weight, bias = some(name, shape[-1], seed=3), some(name, shape[-1], seed=4)
     mean, scale = channels(shape[-1])
     y, wanted = bench.like(x), wide(x)
@@ -158,7 +158,7 @@ def test_batch_norm_element_by_element(name: str, shape: Shape) -> None:
 @pytest.mark.parametrize("name", ["float32", OTHERS[0]])
 @pytest.mark.parametrize("size", [0, 1, 129, 1000])
 def test_statistics(name: str, size: int) -> None:
-    bench, x = Bench(NormOperations, seed=1), np.abs(some(name, size))
+    bench, x = Bench(GpuNormOperations, seed=1), np.abs(some(name, size))
     x[size // 2 :][:1] = 0
     out, wanted = bench.up(x), x.copy()
     bench.ops.inverse_root(out, 1e-5)
@@ -182,7 +182,7 @@ KINDS = [("float64", "float64"), ("bfloat16", "bfloat16"), ("bfloat16", "float32
 )
 @every
 def test_layer_norm(name: str, kind: str, shape: Shape) -> None:
-    bench, x, dy = Bench(NormOperations, seed=2), some(name, *shape), some(name, *shape, seed=2)
+    bench, x, dy = Bench(GpuNormOperations, seed=2), some(name, *shape), some(name, *shape, seed=2)
     n, c = prod(shape[:-1]), shape[-1]
     mean, scale = some(kind, n, seed=3), np.abs(some(kind, n, seed=4))
     weight, bias = some(name, c, seed=5), some(name, c, seed=6)
@@ -246,13 +246,13 @@ def layer_norm(device: Any, dtype: Any, x: Array, dy: Array) -> list[Array]:
 def test_bfloat16_loses_nothing_by_its_statistics() -> None:
     """Means far from 0 that were rounded to bfloat16 would leave nothing of the features."""
     x, dy = (some("bfloat16", 40, 129, seed=seed, shift=shift).astype(float) for seed, shift in ((1, 30.0), (2, 0.0)))
-    found = layer_norm(Bench(NormOperations).device, dtype_of("bfloat16"), x, dy)
+    found = layer_norm(Bench(GpuNormOperations).device, dtype_of("bfloat16"), x, dy)
     for array, wanted in zip(found, layer_norm(make_device("cpu", "numpy"), np.float64, x, dy), strict=True):
         np.testing.assert_allclose(array, wanted, rtol=2**-6, atol=2**-6 * np.abs(wanted).max())
 
 
 def test_nan_stays_in_its_channel_and_in_its_row() -> None:
-    bench, x = Bench(NormOperations), some("float32", 9, 5)
+    bench, x = Bench(GpuNormOperations), some("float32", 9, 5)
     x[4, 2] = np.nan
     out, total = bench.like(x[0]), bench.like(x[:, 0])
     bench.ops.sum_rows(bench.up(x), out)
@@ -265,7 +265,7 @@ def test_nan_stays_in_its_channel_and_in_its_row() -> None:
 
 
 def sums_of(text: str | None, seed: int) -> Array:
-    bench, x = Bench(NormOperations, seed, text), np.random.default_rng(1).integers(-9, 9, (3300, 65)).astype("f4")
+    bench, x = Bench(GpuNormOperations, seed, text), np.random.default_rng(1).integers(-9, 9, (3300, 65)).astype("f4")
     out = bench.like(np.empty((2, 65)))
     for k in (1, 0):  # counters that are not cleared show in the second one, a column too far in the first
         bench.ops.sum_rows(bench.up(x), out[k])

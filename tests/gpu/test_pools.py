@@ -7,7 +7,7 @@ import pytest
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.geometry import Pair, Pooling
-from nettorrent_mpi.device.gpu.pools import PoolOperations
+from nettorrent_mpi.device.gpu.pools import GpuPoolOperations
 from tests.gpu.compared import CPU
 from tests.gpu.host import build
 from tests.gpu.kernel_cases import Bench, near, planted, same, some, typed, wide
@@ -50,7 +50,8 @@ def test_max_pool(
     size: Pair,
     stride: Pair,
 ) -> None:
-    bench, x, pooling = Bench(PoolOperations, seed=1), inputs(name, counts, image, kind), Pooling(image, size, stride)
+    bench, x = Bench(GpuPoolOperations, seed=1), inputs(name, counts, image, kind)
+    pooling = Pooling(image, size, stride)
     shape = (counts[0], *pooling.count, counts[1])
     winner = np.zeros(shape, np.uint8 if pooling.taps <= 256 else np.uint32)
     wanted = wide(np.empty(shape, x.dtype))
@@ -73,7 +74,7 @@ def test_max_pool(
 @every
 def test_avg_pool(name: str, counts: Pair, image: Pair, size: Pair, stride: Pair) -> None:
     bench, x, pooling = (
-        Bench(PoolOperations, seed=2),
+        Bench(GpuPoolOperations, seed=2),
         some(name, counts[0], *image, counts[1]),
         Pooling(image, size, stride),
     )
@@ -91,7 +92,7 @@ def test_avg_pool(name: str, counts: Pair, image: Pair, size: Pair, stride: Pair
 @typed
 @pytest.mark.parametrize("shape", [(3, 4, 5, 7), (0, 2, 2, 3), (1, 1, 1, 1), (2, 13, 11, 129), (5, 8, 8, 64)])
 def test_global_avg_pool(name: str, shape: tuple[int, int, int, int]) -> None:
-    bench, x = Bench(PoolOperations, seed=3), some(name, *shape, shift=0.5)
+    bench, x = Bench(GpuPoolOperations, seed=3), some(name, *shape, shift=0.5)
     y, wanted = bench.like(x[:, 0, 0]), np.empty((shape[0], shape[3]))
     bench.ops.global_avg_pool(bench.up(x), y)
     CPU.global_avg_pool(x.astype(np.float64), wanted)
@@ -115,7 +116,7 @@ FAULTS = {
 def test_faults_in_max_pool_are_found(fault: str | None) -> None:
     text = planted("Norms|Pools", *FAULTS[fault]) if fault else None
     counts, image, pooling = (2, 3), (7, 8), Pooling((7, 8), (3, 3), (2, 2))
-    bench, x = Bench(PoolOperations, 1, text), inputs("float32", counts, image, "ties")
+    bench, x = Bench(GpuPoolOperations, 1, text), inputs("float32", counts, image, "ties")
     shape = (counts[0], *pooling.count, counts[1])
     wanted, winner, dx = np.empty(shape, "f4"), np.zeros(shape, np.uint8), np.empty_like(x)
     CPU.max_pool(x, wanted, winner, pooling)

@@ -12,38 +12,38 @@ import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace, as_dtype
 from nettorrent_mpi.device.gpu.arena import Arena
-from nettorrent_mpi.device.gpu.codecs import CodecOperations
-from nettorrent_mpi.device.gpu.convolution import ConvolutionOperations
-from nettorrent_mpi.device.gpu.criteria import CriterionOperations
-from nettorrent_mpi.device.gpu.elementwise import ElementwiseOperations
+from nettorrent_mpi.device.gpu.codecs import GpuCodecOperations
+from nettorrent_mpi.device.gpu.convolution import GpuConvolutionOperations
+from nettorrent_mpi.device.gpu.criteria import GpuCriterionOperations
+from nettorrent_mpi.device.gpu.elementwise import GpuElementwiseOperations
 from nettorrent_mpi.device.gpu.envelopes import Envelopes, GpuEnvelope
-from nettorrent_mpi.device.gpu.flat import FlatOperations
-from nettorrent_mpi.device.gpu.gather import GatherOperations
+from nettorrent_mpi.device.gpu.flat import GpuFlatOperations
+from nettorrent_mpi.device.gpu.gather import GpuGatherOperations
 from nettorrent_mpi.device.gpu.host_copies import HostCopies
-from nettorrent_mpi.device.gpu.masks import MaskOperations
-from nettorrent_mpi.device.gpu.norms import NormOperations
+from nettorrent_mpi.device.gpu.masks import GpuMaskOperations
+from nettorrent_mpi.device.gpu.norms import GpuNormOperations
 from nettorrent_mpi.device.gpu.numbers import DeviceNumbers
 from nettorrent_mpi.device.gpu.pinned import PinnedRing
-from nettorrent_mpi.device.gpu.pools import PoolOperations
-from nettorrent_mpi.device.gpu.products import ProductOperations
+from nettorrent_mpi.device.gpu.pools import GpuPoolOperations
+from nettorrent_mpi.device.gpu.products import GpuProductOperations
 from nettorrent_mpi.device.gpu.runtime import Graph, Runtime, Stream
-from nettorrent_mpi.device.gpu.updates import UpdateOperations
+from nettorrent_mpi.device.gpu.updates import GpuUpdateOperations
 
 WARM_UP = 2  # calls of a run before it is captured
 
 
 class GpuOperations(
-    FlatOperations,
-    CodecOperations,
-    ProductOperations,
-    ConvolutionOperations,
-    ElementwiseOperations,
-    MaskOperations,
-    NormOperations,
-    PoolOperations,
-    CriterionOperations,
-    UpdateOperations,
-    GatherOperations,
+    GpuFlatOperations,
+    GpuCodecOperations,
+    GpuProductOperations,
+    GpuConvolutionOperations,
+    GpuElementwiseOperations,
+    GpuMaskOperations,
+    GpuNormOperations,
+    GpuPoolOperations,
+    GpuCriterionOperations,
+    GpuUpdateOperations,
+    GpuGatherOperations,
 ):
     """All operations (device.ops.Ops) of a GPU; each is in the module of its subject."""
 

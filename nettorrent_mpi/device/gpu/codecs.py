@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.gpu.operations import BLOCK, MOST_BLOCKS, Operations
+from nettorrent_mpi.device.gpu.operations import BLOCK, MOST_BLOCKS, KernelOperations
 
 INT8_BLOCK, SIGN_BLOCK, TOP_CHUNK = 1024, 128, 2048  # values, as in kernels.cu
 COUNTING_BLOCKS = 512  # of find_byte: each adds its counts to the sum
 
 
-class CodecOperations(Operations):
+class GpuCodecOperations(KernelOperations):
     """Compressed messages: see device.ops. The host reads nothing: which values topk takes is found on the GPU."""
 
     def encode(self, kind: str, values: Array, message: Array) -> None:

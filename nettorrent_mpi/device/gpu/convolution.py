@@ -12,7 +12,7 @@ import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.geometry import Geometry
-from nettorrent_mpi.device.gpu.epilogs import EpilogOperations
+from nettorrent_mpi.device.gpu.epilogs import GpuEpilogOperations
 from nettorrent_mpi.device.gpu.operations import Owner
 from nettorrent_mpi.device.gpu.runtime import Product
 from nettorrent_mpi.device.ops import FlatOps, LayerOps
@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
     relu: bool = False
 
 
-class ConvolutionOperations(EpilogOperations):
+class GpuConvolutionOperations(GpuEpilogOperations):
     """Convolutions of images and their gradients: see device.ops. They are prepared once for the same arrays, as
     products are."""
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.flat import contiguous, flat
-from nettorrent_mpi.device.gpu.operations import SUM_BLOCKS, Operations
+from nettorrent_mpi.device.gpu.operations import SUM_BLOCKS, KernelOperations
 from nettorrent_mpi.device.gpu.views import type_code
 
 ROWS = 4  # of a block of the kernels that give a warp to each row
 
 
-class CriterionOperations(Operations):
+class GpuCriterionOperations(KernelOperations):
     """Losses: see device.ops."""
 
     def cross_entropy(

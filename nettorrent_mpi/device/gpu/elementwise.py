@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.flat import flat
-from nettorrent_mpi.device.gpu.operations import Operations
+from nettorrent_mpi.device.gpu.operations import KernelOperations
 
 
-class ElementwiseOperations(Operations):
+class GpuElementwiseOperations(KernelOperations):
     """Activation functions: see device.ops."""
 
     def relu(self, x: Array, y: Array) -> None:

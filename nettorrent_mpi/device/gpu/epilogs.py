@@ -14,7 +14,7 @@ import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.flat import flat
-from nettorrent_mpi.device.gpu.operations import Operations
+from nettorrent_mpi.device.gpu.operations import KernelOperations
 from nettorrent_mpi.device.gpu.runtime import Product
 from nettorrent_mpi.device.ops import FlatOps
 from nettorrent_mpi.plan.errors import NoPlanError
@@ -23,7 +23,7 @@ Prepare = Callable[[Array | None, bool], Product]
 """prepare(bias, relu) prepares a product with this epilog."""
 
 
-class EpilogOperations(Operations):
+class GpuEpilogOperations(KernelOperations):
     """The base of operations whose products may have a ReLU in their epilog."""
 
     def with_epilog(self, prepare: Prepare, bias: Array | None, relu: bool, y: Array) -> tuple[Product, bool]:

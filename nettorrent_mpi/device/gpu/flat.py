@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.gpu.operations import Operations
+from nettorrent_mpi.device.gpu.operations import KernelOperations
 from nettorrent_mpi.device.gpu.source import REALS
 from nettorrent_mpi.device.gpu.views import type_code, view
 
 ADD, SUBTRACT, MULTIPLY = range(3)  # as in kernels.cu
 
 
-class FlatOperations(Operations):
+class GpuFlatOperations(KernelOperations):
     """Operations on flat arrays: see device.ops. Arrays are contiguous, except those of `copy`, `fill` and of sums,
     differences and products, which may be any views of up to four axes."""
 

@@ -7,13 +7,13 @@ import math
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.gpu.operations import BLOCK, Operations
+from nettorrent_mpi.device.gpu.operations import BLOCK, KernelOperations
 
 EACH = 8  # elements of a row that a thread takes
 MOST_DOWN = 65535  # blocks of a grid's second axis
 
 
-class GatherOperations(Operations):
+class GpuGatherOperations(KernelOperations):
     """Reads rows that lie on the GPU: see device.feeding.RowOps."""
 
     def rows_of_step(

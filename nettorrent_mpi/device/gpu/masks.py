@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nettorrent_mpi.device.arrays import Array, Shape
-from nettorrent_mpi.device.gpu.operations import BLOCK, Operations
+from nettorrent_mpi.device.gpu.operations import BLOCK, KernelOperations
 from nettorrent_mpi.device.gpu.tiles import tiles
 from nettorrent_mpi.device.random import place_codes
 from nettorrent_mpi.plan.blocks import Span
@@ -11,7 +11,7 @@ from nettorrent_mpi.plan.blocks import Span
 TILE_BLOCKS = 2048
 
 
-class MaskOperations(Operations):
+class GpuMaskOperations(KernelOperations):
     """Masks for dropout: see device.ops."""
 
     def place_codes(self, shape: Shape, part: Span) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.gpu.operations import BLOCK, MOST_BLOCKS, Operations
+from nettorrent_mpi.device.gpu.operations import BLOCK, MOST_BLOCKS, KernelOperations
 from nettorrent_mpi.device.gpu.tiles import matrix, tiles
 
 SUM_BLOCK = 512  # threads of a block that adds up columns
@@ -19,7 +19,7 @@ TILE_BLOCKS = 2048  # for kernels that add up nothing
 LONG = 1024  # features of a row from which on a whole block adds them up
 
 
-class NormOperations(Operations):
+class GpuNormOperations(KernelOperations):
     """Sums of rows, with or without a ReLU's derivative, and the parts of batch norm and layer norm: see device.ops."""
 
     def sum_rows(self, x: Array, out: Array, accumulate: bool = False) -> None:

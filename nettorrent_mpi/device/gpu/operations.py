@@ -37,7 +37,7 @@ class Owner(Protocol):
         """out, in host memory, <- x, once all operations called so far are complete."""
 
 
-class Operations:
+class KernelOperations:
     """The base of the GPU's operations. Kernels run on the device's present stream, one after the other."""
 
     def __init__(self, device: Owner):

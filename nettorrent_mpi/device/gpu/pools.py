@@ -6,13 +6,13 @@ from typing import Any
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.geometry import Pooling
-from nettorrent_mpi.device.gpu.operations import BLOCK, Operations
+from nettorrent_mpi.device.gpu.operations import BLOCK, KernelOperations
 from nettorrent_mpi.device.gpu.tiles import tiles
 
 MOST_DOWN = 65535  # blocks of a grid's second axis
 
 
-class PoolOperations(Operations):
+class GpuPoolOperations(KernelOperations):
     """Pooling and its gradients: see device.ops. A pixel of several windows adds up what they give to it, in the order
     of its places in them."""
 

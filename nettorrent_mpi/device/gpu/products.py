@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.device.gpu.epilogs import EpilogOperations
+from nettorrent_mpi.device.gpu.epilogs import GpuEpilogOperations
 from nettorrent_mpi.device.gpu.operations import Owner
 from nettorrent_mpi.device.gpu.runtime import Matrix, Product
 from nettorrent_mpi.device.ops import FlatOps, LayerOps
@@ -30,7 +30,7 @@ class Ready(NamedTuple):
     kept: tuple[Array | None, ...]
 
 
-class ProductOperations(EpilogOperations):
+class GpuProductOperations(GpuEpilogOperations):
     """Matrix products: see device.ops.
 
     The arrays of the steady state are the same objects in every step. So what the library needs (its descriptors and

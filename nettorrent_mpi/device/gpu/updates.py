@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.flat import flat
-from nettorrent_mpi.device.gpu.operations import Operations
+from nettorrent_mpi.device.gpu.operations import KernelOperations
 
 
-class UpdateOperations(Operations):
+class GpuUpdateOperations(KernelOperations):
     """One step of each optimizer: see device.ops. With bfloat16 gradients all other arrays are float32."""
 
     def sgd(self, p: Array, g: Array, numbers: Array, scale: Array | None = None, decay: float = 0.0) -> None:
