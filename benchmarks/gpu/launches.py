@@ -1,4 +1,4 @@
-"""What a launch of each kind costs: the host's time for a call, and the time until the GPU has done many of them."""
+"""This part measures what a launch of each kind costs: the host's time for a call, and the GPU's for many of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parts share: a device, arrays to and from it, captured runs, and times by the GPU's own clock."""
+"""The parts share a device, arrays to and from it, captured runs, and times by the GPU's own clock."""
 
 from __future__ import annotations
 

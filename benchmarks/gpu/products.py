@@ -18,7 +18,7 @@ WORKSPACE = 32 << 20
 
 
 class Epilogue(NamedTuple):
-    """What happens to a product besides the multiplication."""
+    """An Epilogue is what the library does with a product before it writes it."""
 
     accumulate: bool
     bias: bool

@@ -1,5 +1,5 @@
-"""What a part finds out: one record for each case, written when the case ends, so that a part that is stopped keeps the
-others."""
+"""A part records what it finds out case by case: each record is written when its case ends, so that a part that is
+stopped keeps them."""
 
 from __future__ import annotations
 

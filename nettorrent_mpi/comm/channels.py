@@ -23,7 +23,7 @@ TAG = 32000  # of the messages of channels; no others in their groups have it
 
 
 class Carrier(Protocol):
-    """What a channel needs of its device; staging and NCCL also need `runtime` and `stream`, which a GPU has."""
+    """A Carrier is what a channel needs of its device; staging and NCCL also need `runtime` and `stream` of a GPU."""
 
     @property
     def ops(self) -> Ops:
@@ -31,7 +31,7 @@ class Carrier(Protocol):
 
 
 class Message(NamedTuple):
-    """One array of a launch: sent to, or received from, the member `peer` of a channel's group."""
+    """A Message is one array of a launch, sent to or received from the member `peer` of a channel's group."""
 
     channel: Channel
     sending: bool

@@ -1,5 +1,5 @@
-"""Where ranks lie decides how a device's arrays travel: by MPI between CPUs, by NCCL between GPUs, and staged through
-host memory where NCCL cannot connect them, as with two ranks on one GPU before NCCL 2.30.
+"""Placing decides, by where ranks lie, how a device's arrays travel: by MPI between CPUs, by NCCL between GPUs, and
+staged through host memory where NCCL cannot connect them, as with two ranks on one GPU before NCCL 2.30.
 
 A CUDA-aware MPI is not used: it would have to be told of streams, and NCCL does all that it could.
 """
@@ -32,7 +32,8 @@ PATIENCE = 600.0  # seconds that a GPU may wait for others, as PyTorch's default
 
 
 class PlacedRank(NamedTuple):
-    """Where a rank computes; `gpu` and `bus` tell GPUs of a host apart, parts of one GPU (MIG) having one bus."""
+    """A PlacedRank tells where a rank computes; `gpu` and `bus` tell GPUs of a host apart, parts of one GPU (MIG)
+    having one bus."""
 
     host: str
     kind: str

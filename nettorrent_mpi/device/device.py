@@ -63,7 +63,7 @@ class Device(Protocol):
 
     @property
     def kind(self) -> Literal["cpu", "gpu"]:
-        """What processes the arrays."""
+        """The kind of processor that works on the arrays."""
 
     @property
     def filter_axes(self) -> tuple[int, ...]:
@@ -126,11 +126,11 @@ class StreamDevice(Device, Protocol):
 
     @property
     def uuid(self) -> str:
-        """What tells this GPU, or part of one, from others."""
+        """The identity of this GPU, or part of one, which no other has."""
 
     @property
     def bus(self) -> str:
-        """What tells this GPU from others of its node, and is the same for all parts of it; "" if unknown."""
+        """The PCI address of this GPU on its node, which all parts of it share; "" if unknown."""
 
     @property
     def stream(self) -> Stream:

@@ -11,7 +11,7 @@ from nettorrent_mpi.device.gpu.runtime import Event, Runtime, Stream
 
 
 class Bearer(Protocol):
-    """What envelopes need of their device."""
+    """A Bearer is what envelopes need of their device."""
 
     runtime: Runtime
     stream: Stream
