@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from nettorrent_mpi.comm import nccl
-from nettorrent_mpi.comm.group import Group, chunks
-from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.comm.group import Group, trade
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.ops import Ops
 
@@ -136,7 +135,7 @@ class MpiChannel(Channel):
 
     @classmethod
     def carry(cls, messages: Sequence[Message]) -> None:
-        trade([(m.channel.group, m.array, m.peer, m.sending) for m in messages])
+        trade([(m.channel.group, m.array, m.peer, m.sending) for m in messages], TAG)
 
     def _all_reduce(self, values: Array) -> None:
         self.group.all_reduce(values)
@@ -149,15 +148,6 @@ class MpiChannel(Channel):
 
     def _broadcast(self, values: Array, source: int) -> None:
         self.group.broadcast(values, source)
-
-
-def trade(messages: Sequence[tuple[Group, Array, int, bool]]) -> None:
-    """Send and receive host arrays: (group, array, peer, sending). Waits for all of them."""
-    requests = []
-    for group, array, peer, sending in messages:
-        post = group.comm.Isend if sending else group.comm.Irecv
-        requests += [post(chunk, peer, TAG) for chunk in chunks(array)]
-    MPI.Request.Waitall(requests)
 
 
 class NcclChannel(Channel):

@@ -124,14 +124,22 @@ class Group:
 
         Between two members arrays arrive in the order in which they are sent.
         """
-        requests = [self.comm.Irecv(c, source, tag) for array, source in receives for c in chunks(array)]
-        requests += [self.comm.Isend(chunk, to, tag) for array, to in sends for chunk in chunks(array)]
-        if requests:
-            MPI.Request.Waitall(requests)
+        messages = [(self, array, source, False) for array, source in receives]
+        trade([*messages, *((self, array, to, True) for array, to in sends)], tag)
 
     def progress(self) -> None:
         """Make one nonblocking call into MPI, so that messages progress, of this group or any other."""
         self.comm.Iprobe()
+
+
+def trade(messages: Sequence[tuple[Group, Array, int, bool]], tag: int) -> None:
+    """Send and receive contiguous arrays in several groups: (group, array, peer, sending). Waits for all of them."""
+    requests = []
+    for group, array, peer, sending in messages:
+        post = group.comm.Isend if sending else group.comm.Irecv
+        requests += [post(chunk, peer, tag) for chunk in chunks(array)]
+    if requests:
+        MPI.Request.Waitall(requests)
 
 
 def _nodes(comm: MPI.Intracomm) -> list[int]:

@@ -47,24 +47,8 @@ class Reducer:
         """params <- everyone's shards."""
 
 
-class CollectiveReducer(Reducer):
-    """Reduces and gathers by MPI's collective operations."""
-
-    def __init__(self, group: Group, counts: Sequence[int], params: Array, grads: Array, sums: Array):
-        self._group, self._counts = group, counts
-        self._params, self._grads, self._sums = params, grads, sums
-        start = sum(counts[: group.index])
-        self._shard = params[start : start + counts[group.index]]
-
-    def reduce(self) -> None:
-        self._group.reduce_scatter(self._grads, self._sums, self._counts)
-
-    def gather(self) -> None:
-        self._group.all_gather(self._shard, self._params, self._counts)
-
-
 class ChannelReducer(Reducer):
-    """Reduces and gathers over a channel; all shards have the same size. Nothing waits but the device's stream."""
+    """Reduces and gathers by a channel's collective operations; all shards have the same size."""
 
     def __init__(self, channel: Channel, params: Array, grads: Array, sums: Array):
         size, more = divmod(params.size, channel.group.size)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nettorrent_mpi.comm.channels import Channel, Message, trade
-from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Group
+from nettorrent_mpi.comm.channels import TAG, Channel, Message
+from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Group, trade
 from nettorrent_mpi.device.arrays import Array, DType
 
 
@@ -70,7 +70,7 @@ class StagedChannel(Channel):
             if message.sending:
                 pinned.copy(host, message.array)
         pinned.wait()
-        trade([(m.channel.group, host, m.peer, m.sending) for m, host in zip(messages, hosts, strict=True)])
+        trade([(m.channel.group, host, m.peer, m.sending) for m, host in zip(messages, hosts, strict=True)], TAG)
         for message, host in zip(messages, hosts, strict=True):
             if not message.sending:
                 pinned.copy(message.array, host)

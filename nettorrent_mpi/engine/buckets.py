@@ -22,7 +22,7 @@ import numpy as np
 
 from nettorrent_mpi.comm.channels import Channel
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.reducers import PIECES, ChannelReducer, CollectiveReducer, Reducer, RingReducer, SharedReducer
+from nettorrent_mpi.comm.reducers import PIECES, ChannelReducer, Reducer, RingReducer, SharedReducer
 from nettorrent_mpi.comm.ring import can_carry
 from nettorrent_mpi.comm.shared import Ask, SharedMemory
 from nettorrent_mpi.device.arrays import Array, Shape, as_dtype
@@ -136,7 +136,7 @@ class Bucket(Flat):
     def __init__(
         self,
         device: Device,
-        group: Group,
+        channel: Channel,
         blocks: Mapping[str, Parameter],
         optimizer: Optimizer,
         dtype: Any,
@@ -147,6 +147,7 @@ class Bucket(Flat):
         memory: SharedMemory | None = None,
         operands: Mapping[str, SharedOperands] | None = None,
     ):
+        group = channel.group
         super().__init__(device, group, blocks, dtype)
         self.first, self.memory, self.operands = first, memory, operands or {}
         self.optimizer = optimizer.init(device, self.counts[group.index], weights_dtype)
@@ -176,7 +177,7 @@ class Bucket(Flat):
         self.grads = device.zeros((size,), dtype)
         self.reduced = device.zeros((self.counts[group.index],), dtype) if group.size > 1 else self.grads
         if group.size > 1:
-            self.reducer = CollectiveReducer(group, self.counts, self.params, self.grads, self.reduced)
+            self.reducer = ChannelReducer(channel, self.params, self.grads, self.reduced)
 
     def _own(self, key: str, operands: SharedOperands) -> None:
         """Let the operands write this rank's part of their block's gradient into `reduced`."""
@@ -279,12 +280,9 @@ class BucketMaker:
         made += [self._bucket(group, blocks, keys, memory) for keys in parts]
         if memory is not None or group.size == 1:
             return made
-        if self._device.kind == "gpu":
-            for bucket in made:
-                channel = self._wiring.channels[group]
-                bucket.reducer = ChannelReducer(channel, bucket.params, bucket.grads, bucket.reduced)
-            return made
-        if all(can_carry(bucket.counts, self._dtype.itemsize, LEAST_SHARD) for bucket in made):
+        if self._device.kind == "cpu" and all(
+            can_carry(bucket.counts, self._dtype.itemsize, LEAST_SHARD) for bucket in made
+        ):
             apart = self._wiring.channel(group)
             for i, bucket in enumerate(made):
                 arrays = bucket.params, bucket.grads, bucket.reduced
@@ -310,7 +308,7 @@ class BucketMaker:
     ) -> Bucket:
         return Bucket(
             self._device,
-            group,
+            self._wiring.channels[group],
             {key: blocks[key] for key in keys},
             self._optimizer,
             self._dtype,

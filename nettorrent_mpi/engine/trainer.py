@@ -224,8 +224,7 @@ class TrainingLoop:
         return Record(self.step, epoch, self.samples, seconds, 0.0, rate, self.clock.samples_per_second)
 
     def _settle(self) -> None:
-        # Without flush a rank's launches may wait for those of its neighbour's next step.
-        if not self._engine.schedule.asynchronous:
+        if self._engine.may_wait:
             self._engine.device.synchronize()
 
     def _completed(self, report: Report[Record | None]) -> Record:

@@ -7,7 +7,7 @@ import numpy as np
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.operations import KernelOperations
 from nettorrent_mpi.device.gpu.source import REALS
-from nettorrent_mpi.device.gpu.views import type_code, view
+from nettorrent_mpi.device.gpu.views import order_in_memory, type_code, view
 
 ADD, SUBTRACT, MULTIPLY = range(3)  # as in kernels.cu
 
@@ -75,7 +75,7 @@ class GpuFlatOperations(KernelOperations):
         self.launch("clip_scale", None, 1, 32, total, limit, scale)
 
     def all_finite(self, x: Array) -> bool:
-        x = x.transpose(sorted(range(x.ndim), key=lambda axis: -x.strides[axis]))  # filters may be a turned view
+        x = x.transpose(order_in_memory(x))  # filters may be a turned view
         found, told = self.scratch("what is not finite", (1,), np.float64), np.zeros(1)
         self.fill(found, 0)
         self.each_pack("find_nonfinite", x.dtype, flat(x), x, found, x.size)

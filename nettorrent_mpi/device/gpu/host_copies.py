@@ -9,6 +9,7 @@ import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.runtime import Runtime, Stream
+from nettorrent_mpi.device.gpu.views import order_in_memory
 
 STAGING_BYTES = 1 << 24  # of pinned memory, through which everything goes
 
@@ -24,7 +25,7 @@ class HostCopies:
     def upload(self, out: Array, values: Array) -> None:
         """out, on the GPU, <- values, on the host; both of one shape."""
         assert out.shape == values.shape, (out.shape, values.shape)
-        order = _order_in_memory(out)
+        order = order_in_memory(out)
         source = np.ascontiguousarray(values.transpose(order), out.dtype).reshape(-1).view(np.uint8)
         for begin, parts in self._rounds(out.transpose(order)):
             size = sum(part.nbytes for part in parts)
@@ -37,7 +38,7 @@ class HostCopies:
 
     def clear(self, out: Array) -> None:
         """Every byte of out, on the GPU, <- 0."""
-        for _, parts in self._rounds(out.transpose(_order_in_memory(out))):
+        for _, parts in self._rounds(out.transpose(order_in_memory(out))):
             size = sum(int(part.nbytes) for part in parts)
             self._pinned()[:size] = 0
             for part in parts:
@@ -47,7 +48,7 @@ class HostCopies:
     def download(self, out: Array, x: Array) -> None:
         """out, on the host, <- x, on the GPU; both of one shape."""
         assert out.shape == x.shape, (out.shape, x.shape)
-        order = _order_in_memory(x)
+        order = order_in_memory(x)
         target = np.empty(int(x.size), x.dtype)
         for begin, parts in self._rounds(x.transpose(order)):
             size = 0
@@ -75,11 +76,6 @@ class HostCopies:
             size += int(part.nbytes)
         if parts:
             yield begin, parts
-
-
-def _order_in_memory(x: Array) -> list[int]:
-    """Return the axes of x in the order in which its elements lie in memory, the slowest first."""
-    return sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
 
 
 def _contiguous(x: Array, most: int) -> Iterator[Array]:

@@ -64,3 +64,8 @@ def _strides(shape: Shape, own: Shape, strides: Shape, itemsize: int) -> list[in
         raise ValueError(f"an array of shape {own} does not fit into one of shape {shape}")
     found = [0 if size == 1 else stride // itemsize for size, stride in zip(own, strides, strict=True)]
     return [0] * extra + found
+
+
+def order_in_memory(x: Array) -> list[int]:
+    """Return the axes of x in the order in which its elements lie in memory, the slowest first."""
+    return sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
