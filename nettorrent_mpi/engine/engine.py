@@ -18,7 +18,6 @@ from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.device_batches import open_batches
 from nettorrent_mpi.engine.device_pipeline import DevicePipeline
 from nettorrent_mpi.engine.devices import open_device
-from nettorrent_mpi.engine.gpu_estimate import reserve
 from nettorrent_mpi.engine.metrics import Metrics
 from nettorrent_mpi.engine.pipeline import Pipeline, Work
 from nettorrent_mpi.engine.resharding import Blocks, move, of_replica, takes
@@ -71,6 +70,8 @@ class Engine:
         self.layers = network.stage(stage.first, stage.stop, stage.cols, self.place.col)
         self.schedule = StageSchedule(plan, self.place.stage)
         if options.device == "gpu":
+            from nettorrent_mpi.engine.gpu_estimate import reserve  # nothing that a run on CPU cores needs
+
             with world.agreement():
                 reserve(self.device, plan, self.place.stage)
         self.wiring = wiring = Wiring(world, plan, self.device, self.schedule.slots)
