@@ -55,7 +55,7 @@ class Flat:
     """A flat array `params` of blocks that all members of `group` hold alike, one after another.
 
     `counts` gives the elements that each member owns, which are equal: GPUs reduce equal parts only. `shard` are this
-    rank's, `places` gives the position of each block "<layer>/<name>".
+    rank's, and `weights` their values; `places` gives the position of each block "<layer>/<name>".
     """
 
     def __init__(self, device: Device, group: Group, blocks: Mapping[str, Parameter], dtype: Any):
@@ -71,6 +71,7 @@ class Flat:
         start = sum(self.counts[: group.index])
         self.shard = slice(start, start + self.counts[group.index])
         self.params: Array
+        self.weights: Array
 
     def _axes(self, key: str) -> tuple[int, ...]:
         """Return the axes of a block in their order in memory."""
@@ -118,6 +119,7 @@ class Statistics(Flat):
         group = channel.group
         super().__init__(device, group, blocks, dtype)
         self.params = device.zeros((self.size,), dtype)  # the gaps between the blocks, too
+        self.weights = self.params[self.shard]
         self.reducer: Reducer = Reducer()
         if group.size > 1:
             self.reducer = ChannelReducer(channel, self.params, self.params, self.params)

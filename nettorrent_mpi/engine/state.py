@@ -154,7 +154,7 @@ class State:
         return Shards(
             [bucket.weights for bucket in self.buckets],
             {name: [bucket.optimizer[name] for bucket in self.buckets] for name in self._optimizer.states},
-            [flat.params[flat.shard] for flat in self.statistics],
+            [flat.weights for flat in self.statistics],
             gather=self.gather_all,
             fence=self.fence,
         )
@@ -170,3 +170,17 @@ class State:
             for bucket, shard in zip(self.buckets, shards, strict=True)
             for key, box, view in bucket.shard_boxes(shard)
         }
+
+    def owned_blocks(self, memories: Mapping[str, Sequence[Array]]) -> dict[Holding, Array]:
+        """Return what this rank owns of its replica, as views of the live arrays: its shards of the parameters that are
+        updated and of the running statistics, and what it alone keeps of them (`shards`).
+
+        The holders of a block own disjoint parts of it, which are the whole block together. Where all replicas are
+        equal they are holders, too.
+        """
+        weights = {
+            Holding(f"{PARAMETERS}/{key}", box): view
+            for flat in self.flats
+            for key, box, view in flat.shard_boxes(flat.weights)
+        }
+        return weights | self.shards(memories)
