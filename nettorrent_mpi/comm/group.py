@@ -19,11 +19,14 @@ class Group:
 
     Operations on a group of one make no MPI calls (at most a copy), so that callers need no special case, and a process
     that is alone needs no MPI: its groups have no communicator. Whoever makes a group, or has one made, frees it.
+    `kin` are the groups that were made from one another and are not freed.
     """
 
-    def __init__(self, comm: MPI.Intracomm | None, nodes: Sequence[int] | None = None):
+    def __init__(self, comm: MPI.Intracomm | None, nodes: Sequence[int] | None = None, kin: set[Group] | None = None):
         """Wrap a communicator, None where this process is alone; without `nodes` the members determine them
         collectively."""
+        self.kin = set() if kin is None else kin
+        self.kin.add(self)
         self._alone = comm is None
         self.comm = cast("MPI.Intracomm", comm)
         self.size, self.index = 1, 0
@@ -35,12 +38,25 @@ class Group:
 
     def free(self) -> None:
         """Free the communicator. All members call."""
+        self.kin.discard(self)
         if not self._alone:
             self.comm.Free()
 
+    def revoke(self) -> None:
+        """Let every operation of this group and its kin, on all their members, end with an error, also those that wait
+        already. One member calls; the groups cannot be used afterwards."""
+        if not self._alone:
+            for group in self.kin:
+                group.comm.Revoke()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether this rank knows of a member that is lost, or the group was revoked: where MPI tells (failures.py)."""
+        return not self._alone and bool(self.comm.Is_revoked() or self.comm.Get_failed().size)
+
     def duplicate(self) -> Group:
         """Return a group of the same members whose messages cannot match those of this one."""
-        return Group(None if self._alone else self.comm.Dup(), self.nodes)
+        return Group(None if self._alone else self.comm.Dup(), self.nodes, self.kin)
 
     def subgroup(self, members: Sequence[int]) -> Group:
         """Return the group of these members, in this order. Its members alone call, in the same order of groups."""
@@ -49,7 +65,7 @@ class Group:
         chosen = self.comm.group.Incl(list(members))
         comm = self.comm.Create_group(chosen, tag=_tag(members))
         chosen.Free()
-        return Group(comm, [self.nodes[member] for member in members])
+        return Group(comm, [self.nodes[member] for member in members], self.kin)
 
     @property
     def on_one_node(self) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nettorrent_mpi.comm.failures import drop
 from nettorrent_mpi.comm.group import Group, chunks
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
@@ -69,6 +70,10 @@ class Transfer:
                     np.add(view, staging, out=view)
                 else:
                     np.copyto(view, staging)
+
+    def abandon(self) -> None:
+        """Give up the requests; their group was revoked."""
+        drop(self._requests)
 
     def free(self) -> None:
         """Free the requests."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nettorrent_mpi.comm.failures import drop
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
@@ -212,6 +213,10 @@ class Mail:
         self.group.barrier()  # or what a faster member sends afterwards could arrive here, too
         return kept
 
+    def abandon(self) -> None:
+        """Give up the requests; the group was revoked."""
+        drop([*self._made.values(), *(request for request, _ in self._sending.values())])
+
     def close(self) -> None:
         """Free the requests. All members call, after `settle`; once the last one has, another mailbox may use the
         tag."""
@@ -241,6 +246,11 @@ class Pending:
         if self._request is not None and self._request.Test():
             self._request = None
         return self._request is None
+
+    def abandon(self) -> None:
+        """Give up the sums; the group was revoked."""
+        if self._request is not None:
+            drop([self._request])
 
     def sums(self) -> Array:
         """Wait for the sums and return them."""

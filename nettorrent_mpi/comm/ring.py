@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from nettorrent_mpi.comm.failures import drop
 from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Group
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
@@ -81,6 +82,10 @@ class Lap:
     def sent(self) -> None:
         """Wait until all send buffers may be overwritten."""
         MPI.Request.Waitall(list(self._sends))
+
+    def abandon(self) -> None:
+        """Give up the requests; their group was revoked."""
+        drop([*self._sends, *self._receives])
 
     def free(self) -> None:
         """Free the requests; nothing is in flight on any member."""
@@ -174,6 +179,11 @@ class Rings:
         while lap.under_way:
             others = [each for each in self._laps if each.under_way]
             others[MPI.Request.Waitany([each.awaited for each in others])].go_on()
+
+    def abandon(self) -> None:
+        """Give up the requests; their groups were revoked."""
+        for lap in self._laps:
+            lap.abandon()
 
     def free(self) -> None:
         """Free the requests; nothing is in flight on any member."""

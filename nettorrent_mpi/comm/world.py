@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from nettorrent_mpi import env
 from nettorrent_mpi.comm import library
+from nettorrent_mpi.comm.failures import lost, survivable
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError, in_one_line
@@ -30,7 +31,8 @@ class World(Group):
     host = platform.node()
     library = "none (one rank without a launcher)"
     threads = "multiple"  # what MPI allows threads to do
-    members = frozenset({0})  # their numbers in MPI.COMM_WORLD
+    numbers: tuple[int, ...] = (0,)  # of its ranks in MPI.COMM_WORLD
+    members = frozenset({0})  # these numbers
 
     def __init__(self, parent: MPI.Intracomm | None = None) -> None:
         alone = parent is None and not env.launched(os.environ) and not library.loaded()
@@ -39,8 +41,7 @@ class World(Group):
             check_launch(self.size, os.environ)
         if alone:
             return
-        others = MPI.COMM_WORLD.group
-        self.members = frozenset(self.comm.group.Translate_ranks(None, others))
+        self._count()
         self.host = MPI.Get_processor_name()
         self.library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
         if self.library.startswith("MPICH Version:"):
@@ -57,6 +58,30 @@ class World(Group):
     def rank(self) -> int:
         """This rank's number."""
         return self.index
+
+    def _count(self) -> None:
+        self.numbers = tuple(self.comm.group.Translate_ranks(None, MPI.COMM_WORLD.group))
+        self.members = frozenset(self.numbers)
+
+    def shrink(self) -> list[int]:
+        """Leave the lost ranks out, in place: whoever holds this world sees the survivors, renumbered in their order.
+        Returns the numbers of the lost in MPI.COMM_WORLD. All survivors call, after `revoke`, and wait for each other.
+
+        No group made from this world can be used any more; none is freed, because that could wait for the lost."""
+        before, nodes = self.numbers, self.nodes
+        self.comm = cast("MPI.Intracomm", self.comm.Shrink())
+        self.kin.intersection_update({self})
+        self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.size, self.index = self.comm.Get_size(), self.comm.Get_rank()
+        self._count()
+        kept = [nodes[before.index(number)] for number in self.numbers]
+        self.nodes = tuple(kept.index(node) for node in kept)
+        return [number for number in before if number not in self.members]
+
+    def agree(self) -> None:
+        """Wait for all ranks, where one may be lost: then an error is raised on all of them alike."""
+        if self.size > 1 and survivable():
+            self.comm.Agree(1)
 
     def _agreed(self, error: NetTorrentError, where: str = "") -> NetTorrentError:
         """The error as all ranks of this world raise it; one of the package's faults ends the program all the same."""
@@ -78,6 +103,8 @@ class World(Group):
             yield
         except Exception as error:
             problem = in_one_line(error) or error
+        if problem is not None and lost(problem, self):
+            raise problem  # nobody waits for this rank: all are woken
         ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
         found = self.gather_objects(ours)
         if problem is not None and not isinstance(problem, NetTorrentError):

@@ -285,6 +285,13 @@ class Wiring:
                 parts.append(Part(peers[there], _local(piece.rows, own_rows), _local(piece.cols, own_cols), adds))
         return parts
 
+    def abandon(self) -> None:
+        """Give up what is in flight, after the world was revoked. The arrays may not be used afterwards."""
+        self._connector.abort()
+        for transfer in self._transfers.values():
+            transfer.abandon()
+        self.rings.abandon()
+
     def close(self) -> None:
         """Free all MPI objects. All ranks call when nothing is in flight; the arrays may not be used afterwards."""
         for transfer in self._transfers.values():

@@ -15,6 +15,7 @@ NetTorrentError              exit code 1 unless stated otherwise
 ├── NonFiniteError           the training diverged: names step, layer and rank
 ├── CommunicationError       GPUs do not exchange arrays any more: NCCL failed, or waits for ever
 ├── RemoteError              another rank failed by an error that is not the package's, and reports it itself
+├── LostRanksError           other ranks have died, and the survivors go on without them or end
 ├── LostStateError           a part of the training state that no living rank holds: names the array
 ├── ChildError               a program that this one started failed: names it and shows its last lines
 └── ScheduleError            a schedule that cannot run: names the action that waits
@@ -149,6 +150,10 @@ class RemoteError(NetTorrentError):
 
 class CommunicationError(NetTorrentError):
     """GPUs do not exchange arrays any more: NCCL has failed, or a GPU waits for another rank for ever."""
+
+
+class LostRanksError(NetTorrentError):
+    """Other ranks have died."""
 
 
 class LostStateError(NetTorrentError):
