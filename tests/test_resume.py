@@ -343,13 +343,14 @@ def test_each_replica_goes_on(series: Callable[..., Any], tmp_path: Path, ranks:
 WITHHOLDING = "deadline: none, part: 1.0"
 BITWISE = {
     "rows": ("{swarms: [{layers: 3, rows: 2}]}", "allreduce"),
+    "async": ("{swarms: [{layers: 1}, {layers: 2}]}", "allreduce"),
     "withholding": ("{replicas: 2}", f"{{gossip: {{{WITHHOLDING}}}}}"),
     "push_sum": ("{replicas: 2}", f"{{gossip: {{{WITHHOLDING}, mix: push_sum, probability: 0.7}}}}"),
     "slow momentum": ("{replicas: 2}", f"{{gossip: {{{GOSSIP}, exact_every: 3, slow_momentum: 0.5}}}}"),
     "optimizer": ("{replicas: 2}", f"{{gossip: {{{WITHHOLDING}, average: [parameters, optimizer]}}}}"),
     "elite": ("{replicas: 2}", "{elite: 96}"),
 }
-QUICK = ("rows", "withholding")
+QUICK = ("rows", "withholding", "async")
 
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param([name for name in BITWISE if name not in QUICK], marks=slow)])
@@ -359,6 +360,7 @@ def test_a_rest_in_between_changes_no_bit(series: Callable[..., Any], tmp_path: 
     for name in names:
         layout, exchange = BITWISE[name]
         how = {"layout": layout, "exchange": exchange, "dtype": "float32", "kernels": "numpy", "train__epochs": 2}
+        how |= {"pipeline": "async"} if name == "async" else {}
         resting, resumed, whole = (tmp_path / f"{name}-{end}" for end in ("resting", "resumed", "whole"))
         from_there = resting / "checkpoints" / "step-0000000014.h5"
         commands.append(command(config, resting, **how, checkpoint="{every_steps: 7, keep: 9}"))

@@ -32,6 +32,7 @@ from nettorrent_mpi.engine.model_file import (
     verify,
     write_arrays,
 )
+from nettorrent_mpi.engine.rank_numbers import NUMBERS
 from nettorrent_mpi.engine.resharding import REPLICAS, move
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.state import OPTIMIZER, PARAMETERS
@@ -51,16 +52,19 @@ def collect(engine: Engine) -> Groups:
     """Return on rank 0 all arrays whole, as `model_file.write_arrays` takes them; elsewhere nothing. Collective over
     all ranks, at rest."""
     held, group = engine.blocks(), engine.wiring.everyone
-    names: dict[str, None] = {}
-    for each in group.gather_objects([holding.name for holding in held]):
-        names |= dict.fromkeys(each)
+    names: dict[str, str] = {}
+    shapes: dict[str, Shape] = {}
+    for each in group.gather_objects([(holding, array.dtype.str) for holding, array in held.items()]):
+        for (name, box), dtype in each:
+            names.setdefault(name, dtype)
+            before = shapes.get(name, (0,) * len(box))
+            shapes[name] = tuple(max(a, b.stop) for a, b in zip(before, box, strict=True))
     groups: Groups = {}
     wanted: dict[Holding, Array] = {}
     if group.index == 0:
-        shapes = engine.shapes()
-        for name in names:
+        for name, dtype in names.items():
             folder, key = _folder(name)
-            array = groups.setdefault(folder, {})[key] = np.empty(shapes[key], engine.state.weights_dtype)
+            array = groups.setdefault(folder, {})[key] = np.empty(shapes[name], dtype)
             wanted[Holding(name, whole(array.shape))] = array
     move(group, held, wanted)
     return groups
@@ -71,7 +75,7 @@ def _folder(name: str) -> tuple[str, str]:
     "linear1/weight")."""
     parts = name.split("/")
     at = 2 if parts[0] == REPLICAS else 0
-    at += 1 if parts[at] == PARAMETERS else 2
+    at += 1 if parts[at] in (PARAMETERS, NUMBERS) else 2
     return "/".join(parts[:at]), "/".join(parts[at:])
 
 
@@ -88,7 +92,7 @@ def restore_parameters(engine: Engine, path: Path, accept: Callable[[Mapping[str
         with engine.world.agreement():
             _read(path, shapes, "", wanted)
 
-    engine.fill(read)
+    engine.load(read)
 
 
 def _check_network(file: h5py.File, engine: Engine) -> None:
@@ -130,7 +134,8 @@ def _read(path: Path, shapes: Mapping[str, Shape], prefix: str, wanted: Mapping[
     with opened(path) as file:
         for (name, box), array in wanted.items():
             if prefix + name in file or name.startswith(PARAMETERS):
-                check_shape(file, prefix + name, shapes[_folder(name)[1]])
+                if not name.startswith(NUMBERS):
+                    check_shape(file, prefix + name, shapes[_folder(name)[1]])
                 read_box(file, prefix + name, box, array)
 
 

@@ -153,16 +153,16 @@ class DevicePipeline(Pipeline):
             return None
         versions = {id(params): number for number, params in enumerate(self._state.versions)}
         used = tuple(None if params is None else versions.get(id(params), -1) for params in self._params)
-        return actions, told, self._base % self._period, self._kept, used
+        return actions, told, self._base % self._period, self._state.kept, used
 
     def _effects(self, actions: Sequence[Action]) -> list[Any]:
         """Return what these actions have left behind on the host for later ones."""
         slots = {(self._base + (a.micro_batch or 0)) % self._wiring.slots for a in actions if a.kind == "F"}
         written = [(slot, self._saved[slot], self._dy[slot], self._y[slot]) for slot in slots]
-        return [written, list(self._params), self._kept]
+        return [written, list(self._params), self._state.kept]
 
     def _restore(self, effects: list[Any]) -> None:
-        written, self._params[:], self._kept = effects
+        written, self._params[:], self._state.kept = effects
         for slot, saved, dy, y in written:
             self._saved[slot], self._dy[slot], self._y[slot] = saved, dy, y
 

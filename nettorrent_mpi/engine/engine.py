@@ -20,6 +20,7 @@ from nettorrent_mpi.engine.device_pipeline import DevicePipeline
 from nettorrent_mpi.engine.devices import open_device
 from nettorrent_mpi.engine.metrics import Metrics
 from nettorrent_mpi.engine.pipeline import Pipeline, Work
+from nettorrent_mpi.engine.rank_numbers import RankNumbers
 from nettorrent_mpi.engine.resharding import Blocks, move, of_replica, takes
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.stage_schedule import StageSchedule
@@ -80,6 +81,7 @@ class Engine:
         self.state = state = State(plan, wiring, self.device, parameters, self.optimizer, versions=late)
         if blocks is None:
             state.initialise(options.seed)
+            state.forget_versions()
         self.metrics = Metrics(self.device)
         self.exchange = make_exchange(
             options.exchange,
@@ -94,6 +96,7 @@ class Engine:
         )
         clip_norm = options.clip_norm
         self.update = Update(wiring, self.device, state, self.optimizer, self.exchange, self.metrics, clip_norm)
+        self._numbers = RankNumbers(topology, world.rank, self.metrics, self.update, self.exchange)
         self.pipeline = (Pipeline if self.device.kind == "cpu" else DevicePipeline)(
             plan,
             wiring,
@@ -121,6 +124,12 @@ class Engine:
         self.close()
         return Blocks(self.world, arrays, self.exchange.count, self.steps)
 
+    def owned_blocks(self) -> dict[Holding, Array]:
+        """Return all that this rank owns of its replica's training state after the present step: views of the live
+        arrays (`State.owned_blocks`), and its numbers. Disjoint over the ranks of a replica, and complete. All ranks of
+        a replica call, after the same step."""
+        return self.state.owned_blocks(self.exchange.memories()) | self._numbers.now()
+
     def blocks(self) -> dict[Holding, Array]:
         """Return the blocks that this rank holds, in host memory. Collective over all ranks, at rest.
 
@@ -137,7 +146,8 @@ class Engine:
                     average[holding] = np.array(on_host(shard))
                     self.wiring.peers.all_reduce(average[holding])
                     np.divide(average[holding], self.exchange.count, out=average[holding])
-        own = self.state.blocks() | self.state.shards(self.exchange.memories())
+        own = self.state.blocks() | self.state.version_blocks() | self.state.shards(self.exchange.memories())
+        own |= self._numbers.now()
         own = {holding: on_host(array) for holding, array in own.items()}
         if self.exchange.count == 1:
             return own
@@ -148,28 +158,34 @@ class Engine:
         """Continue after `steps` steps of a training in which `replicas` replicas differed (1: none did). All ranks
         call.
 
-        `read(prefix, wanted)` fills the wanted arrays with those whose names begin with `prefix`. Replicas that differ
-        first become their average, from which the estimates of compressed messages start; if there are as many as
-        before, each then takes its own weights.
+        `read(prefix, wanted)` fills the wanted arrays with those whose names begin with `prefix`; it is called READS
+        times for each prefix. Replicas that differ first become their average; if there are as many as before, each
+        then takes its own weights.
         """
         own = f"{of_replica(self.place.replica, '')}"
         for prefix in ("", own)[: takes(replicas, self.exchange.count)]:
+            numbers = self._numbers.wanted()
+            read(prefix, numbers)
+            self._numbers.restore(numbers)
             memories = self.exchange.memories()
             for bucket, *shards in zip(self.state.buckets, *memories.values(), strict=True):
                 for shard in shards:
                     bucket.clear_gaps(shard)  # `read` leaves them as they are, and a mass is a part's largest
-            self.fill(partial(read, prefix), self.state.shards(memories))
+            self.fill(partial(read, prefix), self.state.blocks() | self.state.shards(memories))
+            self.state.forget_versions()
+            self.fill(partial(read, prefix), self.state.version_blocks())
             if not prefix:
                 self.exchange.averaged()
         self.exchange.recall(steps)
         self.steps = steps
 
-    def fill(
-        self, read: Callable[[Mapping[Holding, Array]], None], more: Mapping[Holding, Array] | None = None
-    ) -> None:
-        """Let `read` write new values into host memory of all blocks of parameters, and of `more` arrays of this state.
-        All ranks call, at rest."""
-        arrays = self.state.blocks() | dict(more or {})
+    def load(self, read: Callable[[Mapping[Holding, Array]], None]) -> None:
+        """Let `read` write new values into host memory of all blocks of parameters. All ranks call, at rest."""
+        self.fill(read, self.state.blocks())
+        self.state.forget_versions()
+
+    def fill(self, read: Callable[[Mapping[Holding, Array]], None], arrays: Mapping[Holding, Array]) -> None:
+        """Let `read` write new values into host memory of these arrays of this state. All ranks call, at rest."""
         self.state.fence()
         wanted = {holding: self.device.on_host(array) for holding, array in arrays.items()}
         read(wanted)

@@ -147,12 +147,13 @@ class Evaluator:
         """Score all rows. With `alone` each replica scores all rows, and the result has the scores of each; otherwise
         the replicas divide them."""
         engine, metrics = self._engine, self._engine.metrics
-        before = metrics.take()
+        before = metrics.sums()
+        metrics.take()
         engine.forward(batches, rows, alone=alone)
         sums = np.zeros((engine.topology.replicas, 4))
         sums[engine.place.replica if alone else 0] = metrics.take()
         engine.wiring.everyone.all_reduce(sums)
-        metrics.put_back(before)
+        metrics.restore(before)
         if not np.isfinite(sums).all():
             check_finite(engine, batches)
         return [mean_scores(*replica) for replica in (sums if alone else sums[:1])]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+
+import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
@@ -40,9 +43,16 @@ class Metrics:
         taken, self._before = self._before, (0.0, 0.0, 0.0, 0.0)
         return taken
 
-    def put_back(self, taken: tuple[float, float, float, float]) -> None:
-        """Restore the sums that were taken before an evaluation."""
-        self._before = taken
+    def sums(self) -> list[float]:
+        """Return what was added since `take`, in the parts in which it is added up. The host waits for the device."""
+        self.recent()
+        return [*self._before, *self.look()]
+
+    def restore(self, sums: Sequence[float]) -> None:
+        """Continue with these `sums` of the same rank, which were found before an evaluation or a resume."""
+        a, b, c, d, *values = sums
+        self._before = a, b, c, d
+        self._device.upload(self.values[:NONFINITE], np.array(values))
 
     def begin(self) -> None:
         """Begin to read what was added since it was last read. The host does not wait."""

@@ -20,6 +20,7 @@ from nettorrent_mpi.nn.layer import Context, Params
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.plan.actions import Action, Kind
+from nettorrent_mpi.plan.stream import age
 
 
 class Work(NamedTuple):
@@ -85,7 +86,11 @@ class Pipeline:
         # The numbers of the present step and of those that forward passes run ahead to, for operations.
         self._steps = device.numbers(1 + ahead)
         self._step_of = [self._steps.array[i : i + 1] for i in range(1 + ahead)]
-        self._base = self._kept = 0
+        self._exact, self._filled = plan.exact, [0] * slots
+        if state.versions:
+            stages, micro_batches = len(plan.topology.stages), plan.options.micro_batches
+            self._filled = [age(stages, micro_batches, wiring.place.stage, m) for m in range(slots)]
+        self._base = 0
         self._outputs: Array | None = None
         self.divergence = Divergence(device, layers, state, metrics, wiring.team.cols)
         self._methods: dict[Kind, Callable[[int], None]] = {
@@ -165,7 +170,8 @@ class Pipeline:
         x = self._batches.inputs(m, g)
         ctx.rows, ctx.count, ctx.step = rows.mine, rows.sharing, self._step_of[m // self._micro_batches]
         ctx.workspace = self._workspaces[slot]
-        params = self._state.params
+        # What fills a pipeline without flush again would have run earlier if it had not been drained.
+        params = self._state.version(self._filled[m] if m < len(self._filled) and ctx.training else 0)
         self._params[slot] = params if ctx.training else None
         y, self._saved[slot] = self._layers.forward(params, x, ctx)
         self._y[slot] = y
@@ -247,7 +253,8 @@ class Pipeline:
         self._end.before(self._step + 1)
 
     def _update(self, _: int) -> None:
-        self._keep_version()
+        if self._exact:
+            self._keep_version()
         self._end.update()
 
     def _after_update(self, _: int) -> None:
@@ -257,14 +264,14 @@ class Pipeline:
         self._end.gather()
 
     def _keep_version(self) -> None:
-        """Copy the present weights for the micro-batches that are between their forward and backward passes."""
+        """Copy the weights, before a step changes them, for the micro-batches that are between their forward and
+        backward passes, or would be if the pipeline were not being drained."""
         state = self._state
-        under_way = [slot for slot, params in enumerate(self._params) if params is state.params]
-        if under_way:
-            self._kept = (self._kept + 1) % len(state.versions)
-            state.keep_version(self._kept)
-            for slot in under_way:
-                self._params[slot] = state.versions[self._kept]
+        if state.versions:
+            state.keep_version()
+            for slot, params in enumerate(self._params):
+                if params is state.params:
+                    self._params[slot] = state.version(1)
 
 
 def _finish(transfer: Transfer | None) -> None:

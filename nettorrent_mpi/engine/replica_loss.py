@@ -14,6 +14,7 @@ class ReplicaLoss:
     def __init__(self, replica: Group, metrics: Metrics):
         self._replica, self._metrics = replica, metrics
         self._sums: Pending | None = None  # on its way
+        self._known = (0.0, 0.0)  # without sums on their way
         self._read = False  # whether what the host reads from the device is still to be summed
 
     def begin(self) -> None:
@@ -25,10 +26,20 @@ class ReplicaLoss:
 
     def take(self) -> tuple[float, float]:
         """Return (loss, rows) of this replica, as last begun; zeros if nothing was. All of its ranks call, and wait."""
+        found, self._known = self.look(), (0.0, 0.0)
+        return found
+
+    def look(self) -> tuple[float, float]:
+        """Return what `take` will return."""
         self._sum()
-        loss, rows = (0.0, 0.0) if self._sums is None else self._sums.sums()
-        self._sums = None
-        return loss, rows
+        if self._sums is not None:
+            loss, rows = self._sums.sums()
+            self._known, self._sums = (float(loss), float(rows)), None
+        return self._known
+
+    def restore(self, loss: float, rows: float) -> None:
+        """Let `take` return this next."""
+        self._known = loss, rows
 
     def _sum(self) -> None:
         if self._read:

@@ -15,6 +15,7 @@ from nettorrent_mpi.plan.moves import Holding, moves, within
 
 REPLICAS = "replicas"
 TAG = 78
+READS = 3  # how often arrays are taken each time: numbers of ranks, then the newest weights, then earlier versions
 
 
 def takes(replicas: int, now: int) -> int:
@@ -32,7 +33,8 @@ def of_replica(replica: int, name: str) -> str:
 class Blocks:
     """The blocks that one rank holds of a training at rest after `steps` steps.
 
-    An array is named "parameters/<layer>/<name>", "optimizer/<state>/<layer>/<name>" or "exchange/...". Where
+    An array is named "parameters/<layer>/<name>", "optimizer/<state>/<layer>/<name>", "exchange/...", "versions/..." or
+    "numbers/...". Where
     `replicas` of them differ, these are their average, and each one's own are named "replicas/<number>/..." besides.
     `group` contains all ranks that hold parts of this state: resharding is collective over it.
     """
@@ -62,7 +64,7 @@ class Blocks:
         Every rank of `group` either calls this or attaches an engine to its blocks; `replicas` is the number of
         differing replicas in that engine's plan.
         """
-        for _ in range(takes(self.replicas, replicas)):
+        for _ in range(READS * takes(self.replicas, replicas)):
             self.take("", {})
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.shared import SharedMemory
@@ -18,16 +20,17 @@ from nettorrent_mpi.nn.layer import Operands, Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.moves import Holding
 
-PARAMETERS, OPTIMIZER, EXCHANGE = "parameters", "optimizer", "exchange"  # the first parts of arrays' names
+# The first parts of arrays' names.
+PARAMETERS, OPTIMIZER, EXCHANGE, VERSIONS = "parameters", "optimizer", "exchange", "versions"
 
 
 class State:
     """Parameters, gradients, running statistics and optimizer state of one rank's stage.
 
-    `params` maps "<layer>/<name>" to this rank's blocks, views of the flat arrays; `grads` likewise to the arrays into
-    which the backward pass writes gradients (running statistics have none), and `versions[i]` to the blocks of an
-    earlier version. `buckets` are in the order in which the backward pass completes them. All holders construct their
-    states at the same time.
+    `params` maps "<layer>/<name>" to this rank's blocks, views of the flat arrays; `grads` likewise to the arrays
+    into which the backward pass writes gradients (running statistics have none), and `versions[i]` to the blocks of
+    an earlier version, which take turns (`version`). `buckets` are in the order in which the backward pass completes
+    them. All holders construct their states at the same time.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class State:
             for bucket in self.buckets:
                 blocks |= bucket.blocks(bucket.versions[i])
             self.versions.append(blocks)
+        self.kept = 0  # the number of the version that was kept last
 
     @property
     def flats(self) -> list[Flat]:
@@ -129,10 +133,23 @@ class State:
         for flat in self.statistics:
             flat.reducer.gather()
 
-    def keep_version(self, number: int) -> None:
-        """Copy the parameters to versions[number]. All holders call, before any of them changes its shard."""
+    def keep_version(self) -> None:
+        """Copy the parameters to the oldest version. All holders call, before any of them changes its shard."""
+        self.kept = (self.kept + 1) % len(self.versions)
         for bucket in self.buckets:
-            bucket.keep_version(number)
+            bucket.keep_version(self.kept)
+
+    def version(self, age: int) -> dict[str, Array]:
+        """Return the blocks of parameters as they were this number of updates ago."""
+        return self.versions[(self.kept - age + 1) % len(self.versions)] if age else self.params
+
+    def forget_versions(self) -> None:
+        """Make all versions the present parameters. All holders call."""
+        if self.versions:
+            self.fence()
+            for _ in self.versions:
+                self.keep_version()
+            self.fence()
 
     # -- what this rank holds, in global coordinates ----------------------------------------------------------------
 
@@ -157,6 +174,7 @@ class State:
             [flat.weights for flat in self.statistics],
             gather=self.gather_all,
             fence=self.fence,
+            replaced=self.forget_versions,
         )
 
     def shards(self, memories: Mapping[str, Sequence[Array]]) -> dict[Holding, Array]:
@@ -171,9 +189,28 @@ class State:
             for key, box, view in bucket.shard_boxes(shard)
         }
 
+    def version_blocks(self) -> dict[Holding, Array]:
+        """Return this rank's blocks of the earlier versions, as views of the live arrays."""
+        return {
+            Holding(f"{name}/{key}", self.parameters[key].box): block
+            for name, bucket, flat in self._named_versions()
+            for key, block in bucket.blocks(flat).items()
+        }
+
+    def _named_versions(self) -> Iterator[tuple[str, Bucket, Array]]:
+        """Yield the name, the bucket and the array of each earlier version, by its age. Those of a type that files do
+        not have are given as the bits of their numbers."""
+        for age in range(1, len(self.versions) + 1):
+            for bucket in self.buckets:
+                flat = bucket.versions[(self.kept - age + 1) % len(self.versions)]
+                if bucket.rounded:
+                    yield f"{VERSIONS}/{age}_{self.dtype}", bucket, flat.view(np.uint16)
+                else:
+                    yield f"{VERSIONS}/{age}", bucket, flat
+
     def owned_blocks(self, memories: Mapping[str, Sequence[Array]]) -> dict[Holding, Array]:
         """Return what this rank owns of its replica, as views of the live arrays: its shards of the parameters that are
-        updated and of the running statistics, and what it alone keeps of them (`shards`).
+        updated, of their earlier versions and of the running statistics, and what it alone keeps of them (`shards`).
 
         The holders of a block own disjoint parts of it, which are the whole block together. Where all replicas are
         equal they are holders, too.
@@ -183,4 +220,9 @@ class State:
             for flat in self.flats
             for key, box, view in flat.shard_boxes(flat.weights)
         }
-        return weights | self.shards(memories)
+        versions = {
+            Holding(f"{name}/{key}", box): view
+            for name, bucket, flat in self._named_versions()
+            for key, box, view in bucket.shard_boxes(flat[bucket.shard])
+        }
+        return weights | versions | self.shards(memories)

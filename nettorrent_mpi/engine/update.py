@@ -45,12 +45,12 @@ class Update:
         self._numbers = device.numbers(len(optimizer.numbers(0.0, 1)))
         self._scale = None if clip_norm is None else device.zeros((1,), "float64")
         self._squares = device.zeros((1,), "float64")
-        self._loss = ReplicaLoss(wiring.channel(wiring.replica), metrics) if exchange.wants_loss else None
+        self.loss = ReplicaLoss(wiring.channel(wiring.replica), metrics) if exchange.wants_loss else None
 
     @property
     def reads_loss(self) -> bool:
         """Whether the loss is read in every step, for the exchange."""
-        return self._loss is not None
+        return self.loss is not None
 
     def begin(self, rate: float, step: int) -> None:
         """Tell the device what is new in this step, before any of its actions."""
@@ -87,11 +87,11 @@ class Update:
 
     def before(self, step: int) -> None:
         """Merge into this rank's shards the messages of its peers."""
-        if self._loss is not None:
-            loss, rows = self._loss.take()  # in the step before
+        if self.loss is not None:
+            loss, rows = self.loss.take()  # in the step before
             if rows:
-                self._exchange.tell_loss(float(loss / rows))
-            self._loss.begin()
+                self._exchange.tell_loss(loss / rows)
+            self.loss.begin()
         self._exchange.before_update(step)
 
     def update(self) -> None:
@@ -115,5 +115,5 @@ class Update:
 
     def close(self) -> None:
         """Wait for communication in flight. All ranks call, at rest."""
-        if self._loss is not None:
-            self._loss.take()
+        if self.loss is not None:
+            self.loss.take()

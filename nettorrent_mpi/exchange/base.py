@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
+
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.exchange.replicas import Replicas
@@ -62,6 +64,15 @@ class Exchange(Replicas):
         """Return what a checkpoint holds besides parameters and optimizer state: by name, arrays like the shards'
         parameters. A restored run writes into them and calls `recall`. Settled."""
         return {}
+
+    def numbers(self) -> Array:
+        """Return what a checkpoint holds besides arrays like the shards': float64 numbers that this rank alone keeps,
+        as many as in any other run that is configured alike."""
+        return np.empty(0)
+
+    def take_numbers(self, numbers: Array) -> None:
+        """Continue with these numbers, of the same rank of the same layout, before the arrays are restored. All peers
+        call."""
 
     def recall(self, step: int) -> None:
         """Continue after `step`: parameters and `memories` were restored, or all replicas are equal."""

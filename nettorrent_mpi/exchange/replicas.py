@@ -22,7 +22,8 @@ class Shards:
     """The flat arrays that one rank owns of its replica; its peers own the same elements of the other replicas.
 
     `optimizer` maps each state of the optimizer to arrays like the `parameters`. `statistics` are arrays without
-    gradients (running means and variances).
+    gradients (running means and variances). `replaced` is called when all of them have been replaced by other
+    replicas', by all ranks.
     """
 
     parameters: Sequence[Array]
@@ -30,6 +31,7 @@ class Shards:
     statistics: Sequence[Array] = ()
     gather: Callable[[], None] = nothing
     fence: Callable[[], None] = nothing
+    replaced: Callable[[], None] = nothing
 
     @property
     def weights(self) -> list[Array]:
@@ -107,6 +109,7 @@ class Replicas:
             for array in self.shards.memories:
                 self.channel.broadcast(array, best)
         self._all_take(best)
+        self.shards.replaced()
         self.averaged()
 
     def adopt(self, takes: Sequence[int]) -> None:
@@ -120,6 +123,7 @@ class Replicas:
             receives = [(array, source) for to, source in enumerate(takes) if to == own != source]
             self.channel.exchange(sends, receives)
         self.shards.gather()
+        self.shards.replaced()
 
     def _all_take(self, best: int | None) -> None:
         self.shards.fence()

@@ -9,7 +9,9 @@ be.
 Stage s of S has d = S - s micro-batches in flight, so that the stages behind it are never without work: in every step
 its forward passes are d - 1 micro-batches ahead of its backward passes. F(m + d - 1) of step n uses the weights after n
 updates, and floor((m + d - 1) / M) more are made before its gradient's own. All steps are alike but the first after a
-drain, which fills the pipeline, and the last ones before a drain, which have no forward passes left.
+drain, which fills the pipeline, and the last ones before a drain, which have no forward passes left. What they have
+left out is done after the drain, with the weights that it would have used without one (`age`): so a drain costs time,
+and changes no gradient.
 """
 
 from __future__ import annotations
@@ -92,6 +94,12 @@ def reach(stages: int, micro_batches: int) -> int:
     """Return how many mini-batches after the present one receives may be posted for: ceil(S / M). That is at most one
     more than the mini-batches that are begun, which are `staleness_bound` of the first stage."""
     return -(-stages // micro_batches)
+
+
+def age(stages: int, micro_batches: int, stage: int, m: int) -> int:
+    """Return how many updates old are the weights that F(m) uses in the first step after a drain: those of the step in
+    which it would have run without the drain, floor((m - d + 1) / M) steps from this one."""
+    return max(0, -((m - (stages - stage - 1)) // micro_batches))
 
 
 def mean_staleness(stages: int, micro_batches: int, stage: int) -> float:

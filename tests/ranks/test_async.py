@@ -156,15 +156,16 @@ def train(case: Case, lefts: Sequence[int], pipeline: specs.Spec | None = None) 
 
 
 class Emulated:
-    """The definition. Stage s of S has d = S - s micro-batches in flight: of the micro-batches since the last drain, of
-    which M make a mini-batch, number g goes forward and back with the weights after floor((g - d + 1) / M) updates
-    since then. Each mini-batch's gradients are added up and applied to every stage's newest weights."""
+    """The definition. Stage s of S has d = S - s micro-batches in flight: of all micro-batches, of which M make a
+    mini-batch, number g goes forward and back with the weights after floor((g - d + 1) / M) updates, wherever the
+    pipeline is drained in between. Each mini-batch's gradients are added up and applied to every stage's newest
+    weights."""
 
     def __init__(self, case: Case, windows: Iterable[int]):
         network = Network(NETWORKS[case.network], SHAPE)
         self.case = case
         self.stages = [network.stage(*layers, 1, 0) for layers in pairwise(case.cuts)]
-        self.versions: list[list[dict[str, np.ndarray]]] = []  # of each stage, since the last drain
+        self.versions: list[list[dict[str, np.ndarray]]] = []  # of each stage
         for stage in self.stages:
             first = {key: initial_value(p, SEED, key.rpartition("/")[0]) for key, p in stage.parameters}
             self.versions.append([first])
@@ -181,17 +182,15 @@ class Emulated:
         self.losses: list[float] = []
         self.scores: list[float] = []
         for window in windows:
-            self.versions = [[of_stage[-1]] for of_stage in self.versions]
-            for number in range(window):
-                self.mini_batch(number)
+            for _ in range(window):
+                self.mini_batch()
             test = self.dataset.test
             self.evaluate(test.inputs(), test.targets(), np.arange(test.rows))
             self.evaluate(self.inputs, self.targets, self.sampler.validation_rows)
         arrays = {key: array for of_stage in self.versions for key, array in of_stage[-1].items()}
         self.result = Result(self.losses, self.scores, arrays)
 
-    def mini_batch(self, number: int) -> None:
-        """`number` counts from the last drain."""
+    def mini_batch(self) -> None:
         step, count = len(self.losses), self.case.micro_batches
         rows = self.sampler.rows(step)
         x = np.empty((len(rows), *SHAPE))
@@ -212,7 +211,7 @@ class Emulated:
                     usual=BATCH // count,
                 )
                 x_m, targets = x[slice(*span)], self.targets[rows[slice(*span)]]
-                total += self.micro_batch(number * count + m, x_m, targets, len(rows), told)
+                total += self.micro_batch(step * count + m, x_m, targets, len(rows), told)
         self.losses.append(total / len(rows))
         self.update(step)
 
