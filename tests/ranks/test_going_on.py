@@ -65,9 +65,8 @@ def train(rests: list[int], *, again: bool, **options: Any) -> Found:
 def differences(found: Found, expected: Found) -> list[str]:
     """The names of what is not bit for bit the same."""
     different = [each.name for each in found.arrays.keys() ^ expected.arrays.keys()]
-    for each in found.arrays.keys() & expected.arrays.keys():
-        if not np.array_equal(found.arrays[each], expected.arrays[each], equal_nan=True):
-            different.append(each.name)
+    both = found.arrays.keys() & expected.arrays.keys()
+    different += [each.name for each in both if not np.array_equal(found.arrays[each], expected.arrays[each])]
     different += ["sums"] if found.sums != expected.sums else []
     return different + (["scores"] if found.scores != expected.scores else [])
 
