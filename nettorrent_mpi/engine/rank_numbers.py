@@ -30,18 +30,23 @@ class RankNumbers:
         apart = exchange.count > 1
         row = rank % (topology.size // topology.replicas) if apart else rank
         self._length = _SUMS + 2 + exchange.numbers().size
+        self._device = exchange.device
+        self._array = self._device.zeros((1, self._length), "float64")
         stages = "".join(f".{s.first}to{s.stop}x{s.rows}x{s.cols}" for s in topology.stages)
         name = f"{NUMBERS}/{topology.replicas}{stages}.{self._length}"
         self._holding = Holding(name, (Span(row, row + 1), Span(0, self._length)))
 
     def now(self) -> dict[Holding, Array]:
-        """Return the numbers after the present step. All ranks of a replica call, after the same step."""
+        """Return the numbers after the present step, on the device. All ranks of a replica call, after the same
+        step."""
         loss = self._update.loss
         told = (0.0, 0.0) if loss is None else loss.look()
-        return {self._holding: np.concatenate([self._metrics.sums(), told, self._exchange.numbers()])[np.newaxis]}
+        self._device.upload(self._array[0], np.concatenate([self._metrics.sums(), told, self._exchange.numbers()]))
+        return {self._holding: self._array}
 
     def wanted(self) -> dict[Holding, Array]:
-        """Return the array that is to be filled for `restore`; where nothing is known of it, it stays as it is."""
+        """Return the array, in host memory, that is to be filled for `restore`; where nothing is known of it, it stays
+        as it is."""
         return {self._holding: np.full((1, self._length), np.nan)}
 
     def restore(self, wanted: dict[Holding, Array]) -> None:
