@@ -2,6 +2,7 @@
 # make test    a test of every kind, in minutes                          ARGS="-k floors"   TORCH=1: against PyTorch, too
 # make test-slow   what CI runs besides: the tests marked slow           ARGS=... and TORCH=1 as above
 # make test-all    every test, the long ones too: both MPIs, every rank count, many seeds
+# make test-slurm  jobs/ on a real Slurm of four nodes, which it starts on this machine; as root, with slurm-wlm and munge
 # make check   ruff, ruff format, mypy --strict
 # make bench   the benchmarks, against PyTorch
 # make test-gpu    tests/gpu on this machine's GPU, with its own Python, CuPy and PyTorch      ARGS="-k products"
@@ -29,7 +30,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: run test test-slow test-all check bench test-gpu bench-gpu wheels-gpu clean
+.PHONY: run test test-slow test-all test-slurm check bench test-gpu bench-gpu wheels-gpu clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run
@@ -39,6 +40,9 @@ test: MARKED := -m "not slow and not long"
 test-slow: MARKED := -m "slow and not long"
 test test-slow test-all: $(VENV)/.dev $(MPICH)/.made $(if $(TORCH),$(VENV)/.compare)
 	$(BIN)/python -m pytest $(MARKED) $(ARGS)
+
+test-slurm: $(VENV)/.dev $(MPICH)/.made
+	tests/slurm/with_slurm.sh $(BIN)/python -m pytest tests/slurm $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -41,6 +41,14 @@ if [[ -n $gpus && $LAUNCH == mpirun ]]; then
   unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
 fi
 
+# A training under Open MPI 5 goes on when ranks die (--with-ft ulfm). MPIRUN_FLAGS= leaves that out, or adds others.
+if [[ $LAUNCH == mpirun && -z ${MPIRUN_FLAGS+set} ]]; then
+  case $(mpirun --version 2>/dev/null) in *"(Open MPI) "[5-9]*) MPIRUN_FLAGS="--with-ft ulfm" ;; esac
+fi
+
+# A job that stops because its time is nearly over requeues itself, at most so many times:
+REQUEUES=${REQUEUES:-100}
+
 # launcher RANKS: the words that start so many ranks
 launcher() {
   case $LAUNCH in
@@ -54,22 +62,51 @@ launcher() {
   esac
 }
 
-# launch RANKS COMMAND [ARG ...]: returns the command's exit code
+# launch COMMAND [ARG ...]: returns the command's exit code
 #
 # It runs in the background, because bash handles no signal while it waits for a command in the foreground. A signal to
 # this shell is passed on as USR1, which every launcher hands to the ranks: they stop with a checkpoint and exit code 75.
-# At other signals some launchers kill the ranks (README.md has the table).
+# At other signals some launchers kill the ranks (README.md has the table). `signalled` is the last signal.
+signalled=
 launch() {
-  local words job code=0
-  words=$(launcher "$1")
-  shift
-  # shellcheck disable=SC2086  # it has several
-  $words "$@" &
+  local job code=0 signal
+  "$@" &
   job=$!
-  # shellcheck disable=SC2064  # this job
-  trap "kill -USR1 $job 2>/dev/null || true" USR1 USR2 TERM INT
+  for signal in USR1 USR2 TERM INT; do
+    # shellcheck disable=SC2064  # this job, this signal
+    trap "signalled=$signal; kill -USR1 $job 2>/dev/null || true" "$signal"
+  done
   while kill -0 "$job" 2>/dev/null; do wait "$job" || true; done # a signal ends `wait`, too
   wait "$job" || code=$?
-  if ((code == 75)); then echo "stopped with a checkpoint; to continue: scontrol requeue ${SLURM_JOB_ID:-}"; fi
+  return "$code"
+}
+
+# train CONFIG [ARG ...]: trains on all tasks of the job, in the folder runs/NAME-ID or that of --output
+#
+# It continues what an earlier run of the job has left there. The exit code alone does not tell whether a run came to its
+# end: mpirun ends with 0 after it has lost ranks, too. The last file of a run, summary.json, does.
+train() {
+  local words word before='' code=0 run=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID on="to continue: scontrol requeue $SLURM_JOB_ID"
+  words=$(launcher "$SLURM_NTASKS")
+  words=${words/#mpirun/mpirun${MPIRUN_FLAGS:+ $MPIRUN_FLAGS}}
+  for word in "$@"; do
+    if [[ $before == --output ]]; then run=$word; elif [[ $word == --output=* ]]; then run=${word#*=}; fi
+    before=$word
+  done
+  # shellcheck disable=SC2086  # it has several
+  launch $words python -m nettorrent_mpi.train "$1" --output "$run" --resume auto "${@:2}" || code=$?
+  if ((code == 75)); then
+    # Slurm's warning that the time is nearly over is USR2 (#SBATCH --signal). Other signals are somebody's wish.
+    if [[ $signalled == USR2 ]] && ((${SLURM_RESTART_COUNT:-0} < REQUEUES)); then
+      echo "stopped with a checkpoint because the time is nearly over; the job requeues itself"
+      scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script meanwhile
+    fi
+    echo "stopped with a checkpoint; $on"
+  elif ((code > 128)); then
+    echo "ranks were killed; $on"
+  elif ((code == 0)) && [[ -d $run && ! -e $run/summary.json ]]; then
+    echo "the run ended without results, as when ranks are lost; $on"
+    code=1
+  fi
   return "$code"
 }
