@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed import RESULTS
-from nettorrent_mpi.speedup.machine import describe_host, find_mpirun
+from nettorrent_mpi.cli.launching import find_mpirun
+from nettorrent_mpi.speedup.machine import describe_host
 from nettorrent_mpi.speedup.runs import run
 
 LAYERS = {"mnist": 7, "mnist_wide": 4, "cifar": 6}

@@ -27,7 +27,8 @@ from typing import Any
 
 from benchmarks import exchange_accuracy, exchange_network, exchange_progress, exchange_trace
 from benchmarks.speed import RESULTS
-from nettorrent_mpi.speedup.machine import describe_host, find_mpirun
+from nettorrent_mpi.cli.launching import find_mpirun
+from nettorrent_mpi.speedup.machine import describe_host
 
 PARTS = ("accuracy", "network", "progress", "fast", "trace")
 TITLES = {  # of the sections of the report

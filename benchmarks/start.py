@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from nettorrent_mpi.speedup.machine import Launcher, as_root, describe_host, in_words
+from nettorrent_mpi.cli.launching import as_root
+from nettorrent_mpi.speedup.machine import Launcher, describe_host, in_words
 
 HERE = Path(__file__).resolve().parent.parent
 ALONE = "from mpi4py import MPI; MPI.COMM_WORLD.Barrier(); print('loaded', flush=True)"

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu.record import Record, Skipped
+from nettorrent_mpi.cli.launching import as_root, find_mpirun
 from nettorrent_mpi.plan.errors import LaunchError
-from nettorrent_mpi.speedup.machine import Launcher, as_root, find_mpirun
+from nettorrent_mpi.speedup.machine import Launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 REFUSED = "skipped: "  # how a line of the ranks' begins where NCCL cannot

@@ -38,6 +38,18 @@ the versions), report.md (tables, and an analysis of the figures), plots as PNG 
 configuration of each run). The report also lists what is not possible, such as more pipeline stages than layers."""
 
 
+CHAOS = """\
+Trains the network that CONFIG describes twice: undisturbed, and while random ranks are killed at random times. The
+training has to survive that, and to end as well. Reports what was killed, how fast the run recovered, how many steps
+were done again, and both accuracies:
+
+    nettorrent chaos configs/mnist.yaml --ranks 4 --kills 2 --seed 1
+    nettorrent chaos configs/mnist.yaml --ranks 6 --kills 3 --who 0 --set layout.replicas=3 --set exchange=gossip
+
+It starts the ranks itself, on this machine and under Open MPI's mpirun --with-ft ulfm; do not put mpirun before it. The
+output folder gets chaos.json (all figures), and the folders and the output of both runs."""
+
+
 class _Formatter(argparse.HelpFormatter):
     """Breaks lines between words only, and leaves indented lines, which are commands, as they are."""
 
@@ -101,6 +113,7 @@ def _parser() -> _Parser:
     export.add_argument("target", metavar="FILE.npz", help="the file to create")
 
     _add_speedup(commands)
+    _add_chaos(commands)
 
     data = commands.add_parser("data", help="download published data sets, import folders of images")
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
@@ -165,6 +178,27 @@ def _add_speedup(commands: Any) -> None:
         help="the command that starts {ranks} ranks, e.g. 'srun --mpi=pmix --ntasks={ranks}' "
         "(default: mpirun -n {ranks})",
     )  # fmt: skip
+
+
+def _add_chaos(commands: Any) -> None:
+    parser = commands.add_parser("chaos", help="kill random ranks of a training, and report it", description=CHAOS)
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a YAML file; examples are in configs/ (default: the digits)"
+    )
+    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="ranks at the start (default: 4)")
+    parser.add_argument("--kills", type=int, default=1, metavar="N", help="ranks to kill (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws which ranks die, and when (default: 0)")
+    parser.add_argument("--who", metavar="RANK,...", help="ranks that are among those that die, e.g. 0")
+    parser.add_argument("--at-once", action="store_true", help="kill all of them at the same time")
+    _add_set(parser)
+    parser.add_argument("--output", metavar="DIR", help="the folder to write (default: runs/chaos-CONFIG)")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results in that folder")
+    parser.add_argument(
+        "--limit", type=float, default=3600.0, metavar="SECONDS",
+        help="end a run that takes longer, and fail (default: 3600; and the disturbed one after two minutes and five "
+        "times as long as the undisturbed one)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the content of chaos.json in place of tables")
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:

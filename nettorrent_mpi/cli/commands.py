@@ -86,6 +86,12 @@ def _speedup(args: argparse.Namespace) -> None:
     speedup(args)
 
 
+def _chaos(args: argparse.Namespace) -> None:
+    from nettorrent_mpi.cli.chaos import chaos
+
+    chaos(args)
+
+
 def _data(args: argparse.Namespace) -> None:
     from pathlib import Path
 
@@ -127,5 +133,6 @@ def _tell_images(done: int, total: int) -> None:
 _LOCAL: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": _export,
     "speedup": _speedup,
+    "chaos": _chaos,
     "data": _data,
 }

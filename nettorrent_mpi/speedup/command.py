@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # isort: split
+from nettorrent_mpi.cli.launching import stopped_like_interrupted
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
@@ -73,7 +72,7 @@ def speedup(args: argparse.Namespace, program: Sequence[str] = PROGRAM) -> None:
     comparison = Comparison(folder, launcher, plans, everyone, results, shared, program)
     with RunLock(folder):
         try:
-            with _stopped_like_interrupted():
+            with stopped_like_interrupted():
                 comparison.run(args.repeats, args.steps, args.accuracy)
         except ChildError as error:
             comparison.fail({"command": error.command, "exit_code": error.code, "lines": error.lines})
@@ -202,17 +201,3 @@ def _about(
         "traces": [],
         "accuracy": None,
     }
-
-
-@contextlib.contextmanager
-def _stopped_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM, which batch systems send, end the started programs as Ctrl-C does."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

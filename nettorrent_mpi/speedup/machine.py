@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nettorrent_mpi.cli.launching import as_root, find_mpirun, is_open_mpi
 from nettorrent_mpi.cli.run_folder import commit
 from nettorrent_mpi.cores import cores_of_node, tasks_per_node
 from nettorrent_mpi.device import visible
@@ -55,21 +56,6 @@ def environment(threads: int = 1) -> dict[str, str]:
     return env | as_root()
 
 
-def as_root() -> dict[str, str]:
-    """Return the variables that let Open MPI run as root, which it refuses by default; nothing for other users."""
-    return dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1") if os.geteuid() == 0 else {}
-
-
-def find_mpirun() -> str:
-    """Return the mpirun of this Python's environment, or else the first on PATH. Raises LaunchError if there is
-    none."""
-    beside = Path(sys.executable).parent / "mpirun"
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if found is None:
-        raise LaunchError("there is no mpirun beside this Python or on PATH: install an MPI (pip install '.[mpi]')")
-    return found
-
-
 class Launcher:
     """A Launcher starts a program on some ranks.
 
@@ -95,17 +81,6 @@ class Launcher:
         first, *rest = (word.replace(RANKS, str(ranks)) for word in self._words)
         more = ["--oversubscribe"] if self._open_mpi and ranks > self.cores else []
         return [first, *more, *rest, *program]
-
-
-def is_open_mpi(mpirun: str) -> bool:
-    """Whether this mpirun belongs to Open MPI."""
-    try:
-        done = subprocess.run(
-            [mpirun, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=60
-        )
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return "Open MPI" in done.stdout or "OpenRTE" in done.stdout or "PRRTE" in done.stdout
 
 
 def cores_of_job(environ: Mapping[str, str]) -> int:
