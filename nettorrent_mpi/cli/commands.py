@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import os
 import sys
 import warnings
@@ -24,7 +23,6 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
     if not {"-h", "--help"} & set(arguments):
         if command == "train":
             signals = Signals()  # already here: a signal to stop may come while MPI loads
-            atexit.register(signals.ignore)
             from nettorrent_mpi.cli.run import train
 
             return partial(train, signals=signals)

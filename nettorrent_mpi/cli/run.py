@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import shlex
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
     """Run `nettorrent train` on all ranks; returns the exit code."""
     with Ranks() as ranks:
         world = ranks.world
+        atexit.register(signals.ignore)  # before MPI ends, which was asked for when it started
         with world.agreement():
             args = parse(arguments)
         world.same("command line", " ".join(arguments))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from nettorrent_mpi.comm.launcher import LAUNCHER
 from nettorrent_mpi.plan.errors import LaunchError
+
+# Seconds that MPI may take to start, and to end after all ranks have met. It keeps Python's lock meanwhile, so only a
+# timer that needs no lock can end what hangs there.
+STARTING, ENDING = 600.0, 60.0
 
 __all__ = ["MPI", "loaded"]
 
@@ -17,15 +26,42 @@ def loaded() -> bool:
 
 
 def _load() -> Any:
+    LAUNCHER.watch()
+    if loaded():  # by a script, which also ends it
+        return import_module("mpi4py.MPI")
     try:
         import_module("mpi4py").rc.thread_level = "multiple"
-        return import_module("mpi4py.MPI")
+        with _limited(STARTING):
+            module = import_module("mpi4py.MPI")
+        atexit.register(_end)
+        return module
     except (ImportError, RuntimeError) as error:
         told = str(error).splitlines()  # mpi4py names every file that it has tried
         reason = ": ".join(told) if len(told) < 3 else told[0]
         raise LaunchError(
             f"MPI cannot be loaded ({reason}): load your site's MPI module, or install one with pip install '.[mpi]'"
         ) from error
+
+
+def _end() -> None:
+    """End MPI while the launcher is still looked after, unless an error has ended the script: then all ranks are
+    ended."""
+    if getattr(sys, "last_type", None) is None and MPI.Is_initialized() and not MPI.Is_finalized():
+        with _limited(ENDING):
+            MPI.Finalize()
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """End the process, showing where it is, if the `with` block takes longer."""
+    streams = [stream for stream in (sys.__stderr__,) if stream is not None and not stream.closed]
+    if streams:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=streams[0])
+    try:
+        yield
+    finally:
+        if streams:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class _Library:

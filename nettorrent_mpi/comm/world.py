@@ -14,7 +14,9 @@ from nettorrent_mpi import env
 from nettorrent_mpi.comm import library
 from nettorrent_mpi.comm.failures import lost, survivable
 from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.launcher import LAUNCHER, shared_files, unname
 from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.comm.processes import this_process
 from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError, in_one_line
 
 T = TypeVar("T")
@@ -53,6 +55,11 @@ class World(Group):
             MPI.THREAD_MULTIPLE: "multiple",
         }
         self.threads = levels[MPI.Query_thread()]
+        if self.size == MPI.COMM_WORLD.Get_size():
+            told = self.gather_objects((this_process(), shared_files()))
+            here = [told[i] for i, node in enumerate(self.nodes) if node == self.nodes[self.index]]
+            LAUNCHER.siblings = [sibling for sibling, _ in here if sibling != this_process()]
+            unname(files for _, files in here)
 
     @property
     def rank(self) -> int:

@@ -1,0 +1,74 @@
+"""Processes of this machine, as Linux tells of them in /proc. A process is known by its number and the time of its
+start, because numbers are used again."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+GONE = "gone"
+
+
+class Process(NamedTuple):
+    """A process: its number, when it started (ticks since the machine did), and its program's name."""
+
+    pid: int
+    started: str
+    name: str = ""
+
+    @property
+    def state(self) -> str:
+        """The letter of its state (R runs, S sleeps, D waits for a disk, T is stopped), GONE if it has ended."""
+        found = _stat(self.pid)
+        if found is None or found.started != self.started or found.state in "ZX":
+            return GONE
+        return found.state
+
+    def end(self, signal: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self.state != GONE:
+            with suppress(OSError):
+                os.kill(self.pid, signal)
+
+
+class _Stat(NamedTuple):
+    name: str
+    state: str
+    parent: int
+    started: str
+
+
+def _stat(pid: int) -> _Stat | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    head, _, rest = text.rpartition(")")
+    fields = rest.split()
+    return _Stat(head.partition("(")[2], fields[0], int(fields[1]), fields[19])
+
+
+def process(pid: int) -> Process | None:
+    """Return the process of this number; None if there is none, or nothing is told of it."""
+    found = _stat(pid)
+    return None if found is None else Process(pid, found.started, found.name)
+
+
+def this_process() -> Process:
+    """Return the process that calls."""
+    return process(os.getpid()) or Process(os.getpid(), "")
+
+
+def ancestors() -> list[Process]:
+    """Return this process's parent, that one's parent and so on, but the first process of the machine."""
+    line: list[Process] = []
+    pid = os.getppid()
+    while pid > 1:
+        found = _stat(pid)
+        if found is None:
+            break
+        line.append(Process(pid, found.started, found.name))
+        pid = found.parent
+    return line

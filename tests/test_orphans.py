@@ -1,0 +1,138 @@
+"""No rank outlives its launcher, however that ends, and nothing stays in shared memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nettorrent_mpi.comm.launcher import belonging
+from nettorrent_mpi.comm.processes import GONE, Process, ancestors, process
+from tests.conftest import kill_session
+
+HERE = Path(__file__).resolve().parent
+PATIENT = 60  # seconds: the machine may be busy
+SOON = 20  # seconds in which ranks notice and end; idle cores need 3
+slow, long = pytest.mark.slow, pytest.mark.long
+Installed = Callable[[str], tuple[list[str], dict[str, str]]]
+
+
+def line(*names: str) -> list[Process]:
+    return [Process(100 - i, "1", name) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (["prterun", "bash", "sshd"], 1),
+        (["bash", "mpirun", "bash"], 2),
+        (["hydra_pmi_proxy", "mpiexec.hydra", "bash"], 2),
+        (["prted", "sshd", "sshd"], 2),
+        (["hydra_pmi_proxy", "bash", "ssh"], 2),
+        (["slurmstepd", "slurmd"], 1),
+        (["prted", "slurmstepd"], 2),
+        (["something", "bash"], 1),
+        ([], 0),
+    ],
+)
+def test_who_belongs_to_a_launcher(names: list[str], count: int) -> None:
+    assert belonging(line(*names)) == line(*names)[:count]
+
+
+def test_processes_are_known() -> None:
+    sleeper = subprocess.Popen(["sleep", "100"])
+    found = process(sleeper.pid)
+    assert found is not None
+    sleeper.send_signal(signal.SIGSTOP)
+    until = time.monotonic() + PATIENT
+    while found.state != "T":
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert Process(sleeper.pid, "0").state == GONE
+    found.end(signal.SIGKILL)
+    sleeper.wait()
+    assert found.state == GONE
+    assert process(sleeper.pid) is None
+    assert ancestors()[0].pid == os.getppid()
+
+
+@contextmanager
+def launched(command: list[str], environment: dict[str, str], folder: Path, ranks: int) -> Iterator[list[Process]]:
+    """Ranks of orphaned.py, once all of them are there. What is left of them is killed in the end."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **environment}
+    log = folder / "log"
+    with log.open("w") as out:
+        started = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+    found: list[Process] = []
+    try:
+        until = time.monotonic() + PATIENT
+        while not all((folder / f"pid.{rank}").exists() for rank in range(ranks)):
+            assert time.monotonic() < until, log.read_text()
+            assert started.poll() is None, log.read_text()
+            time.sleep(0.05)
+        pids = [int((folder / f"pid.{rank}").read_text()) for rank in range(ranks)]
+        found = [each for pid in pids if (each := process(pid)) is not None]
+        assert len(found) == ranks
+        time.sleep(1.5)  # a tick
+        yield found
+        ended(found, log)
+    finally:
+        for each in found:
+            each.end(signal.SIGKILL)
+        kill_session(started.pid)
+        started.wait()
+
+
+def ended(ranks: list[Process], log: Path) -> None:
+    until = time.monotonic() + SOON
+    while any(each.state != GONE for each in ranks):
+        assert time.monotonic() < until, f"{[each.state for each in ranks]}\n{log.read_text()}"
+        time.sleep(0.05)
+
+
+def mapped(each: Process) -> set[str]:
+    """Files in /dev/shm that a process has mapped and that still have a name."""
+    lines = Path(f"/proc/{each.pid}/maps").read_text().splitlines()
+    return {line.split(maxsplit=5)[5] for line in lines if " /dev/shm/" in line and not line.endswith("(deleted)")}
+
+
+def parent_of(pid: int) -> int:
+    found = re.search(r"PPid:\t(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1])
+
+
+CASES = [("mpich", "parent", "wait"), ("openmpi", "head", "spin"), ("mpich", "head", "stop")]
+
+
+@pytest.mark.parametrize(
+    ("mpi", "killed", "how"),
+    [
+        pytest.param(mpi, killed, how, marks=() if (mpi, killed, how) in CASES[:1] else slow
+                     if (mpi, killed, how) in CASES else long)
+        for mpi in ("openmpi", "mpich")
+        for killed in (("head",) if mpi == "openmpi" else ("head", "parent"))
+        for how in ("wait", "spin", "stop")
+    ],
+)  # fmt: skip
+def test_ranks_end_with_their_launcher(
+    installed_mpi: Installed, tmp_path: Path, mpi: str, killed: str, how: str
+) -> None:
+    launcher, environment = installed_mpi(mpi)
+    command = [*launcher, "-n", "2", sys.executable, str(HERE / "programs" / "orphaned.py"), str(tmp_path), how]
+    with launched(command, environment, tmp_path, 2) as ranks:
+        assert [mapped(each) for each in ranks] == [set(), set()], "whatever happens, nothing stays"
+        parent = parent_of(ranks[0].pid)
+        victim = parent_of(parent) if mpi == "mpich" and killed == "head" else parent
+        environ = Path(f"/proc/{ranks[0].pid}/environ").read_text().split("\0")
+        session = [Path(each.partition("=")[2]) for each in environ if each.startswith("PMIX_SERVER_TMPDIR=")]
+        os.kill(victim, signal.SIGKILL)
+    assert not any(folder.exists() for folder in session), list(session[0].rglob("*"))
