@@ -52,6 +52,7 @@ class Engine:
 
     dataset: Dataset  # once data is open, like the next one
     sampler: Sampler  # divides the data set's rows into mini-batches
+    moving: list[Callable[[], None]]  # calls that let messages move while this rank computes; more may be added
     loss_of_zeros = 0.0  # of the training rows, for outputs of 0; known to one rank of the last stage
     _opened = False
 
@@ -223,8 +224,9 @@ class Engine:
         calls = [self.wiring.rings.progress] if self.wiring.rings else []
         calls += [self.exchange.progress] if self.exchange.progress else []
         calls += [self.wiring.everyone.progress] if len(self.topology.stages) > 1 else []
-        if len(calls) < 2:
-            return calls[0] if calls else None
+        self.moving = calls
+        if self.world.size == 1:
+            return None
 
         def all_of_them() -> None:
             for call in calls:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -180,14 +181,7 @@ class State:
     def shards(self, memories: Mapping[str, Sequence[Array]]) -> dict[Holding, Array]:
         """Return what this rank alone keeps of each parameter, as views of the live arrays: the optimizer state of its
         shards, and the exchange's `memories`, which have for each name one array for each bucket."""
-        named = {f"{OPTIMIZER}/{name}": [b.optimizer[name] for b in self.buckets] for name in self._optimizer.states}
-        named |= {f"{EXCHANGE}/{name}": list(shards) for name, shards in memories.items()}
-        return {
-            Holding(f"{name}/{key}", box): view
-            for name, shards in named.items()
-            for bucket, shard in zip(self.buckets, shards, strict=True)
-            for key, box, view in bucket.shard_boxes(shard)
-        }
+        return blocks_of(self._kept_alone(memories))
 
     def version_blocks(self) -> dict[Holding, Array]:
         """Return this rank's blocks of the earlier versions, as views of the live arrays."""
@@ -215,14 +209,36 @@ class State:
         The holders of a block own disjoint parts of it, which are the whole block together. Where all replicas are
         equal they are holders, too.
         """
-        weights = {
-            Holding(f"{PARAMETERS}/{key}", box): view
-            for flat in self.flats
-            for key, box, view in flat.shard_boxes(flat.weights)
-        }
-        versions = {
-            Holding(f"{name}/{key}", box): view
-            for name, bucket, flat in self._named_versions()
-            for key, box, view in bucket.shard_boxes(flat[bucket.shard])
-        }
-        return weights | versions | self.shards(memories)
+        return blocks_of(self.owned_shards(memories))
+
+    def owned_shards(self, memories: Mapping[str, Sequence[Array]]) -> list[Shard]:
+        """Return the same as whole arrays, in an order that does not change."""
+        weights = [Shard(PARAMETERS, flat, flat.weights) for flat in self.flats]
+        versions = [Shard(name, bucket, flat[bucket.shard]) for name, bucket, flat in self._named_versions()]
+        return weights + versions + self._kept_alone(memories)
+
+    def _kept_alone(self, memories: Mapping[str, Sequence[Array]]) -> list[Shard]:
+        named = {f"{OPTIMIZER}/{name}": [b.optimizer[name] for b in self.buckets] for name in self._optimizer.states}
+        named |= {f"{EXCHANGE}/{name}": list(shards) for name, shards in memories.items()}
+        return [
+            Shard(name, bucket, values)
+            for name, shards in named.items()
+            for bucket, values in zip(self.buckets, shards, strict=True)
+        ]
+
+
+class Shard(NamedTuple):
+    """A Shard has the values of this rank's elements of a flat array of blocks, whose names begin with `name`."""
+
+    name: str
+    flat: Flat
+    values: Array
+
+
+def blocks_of(shards: Iterable[Shard]) -> dict[Holding, Array]:
+    """Return the parts of blocks in these shards, as views."""
+    return {
+        Holding(f"{name}/{key}", box): view
+        for name, flat, values in shards
+        for key, box, view in flat.shard_boxes(values)
+    }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from nettorrent_mpi.plan.actions import Action
 from nettorrent_mpi.plan.blocks import Span
@@ -18,6 +19,8 @@ from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS
 from nettorrent_mpi.plan.timeline import simulate, steady_seconds
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
+# For stages of some layers and numbers of micro-batches, by the number of ranks: (seconds, rows, cols) of the fastest.
+Tables: TypeAlias = dict[tuple[Span, int], list[tuple[float, int, int]]]
 PAYS = 2.5  # the factor of memory traffic that `in_parts` has to save: measured with 2, 4 and 8 ranks
 
 
@@ -206,22 +209,15 @@ def auto_layout(
     found: list[tuple[float, Topology]] = []
     for replicas in (r for r in range(1, ranks + 1) if ranks % r == 0):
         team_ranks = ranks // replicas
-        known: dict[tuple[Span, int], list[tuple[float, int, int]]] = {}
+        known: Tables = {}
         alike = replicas if exact else 1
         # With 1 stage, replicas that are alike are the same as rows.
         for count in range(1 if alike == 1 else 2, min(len(facts), team_ranks) + 1):
             micro_batches = pieces(count)
             rows = most_rows(batch_size, micro_batches, replicas)
-            groups = [(group, micro_batches) for group in partition([layer.operations for layer in facts], count)]
-            for group in groups:
-                if group not in known:
-                    (start, stop), _ = group
-                    first, last, held = start == 0, stop == len(facts), facts[start:stop]
-                    known[group] = _fastest(held, team_ranks, rows, alike, micro_batches, first, last, machine)
-            sizes = _divide([[t for t, _, _ in known[group]] for group in groups], team_ranks - count + 1, team_ranks)
-            chosen = [known[group][size] for group, size in zip(groups, sizes, strict=True)]
-            stages = tuple(Stage(*span, rows, cols) for (span, _), (_, rows, cols) in zip(groups, chosen, strict=True))
-            times = [t for t, _, _ in chosen]
+            groups = partition([layer.operations for layer in facts], count)
+            chosen = divided(facts, groups, team_ranks, rows, micro_batches, alike, machine, known)
+            times, stages = [seconds for seconds, _ in chosen], tuple(stage for _, stage in chosen)
             # all micro-batches through the slowest stage; one through each of the others where the pipeline flushes
             others = 0.0 if pipeline in STREAMS else sum(times) - max(times)
             found.append((max(times) + others / micro_batches, Topology(replicas, stages)))
@@ -236,6 +232,31 @@ def auto_layout(
             len(t.stages),
         ),
     )  # fmt: skip
+
+
+def divided(
+    facts: Sequence[LayerFacts],
+    groups: Sequence[Span],
+    ranks: int,
+    rows: int,
+    micro_batches: int,
+    alike: int,
+    machine: Machine | None = None,
+    known: Tables | None = None,
+) -> list[tuple[float, Stage]]:
+    """Divide the ranks of a replica over stages of these layers so that the slowest is as fast as possible; return each
+    stage with its predicted seconds. `rows` are those of a micro-batch in one replica, `alike` the replicas that reduce
+    their gradients; `known` keeps the tables of stages for further calls with the same of these."""
+    known = {} if known is None else known
+    for group in groups:
+        if (group, micro_batches) not in known:
+            first, last, held = group.start == 0, group.stop == len(facts), facts[group.start : group.stop]
+            table = _fastest(held, ranks, rows, alike, micro_batches, first, last, machine or Machine())
+            known[group, micro_batches] = table
+    tables = [known[group, micro_batches] for group in groups]
+    sizes = _divide([[seconds for seconds, _, _ in table] for table in tables], ranks - len(groups) + 1, ranks)
+    chosen = [table[size] for table, size in zip(tables, sizes, strict=True)]
+    return [(seconds, Stage(*group, rows, cols)) for group, (seconds, rows, cols) in zip(groups, chosen, strict=True)]
 
 
 def _fastest(

@@ -1,0 +1,84 @@
+"""A link between buddies carries arrays around a permutation of a group's members while they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from nettorrent_mpi.comm.failures import drop
+from nettorrent_mpi.comm.group import Group, chunks
+from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.device.arrays import Array
+
+
+class BuddyLink:
+    """A BuddyLink sends one of `sent` to member `to`, and receives one of `received` from member `source`; then it
+    tells when that is so for all members. Requests are persistent.
+
+    All members make one and start it equally often, each time with the same number. Nobody waits unless asked to.
+    """
+
+    def __init__(
+        self, group: Group, to: int, source: int, sent: Sequence[Array], received: Sequence[Array], tag: int
+    ) -> None:
+        self._group = group
+        self._requests: list[list[MPI.Prequest]] = [[] for _ in sent]
+        if group.size > 1:
+            for requests, mine, theirs in zip(self._requests, sent, received, strict=True):
+                requests += [group.comm.Recv_init(chunk, source, tag) for chunk in chunks(theirs)]
+                requests += [group.comm.Send_init(chunk, to, tag) for chunk in chunks(mine)]
+        self._moving: list[MPI.Prequest] = []
+        self._barrier: MPI.Request | None = None
+        self.arrived = self.complete = True  # what was started last has come here; and to all members
+
+    def start(self, number: int) -> None:
+        """Begin to send and receive the arrays of this number. What was started before is complete."""
+        assert self.complete
+        self.arrived = self.complete = False
+        self._moving = self._requests[number]
+        if self._moving:
+            MPI.Prequest.Startall(self._moving)
+
+    def progress(self) -> None:
+        """Let messages move, without waiting."""
+        if not self.arrived and self._test():
+            self._arrive()
+        if self._barrier is not None and self._barrier.Test():
+            self._barrier, self.complete = None, True
+
+    def finish(self) -> None:
+        """Wait until all members have what was started last."""
+        if not self.arrived:
+            if self._moving:
+                MPI.Request.Waitall(self._moving)
+            self._arrive()
+        if self._barrier is not None:
+            self._barrier.Wait()
+            self._barrier, self.complete = None, True
+
+    def _test(self) -> bool:
+        return not self._moving or bool(MPI.Request.Testall(self._moving))
+
+    def _arrive(self) -> None:
+        self.arrived = True
+        if self._group.size == 1:
+            self.complete = True
+        else:
+            self._barrier = self._group.comm.Ibarrier()
+
+    def abandon(self) -> None:
+        """Give up what is under way: members are lost, and the communicator is revoked. `arrived` stays true."""
+        if not self.arrived:
+            with suppress(MPI.Exception):
+                self.arrived = self._test()
+        requests: list[MPI.Request] = [request for requests in self._requests for request in requests]
+        drop(requests if self._barrier is None else [*requests, self._barrier])
+        self._requests.clear()
+        self._moving, self._barrier = [], None
+
+    def free(self) -> None:
+        """Free the requests. All members call, when what was started last is complete."""
+        assert self.complete
+        for request in (request for requests in self._requests for request in requests):
+            request.Free()
+        self._requests.clear()
