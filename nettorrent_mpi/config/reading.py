@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import codecs
 import math
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
@@ -39,6 +41,7 @@ _SECTIONS: dict[Path, Any] = {
     ("layout", "swarms", "*"): Swarm,
     ("exchange", "gossip", "consensus"): choices.Consensus,
 }
+_MOST_BYTES = 1_000_000  # of a file
 _KNOWN = Known({path: [f.name for f in fields(section)] for path, section in _SECTIONS.items()}, options_at)
 
 
@@ -65,6 +68,12 @@ def placed(error: UserError, path: str | None, overrides: Sequence[str] = ()) ->
 
 def _text(path: str) -> str:
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe or a device may never end
+            raise ConfigError("cannot be read: it is no plain file", file=path)
+        if status.st_size > _MOST_BYTES:
+            text = f"has {status.st_size:,} bytes, and a configuration at most {_MOST_BYTES:,}: is it one?"
+            raise ConfigError(text, file=path)
         return FilePath(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(_no_file(path), file=path) from None

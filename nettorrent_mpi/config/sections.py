@@ -18,7 +18,7 @@ from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.data_specs import DATASETS, SYNTHETIC, wrong_options
-from nettorrent_mpi.plan.specs import MOST, LayerSpec, Spec
+from nettorrent_mpi.plan.specs import MOST, LayerSpec, Residual, Spec
 
 
 class Bounds:
@@ -83,6 +83,7 @@ def _unexpanded(path: str | None, option: str) -> Iterator[Mistake]:
 
 
 ON_GPU = ("tf32", "bfloat16")  # types that CPU cores do not compute with
+MOST_LAYERS = 1_000
 Count = Annotated[int, Bounds(ge=1, le=MOST)]
 
 
@@ -144,6 +145,10 @@ class Data(Section):
                 yield Mistake(f"must be more than 0, not {std}", "std")
 
 
+def _count(layer: LayerSpec) -> int:
+    return 1 + (sum(_count(inner) for inner in (*layer.layers, *layer.shortcut)) if isinstance(layer, Residual) else 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model(Section):
     """Model describes the network. Every layer may have a name; a swarm counts its weight layers."""
@@ -154,6 +159,11 @@ class Model(Section):
     def _mistakes(self) -> Iterator[Mistake]:
         if not any(layer.weighted for layer in self.layers):
             yield Mistake("has no layer with weights; add a linear, conv2d or residual layer", "layers")
+        count = sum(_count(layer) for layer in self.layers)
+        if count > MOST_LAYERS:
+            yield Mistake(
+                f"has {count:,} layers, those inside of others included: {MOST_LAYERS:,} is the most", "layers"
+            )
         names: set[str] = set()
         for index, layer in enumerate(self.layers):
             if layer.name in names:

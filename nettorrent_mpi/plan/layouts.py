@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -14,26 +15,56 @@ from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 def partition(weights: Sequence[float], groups: int) -> list[Span]:
     """Partition neighbouring items into `groups` groups of at least one: the heaviest group as light as possible, and
-    of such partitions the one with the least sum of squared weights (dynamic programming over the last cut)."""
+    of such partitions the one with the least sum of squared weights, in ties the one whose first groups are short."""
     assert 1 <= groups <= len(weights)
     total = [0.0, *accumulate(weights)]
     n = len(weights)
+    limit = _lightest(total, groups) * (1 + 1e-12)
 
-    def best(cost: Callable[[float], float], join: Callable[[float, float], float]) -> tuple[float, tuple[int, ...]]:
-        # heads[j]: the first j items in the groups so far
-        heads: dict[int, tuple[float, tuple[int, ...]]] = {j: (cost(total[j]), (0,)) for j in range(1, n + 1)}
-        for _ in range(groups - 1):
-            heads = {
-                j: min((join(heads[i][0], cost(total[j] - total[i])), (*heads[i][1], i)) for i in heads if i < j)
-                for j in heads
-                if j > min(heads)
-            }
-        return heads[n]
+    def cost(first: int, stop: int) -> float:
+        weight = total[stop] - total[first]
+        return weight * weight if weight <= limit else math.inf
 
-    most, _ = best(lambda w: w, max)
-    limit = most * (1 + 1e-12)
-    _, cuts = best(lambda w: w * w if w <= limit else math.inf, lambda a, b: a + b)
+    # least[i]: the least sum for the items from i on in the groups so far; ends[i]: where the first of these ends.
+    least = [cost(i, n) for i in range(n)]
+    ends: list[list[int]] = []
+    for left in range(n - 1, n - groups, -1):  # items that the first of the groups so far begins before
+        found, chosen = [math.inf] * n, [0] * n
+        # The end of an item's group moves on with the item (the costs are convex): halving finds all ends.
+        parts = [(0, left - 1, 1, left)]
+        while parts:
+            low, high, nearest, furthest = parts.pop()
+            i = (low + high) // 2
+            sums = ((cost(i, k) + least[k], k) for k in range(max(i + 1, nearest), furthest + 1))
+            found[i], chosen[i] = min(sums)
+            parts += [(low, i - 1, nearest, chosen[i])] if low < i else []
+            parts += [(i + 1, high, chosen[i], furthest)] if i < high else []
+        least = found
+        ends.insert(0, chosen)
+    cuts = [0]
+    for chosen in ends:
+        cuts.append(chosen[cuts[-1]])
     return [Span(*cut) for cut in zip(cuts, (*cuts[1:], n), strict=True)]
+
+
+def _lightest(total: Sequence[float], groups: int) -> float:
+    """Return the least weight that the heaviest of `groups` groups can have; `total` has the weights' running sums."""
+
+    def needed(limit: float) -> tuple[int, float]:
+        """Return how many groups up to `limit` there are, and the weight of the heaviest."""
+        count, first, heaviest = 0, 0, 0.0
+        while first < len(total) - 1:
+            stop = max(bisect_right(total, total[first] + limit), first + 2) - 1
+            heaviest = max(heaviest, total[stop] - total[first])
+            count, first = count + 1, stop
+        return count, heaviest
+
+    low, high = 0.0, total[-1]
+    for _ in range(200):  # halving: exact to the last bit
+        middle = (low + high) / 2
+        count, heaviest = needed(middle)
+        low, high = (low, middle) if count <= groups and heaviest <= middle else (middle, high)
+    return max(needed(high)[1], high)
 
 
 def layers_layout(facts: Sequence[LayerFacts], ranks: int, rows: int) -> Topology:
