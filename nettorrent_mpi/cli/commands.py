@@ -13,7 +13,7 @@ from typing import Any
 
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.engine.signals import Signals
-from nettorrent_mpi.plan.errors import ConfigError, NetTorrentWarning
+from nettorrent_mpi.plan.errors import ConfigError, NetTorrentWarning, readable
 
 
 def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
@@ -112,9 +112,10 @@ def _data(args: argparse.Namespace) -> None:
     )
     sys.stdout.write(
         f"{args.target}: {made.rows} training rows and {made.test_rows} test rows of shape {made.shape} in "
-        f"{len(made.classes):,} classes: {', '.join(made.classes[:10])}{', ...' if len(made.classes) > 10 else ''}\n"
+        f"{len(made.classes):,} classes: {readable(', '.join(made.classes[:10]))}"
+        f"{', ...' if len(made.classes) > 10 else ''}\n"
     )
-    sys.stdout.writelines(f"  {note}\n" for note in made.notes)
+    sys.stdout.writelines(f"  {readable(note)}\n" for note in made.notes)
 
 
 def _tell_bytes(name: str, done: int, total: int | None) -> None:

@@ -6,12 +6,14 @@ The checkpoints in it are written by the trainer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.data.storage import replacing, retried
 from nettorrent_mpi.engine.checkpoint import checkpoints_in, find_checkpoint, lies_in
 from nettorrent_mpi.engine.run_files import write_whole, written
@@ -59,7 +61,7 @@ class RunFolder:
     def has_results(self, step: int) -> bool:
         """Whether it holds the results of a run that has come to its end after this step."""
         try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            summary = parsed((self.path / "summary.json").read_bytes())
             return bool(summary["steps"] == step) and (self.path / "model.h5").exists()
         except (OSError, ValueError, TypeError, KeyError):
             return False
@@ -126,10 +128,13 @@ class RunFolder:
         if not metrics.exists():
             return []
         found, damaged = [], 0
-        for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
+        for line in metrics.read_bytes().split(b"\n"):
             try:
-                if line and int(json.loads(line)["step"]) <= after:
-                    found.append(line + "\n")
+                step = parsed(line)["step"] if line else math.inf
+                if not isinstance(step, int | float):
+                    raise ValueError
+                if step <= after:
+                    found.append(line.decode() + "\n")
             except (ValueError, TypeError, KeyError):
                 damaged += 1
         if damaged:

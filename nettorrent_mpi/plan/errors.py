@@ -30,6 +30,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+_MOST = 20  # mistakes of a configuration that are told at once
+
 
 class NetTorrentError(Exception):
     """The root of the tree. `exit_code` is the program's exit code if the error is not caught. `agreed` says that all
@@ -46,6 +48,9 @@ class UserError(NetTorrentError):
     exit_code = 2
     key: str | None = None
 
+    def __str__(self) -> str:
+        return readable(super().__str__())
+
 
 class ConfigError(UserError):
     """A wrong configuration. `key` is the dotted path, `line` counts from 1."""
@@ -60,7 +65,9 @@ class ConfigError(UserError):
         """Make one error of several, each in a line of its own; `file`, `key` and `line` are those of the first."""
         if len(errors) == 1:
             return errors[0]
-        made = cls("\n".join([f"{len(errors)} mistakes", *(f"  {error}" for error in errors)]))
+        more = len(errors) - _MOST
+        told = [*(f"  {error}" for error in errors[:_MOST]), *([f"  ... and {more:,} more"] if more > 0 else [])]
+        made = cls("\n".join([f"{len(errors):,} mistakes", *told]))
         made.file, made.key, made.line = errors[0].file, errors[0].key, errors[0].line
         return made
 
@@ -205,7 +212,7 @@ class NetTorrentWarning(UserWarning):
 
     def __init__(self, text: str, alone: bool = False):
         self.alone = alone
-        super().__init__(text)
+        super().__init__(readable(text))
 
 
 def warn(text: str, *, alone: bool = False) -> None:
@@ -220,3 +227,9 @@ def warn(text: str, *, alone: bool = False) -> None:
 def listed(names: Sequence[str]) -> str:
     """List names in a message: the first ten, and how many more there are."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
+
+
+def readable(text: str) -> str:
+    """Write as escapes what a terminal would not show but obey, or what no encoding has: names of files, classes and
+    keys may hold anything. Lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
