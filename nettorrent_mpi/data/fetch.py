@@ -23,6 +23,7 @@ from typing import IO, TypeAlias
 
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.files import opening
+from nettorrent_mpi.data.storage import create
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
@@ -166,6 +167,8 @@ def _complete(name: str, root: Path) -> bool:
 def _download(download: Download, file: Path, progress: Progress | None, by_hand: str) -> None:
     """Download the file from the first address that has it; it gets its name only when its sum is right."""
     part = file.with_name(file.name + ".part")
+    if part.is_symlink():  # not what this program left, and not to be followed
+        part.unlink()
     failures = []
     for url in download.urls:
         if not part.exists() or _sha256(part) != download.sha256:
@@ -272,7 +275,9 @@ def _sha256(path: Path) -> str:
 def _creating(path: Path, *, append: bool = False) -> Iterator[IO[bytes]]:
     """Open the file for writing without a buffer, so that a full disk raises in the write itself."""
     with _writing(path):
-        file = open(path, "ab" if append else "wb", buffering=0)  # noqa: SIM115  closed below
+        if not append:
+            path.unlink(missing_ok=True)
+        file = open(path, "ab" if append else "wb", buffering=0, opener=None if append else create)  # noqa: SIM115
     with file:
         yield file
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from nettorrent_mpi.data.storage import PASSING, refused, retried
+from nettorrent_mpi.data.storage import PASSING, check_plain, refused, retried
 from nettorrent_mpi.plan.errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -21,6 +23,7 @@ _CHUNK = 1 << 14  # compressed bytes at a time; deflate makes at most 1032 times
 def opening(path: Path, remedy: str) -> Iterator[io.BufferedReader]:
     """Open the file for reading in binary; an error of the operating system becomes a DataError with `remedy`."""
     try:
+        check_plain(path)
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError:
@@ -51,6 +54,15 @@ def size_of(path: Path, remedy: str) -> int:
     """Return the file's size in bytes."""
     with opening(path, remedy) as file:
         return os.fstat(file.fileno()).st_size
+
+
+def parsed(text: str | bytes) -> Any:
+    """Parse JSON in UTF-8. Raises ValueError for whatever is wrong about it, deeper nesting than Python takes
+    included."""
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def gunzip(path: Path, remedy: str) -> Iterator[bytes]:

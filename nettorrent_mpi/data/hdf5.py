@@ -93,7 +93,7 @@ def _class_names(file: h5py.File, path: Path) -> tuple[str, ...] | None:
     places: dict[str, int] = {}
     for number, name in enumerate(names):
         if name in places:
-            text = f"the attribute classes names {name!r} twice ({places[name]} and {number}); correct it"
+            text = f"the attribute classes names {name[:60]!r} twice ({places[name]} and {number}); correct it"
             raise DataError(text, file=str(path))
         places[name] = number
     return names

@@ -74,8 +74,8 @@ class IdxFile:
 def open_idx(folder: Path, name: str, dimensions: int, remedy: str) -> IdxFile:
     """Find `name`.gz or `name` in the folder, read its header and compare its length.
 
-    A gzip file states its length in its last four bytes; only if that disagrees is it decompressed here, to find the
-    error. Raises DataError.
+    A gzip file states its length, modulo 2^32, in its last four bytes; only if that disagrees or is too little is it
+    decompressed here. Raises DataError.
     """
     path = folder / f"{name}.gz"
     if not path.exists() and (folder / name).exists():
@@ -100,10 +100,14 @@ def open_idx(folder: Path, name: str, dimensions: int, remedy: str) -> IdxFile:
     idx = IdxFile(path, shape, compressed, remedy)
     if not compressed:
         length = size_of(path, remedy)
-    elif _said_length(path, remedy) == idx.length % 2**32:
+    elif idx.length < 2**32 and _said_length(path, remedy) == idx.length:
         length = idx.length
     else:
-        length = sum(len(piece) for piece in gunzip(path, remedy))
+        length = 0
+        for piece in gunzip(path, remedy):
+            length += len(piece)
+            if length > idx.length:
+                break
     if length != idx.length:
         raise _wrong_length(idx, length)
     return idx
@@ -118,5 +122,6 @@ def _said_length(path: Path, remedy: str) -> int:
 def _wrong_length(idx: IdxFile, length: int) -> DataError:
     after = " after decompression" if idx.compressed else ""
     what = "truncated" if length < idx.length else "has more than its header says"
-    text = f"{what}: {length} bytes{after}, but shape {idx.shape} makes {idx.length}; {idx.remedy}"
+    least = "at least " if idx.compressed and length > idx.length else ""
+    text = f"{what}: {least}{length} bytes{after}, but shape {idx.shape} makes {idx.length}; {idx.remedy}"
     return DataError(text, file=str(idx.path), offset=min(length, idx.length))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -47,11 +48,19 @@ def refused(error: Exception, path: Path) -> None:
         raise DataError(f"could not be read ({os.strerror(number)}){remedy}", file=str(path)) from error
 
 
+def check_plain(path: Path) -> None:
+    """Raise DataError for what is there and no file: reading a pipe or a device may never end. Raises OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError("cannot be read: it is no plain file", file=str(path))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write a file under: it takes the place of `path` once it is whole and on the disk, and
     is removed if writing fails."""
     part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    os.close(create(str(part)))
     try:
         yield part
         _flush(part)
@@ -60,6 +69,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def create(path: str, flags: int = os.O_WRONLY) -> int:
+    """Create a file and open it, as `open` wants it of an opener: never one that is there already, nor where a link
+    leads to."""
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
 
 def _flush(path: Path) -> None:
@@ -76,10 +91,12 @@ def _flush(path: Path) -> None:
 
 
 def read_hdf5(path: Path) -> h5py.File:
-    """Open an HDF5 file for reading, without locks where the file system has none. Raises OSError."""
+    """Open an HDF5 file for reading, without locks where the file system has none. Raises OSError, and DataError for
+    what is no file."""
     import h5py
 
     def read() -> h5py.File:
+        check_plain(path)
         try:
             return h5py.File(path, "r")
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -248,18 +249,58 @@ def test_rows_behind_links_and_in_other_files(tmp_path: Path) -> None:
     with h5py.File(path, "w") as file:
         file.create_virtual_dataset("x", layout)
         file["y"] = labels()
-    with pytest.raises(DataError, match=r"x is put together from files of which other\.h5 is missing"):
+    with pytest.raises(DataError, match=r"x is put together from files, one of them other\.h5, which is not there"):
         read()
     (tmp_path / "away.h5").rename(other)
     np.testing.assert_array_equal(read(), x)
+    layout[40:] = h5py.VirtualSource("other.h5", "z", (20, *SHAPE))
     with h5py.File(path, "w") as file:
-        file.create_dataset("x", x.shape, np.uint8, external=[(tmp_path / "x.raw", 0, x.nbytes)])
+        file.create_virtual_dataset("x", layout)
         file["y"] = labels()
-    (tmp_path / "x.raw").write_bytes(x.tobytes()[:-1])
-    with pytest.raises(DataError, match=r"x is stored in .*x\.raw, which is too short"):
+    with pytest.raises(DataError, match=r"x is put together from data sets, but .*other\.h5 has no z"):
         read()
-    (tmp_path / "x.raw").write_bytes(x.tobytes())
-    np.testing.assert_array_equal(read(), x)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda file: h5py.ExternalLink("../outside.h5", "/x"), "x is a link to /x of .*outside of this file's folder"),
+        (lambda file: h5py.ExternalLink("pipe", "/x"), "pipe: cannot be read: it is no plain file"),
+        (lambda file: h5py.SoftLink("/far/x"), "x is a link to / of .*outside of this file's folder"),
+        (lambda file: h5py.SoftLink("/x"), "x is behind more than 32 links"),
+        (lambda file: h5py.SoftLink("far/z"), "x is a link to / of .*outside of this file's folder"),
+    ],
+)
+def test_links_that_lead_elsewhere(tmp_path: Path, make: Any, text: str) -> None:
+    """A file that somebody else made does not decide which other files are read."""
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "outside.h5", values("u1"), labels())
+    os.mkfifo(tmp_path / "set" / "pipe")
+    with h5py.File(tmp_path / "set" / "set.h5", "w") as file:
+        file["far"] = h5py.ExternalLink("../outside.h5", "/")
+        file["x"], file["y"] = make(file), labels()
+    with pytest.raises(DataError, match=text):
+        open_dataset("hdf5", str(tmp_path / "set" / "set.h5"))
+
+
+def test_rows_outside_of_hdf5(tmp_path: Path) -> None:
+    """External storage could be any file of the user's."""
+    path = tmp_path / "set.h5"
+    (tmp_path / "x.raw").write_bytes(values("u1").tobytes())
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (ROWS, *SHAPE), np.uint8, external=[(tmp_path / "x.raw", 0, h5py.h5f.UNLIMITED)])
+        file["y"] = labels()
+    with pytest.raises(DataError, match=r"x is stored in .*x\.raw, outside of HDF5; write its values into this file"):
+        open_dataset("hdf5", str(path))
+
+
+def test_sizes_that_the_file_cannot_hold(tmp_path: Path) -> None:
+    path = tmp_path / "set.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (1 << 40, 30), np.uint8, chunks=(100, 30))[:100] = 1
+        file.create_dataset("y", (1 << 40,), np.int64, chunks=(100,))[:100] = 1
+    with pytest.raises(DataError, match=r"x has 32,985,348,833,280 bytes by its shape .* cannot hold them"):
+        open_dataset("hdf5", str(path))
 
 
 def test_values_that_nobody_wrote(tmp_path: Path) -> None:

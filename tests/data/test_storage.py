@@ -35,6 +35,18 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    """Somebody may have put it there, in a folder that others can write to."""
+    precious = tmp_path / "precious"
+    precious.write_text("old")
+    (tmp_path / "file.part").symlink_to(precious)
+    with replacing(tmp_path / "file") as part:
+        part.write_text("new")
+    assert precious.read_text() == "old"
+    assert (tmp_path / "file").read_text() == "new"
+    assert not (tmp_path / "file").is_symlink()
+
+
 def test_an_hdf5_file(tmp_path: Path) -> None:
     path, x = tmp_path / "file.h5", np.arange(100_000.0)
     with new_hdf5(path) as file:
