@@ -1,0 +1,61 @@
+"""Looks for faults by many cases, and keeps one case of each kind.
+
+python -m tests.fuzz hdf5 --cases 10000 --first 0 --keep /tmp/found
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import re
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+from tests.fuzz.cases import CASES, SEEDS, write
+from tests.fuzz.sandbox import Sandbox
+
+
+def _kind(text: str) -> str:
+    """Return what cases of one kind have in common: the place of an exception, or a message without numbers."""
+    places = re.findall(r'File ".*?/([\w/]+\.py)", line (\d+)', text)
+    last = text.strip().split("\n")[-1]
+    return " ".join([*(f"{name}:{line}" for name, line in places[-2:]), re.sub(r"[\d'\"].*", "", last)[:80]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=CASES)
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first case, which is its seed")
+    parser.add_argument("--keep", type=Path, default=None)
+    args = parser.parse_args()
+    counts: collections.Counter[str] = collections.Counter()
+    kinds: collections.Counter[tuple[str, str]] = collections.Counter()
+    slowest = 0.0
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as made, Sandbox(args.target) as sandbox:
+        folder = Path(made)
+        (folder / "seeds").mkdir()
+        seeds = SEEDS[args.target](folder / "seeds")
+
+        for number in range(args.first, args.first + args.cases):
+            files = CASES[args.target](Random(number), seeds)
+            write(files, folder / "case")
+            began = time.monotonic()
+            outcome = sandbox.run(folder / "case")
+            slowest = max(slowest, time.monotonic() - began)
+            counts[outcome.kind] += 1
+            kind = (outcome.kind, _kind(outcome.text.replace(str(folder), "")))
+            kinds[kind] += 1
+            if outcome.fault and kinds[kind] == 1:
+                print(f"{outcome.kind}: case {number}: {outcome.text}\n", flush=True)
+                if args.keep is not None:
+                    write(files, args.keep / f"{args.target}-{outcome.kind}-{number}")
+    for (kind, what), count in sorted(kinds.items()):
+        print(f"{count:7} {kind:8} {what}")
+    print(f"{args.target} from {args.first}: {sum(counts.values()):,} cases, {dict(counts)}, slowest {slowest:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

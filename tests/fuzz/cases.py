@@ -1,0 +1,256 @@
+"""Cases: for each target the sound files that are damaged, and strategies that write a case into a folder."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, TypeAlias
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from tests.fuzz import config_cases
+from tests.fuzz.hdf5_cases import NAMES, SECRET, strange
+from tests.fuzz.mutations import mutated, mutations
+
+Files: TypeAlias = dict[str, bytes]  # by their names in the case's folder
+
+
+class Seeds(list[Files]):
+    """Seeds are sound files, too many bytes to be shown."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} seeds"
+
+
+def write(files: Files, folder: Path) -> None:
+    """Make the folder hold these files alone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "fifo")  # whoever opens it waits for ever
+    (folder.parent / "secret").write_bytes(SECRET)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def read(folder: Path) -> Files:
+    """Return the files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def damaged(random: Random, seeds: Seeds) -> Files:
+    """Damage one file, seldom several, of one of the seeds."""
+    files = dict(random.choice(seeds))
+    others = [content for seed in seeds for content in seed.values()]
+    for name in random.sample(sorted(files), random.randint(1, min(2, len(files)))):
+        files[name] = mutated(files[name], mutations(random), others)
+    return files
+
+
+def idx_seeds(folder: Path) -> Seeds:
+    """Small MNISTs: compressed, plain, of several gzip members."""
+    numbers = np.random.default_rng(0)
+    plain: Files = {}
+    for prefix, rows in (("train", 40), ("t10k", 10)):
+        x, y = numbers.integers(0, 40, (rows, 9, 8), np.uint8), np.arange(rows, dtype=np.uint8) % 10
+        for kind, values in (("images-idx3", x), ("labels-idx1", y)):
+            head = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+            plain[f"mnist/{prefix}-{kind}-ubyte"] = head + values.tobytes()
+    packed = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in plain.items()}
+    members = {
+        f"{name}.gz": gzip.compress(content[:20], mtime=0) + gzip.compress(content[20:], mtime=0)
+        for name, content in plain.items()
+    }
+    return Seeds([plain, packed, members])
+
+
+def cifar_seeds(folder: Path) -> Seeds:
+    """A small CIFAR-10."""
+    numbers = np.random.default_rng(0)
+    files = {}
+    for name in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"):
+        records = numbers.integers(0, 256, (3, 3073), np.uint8)
+        records[:, 0] %= 10
+        files[f"cifar-10-batches-bin/{name}"] = records.tobytes()
+    return Seeds([files])
+
+
+def hdf5_seeds(folder: Path) -> Seeds:
+    """Data sets in each way in which HDF5 stores them."""
+    numbers = np.random.default_rng(0)
+    rows = 60
+    x, y = numbers.integers(0, 256, (rows, 6, 5, 3), np.uint8), np.arange(rows) % 4
+    real = x.astype(np.float32) / 255
+    ways: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (x, {}, {}),
+        (x, {"libver": "latest"}, {}),
+        (x, {"libver": ("v110", "v110")}, {"chunks": (7, 6, 5, 3), "fletcher32": True}),
+        (x, {"userblock_size": 512}, {"chunks": (7, 6, 5, 3), "compression": "gzip", "shuffle": True}),
+        (real, {}, {"chunks": (20, 6, 5, 3), "compression": "lzf"}),
+        (real, {"libver": "latest"}, {"chunks": (20, 6, 5, 3), "compression": "gzip"}),
+        (real.astype(">f8"), {"track_order": True}, {"fletcher32": True}),
+        (real, {}, {"chunks": (8, 6, 5, 3), "scaleoffset": 2}),
+        (x, {"libver": "latest"}, {"chunks": (8, 6, 5, 3), "maxshape": (None, None, 5, 3)}),
+    ]
+    seeds = Seeds()
+    for number, (values, options, how) in enumerate(ways):
+        path = folder / f"{number}.h5"
+        with h5py.File(path, "w", **options) as file:
+            file.create_dataset("x", data=values, **how)
+            if number % 2:
+                file["y"] = y
+                file.attrs["classes"] = ["a", "b", "c", "d"] if number % 4 == 1 else np.array([b"a", b"b", b"c", b"d"])
+                file["x_test"], file["y_test"] = values[:9], y[:9]
+            else:
+                file.create_dataset("y", data=numbers.normal(size=(rows, 2)), **({"chunks": (7, 2)} if how else {}))
+        seeds.append({"data.h5": path.read_bytes()})
+    return seeds
+
+
+def hdf5_strange_seeds(folder: Path) -> Seeds:
+    """Other files to which a strange one may lead."""
+    secret = np.frombuffer(SECRET * 100, np.uint8)[: 60 * 90].reshape(60, 6, 5, 3)
+    for path in (folder / "other.h5", folder.parent / "secret.h5"):
+        with h5py.File(path, "w") as file:
+            file["x"] = secret if path.name == "secret.h5" else secret // 2
+            file["y"] = np.arange(60) % 4
+            file["parameters/linear1/weight"] = np.frombuffer(SECRET[: 8 * 6 * 4], np.float32).reshape(8, 6)
+    with h5py.File(folder / "link.h5", "w") as file:
+        file["x"], file["y"] = h5py.ExternalLink("../secret.h5", "/x"), h5py.ExternalLink("fifo", "/y")
+        file["loop"] = h5py.ExternalLink("link.h5", "/loop")
+    return Seeds([{name: (folder / name).read_bytes() for name in ("other.h5", "link.h5")}])
+
+
+def hdf5_strange(random: Random, seeds: Seeds) -> Files:
+    """Lay a strange file beside the others."""
+    return {**seeds[0], "data.h5": strange(random, NAMES)}
+
+
+def model_strange(random: Random, seeds: Seeds) -> Files:
+    """Lay a strange model.h5 beside the others."""
+    names = [f"parameters/linear{number}/{name}" for number in (1, 2) for name in ("weight", "bias")]
+    return {**seeds[0], "model.h5": strange(random, names)}
+
+
+def config_seeds(folder: Path) -> Seeds:
+    """The project's own configurations."""
+    return Seeds([{"c.yaml": text.encode()} for text in config_cases.seeds()])
+
+
+def config_files(random: Random, seeds: Seeds) -> Files:
+    """Make a configuration."""
+    return {"c.yaml": config_cases.configurations(random, [seed["c.yaml"].decode() for seed in seeds])}
+
+
+def image_seeds(folder: Path) -> Seeds:
+    """Small pictures in every format that is read, and some that are not."""
+    numbers = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ways: list[tuple[str, str, dict[str, Any]]] = [
+        ("PNG", "RGB", {"exif": exif}), ("PNG", "LA", {}), ("PNG", "I;16", {}), ("PNG", "1", {}), ("PNG",
+        "P", {"transparency": 3}),
+        ("JPEG", "RGB", {"exif": exif, "icc_profile": b"x" * 200}), ("JPEG", "CMYK", {}), ("JPEG", "L",
+        {"progressive": True}),
+        ("GIF", "P", {"save_all": True, "append_images": [Image.new("P", (9, 7), 3)] * 3}), ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("TIFF", "RGB", {"compression": "tiff_deflate"}),
+        ("TIFF", "L", {"save_all": True, "append_images": [Image.new("L", (9, 7))] * 2}), ("TIFF", "CMYK", {}),
+        ("TIFF", "1", {"compression": "group4"}), ("TIFF", "RGB", {"compression": "jpeg"}),
+        ("WEBP", "RGB", {"exif": exif}), ("WEBP", "RGBA", {"lossless": True}), ("AVIF", "RGB", {}), ("PPM", "RGB", {}),
+        ("TGA", "RGBA", {"compression": "tga_rle"}), ("PCX", "P", {}), ("JPEG2000", "RGB", {}), ("MPO", "RGB", {}),
+        ("EPS", "RGB", {}), ("ICO", "RGBA", {}), ("DDS", "RGB", {}), ("PDF", "RGB", {}), ("IM", "RGB", {}),
+        ("SGI", "L", {}),
+    ]  # fmt: skip
+    seeds = Seeds()
+    sound = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(sound, "PNG")
+    for form, mode, options in ways:
+        picture = Image.fromarray(numbers.integers(0, 256, (7, 9, 3), np.uint8)).convert(mode)
+        made = io.BytesIO()
+        try:
+            picture.save(made, form, **options)
+        except (OSError, KeyError):  # this Pillow lacks the format
+            continue
+        seeds.append({"in/a/x.png": made.getvalue(), "in/b/y.png": sound.getvalue()})
+    return seeds
+
+
+def image_files(random: Random, seeds: Seeds) -> Files:
+    """Damage one picture."""
+    files = dict(random.choice(seeds))
+    others = [seed["in/a/x.png"] for seed in seeds]
+    files["in/a/x.png"] = mutated(files["in/a/x.png"], mutations(random), others)
+    if random.randint(0, 9) == 0:
+        files[random.choice(["in/a/\x1b[2J.png", "in/\u202ec/z.gif", "in/c\n/z", "in/a/\udce9.jpg"])] = files[
+            "in/a/x.png"
+        ]
+    return files
+
+
+def model_seeds(folder: Path) -> Seeds:
+    """A small network's model.h5."""
+    from tests.fuzz import targets  # loads the whole package
+
+    targets.make_model(folder / "model.h5")
+    return Seeds([{"model.h5": (folder / "model.h5").read_bytes()}])
+
+
+def metrics_seeds(folder: Path) -> Seeds:
+    """A run folder's records and summary."""
+    lines = [{"step": step, "epoch": step / 10, "train_loss": 0.5, "test_accuracy": None} for step in range(5, 45, 5)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    summary = json.dumps({"steps": 20, "test_accuracy": 0.5, "data": {"rows": 40}}, indent=2)
+    return Seeds([{"metrics.jsonl": text.encode(), "summary.json": summary.encode()}])
+
+
+_ODD_JSON = [
+    "[" * 100_000, '{"step": 1e999}', '{"step": NaN}', '{"step": -Infinity}', '{"step": ' + "9" * 5000 + "}",
+    '{"step": true}',
+    '{"step": "5"}', '{"step": [5]}', '{"step": {}}', "null", "5", '"x"', "{}", '{"step": 5, "step": 50}',
+    '{"step": 5.9}',
+    '{"steps": 20}', '{"steps": [20]}', '{"steps": 1e999}', "\0" * 50, "\ud800", "\u2028", '{"step": 1}\r',
+    '{"a":' * 50_000,
+    '{"step": 1, "\x1b[2J": "\x1b"}', " ", '{"step": 5}{"step": 5}',
+]  # fmt: skip
+
+
+def metrics_files(random: Random, seeds: Seeds) -> Files:
+    """Damage the bytes of a run's records, or put odd lines among them."""
+    files = damaged(random, seeds)
+    for name in random.sample(["metrics.jsonl", "summary.json"], random.randint(0, 2)):
+        odd = random.choice(_ODD_JSON).encode("utf-8", "surrogatepass")
+        files[name] = odd if name == "summary.json" or (random.random() < 0.5) else files[name] + odd + b"\n"
+    return files
+
+
+SEEDS: dict[str, Callable[[Path], Seeds]] = {
+    "idx": idx_seeds,
+    "cifar": cifar_seeds,
+    "hdf5": hdf5_seeds,
+    "strange_hdf5": hdf5_strange_seeds,
+    "config": config_seeds,
+    "images": image_seeds,
+    "model": model_seeds,
+    "strange_model": hdf5_strange_seeds,
+    "metrics": metrics_seeds,
+}
+CASES: dict[str, Callable[[Random, Seeds], Files]] = {
+    "idx": damaged,
+    "cifar": damaged,
+    "hdf5": damaged,
+    "strange_hdf5": hdf5_strange,
+    "config": config_files,
+    "images": image_files,
+    "model": damaged,
+    "metrics": metrics_files,
+}
