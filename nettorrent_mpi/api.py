@@ -106,6 +106,7 @@ class Trainer:
             self._closers.insert(0, self._loop.close)
             folder = None if output is None else Path(output)
             self._files = TrainingFiles(self._engine, self._loop, saving, self.setup, folder)
+            self._closers.insert(0, self._files.finish)
             self._closers.append(self._files.close)
             if folder is None and "checkpoint" in settings and world.rank == 0:
                 warn("checkpoint is set, but there is no folder for checkpoints: none is written; give output")
@@ -164,6 +165,11 @@ class Trainer:
     def step(self) -> int:
         """Training steps so far, those before a resume included."""
         return self._loop.step
+
+    @property
+    def resumed_from(self) -> Path | None:
+        """The checkpoint from which the training was continued; None: it was not."""
+        return self._files.resumed_from
 
     @property
     def finished(self) -> bool:
@@ -257,7 +263,8 @@ class Trainer:
         self._files.write_network(file)
 
     def load(self, path: str | Path) -> None:
-        """Load the network from a file written by `save` or by a run with any layout.
+        """Load the network from a file written by `save`, by a run with any layout, or from a checkpoint: its folder,
+        or a run folder without results.
 
         The trainer's data set takes the numbers of the classes from the file, where both name them. Raises DataError,
         also if it has other classes; ConfigError if its rows are prepared otherwise.
@@ -266,7 +273,8 @@ class Trainer:
         self.planned.setup = self._files.read_network(Path(path))
 
     def resume(self, path: str | Path) -> None:
-        """Continue from a checkpoint, or from a folder's newest undamaged one, made with any layout and ranks.
+        """Continue from a checkpoint (its folder step-N), or from the newest undamaged one in a run folder or its
+        folder checkpoints, made with any layout and ranks.
 
         Raises ConfigError if it was made with other data, another network, optimizer, batch size, seed or dtype, and
         DataError for other classes or another number of rows; classes in another order are taken by their names.

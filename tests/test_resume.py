@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.engine.model_file import read_arrays
+from tests.checkpoints import whole
 
 HERE = Path(__file__).resolve().parent
 Run = subprocess.CompletedProcess[str]
@@ -165,14 +167,13 @@ def test_what_cannot_be_resumed(series: Callable[..., Any], tmp_path: Path) -> N
     refused(size, "train.batch_size")
     refused(another, "another run's results")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    harmed, copy = tmp_path / "harmed.h5", tmp_path / "copy.h5"
-    shutil.copy(checkpoint, harmed)
-    shutil.copy(checkpoint, copy)
-    with harmed.open("r+b") as file:
-        file.truncate(harmed.stat().st_size // 2)
+    harmed, copy = tmp_path / "harmed", tmp_path / "copy"
+    shutil.copytree(checkpoint, harmed)
+    shutil.copytree(checkpoint, copy)
+    os.truncate(harmed / "shard-00000.h5", 1000)
     from_harmed = command(config, tmp_path / "other", "--resume", harmed)
     told = series(2, tmp_path / "after", [from_harmed, [*resume, copy], [*run, "--overwrite"]], on=True)
-    refused(told[0], "harmed.h5")
+    refused(told[0], "harmed/shard-00000.h5: is not the file that was written (it has 1,000 of ")
     refused(told[1], "another run's results")
     assert told[2][0] == 0, told
 
@@ -265,10 +266,11 @@ def test_damaged_files(series: Callable[..., Any], tmp_path: Path, resumed: dict
     config, run = config_file(tmp_path), tmp_path / "run"
     shutil.copytree(resumed[OPTIMIZERS[0]] / "parts", run)
     older, newest = sorted((run / "checkpoints").iterdir())
-    with newest.open("r+b") as file:
-        file.truncate(newest.stat().st_size - 1000)
-    stale = run / "checkpoints" / "step-0000000025.h5.part"
-    stale.write_text("of a run that was killed")
+    index = newest / "index.h5"
+    os.truncate(index, index.stat().st_size - 1000)
+    for stale in ("step-0000000025.tmp", "step-0000000005.old"):
+        (run / "checkpoints" / stale).mkdir()
+        (run / "checkpoints" / stale / "shard-00000.h5").write_text("of a run that was killed")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_bytes("\n".join([*lines, "\0\0\0", '{"step": 31, "ep']).encode())
     results = {name: (run / name).read_bytes() for name in ("model.h5", "summary.json")}
@@ -280,11 +282,11 @@ def test_damaged_files(series: Callable[..., Any], tmp_path: Path, resumed: dict
     weights, damaged, done = series(2, tmp_path / "series", commands, on=True)
     assert (weights[0], damaged[0], done[0]) == (2, 2, 0), done
     assert re.search(r"error: .*model\.h5: holds no training state", weights[1])
-    assert re.search(r"error: .*step-0000000030\.h5: is not a whole file", damaged[1])
+    assert re.search(r"error: .*step-0000000030/index\.h5: is not the file that was written", damaged[1])
     warnings = [line for line in done[1].splitlines() if line.startswith("nettorrent: warning: ")]
     assert len(warnings) == 2, done[1]
     assert "warning" not in done[2]
-    assert re.search(r"step-0000000030\.h5: is not a whole file .*; resuming from step-0000000020\.h5", warnings[0])
+    assert re.search(r"step-0000000030/index\.h5: is not the .*; going on with step-0000000020 instead", warnings[0])
     assert "metrics.jsonl: 2 lines could not be read" in warnings[1]
     told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in told] == [json.loads(line)["step"] for line in lines]
@@ -330,7 +332,7 @@ def test_each_replica_goes_on(series: Callable[..., Any], tmp_path: Path, ranks:
             commands.append(command(config, parts, **how, train__epochs=2))
             commands.append(command(config, parts, "--resume", **how))
         else:
-            commands.append(command(config, parts, "--resume", whole / "checkpoints" / "step-0000000020.h5", **how))
+            commands.append(command(config, parts, "--resume", whole / "checkpoints" / "step-0000000020", **how))
     series(ranks, tmp_path / "series", commands, mpi="openmpi" if ranks == 2 else "mpich")
     for i, case in enumerate(REPLICAS[ranks]):
         whole, parts = (arrays_of_checkpoint(tmp_path / f"{name}{i}") for name in ("whole", "parts"))
@@ -362,7 +364,7 @@ def test_a_rest_in_between_changes_no_bit(series: Callable[..., Any], tmp_path: 
         how = {"layout": layout, "exchange": exchange, "dtype": "float32", "kernels": "numpy", "train__epochs": 2}
         how |= {"pipeline": "async"} if name == "async" else {}
         resting, resumed, whole = (tmp_path / f"{name}-{end}" for end in ("resting", "resumed", "whole"))
-        from_there = resting / "checkpoints" / "step-0000000014.h5"
+        from_there = resting / "checkpoints" / "step-0000000014"
         commands.append(command(config, resting, **how, checkpoint="{every_steps: 7, keep: 9}"))
         commands.append(command(config, resumed, "--resume", from_there, **how, train__evaluate_every=2))
         commands.append(command(config, whole, **how))
@@ -385,22 +387,14 @@ def test_a_checkpoint_every_second(series: Callable[..., Any], tmp_path: Path) -
     series(3, tmp_path / "series", [command(config, tmp_path / name, **how, **(often if name == "often" else {}))
                                     for name in ("often", "whole")])  # fmt: skip
     same(trained(tmp_path / "often"), trained(tmp_path / "whole"))
-    saved = [int(path.stem.removeprefix("step-")) for path in (tmp_path / "often" / "checkpoints").iterdir()]
+    saved = [int(path.name.removeprefix("step-")) for path in (tmp_path / "often" / "checkpoints").iterdir()]
     assert len(saved) > 4
     assert any(step % 10 for step in saved)
 
 
 def arrays_of_checkpoint(run: Path) -> dict[str, np.ndarray]:
     """Everything in the newest one."""
-    found: dict[str, np.ndarray] = {}
-
-    def visit(key: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset):
-            found[key] = item[...]
-
-    with h5py.File(max((run / "checkpoints").iterdir())) as file:
-        file.visititems(visit)
-    return found
+    return whole(max((run / "checkpoints").iterdir()))
 
 
 @slow

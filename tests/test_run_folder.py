@@ -453,8 +453,8 @@ def test_shared_memory_does_not_keep_mpi_from_ending(mpirun: Mpirun, mpi: str) -
 
 
 def test_what_cannot_be_begun_takes_nothing_away(tmp_path: Path) -> None:
-    for name in ("config.yaml", "model.h5", "checkpoints/step-0000000001.h5"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("config.yaml", "model.h5", "checkpoints/step-0000000001/manifest.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("old")
     (tmp_path / "config.yaml.part").mkdir()  # so nothing can be written under this name
     with pytest.raises(OutputError, match=r"config\.yaml could not be written"):
@@ -469,12 +469,13 @@ def test_what_cannot_be_begun_takes_nothing_away(tmp_path: Path) -> None:
 def test_a_new_run_takes_away_only_an_earlier_runs_files(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for files, left in (
-        ({"step-0000000003.h5", "step-0000000004.h5.part"}, None),
-        ({"step-0000000003.h5", "best.h5"}, {"best.h5"}),
+        ({"step-0000000003", "step-0000000004.tmp", "step-0000000002.old"}, None),
+        ({"step-0000000003", "best"}, {"best"}),
     ):
         folder.mkdir()
         for name in files:
-            (folder / name).touch()
+            (folder / name).mkdir()
+            (folder / name / "shard-00000.h5").touch()
         RunFolder(str(tmp_path)).create("new")
         assert (({path.name for path in folder.iterdir()}) if folder.exists() else None) == left
 
@@ -529,7 +530,7 @@ def test_a_run_says_what_can_be_done_next_and_is_evaluated_from_any_folder(tmp_p
     assert "\nmodel: a run/model.h5\nnext: nettorrent evaluate 'a run' scores it; nettorrent export" in done.stdout
     assert re.search(r"^test: loss [\d.]+, accuracy", done.stdout, re.MULTILINE), done.stderr
     assert done.returncode == 2
-    assert "\nlatest checkpoint: b/checkpoints/step-0000000002.h5; when the cause is mended, continue" in done.stdout
+    assert "\nlatest checkpoint: b/checkpoints/step-0000000002; when the cause is mended, continue" in done.stdout
     assert re.fullmatch(
         r"nettorrent: error: nan\.h5: x_test: feature 1 of row 3 is nan, which the evaluation after step 2 needs.*\n"
         r"nettorrent: error: .*a run/config\.yaml:\d+: data\.root: .*/data\.h5: no such file.*\n",

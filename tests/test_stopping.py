@@ -62,7 +62,7 @@ class Started:
 
     @property
     def checkpoints(self) -> list[str]:
-        return [path.name for path in (self.run / "checkpoints").glob("*.h5")]
+        return [path.name for path in (self.run / "checkpoints").glob("step-*")]
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def _parser() -> _Parser:
     train.add_argument("--overwrite", action="store_true", help="replace the results of another run in that folder")
     train.add_argument(
         "--resume", nargs="?", const="", metavar="PATH",
-        help="continue from the newest checkpoint in the output folder, or from PATH (a run folder or a checkpoint); "
-        "`--resume auto`: from the newest one in the output folder if there is one, else begin; layout and number of "
-        "ranks may differ",
+        help="continue from the newest checkpoint in the output folder, or from PATH (a run folder or a checkpoint's, "
+        "step-N); `--resume auto`: from the newest one in the output folder if there is one, else begin; layout and "
+        "number of ranks may differ",
     )  # fmt: skip
     train.add_argument(
         "--dry-run",
@@ -105,12 +105,18 @@ def _parser() -> _Parser:
     )
 
     evaluate = commands.add_parser("evaluate", help="compute loss and accuracy of a finished run on its test set")
-    evaluate.add_argument("run", metavar="RUN", help="the run's folder")
+    evaluate.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
     _add_set(evaluate)
 
     export = commands.add_parser("export", help="write the weights of a run to a NumPy .npz file")
-    export.add_argument("run", metavar="RUN", help="the run's folder")
+    export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
     export.add_argument("target", metavar="FILE.npz", help="the file to create")
+
+    inspect = commands.add_parser("inspect", help="show what a checkpoint has, and whether it is whole")
+    inspect.add_argument(
+        "path", metavar="CKPT", help="a checkpoint, the folder of them, a run's folder, or a file of weights"
+    )
+    inspect.add_argument("--json", action="store_true", help="write everything as JSON")
 
     _add_speedup(commands)
     _add_chaos(commands)
@@ -235,6 +241,6 @@ def _hint(word: str, following: str, args: argparse.Namespace) -> str:
             return "write the configuration's file without an option before it"
     if not word.startswith("-"):
         return ""
-    others = ("config", "run", "target", "folder", "name", "command", "action")  # have no option
+    others = ("config", "run", "path", "target", "folder", "name", "command", "action")  # have no option
     options = [f"--{each.replace('_', '-').replace('changes', 'set')}" for each in vars(args) if each not in others]
     return nearest(f"--{name}", options, listed=False)

@@ -68,7 +68,7 @@ def _run_alone(arguments: Sequence[str], chosen: str) -> int:
     if launched_first():
         args = parse(arguments)
         args.command_line = list(arguments)
-        _LOCAL[args.command](args)
+        return _LOCAL[args.command](args) or 0
     return 0
 
 
@@ -76,6 +76,12 @@ def _export(args: argparse.Namespace) -> None:
     from nettorrent_mpi.cli.evaluate import export
 
     export(args.run, args.target)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from nettorrent_mpi.cli.inspect import inspect
+
+    return inspect(args.path, as_json=args.json)
 
 
 def _speedup(args: argparse.Namespace) -> None:
@@ -129,8 +135,9 @@ def _tell_images(done: int, total: int) -> None:
         sys.stderr.write(f"\r{done} of {total} images\033[K" + ("\n" if done == total else ""))
 
 
-_LOCAL: dict[str, Callable[[argparse.Namespace], None]] = {
+_LOCAL: dict[str, Callable[[argparse.Namespace], int | None]] = {  # they return the exit code, if it is not 0
     "export": _export,
+    "inspect": _inspect,
     "speedup": _speedup,
     "chaos": _chaos,
     "data": _data,

@@ -269,7 +269,8 @@ def memory_table(memory: Sequence[Memory]) -> str:
     lines += wrapped(
         "",
         "layers: saved for backward, and workspaces. rows: of the data set; the ranks of a node share them, and "
-        "each counts those it has touched. files: rank 0 gathers whole arrays to write them. "
+        "each counts those it has touched. files: a copy from which checkpoints are written; rank 0 gathers the "
+        "network. "
         "libraries: Python, NumPy, MPI",
     )
     return "\n".join(lines)

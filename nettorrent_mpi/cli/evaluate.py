@@ -14,8 +14,11 @@ from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.config.sections import ON_GPU, Config
 from nettorrent_mpi.data.storage import replacing
+from nettorrent_mpi.engine.checkpoint import read_network
+from nettorrent_mpi.engine.checkpoint_folder import newest
+from nettorrent_mpi.engine.checkpoint_manifest import MANIFEST
 from nettorrent_mpi.engine.devices import choose_device
-from nettorrent_mpi.engine.model_file import read_arrays
+from nettorrent_mpi.engine.model_file import MODEL
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import DataError, OutputError, UserError, warn
@@ -29,8 +32,8 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
         world = ranks.world
         with world.agreement():
             args = parse(arguments)
-        folder = Path(args.run)
-        config = world.once(lambda: _any_ranks(load_config(folder / "config.yaml", *args.changes), args.changes))
+        file, network = world.once(lambda: _parts(Path(args.run)))
+        config = world.once(lambda: _any_ranks(load_config(file, *args.changes), args.changes))
         device = choose_device(world, config.device).kind
         if device == "cpu" and config.dtype in ON_GPU:  # the weights are float32
             config = replace(config, dtype="float32")
@@ -38,7 +41,7 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
             try:
                 setup = set_up(config, world.size, device=device)
             except UserError as error:
-                raise placed(error, folder / "config.yaml", *args.changes) from None
+                raise placed(error, file, *args.changes) from None
             planned = PlannedRun(setup, has_length=True)  # its warnings are about a training
             for note in planned.setup.dataset.notes:
                 warn(note)
@@ -50,13 +53,21 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
                 )
         trainer = Trainer(planned, comm=world)
         ranks.open.append(trainer.close)
-        trainer.load(folder / "model.h5")
+        trainer.load(network)
         found = trainer.evaluate()
         for name, scores in (("validation", found.validation), ("test", found.test)):
             if scores is not None and world.rank == 0:
                 accuracy = "" if scores.accuracy is None else f", accuracy {100 * scores.accuracy:.2f} %"
                 sys.stdout.write(f"{name}: loss {scores.loss:.4f}{accuracy}\n")
     return ranks.code
+
+
+def _parts(run: Path) -> tuple[Path, Path]:
+    """Return where the configuration and the network of a run are: of a run folder, of its folder of checkpoints, or of
+    one of these."""
+    folder = next((each for each in (run, *run.absolute().parents[:2]) if (each / "config.yaml").is_file()), run)
+    has_none = not (run / MODEL).is_file() and not (run / MANIFEST).is_file() and newest(run) is None
+    return folder / "config.yaml", run / MODEL if has_none else run
 
 
 def _any_ranks(config: Config, changes: Sequence[str]) -> Config:
@@ -72,12 +83,12 @@ def _any_ranks(config: Config, changes: Sequence[str]) -> Config:
 
 
 def export(run: str, target: str) -> None:
-    """Write RUN's arrays into a new .npz file, one array "<layer>/<name>" each."""
+    """Write the arrays of RUN, a run folder or a checkpoint, into a new .npz file, one array "<layer>/<name>" each."""
     if not target.endswith(".npz"):
         raise OutputError(f"{target}: the file's name must end in .npz")
-    arrays = read_arrays(Path(run) / "model.h5")
+    arrays = read_network(_parts(Path(run))[1])
     if not arrays:
-        raise DataError("holds no arrays; train again", file=str(Path(run) / "model.h5"))
+        raise DataError("holds no arrays; train again", file=run)
     if Path(target).exists():
         raise OutputError(f"{target} exists; choose another name or remove it")
     try:

@@ -7,7 +7,6 @@ import atexit
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.device.device import make_device
-from nettorrent_mpi.engine.checkpoint import find_checkpoint
+from nettorrent_mpi.engine.checkpoint_folder import newest
 from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.signals import Signals
@@ -55,11 +54,12 @@ def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
         with world.agreement():
             if world.rank == 0:
                 folder.lock()
-        checkpoint = world.once(lambda: folder.starting_point(args.resume, overwrite=args.overwrite))
+        place = world.once(lambda: folder.starting_point(args.resume, overwrite=args.overwrite))
         trainer = Trainer(planned, comm=world, output=folder.path, stop_on_signals=signals)
         ranks.open.append(trainer.close)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
+        if place is not None:
+            trainer.resume(place)
+        checkpoint = trainer.resumed_from
         run = Run(world, planned, trainer, folder, device)
         if checkpoint is not None and run.is_complete(checkpoint):
             return 0
@@ -190,8 +190,8 @@ class Run:
     def fail(self) -> None:
         """Restore the terminal after an error, and say from where the run can go on."""
         if self._reporter is not None:
-            with suppress(NetTorrentError):  # there is none
-                found = find_checkpoint(self._folder.path)
+            found = newest(self._folder.path)
+            if found is not None:
                 self._reporter.message(f"latest checkpoint: {found}; when the cause is mended, continue with --resume")
             self._reporter.close()
 

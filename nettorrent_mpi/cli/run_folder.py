@@ -15,7 +15,8 @@ from typing import Any
 
 from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.data.storage import replacing, retried
-from nettorrent_mpi.engine.checkpoint import checkpoints_in, find_checkpoint, lies_in
+from nettorrent_mpi.engine.checkpoint import lies_in, named_checkpoints
+from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, remove_checkpoints, tidy
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.plan.errors import OutputError, warn
@@ -71,8 +72,8 @@ class RunFolder:
         return lies_in(checkpoint, self.path / "checkpoints")
 
     def starting_point(self, resume: str | None, *, overwrite: bool) -> Path | None:
-        """Return the checkpoint from which a run in this folder continues; None: it begins. `resume` is the value of
-        the option: None without it, empty where it stands alone.
+        """Return the checkpoint, or the folder of checkpoints, from which a run in this folder continues; None: it
+        begins. `resume` is the value of the option: None without it, empty where it stands alone.
 
         Raises an OutputError where nothing is to continue from, or where another run's results would be lost.
         """
@@ -82,14 +83,14 @@ class RunFolder:
         if resume is None:
             self.check(overwrite)
             return None
-        checkpoint = find_checkpoint(self.path if resume in ("", AUTO) else Path(resume))
-        if not self.holds(checkpoint):
+        place = self.path if resume in ("", AUTO) else Path(resume)
+        if not self.holds(named_checkpoints(place)[-1]):
             self.check(overwrite)
         elif overwrite:
             raise OutputError(
                 f"--overwrite would replace the run in {self.path} that --resume continues: leave one out"
             )
-        return checkpoint
+        return place
 
     def create(self, config: str, after: int | None = None) -> None:
         """Create the folder, write config.yaml and open metrics.jsonl.
@@ -110,16 +111,13 @@ class RunFolder:
                 if after is None:
                     for name in OURS:
                         (self.path / name).unlink(missing_ok=True)
-                    for path in (*checkpoints.glob("step-*.h5"), *checkpoints.glob("step-*.h5.part")):
-                        path.unlink()
-            if after is None:
-                with suppress(OSError):  # it has files of the user's, or is not there
-                    checkpoints.rmdir()
+                    remove_checkpoints(checkpoints)
             write_whole(metrics, "".join(told))
             self._metrics = metrics.open("ab", buffering=0)
             with suppress(OSError):  # what a run that was killed has left
-                for part in (*(self.path / f"{name}.part" for name in OURS), *checkpoints.glob("step-*.h5.part")):
+                for part in (self.path / f"{name}.part" for name in OURS):
                     part.unlink(missing_ok=True)
+                tidy(checkpoints)
 
         self._guard(body, "config.yaml")
 

@@ -54,6 +54,23 @@ def check_plain(path: Path) -> None:
         raise DataError("cannot be read: it is no plain file", file=str(path))
 
 
+def regular(path: Path) -> FileIO:
+    """Open a regular file for reading, whoever made it: a link is not followed, and nothing is waited for, as a pipe
+    would be. Raises DataError for anything else, also where there is nothing."""
+    try:
+        descriptor = retried(lambda: os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise DataError("is missing", file=str(path)) from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DataError("is a link, which is not followed; use the file itself", file=str(path)) from None
+        raise DataError(f"could not be read ({error.strerror})", file=str(path)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError("is not a regular file", file=str(path))
+    return FileIO(descriptor)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write a file under: it takes the place of `path` once it is whole and on the disk, and
@@ -63,9 +80,9 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(create(str(part)))
     try:
         yield part
-        _flush(part)
+        flush(part)
         part.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -77,7 +94,7 @@ def create(path: str, flags: int = os.O_WRONLY) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk, where the file system can tell."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

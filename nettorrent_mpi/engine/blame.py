@@ -8,12 +8,13 @@ from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.plan.errors import DataError, NetTorrentError, NonFiniteError
 
 
-def check_finite(engine: Engine, evaluated: Batches | None = None) -> None:
+def check_finite(engine: Engine, evaluated: Batches | None = None, *, finite: bool = False) -> None:
     """Raise an error on all ranks if one of them has seen a value that is not finite, in training or in the evaluation
-    of `evaluated`, or has such weights: a DataError where the rows hold such a value, otherwise a NonFiniteError, which
-    names the earliest step and its first layer. All ranks call, at rest."""
+    of `evaluated`, or has such weights (unless it knows that those it owns are `finite`): a DataError where the rows
+    hold such a value, otherwise a NonFiniteError, which names the earliest step and its first layer. All ranks call, at
+    rest."""
     everyone, place = engine.wiring.everyone, engine.place
-    mine = engine.pipeline.divergence.found() or _wrong_weights(engine)
+    mine = engine.pipeline.divergence.found() or (None if finite else _wrong_weights(engine))
     found = everyone.gather_objects(None if mine is None else (mine[0], place.stage, mine[1]))
     engine.pipeline.divergence.forget()
     seen = [(*each, rank) for rank, each in enumerate(found) if each is not None]

@@ -1,203 +1,208 @@
 """Checkpoints hold the whole training state in global coordinates, so that any layout and rank count can resume from
-it.
+it: reading them. (engine/checkpoint_writer.py writes them.)
 
 Random numbers are functions of the step, so only the step number is saved for them. Replicas that differ are all saved,
 besides their average, from which a run with another number of replicas starts. No message between replicas is in flight
 when a checkpoint is made; the estimates of compressed messages restart from the average.
 
-A file is one side of the operation that moves blocks between ranks (engine/resharding.py): to write it, rank 0 takes
-every array whole; to read it, each rank takes its own boxes.
+Every rank reads its own boxes, out of the files that have parts of them. Before that, the ranks together have read all
+files once and compared their checksums: each rank some of the files.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
-from nettorrent_mpi.device.arrays import Array, Shape
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in
+from nettorrent_mpi.engine.checkpoint_manifest import MANIFEST, Manifest
+from nettorrent_mpi.engine.checkpoint_shards import read_blocks, whole_arrays
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import (
+    MODEL,
     Attribute,
     check_shape,
     opened,
+    read_arrays,
     read_attributes,
     read_box,
     verify,
-    write_arrays,
 )
 from nettorrent_mpi.engine.rank_numbers import NUMBERS
-from nettorrent_mpi.engine.resharding import REPLICAS, move
-from nettorrent_mpi.engine.run_files import written
+from nettorrent_mpi.engine.resharding import REPLICAS
 from nettorrent_mpi.engine.state import OPTIMIZER, PARAMETERS
-from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError, warn
-from nettorrent_mpi.plan.moves import Holding, whole
+from nettorrent_mpi.plan.errors import ConfigError, DataError, LostStateError, OutputError, warn
+from nettorrent_mpi.plan.moves import Holding
 
-if TYPE_CHECKING:
-    import h5py
-
-Groups = dict[str, dict[str, Array]]
-TRAINING = {"step", "samples", "time", "config"}  # attributes of a checkpoint that model.h5 lacks
+TRAINING = {"step", "samples", "time", "config"}  # attributes of a checkpoint
 # The values that decide what a step computes: a resumed run must have the same.
 DECISIVE = ("seed", "dtype", "data", "model", "train.batch_size", "train.optimizer")
+Accept = Callable[[Mapping[str, Attribute]], None]
 
 
-def collect(engine: Engine) -> Groups:
-    """Return on rank 0 all arrays whole, as `model_file.write_arrays` takes them; elsewhere nothing. Collective over
-    all ranks, at rest."""
-    held, group = engine.blocks(), engine.wiring.everyone
-    names: dict[str, str] = {}
-    shapes: dict[str, Shape] = {}
-    for each in group.gather_objects([(holding, array.dtype.str) for holding, array in held.items()]):
-        for (name, box), dtype in each:
-            names.setdefault(name, dtype)
-            before = shapes.get(name, (0,) * len(box))
-            shapes[name] = tuple(max(a, b.stop) for a, b in zip(before, box, strict=True))
-    groups: Groups = {}
-    wanted: dict[Holding, Array] = {}
-    if group.index == 0:
-        for name, dtype in names.items():
-            folder, key = _folder(name)
-            array = groups.setdefault(folder, {})[key] = np.empty(shapes[name], dtype)
-            wanted[Holding(name, whole(array.shape))] = array
-    move(group, held, wanted)
-    return groups
+def named_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints that a path names, the newest one last: itself, or those in a run folder or a folder of
+    checkpoints. Raises OutputError if there is none, DataError if it is a file."""
+    if path.is_file():
+        text = "holds no training state; resume from a run folder, or from a folder in its folder checkpoints"
+        raise DataError(text, file=str(path))
+    if (path / MANIFEST).exists():
+        return [path]
+    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
+    if not found:
+        raise OutputError(f"{path} holds no checkpoint to resume from; start the run without --resume")
+    return found
 
 
-def _folder(name: str) -> tuple[str, str]:
-    """Split an array's name: "replicas/1/optimizer/m/linear1/weight" -> ("replicas/1/optimizer/m",
-    "linear1/weight")."""
-    parts = name.split("/")
-    at = 2 if parts[0] == REPLICAS else 0
-    at += 1 if parts[at] in (PARAMETERS, NUMBERS) else 2
-    return "/".join(parts[:at]), "/".join(parts[at:])
+def find_checkpoint(world: World, path: Path) -> tuple[Path, Manifest]:
+    """Return the newest undamaged checkpoint that a path names, with a warning of damaged ones. All its files have been
+    read, by all ranks together, which call it. Raises OutputError if there is none, DataError if all are damaged."""
+    found = world.once(lambda: named_checkpoints(path))
+    damaged: list[str] = []
+    for each in reversed(found):
+        manifest, problem = _examined(each, world.rank, world.size)
+        problems = [told for told in world.gather_objects(problem) if told]
+        if manifest is not None and not problems:
+            if world.rank == 0:
+                _tell(damaged, each)
+            return each, manifest
+        damaged.append(problems[0])
+    with world.agreement():
+        raise DataError("; ".join(damaged))
 
 
-def restore_parameters(engine: Engine, path: Path, accept: Callable[[Mapping[str, Attribute]], None]) -> None:
-    """Load every rank's blocks of the parameters from model.h5 or a checkpoint. `accept` sees the file's attributes
-    before anything changes. Raises DataError, or what `accept` raises, on all ranks."""
+def read_network(path: Path) -> dict[str, Array]:
+    """Return the whole arrays "<layer>/<name>" of model.h5, of a checkpoint, or of a folder that has either, without
+    other ranks. Raises DataError or OutputError."""
+    if (path / MODEL).is_file() or not path.is_dir():
+        return read_arrays(path if not path.is_dir() else path / MODEL)
+    damaged: list[str] = []
+    for each in reversed(named_checkpoints(path)):
+        manifest, problem = _examined(each, 0, 1)
+        if manifest is not None and not problem:
+            _tell(damaged, each)
+            names = [name for name in manifest.arrays if name.startswith(f"{PARAMETERS}/")]
+            found = whole_arrays(each, manifest, names)
+            return {name.removeprefix(f"{PARAMETERS}/"): array for name, array in found.items()}
+        damaged.append(problem)
+    raise DataError("; ".join(damaged))
+
+
+def _examined(folder: Path, index: int, size: int) -> tuple[Manifest | None, str]:
+    """Read a checkpoint's manifest and, as number `index` of `size` readers, some of its files. Return what is wrong
+    with them, if anything."""
+    manifest: Manifest | None = None
+    try:
+        manifest = read_manifest(folder)
+        manifest.verify(folder, list(manifest.files)[index::size])
+    except DataError as error:
+        return manifest, str(error)
+    return manifest, ""
+
+
+def _tell(damaged: list[str], instead: Path) -> None:
+    """Warn of damaged checkpoints."""
+    for text in damaged:
+        warn(f"{text}; going on with {instead.name} instead", alone=True)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a training's checkpoint, and see that its files are there. Raises DataError."""
+    manifest = Manifest.read(folder)
+    manifest.check(folder)
+    missing = TRAINING - manifest.attributes.keys()
+    if missing:
+        raise DataError(f"does not name {', '.join(sorted(missing))}", file=str(folder / MANIFEST))
+    return manifest
+
+
+def restore_parameters(engine: Engine, path: Path, accept: Accept) -> None:
+    """Load every rank's blocks of the parameters from model.h5, or from a checkpoint or the newest one in a folder.
+    `accept` sees the attributes before anything changes. Raises DataError, or what `accept` raises, on all ranks."""
+    if engine.world.once((path / MODEL).is_file):
+        path = path / MODEL
+    if engine.world.once(path.is_dir):
+        folder, manifest = find_checkpoint(engine.world, path)
+        with engine.world.agreement():
+            accept(manifest.attributes)
+            _check_network(manifest, folder, engine)
+        engine.load(lambda wanted: _read(engine, folder, manifest, "", wanted))
+        return
     engine.world.once(lambda: verify(path))
+    shapes = engine.shapes()
     with engine.world.agreement(), opened(path) as file:
         accept(read_attributes(file))
-        _check_network(file, engine)
-    shapes = engine.shapes()
+        for key, shape in shapes.items():
+            check_shape(file, f"{PARAMETERS}/{key}", shape)
 
     def read(wanted: Mapping[Holding, Array]) -> None:
-        with engine.world.agreement():
-            _read(path, shapes, "", wanted)
+        with engine.world.agreement(), opened(path) as file:
+            for (name, box), array in wanted.items():
+                read_box(file, name, box, array)
 
     engine.load(read)
 
 
-def _check_network(file: h5py.File, engine: Engine) -> None:
-    """Raise DataError unless the file holds all parameters of the engine's network, before anything changes."""
-    for key, shape in engine.shapes().items():
-        check_shape(file, f"{PARAMETERS}/{key}", shape)
-
-
-def restore(engine: Engine, path: Path, accept: Callable[[Mapping[str, Attribute]], None]) -> dict[str, Attribute]:
-    """Load the training state from a checkpoint made with any layout on any number of ranks; return its attributes.
+def restore(engine: Engine, folder: Path, manifest: Manifest, accept: Accept) -> None:
+    """Load the training state from a checkpoint made with any layout on any number of ranks.
 
     `accept` sees the attributes before anything changes. Raises DataError, or what `accept` raises, on all ranks.
     """
-    with engine.world.agreement(), opened(path) as file:
-        attributes = read_attributes(file)
-        accept(attributes)
-        _check_network(file, engine)
+    with engine.world.agreement():
+        accept(manifest.attributes)
+        _check_network(manifest, folder, engine)
         for name in engine.optimizer.states:
-            if f"{OPTIMIZER}/{name}" not in file:
+            if not any(each.startswith(f"{OPTIMIZER}/{name}/") for each in manifest.arrays):
                 raise DataError(
                     f"holds no state {name!r} of the optimizer; resume with the optimizer it was made with",
-                    file=str(path),
+                    file=str(folder),
                 )
-        replicas = len(file[REPLICAS]) if REPLICAS in file else 1
+    replicas = len({name.split("/")[1] for name in manifest.arrays if name.startswith(f"{REPLICAS}/")})
+    engine.restore(
+        lambda prefix, wanted: _read(engine, folder, manifest, prefix, wanted),
+        int(manifest.attributes["step"]),
+        max(replicas, 1),
+    )
 
+
+def _check_network(manifest: Manifest, folder: Path, engine: Engine) -> None:
+    """Raise DataError unless the checkpoint has all parameters of the engine's network, before anything changes."""
     shapes = engine.shapes()
-
-    def read(prefix: str, wanted: Mapping[Holding, Array]) -> None:
-        with engine.world.agreement():
-            _read(path, shapes, prefix, wanted)
-
-    engine.restore(read, int(attributes["step"]), replicas)
-    return attributes
-
-
-def _read(path: Path, shapes: Mapping[str, Shape], prefix: str, wanted: Mapping[Holding, Array]) -> None:
-    """Fill the wanted arrays with their parts of the file's arrays of that name after `prefix`. Arrays other than
-    parameters stay unchanged if the file lacks them."""
-    with opened(path) as file:
-        for (name, box), array in wanted.items():
-            if prefix + name in file or name.startswith(PARAMETERS):
-                if not name.startswith(NUMBERS):
-                    check_shape(file, prefix + name, shapes[_folder(name)[1]])
-                read_box(file, prefix + name, box, array)
+    for key, shape in shapes.items():
+        if prod(shape) and f"{PARAMETERS}/{key}" not in manifest.arrays:
+            text = f"array {PARAMETERS}/{key} is missing; is it another network's?"
+            raise DataError(text, file=str(folder))
+    for name, array in manifest.arrays.items():
+        about = array_of(name)
+        wanted = None if about is None else shapes.get(about)
+        if about is not None and array.shape != wanted:
+            found = f"has shape {array.shape}, the network wants {wanted}"
+            raise DataError(f"array {name} {found}; is it another network's?", file=str(folder))
 
 
-def write_checkpoint(
-    folder: Path, groups: Mapping[str, Mapping[str, Array]], attributes: Mapping[str, Attribute], keep: int
-) -> None:
-    """Write step-N.h5 and remove all but the `keep` newest checkpoints up to it. Raises OutputError.
-
-    Checkpoints of later steps were left behind by a run that was resumed from an earlier one.
-    """
-    path = folder / f"step-{int(attributes['step']):010d}.h5"
-    with written(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, groups, attributes)
-    with suppress(OSError):
-        found = checkpoints_in(folder)
-        now = found.index(path) + 1
-        for old in (*found[: max(now - keep, 0)], *found[now:], *folder.glob("step-*.h5.part")):
-            old.unlink()
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at `path`: that file itself, or the newest undamaged one in a run folder or a folder of
-    checkpoints, with a warning of damaged ones. The file has been read whole, so this is for one rank.
-
-    Raises OutputError if there is none, DataError if all are damaged or the file holds no training state.
-    """
-    if path.is_file():
-        _verify(path)
-        return path
-    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
-    if not found:
-        raise OutputError(f"{path} holds no checkpoint to resume from; start the run without --resume")
-    damaged: list[DataError] = []
-    for each in reversed(found):
+def _read(engine: Engine, folder: Path, manifest: Manifest, prefix: str, wanted: Mapping[Holding, Array]) -> None:
+    """Fill the wanted arrays with their parts of the arrays of that name after `prefix`. Those that the checkpoint
+    lacks stay unchanged. All ranks call."""
+    with engine.world.agreement():
         try:
-            _verify(each)
-        except DataError as error:
-            damaged.append(error)
-            continue
-        for problem in damaged:
-            warn(f"{problem}; resuming from {each.name} instead", alone=True)
-        return each
-    raise DataError("; ".join(f"{error}" for error in damaged))
+            read_blocks(folder, manifest, prefix, wanted)
+        except LostStateError as error:
+            raise DataError(str(error), file=str(folder)) from error
 
 
-def _verify(path: Path) -> None:
-    """Raise DataError unless the file is a whole checkpoint."""
-    missing = TRAINING - verify(path).keys()
-    if missing:
-        text = "holds no training state; resume from a run folder, or from a file in its folder checkpoints"
-        raise DataError(text, file=str(path))
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the one with the highest step last. Raises OutputError."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.match("step-*.h5"))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be read: {error.strerror or error}") from error
+def array_of(name: str) -> str | None:
+    """Return the network's array that an array of the state is about: "replicas/1/optimizer/m/linear1/weight" ->
+    "linear1/weight"; None for numbers of ranks."""
+    parts = name.split("/")
+    parts = parts[2:] if parts[0] == REPLICAS else parts
+    return None if parts[0] == NUMBERS else "/".join(parts[1 if parts[0] == PARAMETERS else 2 :])
 
 
 def lies_in(path: Path, folder: Path) -> bool:

@@ -218,6 +218,11 @@ class Engine:
         a neighbour's next step, whose host would wait for this one, unless all ranks are at rest."""
         return self.device.kind == "cpu" or not self.schedule.asynchronous or self._left == 0
 
+    def settle(self) -> None:
+        """Wait for the device, where the host may."""
+        if self.may_wait:
+            self.device.synchronize()
+
     def _progress(self) -> Callable[[], None] | None:
         """Let messages move while this rank computes: those of rings, of peers and between stages, which MPI advances
         only when sender and receiver call it."""

@@ -12,6 +12,7 @@ from nettorrent_mpi.comm import library
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.engine.setup import Setup
+from nettorrent_mpi.engine.stage_schedule import StageSchedule
 from nettorrent_mpi.nn.footprint import Footprint, footprint, update_footprint
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
@@ -57,16 +58,13 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
     for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
         parameters = round(parameters_of(facts[stage.first : stage.stop], stage.cols))
         own, sharers = parameters * itemsize, sharers_of(topology, stage, config.exact)
-        # For a checkpoint each rank holds the replicas' average besides its own weights, where replicas differ, and
-        # those of a GPU.
-        copies = (not setup.plan.exact) + on_gpu
         arrays, letters = exchange_bytes(setup.plan, -(-parameters // stage.rows), states)
         result.append(
             replace(
                 part,
                 rows=_rows(setup, s, -(-rows // stage.rows)),
                 exchange=letters if on_gpu else arrays + letters,
-                files=copies * (own + states * own // sharers) + (FILES + _gathered(setup, states) if s == 0 else 0),
+                files=FILES + _copied(setup, s, own // sharers, states) + (_gathered(setup) if s == 0 else 0),
                 libraries=kernels + mpi + (libraries.first if s == 0 else libraries.others),
             )
         )
@@ -151,9 +149,14 @@ def _rows(setup: Setup, stage: int, here: int) -> int:
     return held
 
 
-def _gathered(setup: Setup, states: int) -> int:
-    """Return the bytes that rank 0 gathers for a checkpoint: parameters and all that is remembered of each; where
-    replicas differ, every replica's and their average."""
+def _gathered(setup: Setup) -> int:
+    """Return the bytes that rank 0 gathers for model.h5: the network's parameters."""
+    return sum(layer.parameters for layer in setup.network.facts) * setup.options.itemsize
+
+
+def _copied(setup: Setup, stage: int, size: int, states: int) -> int:
+    """Return the bytes of a rank's copy of what it owns, from which checkpoints are written: `size` bytes of parameters
+    and all that is remembered of each, and earlier versions; where replicas differ, its part of the average besides."""
     config, replicas = setup.config, setup.topology.replicas
     arrays = 1 + states
     if isinstance(config.exchange, Gossip):
@@ -161,9 +164,8 @@ def _gathered(setup: Setup, states: int) -> int:
         arrays += (
             config.exchange.deadline == "none" and withholding(config.exchange, replicas, _parts(config.exchange)) > 0
         )
-    networks = 1 if config.exact or replicas == 1 else replicas + 1
-    parameters = sum(layer.parameters for layer in setup.network.facts)
-    return networks * arrays * parameters * setup.options.itemsize
+    average = 0 if config.exact or replicas == 1 else 1 / replicas
+    return round((arrays * (1 + average) + StageSchedule(setup.plan, stage).late) * size)
 
 
 def exchange_bytes(plan: Plan, elements: int, states: int) -> tuple[int, int]:

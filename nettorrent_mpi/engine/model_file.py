@@ -1,4 +1,4 @@
-"""Files of whole arrays, independent of the layout that wrote them: model.h5 and checkpoints.
+"""Files of whole arrays, independent of the layout that wrote them: model.h5, and the index of a checkpoint.
 
     /parameters/<layer>/<name>             linear weight (in, out), conv weight (kh, kw, in, out), ...
     /optimizer/<state>/<layer>/<name>      checkpoints only: the optimizer state of that array
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # loaded only where needed: most ranks of a run never read or
     import h5py
 
 PARAMETERS = "parameters"
+MODEL = "model.h5"  # in a run folder
 Attribute = str | int | float
 
 
@@ -39,8 +40,7 @@ def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attribut
 
     def write() -> None:
         with new_hdf5(path) as file:
-            for name, value in attributes.items():
-                file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
+            write_attributes(file, attributes)
             for name, arrays in groups.items():
                 group = file.create_group(name)
                 for key, array in arrays.items():
@@ -48,6 +48,12 @@ def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attribut
                     group.create_dataset(key, data=array, **checked)
 
     retried(write)
+
+
+def write_attributes(file: h5py.File, attributes: Mapping[str, Attribute]) -> None:
+    """Write the attributes of a file."""
+    for name, value in attributes.items():
+        file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
 
 
 def read_attributes(file: h5py.File) -> dict[str, Attribute]:
@@ -61,6 +67,7 @@ def verify(path: Path) -> dict[str, Attribute]:
 
     def visit(_name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset):
+            _check_own(file, item)
             for part in item.iter_chunks() if item.chunks else [...]:
                 item[part]
 
@@ -86,6 +93,20 @@ def read_arrays(path: Path) -> dict[str, Array]:
     return arrays
 
 
+def array_shapes(file: h5py.File) -> dict[str, tuple[Shape, str]]:
+    """Return the shape and the type of every array of a file."""
+    import h5py
+
+    found: dict[str, tuple[Shape, str]] = {}
+
+    def visit(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = item.shape, item.dtype.name
+
+    file.visititems(visit)
+    return found
+
+
 def check_shape(file: h5py.File, name: str, shape: Shape) -> None:
     """Raise DataError unless the file holds an array of this name and shape."""
     if name not in file or file[name].shape != shape:
@@ -96,10 +117,28 @@ def check_shape(file: h5py.File, name: str, shape: Shape) -> None:
     _check_own(file, file[name])
 
 
+def own_array(file: h5py.File, name: str, shape: Shape | None = None) -> h5py.Dataset:
+    """Return an array of the file, of this shape. Raises DataError unless it is stored in the file itself."""
+    import h5py
+
+    place: Any = file
+    for part in name.split("/"):
+        link = place.get(part, getlink=True) if isinstance(place, h5py.Group) and part in place else None
+        place = place[part] if isinstance(link, h5py.HardLink) else None
+    if not isinstance(place, h5py.Dataset) or (shape is not None and place.shape != shape):
+        raise DataError(f"has no array {name}" + ("" if shape is None else f" of shape {shape}"), file=file.filename)
+    _check_own(file, place)
+    return place
+
+
 def _check_own(file: h5py.File, array: h5py.Dataset) -> None:
-    """Raise DataError if the array is a link to another file: a stranger's could make this program read any file."""
+    """Raise DataError if the array is a link to another file: a stranger's could make this program read any file. Nor
+    may it be packed, or have parts that were never written: a small file would fill the memory."""
     if array.external or array.is_virtual or array.file.filename != file.filename:
         text = f"array {array.name} is not stored in this file, as nettorrent_mpi does it; use a file of its own"
+        raise DataError(text, file=file.filename)
+    if array.size and array.id.get_storage_size() < array.size * array.dtype.itemsize:
+        text = f"array {array.name} is not stored whole, as nettorrent_mpi does it; use a file of its own"
         raise DataError(text, file=file.filename)
 
 

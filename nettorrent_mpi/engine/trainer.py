@@ -43,7 +43,7 @@ class TrainingLoop:
         self.at_rest = True
         self.abandoned = False  # an error has ended it: no further communication
         self.missed: NetTorrentError | None = None  # raised on all ranks after this one's caller had left the loop
-        self.clock = Clock(self._settle)
+        self.clock = Clock(engine.settle)
         self._saving = saving
         self.evaluator = Evaluator(engine)
         self._stopping = Stopping(engine.world, engine.wiring.channel(engine.bound), signals)
@@ -87,6 +87,7 @@ class TrainingLoop:
                 done = self.step = n + 1
                 self.samples += work.rows
                 clock.step(work.rows)
+                saving.poll()
                 epochs = done // self.epoch_steps if done % self.epoch_steps == 0 else 0
                 ask = reported and done < rest  # a report may have arrived one step after it was started
                 last, tells = done == until, bool(epochs) or done % settings.report_every == 0
@@ -146,7 +147,9 @@ class TrainingLoop:
                     break
                 stop = None
                 stopping.begin()
+            saving.finish()
         except NetTorrentError as error:
+            saving.finish(error)
             if not self._left:
                 raise
             self.missed = error  # the caller has left, and Python would print the error and forget it
@@ -191,6 +194,7 @@ class TrainingLoop:
             return False
         list(self._reports.ready(wait=True))
         self.clock.stop()
+        self._saving.finish()
         self.at_rest = True
         return True
 
@@ -222,10 +226,6 @@ class TrainingLoop:
         self.clock.settle()
         epoch, seconds = round(self.step / self.epoch_steps, 4), round(self.time, 3)
         return Record(self.step, epoch, self.samples, seconds, 0.0, rate, self.clock.samples_per_second)
-
-    def _settle(self) -> None:
-        if self._engine.may_wait:
-            self._engine.device.synchronize()
 
     def _completed(self, report: Report[Record | None]) -> Record:
         self.loss = report.training.loss

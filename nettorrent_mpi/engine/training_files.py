@@ -9,8 +9,10 @@ from typing import Any
 
 from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.engine import checkpoint
-from nettorrent_mpi.engine.blame import check_finite
+from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, tidy
+from nettorrent_mpi.engine.checkpoint_writer import CheckpointWriter
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.failure import agreed
 from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.run_lock import RunLock
@@ -18,12 +20,12 @@ from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.engine.trained_on import ATTRIBUTE, TrainedOn, fit
 from nettorrent_mpi.engine.trainer import TrainingLoop
-from nettorrent_mpi.plan.errors import OutputError, warn
+from nettorrent_mpi.plan.errors import NetTorrentError, OutputError, warn
 
 
 class TrainingFiles:
     """TrainingFiles write a training's state and its network, and read them. All ranks make them and call the same
-    methods, at rest; rank 0 writes.
+    methods, at rest (`poll` after every step). Each rank writes its part of the state; rank 0 writes the network.
 
     `setup` is that of the training; its classes are numbered as in the file that was read last. `output` is the folder
     that gets `checkpoints/`; None: there are no checkpoints.
@@ -34,13 +36,27 @@ class TrainingFiles:
         self.setup = setup
         self._checkpoints: Path | None = None  # their folder
         self._continues = False  # what is in it
+        self.resumed_from: Path | None = None  # the checkpoint that was read last
         self._lock: RunLock | None = None
         if output is not None:
             with self._world.agreement():
                 if self._world.rank == 0:
                     self._lock = RunLock(output)
             self._checkpoints = output / "checkpoints"
-            saving.write = self._write_checkpoint
+            if self._world.rank == 0:
+                tidy(self._checkpoints)
+            self._writer = CheckpointWriter(engine, self._checkpoints, setup.config.checkpoint.keep)
+            saving.files = self
+
+    def poll(self) -> None:
+        """Go on with the checkpoint that is being written, without waiting. Called after every step."""
+        self._writer.poll()
+
+    def finish(self, error: NetTorrentError | None = None) -> None:
+        """Wait for the checkpoint that is being written; not after an error that only some ranks have seen. All ranks
+        call, at rest."""
+        if self._checkpoints is not None and (error is None or agreed(error, self._world)):
+            self._writer.finish()
 
     def close(self) -> None:
         """Let other runs use the folder."""
@@ -51,11 +67,13 @@ class TrainingFiles:
         """Raise an OutputError if the folder has another run's checkpoints, which this training's would replace."""
         folder = self._checkpoints
         with self._world.agreement():
-            if self._world.rank == 0 and folder and not self._continues and checkpoint.checkpoints_in(folder):
+            if self._world.rank == 0 and folder and not self._continues and checkpoints_in(folder):
                 raise OutputError(
                     f"{folder} holds another run's checkpoints: resume from them, remove them, or choose another output"
                 )
         self._continues = True
+        if folder:
+            self._writer.prepare()
 
     def write_network(self, path: Path) -> None:
         """Write the whole network as one file. Raises OutputError."""
@@ -77,20 +95,23 @@ class TrainingFiles:
 
     def read_checkpoint(self, path: Path) -> Setup:
         """Continue from a checkpoint, or from a folder's newest undamaged one. Returns and raises as `read_network`."""
-        found = self._world.once(lambda: checkpoint.find_checkpoint(path))
+        self.finish()
+        found, manifest = checkpoint.find_checkpoint(self._world, path)
+        attributes = manifest.attributes
         fitted: list[tuple[Setup, str | None]] = []
 
         def accept(attributes: Mapping[str, Any]) -> None:
             checkpoint.must_match(json.loads(str(attributes["config"])), self.setup.config, found)
             fitted.append(fit(self.setup, attributes, found, resumed=True))
 
-        attributes = checkpoint.restore(self._engine, found, accept)
+        checkpoint.restore(self._engine, found, manifest, accept)
         setup = self._take(*fitted[0])
         if self._checkpoints is not None and checkpoint.lies_in(found, self._checkpoints):
             self._continues = True
         step, samples, seconds = int(attributes["step"]), int(attributes["samples"]), float(attributes["time"])
         loss, accuracy = (float(attributes[name]) if name in attributes else None for name in ("loss", "accuracy"))
         self._loop.resume(step, samples, seconds, loss, accuracy)
+        self.resumed_from = found
         return setup
 
     def _take(self, setup: Setup, warning: str | None) -> Setup:
@@ -107,26 +128,24 @@ class TrainingFiles:
         """Return the attributes of a file of this network."""
         return {"model": model_json(self.setup.config), ATTRIBUTE: TrainedOn.of(self.setup).text()}
 
-    def _write_checkpoint(self, needed: bool) -> None:
-        """Write checkpoints/step-N.h5, never with weights that are not finite, and remove all but the newest ones. If
-        that fails and the training goes on or has other results (not `needed`), it is a warning."""
-        loop, config = self._loop, self.setup.config
-        assert self._checkpoints is not None
-        check_finite(self._engine)
-        groups = checkpoint.collect(self._engine)
-        with self._world.agreement():
-            if self._world.rank == 0:
-                figures = {"time": loop.time, "loss": loop.loss, "accuracy": loop.accuracy}
-                attributes: dict[str, Attribute] = {
-                    **self._about(),
-                    "config": json.dumps(to_plain(config)),
-                    "step": loop.step,
-                    "samples": loop.samples,
-                    **{name: figure for name, figure in figures.items() if figure is not None},
-                }
-                try:
-                    checkpoint.write_checkpoint(self._checkpoints, groups, attributes, config.checkpoint.keep)
-                except OutputError as error:
-                    if needed:
-                        raise
-                    warn(f"there is no checkpoint of step {loop.step}: {error}", alone=True)
+    def write(self, *, needed: bool) -> None:
+        """Begin to write checkpoints/step-N, never with weights that are not finite; the older ones are removed when it
+        is there. Training goes on meanwhile, unless the checkpoint is `needed`. If it cannot be written, that is an
+        OutputError if it is `needed`, and else a warning."""
+        loop, setup = self._loop, self.setup
+        figures = {"time": loop.time, "loss": loop.loss, "accuracy": loop.accuracy}
+        attributes: dict[str, Attribute] = {
+            **self._about(),
+            "config": json.dumps(to_plain(setup.config)),
+            "step": loop.step,
+            "samples": loop.samples,
+            **{name: float(figure) for name, figure in figures.items() if figure is not None},
+            "ranks": self._world.size,
+            "layout": setup.layout_line,
+            "exchange": setup.options.exchange.kind,
+            "device": setup.options.device,
+            "mpi": self._world.library,
+        }
+        self._writer.begin(loop.step, attributes)
+        if needed:
+            self._writer.finish(needed=True)

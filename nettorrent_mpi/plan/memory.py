@@ -27,7 +27,7 @@ class Memory:
     links: int = 0  # buffers for transfers from and to neighbouring stages
     rows: int = 0  # of the data set
     exchange: int = 0  # messages between replicas that differ, and their state
-    files: int = 0  # whole arrays gathered for a checkpoint, and the HDF5 library
+    files: int = 0  # the copy from which checkpoints are written, the gathered network, and the HDF5 library
     libraries: int = 0  # Python, NumPy, MPI and the rest of the process
 
     @property

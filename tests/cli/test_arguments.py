@@ -36,7 +36,9 @@ def test_wrong_arguments_are_corrected(arguments: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "export", "speedup", "data", "data fetch", "data import"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "evaluate", "export", "inspect", "speedup", "data", "data fetch", "data import"]
+)
 def test_help_is_broken_between_words(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,11 +20,11 @@ from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi import planning  # noqa: E402
 from nettorrent_mpi.__main__ import main  # noqa: E402
-from nettorrent_mpi.engine import checkpoint  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
 from nettorrent_mpi.engine.evaluation import Evaluator  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline, Work  # noqa: E402
 from nettorrent_mpi.engine.reports import Reports  # noqa: E402
+from nettorrent_mpi.engine.state_copy import StateCopy  # noqa: E402
 from nettorrent_mpi.engine.update import Update  # noqa: E402
 from nettorrent_mpi.exchange import gossip  # noqa: E402
 from nettorrent_mpi.exchange.elite import EliteExchange  # noqa: E402
@@ -59,7 +59,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "shown": (Replicas, "shown", 2),
     "become": (Replicas, "become", 1),
     "adopt": (Replicas, "adopt", 1),
-    "collect": (checkpoint, "move", 1),
+    "collect": (StateCopy, "take", 1),
 }
 assert all(hasattr(holder, name) for holder, name, _ in PHASES.values()), "a phase is named after nothing that exists"
 steps = 0

@@ -468,7 +468,7 @@ def test_another_runs_checkpoints_do_not_give_way(world: MPI.Intracomm, shared_p
         trainer.resume(shared_path)
         list(trainer.train(steps=3))
         assert trainer.step == 12
-    assert (shared_path / "checkpoints" / "step-0000000012.h5").exists()
+    assert (shared_path / "checkpoints" / "step-0000000012").exists()
 
 
 def test_checkpoints_without_a_folder_are_told(world: MPI.Intracomm) -> None:

@@ -17,15 +17,15 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import buckets, checkpoint
+from nettorrent_mpi.engine import buckets
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluator
-from nettorrent_mpi.engine.model_file import write_arrays
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.topology import Stage, Topology
+from tests.checkpoints import restore, saved, whole
 
 SIZE = MPI.COMM_WORLD.size
 SHAPE, CLASSES, ROWS, BATCH = (4, 3, 2), 4, 96, 37
@@ -126,13 +126,9 @@ def trained(comm: MPI.Intracomm, case: Case, exchange: specs.Spec, file: Path, r
     evaluator.losses = list(range(case.replicas))
     if read is None:
         train(engine, evaluator, range(2))
-        found["checkpoint"] = groups = checkpoint.collect(engine)
-        if comm.rank == 0:
-            write_arrays(file, groups, {"step": 2})
-        comm.Barrier()
     else:
-        checkpoint.restore(engine, read, lambda attributes: None)
-        found["checkpoint"] = checkpoint.collect(engine)
+        restore(engine, read)
+    found["checkpoint"] = whole(saved(engine, file, 2))
     train(engine, evaluator, range(2, 4))
     found["replicas"], found["evaluation"] = evaluator.compare(), evaluator.evaluate().figures()
     x = np.linspace(-1, 1, 24 * 3).reshape(3, *SHAPE)
@@ -161,10 +157,10 @@ def test_hosts_make_no_difference(case: Case, kind: str, hosts: Callable[..., No
     if comm == MPI.COMM_NULL:
         return
     exchange = EXCHANGES[kind]
-    together = trained(comm, case, exchange, shared_path / "together.h5")
+    together = trained(comm, case, exchange, shared_path / "together")
     hosts(*case.hosts)
-    apart = trained(comm, case, exchange, shared_path / "apart.h5")
-    resumed = trained(comm, case, exchange, shared_path / "apart.h5", read=shared_path / "together.h5")
+    apart = trained(comm, case, exchange, shared_path / "apart")
+    resumed = trained(comm, case, exchange, shared_path / "resumed", read=shared_path / "together" / "step-0000000002")
     assert apart.pop("shared") == resumed.pop("shared")
     comm.Free()
     del together["shared"]

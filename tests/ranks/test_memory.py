@@ -131,15 +131,17 @@ def trained(setup: Setup) -> list[tuple[int, dict[str, int]]]:
 
 @pytest.mark.ranks(1)
 def test_the_rows_and_what_is_gathered() -> None:
-    """By hand: bytes of the images, labels, numbers of rows; parameters and two states for a checkpoint."""
+    """By hand: bytes of the images, labels, numbers of rows; parameters and two states for a checkpoint, and the
+    network."""
     setup = set_up(load(None, [*SETTINGS, "train.micro_batches=1"]), 1)
     (alone,) = estimate(setup, Libraries(1000, 0))
     assert alone.rows == 16 * 16 * 3 * (640 + 64 + 64) + 8 * (640 + 64) + 3 * 8 * 640
     parameters = sum(facts.parameters for facts in setup.network.facts)
-    assert alone.files == pytest.approx(15e6 + 4 * 3 * parameters, rel=1e-6)
+    assert alone.files == pytest.approx(15e6 + 4 * (3 + 1) * parameters, rel=1e-6)
     assert alone.libraries == 1000
     halves = Topology(1, (Stage(0, 2, 1, 1), Stage(2, 4, 1, 1)))
     first, second = estimate(replace(setup, topology=halves), Libraries(0, 0))
     assert first.rows == 16 * 16 * 3 * (640 + 64 + 64) + 3 * 8 * 640
     assert second.rows == 8 * (640 + 64) + 3 * 8 * 640
-    assert second.files == 0  # it sends what it holds
+    own = sum(facts.parameters for facts in setup.network.facts[2:])
+    assert second.files == pytest.approx(15e6 + 4 * 3 * own, rel=1e-6)

@@ -19,14 +19,14 @@ from nettorrent_mpi.comm.ring import Lap, Ring, Rings, can_carry
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import buckets, checkpoint
+from nettorrent_mpi.engine import buckets
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.model_file import write_arrays
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.layers.linear import LinearLayer
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.topology import Stage, Topology
+from tests.checkpoints import restore, saved
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 SHAPE, CLASSES = (6, 5, 2), 4
@@ -204,20 +204,16 @@ def test_a_checkpoint_knows_no_buckets(
     """Made with rings, gone on from with shared memory, on another layout."""
     rows, cols = Topology(SIZE, (Stage(0, 4, 1, 1),)), Topology(1, (Stage(0, 4, 1, SIZE),))
     grid = Topology(1, (Stage(0, 3, SIZE - 1, 1), Stage(3, 4, 1, 1))) if SIZE > 2 else rows
-    file = shared_path / "step.h5"
     with training(rows) as engine:
         steps(engine, range(8))
         expected = engine.parameters()
     between_nodes(True)
     with training(grid) as engine:
         steps(engine, range(4))
-        groups = checkpoint.collect(engine)
-        if RANK == 0:
-            write_arrays(file, groups, {"step": 4})
-        engine.world.barrier()
+        made = saved(engine, shared_path, 4)
     monkeypatch.undo()
     with training(cols) as engine:
-        checkpoint.restore(engine, file, lambda attributes: None)
+        restore(engine, made)
         steps(engine, range(4, 8))
         found = engine.parameters()
     for key, array in expected.items():

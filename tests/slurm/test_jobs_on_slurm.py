@@ -245,7 +245,7 @@ def test_a_node_is_drained(repository: Path, launcher: str) -> None:
 def test_a_node_is_lost(repository: Path, launcher: str) -> None:
     """Slurm ends the job and requeues it by itself."""
     job = start(repository, "cifar.sbatch", launcher, *ENDS)
-    job.wait_for(lambda: list(job.run.glob("checkpoints/step-*")))
+    job.wait_for(lambda: list(job.run.glob("checkpoints/step-??????????")))
     node = max(job.ranks().values())
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
     try:
@@ -270,7 +270,7 @@ def kill_ranks_of_a_node(job: Job) -> int:
 def test_the_ranks_of_a_node_are_killed_under_srun(repository: Path) -> None:
     """srun ends the others, which would wait for them, and the requeued job continues."""
     job = start(repository, "cifar.sbatch", "srun", *ENDS)
-    job.wait_for(lambda: list(job.run.glob("checkpoints/step-*")))
+    job.wait_for(lambda: list(job.run.glob("checkpoints/step-??????????")))
     kill_ranks_of_a_node(job)
     assert job.end() == "137:0", job.told()
     assert "ranks were killed; to continue: scontrol requeue" in job.told()
