@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from nettorrent_mpi.cli.exchange_report import exchange_block, stream_block
-from nettorrent_mpi.cli.speed_report import speed_block
+from nettorrent_mpi.cli.speed_report import copies_lines, speed_block
 from nettorrent_mpi.cli.tables import MOST_LINES, WIDTH, aligned, shortened, wrapped
 from nettorrent_mpi.device.visible import VisibleGpu
 from nettorrent_mpi.engine.layout import predicted
@@ -59,6 +59,7 @@ def dry_run(
         f"rate      {setup.rates} ({train.schedule.kind})",
         *_device(setup),
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
+        *copies_lines(setup, memory),
     ]
     letters = "F forward, B backward"
     if config.pipeline.kind in STREAMS:
@@ -265,14 +266,13 @@ def gpu_block(memory: Sequence[Memory], gpu: VisibleGpu) -> str:
 
 def memory_table(memory: Sequence[Memory]) -> str:
     """Write a line for each stage, and what the columns are."""
-    lines = [_table(memory)]
-    lines += wrapped(
-        "",
-        "layers: saved for backward, and workspaces. rows: of the data set; the ranks of a node share them, and "
-        "each counts those it has touched. files: a copy from which checkpoints are written; rank 0 gathers the "
-        "network. "
-        "libraries: Python, NumPy, MPI",
+    copies = "copies: of weights and optimizer, for when ranks are lost. " if any(m.copies for m in memory) else ""
+    text = (
+        "layers: saved for backward, and workspaces. rows: of the data set; the ranks of a node share them, and each "
+        f"counts those it has touched. {copies}files: a copy from which checkpoints are written; rank 0 gathers the "
+        "network. libraries: Python, NumPy, MPI"
     )
+    lines = [_table(memory), *wrapped("", text)]
     return "\n".join(lines)
 
 

@@ -254,6 +254,10 @@ class Config(Section):
     layout: Annotated[Literal["layers", "auto"] | Layout, Read(_layout)] = "layers"
     pipeline: Annotated[Spec, _one_of(choices.PIPELINES, "pipeline")] = field(default_factory=choices.OneFOneB)
     exchange: Annotated[Spec, _one_of(choices.EXCHANGES, "exchange")] = field(default_factory=choices.Allreduce)
+    # Copies of the state in other ranks' memory. auto: where a run survives the loss of ranks.
+    redundancy: Annotated[Spec, _one_of(choices.REDUNDANCIES, "kind of redundancy")] = field(
+        default_factory=choices.AutoCopies
+    )
     output: str | None = None  # the run folder; `load` fills it in
     trace: bool = False
 

@@ -96,6 +96,10 @@ _EXCHANGES = _table(
     ("ddp dataparallel sync synchronous average", "allreduce"),
     ("parameterserver ps", "there is no server: replicas agree by allreduce, gossip or elite"),
 )
+_REDUNDANCIES = _table(
+    ("off no false disabled", "none"),
+    ("on yes true copy copies mirror partner neighbour neighbor memory", "buddy"),
+)
 _KEYS = _table(
     # layers
     ("infeatures inchannels inputdim inputshape inputsize numfeatures normalizedshape batchinputshape", _SHAPES),
@@ -153,11 +157,13 @@ _KEYS = _table(
     ("saveevery savesteps checkpointinterval checkpointfreq", "write every_steps or every_epochs under checkpoint"),
     ("evalevery valinterval checkvaleverynepoch", "evaluate_every|train.evaluate_every"),
     ("strategy parallelism tensorparallel dataparallel tpsize ppsize", "layout"),
+    ("faulttolerance resilience elastic replication ulfm", "redundancy"),
     ("defaults", "leave it out: a configuration is one file; --set changes a value"),
 )  # fmt: skip
 _WORDS: dict[str, Mapping[str, str]] = {
     "layer": _LAYERS, "loss": _LOSSES, "optimizer": _OPTIMIZERS, "schedule": _SCHEDULES, "exchange": _EXCHANGES,
     "activation": _ACTIVATIONS, "device": _DEVICES, "dtype": _DTYPES, "data": _DATA, "key": _KEYS,
+    "kind of redundancy": _REDUNDANCIES,
 }  # fmt: skip
 
 

@@ -228,6 +228,7 @@ def kinds_at(path: tuple[str | int, ...]) -> tuple[Mapping[str, type[Spec]], str
         ("train", "schedule"): (specs.SCHEDULES, "schedule"),
         ("pipeline",): (choices.PIPELINES, "pipeline"),
         ("exchange",): (choices.EXCHANGES, "exchange"),
+        ("redundancy",): (choices.REDUNDANCIES, "kind of redundancy"),
         ("exchange", "gossip", "mix"): (choices.MIXES, "mix"),
         ("exchange", "gossip", "compress"): (choices.COMPRESSIONS, "compression"),
     }

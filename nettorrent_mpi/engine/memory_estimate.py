@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nettorrent_mpi.comm import library
+from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.engine.setup import Setup
@@ -19,10 +20,13 @@ from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, rows_shared, sharers_of
-from nettorrent_mpi.plan.exchange_specs import Gossip, PushSumMix, Whole
+from nettorrent_mpi.plan.exchange_specs import Gossip, PushSumMix, Whole, copies_every
 from nettorrent_mpi.plan.gossip_rules import LARGEST, SPARE, receives, withholding
 from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
+from nettorrent_mpi.plan.recovery import PLACES, buddies
+from nettorrent_mpi.plan.schedule import STREAMS
+from nettorrent_mpi.plan.stream import versions
 
 FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
 MPI = 14_000_000  # bytes that it takes when it is loaded: 13 MB of Open MPI 5.0.11, 15 MB of MPICH 5.0.2
@@ -52,7 +56,7 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
     itemsize, states, on_gpu = options.itemsize, len(make_optimizer(options.optimizer).states), options.device == "gpu"
     rows = most_rows(options.batch_size, options.micro_batches, topology.replicas)
     found = [Memory() for _ in topology.stages] if on_gpu else _computing(setup, rows, states)
-    kernels = CUDA if on_gpu else _kernels(options)
+    kernels, kept = CUDA if on_gpu else _kernels(options), copies_of(setup)
     mpi = MPI if topology.size > 1 and not library.loaded() else 0
     result = []
     for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
@@ -63,12 +67,41 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
             replace(
                 part,
                 rows=_rows(setup, s, -(-rows // stage.rows)),
+                copies=kept[s],
                 exchange=letters if on_gpu else arrays + letters,
                 files=FILES + _copied(setup, s, own // sharers, states) + (_gathered(setup) if s == 0 else 0),
                 libraries=kernels + mpi + (libraries.first if s == 0 else libraries.others),
             )
         )
     return result
+
+
+def copies_of(setup: Setup) -> list[int]:
+    """Return the bytes of the copies that a rank of each stage holds of its own state and of its ward's, where they are
+    kept (engine/redundancy.py). All ranks are taken to share a node."""
+    topology, exact = setup.topology, setup.config.exact
+    members = topology.size if exact else topology.size // topology.replicas
+    if copies_every(setup.config.redundancy, survivable()) is None or members == 1:
+        return [0] * len(topology.stages)
+    owned = [owned_bytes(setup, s) for s in range(len(topology.stages))]
+    most = [0] * len(topology.stages)
+    for keeper, rank in ((keeper, rank) for rank, keeper in enumerate(buddies([0] * members))):
+        own, theirs = topology.place(keeper).stage, topology.place(rank).stage
+        most[own] = max(most[own], PLACES * (owned[own] + owned[theirs]))
+    return most
+
+
+def owned_bytes(setup: Setup, stage: int) -> int:
+    """Return the bytes of what a rank of this stage owns: its part of the weights, with their earlier versions, and of
+    the optimizer's state."""
+    topology, options = setup.topology, setup.options
+    here = topology.stages[stage]
+    parameters = parameters_of(setup.network.facts[here.first : here.stop], here.cols)
+    wide = max(options.itemsize, 4)  # of the weights that are updated
+    pieces, stages = options.micro_batches, len(topology.stages)
+    late = versions(stages, pieces, stage) - 1 if setup.config.pipeline.kind in STREAMS else 0
+    each = wide * (1 + len(make_optimizer(options.optimizer).states)) + late * options.itemsize
+    return round(parameters * each / sharers_of(topology, here, setup.config.exact))
 
 
 def _computing(setup: Setup, rows: int, states: int) -> list[Memory]:

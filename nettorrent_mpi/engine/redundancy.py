@@ -36,17 +36,19 @@ class Entry(NamedTuple):
 
 
 class Redundancy:
-    """A Redundancy keeps copies of one engine's blocks, this rank's and those of its ward: parameters and
-    their earlier versions, running statistics and optimizer state, after every `every`-th step.
+    """A Redundancy keeps copies of one engine's blocks, this rank's and those of its ward: parameters and their earlier
+    versions, running statistics and optimizer state, after every `every`-th step; where that is None, or a replica has
+    one rank, none.
 
     All ranks of the engine's world make one, and call its methods after the same steps. It is closed before its engine.
     `rank` is this rank's number in that world, laid out as `topology`; `apart` says that replicas differ.
     """
 
-    def __init__(self, engine: Engine, every: int):
+    def __init__(self, engine: Engine, every: int | None):
         self._engine, self._every, self._steps = engine, every, engine.steps
         self.topology, self.apart, self.rank = engine.topology, not engine.plan.exact, engine.world.rank
         group = engine.wiring.channel(engine.wiring.replica)
+        self._idle = every is None or group.size == 1
         members = self.topology.replica(engine.place.replica) if self.apart else range(self.topology.size)
         keepers = buddies(group.nodes)
         buddy, ward = keepers[group.index], keepers.index(group.index)
@@ -64,12 +66,12 @@ class Redundancy:
         ]
         index = self._entries(own[0])
         told = size, index
-        if group.size > 1:
+        if not self._idle:
             told = group.comm.sendrecv(told, buddy, TAG, None, ward, TAG)  # once
         theirs = [np.zeros(told[0], np.uint8) for _ in range(PLACES)]
         self._memory, self._index = (own, theirs), (index, told[1])
         self._link = BuddyLink(group, buddy, ward, own, theirs, TAG)
-        if group.size > 1:
+        if not self._idle:
             engine.moving.append(self._progress)
 
     @property
@@ -87,13 +89,13 @@ class Redundancy:
         every step."""
         self._finish()
         # Without a flush a GPU's arrays are read only where the ranks come to rest.
-        if step - self._steps >= self._every and self._engine.may_wait:
+        if self._every is not None and step - self._steps >= self._every and self._engine.may_wait:
             self._begin(step)
 
     def refresh(self, step: int) -> None:
         """Keep copies after this step, and wait until all ranks have them. All ranks call, at rest."""
         self._finish()
-        if self.whole != step:
+        if not self._idle and self.whole != step:
             self._begin(step)
             self._finish()
 
@@ -124,6 +126,8 @@ class Redundancy:
     def _begin(self, step: int) -> None:
         """Copy what this rank owns, and let it travel."""
         self._steps = step
+        if self._idle:
+            return
         place = self._copies.begin(step)
         for part, shard in zip(self._parts[place], self._shards(), strict=True):
             self._engine.device.download(part, shard.values)
@@ -149,7 +153,7 @@ class Redundancy:
 
     def _shards(self) -> list[Shard]:
         """Return the live arrays to copy. What exchanges remember is not among them: it may be in flight."""
-        return self._engine.state.owned_shards({})
+        return [] if self._idle else self._engine.state.owned_shards({})
 
     def _entries(self, memory: Array) -> list[Entry]:
         """Return where this rank's blocks lie in the memory of a copy."""

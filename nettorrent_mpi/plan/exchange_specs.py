@@ -1,4 +1,5 @@
-"""Specs of pipelines and of the exchange between replicas: their options and defaults.
+"""Specs of pipelines, of the exchange between replicas, and of copies for when ranks are lost: their options and
+defaults.
 
 Frozen dataclasses like those of plan/specs.py; the first field may be given alone (`compress: {topk: 0.01}`).
 """
@@ -172,9 +173,41 @@ class Gossip(Spec):
     consensus: Consensus | None = None
 
 
+# -- copies of the state, for when ranks are lost ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuddyCopies(Spec):
+    """Each rank keeps a copy of what it owns and of what its buddy does."""
+
+    kind = "buddy"
+    every_steps: int = 10  # steps from one copy to the next
+
+
+@dataclass(frozen=True)
+class NoCopies(Spec):
+    kind = "none"
+
+
+@dataclass(frozen=True)
+class AutoCopies(Spec):
+    """Copies at a buddy where a run survives the loss of ranks."""
+
+    kind = "auto"
+
+
 PIPELINES: dict[str, type[Spec]] = {c.kind: c for c in (OneFOneB, Gpipe, Async)}
 MIXES: dict[str, type[Spec]] = {
     c.kind: c for c in (ConstantMix, ClockMix, LossMix, LinearMix, LossDivergenceMix, PushSumMix)
 }
 COMPRESSIONS: dict[str, type[Spec]] = {c.kind: c for c in (Whole, Float16, Int8, Sign, TopK)}
 EXCHANGES: dict[str, type[Spec]] = {c.kind: c for c in (Allreduce, Nothing, Gossip, Elite)}
+REDUNDANCIES: dict[str, type[Spec]] = {c.kind: c for c in (AutoCopies, NoCopies, BuddyCopies)}
+
+
+def copies_every(spec: Spec, survivable: bool) -> int | None:
+    """Return the number of steps from one copy of the state to the next; None: there are none. `survivable`: a run
+    survives the loss of ranks."""
+    if isinstance(spec, AutoCopies):
+        spec = BuddyCopies() if survivable else NoCopies()
+    return spec.every_steps if isinstance(spec, BuddyCopies) else None

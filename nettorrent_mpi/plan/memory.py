@@ -26,6 +26,7 @@ class Memory:
     layers: int = 0  # saved for backward, and workspaces of layers
     links: int = 0  # buffers for transfers from and to neighbouring stages
     rows: int = 0  # of the data set
+    copies: int = 0  # of this rank's state and another one's, for when ranks are lost
     exchange: int = 0  # messages between replicas that differ, and their state
     files: int = 0  # the copy from which checkpoints are written, the gathered network, and the HDF5 library
     libraries: int = 0  # Python, NumPy, MPI and the rest of the process

@@ -88,6 +88,8 @@ MISTAKES = [
     ("name: digits", "name: digit", 2, "data.name", ["one of digits, mnist", "did you mean digits?"]),
     # values that are not to be had
     ("seed: 1", "exchange: gosip", 1, "exchange", ["unknown exchange 'gosip'", "did you mean gossip?"]),
+    ("seed: 1", "redundancy: off", 1, "redundancy", ["did you mean none?"]),
+    ("seed: 1", "redundancy: {buddy: {every_steps: 0}}", 1, "redundancy.buddy.every_steps", ["must be at least 1"]),
     ("seed: 1", "exchange: zzz", 1, "exchange", ["possible: allreduce, none, gossip, elite"]),
     ("seed: 1", "exchange:", 1, "exchange", ["the name of an exchange", "nothing"]),
     ("seed: 1", "exchange: {allreduce: 1}", 1, "exchange.allreduce", ["allreduce has no options"]),

@@ -13,6 +13,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.reading import load
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
+from nettorrent_mpi.engine.redundancy import Redundancy
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.exchange.gossip import GossipExchange
@@ -29,6 +30,7 @@ SETTINGS = (
     f"model.layers={LAYERS}",
     "train.batch_size=64",
     "train.micro_batches=4",
+    "redundancy=buddy",
 )
 
 
@@ -74,12 +76,15 @@ def held(engine: Engine) -> dict[str, int]:
     buffers = [*wiring._x, *wiring._dx, *wiring._dy]
     staged = [staging for transfer in wiring._transfers.values() for _, staging, _ in transfer._staged]
     spaces = pipeline._workspaces
+    redundancy = Redundancy(engine, 1)
+    redundancy.close()
     return {
         "parameters": parameters,
         "optimizer": sum(array.nbytes for bucket in state.buckets for array in bucket.optimizer.values()),
         "layers": sum(space.bytes for space in spaces) + spaces[0]._shared.bytes + engine.device.working_bytes,
         "links": sum(array.nbytes for array in (*buffers, *staged)),
         "exchange": exchange(engine),
+        "copies": redundancy.bytes,
     }
 
 
