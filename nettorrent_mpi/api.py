@@ -29,6 +29,7 @@ from nettorrent_mpi import env
 if "mpi4py.MPI" not in sys.modules:
     env.prepare()  # MPI reads its environment when it loads, and so do BLAS threads where NumPy is not loaded yet
 
+from nettorrent_mpi.comm.failures import lost, survivable
 from nettorrent_mpi.comm.world import World, abort_after_error
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.data.from_arrays import unlabelled
@@ -37,6 +38,7 @@ from nettorrent_mpi.device.device import StreamDevice
 from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
+from nettorrent_mpi.engine.failover import Failure, Recovery
 from nettorrent_mpi.engine.failure import agreed, end_all
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.saving import Saving
@@ -49,6 +51,7 @@ from nettorrent_mpi.nn.rates import check_rates
 from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError, warn
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
+COPY_EVERY = 10  # steps between two copies of a state, where ranks may be lost
 atexit.register(abort_after_error)
 
 
@@ -102,17 +105,21 @@ class Trainer:
             self._engine.wiring.warn_of_copies()
             config = self.setup.config
             saving = Saving(config.checkpoint, self._engine.sampler.steps_per_epoch)
-            self._loop = TrainingLoop(self._engine, config.train, saving, signals)
+            every = COPY_EVERY if survivable() else None
+            self._loop = TrainingLoop(self._engine, config.train, saving, signals, every)
             self._closers.insert(0, self._loop.close)
             folder = None if output is None else Path(output)
             self._files = TrainingFiles(self._engine, self._loop, saving, self.setup, folder)
             self._closers.insert(0, self._files.finish)
             self._closers.append(self._files.close)
+            self._recovery = Recovery(self._engine, self._loop, self._files, self._take)
             if folder is None and "checkpoint" in settings and world.rank == 0:
                 warn("checkpoint is set, but there is no folder for checkpoints: none is written; give output")
-        except NetTorrentError as error:
+        except Exception as error:
             if agreed(error, world):
                 self.close()
+            elif lost(error, world):
+                self.abandon()
             raise
 
     def _plan(self, network: Architecture | PlannedRun, data: Data | None, settings: Mapping[str, Any]) -> PlannedRun:
@@ -137,6 +144,9 @@ class Trainer:
         if world.rank == 0:
             planned.warn()
         return planned
+
+    def _take(self, setup: Setup) -> None:
+        self.planned.setup = setup
 
     # -- progress -----------------------------------------------------------------------------------------------------
 
@@ -218,9 +228,35 @@ class Trainer:
                 doubt = check_rates(self.setup.config.train.schedule, horizon, self._loop.epoch_steps)
             if doubt is not None and self.rank == 0:
                 warn(doubt)
-        run = self._loop.train(until, horizon)
+        run = (self._survive if survivable() else self._loop.train)(until, horizon)
         self._runs = [other for other in self._runs if other() is not None] + [weakref.ref(run)]
         return run
+
+    def _survive(self, until: int, horizon: int) -> Iterator[Record]:
+        """Train, also when ranks are lost."""
+        while True:
+            try:
+                yield from self._loop.train(until, horizon)
+                self._world.agree()
+                return
+            except Exception as error:
+                if self.recover(error):
+                    return
+
+    def recover(self, error: Exception) -> bool:
+        """Let the training go on without ranks that are lost, where this error says that some are and MPI lets the
+        others go on (`mpirun --with-ft ulfm`); otherwise raise it. Returns whether the caller of any rank has left the
+        loop over `train`, which calls this itself. All survivors call.
+
+        The training goes back to the newest state that the survivors have, with the layout that they can have.
+        """
+        if not lost(error, self._world):
+            raise error
+        return self._recovery.recover()
+
+    def on_recovery(self, announce: Callable[[Failure], None]) -> None:
+        """Let `announce` be called on all ranks at the end of each recovery; by default rank 0 warns."""
+        self._recovery.announce = announce
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -300,6 +336,7 @@ class Trainer:
             **{name: final[name] for name in chosen if name in final},
             "final_loss": loop.loss,
             "stopped_by": loop.stopped_by or ("epochs" if train.steps is None else "steps"),
+            "failures": [failure.figures() for failure in self._recovery.failures],
             "data": asdict(TrainedOn.of(self.setup)),
             "exchange": self._engine.exchange_figures(),
             "device": self.setup.options.device,
@@ -329,6 +366,14 @@ class Trainer:
         for close in closers:
             close()
         self._raise_missed()
+
+    def abandon(self) -> None:
+        """Forget the training, as ranks are lost: free nothing that others have to free, too, and let other runs use
+        the folder."""
+        atexit.unregister(self._end_of_script)
+        self._closers.clear()
+        if hasattr(self, "_files"):
+            self._files.close()
 
     def __enter__(self) -> Self:
         return self

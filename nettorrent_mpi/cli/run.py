@@ -23,6 +23,7 @@ from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.checkpoint_folder import newest
 from nettorrent_mpi.engine.devices import choose_device
+from nettorrent_mpi.engine.failover import Failure
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.engine.trainer import ACCURACY, SIGNAL
@@ -37,41 +38,49 @@ DIVERGED = 1  # exit code: the training diverged, though all numbers are finite
 def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
     """Run `nettorrent train` on all ranks; returns the exit code."""
     with Ranks() as ranks:
-        world = ranks.world
         atexit.register(signals.ignore)  # before MPI ends, which was asked for when it started
-        with world.agreement():
-            args = parse(arguments)
-        world.same("command line", " ".join(arguments))
-        world.same("version of nettorrent_mpi", __version__)
-        planned, device = _plan(world, args)
-        if args.dry_run:
-            hosts = world.gather_objects(world.host)
-            if world.rank == 0:
-                sys.stdout.write(planned.describe(hosts if args.ranks is None else None))
-            return 0
-        folder = RunFolder(planned.config.output or "runs/run")
-        ranks.open.append(folder.close)
-        with world.agreement():
-            if world.rank == 0:
-                folder.lock()
-        place = world.once(lambda: folder.starting_point(args.resume, overwrite=args.overwrite))
-        trainer = Trainer(planned, comm=world, output=folder.path, stop_on_signals=signals)
-        ranks.open.append(trainer.close)
-        if place is not None:
-            trainer.resume(place)
-        checkpoint = trainer.resumed_from
-        run = Run(world, planned, trainer, folder, device)
-        if checkpoint is not None and run.is_complete(checkpoint):
-            return 0
-        run.begin(chosen, checkpoint)
-        try:
-            for record in trainer.train():
-                run.tell(record)
-            ranks.code = run.end()
-        except NetTorrentError:
-            run.fail()
-            raise
+        run = ranks.complete(lambda: _start(ranks, arguments, chosen, signals))
+        while run is not None:
+            try:
+                run.begin()
+                for record in run.trainer.train():
+                    run.tell(record)
+                ranks.code = run.end()
+                break
+            except Exception as error:
+                run.go_on_or_fail(error)
     return ranks.code
+
+
+def _start(ranks: Ranks, arguments: Sequence[str], chosen: str, signals: Signals) -> Run | None:
+    """Return the requested run, ready to train; None if there is nothing to train."""
+    world = ranks.world
+    with world.agreement():
+        args = parse(arguments)
+    world.same("command line", " ".join(arguments))
+    world.same("version of nettorrent_mpi", __version__)
+    planned, device = _plan(world, args)
+    if args.dry_run:
+        hosts = world.gather_objects(world.host)
+        if world.rank == 0:
+            sys.stdout.write(planned.describe(hosts if args.ranks is None else None))
+        return None
+    folder = RunFolder(planned.config.output or "runs/run")
+    ranks.owns(folder.close, folder.close)
+    with world.agreement():
+        if world.rank == 0:
+            folder.lock()
+    place = world.once(lambda: folder.starting_point(args.resume, overwrite=args.overwrite))
+    trainer = Trainer(planned, comm=world, output=folder.path, stop_on_signals=signals)
+    ranks.owns(trainer.close, trainer.abandon)
+    if place is not None:
+        trainer.resume(place)
+    checkpoint = trainer.resumed_from
+    run = Run(world, planned, trainer, folder, checkpoint)
+    if checkpoint is not None and run.is_complete(checkpoint):
+        return None
+    run.environment, run.device = chosen, device
+    return run
 
 
 def _plan(world: World, args: argparse.Namespace) -> tuple[PlannedRun, str]:
@@ -111,19 +120,25 @@ def _anywhere(config: Config) -> Config:
 
 
 class Run:
-    """A Run shows a training and writes its folder. All ranks call its methods; rank 0 shows and writes."""
+    """A Run shows a training and writes its folder. All ranks call its methods; rank 0 shows and writes. It continues
+    from `checkpoint` if there is one."""
 
-    def __init__(self, world: World, planned: PlannedRun, trainer: Trainer, folder: RunFolder, device: str):
-        self._world, self._planned, self._trainer, self._folder = world, planned, trainer, folder
-        self._device = device  # what the run computes on, in words
+    environment = ""  # how it was set, in words
+    device = ""  # what the run computes on, in words
+
+    def __init__(self, world: World, planned: PlannedRun, trainer: Trainer, folder: RunFolder, checkpoint: Path | None):
+        self._world, self._planned, self.trainer, self._folder = world, planned, trainer, folder
+        self._checkpoint = checkpoint
+        self._created = self._begun = False
         self._reporter: Reporter | None = None
+        trainer.on_recovery(self.go_on)
 
     def is_complete(self, checkpoint: Path) -> bool:
         """Whether the run that `checkpoint` continues has nothing left to train, and the folder has its results: they
         stay, and a line says so."""
-        step, steps, folder = self._trainer.step, self._planned.setup.steps, self._folder
+        step, steps, folder = self.trainer.step, self._planned.setup.steps, self._folder
         complete = self._world.once(lambda: folder.holds(checkpoint) and folder.has_results(step))
-        if not (complete and self._trainer.finished):
+        if not (complete and self.trainer.finished):
             return False
         if self._world.rank == 0:
             if step < steps:
@@ -137,32 +152,61 @@ class Run:
             )
         return True
 
-    def begin(self, chosen: str, checkpoint: Path | None) -> None:
-        """Create the folder, and describe the run, which continues from `checkpoint` if there is one. `chosen` says how
-        the environment was set."""
-        world, setup, folder = self._world, self._planned.setup, self._folder
-        with world.agreement():
-            if world.rank == 0:
-                continues = checkpoint is not None and folder.holds(checkpoint)
-                folder.create(to_yaml(_anywhere(setup.config)), self._trainer.step if continues else None)
+    def begin(self) -> None:
+        """Create the folder, and describe the run, unless that was done."""
+        if self._begun:
+            return
+        world, setup, checkpoint = self._world, self._planned.setup, self._checkpoint
+        self._create(self.trainer.step)
+        self._begun = True
         if world.rank == 0:
-            self._reporter = open_reporter(
-                sys.stdout,
-                layout=setup.layout_line,
-                ranks=world.size,
-                environment=chosen,
-                output=str(self._folder.path),
-                steps=setup.steps,
-                steps_per_epoch=setup.sampler.steps_per_epoch,
-            )
+            self._reporter = self._open_reporter()
             self._reporter.message(f"learning rate: {setup.rates} ({setup.config.train.schedule.kind})")
-            if self._device:
-                self._reporter.message(f"device: {self._device}")
+            if self.device:
+                self._reporter.message(f"device: {self.device}")
             hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels).missing)
             if hint:
                 self._reporter.message(hint)
             if checkpoint is not None:
-                self._reporter.message(f"resumes after step {self._trainer.step} of {setup.steps}, from {checkpoint}")
+                self._reporter.message(f"resumes after step {self.trainer.step} of {setup.steps}, from {checkpoint}")
+
+    def _create(self, step: int) -> None:
+        """Create the folder. If it has this run's files, those stay that tell of steps up to this one."""
+        world, folder, checkpoint = self._world, self._folder, self._checkpoint
+        continues = any(world.gather_objects(self._created))
+        with world.agreement():
+            if world.rank == 0:
+                continues = continues or (checkpoint is not None and folder.holds(checkpoint))
+                folder.create(to_yaml(_anywhere(self._planned.setup.config)), step if continues else None)
+        self._created = True
+
+    def _open_reporter(self) -> Reporter:
+        setup = self._planned.setup
+        return open_reporter(
+            sys.stdout,
+            layout=setup.layout_line,
+            ranks=self._world.size,
+            environment=self.environment,
+            output=str(self._folder.path),
+            steps=setup.steps,
+            steps_per_epoch=setup.sampler.steps_per_epoch,
+        )
+
+    def go_on(self, failure: Failure) -> None:
+        """Tell that ranks were lost, on the rank that is now the first one, and let metrics.jsonl end where the
+        training goes on."""
+        world, self._begun = self._world, True
+        with world.agreement():
+            if world.rank == 0:
+                self._folder.lock()
+        self._create(failure.resumed_from)
+        if world.rank == 0:
+            ranks = f"{world.size} ranks" if world.size > 1 else "1 rank"
+            if self._reporter is None:
+                self._reporter = self._open_reporter()
+            else:
+                self._reporter.message(f"layout: {self._planned.setup.layout_line} on {ranks}")
+            self._reporter.message(failure.line)
 
     def tell(self, record: Record) -> None:
         """Write a record to metrics.jsonl, and show it."""
@@ -174,12 +218,13 @@ class Run:
 
     def end(self) -> int:
         """Write the results, unless a signal has stopped the training; return the exit code."""
-        stopped, diverged = self._trainer.stopped_by == SIGNAL, self._trainer.diverged
-        if stopped and self._reporter is not None:
-            self._reporter.message(f"stopped by a signal after step {self._trainer.step}; continue with --resume")
+        stopped, diverged = self.trainer.stopped_by == SIGNAL, self.trainer.diverged
         if not stopped:
             self._write_results()
+        self._world.agree()
         if self._reporter is not None:
+            if stopped:
+                self._reporter.message(f"stopped by a signal after step {self.trainer.step}; continue with --resume")
             if diverged:
                 self._reporter.message("the training diverged: its results are written, but of no use")
             elif not stopped:
@@ -187,7 +232,16 @@ class Run:
             self._reporter.close()
         return SIGNALLED if stopped else DIVERGED if diverged else 0
 
-    def fail(self) -> None:
+    def go_on_or_fail(self, error: Exception) -> None:
+        """Let the training go on where the error says that ranks are lost. Otherwise, raise it, and say from where the
+        run can go on."""
+        try:
+            self.trainer.recover(error)
+        except NetTorrentError:
+            self._fail()
+            raise
+
+    def _fail(self) -> None:
         """Restore the terminal after an error, and say from where the run can go on."""
         if self._reporter is not None:
             found = newest(self._folder.path)
@@ -202,7 +256,7 @@ class Run:
         scored = setup.dataset.test is not None or len(setup.sampler.validation_rows) > 0
         evaluate = f"nettorrent evaluate {folder} scores it; " if scored else ""
         more = "more epochs" if setup.config.train.steps is None else "more steps"
-        if self._trainer.stopped_by == ACCURACY:
+        if self.trainer.stopped_by == ACCURACY:
             more = "a higher train.stop_at.accuracy"
         self._reporter.message(f"model: {self._folder.path / 'model.h5'}")
         self._reporter.message(
@@ -212,7 +266,7 @@ class Run:
 
     def _write_results(self) -> None:
         """Write model.h5, trace.json and summary.json."""
-        world, trainer = self._world, self._trainer
+        world, trainer = self._world, self.trainer
         summary = trainer.summary()
         trainer.save(self._folder.path / "model.h5")
         trace = trainer.trace()

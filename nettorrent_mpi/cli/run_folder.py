@@ -37,7 +37,7 @@ class RunFolder:
 
     def lock(self) -> None:
         """Keep other runs from writing here. Raises an OutputError if one does."""
-        self._lock = RunLock(self.path)
+        self._lock = self._lock or RunLock(self.path)
 
     def close(self) -> None:
         """Write what is left of metrics.jsonl, and let other runs write here."""
@@ -113,6 +113,8 @@ class RunFolder:
                         (self.path / name).unlink(missing_ok=True)
                     remove_checkpoints(checkpoints)
             write_whole(metrics, "".join(told))
+            if self._metrics is not None:
+                self._metrics.close()
             self._metrics = metrics.open("ab", buffering=0)
             with suppress(OSError):  # what a run that was killed has left
                 for part in (self.path / f"{name}.part" for name in OURS):

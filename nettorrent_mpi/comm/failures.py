@@ -55,6 +55,8 @@ def drop(requests: Sequence[MPI.Request]) -> None:
 
 
 def _ended(request: MPI.Request) -> bool:
+    if not request:  # it was freed
+        return True
     try:
         if not request.Test():
             return False

@@ -45,13 +45,31 @@ class Sampler:
             raise ConfigError(text, key="data.validation")
         shuffled = generator(seed, "validation").permutation(rows)
         assert 0 <= validation < 1 <= min(batch_size, replicas, micro_batches)
-        self.seed, self.batch_size = seed, batch_size
+        self.seed, self.batch_size, self._validation = seed, batch_size, validation
         self.replicas, self.micro_batches = replicas, micro_batches
         self.partition: Literal["shared", "disjoint"] = partition
         self.validation_rows: Array = np.sort(shuffled[:kept])
         self.training_rows: Array = np.sort(shuffled[kept:])
         self.steps_per_epoch = -(-len(self.training_rows) // batch_size)
         self._orders: dict[int, Array] = {}
+
+    def divided(self, replicas: int, micro_batches: int) -> Sampler:
+        """Return the sampler of the same rows for another number of replicas and of micro-batches."""
+        rows, validation = len(self.training_rows) + len(self.validation_rows), self._validation
+        return Sampler(
+            rows,
+            self.seed,
+            validation,
+            self.batch_size,
+            replicas=replicas,
+            micro_batches=micro_batches,
+            partition=self.partition,
+        )
+
+    def samples(self, steps: int) -> int:
+        """Return the number of rows in the mini-batches of the first `steps` steps."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * len(self.training_rows) + min(rest * self.batch_size, len(self.training_rows))
 
     def epoch(self, step: int) -> int:
         """Return the epoch, counted from 0, that the global step belongs to."""

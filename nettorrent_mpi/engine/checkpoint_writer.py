@@ -81,6 +81,8 @@ class CheckpointWriter:
         """Give up the checkpoint in flight, because ranks are lost. Each rank calls for itself."""
         if self._thread is not None:
             self._thread.join()
+        if self._sum is not None:
+            self._sum.abandon()
         self._thread = self._sum = self._step = self._wiring = None
 
     @property

@@ -56,8 +56,9 @@ class Engine:
     loss_of_zeros = 0.0  # of the training rows, for outputs of 0; known to one rank of the last stage
     _opened = False
 
-    def attach(self, world: World, plan: Plan, blocks: Blocks | None = None) -> None:
-        """Train on this world according to this plan from now on; with `blocks`, from the state of another engine.
+    def attach(self, world: World, plan: Plan, blocks: Blocks | None = None, sampler: Sampler | None = None) -> None:
+        """Train on this world according to this plan from now on; with `blocks`, from the state of another engine, and
+        with `sampler`, on the same data set divided by it.
 
         All ranks of the world call. Ranks that hold blocks of the same state without being in this world call
         `blocks.give()` at the same time. Optimizer and exchange must be the same as before; if the number of replicas
@@ -114,7 +115,7 @@ class Engine:
         if blocks is not None:
             self.restore(blocks.take, blocks.steps, blocks.replicas)
         if self._opened:
-            self.open_data(self.dataset, self.sampler)
+            self.open_data(self.dataset, sampler or self.sampler)
 
     def detach(self) -> Blocks:
         """Leave the world: free all MPI objects and keep the training state in memory. All ranks call, at rest.
@@ -196,6 +197,12 @@ class Engine:
         if any(bucket.rounded for bucket in self.state.buckets):
             self.state.gather()
         self.state.fence()
+
+    def abandon(self) -> None:
+        """Give up what is in flight, after the world was revoked because ranks are lost. The engine is attached
+        again."""
+        self.wiring.abandon()
+        self.exchange.abandon()
 
     def close(self) -> None:
         """Finish communication and free all MPI objects. All ranks call, at rest."""

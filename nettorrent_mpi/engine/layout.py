@@ -56,7 +56,7 @@ def lay_out(config: Config, network: Network, ranks: int) -> Topology:
         return given_layout(layout.replicas, swarms, facts, ranks)
     pieces = _pieces(config, MICRO_BATCHES)
     if layout == "auto":
-        counts = partial(_count, config, network)
+        counts = partial(micro_batches_of, config, network)
         return auto_layout(facts, ranks, train.batch_size, counts, config.pipeline.kind, exact=config.exact)
     replicas = layout.replicas if isinstance(layout, Layout) else 1
     if ranks % replicas:
@@ -78,10 +78,11 @@ def micro_batches(config: Config, network: Network, topology: Topology) -> int:
     serial. An asynchronous pipeline wants as many as it has stages, so that two versions of the weights suffice, as
     long as every replica has a row of each.
     """
-    return _count(config, network, len(topology.stages), topology.replicas)
+    return micro_batches_of(config, network, len(topology.stages), topology.replicas)
 
 
-def _count(config: Config, network: Network, stages: int, replicas: int = 1) -> int:
+def micro_batches_of(config: Config, network: Network, stages: int, replicas: int = 1) -> int:
+    """Return what `micro_batches` does for a layout with these numbers of stages and replicas."""
     automatic = MICRO_BATCHES
     if not network.has_batch_norm:
         if stages == 1:

@@ -116,6 +116,11 @@ class Reports(Generic[Tag]):
         self._training = mean_scores(*total) if total[2] else self._training
         return Report(tag, rest, stop, left, diverged, self._training, losses, distance)
 
+    def abandon(self) -> None:
+        """Give up the reports that are in flight, after the world was revoked."""
+        for _, pending in self._under_way:
+            pending.abandon()
+
     def close(self) -> None:
         """Free the communicator. All ranks call, when no report is in flight."""
         assert not self._under_way

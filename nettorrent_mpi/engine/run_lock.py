@@ -39,12 +39,12 @@ class RunLock:
     each other.
 
     Raises an OutputError if another run holds the folder. If that runs elsewhere and may be gone, this waits for its
-    next sign of life.
+    next sign of life; not for that of `heir_of`, which is known to be gone.
     """
 
-    def __init__(self, folder: Path):
-        self._folder, self._path = folder, folder / LOCK
-        self._owner = _this_process()
+    def __init__(self, folder: Path, heir_of: Owner | None = None):
+        self._folder, self._path, self._heir_of = folder, folder / LOCK, heir_of
+        self.owner = _this_process()
         self._there = folder.exists()
         self._stop = threading.Event()
         self._lost = False
@@ -90,9 +90,9 @@ class RunLock:
             seen = self._look()
             if seen is None:
                 continue
-            if _alike(seen.owner, self._owner, _PROCESS):
+            if _alike(seen.owner, self.owner, _PROCESS):
                 return False
-            lives = _lives(seen.owner, self._owner)
+            lives = False if seen.owner and seen.owner == self._heir_of else _lives(seen.owner, self.owner)
             if lives is None and watched is None:
                 watched, left = seen, STALE - (self._now() - seen.refreshed)
                 until = time.monotonic() + left
@@ -117,7 +117,7 @@ class RunLock:
         except FileExistsError:
             return False
         try:
-            os.write(descriptor, json.dumps(self._owner).encode())
+            os.write(descriptor, json.dumps(self.owner).encode())
         except OSError:
             self._path.unlink()
             raise
@@ -141,7 +141,7 @@ class RunLock:
 
     def _now(self) -> float:
         """Return the time by the file system's clock."""
-        probe = self._folder / f"{LOCK}.{_name(self._owner)}"
+        probe = self._folder / f"{LOCK}.{_name(self.owner)}"
         try:
             probe.touch()
             return probe.stat().st_mtime
@@ -150,7 +150,7 @@ class RunLock:
 
     def _remove(self, seen: _Seen) -> None:
         """Remove a lock without owner; another process may do so at the same time, and have made its own by now."""
-        aside = self._folder / f"{LOCK}.{_name(self._owner)}"
+        aside = self._folder / f"{LOCK}.{_name(self.owner)}"
         try:
             self._path.rename(aside)
         except FileNotFoundError:
@@ -167,7 +167,7 @@ class RunLock:
                 seen = self._look()
                 if seen is None:
                     self._make()  # somebody has removed it, and nobody else has made one
-                elif seen.owner and not _alike(seen.owner, self._owner, _PROCESS):
+                elif seen.owner and not _alike(seen.owner, self.owner, _PROCESS):
                     self._lost = True
                     return
                 else:

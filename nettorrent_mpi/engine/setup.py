@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -21,12 +22,13 @@ from nettorrent_mpi.engine.checks import (
     unjudged,
 )
 from nettorrent_mpi.engine.devices import planned_device
-from nettorrent_mpi.engine.layout import lay_out, micro_batches
+from nettorrent_mpi.engine.layout import lay_out, micro_batches, micro_batches_of
 from nettorrent_mpi.engine.run_plan import DeviceKind, Options, Plan
 from nettorrent_mpi.nn.fit import check_end, check_fit, unusual_labels
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates, extremes
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError, keyed
+from nettorrent_mpi.plan.recovery import layout_of_survivors
 from nettorrent_mpi.plan.topology import Topology
 
 SHORT_RUN = 2e11  # floating-point operations of a rank: two seconds of one core
@@ -159,6 +161,26 @@ def set_up(
     if device == "gpu" and config.kernels != "auto":
         warnings.append(f"kernels: {config.kernels} is for CPU cores: a GPU has kernels of its own")
     return replace(setup, warnings=tuple(warnings))
+
+
+def of_survivors(setup: Setup, ranks: int, live: int | None) -> Setup:
+    """Return the setup of the same run on fewer ranks, of which `live` replicas bring a state; None: there is none.
+    Micro-batches stay as they are where batch norm takes statistics over them. Raises LayoutError."""
+    config, network, old = setup.config, setup.network, setup.topology
+    topology = layout_of_survivors(
+        network.facts,
+        old,
+        ranks,
+        old.replicas if live is None else live,
+        config.train.batch_size,
+        partial(micro_batches_of, config, network),
+        config.pipeline.kind,
+        exact=setup.plan.exact,
+    )
+    pieces = setup.options.micro_batches if network.has_batch_norm else micro_batches(config, network, topology)
+    sampler = setup.sampler.divided(topology.replicas, pieces)
+    options = replace(setup.options, micro_batches=pieces)
+    return replace(setup, topology=topology, options=options, sampler=sampler)
 
 
 def _open_data(config: Config, planning: bool) -> Dataset:

@@ -64,6 +64,11 @@ class Stopping:
         self._question = Pending(self._bound, [float(self.heard)]) if ask else None
         return answer
 
+    def abandon(self) -> None:
+        """Give up the question that is in flight, after the world was revoked."""
+        if self._question is not None:
+            self._question.abandon()
+
     def last_step(self, begun: int) -> int:
         """Return the step after which all ranks come to rest: every rank that knows of a request passes how many it has
         `begun`."""

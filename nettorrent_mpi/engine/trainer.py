@@ -12,6 +12,7 @@ from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation, Evaluator
 from nettorrent_mpi.engine.record import Record
+from nettorrent_mpi.engine.redundancy import Redundancy
 from nettorrent_mpi.engine.reports import Report, Reports
 from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.signals import Signals
@@ -32,25 +33,46 @@ class TrainingLoop:
     between are nonblocking sums.
     """
 
-    def __init__(self, engine: Engine, settings: Train, saving: Saving, signals: Signals | None = None):
-        self._engine, self._settings = engine, settings
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Train,
+        saving: Saving,
+        signals: Signals | None = None,
+        copy_every: int | None = None,
+    ):
+        """With `copy_every` ranks keep copies of each other's state, every so many steps."""
+        self._engine, self._settings, self._saving, self._signals = engine, settings, saving, signals
         self.epoch_steps = engine.sampler.steps_per_epoch
         self.step = self.samples = 0  # so far, those before a resume included
         self.loss: float | None = None  # the latest mean training loss
         self.accuracy: float | None = None  # the one that has ended the training
-        self.evaluation: Evaluation | None = None  # the latest one
+        self.evaluation: Evaluation | None  # the latest one
         self.stopped_by: str | None = None  # SIGNAL or ACCURACY where one of them ended the last training
         self.at_rest = True
         self.abandoned = False  # an error has ended it: no further communication
         self.missed: NetTorrentError | None = None  # raised on all ranks after this one's caller had left the loop
         self.clock = Clock(engine.settle)
-        self._saving = saving
-        self.evaluator = Evaluator(engine)
-        self._stopping = Stopping(engine.world, engine.wiring.channel(engine.bound), signals)
-        self._reports: Reports[Record | None] = Reports(engine)
+        self._copy_every = copy_every
         self._began = time.perf_counter()
-        self._left = self._diverged = False
+        self.left = False  # the caller has left the loop over the latest training
+        self._diverged = False
         self._run = 0  # number of the latest training
+        self.attach()
+
+    def attach(self) -> None:
+        """Make what belongs to the engine's present wiring. All ranks call, at rest."""
+        engine, self.at_rest = self._engine, True
+        self.clock.stop()
+        self.evaluator, self.evaluation = Evaluator(engine), None
+        self._stopping = Stopping(engine.world, engine.wiring.channel(engine.bound), self._signals)
+        self._reports: Reports[Record | None] = Reports(engine)
+        self.copies = None if self._copy_every is None else Redundancy(engine, self._copy_every)
+
+    def abandon(self) -> None:
+        """Give up what is in flight, after the world was revoked because ranks are lost."""
+        self._stopping.abandon()
+        self._reports.abandon()
 
     @property
     def time(self) -> float:
@@ -70,6 +92,7 @@ class TrainingLoop:
             return
         settings, engine, clock = self._settings, self._engine, self.clock
         stopping, saving, reports, exchange = self._stopping, self._saving, self._reports, engine.exchange
+        copies = self.copies
         lr, warmup = settings.optimizer.options()["lr"], settings.schedule.options()["warmup_steps"]
         rates = make_rate(settings.schedule, lr, horizon, self.epoch_steps)
         stop: int | None = None
@@ -88,6 +111,8 @@ class TrainingLoop:
                 self.samples += work.rows
                 clock.step(work.rows)
                 saving.poll()
+                if copies is not None:
+                    copies.after(done)
                 epochs = done // self.epoch_steps if done % self.epoch_steps == 0 else 0
                 ask = reported and done < rest  # a report may have arrived one step after it was started
                 last, tells = done == until, bool(epochs) or done % settings.report_every == 0
@@ -96,7 +121,7 @@ class TrainingLoop:
                 if reported:
                     asks = stopping.asked or saving.overdue
                     record = self._record(rate) if figures else None
-                    reports.start(record, rest=asks, stop=stopping.asked, left=self._left, figures=figures)
+                    reports.start(record, rest=asks, stop=stopping.asked, left=self.left, figures=figures)
                 if done == 2:
                     clock.settle()
                     stopping.pace(clock.seconds_per_step)
@@ -137,20 +162,22 @@ class TrainingLoop:
                     except GeneratorExit:
                         if self.abandoned or run != self._run:
                             return
-                        self._left = True
+                        self.left = True
                 if reached and not known:
                     saving.save(needed=False)
                 if reached or (report.stop and not last):
                     self.stopped_by = SIGNAL if report.stop and not last else ACCURACY
                     break
-                if stopping.pace(clock.seconds_per_step, left=self._left):
+                if stopping.pace(clock.seconds_per_step, left=self.left):
                     break
                 stop = None
                 stopping.begin()
             saving.finish()
+            if copies is not None:
+                copies.refresh(self.step)
         except NetTorrentError as error:
             saving.finish(error)
-            if not self._left:
+            if not self.left:
                 raise
             self.missed = error  # the caller has left, and Python would print the error and forget it
         self.at_rest = True
@@ -160,7 +187,7 @@ class TrainingLoop:
         accuracy that has ended it, if any."""
         self.step, self.samples, self.loss, self.accuracy = step, samples, loss, accuracy
         self.stopped_by = None if accuracy is None else ACCURACY
-        self._began -= seconds
+        self._began = min(self._began, time.perf_counter() - seconds)
 
     def finished(self, until: int) -> bool:
         """Whether nothing is left to train: `until` steps are complete, or the accuracy that ends the training is
@@ -172,14 +199,18 @@ class TrainingLoop:
         """Free the communicators. All ranks call, at rest."""
         list(self._reports.ready(wait=True))
         self._reports.close()
+        if self.copies is not None:
+            self.copies.close()
 
     def _begin(self) -> int:
         """Begin a training and return its number."""
-        self.stopped_by, self.at_rest, self._left, self._diverged = None, False, False, False
+        self.stopped_by, self.at_rest, self.left, self._diverged = None, False, False, False
         self.accuracy = None
         self.evaluator.unified = self._engine.exchange.count == 1
         self._stopping.begin()
         self._saving.begin()
+        if self.copies is not None:
+            self.copies.refresh(self.step)
         self._run += 1
         return self._run
 
@@ -188,7 +219,7 @@ class TrainingLoop:
         is."""
         if self.abandoned:
             return True
-        self._left = True
+        self.left = True
         self._stopping.hear(True)
         if self._engine.world.size > 1:
             return False
@@ -215,7 +246,7 @@ class TrainingLoop:
             self._diverged = self._diverged or report.diverged
             self._stopping.hear(asked)
             record = None if report.tag is None or report.diverged else self._completed(report)
-            if record is not None and not self._left:
+            if record is not None and not self.left:
                 yield record
             if to_request and asked:
                 break

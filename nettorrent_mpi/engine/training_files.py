@@ -9,18 +9,18 @@ from typing import Any
 
 from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.engine import checkpoint
-from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, tidy
+from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, newest, tidy
 from nettorrent_mpi.engine.checkpoint_writer import CheckpointWriter
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.failure import agreed
 from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
 from nettorrent_mpi.engine.run_files import written
-from nettorrent_mpi.engine.run_lock import RunLock
+from nettorrent_mpi.engine.run_lock import Owner, RunLock
 from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.engine.trained_on import ATTRIBUTE, TrainedOn, fit
 from nettorrent_mpi.engine.trainer import TrainingLoop
-from nettorrent_mpi.plan.errors import NetTorrentError, OutputError, warn
+from nettorrent_mpi.plan.errors import DataError, NetTorrentError, OutputError, warn
 
 
 class TrainingFiles:
@@ -38,15 +38,26 @@ class TrainingFiles:
         self._continues = False  # what is in it
         self.resumed_from: Path | None = None  # the checkpoint that was read last
         self._lock: RunLock | None = None
+        self._owner: Owner | None = None  # of the lock
         if output is not None:
-            with self._world.agreement():
-                if self._world.rank == 0:
-                    self._lock = RunLock(output)
             self._checkpoints = output / "checkpoints"
             if self._world.rank == 0:
                 tidy(self._checkpoints)
             self._writer = CheckpointWriter(engine, self._checkpoints, setup.config.checkpoint.keep)
             saving.files = self
+        self.move_to_first_rank()
+
+    def move_to_first_rank(self) -> None:
+        """Let rank 0 hold the folder, where the one before it is lost. All ranks call."""
+        with self._world.agreement():
+            if self._world.rank == 0 and self._lock is None and self._checkpoints is not None:
+                self._lock = RunLock(self._checkpoints.parent, heir_of=self._owner)
+        self._owner = self._world.once(lambda: None if self._lock is None else self._lock.owner)
+
+    def abandon(self) -> None:
+        """Give up the checkpoint that is being written, because ranks are lost."""
+        if self._checkpoints is not None:
+            self._writer.abandon()
 
     def poll(self) -> None:
         """Go on with the checkpoint that is being written, without waiting. Called after every step."""
@@ -113,6 +124,19 @@ class TrainingFiles:
         self._loop.resume(step, samples, seconds, loss, accuracy)
         self.resumed_from = found
         return setup
+
+    def read_newest(self) -> Path | None:
+        """Continue from this training's newest intact checkpoint and return it; None if there is none."""
+        folder, world = self._checkpoints, self._world
+        if folder is None or world.once(lambda: newest(folder) if self._continues else None) is None:
+            return None
+        try:
+            self.read_checkpoint(folder)
+        except DataError as error:
+            if not agreed(error, world):
+                raise
+            return None
+        return self.resumed_from
 
     def _take(self, setup: Setup, warning: str | None) -> Setup:
         """Take the same data set with its classes numbered as in `setup`."""

@@ -81,6 +81,9 @@ class Exchange(Replicas):
         """Return figures of the exchange, averaged over `ranks`, for reports. All of them call."""
         return {}
 
+    def abandon(self) -> None:
+        """Give up what is in flight, after the peers' group was revoked."""
+
     def close(self) -> None:
         """Free all requests. All peers call, settled."""
 

@@ -268,5 +268,8 @@ class GossipExchange(Exchange):
             "bytes_per_step": round(sent),
         }
 
+    def abandon(self) -> None:
+        self.rounds.mail.abandon()
+
     def close(self) -> None:
         self.rounds.close_mail()

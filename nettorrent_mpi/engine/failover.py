@@ -1,0 +1,195 @@
+"""The recovery of a training from the loss of ranks.
+
+Every survivor leaves what it waits for, because the world is revoked (comm/failures.py). The world shrinks to the
+survivors; they tell each other what they hold; a layout for them is chosen; the engine is attached to the new world,
+and takes its state from what the survivors hold in memory, from the newest checkpoint, or begins again. Who decides
+what is pure: plan/recovery.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nettorrent_mpi.comm.failures import lost
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.redundancy import Redundancy
+from nettorrent_mpi.engine.resharding import Blocks, move, of_replica
+from nettorrent_mpi.engine.setup import Setup, of_survivors
+from nettorrent_mpi.engine.trainer import TrainingLoop
+from nettorrent_mpi.engine.training_files import TrainingFiles
+from nettorrent_mpi.plan.errors import warn
+from nettorrent_mpi.plan.moves import Holding
+from nettorrent_mpi.plan.recovery import LiveReplicas, Snapshot, Survivor, source
+
+MEMORY, BEGINNING = "memory", "the beginning"  # sources of a state
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A Failure tells of ranks that were lost, and how the training went on without them."""
+
+    step: int  # the last one that any survivor had completed
+    lost: list[int]  # ranks, numbered as at the start of the program
+    left: int  # ranks
+    resumed_from: int  # step
+    source: str  # of the state: where it came from
+    seconds: float  # from when this rank saw the loss until it went on
+
+    @property
+    def line(self) -> str:
+        """Tell it in one line."""
+        several = len(self.lost) > 1
+        ranks = f"ranks {', '.join(map(str, self.lost))} were" if several else f"rank {self.lost[0]} was"
+        return (
+            f"{ranks} lost after step {self.step}: {self.left} go on after step {self.resumed_from}, from "
+            f"{self.source} ({self.seconds:.1f} s)"
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """Return it as in summary.json."""
+        return asdict(self) | {"seconds": round(self.seconds, 3)}
+
+
+class Held(NamedTuple):
+    """Held is what this rank holds of a training's state in the layout of one engine: copies, and, where replicas
+    differ and its own is whole, the live arrays after `step`."""
+
+    copies: Redundancy
+    step: int | None
+    live: Mapping[Holding, Array]
+
+    @property
+    def survivor(self) -> Survivor:
+        """What the other survivors are told."""
+        return Survivor(self.copies.rank, self.copies.kept(), self.step)
+
+
+class Recovery:
+    """A Recovery brings a training back after ranks were lost. All survivors call `recover`, wherever the loss found
+    them; a further loss in it makes it begin again with what is still held: that is kept until the new engine's copies
+    are whole.
+
+    `announce` is called on all ranks at the end of each recovery; it may communicate.
+    """
+
+    def __init__(self, engine: Engine, loop: TrainingLoop, files: TrainingFiles, take: Callable[[Setup], None]):
+        """`take` gets the setup of the survivors."""
+        self._engine, self._loop, self._files, self._take = engine, loop, files, take
+        self._held: list[Held] = []
+        self.failures: list[Failure] = []
+        self.announce: Callable[[Failure], None] = self._warn
+
+    def recover(self) -> bool:
+        """Go on without the ranks that are lost; return whether any rank's caller has left the loop over the
+        training."""
+        world, loop, began, gone = self._engine.world, self._loop, time.perf_counter(), list[int]()
+        while True:
+            world.revoke()
+            self._leave()
+            try:
+                gone += world.shrink()
+                told = world.gather_objects((loop.step, loop.left, [held.survivor for held in self._held]))
+                step = max(each for each, *_ in told)
+                where = self._restore([survivors for *_, survivors in told])
+                failure = Failure(step, sorted(gone), world.size, loop.step, where, time.perf_counter() - began)
+                self.announce(failure)
+                world.agree()
+            except Exception as error:
+                if not lost(error, world):
+                    raise
+                continue
+            self._held.clear()
+            self.failures.append(failure)
+            return any(left for _, left, _ in told)
+
+    def _leave(self) -> None:
+        """Give up what is in flight, and hold what the engine has."""
+        copies = self._loop.copies
+        self._files.abandon()
+        self._loop.abandon()
+        self._engine.abandon()
+        if copies is not None and all(held.copies is not copies for held in self._held):
+            copies.abandon()
+            self._held.append(Held(copies, None, {}))
+
+    def _restore(self, told: Sequence[Sequence[Survivor]]) -> str:
+        """Attach the engine to the survivors and give it the newest state that there is; return where it comes from.
+        `told` has what each of them holds: of the same engines, but for the last one, which some may not have made."""
+        world, loop, files, step = self._engine.world, self._loop, self._files, 0
+        found: LiveReplicas | Snapshot | None = None
+        blocks: Blocks | None = None
+        for number, held in reversed(list(enumerate(self._held))):
+            if all(len(survivors) > number for survivors in told):
+                survivors = [each[number] for each in told]
+                found = source(held.copies.topology, held.copies.apart, survivors)
+                if found is not None:
+                    blocks = _brought(world, held, survivors, found)
+                    break
+        with world.agreement():
+            setup = of_survivors(files.setup, world.size, None if found is None else len(found.replicas))
+        files.setup = setup
+        self._take(setup)
+        self._engine.attach(world, setup.plan, blocks, setup.sampler)
+        loop.attach()
+        files.move_to_first_rank()
+        where = MEMORY
+        if found is not None:
+            step = found.step
+        elif (path := files.read_newest()) is not None:
+            step, where = loop.step, str(path)
+        else:
+            where = BEGINNING
+        loop.resume(step, setup.sampler.samples(step), loop.time, loop.loss, None)
+        if loop.copies is not None:
+            loop.copies.refresh(step)
+        return where
+
+    def _warn(self, failure: Failure) -> None:
+        if self._engine.world.rank == 0:
+            warn(failure.line, alone=True)
+
+
+def _brought(group: Group, held: Held, survivors: Sequence[Survivor], found: LiveReplicas | Snapshot) -> Blocks:
+    """Return the blocks that this rank brings. All survivors call."""
+    topology, rank, several = held.copies.topology, held.copies.rank, len(found.replicas) > 1
+    mine: dict[int, dict[Holding, Array]] = {replica: {} for replica in found.replicas}
+    if isinstance(found, LiveReplicas):
+        mine.get(topology.place(rank).replica, {}).update(held.live)
+    else:
+        for survivor, owner, step in found.bring:
+            if survivor == group.index:
+                replica = topology.place(owner).replica if several else found.replicas[0]
+                kept = next(each for each in held.copies.kept() if each == (step, owner))
+                mine[replica] |= held.copies.arrays(kept)
+    if not several:
+        return Blocks(group, mine[found.replicas[0]], 1, found.step)
+    own = {Holding(of_replica(replica, h.name), h.box): a for replica, held_ in mine.items() for h, a in held_.items()}
+    average = _average(group, mine[found.replicas[0]], own, found.replicas)
+    numbered = {
+        Holding(of_replica(found.replicas.index(replica), h.name), h.box): a
+        for replica, held_ in mine.items()
+        for h, a in held_.items()
+    }
+    return Blocks(group, average | numbered, len(found.replicas), found.step)
+
+
+def _average(
+    group: Group, first: Mapping[Holding, Array], own: Mapping[Holding, Array], replicas: Sequence[int]
+) -> dict[Holding, Array]:
+    """Return the average over the replicas of the blocks that this rank brings of the first one. All ranks call."""
+    sums = {holding: np.array(array) for holding, array in first.items()}
+    for replica in replicas[1:]:
+        others = {holding: np.empty_like(array) for holding, array in sums.items()}
+        move(group, own, {Holding(of_replica(replica, h.name), h.box): array for h, array in others.items()})
+        for holding, array in others.items():
+            np.add(sums[holding], array, out=sums[holding])
+    for array in sums.values():
+        np.divide(array, len(replicas), out=array)
+    return sums

@@ -1,0 +1,131 @@
+"""A training goes on when ranks die, under Open MPI with `mpirun --with-ft ulfm`: real processes, killed by SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+LOSING = HERE / "programs" / "losing.py"
+PATIENCE = 120  # seconds
+Run = subprocess.CompletedProcess[str]
+slow, long = pytest.mark.slow, pytest.mark.long
+
+CONFIG = """\
+data: {name: digits, validation: 0.2}
+model:
+  layers:
+    - flatten
+    - linear: {units: 24, activation: relu}
+    - linear: {units: 16, activation: relu}
+    - linear: {units: 10}
+train: {steps: 40, batch_size: 36, micro_batches: 2, report_every: 5, optimizer: {adam: {lr: 0.01}}}
+dtype: float64
+"""
+ROWS = "layout={swarms: [{layers: 3, rows: 4}]}"
+COLS = "layout={swarms: [{layers: 2, rows: 1, cols: 2}, {layers: 1, rows: 2}]}"
+STAGES = "layout={swarms: [{layers: 1}, {layers: 1, rows: 2}, {layers: 1}]}"
+REPLICAS = "layout={replicas: 2, swarms: [{layers: 2}, {layers: 1}]}"
+MEMORY = "memory"
+
+
+class Ended(NamedTuple):
+    """An Ended run, its program and its folder."""
+
+    done: Run
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        text = (self.folder / "summary.json").read_text()
+        return dict(json.loads(text))
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the lines of metrics.jsonl."""
+        return [json.loads(line)["step"] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        with h5py.File(self.folder / "model.h5") as file:
+            file["parameters"].visititems(
+                lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+        return found
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+Lose = Callable[..., Ended]
+
+
+@pytest.fixture
+def lose(mpirun: Callable[..., Run], tmp_path: Path, config: Path) -> Lose:
+    """lose(ranks, deaths, *changes): trains on so many ranks, of which some die, to the end."""
+
+    def run(ranks: int, deaths: str, *changes: str) -> Ended:
+        folder = tmp_path / "run"
+        words = [word for change in changes for word in ("--set", change)]
+        done = mpirun(ranks, [LOSING, deaths, config, "--output", folder, *words], mpi="ulfm", timeout=PATIENCE)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr, done.stderr
+        assert (folder / "summary.json").exists(), f"{done.stdout}\n{done.stderr}"
+        return Ended(done, folder)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The run of one rank, which nothing happens to."""
+    folder = tmp_path_factory.mktemp("serial")
+    (folder / "config.yaml").write_text(CONFIG)
+    command = [sys.executable, "-m", "nettorrent_mpi.train", folder / "config.yaml", "--output", folder / "run"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return Ended(done, folder / "run")
+
+
+def goes_on(ended: Ended, serial: Ended, ranks: int, *lost: list[int]) -> list[dict[str, Any]]:
+    """Assert that the run lost these ranks, one list for each failure, and has come to the serial run's weights all
+    the same; return what its summary says about the failures."""
+    failures = list(ended.summary["failures"])
+    text = f"{failures}\n{ended.done.stdout}\n{ended.done.stderr}"
+    assert [failure["lost"] for failure in failures] == list(lost), text
+    assert failures[-1]["left"] == ended.summary["world_size"] == ranks, text
+    assert ended.steps == serial.steps, text
+    for name, wanted in serial.weights.items():
+        np.testing.assert_allclose(ended.weights[name], wanted, rtol=1e-10, atol=1e-12, err_msg=text)
+    for failure in failures:
+        if failure["source"] == MEMORY:
+            assert 0 <= failure["step"] - failure["resumed_from"] <= 11, text
+    return failures
+
+
+@pytest.mark.parametrize(
+    ("ranks", "deaths", "changes", "left", "lost"),
+    [
+        pytest.param(4, "0:forward:57", [STAGES], 3, [[0]], id="the first rank, of a pipeline"),
+        pytest.param(4, "3:reduce:17,2:update:33", [ROWS], 2, [[3], [2]], id="two of a team's rows", marks=slow),
+        pytest.param(4, "1:backward:33", [COLS], 3, [[1]], id="a col", marks=long),
+        pytest.param(4, "2:gather:13", [REPLICAS], 3, [[2]], id="of an exact replica", marks=long),
+    ],
+)
+def test_an_exact_training_goes_on(
+    lose: Lose, serial: Ended, ranks: int, deaths: str, changes: list[str], left: int, lost: list[list[int]]
+) -> None:
+    failures = goes_on(lose(ranks, deaths, *changes), serial, left, *lost)
+    assert all(failure["source"] == MEMORY for failure in failures), failures
