@@ -41,12 +41,18 @@ if [[ -n $gpus && $LAUNCH == mpirun ]]; then
   unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
 fi
 
-# A training under Open MPI 5 goes on when ranks die (--with-ft ulfm). MPIRUN_FLAGS= leaves that out, or adds others.
+# A training under Open MPI 5 goes on when ranks die (--with-ft ulfm). MPIRUN_FLAGS= leaves that out, or adds others. When
+# a whole node is lost, Open MPI's mpirun ends the run: at once if it is told, or within about a minute if nothing comes
+# from the node any more (by default eight minutes).
+export PRTE_MCA_oob_tcp_keepalive_time=${PRTE_MCA_oob_tcp_keepalive_time:-30}
+export PRTE_MCA_oob_tcp_keepalive_intvl=${PRTE_MCA_oob_tcp_keepalive_intvl:-10}
+export PRTE_MCA_oob_tcp_keepalive_probes=${PRTE_MCA_oob_tcp_keepalive_probes:-3}
 if [[ $LAUNCH == mpirun && -z ${MPIRUN_FLAGS+set} ]]; then
   case $(mpirun --version 2>/dev/null) in *"(Open MPI) "[5-9]*) MPIRUN_FLAGS="--with-ft ulfm" ;; esac
 fi
 
-# A job that stops because its time is nearly over requeues itself, at most so many times:
+# A job that stops because its time is nearly over, or whose run was ended by the loss of a node, requeues itself, at most
+# so many times:
 REQUEUES=${REQUEUES:-100}
 
 # launcher RANKS: the words that start so many ranks
@@ -81,12 +87,21 @@ launch() {
   return "$code"
 }
 
+# requeue WHY: let Slurm start this job again, if it may
+requeue() {
+  if ((${SLURM_RESTART_COUNT:-0} < REQUEUES)); then
+    echo "$1; the job requeues itself"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script meanwhile
+  fi
+  echo "$1; to continue: scontrol requeue $SLURM_JOB_ID"
+}
+
 # train CONFIG [ARG ...]: trains on all tasks of the job, in the folder runs/NAME-ID or that of --output
 #
 # It continues what an earlier run of the job has left there. The exit code alone does not tell whether a run came to its
-# end: mpirun ends with 0 after it has lost ranks, too. The last file of a run, summary.json, does.
+# end: mpirun ends with 0 after it has lost ranks or a node, too. The last file of a run, summary.json, does.
 train() {
-  local words word before='' code=0 run=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID on="to continue: scontrol requeue $SLURM_JOB_ID"
+  local words word before='' code=0 run=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
   words=$(launcher "$SLURM_NTASKS")
   words=${words/#mpirun/mpirun${MPIRUN_FLAGS:+ $MPIRUN_FLAGS}}
   for word in "$@"; do
@@ -95,18 +110,15 @@ train() {
   done
   # shellcheck disable=SC2086  # it has several
   launch $words python -m nettorrent_mpi.train "$1" --output "$run" --resume auto "${@:2}" || code=$?
-  if ((code == 75)); then
-    # Slurm's warning that the time is nearly over is USR2 (#SBATCH --signal). Other signals are somebody's wish.
-    if [[ $signalled == USR2 ]] && ((${SLURM_RESTART_COUNT:-0} < REQUEUES)); then
-      echo "stopped with a checkpoint because the time is nearly over; the job requeues itself"
-      scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script meanwhile
-    fi
-    echo "stopped with a checkpoint; $on"
+  if ((code == 75)) && [[ $signalled == USR2 ]]; then # Slurm's warning (#SBATCH --signal); others are somebody's wish
+    requeue "stopped with a checkpoint because the time is nearly over"
+  elif ((code == 75)); then
+    echo "stopped with a checkpoint; to continue: scontrol requeue $SLURM_JOB_ID"
   elif ((code > 128)); then
-    echo "ranks were killed; $on"
+    echo "ranks were killed; to continue: scontrol requeue $SLURM_JOB_ID"
   elif ((code == 0)) && [[ -d $run && ! -e $run/summary.json ]]; then
-    echo "the run ended without results, as when ranks are lost; $on"
     code=1
+    requeue "the run ended without results, as when a node is lost"
   fi
   return "$code"
 }

@@ -2,8 +2,9 @@
 # hosts.sh 2,1,3 COMMAND [ARGUMENT ...]: runs a command over Open MPI on several hosts of one machine, here on three that
 # have 2, 1 and 3 ranks.
 #
-# Each host is a network namespace with an address and a host name of its own. Needs root, iproute2, and mpirun in PATH.
-# All that it makes is removed at the end.
+# Each host is a network namespace with an address and a host name of its own: nt$id-0, nt$id-1, ..., joined by the links
+# nv$id-0, ..., where id is this process's number modulo 100,000. Needs root, iproute2, and mpirun in PATH. All that it makes
+# is removed at the end.
 set -euo pipefail
 IFS=, read -ra ranks <<<"$1"
 shift
@@ -29,7 +30,11 @@ cat >"$folder/agent" <<AGENT
 while [[ \$1 == -* ]]; do shift; done
 i=\$((\${1##*.} - 1))
 shift
-exec ip netns exec "nt$id-\$i" unshare --uts bash -c "hostname host\$i; \$*"
+code=0
+ip netns exec "nt$id-\$i" unshare --uts bash -c "hostname host\$i; \$*" || code=\$?
+# As ssh, whose host has vanished, it notices nothing.
+if ((code == 128 + 9)); then while kill -0 "\$PPID"; do sleep 0.2; done; fi
+exit "\$code"
 AGENT
 chmod +x "$folder/agent"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

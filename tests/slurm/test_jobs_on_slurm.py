@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -34,8 +35,9 @@ def data(script: str) -> str:
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A folder that looks like the repository to the scripts; what they write stays in it."""
-    for name in ("jobs", "configs", ".venv"):
+    for name in ("jobs", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     return tmp_path
 
 
@@ -114,6 +116,10 @@ class Job:
 
     def ranks(self) -> dict[int, str]:
         """Its ranks: process -> node."""
+        return self.processes("nettorrent_mpi.train", ranks=True)
+
+    def processes(self, word: str, *, ranks: bool = False) -> dict[int, str]:
+        """The processes with this word in their command line: process -> node."""
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -123,13 +129,15 @@ class Job:
                 continue
             environment = dict(word.partition("=")[::2] for word in told)
             is_rank = {"OMPI_COMM_WORLD_RANK", "PMI_RANK"} & environment.keys()
-            if environment.get("SLURM_JOB_ID") == self.number and is_rank and "nettorrent_mpi.train" in words:
+            there = any(each.endswith(word) for each in words) and bool(is_rank) == ranks
+            if environment.get("SLURM_JOB_ID") == self.number and there and "SLURMD_NODENAME" in environment:
                 found[int(process.name)] = environment["SLURMD_NODENAME"]
         return found
 
 
 def start(repository: Path, script: str, launcher: str, *sets: str, options: Sequence[str] = ()) -> Job:
-    """Submit a job of three ranks on two nodes, and wait for its first record."""
+    """Submit a job of three ranks on two nodes that trains without end, and wait for its first record."""
+    set_steps(repository, script, 10**8)
     changes = [data(script), *SMALL, *sets]
     words = [word for change in changes for word in ("--set", change)]
     job = Job(repository, script, ["--ntasks=3", "--nodes=2", *options], words, **variables(launcher))
@@ -137,9 +145,20 @@ def start(repository: Path, script: str, launcher: str, *sets: str, options: Seq
     return job
 
 
-ENDLESS = ["train.steps=100000000", "checkpoint.every_epochs=null"]
-# Some seconds where there is nothing else to do.
-ENDS = ["train.steps=10000", "checkpoint={every_epochs: null, every_seconds: 2}"]
+def set_steps(repository: Path, script: str, steps: int) -> None:
+    """Set the length of the training from the job's next start on: how far it gets until then is not known before."""
+    path = (repository / "configs" / script).with_suffix(".yaml")
+    text, count = re.subn(r"\n  (epochs|steps): \d+", f"\n  steps: {steps}", path.read_text())
+    assert count == 1
+    path.write_text(text)
+
+
+def has_resumed(job: Job) -> bool:
+    return re.search(r"resumes after step [1-9]\d* of ", job.told()) is not None
+
+
+OFTEN = "checkpoint={every_epochs: null, every_seconds: 2}"
+NEVER = "checkpoint={every_epochs: null, every_seconds: null}"
 launchers = pytest.mark.parametrize("launcher", ["mpirun", "srun"])
 
 
@@ -183,7 +202,7 @@ def test_a_comparison(repository: Path) -> None:
 
 @launchers
 def test_a_job_is_stopped_and_requeued(repository: Path, launcher: str) -> None:
-    job = start(repository, "cifar.sbatch", launcher, *ENDLESS)
+    job = start(repository, "cifar.sbatch", launcher, NEVER)
     job.do("scancel", "--batch", "--signal=USR1")
     assert job.end() == "75:0", job.told()
     stopped = job.steps()
@@ -192,51 +211,39 @@ def test_a_job_is_stopped_and_requeued(repository: Path, launcher: str) -> None:
     job.wait_for(lambda: job.steps() > stopped)
     job.do("scancel", "--batch", "--signal=USR1")
     assert job.end() == "75:0", job.told()
-    resumed = re.search(r"resumes after step (\d+) of ", job.told())
-    assert resumed
-    assert int(resumed[1]) >= stopped
+    assert has_resumed(job)
     assert job.told().count("stopped with a checkpoint; to continue: scontrol requeue") == 2
 
 
 @launchers
 def test_a_job_that_is_longer_than_its_time(repository: Path, launcher: str) -> None:
     """Slurm's warning stops it with a checkpoint, it requeues itself, continues and comes to its end."""
-    steps = ["train.steps=100000", *ENDLESS[1:], "checkpoint.every_seconds=null", "train.report_every=500"]
-    options = ["--time=2", "--signal=B:USR2@45"]
-    job = start(repository, "mnist.sbatch", launcher, *steps, options=["--nodes=1", *options])
-    for _ in range(40):  # on a busy machine it takes several turns
-        job.wait_for(lambda: job.state()["JobState"] in (*DONE, "PENDING"), 150)
-        if job.state()["JobState"] in DONE:
-            break
-        job.starts_again()
+    job = start(repository, "mnist.sbatch", launcher, NEVER, options=["--nodes=1", "--time=2", "--signal=B:USR2@60"])
+    job.wait_for(lambda: job.state()["JobState"] in (*DONE, "PENDING"))
+    assert job.state()["JobState"] == "PENDING", job.told()
+    steps = job.steps() + 500
+    set_steps(repository, "mnist.sbatch", steps)
+    job.starts_again()
     assert job.end() == "0:0", job.told()
-    assert job.summary()["steps"] == 100000
+    assert job.summary()["steps"] == steps
     turns = int(job.state()["Restarts"])
-    assert turns >= 1
-    assert job.told().count("the job requeues itself") == turns
-    assert len(re.findall(r"resumes after step \d+ of 100000", job.told())) == turns
+    assert job.told().count("the job requeues itself") == turns >= 1
+    assert len(re.findall(r"resumes after step \d+ of ", job.told())) == turns
 
 
 @launchers
 def test_a_node_is_drained(repository: Path, launcher: str) -> None:
     """What runs there goes on; requeued, the job runs elsewhere."""
-    job = start(repository, "cifar.sbatch", launcher, *ENDS)
+    job = start(repository, "cifar.sbatch", launcher, OFTEN)
     before = set(job.ranks().values())
     assert len(before) == 2
     node = max(before)
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test"], check=True)
     try:
         drained = job.steps()
-        job.wait_for(lambda: job.steps() > drained)
+        job.wait_for(lambda: job.steps() > drained and list(job.run.glob("checkpoints/step-??????????")))
         job.do("scontrol", "requeue")
-        job.wait_for(lambda: not job.ranks())
-        stopped = job.steps()
-        job.starts_again()
-        job.wait_for(job.ranks)
-        assert node not in job.ranks().values()
-        assert job.end() == "0:0", job.told()
-        assert re.search(r"resumes after step [1-9]\d* of ", job.told()) or stopped < 100
-        assert job.summary()["world_size"] == 3
+        goes_on(job, repository, "cifar.sbatch", node)
     finally:
         subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False)
 
@@ -244,18 +251,28 @@ def test_a_node_is_drained(repository: Path, launcher: str) -> None:
 @launchers
 def test_a_node_is_lost(repository: Path, launcher: str) -> None:
     """Slurm ends the job and requeues it by itself."""
-    job = start(repository, "cifar.sbatch", launcher, *ENDS)
+    job = start(repository, "cifar.sbatch", launcher, OFTEN)
     job.wait_for(lambda: list(job.run.glob("checkpoints/step-??????????")))
     node = max(job.ranks().values())
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
     try:
-        job.starts_again()
-        job.wait_for(job.ranks)
-        assert node not in job.ranks().values()
-        assert job.end() == "0:0", job.told()
-        assert re.search(r"resumes after step [1-9]\d* of ", job.told())
+        goes_on(job, repository, "cifar.sbatch", node)
     finally:
         subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False)
+
+
+def goes_on(job: Job, repository: Path, script: str, without: str = "") -> None:
+    """Let a job that is requeued come to its end; it does not run on the node `without`."""
+    job.wait_for(lambda: not job.ranks())
+    steps = job.steps() + 500
+    set_steps(repository, script, steps)
+    job.starts_again()
+    job.wait_for(job.ranks)
+    assert without not in job.ranks().values()
+    assert job.end() == "0:0", job.told()
+    assert has_resumed(job)
+    assert job.summary()["steps"] == steps
+    assert job.summary()["world_size"] == 3
 
 
 def kill_ranks_of_a_node(job: Job) -> int:
@@ -269,21 +286,23 @@ def kill_ranks_of_a_node(job: Job) -> int:
 
 def test_the_ranks_of_a_node_are_killed_under_srun(repository: Path) -> None:
     """srun ends the others, which would wait for them, and the requeued job continues."""
-    job = start(repository, "cifar.sbatch", "srun", *ENDS)
+    job = start(repository, "cifar.sbatch", "srun", OFTEN)
     job.wait_for(lambda: list(job.run.glob("checkpoints/step-??????????")))
     kill_ranks_of_a_node(job)
     assert job.end() == "137:0", job.told()
     assert "ranks were killed; to continue: scontrol requeue" in job.told()
     job.do("scontrol", "requeue")
-    job.starts_again()
-    assert job.end() == "0:0", job.told()
-    assert re.search(r"resumes after step [1-9]\d* of ", job.told())
+    goes_on(job, repository, "cifar.sbatch")
 
 
-def test_the_ranks_of_a_node_are_killed_under_mpirun(repository: Path) -> None:
-    """The others go on."""
-    job = start(repository, "cifar.sbatch", "mpirun", *ENDS)
-    killed = kill_ranks_of_a_node(job)
-    assert job.end() == "0:0", job.told()
-    assert job.summary()["world_size"] == 3 - killed
-    assert job.summary()["steps"] == 10000
+def test_the_daemon_of_a_node_is_killed(repository: Path) -> None:
+    """mpirun ends all ranks, without an error; the job requeues itself and continues."""
+    job = start(repository, "cifar.sbatch", "mpirun", OFTEN)
+    job.wait_for(lambda: list(job.run.glob("checkpoints/step-??????????")))
+    node = max(job.ranks().values())
+    (daemon,) = [process for process, where in job.processes("prted").items() if where == node]
+    os.kill(daemon, signal.SIGKILL)
+    job.wait_for(lambda: job.state()["JobState"] in (*DONE, "PENDING"))
+    assert job.state()["JobState"] == "PENDING", job.told()
+    assert "the run ended without results, as when a node is lost; the job requeues itself" in job.told()
+    goes_on(job, repository, "cifar.sbatch")
