@@ -32,7 +32,7 @@ from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
-from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.blocks import Span, overlap
 from nettorrent_mpi.plan.cost import in_parts, rows_shared
 from nettorrent_mpi.plan.moves import Box, boxes_of_range
 
@@ -97,12 +97,18 @@ class Flat:
                 shape = [each.size for each in box]
                 yield key, box, _view(shard[at : at + math.prod(shape)], shape, axes)
 
+    def gaps(self) -> list[Span]:
+        """Return the elements of this rank's shard that belong to no block."""
+        ends = [0, *(place.stop for place in self.places.values())]
+        starts = [*(place.start for place in self.places.values()), self.size]
+        shard = Span(self.shard.start, self.shard.stop)
+        found = [overlap(Span(*each), shard) for each in zip(ends, starts, strict=True)]
+        return [Span(gap.start - shard.start, gap.stop - shard.start) for gap in found if gap.size]
+
     def clear_gaps(self, shard: Array) -> None:
-        """Set to zero what lies between the blocks in an array of this rank's elements. At rest."""
-        kept = [np.array(self.device.on_host(view)) for _, _, view in self.shard_boxes(shard)]
-        self.device.ops.fill(shard, 0)
-        for (_, _, view), values in zip(self.shard_boxes(shard), kept, strict=True):
-            self.device.upload(view, values)
+        """Set the `gaps` to zero in an array of this rank's elements. At rest."""
+        for gap in self.gaps():
+            self.device.ops.fill(shard[slice(*gap)], 0)
 
 
 def _view(flat: Array, shape: Sequence[int], axes: tuple[int, ...]) -> Array:

@@ -144,7 +144,7 @@ class Engine:
             if self.exchange.count > 1:
                 with self.exchange.shown():
                     average = {holding: np.array(on_host(block)) for holding, block in self.state.blocks().items()}
-                for holding, shard in self.state.shards(self.exchange.memories()).items():
+                for holding, shard in self.state.shards(self.exchange.common()).items():
                     average[holding] = np.array(on_host(shard))
                     self.wiring.peers.all_reduce(average[holding])
                     np.divide(average[holding], self.exchange.count, out=average[holding])
@@ -169,7 +169,7 @@ class Engine:
             numbers = self._numbers.wanted()
             read(prefix, numbers)
             self._numbers.restore(numbers)
-            memories = self.exchange.memories()
+            memories = self.exchange.memories() if prefix or self.exchange.count == 1 else self.exchange.common()
             for bucket, *shards in zip(self.state.buckets, *memories.values(), strict=True):
                 for shard in shards:
                     bucket.clear_gaps(shard)  # `read` leaves them as they are, and a mass is a part's largest

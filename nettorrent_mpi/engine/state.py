@@ -176,6 +176,7 @@ class State:
             gather=self.gather_all,
             fence=self.fence,
             replaced=self.forget_versions,
+            gaps=[bucket.gaps() for bucket in self.buckets],
         )
 
     def shards(self, memories: Mapping[str, Sequence[Array]]) -> dict[Holding, Array]:

@@ -61,8 +61,12 @@ class Exchange(Replicas):
         return None
 
     def memories(self) -> dict[str, list[Array]]:
-        """Return what a checkpoint holds besides parameters and optimizer state: by name, arrays like the shards'
-        parameters. A restored run writes into them and calls `recall`. Settled."""
+        """Return what a checkpoint holds of this replica besides parameters and optimizer state: by name, arrays like
+        the shards' parameters. A restored run writes into them and calls `recall`."""
+        return {}
+
+    def common(self) -> dict[str, list[Array]]:
+        """Return those of the `memories` that are the same on all replicas, for runs with another number of them."""
         return {}
 
     def numbers(self) -> Array:

@@ -8,6 +8,10 @@ estimate of it). What compression omits stays in the difference and is sent late
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from nettorrent_mpi.comm.channels import Channel
+from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.exchange.vector import Vector
 from nettorrent_mpi.plan.blocks import Span
@@ -44,17 +48,45 @@ class Estimates:
             self._vector.device.ops.copy(estimates[member], self._reference)
         return estimates[member][slice(*where)]
 
+    def knows(self, peer: int) -> bool:
+        """Whether a peer has an estimate of this replica."""
+        return peer in self._sent
+
+    def expect(self, peers: Iterable[int]) -> None:
+        """Make `memories` have the estimates of these peers, which are then restored."""
+        for peer in peers:
+            self._of(self._sent, peer, Span(0, 0))
+
+    def memories(self) -> dict[str, Array]:
+        """Return what a checkpoint holds, arrays of the vector's size: what all estimates have begun with, and the
+        peers' estimates of this replica, messages under way included. Peers hold what it knows of them."""
+        return {"estimate": self._reference} | {f"estimate_{to}": self._sent[to] for to in sorted(self._sent)}
+
+    def tell(self, peers: Group, channel: Channel) -> None:
+        """Tell the peers their estimates of this replica. All peers call."""
+        told = peers.gather_objects(sorted(self._sent))
+        sources = [source for source, targets in enumerate(told) if peers.index in targets]
+        for source in sources:
+            self._of(self._known, source, Span(0, 0))
+        receives = [(self._known[source], source) for source in sources]
+        channel.exchange([(estimate, to) for to, estimate in sorted(self._sent.items())], receives)
+
     def write(self, to: int, where: Span, out: Array) -> None:
         """Write the message to a peer about the elements `where` to `out`, and update the peer's estimate of them."""
         estimate, difference = self._of(self._sent, to, where), self._difference[: where.size]
         self._vector.difference(where, estimate, difference)
         ops = self._vector.device.ops
         ops.encode(self.format.kind, difference, out)
-        ops.decode_add(self.format.kind, out, estimate)
+        self._add(out, estimate, where)
 
     def read(self, source: int, where: Span, message: Array) -> None:
         """Add a peer's message to the estimate of it."""
-        self._vector.device.ops.decode_add(self.format.kind, message, self._of(self._known, source, where))
+        self._add(message, self._of(self._known, source, where), where)
+
+    def _add(self, message: Array, estimate: Array, where: Span) -> None:
+        self._vector.device.ops.decode_add(self.format.kind, message, estimate)
+        if self.format.kind == "sign":  # to which 0 is positive; no checkpoint has the gaps
+            self._vector.clear_gaps(where, estimate)
 
     def approach(self, source: int, out: int | None, weight: float, where: Span) -> None:
         """Move towards `source` by as much as `out` moves away: the same peer, or with one-way messages the one that

@@ -65,19 +65,16 @@ class GossipExchange(Exchange):
         self.waits_for_peers = spec.deadline == "none"
         self.wants_loss = isinstance(spec.mix, LossMix | LossDivergenceMix)
         self.pairing = make_pairing(spec.pairing, peers.size, seed)
-        vector = Vector(
-            device, shards.parameters, list(shards.optimizer.values()) if "optimizer" in spec.average else ()
-        )
+        memories = list(shards.optimizer.values()) if "optimizer" in spec.average else ()
+        vector = Vector(device, shards.parameters, memories, shards.gaps)
         self.mixer = Mixer(spec, self.pairing, vector)
         parts = -(-vector.size // SMALL) if spec.part == "auto" else round(1 / spec.part)
         self.rounds = Rounds(spec, self.pairing, peers, self.mixer, seed, parts)
-        # Whether messages in flight are a function of the state after a step, so that a rest can send them anew.
-        self._repeats = self.waits_for_peers and spec.overlap and spec.every == 1 and spec.part != "auto"
-        self._repeats = self._repeats and not self.mixer.compresses
         self._decide_what_to_withhold()
         self._slow = SlowMomentum(spec.slow_momentum, shards.parameters, device) if spec.slow_momentum else None
         self._masses: Array | None = None  # masses of elements restored from a checkpoint
-        self._warming = spec.part == "auto"
+        self._open: tuple[int, float, float] | None = None  # the round to open again, from a checkpoint
+        self._warming = WARM_UP if spec.part == "auto" else 0  # rounds until the parts are chosen
         self._seconds: list[float] = []  # seconds from boundary to boundary, while warming up
         self._last = 0.0
         self._steps = 0
@@ -100,7 +97,6 @@ class GossipExchange(Exchange):
         limit = self._spec.consensus
         if limit is not None and distance is not None and distance > limit.max and step % self._report_every == 0:
             self.become()
-            self._send_anew(step)
         return None
 
     # -- a step's end -----------------------------------------------------------------------------------------------
@@ -145,12 +141,13 @@ class GossipExchange(Exchange):
         if not self._spec.overlap:
             rounds.close(wait=True)
         rounds.counts.rounds += 1
-        if self._warming and rounds.counts.rounds == WARM_UP:
-            self._warming = False
-            self._calibrate()
+        if self._warming:
+            self._warming -= 1
+            if not self._warming:
+                self._calibrate()
         if self._spec.exact_every is not None and (number + 1) % self._spec.exact_every == 0:
             self.settle()
-            self.average()
+            self.mixer.average(self.peers, self.channel)
             if self._slow is not None:
                 self._slow.apply(rate)
             self.averaged()
@@ -160,7 +157,7 @@ class GossipExchange(Exchange):
         """Choose the number of parts by measuring the links and this rank's steps. All peers call."""
         self.settle()
         if self.mixer.push_sum:  # masses belong to the former parts
-            self.average()
+            self.mixer.average(self.peers, self.channel)
             self.averaged()
             self.shards.gather()
         seconds = sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
@@ -180,13 +177,12 @@ class GossipExchange(Exchange):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        if not self._repeats:
+        if not self.waits_for_peers:
             self.settle()
             yield
             return
-        number = self.rounds.take_back()
         arrays = [*self.shards.parameters, *self._withheld] if self._withhold else []
-        with self._copies(arrays) as kept:
+        with self.rounds.set_aside(), self._copies(arrays) as kept:
             self.settle()
             yield
             if kept:
@@ -194,19 +190,11 @@ class GossipExchange(Exchange):
                 for copy, array in zip(kept, arrays, strict=True):
                     self.device.ops.copy(array, copy)
                 self.shards.gather()
-        if number is not None:
-            self.rounds.open(number)
 
     @contextmanager
     def shown(self, best: int | None = None) -> Iterator[None]:
         with self.paused(), super().shown(best):
             yield
-
-    def _send_anew(self, step: int) -> None:
-        """Send the messages that are in flight after `step`."""
-        averages = self._spec.exact_every is not None and step % self._spec.exact_every == 0
-        if self._repeats and step > 0 and not averages:
-            self.rounds.open(step - 1)
 
     def settle(self) -> None:
         self.shards.fence()  # other holders may still copy what is merged into here
@@ -216,8 +204,7 @@ class GossipExchange(Exchange):
         self._last = 0.0
 
     def average(self) -> None:
-        """Average parameters and statistics. Statistics are averaged only here: training does not read them, and
-        differences would distort a variance."""
+        """Average parameters and statistics. Statistics are averaged at rest only: training does not read them."""
         self.mixer.average(self.peers, self.channel)
         self.mean(self.shards.statistics)
 
@@ -232,23 +219,56 @@ class GossipExchange(Exchange):
             self._slow.begin()
 
     def memories(self) -> dict[str, list[Array]]:
-        """Return SlowMo's momenta and the result of the last average; with push-sum the mass of every parameter; and
-        what is withheld, where messages in flight do not have it."""
-        slow = self._slow
-        found = {"slow_momentum": slow.momenta, "slow_before": slow.before} if slow is not None else {}
+        """Return SlowMo's arrays; with push-sum the mass of every parameter; what is withheld; of compressed messages
+        the peers' estimates of this replica; and what was sent in the open round, if it is older than this step."""
+        found, vector = self.common(), self.mixer.vector
         if self.mixer.push_sum:
             self._masses = self.mixer.mass_of_elements()
-            found["mass"] = self.mixer.vector.split(self._masses)
-        if self._repeats and self._withhold:
+            found["mass"] = vector.split(self._masses)
+        if self._withhold:
             found["withheld"] = self._withheld
+        if self.mixer.estimates is not None:
+            found |= {name: vector.split(whole) for name, whole in self.mixer.estimates.memories().items()}
+        elif self._spec.overlap and self._spec.every > 1:
+            found |= {f"sent_{i}": vector.split(whole) for i, whole in enumerate(self.rounds.sent_values())}
         return found
 
+    def common(self) -> dict[str, list[Array]]:
+        slow = self._slow
+        return {} if slow is None else {"slow_momentum": slow.momenta, "slow_before": slow.before}
+
+    def numbers(self) -> Array:
+        """Return the parts and what remains of the warm-up, age and loss of the model, the open round (its number, and
+        age and loss as they were sent), and of each peer the score, and whether it has an estimate of this replica."""
+        own = [self.mixer.parts, self._warming, self.mixer.clock, self.mixer.loss, *self.rounds.standing()]
+        estimates = self.mixer.estimates
+        held = [estimates is not None and estimates.knows(peer) for peer in range(self.count)]
+        return np.array([*own, *self.rounds.scores, *held], np.float64)
+
+    def take_numbers(self, numbers: Array) -> None:
+        parts, warming, clock, loss, number, sent_clock, sent_loss, *peers = numbers.tolist()
+        if int(parts) != self.mixer.parts:
+            self.rounds.divide(int(parts))
+            self._decide_what_to_withhold()
+        self._warming, self.mixer.clock, self.mixer.loss = int(warming), clock, loss
+        self.rounds.scores[:] = map(int, peers[: self.count])
+        if self.mixer.estimates is not None:
+            self.mixer.estimates.expect([peer for peer in range(self.count) if peers[self.count + peer]])
+        self._open = int(number), sent_clock, sent_loss
+
     def recall(self, step: int) -> None:
-        self.mixer.clock = float(step)
         if self._masses is not None:
             self.mixer.weigh(self._masses)
             self._masses = None
-        self._send_anew(step)
+        if self._open is None:  # of another layout
+            self.mixer.clock = float(step)
+            return
+        if self.mixer.estimates is not None:
+            self.mixer.estimates.tell(self.peers, self.channel)
+        number, clock, loss = self._open
+        if number >= 0 and self.waits_for_peers:
+            self.rounds.reopen(number, clock, loss, new=step % self._spec.every == 0)
+        self._open = None
 
     def figures(self, ranks: Group) -> dict[str, Any]:
         """Return rounds, parts, messages merged in time and late, peers skipped, sends held back, waiting and bytes."""

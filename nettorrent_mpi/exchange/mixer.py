@@ -16,6 +16,7 @@ Compression: CHOCO-SGD (exchange/estimates.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,8 +45,11 @@ class Round:
     began: float
     expected: dict[int, float]  # source -> weight
     targets: dict[int, float]  # target -> weight
+    clock: float  # age and loss of this replica's model when it was opened
+    loss: float
     got: dict[int, Arrived] = field(default_factory=dict)
     own: Letter | None = None  # the snapshot; none with compression
+    known: frozenset[int] = frozenset()  # sources whose compressed message the estimate of them has already
 
 
 class Mixer:
@@ -55,9 +59,9 @@ class Mixer:
     def __init__(self, spec: Gossip, pairing: Pairing, vector: Vector):
         self._spec, self._pairing, self.vector = spec, pairing, vector
         self.push_sum = isinstance(spec.mix, PushSumMix)
-        self._estimates: Estimates | None = None
+        self.estimates: Estimates | None = None
         if not isinstance(spec.compress, Whole):
-            self._estimates = Estimates(spec.compress, spec.gamma, vector)
+            self.estimates = Estimates(spec.compress, spec.gamma, vector)
         self.clock, self.loss = 0.0, float("nan")
         self._elements: Array | None = None  # memory for a mass of each element
         self.divide(1)
@@ -73,30 +77,41 @@ class Mixer:
 
     def length(self, elements: int) -> int:
         """Return the bytes of a message about this number of elements."""
-        if self._estimates is not None:
-            return self._estimates.format.bytes(elements)
+        if self.estimates is not None:
+            return self.estimates.format.bytes(elements)
         return elements * self.vector.bytes_per_element
 
     @property
     def compresses(self) -> bool:
         """Whether messages differ from target to target."""
-        return self._estimates is not None
+        return self.estimates is not None
 
     # -- writing messages -------------------------------------------------------------------------------------------
 
-    def write(self, letter: Letter, this: Round, to: int | None) -> None:
-        """Write this round's message to the letter: the same for all, or if messages are compressed, the one to
-        `to`."""
+    def write(self, letter: Letter, this: Round, to: int | None, values: Sequence[Array] | None = None) -> None:
+        """Write this round's message to the letter: the same for all, or if messages are compressed, the one to `to`.
+        It has the vector's present values, or these, an array of the vector's size for each of its layers."""
         weights = set(this.targets.values())
         assert len(weights) <= 1, "all messages of a round carry the same mass"
         mass = self.masses[this.part] * max(weights, default=0.0)
-        letter.head[:6] = (this.number, *this.where, self.clock, self.loss, mass)
+        letter.head[:6] = (this.number, *this.where, this.clock, this.loss, mass)
         letter.length = self.length(this.where.size)
-        if self._estimates is None:
-            self.vector.read(this.where, self._values(letter))
+        if self.estimates is None:
+            if values is None:
+                self.vector.read(this.where, self._values(letter))
+            else:
+                for part, whole in zip(self.vector.of_layers(this.where, self._values(letter)), values, strict=True):
+                    self.vector.device.ops.copy(part, whole[slice(*this.where)])
         else:
             assert to is not None
-            self._estimates.write(to, this.where, letter.body[: letter.length])
+            self.estimates.write(to, this.where, letter.body[: letter.length])
+
+    def take_out(self, letter: Letter, where: Span, values: Sequence[Array]) -> None:
+        """Copy what a letter says of the elements `where` to `values`, as `write` takes them; zeros elsewhere."""
+        ops = self.vector.device.ops
+        for part, whole in zip(self.vector.of_layers(where, self._values(letter)), values, strict=True):
+            ops.fill(whole, 0)
+            ops.copy(whole[slice(*where)], part)
 
     def _values(self, letter: Letter) -> Array:
         return letter.body[: letter.length].view(self.vector.dtype)
@@ -113,6 +128,8 @@ class Mixer:
         shares = [self._share(message, this, 0) for message in messages]
         for i, message in enumerate(messages):
             self._merge(message, shares[i], sum(shares[i + 1 :]), this)
+        for source in sorted(this.known):
+            self._approach(source, this.expected[source], this)
 
     def merge_late(self, message: Arrived, this: Round | None, age: int) -> None:
         """Merge one message, with less weight the older it is; `this` is the round that it belongs to, if the part was
@@ -122,7 +139,7 @@ class Mixer:
     def _share(self, message: Arrived, this: Round | None, age: int) -> float:
         """Return the weight of a message's values relative to this rank's."""
         weight, of_round = (0.5, 0.5) if this is None else (this.expected[message.source], sum(this.expected.values()))
-        if self.push_sum or self._estimates is not None:
+        if self.push_sum or self.estimates is not None:
             return weight
         head, clock = message.letter.head, self._clock_then(self._own(message, this))
         theirs = Standing(float(head[LOSS]), float(head[CLOCK]))
@@ -144,11 +161,10 @@ class Mixer:
         where = Span(int(head[START]), int(head[STOP]))
         if self._own(message, this) is None:  # moves towards the message from the present values
             self.vector.release(where)
-        if self._estimates is not None:
-            self._estimates.read(source, where, letter.body[: letter.length])
+        if self.estimates is not None:
+            self.estimates.read(source, where, letter.body[: letter.length])
             if this is not None and where == this.where:
-                out = source if source in this.targets else next(iter(this.targets), None)
-                self._estimates.approach(source, out, g, where)
+                self._approach(source, g, this)
             return
         values = self._values(letter)
         if self.push_sum:
@@ -161,6 +177,12 @@ class Mixer:
         # Its age minus this one's when it was sent: so the mean age of two that exchange is preserved.
         part = where.size / self.vector.size
         self.clock = merged_clock(g * part, self.clock, self.clock + float(head[CLOCK]) - self._clock_then(own))
+
+    def _approach(self, source: int, g: float, this: Round) -> None:
+        """Move towards the estimate of a source."""
+        assert self.estimates is not None
+        out = source if source in this.targets else next(iter(this.targets), None)
+        self.estimates.approach(source, out, g, this.where)
 
     def _own(self, message: Arrived, this: Round | None) -> Letter | None:
         """Return what this rank sent in the same round, if the message is about the same part."""
@@ -201,14 +223,14 @@ class Mixer:
     def averaged(self) -> None:
         """Restart with replicas that are equal."""
         self.masses[...] = 1
-        if self._estimates is not None:
-            self._estimates.begin()
+        if self.estimates is not None:
+            self.estimates.begin()
 
     def mass_of_elements(self) -> Array:
         """Return the mass of each element: that of its part."""
         device = self.vector.device
         if self._elements is None:
-            self._elements = device.empty((self.vector.size,), self.vector.dtype)
+            self._elements = device.empty((self.vector.size,), "float64")
         whole = self._elements
         for part in range(self.parts):
             device.ops.fill(whole[slice(*self.where(part))], float(self.masses[part]))

@@ -11,6 +11,7 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.placing import channel_of
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
+from nettorrent_mpi.plan.blocks import Span
 
 
 def nothing() -> None:
@@ -22,7 +23,8 @@ class Shards:
     """The flat arrays that one rank owns of its replica; its peers own the same elements of the other replicas.
 
     `optimizer` maps each state of the optimizer to arrays like the `parameters`. `statistics` are arrays without
-    gradients (running means and variances). `replaced` is called when all of them have been replaced by other
+    gradients (running means and variances). `gaps` are the elements of each of the parameters' arrays that belong to
+    nothing, and are zeros. `replaced` is called when all of them have been replaced by other
     replicas', by all ranks.
     """
 
@@ -32,6 +34,7 @@ class Shards:
     gather: Callable[[], None] = nothing
     fence: Callable[[], None] = nothing
     replaced: Callable[[], None] = nothing
+    gaps: Sequence[Sequence[Span]] = ()
 
     @property
     def weights(self) -> list[Array]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.mail import Arrived, Mail
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.exchange.merging import Deadline, FlowControl
 from nettorrent_mpi.exchange.mixer import NUMBER, Mixer, Round
 from nettorrent_mpi.plan.blocks import span
@@ -54,6 +57,7 @@ class Rounds:
         self._missed: dict[int, Round] = {}  # the first of these rounds, by source
         self._flow = FlowControl(self._count)
         self._deadline = Deadline(spec.deadline)
+        self._sent: list[Array] = []  # see `sent_values`
         self.mail = self._divided(parts)
 
     @property
@@ -90,6 +94,13 @@ class Rounds:
 
     def open(self, number: int) -> None:
         """Take the snapshot of a part and send it."""
+        this = self._begin(number, self._mixer.clock, self._mixer.loss)
+        if this is not None:
+            self._send(this)
+            self._round = this
+
+    def _begin(self, number: int, clock: float, loss: float) -> Round | None:
+        """Return this round, whose messages tell this age and loss of the model; None where it has no messages."""
         turn, part = divmod(number, self._mixer.parts)
         me, pairing = self._me, self._pairing
         expected = {i: w for i, w in pairing.receives(turn, me) if self._takes_place(number, i, me)}
@@ -101,11 +112,47 @@ class Rounds:
                     self.counts.held_back += 1
                 else:
                     targets[free] = weight
-        if expected or targets:
-            where = self._mixer.where(part)
-            this = Round(number, part, where, time.perf_counter(), expected, targets)
-            self._send(this)
-            self._round = this
+        where = self._mixer.where(part)
+        return (
+            Round(number, part, where, time.perf_counter(), expected, targets, clock, loss)
+            if expected or targets
+            else None
+        )
+
+    def reopen(self, number: int, clock: float, loss: float, *, new: bool) -> None:
+        """Open a round again that was open in a run that this one continues, without a deadline. All peers call.
+
+        What it sent is the present values, if `new`, or in `sent_values`. Of compressed messages the estimates already
+        know what they told.
+        """
+        this = self._round = self._begin(number, clock, loss)
+        if this is None:
+            return
+        if self._mixer.compresses:
+            this.known = frozenset(this.expected)
+            for source in this.expected:
+                self._seen[source] = number
+        else:
+            self._send(this, None if new else self._sent)
+
+    def standing(self) -> tuple[float, float, float]:
+        """Return the number of the open round, or -1, and the age and loss of the model that were sent in it."""
+        this = self._round
+        return (-1.0, 0.0, 0.0) if this is None else (float(this.number), this.clock, this.loss)
+
+    @property
+    def scores(self) -> list[int]:
+        """The scores of the peers."""
+        return self._flow.scores
+
+    def sent_values(self) -> list[Array]:
+        """Return arrays of the vector's size, one for each of its layers, with what the open round has sent."""
+        vector, this = self._mixer.vector, self._round
+        if not self._sent:
+            self._sent = [vector.device.zeros((vector.size,), vector.dtype) for _ in vector.layers]
+        if this is not None and this.own is not None:
+            self._mixer.take_out(this.own, this.where, self._sent)
+        return self._sent
 
     def _free_target(self, to: int, turn: int) -> int | None:
         """Return `to` if it has received the last message; otherwise, with random pairing, another peer that has."""
@@ -121,10 +168,11 @@ class Rounds:
                 return other
         return None
 
-    def _send(self, this: Round) -> None:
+    def _send(self, this: Round, values: Sequence[Array] | None = None) -> None:
+        """Send the messages of a round: the present values, or these `sent_values`."""
         if not self._mixer.compresses:
             this.own = self.mail.letter()
-            self._mixer.write(this.own, this, None)
+            self._mixer.write(this.own, this, None, values)
             for to in this.targets:
                 self.mail.send(this.own, to)
             return
@@ -256,20 +304,15 @@ class Rounds:
         self.counts.late += 1
         self.mail.release(message)
 
-    def take_back(self) -> int | None:
-        """Take back the open round, of which nothing was merged, and return its number; None: there was none. All peers
-        call, after the same step, and wait. Only without a deadline."""
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Set the open round aside inside the `with` block, once all of its messages have arrived. All peers call,
+        after the same step, and wait. Only without a deadline."""
+        self._sort(self.mail.settle())
+        assert not self._held
         this, self._round = self._round, None
-        held, self._held = self._held, []
-        for message in (*held, *(this.got.values() if this is not None else ())):
-            self.mail.release(message)
-        for message in self.mail.settle():
-            self.mail.release(message)
-        self._seen = [-1] * self._count
-        if this is None:
-            return None
-        self._drop(this)
-        return this.number
+        yield
+        self._round = this
 
     def settle(self) -> None:
         """Merge every message that was sent. All peers call, after the same step, and wait."""

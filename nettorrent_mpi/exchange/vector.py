@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
-from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.blocks import Span, overlap
 
 
 class Vector:
@@ -22,11 +22,24 @@ class Vector:
     (`withhold`). The vector's values include them; `release` applies them to the parameters, too.
     """
 
-    def __init__(self, device: Device, parameters: Sequence[Array], memories: Sequence[Sequence[Array]] = ()):
+    def __init__(
+        self,
+        device: Device,
+        parameters: Sequence[Array],
+        memories: Sequence[Sequence[Array]] = (),
+        gaps: Sequence[Sequence[Span]] = (),
+    ):
+        """`gaps` are those of each of the parameters' arrays (Shards)."""
         self.device = device
         self._sizes = [part.size for part in parameters]
         self.layers = [[part for part in layer if part.size] for layer in (parameters, *memories)]
         self._withheld: list[Array] = []
+        starts = accumulate(self._sizes, initial=0)
+        self._gaps = [
+            Span(begin + gap.start, begin + gap.stop)
+            for begin, of_array in zip(starts, gaps, strict=False)
+            for gap in of_array
+        ]
         self.dtype = parameters[0].dtype
         self.size = sum(self._sizes)
         assert all(sum(part.size for part in layer) == self.size for layer in self.layers)
@@ -47,14 +60,14 @@ class Vector:
 
     def read(self, where: Span, out: Array) -> None:
         """Copy the values of the elements `where` to `out`."""
-        for layer, into in zip(self.layers, self._values(where, out), strict=True):
+        for layer, into in zip(self.layers, self.of_layers(where, out), strict=True):
             for piece, place in self._pieces(where, layer):
                 self.device.ops.copy(into[place], piece)
         for piece, place in self._pieces(where, self._withheld):
             self.device.ops.add(out[place], piece, out[place])
 
-    def _values(self, where: Span, values: Array) -> list[Array]:
-        """Yield those of the parameters, then those of each memory."""
+    def of_layers(self, where: Span, values: Array) -> list[Array]:
+        """Return the values of the elements `where` of the parameters, then of each memory, as views."""
         return [values[i * where.size : (i + 1) * where.size] for i in range(len(self.layers))]
 
     def withhold(self, changes: Sequence[Array]) -> None:
@@ -78,7 +91,7 @@ class Vector:
         """Add share * (towards - present values) to the memories `where`: unlike with differences of older values,
         positive values remain positive. `towards` holds values of parameters, too."""
         if len(self.layers) > 1:
-            for layer, values in zip(self.layers[1:], self._values(where, towards)[1:], strict=True):
+            for layer, values in zip(self.layers[1:], self.of_layers(where, towards)[1:], strict=True):
                 self._move(where, layer, share, values, None)
 
     def _move(self, where: Span, layer: Sequence[Array], share: float, towards: Array, origin: Array | None) -> None:
@@ -96,6 +109,13 @@ class Vector:
             self.device.ops.subtract(piece, minus[place], out[place])
         for piece, place in self._pieces(where, self._withheld):
             self.device.ops.add(out[place], piece, out[place])
+
+    def clear_gaps(self, where: Span, values: Array) -> None:
+        """Set to zero what belongs to nothing in an array of the elements `where`."""
+        for gap in self._gaps:
+            both = overlap(gap, where)
+            if both.size:
+                self.device.ops.fill(values[both.start - where.start : both.stop - where.start], 0)
 
     def split(self, whole: Array) -> list[Array]:
         """Return `whole`, a number for each element, as views of the sizes of the parameters' arrays."""

@@ -98,7 +98,7 @@ def exchange(engine: Engine) -> int:
     own = gossip.rounds._round.own if gossip.rounds._round is not None else None
     letters += [own] if own is not None and all(own is not letter for letter in letters) else []
     arrays = [*gossip._withheld, *gossip._before]
-    estimates = gossip.mixer._estimates
+    estimates = gossip.mixer.estimates
     if estimates is not None:
         arrays += [estimates._reference, estimates._difference, *estimates._sent.values(), *estimates._known.values()]
     shown = sum(flat.params[flat.shard].nbytes for flat in engine.state.flats)  # the copy while an average is shown
