@@ -12,7 +12,6 @@ import http.client
 import os
 import tarfile
 import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,13 +23,14 @@ from typing import IO, TypeAlias
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.files import opening
 from nettorrent_mpi.data.storage import create
+from nettorrent_mpi.data.transfer import transfer
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
 """progress(file name, bytes done, bytes in all or None where the server does not say)."""
 
 _CHUNK = 1 << 18
-_TIMEOUT = 30.0  # seconds without a byte
+_SHOWN = 200  # characters of what a server tells
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _download(download: Download, file: Path, progress: Progress | None, by_hand
             try:
                 _transfer(url, part, download, progress)
             except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: of a senseless answer
-                failures.append(f"{url}: {error}")
+                failures.append(f"{url}: {' '.join(str(error).split())[:_SHOWN]}")
                 continue
             actual = _sha256(part)
             if actual != download.sha256:
@@ -197,7 +197,18 @@ def _transfer(url: str, part: Path, download: Download, progress: Progress | Non
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "nettorrent_mpi"} | ({"Range": f"bytes={done}-"} if done else {})
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+        with transfer(url, headers) as answer:
+            if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
+                done = 0  # the server sends the whole file
+            total = None if answer.length is None else done + answer.length
+            with _creating(part, append=done > 0) as output:
+                for piece in answer.pieces(_CHUNK):
+                    done += len(piece)
+                    if done > download.most:
+                        break
+                    _put(piece, output, part)
+                    if progress is not None:
+                        progress(download.name, done, total)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not done:
@@ -205,19 +216,6 @@ def _transfer(url: str, part: Path, download: Download, progress: Progress | Non
         part.unlink()  # longer than the file: not its beginning
         _transfer(url, part, download, progress)
         return
-    with response:
-        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            done = 0  # the server sends the whole file
-        length = response.headers.get("Content-Length")
-        total = done + int(length) if length is not None else None
-        with _creating(part, append=done > 0) as output:
-            while chunk := response.read(_CHUNK):
-                done += len(chunk)
-                if done > download.most:
-                    break
-                _put(chunk, output, part)
-                if progress is not None:
-                    progress(download.name, done, total)
     if done > download.most:
         part.unlink()
         raise ConnectionError(f"the answer has more than {download.most:,} bytes: it is another file")

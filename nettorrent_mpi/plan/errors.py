@@ -26,6 +26,7 @@ NetTorrentWarning            what is doubtful but may be meant, in one line: giv
 from __future__ import annotations
 
 import errno
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -230,6 +231,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def readable(text: str) -> str:
-    """Write as escapes what a terminal would not show but obey, or what no encoding has: names of files, classes and
-    keys may hold anything. Lines stay lines."""
+    """Write as escapes what a terminal would not show but obey, or what no encoding has, and shorten endless words:
+    names of files, classes and keys may hold anything. Lines stay lines."""
+    text = re.sub(r"\S{500,}", lambda found: f"{found[0][:300]}...{found[0][-100:]}", text)
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

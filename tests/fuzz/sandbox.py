@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import resource
 import select
 import subprocess
@@ -100,11 +101,12 @@ class RanError(BaseException):
 
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "socket.connect",
               "pickle.find_class", "webbrowser.open", "shutil.rmtree")  # fmt: skip
+_LINKER = re.compile(r"\S*(ldconfig|/c?cc|/gcc|/ld|objdump)$")
 _watching = False
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watching and event in _FORBIDDEN and "ldconfig" not in str(arguments):  # by which libraries are found
+    if _watching and event in _FORBIDDEN and not _LINKER.match(str(arguments[0])):  # by which libraries are found
         raise RanError(f"{event}{arguments}"[:300])
 
 
@@ -129,7 +131,7 @@ def _attempt(target: Any, case: Path) -> Outcome:
         if not isinstance(error, UserError):
             return Outcome("escaped", traceback.format_exc()[-3000:])
         text = str(error)
-        if len(text) > 3000 or not all(line.isprintable() for line in text.split("\n")):
+        if len(text) > 20_000 or not all(line.isprintable() for line in text.split("\n")):
             return Outcome("riddle", repr(text[:1000]))
         return Outcome("refused", text)
     finally:

@@ -1,0 +1,147 @@
+"""One HTTP answer as a stream of bytes, from a server that may be broken or hostile.
+
+Addresses lead to HTTP and HTTPS alone, redirected ones too; what comes with a redirection is not read; and a server
+that is slower than anybody could use is left, wherever it lingers: in a handshake, a header or a body.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import IO, Any
+
+PATIENCE = 60.0  # seconds in which LEAST bytes have to come
+LEAST = 60_000
+TIMEOUT = 30.0  # seconds without a byte
+
+
+class Transfer:
+    """A Transfer is an answer that is being read; `status` and `length` (None: not told) are the server's words."""
+
+    def __init__(self, response: Any, watch: _Watch):
+        self._response, self._watch = response, watch
+        self.status: int = response.status
+        length = response.headers.get("Content-Length")
+        self.length = None if length is None else int(length)
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """Yield the body in pieces of at most `size` bytes."""
+        while piece := self._response.read(size):
+            self._watch.bytes += len(piece)
+            yield piece
+        self._watch.check()
+
+
+@contextmanager
+def transfer(url: str, headers: dict[str, str]) -> Iterator[Transfer]:
+    """Ask for `url`. Raises OSError (urllib's HTTPError for an error that the server tells), HTTPException or
+    ValueError for answers that make no sense."""
+    watch = _Watch()
+    try:
+        opener = urllib.request.OpenerDirector()
+        for handler in (
+            urllib.request.ProxyHandler(),
+            urllib.request.UnknownHandler(),
+            urllib.request.HTTPDefaultErrorHandler(),
+            urllib.request.HTTPErrorProcessor(),
+            _Redirects(),
+            _Http(watch),
+            _Https(watch),
+        ):
+            opener.add_handler(handler)
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+            yield Transfer(response, watch)
+    except (OSError, http.client.HTTPException, ValueError):
+        watch.check()  # which tells why
+        raise
+    finally:
+        watch.close()
+
+
+class _Watch:
+    """Ends a transfer that does not advance, by shutting its sockets down."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._sockets: list[socket.socket] = []
+        self._slow, self._over = False, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        before = 0
+        while not self._over.wait(PATIENCE):
+            if self.bytes - before < LEAST:
+                self._slow = True
+                for each in self._sockets:
+                    with suppress(OSError):
+                        each.shutdown(socket.SHUT_RDWR)
+            before = self.bytes
+
+    def add(self, connected: socket.socket) -> None:
+        self._sockets.append(connected.dup())  # TLS takes the descriptor of the other
+        if self._slow:
+            connected.shutdown(socket.SHUT_RDWR)
+
+    def check(self) -> None:
+        """Raise ConnectionError if the transfer was ended."""
+        if self._slow:
+            raise ConnectionError(f"the server is too slow: less than {LEAST:,} bytes in {PATIENCE:g} s")
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        for each in self._sockets:
+            each.close()
+
+
+class _Watched(http.client.HTTPConnection):
+    watch: _Watch
+
+    def connect(self) -> None:
+        super().connect()
+        self.watch.add(self.sock)
+
+
+class _WatchedTls(http.client.HTTPSConnection, _Watched):
+    """HTTPSConnection connects by the class after it, and begins TLS then."""
+
+
+def _watched(kind: type[_Watched], watch: _Watch, host: str, **options: Any) -> _Watched:
+    connection = kind(host, **options)
+    connection.watch = watch
+    return connection
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, watch: _Watch):
+        super().__init__()
+        self._watch = watch
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(_watched, _Watched, self._watch), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, watch: _Watch):
+        super().__init__()
+        self._watch = watch
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(_watched, _WatchedTls, self._watch), req)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirections without reading what comes with them, which may have no end."""
+
+    def http_error_302(self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Any) -> Any:
+        fp.close()
+        return super().http_error_302(req, io.BytesIO(), code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
