@@ -5,6 +5,7 @@ It needs Pillow (the extra `images`).
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,17 @@ from nettorrent_mpi.plan.errors import DataError, OutputError
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _ORIENTATION = 0x0112  # of EXIF: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 on its side
+
+
+class _Picture(io.BufferedReader):
+    """A file of which no more can be asked than it has: formats tell the length of what follows, up to gigabytes."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self._size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None else min(size, self._size))
 
 
 class ImageFacts(NamedTuple):
@@ -76,7 +88,7 @@ class ImageReader:
     def _opened(self, path: Path) -> Iterator[Any]:
         """Open the image; whatever Pillow raises for a broken one becomes a DataError that names it."""
         try:
-            with self._image.open(path, formats=_FORMATS) as image:
+            with _Picture(path) as file, self._image.open(file, formats=_FORMATS) as image:
                 yield image
         except Exception as error:
             raise DataError(f"cannot be read as an image ({error}); remove or replace it", file=str(path)) from error

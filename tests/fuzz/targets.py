@@ -23,6 +23,7 @@ from nettorrent_mpi.data.rows import Dataset, Split
 from nettorrent_mpi.plan.errors import NetTorrentWarning, UserError
 from nettorrent_mpi.plan.specs import Linear
 from nettorrent_mpi.planning import load_config, placed, plan
+from tests.fuzz.hdf5_cases import make_strange
 
 Array = np.ndarray[Any, Any]
 warnings.simplefilter("ignore", NetTorrentWarning)
@@ -200,3 +201,9 @@ def metrics(case: Path) -> str:
         assert line in before
         assert json.loads(line)["step"] <= 20
     return f"{len(kept)} lines"
+
+
+def make_strange_hdf5(case: Path) -> str:
+    """Make a case of others."""
+    make_strange(case)
+    return "made"
