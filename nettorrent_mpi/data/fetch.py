@@ -22,8 +22,8 @@ from typing import IO, TypeAlias
 
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.files import opening
+from nettorrent_mpi.data.http_answer import asked
 from nettorrent_mpi.data.storage import create
-from nettorrent_mpi.data.transfer import transfer
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
@@ -197,7 +197,7 @@ def _transfer(url: str, part: Path, download: Download, progress: Progress | Non
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "nettorrent_mpi"} | ({"Range": f"bytes={done}-"} if done else {})
     try:
-        with transfer(url, headers) as answer:
+        with asked(url, headers) as answer:
             if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
                 done = 0  # the server sends the whole file
             total = None if answer.length is None else done + answer.length

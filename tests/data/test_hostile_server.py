@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nettorrent_mpi.data import transfer
+from nettorrent_mpi.data import http_answer
 from nettorrent_mpi.data.fetch import Download, Recipe, fetch
 from nettorrent_mpi.plan.errors import DataError
 
@@ -161,9 +161,9 @@ def server() -> Iterator[str]:
     ],
 )
 def test_answers(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
-    monkeypatch.setattr(transfer, "PATIENCE", 0.4)
-    monkeypatch.setattr(transfer, "LEAST", MOST)
-    monkeypatch.setattr(transfer, "TIMEOUT", 5.0)
+    monkeypatch.setattr(http_answer, "PATIENCE", 0.4)
+    monkeypatch.setattr(http_answer, "LEAST", MOST)
+    monkeypatch.setattr(http_answer, "TIMEOUT", 5.0)
     hostile, mirror = f"{server}/{answer.replace(' ', '%20')}", f"{server}/mirror"
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     problem = ANSWERS[answer][1]

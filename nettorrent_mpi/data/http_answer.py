@@ -21,10 +21,10 @@ LEAST = 60_000
 TIMEOUT = 30.0  # seconds without a byte
 
 
-class Transfer:
-    """A Transfer is an answer that is being read; `status` and `length` (None: not told) are the server's words."""
+class Answer:
+    """An Answer is a response that is being read; `status` and `length` (None: not told) are the server's words."""
 
-    def __init__(self, response: Any, watch: _Watch):
+    def __init__(self, response: Any, watch: _Pace):
         self._response, self._watch = response, watch
         self.status: int = response.status
         length = response.headers.get("Content-Length")
@@ -39,10 +39,10 @@ class Transfer:
 
 
 @contextmanager
-def transfer(url: str, headers: dict[str, str]) -> Iterator[Transfer]:
+def asked(url: str, headers: dict[str, str]) -> Iterator[Answer]:
     """Ask for `url`. Raises OSError (urllib's HTTPError for an error that the server tells), HTTPException or
     ValueError for answers that make no sense."""
-    watch = _Watch()
+    watch = _Pace()
     try:
         opener = urllib.request.OpenerDirector()
         for handler in (
@@ -56,7 +56,7 @@ def transfer(url: str, headers: dict[str, str]) -> Iterator[Transfer]:
         ):
             opener.add_handler(handler)
         with opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-            yield Transfer(response, watch)
+            yield Answer(response, watch)
     except (OSError, http.client.HTTPException, ValueError):
         watch.check()  # which tells why
         raise
@@ -64,7 +64,7 @@ def transfer(url: str, headers: dict[str, str]) -> Iterator[Transfer]:
         watch.close()
 
 
-class _Watch:
+class _Pace:
     """Ends a transfer that does not advance, by shutting its sockets down."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class _Watch:
 
 
 class _Watched(http.client.HTTPConnection):
-    watch: _Watch
+    watch: _Pace
 
     def connect(self) -> None:
         super().connect()
@@ -113,14 +113,14 @@ class _WatchedTls(http.client.HTTPSConnection, _Watched):
     """HTTPSConnection connects by the class after it, and begins TLS then."""
 
 
-def _watched(kind: type[_Watched], watch: _Watch, host: str, **options: Any) -> _Watched:
+def _watched(kind: type[_Watched], watch: _Pace, host: str, **options: Any) -> _Watched:
     connection = kind(host, **options)
     connection.watch = watch
     return connection
 
 
 class _Http(urllib.request.HTTPHandler):
-    def __init__(self, watch: _Watch):
+    def __init__(self, watch: _Pace):
         super().__init__()
         self._watch = watch
 
@@ -129,7 +129,7 @@ class _Http(urllib.request.HTTPHandler):
 
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, watch: _Watch):
+    def __init__(self, watch: _Pace):
         super().__init__()
         self._watch = watch
 
