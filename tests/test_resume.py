@@ -342,40 +342,60 @@ def test_each_replica_goes_on(series: Callable[..., Any], tmp_path: Path, ranks:
             assert any(key.startswith("replicas/1/optimizer/m/") for key in whole), case
 
 
-WITHHOLDING = "deadline: none, part: 1.0"
+ALL = "deadline: none, part: 1.0"
 BITWISE = {
-    "rows": ("{swarms: [{layers: 3, rows: 2}]}", "allreduce"),
-    "async": ("{swarms: [{layers: 1}, {layers: 2}]}", "allreduce"),
-    "withholding": ("{replicas: 2}", f"{{gossip: {{{WITHHOLDING}}}}}"),
-    "push_sum": ("{replicas: 2}", f"{{gossip: {{{WITHHOLDING}, mix: push_sum, probability: 0.7}}}}"),
-    "slow momentum": ("{replicas: 2}", f"{{gossip: {{{GOSSIP}, exact_every: 3, slow_momentum: 0.5}}}}"),
-    "optimizer": ("{replicas: 2}", f"{{gossip: {{{WITHHOLDING}, average: [parameters, optimizer]}}}}"),
-    "elite": ("{replicas: 2}", "{elite: 96}"),
+    "rows": {"layout": "{swarms: [{layers: 3, rows: 2}]}"},
+    "async": {"layout": "{swarms: [{layers: 1}, {layers: 2}]}", "pipeline": "async"},
+    "withholding": {"exchange": f"{{gossip: {{{ALL}}}}}"},
+    "loss, every": {"exchange": f"{{gossip: {{{GOSSIP}, mix: loss, every: 3}}}}"},
+    "int8": {"exchange": f"{{gossip: {{{GOSSIP}, compress: int8, every: 2}}}}"},
+    "push_sum": {"exchange": f"{{gossip: {{{ALL}, mix: push_sum, probability: 0.7}}}}"},
+    "slow momentum": {"exchange": f"{{gossip: {{{GOSSIP}, exact_every: 3, slow_momentum: 0.5}}}}"},
+    "optimizer": {"exchange": f"{{gossip: {{{ALL}, average: [parameters, optimizer]}}}}"},
+    "consensus": {"exchange": f"{{gossip: {{{GOSSIP}, every: 3, consensus: {{max: 0.0001}}}}}}"},
+    "elite": {"exchange": "{elite: 96}"},
+    "none": {"exchange": "none"},
 }
-QUICK = ("rows", "withholding", "async")
+QUICK = ("rows", "async", "loss, every", "int8")
 
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param([name for name in BITWISE if name not in QUICK], marks=slow)])
 def test_a_rest_in_between_changes_no_bit(series: Callable[..., Any], tmp_path: Path, names: Sequence[str]) -> None:
-    """Neither in the run that goes on, nor in one that is resumed there on the same ranks."""
-    config, commands = config_file(tmp_path), []
+    """Neither in the run that goes on, nor in one that is resumed there on the same ranks: where nobody has planned
+    it."""
+    config, first, second, started = config_file(tmp_path), [], [], {}
+    how = {"layout": "{replicas: 2}", "dtype": "float32", "kernels": "numpy", "train__epochs": 2}
+    often = {"checkpoint": "{every_seconds: 0.001, every_epochs: null, keep: 100}"}
     for name in names:
-        layout, exchange = BITWISE[name]
-        how = {"layout": layout, "exchange": exchange, "dtype": "float32", "kernels": "numpy", "train__epochs": 2}
-        how |= {"pipeline": "async"} if name == "async" else {}
-        resting, resumed, whole = (tmp_path / f"{name}-{end}" for end in ("resting", "resumed", "whole"))
-        from_there = resting / "checkpoints" / "step-0000000014"
-        commands.append(command(config, resting, **how, checkpoint="{every_steps: 7, keep: 9}"))
-        commands.append(command(config, resumed, "--resume", from_there, **how, train__evaluate_every=2))
-        commands.append(command(config, whole, **how))
-    series(2, tmp_path / "series", commands, timeout=200)
+        first.append(command(config, tmp_path / f"{name}-whole", **how | BITWISE[name]))
+        first.append(command(config, tmp_path / f"{name}-resting", **how | BITWISE[name] | often))
+    series(2, tmp_path / "first", first, timeout=200)
+    for name in names:
+        saved = sorted((tmp_path / f"{name}-resting" / "checkpoints").iterdir())
+        steps = [int(path.name.removeprefix("step-")) for path in saved]
+        started[name] = next(step for step in steps if step % 10)
+        from_there = saved[steps.index(started[name])]
+        second.append(command(config, tmp_path / f"{name}-resumed", "--resume", from_there, **how | BITWISE[name]))
+    series(2, tmp_path / "second", second, timeout=200)
     for name in names:
         whole = arrays_of_checkpoint(tmp_path / f"{name}-whole") | trained(tmp_path / f"{name}-whole")
         for end in ("resting", "resumed"):
             found = arrays_of_checkpoint(tmp_path / f"{name}-{end}") | trained(tmp_path / f"{name}-{end}")
             assert found.keys() == whole.keys()
-            different = [key for key, array in whole.items() if not np.array_equal(found[key], array)]
+            different = [key for key, array in whole.items() if found[key].tobytes() != array.tobytes()]
             assert not different, (name, end)
+        told = {end: timeless(tmp_path / f"{name}-{end}") for end in ("whole", "resting", "resumed")}
+        assert told["resting"] == told["whole"], name
+        assert told["resumed"] == [record for record in told["whole"] if record["step"] > started[name]], name
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    """The records of a run, without its times."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+TIMES = ("time", "samples_per_second")
 
 
 @slow

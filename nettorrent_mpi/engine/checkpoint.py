@@ -2,8 +2,8 @@
 it: reading them. (engine/checkpoint_writer.py writes them.)
 
 Random numbers are functions of the step, so only the step number is saved for them. Replicas that differ are all saved,
-besides their average, from which a run with another number of replicas starts. No message between replicas is in flight
-when a checkpoint is made; the estimates of compressed messages restart from the average.
+besides their average, from which a run with another number of replicas starts. Besides blocks of arrays there are
+numbers of each rank, which a run with another layout leaves out (engine/rank_numbers.py).
 
 Every rank reads its own boxes, out of the files that have parts of them. Before that, the ranks together have read all
 files once and compared their checksums: each rank some of the files.

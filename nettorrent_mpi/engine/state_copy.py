@@ -51,7 +51,7 @@ class StateCopy:
                     for (name, box), block in state.owned_blocks({}).items():
                         if name.startswith(PARAMETERS):
                             self._add_part(engine, name, box, engine.device.on_host(block))
-                for (name, box), shard in state.shards(exchange.memories()).items():
+                for (name, box), shard in state.shards(exchange.common()).items():
                     average = np.array(engine.device.on_host(shard))
                     engine.wiring.peers.all_reduce(average)
                     np.divide(average, exchange.count, out=average)
