@@ -356,7 +356,7 @@ BITWISE = {
     "elite": {"exchange": "{elite: 96}"},
     "none": {"exchange": "none"},
 }
-QUICK = ("rows", "async", "loss, every", "int8")
+QUICK = ("rows", "async", "loss, every")
 
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param([name for name in BITWISE if name not in QUICK], marks=slow)])
