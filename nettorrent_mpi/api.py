@@ -29,6 +29,7 @@ from nettorrent_mpi import env
 if "mpi4py.MPI" not in sys.modules:
     env.prepare()  # MPI reads its environment when it loads, and so do BLAS threads where NumPy is not loaded yet
 
+from nettorrent_mpi.comm.activity import NOW, OUTSIDE
 from nettorrent_mpi.comm.failures import lost, survivable
 from nettorrent_mpi.comm.world import World, abort_after_error
 from nettorrent_mpi.config.settings import Settings
@@ -96,6 +97,7 @@ class Trainer:
             if self.setup.topology.size != world.size:
                 with world.agreement():
                     raise LayoutError(f"the plan is for {self.setup.topology.size} ranks, not for {world.size}")
+            self._watch()
             world.same("plan", self.setup.agreed_line)
             world.same("data set", self.setup.data_line)
             self._engine = Engine(world, self.setup.plan)
@@ -113,8 +115,11 @@ class Trainer:
             self._closers.insert(0, self._files.finish)
             self._closers.append(self._files.close)
             self._recovery = Recovery(self._engine, self._loop, self._files, self._take)
+            if world.watchdog is not None:
+                world.watchdog.farewell = self._files.farewell
             if folder is None and "checkpoint" in settings and world.rank == 0:
                 warn("checkpoint is set, but there is no folder for checkpoints: none is written; give output")
+            NOW.enter(OUTSIDE)
         except Exception as error:
             if agreed(error, world):
                 self.close()
@@ -147,6 +152,15 @@ class Trainer:
 
     def _take(self, setup: Setup) -> None:
         self.planned.setup = setup
+        self._watch()
+
+    def _watch(self) -> None:
+        """Let the watchdog look after the ranks as the configuration says, and know their places."""
+        world, times = self._world, self.setup.config.watchdog
+        if times == "none":
+            world.unwatch()
+        else:
+            world.watch(times.report, times.end).places = [self.setup.place_line(rank) for rank in range(world.size)]
 
     # -- progress -----------------------------------------------------------------------------------------------------
 

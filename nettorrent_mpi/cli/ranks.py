@@ -28,6 +28,7 @@ class Ranks:
     def __init__(self) -> None:
         self.code = 0
         self.world = World()
+        self.world.watch()
         self._open: list[tuple[Close, Close]] = []
 
     def owns(self, close: Close, abandon: Close) -> None:

@@ -17,6 +17,7 @@ from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.progress import Reporter, open_reporter
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.cli.run_folder import RunFolder, commit
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
@@ -152,6 +153,7 @@ class Run:
             )
         return True
 
+    @NOW.during("run folder")
     def begin(self) -> None:
         """Create the folder, and describe the run, unless that was done."""
         if self._begun:
@@ -208,6 +210,7 @@ class Run:
                 self._reporter.message(f"layout: {self._planned.setup.layout_line} on {ranks}")
             self._reporter.message(failure.line)
 
+    @NOW.during("showing progress")
     def tell(self, record: Record) -> None:
         """Write a record to metrics.jsonl, and show it."""
         if self._reporter is None:
@@ -216,6 +219,7 @@ class Run:
         self._folder.metrics(line)
         (self._reporter.epoch if record.evaluated else self._reporter.report)(line)
 
+    @NOW.during("results")
     def end(self) -> int:
         """Write the results, unless a signal has stopped the training; return the exit code."""
         stopped, diverged = self.trainer.stopped_by == SIGNAL, self.trainer.diverged

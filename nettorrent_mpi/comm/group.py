@@ -22,11 +22,18 @@ class Group:
     `kin` are the groups that were made from one another and are not freed.
     """
 
-    def __init__(self, comm: MPI.Intracomm | None, nodes: Sequence[int] | None = None, kin: set[Group] | None = None):
+    def __init__(
+        self,
+        comm: MPI.Intracomm | None,
+        nodes: Sequence[int] | None = None,
+        kin: set[Group] | None = None,
+        ranks: tuple[int, ...] | None = None,
+    ):
         """Wrap a communicator, None where this process is alone; without `nodes` the members determine them
         collectively."""
         self.kin = set() if kin is None else kin
         self.kin.add(self)
+        self._ranks = ranks
         self._alone = comm is None
         self.comm = cast("MPI.Intracomm", comm)
         self.size, self.index = 1, 0
@@ -50,13 +57,18 @@ class Group:
                 group.comm.Revoke()
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        """Return the members' numbers in the world that this group was made from, for the watchdog."""
+        return tuple(range(self.size)) if self._ranks is None else self._ranks
+
+    @property
     def is_broken(self) -> bool:
         """Whether this rank knows of a member that is lost, or the group was revoked: where MPI tells (failures.py)."""
         return not self._alone and bool(self.comm.Is_revoked() or self.comm.Get_failed().size)
 
     def duplicate(self) -> Group:
         """Return a group of the same members whose messages cannot match those of this one."""
-        return Group(None if self._alone else self.comm.Dup(), self.nodes, self.kin)
+        return Group(None if self._alone else self.comm.Dup(), self.nodes, self.kin, self.ranks)
 
     def subgroup(self, members: Sequence[int]) -> Group:
         """Return the group of these members, in this order. Its members alone call, in the same order of groups."""
@@ -65,7 +77,8 @@ class Group:
         chosen = self.comm.group.Incl(list(members))
         comm = self.comm.Create_group(chosen, tag=_tag(members))
         chosen.Free()
-        return Group(comm, [self.nodes[member] for member in members], self.kin)
+        ranks = tuple(self.ranks[member] for member in members)
+        return Group(comm, [self.nodes[member] for member in members], self.kin, ranks)
 
     @property
     def on_one_node(self) -> bool:

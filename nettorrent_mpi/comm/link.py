@@ -32,6 +32,7 @@ class Transfer:
 
     def __init__(self, group: Group, array: Array, parts: Sequence[Part], tag: int, *, sending: bool):
         self.array = array
+        self.ranks = tuple(sorted({group.ranks[part.peer] for part in parts}))  # it waits for them
         self._sending = sending
         self._staged: list[tuple[Array, Array, bool]] = []
         self._requests: list[MPI.Prequest] = []

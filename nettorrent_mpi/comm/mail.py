@@ -239,6 +239,7 @@ class Pending:
 
     def __init__(self, group: Group, values: Sequence[float] | Array):
         self._sums = np.array(values, np.float64)
+        self.ranks = group.ranks  # it waits for them
         self._request = group.comm.Iallreduce(MPI.IN_PLACE, self._sums) if group.size > 1 else None
 
     def done(self) -> bool:

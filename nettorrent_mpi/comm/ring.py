@@ -38,8 +38,11 @@ class Lap:
         receives: Sequence[MPI.Prequest],
         ahead: int,
         take: Callable[[int], None],
+        source: int,
     ):
-        """`ahead` is the number of receives that may be posted before `take(number)` has taken in the first of them."""
+        """`ahead` is the number of receives that may be posted before `take(number)` has taken in the first of them;
+        `source` is the rank of the world that they come from."""
+        self.ranks = (source,)  # it waits for them
         self._sends, self._receives, self._ahead, self._take = sends, receives, ahead, take
         self._at = len(receives)  # the next one to arrive; after the last: nothing is in flight
         self._posted = 0
@@ -138,12 +141,14 @@ class Ring:
             [comm.Recv_init(array, before, 2 * tag) for array in came],
             len(room),
             add,
+            group.ranks[before],
         )
         self.gather = Lap(
             [comm.Send_init(shard(params, step), behind, 2 * tag + 1) for step in steps],
             [comm.Recv_init(shard(params, step + 1), before, 2 * tag + 1) for step in steps],
             len(steps),
             lambda step: None,
+            group.ranks[before],
         )
 
     def free(self) -> None:

@@ -17,6 +17,7 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.launcher import LAUNCHER, shared_files, unname
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.comm.processes import this_process
+from nettorrent_mpi.comm.watchdog import Watchdog
 from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError, in_one_line
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class World(Group):
     threads = "multiple"  # what MPI allows threads to do
     numbers: tuple[int, ...] = (0,)  # of its ranks in MPI.COMM_WORLD
     members = frozenset({0})  # these numbers
+    watchdog: Watchdog | None = None
 
     def __init__(self, parent: MPI.Intracomm | None = None) -> None:
         alone = parent is None and not env.launched(os.environ) and not library.loaded()
@@ -83,7 +85,26 @@ class World(Group):
         self._count()
         kept = [nodes[before.index(number)] for number in self.numbers]
         self.nodes = tuple(kept.index(node) for node in kept)
+        if self.watchdog is not None:
+            self.watchdog.meet(self, self.host)
         return [number for number in before if number not in self.members]
+
+    def watch(self, report: int | None = 60, end: int | None = 600) -> Watchdog:
+        """Let a watchdog look after the ranks, with these seconds; return it. All ranks call."""
+        if self.watchdog is None:
+            self.watchdog = Watchdog(self, self.host)
+        self.watchdog.report, self.watchdog.end = report, end
+        return self.watchdog
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        watchdog, self.watchdog = self.watchdog, None
+        if watchdog is not None:
+            watchdog.close()
+
+    def free(self) -> None:
+        super().free()
+        self.unwatch()
 
     def agree(self) -> None:
         """Wait for all ranks, where one may be lost: then an error is raised on all of them alike."""

@@ -22,7 +22,17 @@ from nettorrent_mpi.config import overrides as changes
 from nettorrent_mpi.config import yaml_lines
 from nettorrent_mpi.config.default import DEFAULT, SHIPPED
 from nettorrent_mpi.config.mistakes import Known, explain, shown
-from nettorrent_mpi.config.sections import Checkpoint, Config, Data, Layout, Model, StopAt, Swarm, Train
+from nettorrent_mpi.config.sections import (
+    Checkpoint,
+    Config,
+    Data,
+    Layout,
+    Model,
+    StopAt,
+    Swarm,
+    Train,
+    WatchdogTimes,
+)
 from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.config.written import options_at, strictly
 from nettorrent_mpi.config.yaml_lines import Document, Path
@@ -37,6 +47,7 @@ _SECTIONS: dict[Path, Any] = {
     ("train",): Train,
     ("train", "stop_at"): StopAt,
     ("checkpoint",): Checkpoint,
+    ("watchdog",): WatchdogTimes,
     ("layout",): Layout,
     ("layout", "swarms", "*"): Swarm,
     ("exchange", "gossip", "consensus"): choices.Consensus,

@@ -76,6 +76,16 @@ def _layout(value: Any) -> Any:
     return section(Layout, value)
 
 
+def _watchdog(value: Any) -> Any:
+    if isinstance(value, WatchdogTimes) or value == "none":
+        return value
+    if not isinstance(value, dict):
+        raise Mistake(f"must be none or a mapping with report, end or both, not {shown(value)}")
+    from nettorrent_mpi.config.written import section
+
+    return section(WatchdogTimes, value)
+
+
 def _unexpanded(path: str | None, option: str) -> Iterator[Mistake]:
     """Yield a mistake where a path has a variable in it as shells do."""
     if path is not None and re.search(r"\$[{\w]", path):
@@ -239,6 +249,19 @@ class Layout(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchdogTimes(Section):
+    """WatchdogTimes say after how many seconds without advance of a rank a table shows what all do, and after how many
+    the run ends. None: never."""
+
+    report: Count | None = 60
+    end: Count | None = 600
+
+    def _mistakes(self) -> Iterator[Mistake]:
+        if self.report is not None and self.end is not None and self.end < self.report:
+            yield Mistake(f"is {self.end} s, and the report only comes after {self.report} s", "end")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(Section):
     """Config holds a whole configuration."""
 
@@ -258,6 +281,7 @@ class Config(Section):
     redundancy: Annotated[Spec, _one_of(choices.REDUNDANCIES, "kind of redundancy")] = field(
         default_factory=choices.AutoCopies
     )
+    watchdog: Annotated[Literal["none"] | WatchdogTimes, Read(_watchdog)] = field(default_factory=WatchdogTimes)
     output: str | None = None  # the run folder; `load` fills it in
     trace: bool = False
 

@@ -41,6 +41,7 @@ class Settings(TypedDict, total=False):
     dtype: Literal["float32", "float64", "tf32", "bfloat16"]
     device: Literal["auto", "cpu", "gpu"]
     kernels: Literal["auto", "fastest", "numpy"]
+    watchdog: str | Mapping[str, Any]  # "none", or {"report": 60, "end": 600}, seconds without advance
     trace: bool
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from math import lcm
 from typing import Any, NamedTuple, cast
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.channels import launch
 from nettorrent_mpi.comm.parcels import Parcel
 from nettorrent_mpi.device.arrays import quiet
@@ -73,6 +74,8 @@ class DevicePipeline(Pipeline):
         events: dict[int, Event] = {}
         with quiet(), self._gpu.on(self._gpu.compute):
             for number, item in enumerate(items):
+                NOW.action, NOW.step = item.actions[0], work.step + 1
+                NOW.count += 1
                 moves = isinstance(item, Transfers)
                 stream = self._links if moves else self._gpu.compute
                 if not isinstance(item, OnHost) and item.after is not None:

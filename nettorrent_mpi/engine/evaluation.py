@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.data.rows import Split, private
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.batches import Batches
@@ -70,6 +71,7 @@ class Evaluator:
         with self._engine.exchange.shown(best):
             yield best
 
+    @NOW.during("evaluation")
     def evaluate(self) -> Evaluation:
         """Return the scores of that network. Warns, once, if the training loss says that it has diverged."""
         self._judge_loss()

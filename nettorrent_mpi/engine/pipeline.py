@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.link import Transfer
 from nettorrent_mpi.device.arrays import Array, quiet
 from nettorrent_mpi.device.device import Device
@@ -129,9 +130,11 @@ class Pipeline:
         """Execute a list of actions."""
         self.begin(work)
         step = work.step
-        trace, methods, progress = self.trace, self._methods, self._progress
+        trace, methods, progress, now = self.trace, self._methods, self._progress, NOW
         with quiet():  # non-finite values are located once
             for action in work.actions:
+                now.action, now.step = action, step + 1
+                now.count += 1
                 began = trace.now() if trace else 0
                 methods[action.kind](action.micro_batch or 0)
                 if trace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.config.sections import Checkpoint
 from nettorrent_mpi.exchange.base import next_multiple
 from nettorrent_mpi.plan.errors import NetTorrentError
@@ -55,6 +56,7 @@ class Saving:
         """Whether the seconds since the last checkpoint are over on this rank."""
         return self.files is not None and self._seconds is not None and time.monotonic() - self._since >= self._seconds
 
+    @NOW.during("checkpoint")
     def save(self, *, needed: bool) -> None:
         """Begin to write a checkpoint; if it is `needed`, because the training ends without results, wait for it. All
         ranks call, at rest."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.engine import checkpoint
 from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, newest, tidy
@@ -69,6 +70,13 @@ class TrainingFiles:
         if self._checkpoints is not None and (error is None or agreed(error, self._world)):
             self._writer.finish()
 
+    def farewell(self) -> str:
+        """Return the end of a sentence about a run that ends without results: where it can go on."""
+        found = [] if self._checkpoints is None else checkpoints_in(self._checkpoints)
+        return (
+            f"; the latest checkpoint is {found[-1]}: continue with --resume" if found else "; there is no checkpoint"
+        )
+
     def close(self) -> None:
         """Let other runs use the folder."""
         if self._lock is not None:
@@ -86,6 +94,7 @@ class TrainingFiles:
         if folder:
             self._writer.prepare()
 
+    @NOW.during("writing the network")
     def write_network(self, path: Path) -> None:
         """Write the whole network as one file. Raises OutputError."""
         with self._loop.evaluator.network():
@@ -95,6 +104,7 @@ class TrainingFiles:
                 with written(path):
                     write_arrays(path, {PARAMETERS: arrays}, self._about())
 
+    @NOW.during("reading the network")
     def read_network(self, path: Path) -> Setup:
         """Load the network from a file, and take its numbers of the classes. Returns the new setup; raises DataError
         and ConfigError."""
@@ -104,6 +114,7 @@ class TrainingFiles:
         )
         return self._take(*fitted[0])
 
+    @NOW.during("reading a checkpoint")
     def read_checkpoint(self, path: Path) -> Setup:
         """Continue from a checkpoint, or from a folder's newest undamaged one. Returns and raises as `read_network`."""
         self.finish()

@@ -63,6 +63,9 @@ LINES = [
     ("    overlap: true", "flag"),
     ("    probability: 0.5", "part"),
     ("trace: false", "flag"),
+    ("watchdog:", "mapping"),
+    ("  report: 30", "size"),
+    ("  end: 300", "size"),
     ("kernels: numpy", "word"),
     ("device: cpu", "word"),
 ]

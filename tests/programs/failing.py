@@ -1,7 +1,9 @@
 """failing.py PHASE[:HOW] RANK [ARGUMENTS...]: `nettorrent train ARGUMENTS` in which RANK fails in PHASE, telling when.
 
 HOW is what happens there: `raise` (the default), `exit` (sys.exit), `interrupt` (KeyboardInterrupt), `kill` (SIGKILL),
-or `term` (SIGTERM, after which it goes on). At its end every rank tells how many steps it has done.
+`stop` (SIGSTOP), `sleep` or `spin` (both for ever), `slow` (each call takes some seconds), or `term` (SIGTERM, after
+which it goes on). In the phase `none` nothing fails, and all tell their process ids. At its end every rank tells how
+many steps it has done. The watchdog's seconds take SECOND (of the environment) each.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi import planning  # noqa: E402
 from nettorrent_mpi.__main__ import main  # noqa: E402
+from nettorrent_mpi.comm import ticking  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
 from nettorrent_mpi.engine.evaluation import Evaluator  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline, Work  # noqa: E402
@@ -62,6 +65,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "collect": (StateCopy, "take", 1),
 }
 assert all(hasattr(holder, name) for holder, name, _ in PHASES.values()), "a phase is named after nothing that exists"
+ticking.SECOND = float(os.environ.get("SECOND", "1"))
 steps = 0
 original_prepare = Engine.prepare
 
@@ -74,7 +78,7 @@ def fail_in(phase: str, how: str) -> None:
     def failing(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == turn:
+        if calls == turn or how == "slow":
             os.write(2, f"FAILED AT {time.time()}\n".encode())
             fail(phase, how)
         return original(*args, **kwargs)
@@ -83,12 +87,22 @@ def fail_in(phase: str, how: str) -> None:
 
 
 def fail(phase: str, how: str) -> None:
+    if how == "slow":
+        time.sleep(8 * ticking.SECOND)
+        return
     if how == "raise":
         raise RuntimeError(f"made to fail in {phase}")
     if how == "exit":
         sys.exit(3)
     if how == "interrupt":
         raise KeyboardInterrupt
+    while how == "spin":
+        pass
+    while how == "sleep":
+        time.sleep(1)
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
     os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
 
 
@@ -101,7 +115,9 @@ def prepare(self: Engine, *args: Any, **kwargs: Any) -> Work:
 Engine.prepare = prepare  # type: ignore[method-assign]
 phase, _, how = sys.argv[1].partition(":")
 rank = int(sys.argv[2])
-if rank == MPI.COMM_WORLD.rank:
+if phase == "none":
+    os.write(2, f"PID {os.getpid()}\n".encode())
+elif rank == MPI.COMM_WORLD.rank:
     fail_in(phase, how or "raise")
 code = main(["train", *sys.argv[3:]])
 os.write(2, f"STEPS {steps}\n".encode())

@@ -1,0 +1,44 @@
+"""What this process does at present: written by the thread that trains, read once a second by the watchdog's.
+
+Writing is two assignments for each action of a schedule; nothing waits and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nettorrent_mpi.plan.actions import Action
+
+STARTING, TRAINING, OUTSIDE = "start-up", "training", "the script's own code"
+
+
+class Activity:
+    """The present activity: the phase of the run, and the latest action of a schedule with its step (from 1). `count`
+    grows whenever something begins: as long as it grows, this rank advances."""
+
+    def __init__(self) -> None:
+        self.phase = STARTING
+        self.step = 0
+        self.action: Action | None = None
+        self.count = 0
+        self.thread = threading.main_thread().ident  # the one that trains
+
+    def enter(self, phase: str) -> None:
+        """Begin another phase."""
+        self.phase, self.count = phase, self.count + 1
+        self.thread = threading.get_ident()
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Be in another phase inside the `with` block."""
+        before = self.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+
+NOW = Activity()

@@ -1,0 +1,145 @@
+"""The watch of one rank over a world: once a second it tells the listeners what the rank does, by messages that need no
+MPI, and a listener keeps what all ranks have told."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nettorrent_mpi.comm.activity import NOW, OUTSIDE, TRAINING
+from nettorrent_mpi.comm.beats import Beats
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.leaving import leave
+from nettorrent_mpi.comm.spying import Spy
+from nettorrent_mpi.comm.ticking import TICKING
+from nettorrent_mpi.plan.diagnosis import SignOfLife, in_words
+
+LISTENERS = 3
+MOST_WAITS = 64  # ranks of which a sign tells that they are waited for
+HEARING = 2  # ticks from an order to its execution: the words of who gave it come first
+
+
+class Watch:
+    """The watch of one rank. All ranks of a world make it together; each may close it at any time.
+
+    `signs` has what is known of all ranks, on listeners; `speaks` says whether this one is the first listener that
+    lives, and `judge` is called on it once a second. `told` says whether the present incident has been told of, by
+    whom ever.
+    """
+
+    def __init__(self, world: Group, host: str, judge: Callable[[Watch], None]):
+        self.size, self.rank, self.told = world.size, world.index, False
+        self.beats = Beats(world, host)
+        self.signs = {rank: SignOfLife(rank) for rank in range(world.size)}
+        self._judge = judge
+        firsts = [rank for rank, node in enumerate(world.nodes) if node == rank]
+        self._listeners = [*firsts, *(rank for rank in range(world.size) if rank not in firsts)][:LISTENERS]
+        at = self.beats.local.index(world.index)
+        self._neighbours = [*self.beats.local[at + 1 :], *self.beats.local[:at]]
+        self._spy, self._count = Spy(), -1
+        self._own = self.signs[world.index]
+        self._left: int | None = None  # ticks until this rank ends
+        TICKING.each(self._tick)
+
+    def close(self) -> None:
+        """Stop watching."""
+        TICKING.stop(self._tick)
+        self.beats.close()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the first listener that lives."""
+        alive = (each for each in self._listeners if each == self.rank or self.signs[each].reports)
+        return next(alive, None) == self.rank
+
+    def kill(self, rank: int) -> None:
+        """Let whoever is on its host kill this rank."""
+        self._order({"kill": rank})
+        self._kill(rank)
+
+    def end(self) -> None:
+        """Let all ranks end."""
+        self._order({"end": True})
+        self._left = HEARING + 1
+
+    def _tick(self) -> None:
+        self._sample()
+        for sign in self.signs.values():
+            sign.silent += sign.rank != self.rank
+        for source, content in self.beats.receive():
+            self._hear(source, content)
+        self._own.sees = self._look()
+        for sign in self.signs.values():
+            for rank, state in sign.sees.items() if sign.reports else ():
+                self.signs[rank].state = state
+        for listener in self._listeners:
+            if listener != self.rank:
+                self._send(listener, {"asks": not self.beats.heard(listener)})
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                self._leave()
+        elif self.speaks:
+            self._judge(self)
+
+    def _sample(self) -> None:
+        """Look at what this rank does."""
+        own, spy, count = self._own, self._spy, NOW.count
+        if count != self._count:
+            self._count, own.quiet, own.since = count, 0, time.time()
+            spy.forget()
+        else:
+            own.quiet = 0 if spy.moves() else own.quiet + 1
+        spy.look(NOW.thread)
+        own.waits = spy.waits and [rank for rank in spy.waits if rank != self.rank][:MOST_WAITS]
+        phase = TRAINING if spy.trains and NOW.phase == OUTSIDE else NOW.phase
+        action = NOW.action if spy.acts else None
+        doing = phase if action is None else in_words(action)
+        own.place = f"{phase} {NOW.step} {doing}"
+        own.doing = doing if action is None else f"{doing} of step {NOW.step}"
+        own.where, own.excused = spy.where, phase == OUTSIDE
+
+    def _look(self) -> dict[int, str]:
+        """Return the states of the next processes on this host, up to one that is able to look itself."""
+        seen: dict[int, str] = {}
+        for rank in self._neighbours:
+            seen[rank] = self.beats.members[rank].process.state
+            if seen[rank] in ("R", "S"):
+                break
+        return seen
+
+    def _send(self, to: int, more: dict[str, Any]) -> None:
+        own = self._own
+        sign = (own.quiet, own.since, own.place, own.doing, own.waits, own.where, own.excused)
+        self.beats.send(to, {"sign": sign, "sees": own.sees, "told": self.told, **more})
+
+    def _order(self, order: dict[str, Any]) -> None:
+        for to in range(self.size):
+            if to != self.rank:
+                self._send(to, order)
+
+    def _hear(self, source: int, content: dict[str, Any]) -> None:
+        sign = self.signs[source] = SignOfLife(source, *content["sign"])
+        sign.sees = {int(rank): state for rank, state in content["sees"].items()}
+        if source in self._listeners:
+            mine = self._listeners.index(self.rank) if self.rank in self._listeners else LISTENERS
+            if self._listeners.index(source) < mine:
+                self.told = content["told"]
+        if content.get("asks"):
+            self._send(source, {})
+        if content.get("end") and self._left is None:
+            self._left = HEARING
+        if "kill" in content:
+            self._kill(content["kill"])
+
+    def _kill(self, rank: int) -> None:
+        if rank in self.beats.local:
+            self.beats.members[rank].process.end(signal.SIGKILL)
+
+    def _leave(self) -> None:
+        stopped = [self.beats.members[rank].process for rank in self._own.sees if rank != self.rank]
+        first = self.speaks
+        threading.Thread(target=leave, args=(stopped, first), daemon=True).start()
