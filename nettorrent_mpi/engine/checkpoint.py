@@ -20,6 +20,7 @@ from typing import Any
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
+from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in
 from nettorrent_mpi.engine.checkpoint_manifest import MANIFEST, Manifest
@@ -28,8 +29,8 @@ from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import (
     MODEL,
     Attribute,
-    check_shape,
     opened,
+    own_array,
     read_arrays,
     read_attributes,
     read_box,
@@ -41,7 +42,7 @@ from nettorrent_mpi.engine.state import OPTIMIZER, PARAMETERS
 from nettorrent_mpi.plan.errors import ConfigError, DataError, LostStateError, OutputError, warn
 from nettorrent_mpi.plan.moves import Holding
 
-TRAINING = {"step", "samples", "time", "config"}  # attributes of a checkpoint
+TRAINING: dict[str, Any] = {"step": int, "samples": int, "time": int | float, "config": str}  # attributes
 # The values that decide what a step computes: a resumed run must have the same.
 DECISIVE = ("seed", "dtype", "data", "model", "train.batch_size", "train.optimizer")
 Accept = Callable[[Mapping[str, Attribute]], None]
@@ -117,9 +118,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a training's checkpoint, and see that its files are there. Raises DataError."""
     manifest = Manifest.read(folder)
     manifest.check(folder)
-    missing = TRAINING - manifest.attributes.keys()
-    if missing:
-        raise DataError(f"does not name {', '.join(sorted(missing))}", file=str(folder / MANIFEST))
+    for name, kind in TRAINING.items():
+        if not isinstance(manifest.attributes.get(name), kind):
+            raise DataError(f"does not tell {name}", file=str(folder / MANIFEST))
     return manifest
 
 
@@ -140,7 +141,7 @@ def restore_parameters(engine: Engine, path: Path, accept: Accept) -> None:
     with engine.world.agreement(), opened(path) as file:
         accept(read_attributes(file))
         for key, shape in shapes.items():
-            check_shape(file, f"{PARAMETERS}/{key}", shape)
+            own_array(file, f"{PARAMETERS}/{key}", shape)
 
     def read(wanted: Mapping[Holding, Array]) -> None:
         with engine.world.agreement(), opened(path) as file:
@@ -210,22 +211,28 @@ def lies_in(path: Path, folder: Path) -> bool:
     return path.resolve().parent == folder.resolve()
 
 
-def must_match(before: dict[str, Any], config: Config, path: Path) -> None:
-    """Raise ConfigError if a decisive value differs from the one in the checkpoint's configuration `before`."""
+def must_match(text: str, config: Config, path: Path) -> None:
+    """Raise ConfigError if a decisive value differs from the one in the checkpoint's configuration, which is JSON."""
     now = to_plain(config)
-    for key in DECISIVE:
-        values = []
-        for config_of in (before, now):
-            value: Any = config_of
-            for part in key.split("."):
-                value = value[part]
-            values.append({k: v for k, v in value.items() if k != "root"} if key == "data" else value)
+    try:
+        before = parsed(text)
+        values = [(key, _value(before, key), _value(now, key)) for key in DECISIVE]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DataError("has no configuration that can be read", file=str(path)) from None
+    for key, then, given in values:
         # Weights are of float32 with all of these: a run on a GPU is resumed where there is none.
-        if key == "dtype" and all(value in ("float32", "tf32", "bfloat16") for value in values):
+        if key == "dtype" and all(value in ("float32", "tf32", "bfloat16") for value in (then, given)):
             continue
-        if values[0] != values[1]:
+        if then != given:
             raise ConfigError(
-                f"{json.dumps(values[1])[:80]} is not what the checkpoint {path} was made with "
-                f"({json.dumps(values[0])[:80]}); resume with the same, or start anew without --resume",
+                f"{json.dumps(given)[:80]} is not what the checkpoint {path} was made with "
+                f"({json.dumps(then)[:80]}); resume with the same, or start anew without --resume",
                 key=key,
             )
+
+
+def _value(plain: Any, key: str) -> Any:
+    """Return a decisive value of a configuration; files may lie elsewhere."""
+    for part in key.split("."):
+        plain = plain[part]
+    return {name: value for name, value in plain.items() if name != "root"} if key == "data" else plain

@@ -14,6 +14,8 @@ length (those of variable length lie in a heap without checksums, where a flippe
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy as np
 
 from nettorrent_mpi.data.storage import new_hdf5, read_hdf5, refused, retried
 from nettorrent_mpi.device.arrays import Array, Shape
-from nettorrent_mpi.plan.errors import DataError
+from nettorrent_mpi.plan.errors import DataError, UserError
 from nettorrent_mpi.plan.moves import Box
 
 if TYPE_CHECKING:  # loaded only where needed: most ranks of a run never read or write a file
@@ -84,12 +86,12 @@ def read_arrays(path: Path) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
 
     def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset):
+        if isinstance(item, h5py.Dataset) and name.startswith(f"{PARAMETERS}/"):
             _check_own(file, item)
-            arrays[name] = np.asarray(item)
+            arrays[name.removeprefix(f"{PARAMETERS}/")] = np.asarray(item)
 
     with opened(path) as file:
-        file[PARAMETERS].visititems(visit)
+        file.visititems(visit)  # which follows no link to elsewhere
     return arrays
 
 
@@ -107,16 +109,6 @@ def array_shapes(file: h5py.File) -> dict[str, tuple[Shape, str]]:
     return found
 
 
-def check_shape(file: h5py.File, name: str, shape: Shape) -> None:
-    """Raise DataError unless the file holds an array of this name and shape."""
-    if name not in file or file[name].shape != shape:
-        found = f"has shape {file[name].shape}" if name in file else "is missing"
-        raise DataError(
-            f"array {name} {found}, the network wants {shape}; is it another network's?", file=file.filename
-        )
-    _check_own(file, file[name])
-
-
 def own_array(file: h5py.File, name: str, shape: Shape | None = None) -> h5py.Dataset:
     """Return an array of the file, of this shape. Raises DataError unless it is stored in the file itself."""
     import h5py
@@ -125,8 +117,11 @@ def own_array(file: h5py.File, name: str, shape: Shape | None = None) -> h5py.Da
     for part in name.split("/"):
         link = place.get(part, getlink=True) if isinstance(place, h5py.Group) and part in place else None
         place = place[part] if isinstance(link, h5py.HardLink) else None
-    if not isinstance(place, h5py.Dataset) or (shape is not None and place.shape != shape):
-        raise DataError(f"has no array {name}" + ("" if shape is None else f" of shape {shape}"), file=file.filename)
+    if not isinstance(place, h5py.Dataset):
+        raise DataError(f"has no array {name}", file=file.filename)
+    if shape is not None and place.shape != shape:
+        text = f"array {name} has shape {place.shape}, the network wants {shape}; is it another network's?"
+        raise DataError(text, file=file.filename)
     _check_own(file, place)
     return place
 
@@ -134,17 +129,23 @@ def own_array(file: h5py.File, name: str, shape: Shape | None = None) -> h5py.Da
 def _check_own(file: h5py.File, array: h5py.Dataset) -> None:
     """Raise DataError if the array is a link to another file: a stranger's could make this program read any file. Nor
     may it be packed, or have parts that were never written: a small file would fill the memory."""
+    import h5py
+
     if array.external or array.is_virtual or array.file.filename != file.filename:
         text = f"array {array.name} is not stored in this file, as nettorrent_mpi does it; use a file of its own"
         raise DataError(text, file=file.filename)
-    if array.size and array.id.get_storage_size() < array.size * array.dtype.itemsize:
+    filters = array.id.get_create_plist()
+    packed = any(filters.get_filter(i)[0] != h5py.h5z.FILTER_FLETCHER32 for i in range(filters.get_nfilters()))
+    pieces = max(math.prod(array.chunks or (1,)), array.size) * array.dtype.itemsize
+    size, stored = os.path.getsize(file.filename), array.id.get_storage_size()
+    if packed or pieces > size or stored < array.size * array.dtype.itemsize or array.dtype.kind not in "fu":
         text = f"array {array.name} is not stored whole, as nettorrent_mpi does it; use a file of its own"
         raise DataError(text, file=file.filename)
 
 
 def read_box(file: h5py.File, name: str, box: Box, out: Array) -> None:
     """Read one box of an array into `out`, and no more."""
-    out[...] = file[name][tuple(slice(*span) for span in box)]
+    out[...] = own_array(file, name)[tuple(slice(*span) for span in box)]
 
 
 @contextmanager
@@ -155,7 +156,9 @@ def opened(path: Path) -> Iterator[h5py.File]:
             yield file
     except FileNotFoundError:
         raise DataError("there is no such file; has the run come that far?", file=str(path)) from None
-    except (OSError, KeyError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # for damaged files HDF5 raises nearly any
         refused(error, path)
         text = "is not a whole file of nettorrent_mpi"
         raise DataError(f"{text} ({' '.join(str(error).split())}); restore a copy of it", file=str(path)) from None

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.plan.errors import ConfigError, DataError, listed
@@ -40,11 +41,15 @@ class TrainedOn:
     def read(cls, attributes: Mapping[str, Any], path: str) -> Self:
         """Read what `text` wrote among the attributes of a file. Raises DataError."""
         try:
-            found = json.loads(attributes[ATTRIBUTE])
-            lists = {name: tuple(found[name]) for name in ("mean", "std")}
-            names = found["class_names"]
-            found |= lists | {"class_names": None if names is None else tuple(names)}
-            return cls(**{field.name: found[field.name] for field in fields(cls)})
+            found = parsed(attributes[ATTRIBUTE])
+            names, classes = found["class_names"], found["classes"]
+            means, stds = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
+            if not isinstance(found["rows"], int) or not isinstance(classes, int | None) or not all((means, stds)):
+                raise ValueError
+            if names is not None and not all(isinstance(name, str) for name in names):
+                raise ValueError
+            texts = None if names is None else tuple(names)
+            return cls(found["rows"], classes, texts, means, stds, bool(found["transposed"]))
         except (KeyError, TypeError, ValueError) as error:
             text = f"does not say what it was trained on (attribute {ATTRIBUTE}): is it a file of nettorrent_mpi?"
             raise DataError(text, file=path) from error

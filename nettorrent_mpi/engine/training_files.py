@@ -123,7 +123,7 @@ class TrainingFiles:
         fitted: list[tuple[Setup, str | None]] = []
 
         def accept(attributes: Mapping[str, Any]) -> None:
-            checkpoint.must_match(json.loads(str(attributes["config"])), self.setup.config, found)
+            checkpoint.must_match(str(attributes["config"]), self.setup.config, found)
             fitted.append(fit(self.setup, attributes, found, resumed=True))
 
         checkpoint.restore(self._engine, found, manifest, accept)

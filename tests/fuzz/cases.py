@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -205,6 +206,64 @@ def model_seeds(folder: Path) -> Seeds:
     return Seeds([{"model.h5": (folder / "model.h5").read_bytes()}])
 
 
+def checkpoint_seeds(folder: Path) -> Seeds:
+    """A small network's checkpoint."""
+    from tests.fuzz import targets
+
+    targets.make_checkpoint(folder)
+    return Seeds([{name: text for name, text in read(folder).items() if name.startswith("checkpoints/")}])
+
+
+def sealed(random: Random, seeds: Seeds) -> Files:
+    """Change files of a checkpoint, and its manifest, and then make all checksums right, as somebody else could."""
+    files = dict(random.choice(seeds))
+    (manifest,) = (name for name in files if name.endswith("manifest.json"))
+    folder = manifest.rpartition("/")[0]
+    told = json.loads(files[manifest])
+    del told["checksum"]
+    name = random.choice([name for name in files if name != manifest])
+    if random.random() < 0.5:
+        content = mutated(files[name], mutations(random), list(files.values()))
+        if random.random() < 0.3:
+            content = strange(random, ["parameters/linear1/weight/0-8x0-6", "parameters/linear1/bias/0-6"])
+        files[name] = content
+        about = told["files"][name.removeprefix(f"{folder}/")]
+        about["bytes"], about["sha256"] = len(content), hashlib.sha256(content).hexdigest()
+    for _ in range(random.randint(0, 3)):
+        _change(random, told)
+    checksum = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    files[manifest] = (json.dumps({**told, "checksum": checksum}) + "\n").encode()
+    return files
+
+
+_ODD_VALUES: list[Any] = [
+    0, -1, 1 << 40, 1 << 62, 1e308, float("inf"), float("nan"), True, None, "", "x", "../../secret.h5", "/etc/passwd",
+    [], {}, [[0, 3]], [["parameters/linear1/weight", [[0, 1 << 40], [0, 6]]]], "{}", "[" * 50_000, "\x1b[2J", "float64",
+]  # fmt: skip
+
+
+def _change(random: Random, told: Any) -> None:
+    """Change one value of JSON, at any depth."""
+    while True:
+        keys = list(told) if isinstance(told, dict) else list(range(len(told)))
+        if not keys:
+            return
+        key = random.choice(keys)
+        if isinstance(told[key], dict | list) and random.random() < 0.8:
+            told = told[key]
+            continue
+        kind = random.random()
+        if kind < 0.7:
+            told[key] = random.choice(_ODD_VALUES)
+        elif kind < 0.85:
+            del told[key]
+        elif isinstance(told, dict):
+            told[random.choice(["x", "../x.h5", "shard-00001.h5", "parameters/linear1/weight", ""])] = told[key]
+        else:
+            told.append(told[key])
+        return
+
+
 def metrics_seeds(folder: Path) -> Seeds:
     """A run folder's records and summary."""
     lines = [{"step": step, "epoch": step / 10, "train_loss": 0.5, "test_accuracy": None} for step in range(5, 45, 5)]
@@ -241,6 +300,8 @@ SEEDS: dict[str, Callable[[Path], Seeds]] = {
     "config": config_seeds,
     "images": image_seeds,
     "model": model_seeds,
+    "checkpoint": checkpoint_seeds,
+    "sealed_checkpoint": checkpoint_seeds,
     "strange_model": hdf5_strange_seeds,
     "metrics": metrics_seeds,
 }
@@ -252,5 +313,8 @@ CASES: dict[str, Callable[[Random, Seeds], Files]] = {
     "config": config_files,
     "images": image_files,
     "model": damaged,
+    "strange_model": model_strange,
+    "checkpoint": damaged,
+    "sealed_checkpoint": sealed,
     "metrics": metrics_files,
 }

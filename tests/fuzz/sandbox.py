@@ -1,9 +1,10 @@
-"""A sandbox runs readers of damaged files in a process of its own, which may crash, hang or ask for too much memory.
+"""A sandbox makes damaged files and runs their readers in a process of its own, which may crash, hang or ask for too
+much memory.
 
-    python -m tests.fuzz.sandbox TARGET
+    python -m tests.fuzz.sandbox TARGET FOLDER
 
-reads the path of a case's folder from each line of standard input, runs `tests.fuzz.targets.TARGET` on it, and answers
-by one line of JSON. `Sandbox` starts it, and starts it anew after a crash, a hang and many cases.
+reads the number of a case from each line of standard input, makes it in FOLDER/case, runs `tests.fuzz.targets.TARGET`
+on it, and answers by one line of JSON. `Sandbox` starts it, and starts it anew after a crash, a hang and many cases.
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ import os
 import re
 import resource
 import select
+import shutil
 import subprocess
 import sys
 import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from random import Random
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 1 << 30  # bytes that a case may ask for
-SECONDS = 30.0  # a case that takes longer hangs
+SECONDS = 60.0  # a case that takes longer hangs; the machine may be busy
 CASES = 300  # of one process: libraries leak memory where files are damaged
+AHEAD = 50  # cases that are asked for at a time
 FAULTS = ("escaped", "crashed", "hung", "memory", "wrong", "ran", "riddle")
 
 
@@ -41,50 +47,57 @@ class Outcome(NamedTuple):
 
 
 class Sandbox:
-    """A Sandbox runs one target on many cases."""
+    """A Sandbox runs one target on many cases; those that show a fault are kept in `folder`/kept."""
 
-    def __init__(self, target: str, memory: int = MEMORY, seconds: float = SECONDS):
-        self._target, self._memory, self._seconds = target, memory, seconds
+    def __init__(self, target: str, folder: Path):
+        self._target, self._folder = target, folder
         self._process: subprocess.Popen[bytes] | None = None
-        self._done = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
-            self._process = None
 
-    def run(self, case: Path) -> Outcome:
-        """Run the target on the case in this folder."""
-        process = self._started()
+    def run(self, numbers: Iterable[int]) -> Iterator[tuple[int, Outcome]]:
+        """Make and run the cases of these numbers; yield the outcome of each."""
+        left, asked, answers = iter(numbers), deque[int](), b""
+        while True:
+            process = self._started(asked)
+            for number in left:
+                asked.append(number)
+                self._ask(process, number)
+                if len(asked) == AHEAD:
+                    break
+            if not asked:
+                return
+            assert process.stdout is not None
+            piece, late = b"", False
+            if select.select([process.stdout], [], [], SECONDS)[0]:
+                piece = os.read(process.stdout.fileno(), 1 << 16)
+            else:
+                late = True
+                process.kill()
+            *lines, answers = (answers + piece).split(b"\n")
+            for line in lines:
+                yield asked.popleft(), Outcome(*json.loads(line))
+            if not piece:
+                errors = process.communicate()[1].decode(errors="replace")[-2000:]
+                self._process = None
+                if process.returncode:
+                    shutil.copytree(self._folder / "case", self._folder / "kept" / str(asked[0]), ignore=_PIPE)
+                    yield asked.popleft(), Outcome("hung" if late else "crashed", f"{process.returncode}: {errors}")
+
+    def _ask(self, process: subprocess.Popen[bytes], number: int) -> None:
         assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(f"{case}\n".encode())
-        process.stdin.flush()
-        line = b""
-        if select.select([process.stdout], [], [], self._seconds)[0]:
-            line = process.stdout.readline()
-        else:
-            process.kill()
-        if line:
-            self._done += 1
-            if self._done % CASES == 0:
-                self.close()
-            return Outcome(*json.loads(line))
-        process.kill()
-        errors = process.communicate()[1].decode(errors="replace")[-2000:]
-        code, self._process = process.returncode, None
-        return Outcome("hung" if code == -9 and not errors else "crashed", f"exit code {code}: {errors}")
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and will be started again
+            process.stdin.write(f"{number}\n".encode())
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _started(self, asked: Iterable[int]) -> subprocess.Popen[bytes]:
         if self._process is None:
-            command = [sys.executable, "-m", "tests.fuzz.sandbox", self._target, str(self._memory)]
+            command = [sys.executable, "-m", "tests.fuzz.sandbox", self._target, str(self._folder)]
             pipe = subprocess.PIPE
             environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             self._process = subprocess.Popen(
@@ -92,7 +105,12 @@ class Sandbox:
             )
             assert self._process.stdout is not None
             assert self._process.stdout.readline() == b"ready\n", self._process.communicate()[1].decode()
+            for number in asked:
+                self._ask(self._process, number)
         return self._process
+
+
+_PIPE = shutil.ignore_patterns("fifo")
 
 
 class RanError(BaseException):
@@ -143,26 +161,32 @@ def _peak() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
-def main(name: str, memory: int) -> None:
-    target = getattr(importlib.import_module("tests.fuzz.targets"), name)
+def main(name: str, folder: Path) -> None:
+    targets, cases = (importlib.import_module(f"tests.fuzz.{module}") for module in ("targets", "cases"))
     sys.addaudithook(_watch)
+    (folder / "seeds").mkdir(exist_ok=True)
+    seeds = cases.SEEDS[name](folder / "seeds")
     with open("/proc/self/statm", encoding="utf-8") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (256 << 20, resource.RLIM_INFINITY))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=answers, flush=True)
-    for line in sys.stdin:
+    for _, line in zip(range(CASES), sys.stdin, strict=False):
+        cases.write(cases.CASES[name](Random(int(line)), seeds), folder / "case")
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             file.write("5")  # the peak begins anew
         before = _peak()
-        outcome = _attempt(target, Path(line.rstrip("\n")))
-        if (used := _peak() - before) > memory // 4 and not outcome.fault:
+        outcome = _attempt(getattr(targets, name), folder / "case")
+        if (used := _peak() - before) > MEMORY // 4 and not outcome.fault:
             outcome = Outcome("memory", f"{used / 1e6:.0f} MB: {outcome.text}")
+        if outcome.fault:
+            shutil.copytree(folder / "case", folder / "kept" / str(int(line)), ignore=_PIPE)
         print(json.dumps(outcome), file=answers, flush=True)
+    os._exit(0)  # without what libraries do at the end
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -23,7 +23,6 @@ from nettorrent_mpi.data.rows import Dataset, Split
 from nettorrent_mpi.plan.errors import NetTorrentWarning, UserError
 from nettorrent_mpi.plan.specs import Linear
 from nettorrent_mpi.planning import load_config, placed, plan
-from tests.fuzz.hdf5_cases import make_strange
 
 Array = np.ndarray[Any, Any]
 warnings.simplefilter("ignore", NetTorrentWarning)
@@ -131,13 +130,16 @@ def images(case: Path) -> str:
     return f"{made.rows} pictures"
 
 
-@cache
-def _trainer() -> Trainer:
+def _made(output: Path | None = None) -> Trainer:
     random = np.random.default_rng(0)
     rows = random.normal(size=(40, 8)).astype(np.float32), np.arange(40) % 4
-    return Trainer(
-        [Linear(6, activation="relu"), Linear(4)], rows, batch_size=8, steps=4, kernels="numpy", device="cpu"
-    )
+    layers = [Linear(6, activation="relu"), Linear(4)]
+    return Trainer(layers, rows, batch_size=8, steps=4, kernels="numpy", device="cpu", output=output)
+
+
+@cache
+def _trainer() -> Trainer:
+    return _made()
 
 
 @cache
@@ -187,6 +189,28 @@ def make_model(path: Path) -> None:
     _trainer().save(path)
 
 
+def checkpoint(case: Path) -> str:
+    """A damaged checkpoint is resumed from with the arrays that it had, or not at all."""
+    _sound()
+    sealed_checkpoint(case)
+    _same(_trainer().parameters())
+    return "the same arrays"
+
+
+def sealed_checkpoint(case: Path) -> str:
+    """A checkpoint whose checksums somebody has made right again is resumed from, or not."""
+    trainer = _trainer()
+    trainer.resume(case)
+    return f"step {trainer.step}"
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Train with checkpoints."""
+    with _made(folder) as trainer:
+        for _ in trainer.train():
+            pass
+
+
 def metrics(case: Path) -> str:
     """A run goes on after step 20 in a folder whose metrics.jsonl and summary.json are damaged."""
     folder = RunFolder(str(case))
@@ -201,9 +225,3 @@ def metrics(case: Path) -> str:
         assert line in before
         assert json.loads(line)["step"] <= 20
     return f"{len(kept)} lines"
-
-
-def make_strange_hdf5(case: Path) -> str:
-    """Make a case of others."""
-    make_strange(case)
-    return "made"

@@ -9,11 +9,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 
 import pytest
 
-from tests.fuzz.cases import CASES, SEEDS, write
+from tests.fuzz.cases import CASES
 from tests.fuzz.sandbox import Sandbox
 
 FEW, MANY = 25, 175  # cases of each kind in `make test`, and besides in `make test-slow`
@@ -35,10 +34,6 @@ _PARTS = [
 @pytest.mark.parametrize("cases", _PARTS)
 @pytest.mark.parametrize("target", CASES)
 def test_damaged_files(folder: Path, target: str, cases: range) -> None:
-    (folder / "seeds").mkdir()
-    seeds = SEEDS[target](folder / "seeds")
-    with Sandbox(target) as sandbox:
-        for number in cases:
-            write(CASES[target](Random(number), seeds), folder / "case")
-            outcome = sandbox.run(folder / "case")
+    with Sandbox(target, folder) as sandbox:
+        for number, outcome in sandbox.run(cases):
             assert not outcome.fault, f"case {number}: {outcome.kind}: {outcome.text}"
