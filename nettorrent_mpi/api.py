@@ -50,9 +50,9 @@ from nettorrent_mpi.engine.trainer import TrainingLoop
 from nettorrent_mpi.engine.training_files import TrainingFiles
 from nettorrent_mpi.nn.rates import check_rates
 from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError, warn
+from nettorrent_mpi.plan.exchange_specs import copies_every
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
-COPY_EVERY = 10  # steps between two copies of a state, where ranks may be lost
 atexit.register(abort_after_error)
 
 
@@ -107,7 +107,7 @@ class Trainer:
             self._engine.wiring.warn_of_copies()
             config = self.setup.config
             saving = Saving(config.checkpoint, self._engine.sampler.steps_per_epoch)
-            every = COPY_EVERY if survivable() else None
+            every = copies_every(config.redundancy, survivable())
             self._loop = TrainingLoop(self._engine, config.train, saving, signals, every)
             self._closers.insert(0, self._loop.close)
             folder = None if output is None else Path(output)

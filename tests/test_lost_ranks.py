@@ -33,6 +33,7 @@ dtype: float64
 ROWS = "layout={swarms: [{layers: 3, rows: 4}]}"
 COLS = "layout={swarms: [{layers: 2, rows: 1, cols: 2}, {layers: 1, rows: 2}]}"
 STAGES = "layout={swarms: [{layers: 1}, {layers: 1, rows: 2}, {layers: 1}]}"
+FIVE = "layout={swarms: [{layers: 2, rows: 1, cols: 2}, {layers: 1, rows: 3}]}"
 REPLICAS = "layout={replicas: 2, swarms: [{layers: 2}, {layers: 1}]}"
 MEMORY = "memory"
 
@@ -129,3 +130,31 @@ def test_an_exact_training_goes_on(
 ) -> None:
     failures = goes_on(lose(ranks, deaths, *changes), serial, left, *lost)
     assert all(failure["source"] == MEMORY for failure in failures), failures
+
+
+@pytest.mark.parametrize(
+    ("every", "ranks", "deaths", "changes", "left", "lost"),
+    [
+        pytest.param(1, 4, "0:forward:57", [STAGES], 3, [[0]], id="1 stages", marks=slow),
+        pytest.param(1, 4, "1:copy:9", [ROWS], 3, [[1]], id="1 copying", marks=long),
+        pytest.param(1, 4, "2:finish:9", [COLS], 3, [[2]], id="1 waiting", marks=long),
+        pytest.param(5, 4, "3:update:18,2:backward:50", [ROWS], 2, [[3], [2]], id="5 two", marks=long),
+        pytest.param(5, 4, "0:copy:4,1:gather:30", [STAGES], 2, [[0], [1]], id="5 copying", marks=long),
+        pytest.param(5, 4, "0:gather:18,3:refresh:2", [COLS], 2, [[0, 3]], id="5 before the first copies", marks=long),
+    ],
+)
+def test_at_most_the_steps_of_an_interval_are_lost(
+    lose: Lose, serial: Ended, every: int, ranks: int, deaths: str, changes: list[str], left: int, lost: list[list[int]]
+) -> None:
+    """A copy that has come in part only, when its rank died, is not taken for a complete one."""
+    ended = lose(ranks, deaths, f"redundancy={{buddy: {{every_steps: {every}}}}}", *changes)
+    for failure in goes_on(ended, serial, left, *lost):
+        assert failure["source"] == MEMORY
+        assert failure["step"] - failure["resumed_from"] <= every, failure
+
+
+@long
+def test_a_state_that_is_lost_with_its_copy_begins_again(lose: Lose, serial: Ended) -> None:
+    """Both buddies of some blocks die before there are copies anew."""
+    ended = lose(5, "0:gather:18,4:refresh:2", FIVE)
+    assert goes_on(ended, serial, 3, [0, 4])[0]["source"] == "the beginning"

@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nettorrent_mpi.cli.tables import aligned, shortened, wrapped
-from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.engine.layout import AS_FAST, lay_out, on_fewer_ranks, predicted
-from nettorrent_mpi.engine.memory_estimate import owned_bytes
+from nettorrent_mpi.engine.memory_estimate import interval_of_copies, owned_bytes
 from nettorrent_mpi.plan.cost import Machine, Prediction
-from nettorrent_mpi.plan.exchange_specs import AutoCopies, copies_every
+from nettorrent_mpi.plan.exchange_specs import AutoCopies
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.topology import Topology
 
@@ -87,7 +86,7 @@ def _duration(seconds: float) -> str:
 def copies_lines(setup: Setup, memory: Sequence[Memory]) -> list[str]:
     """Say which copies ranks keep of each other's state, what they take, and where they would be kept."""
     config, most = setup.config, max(each.copies for each in memory)
-    every = copies_every(config.redundancy, survivable())
+    every = interval_of_copies(config.redundancy)
     if every is None or most == 0:
         if every is None and isinstance(config.redundancy, AutoCopies) and setup.topology.size > 1:
             return wrapped("copies    ", "none: a run survives lost ranks under Open MPI's mpirun --with-ft ulfm alone")

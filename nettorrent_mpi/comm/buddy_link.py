@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from nettorrent_mpi.comm.failures import drop
@@ -30,6 +30,7 @@ class BuddyLink:
         self._moving: list[MPI.Prequest] = []
         self._barrier: MPI.Request | None = None
         self.arrived = self.complete = True  # what was started last has come here; and to all members
+        self._failed = False  # requests that have failed are inactive, and look like those that have succeeded
 
     def start(self, number: int) -> None:
         """Begin to send and receive the arrays of this number. What was started before is complete."""
@@ -41,7 +42,7 @@ class BuddyLink:
 
     def progress(self) -> None:
         """Let messages move, without waiting."""
-        if not self.arrived and self._test():
+        if not self.arrived and self._come(MPI.Request.Testall):
             self._arrive()
         if self._barrier is not None and self._barrier.Test():
             self._barrier, self.complete = None, True
@@ -49,15 +50,21 @@ class BuddyLink:
     def finish(self) -> None:
         """Wait until all members have what was started last."""
         if not self.arrived:
-            if self._moving:
-                MPI.Request.Waitall(self._moving)
+            self._come(MPI.Request.Waitall)
             self._arrive()
         if self._barrier is not None:
             self._barrier.Wait()
             self._barrier, self.complete = None, True
 
-    def _test(self) -> bool:
-        return not self._moving or bool(MPI.Request.Testall(self._moving))
+    def _come(self, look: Callable[[list[MPI.Prequest]], bool]) -> bool:
+        """Return whether all messages have been sent and received."""
+        if not self._moving:
+            return not self._failed
+        try:
+            return bool(look(self._moving)) and not self._failed
+        except MPI.Exception:
+            self._failed = True
+            raise
 
     def _arrive(self) -> None:
         self.arrived = True
@@ -70,7 +77,7 @@ class BuddyLink:
         """Give up what is under way: members are lost, and the communicator is revoked. `arrived` stays true."""
         if not self.arrived:
             with suppress(MPI.Exception):
-                self.arrived = self._test()
+                self.arrived = self._come(MPI.Request.Testall)
         requests: list[MPI.Request] = [request for requests in self._requests for request in requests]
         drop(requests if self._barrier is None else [*requests, self._barrier])
         self._requests.clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nettorrent_mpi.comm import library
+from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
@@ -14,7 +16,7 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.cost import Machine
 from nettorrent_mpi.plan.errors import ConfigError
-from nettorrent_mpi.plan.exchange_specs import Elite, Gossip
+from nettorrent_mpi.plan.exchange_specs import BuddyCopies, Elite, Gossip
 from nettorrent_mpi.plan.pairing import make_pairing
 from nettorrent_mpi.plan.specs import AvgPool2d, Conv2d, Flatten, LayerSpec, Linear, MaxPool2d, Residual
 from nettorrent_mpi.plan.topology import Topology
@@ -50,6 +52,11 @@ def doubts(config: Config, sampler: Sampler, topology: Topology, pieces: int, st
         found.append(
             f"exchange.elite.every_samples: {exchange.every_samples}, but the run has {steps * batch_size}: the "
             "replicas are compared at its end"
+        )
+    if isinstance(config.redundancy, BuddyCopies) and topology.size > 1 and library.loaded() and not survivable():
+        found.append(
+            "redundancy: buddy, but here a run ends when a rank is lost: no copies are kept; under Open MPI's "
+            "mpirun --with-ft ulfm the other ranks go on"
         )
     if isinstance(exchange, Gossip) and exchange.every > steps > 0:
         found.append(

@@ -20,12 +20,13 @@ from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, rows_shared, sharers_of
-from nettorrent_mpi.plan.exchange_specs import Gossip, PushSumMix, Whole, copies_every
+from nettorrent_mpi.plan.exchange_specs import BuddyCopies, Gossip, PushSumMix, Whole, copies_every
 from nettorrent_mpi.plan.gossip_rules import LARGEST, SPARE, receives, withholding
 from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 from nettorrent_mpi.plan.recovery import PLACES, buddies
 from nettorrent_mpi.plan.schedule import STREAMS
+from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.stream import versions
 
 FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
@@ -81,7 +82,7 @@ def copies_of(setup: Setup) -> list[int]:
     kept (engine/redundancy.py). All ranks are taken to share a node."""
     topology, exact = setup.topology, setup.config.exact
     members = topology.size if exact else topology.size // topology.replicas
-    if copies_every(setup.config.redundancy, survivable()) is None or members == 1:
+    if interval_of_copies(setup.config.redundancy) is None or members == 1:
         return [0] * len(topology.stages)
     owned = [owned_bytes(setup, s) for s in range(len(topology.stages))]
     most = [0] * len(topology.stages)
@@ -89,6 +90,13 @@ def copies_of(setup: Setup) -> list[int]:
         own, theirs = topology.place(keeper).stage, topology.place(rank).stage
         most[own] = max(most[own], PLACES * (owned[own] + owned[theirs]))
     return most
+
+
+def interval_of_copies(spec: Spec) -> int | None:
+    """Return the number of steps from one copy of the state to the next; None: there are none. Where they are asked for
+    and this process has no MPI, it is not the run that keeps them."""
+    asked = isinstance(spec, BuddyCopies) and not library.loaded()
+    return copies_every(spec, asked or survivable())
 
 
 def owned_bytes(setup: Setup, stage: int) -> int:

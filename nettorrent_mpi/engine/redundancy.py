@@ -70,6 +70,8 @@ class Redundancy:
             told = group.comm.sendrecv(told, buddy, TAG, None, ward, TAG)  # once
         theirs = [np.zeros(told[0], np.uint8) for _ in range(PLACES)]
         self._memory, self._index = (own, theirs), (index, told[1])
+        # The last thing in each memory is the step, so that one that has come in part only is not taken for complete.
+        self._stamps = [[memory[-LINE:].view(np.int64)[:1] for memory in memories] for memories in self._memory]
         self._link = BuddyLink(group, buddy, ward, own, theirs, TAG)
         if not self._idle:
             engine.moving.append(self._progress)
@@ -131,6 +133,7 @@ class Redundancy:
         place = self._copies.begin(step)
         for part, shard in zip(self._parts[place], self._shards(), strict=True):
             self._engine.device.download(part, shard.values)
+        self._stamps[0][place][0] = step
         self._link.start(place)
 
     def _progress(self) -> None:
@@ -147,6 +150,7 @@ class Redundancy:
     def _note(self) -> None:
         if self._copies.latest != self.whole:
             if self._link.arrived:
+                assert self._stamps[1][self._copies.place][0] == self._copies.latest, "a copy has come in part only"
                 self._copies.arrived()
             if self._link.complete:
                 self._copies.all_have()
@@ -167,12 +171,12 @@ class Redundancy:
 
 
 def _laid_out(arrays: Sequence[Array]) -> tuple[int, list[int]]:
-    """Return the bytes that copies of these arrays take, one after another, and where each begins."""
+    """Return the bytes that copies of these arrays and of the step take, one after another, and where each begins."""
     size, starts = 0, []
     for array in arrays:
         starts.append(size)
         size += -(-array.nbytes // LINE) * LINE
-    return size, starts
+    return size + LINE, starts
 
 
 def _view(memory: Array, entry: Entry) -> Array:

@@ -207,7 +207,7 @@ REDUNDANCIES: dict[str, type[Spec]] = {c.kind: c for c in (AutoCopies, NoCopies,
 
 def copies_every(spec: Spec, survivable: bool) -> int | None:
     """Return the number of steps from one copy of the state to the next; None: there are none. `survivable`: a run
-    survives the loss of ranks."""
-    if isinstance(spec, AutoCopies):
-        spec = BuddyCopies() if survivable else NoCopies()
-    return spec.every_steps if isinstance(spec, BuddyCopies) else None
+    survives the loss of ranks; elsewhere copies would help nobody."""
+    if isinstance(spec, NoCopies) or not survivable:
+        return None
+    return (spec if isinstance(spec, BuddyCopies) else BuddyCopies()).every_steps

@@ -60,27 +60,27 @@ class Copies:
         self._own: list[int | None] = [None] * PLACES
         self._ward: list[int | None] = [None] * PLACES
         self.whole: int | None = None  # the last step that this rank knows to be whole
-        self._place = 0  # of the latest step
+        self.place = 0  # of the latest step's copies
 
     @property
     def latest(self) -> int | None:
         """The latest step that has been begun."""
-        return self._own[self._place]
+        return self._own[self.place]
 
     def begin(self, step: int) -> int:
         """Return the place for copies of this step, which are written from now on. The step before is whole."""
         assert self.latest == self.whole, "the place of a copy that may still be needed would be overwritten"
-        self._place = (self._place + 1) % PLACES
-        self._own[self._place], self._ward[self._place] = step, None
-        return self._place
+        self.place = (self.place + 1) % PLACES
+        self._own[self.place], self._ward[self.place] = step, None
+        return self.place
 
     def arrived(self) -> None:
         """Note that the ward's copy of the latest step is complete."""
-        self._ward[self._place] = self.latest
+        self._ward[self.place] = self.latest
 
     def all_have(self) -> None:
         """Note that the latest step is whole."""
-        assert self._ward[self._place] == self.latest
+        assert self._ward[self.place] == self.latest
         self.whole = self.latest
 
     def kept(self) -> list[tuple[int, bool, int]]:

@@ -46,6 +46,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "gather": (State, "gather"),
     "report": (Reports, "start"),
     "copy": (Redundancy, "_begin"),
+    "finish": (Redundancy, "_finish"),
     "evaluate": (Evaluator, "test"),
     "checkpoint": (TrainingFiles, "write"),
     "summary": (Trainer, "summary"),
