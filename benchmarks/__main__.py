@@ -5,6 +5,7 @@
     accuracy   the shipped configurations on real data
     start      time from starting mpirun to the first training step
     exchange   gossip, elite and the pipeline without flush against the exact exchange: accuracy, slow links, bubbles
+    checkpoints   what a checkpoint costs the training beside which it is written
     reliability   trainings of which random ranks are killed
 
 `NAME --help` lists the options.
@@ -13,7 +14,7 @@
 import sys
 from importlib import import_module
 
-NAMES = ("speed", "inside", "accuracy", "start", "exchange", "reliability")
+NAMES = ("speed", "inside", "accuracy", "start", "exchange", "checkpoints", "reliability")
 
 
 def main() -> None:

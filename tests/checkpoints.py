@@ -15,7 +15,7 @@ from nettorrent_mpi.engine.engine import Engine
 def saved(engine: Engine, folder: Path, step: int) -> Path:
     """Write a checkpoint of an engine at rest, and wait for it. All ranks call."""
     writer = CheckpointWriter(engine, folder, keep=100)
-    writer.begin(step, {"step": step, "samples": 0, "time": 0.0, "config": "{}"})
+    writer.begin(step, lambda: {"step": step, "samples": 0, "time": 0.0, "config": "{}"})
     writer.finish(needed=True)
     return folder / f"step-{step:010d}"
 

@@ -36,9 +36,8 @@ from nettorrent_mpi.engine.model_file import (
     read_box,
     verify,
 )
-from nettorrent_mpi.engine.rank_numbers import NUMBERS
 from nettorrent_mpi.engine.resharding import REPLICAS
-from nettorrent_mpi.engine.state import OPTIMIZER, PARAMETERS
+from nettorrent_mpi.engine.state import EXCHANGE, OPTIMIZER, PARAMETERS, VERSIONS
 from nettorrent_mpi.plan.errors import ConfigError, DataError, LostStateError, OutputError, warn
 from nettorrent_mpi.plan.moves import Holding
 
@@ -200,10 +199,12 @@ def _read(engine: Engine, folder: Path, manifest: Manifest, prefix: str, wanted:
 
 def array_of(name: str) -> str | None:
     """Return the network's array that an array of the state is about: "replicas/1/optimizer/m/linear1/weight" ->
-    "linear1/weight"; None for numbers of ranks."""
+    "linear1/weight"; None for what is not like these."""
     parts = name.split("/")
-    parts = parts[2:] if parts[0] == REPLICAS else parts
-    return None if parts[0] == NUMBERS else "/".join(parts[1 if parts[0] == PARAMETERS else 2 :])
+    first, *others = parts[2:] if parts[0] == REPLICAS else parts
+    if first not in (PARAMETERS, OPTIMIZER, EXCHANGE, VERSIONS):
+        return None
+    return "/".join(others if first == PARAMETERS else others[1:])
 
 
 def lies_in(path: Path, folder: Path) -> bool:

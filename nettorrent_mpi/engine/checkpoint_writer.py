@@ -55,9 +55,9 @@ class CheckpointWriter:
             self._channel = self._wiring.channel(self._wiring.everyone)
             self._copy.reserve(self._engine)
 
-    def begin(self, step: int, attributes: Mapping[str, Attribute]) -> None:
-        """Begin to write the checkpoint of this step, with these attributes, once the one in flight is there. Raises a
-        NonFiniteError or DataError on all ranks if weights are not finite."""
+    def begin(self, step: int, attributes: Callable[[], Mapping[str, Attribute]]) -> None:
+        """Begin to write the checkpoint of this step once the one in flight is there. A thread calls `attributes`.
+        Raises a NonFiniteError or DataError on all ranks if weights are not finite."""
         self.finish()
         self.prepare()
         finite = self._copy.take(self._engine)
@@ -115,7 +115,8 @@ class CheckpointWriter:
         else:
             self._completing = True
             if rank == COMPLETES:
-                self._start(partial(complete, self._part, self._channel.size, self._attributes, self._keep))
+                part, size, attributes = self._part, self._channel.size, self._attributes
+                self._start(lambda: complete(part, size, attributes(), self._keep))
 
     def _give_up(self, rank: int, *, needed: bool) -> None:
         """Give up the checkpoint in flight, because of what went wrong on this rank."""

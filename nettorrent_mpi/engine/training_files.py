@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.comm.activity import NOW
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.engine import checkpoint
 from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, newest, tidy
@@ -102,7 +104,7 @@ class TrainingFiles:
         with self._world.agreement():
             if self._world.rank == 0:
                 with written(path):
-                    write_arrays(path, {PARAMETERS: arrays}, self._about())
+                    write_arrays(path, {PARAMETERS: arrays}, _about(self.setup))
 
     @NOW.during("reading the network")
     def read_network(self, path: Path) -> Setup:
@@ -159,28 +161,33 @@ class TrainingFiles:
                 self._engine.read_targets(setup.dataset)
         return setup
 
-    def _about(self) -> dict[str, str]:
-        """Return the attributes of a file of this network."""
-        return {"model": model_json(self.setup.config), ATTRIBUTE: TrainedOn.of(self.setup).text()}
-
     def write(self, *, needed: bool) -> None:
         """Begin to write checkpoints/step-N, never with weights that are not finite; the older ones are removed when it
         is there. Training goes on meanwhile, unless the checkpoint is `needed`. If it cannot be written, that is an
         OutputError if it is `needed`, and else a warning."""
-        loop, setup = self._loop, self.setup
+        loop = self._loop
         figures = {"time": loop.time, "loss": loop.loss, "accuracy": loop.accuracy}
-        attributes: dict[str, Attribute] = {
-            **self._about(),
-            "config": json.dumps(to_plain(setup.config)),
-            "step": loop.step,
-            "samples": loop.samples,
-            **{name: float(figure) for name, figure in figures.items() if figure is not None},
-            "ranks": self._world.size,
-            "layout": setup.layout_line,
-            "exchange": setup.options.exchange.kind,
-            "device": setup.options.device,
-            "mpi": self._world.library,
-        }
+        told = {name: float(figure) for name, figure in figures.items() if figure is not None}
+        attributes = partial(_attributes, self.setup, self._world, {"step": loop.step, "samples": loop.samples, **told})
         self._writer.begin(loop.step, attributes)
         if needed:
             self._writer.finish(needed=True)
+
+
+def _about(setup: Setup) -> dict[str, str]:
+    """Return the attributes of a file of this network."""
+    return {"model": model_json(setup.config), ATTRIBUTE: TrainedOn.of(setup).text()}
+
+
+def _attributes(setup: Setup, world: World, figures: Mapping[str, Attribute]) -> dict[str, Attribute]:
+    """Return the attributes of a checkpoint."""
+    return {
+        **_about(setup),
+        "config": json.dumps(to_plain(setup.config)),
+        **figures,
+        "ranks": world.size,
+        "layout": setup.layout_line,
+        "exchange": setup.options.exchange.kind,
+        "device": setup.options.device,
+        "mpi": world.library,
+    }
