@@ -44,8 +44,6 @@ class TrainingFiles:
         self._owner: Owner | None = None  # of the lock
         if output is not None:
             self._checkpoints = output / "checkpoints"
-            if self._world.rank == 0:
-                tidy(self._checkpoints)
             self._writer = CheckpointWriter(engine, self._checkpoints, setup.config.checkpoint.keep)
             saving.files = self
         self.move_to_first_rank()
@@ -55,6 +53,8 @@ class TrainingFiles:
         with self._world.agreement():
             if self._world.rank == 0 and self._lock is None and self._checkpoints is not None:
                 self._lock = RunLock(self._checkpoints.parent, heir_of=self._owner)
+        if self._world.rank == 0 and self._checkpoints is not None:  # no rank writes any more
+            tidy(self._checkpoints)
         self._owner = self._world.once(lambda: None if self._lock is None else self._lock.owner)
 
     def abandon(self) -> None:
