@@ -120,7 +120,7 @@ def goes_on(ended: Ended, serial: Ended, ranks: int, *lost: list[int]) -> list[d
     ("ranks", "deaths", "changes", "left", "lost"),
     [
         pytest.param(4, "0:forward:57", [STAGES], 3, [[0]], id="the first rank, of a pipeline"),
-        pytest.param(4, "3:reduce:17,2:update:33", [ROWS], 2, [[3], [2]], id="two of a team's rows", marks=slow),
+        pytest.param(4, "3:reduce:17,2:update:33", [ROWS], 2, [[3], [2]], id="two of a team's rows", marks=long),
         pytest.param(4, "1:backward:33", [COLS], 3, [[1]], id="a col", marks=long),
         pytest.param(4, "2:gather:13", [REPLICAS], 3, [[2]], id="of an exact replica", marks=long),
     ],
@@ -158,3 +158,67 @@ def test_a_state_that_is_lost_with_its_copy_begins_again(lose: Lose, serial: End
     """Both buddies of some blocks die before there are copies anew."""
     ended = lose(5, "0:gather:18,4:refresh:2", FIVE)
     assert goes_on(ended, serial, 3, [0, 4])[0]["source"] == "the beginning"
+
+
+APART = "layout={replicas: 2, swarms: [{layers: 2}, {layers: 1}]}"
+ALONE = "layout={replicas: 4}"
+
+
+@pytest.mark.parametrize(
+    ("deaths", "changes", "replicas", "lost"),
+    [
+        pytest.param("0:exchange:9,2:forward:41", [ALONE, "exchange={gossip: {}}"], 2, 2, id="gossip", marks=slow),
+        pytest.param("1:merge:9", [ALONE, "exchange={gossip: {deadline: none}}"], 3, 1, id="patient", marks=long),
+        pytest.param("1:average:2", [ALONE, "exchange={gossip: {exact_every: 6}}"], 3, 1, id="average", marks=long),
+        pytest.param(
+            "3:exchange:11", [APART, "exchange={gossip: {deadline: none, exact_every: 5}}"], 1, 1, id="patient stages"
+        ),
+        pytest.param("0:backward:33", [APART, "exchange={gossip: {}}"], 1, 1, id="stages", marks=long),
+        pytest.param("1:calibrate:1", [ALONE, "exchange={gossip: {part: auto}}"], 3, 1, id="calibration", marks=long),
+        pytest.param("1:adopt:1", [ALONE, "exchange={elite: {every_samples: 300}}"], 3, 1, id="elite", marks=long),
+        pytest.param("2:compare:1", [APART, "exchange={elite: {every_samples: 300}}"], 1, 1, id="judged", marks=long),
+        pytest.param("0:gather:13", [ALONE, "exchange=none"], 3, 1, id="none", marks=long),
+        pytest.param("3:evaluate:1", [ALONE, "exchange={gossip: {}}"], 3, 1, id="evaluation", marks=long),
+    ],
+)
+def test_other_replicas_lose_no_step(lose: Lose, deaths: str, changes: list[str], replicas: int, lost: int) -> None:
+    ended = lose(4, deaths, *changes)
+    failures = ended.summary["failures"]
+    text = f"{failures}\n{ended.done.stdout}\n{ended.done.stderr}"
+    assert sum(len(failure["lost"]) for failure in failures) == lost, text
+    assert all(failure["resumed_from"] == failure["step"] for failure in failures), text
+    assert all(failure["source"] == MEMORY for failure in failures), text
+    assert f"{replicas} replica{'s' if replicas > 1 else ''} x" in ended.summary["layout"], text
+    assert ended.steps[-1] == 40, text
+    assert ended.summary["test_accuracy"] > 0.3, text
+
+
+@long
+@pytest.mark.parametrize(
+    ("deaths", "lost"),
+    [
+        ("1:setup:1", []),
+        ("0:wiring:1", []),
+        ("2:data:1", []),
+        ("0:begin:1", [[0]]),
+        ("0:copy:2", [[0]]),
+        ("2:report:3", [[2]]),
+        ("1:evaluate:1", [[1]]),
+        ("0:checkpoint:2", [[0]]),
+        ("2:summary:1", [[2]]),
+        ("0:save:1", [[0]]),
+        ("1:close:1", []),
+        ("0:free:1", []),
+        ("2:step:25,0:shrink:1", [[0, 2]]),
+        ("1:step:25,0:restore:1", [[0, 1]]),
+        ("0:step:25,3:take:1", [[0, 3]]),
+        ("0:step:25,2:refresh:4", [[0, 2]]),
+        ("0:step:5,2:step:30,1:step:39", [[0], [2], [1]]),
+    ],
+)
+def test_every_phase_is_survived(lose: Lose, serial: Ended, deaths: str, lost: list[list[int]]) -> None:
+    ended = lose(4, deaths, STAGES, "checkpoint={every_steps: 15}")
+    assert [failure["lost"] for failure in ended.summary["failures"]] == lost, ended.done.stdout
+    for name, wanted in serial.weights.items():
+        np.testing.assert_allclose(ended.weights[name], wanted, rtol=1e-10, atol=1e-12)
+    assert ended.steps == serial.steps

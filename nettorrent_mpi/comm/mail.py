@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.comm.failures import drop
+from nettorrent_mpi.comm.failures import drop, lost
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.device.arrays import Array
@@ -62,6 +62,7 @@ class Mail:
         self.sent: list[int] = [0] * group.size  # messages to each member so far
         self.received: list[int] = [0] * group.size  # messages from each member
         self.bytes = 0  # sent so far
+        self.broken = False  # members are lost: nothing is sent or received any more
         self._free = [self._make() for _ in range(SPARE)]
         self._leaving: dict[int, Letter] = {}  # until their copies are complete
         self._sending: dict[int, tuple[MPI.Request, Letter]] = {}
@@ -98,10 +99,12 @@ class Mail:
         """Whether the last message to this member has been received."""
         if to in self._sending or to in self._leaving:
             self._poll()
-        return to not in self._sending and to not in self._leaving
+        return self.broken or (to not in self._sending and to not in self._leaving)
 
     def send(self, letter: Letter, to: int) -> None:
         """Start to send; the letter may not be changed until it is handed out again. Requires `can_send`."""
+        if self.broken:
+            return
         assert to not in self._sending
         assert to not in self._leaving
         if not letter.sealed:
@@ -111,7 +114,7 @@ class Mail:
         letter.under_way += 1
         self.sent[to] += 1
         self.bytes += _HEAD + letter.length
-        self._leave()
+        self._attempt(self._leave)
 
     def _leave(self) -> None:
         """Send what has been copied to host memory."""
@@ -131,9 +134,24 @@ class Mail:
     def progress(self) -> None:
         """Let messages progress by one nonblocking call into MPI, during compute."""
         if self._leaving:
-            self._leave()
+            self._attempt(self._leave)
         if self._returning:
-            self._return()
+            self._attempt(self._return)
+        if self._posted:
+            self._attempt(self._look_first)
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        """Do something with MPI, unless members of the group are lost."""
+        try:
+            if not self.broken:
+                act()
+        except Exception as error:
+            if not lost(error, self.group):
+                raise
+            self.broken = True
+            self._leaving.clear()
+
+    def _look_first(self) -> None:
         if self._posted:
             self._look(self._posted[0])
 
@@ -149,6 +167,9 @@ class Mail:
 
     def _poll(self) -> None:
         """Register what has arrived and which sends are complete."""
+        self._attempt(self._poll_all)
+
+    def _poll_all(self) -> None:
         if self._leaving:
             self._leave()
         if self._returning:
@@ -171,7 +192,7 @@ class Mail:
         request = self._made.get(id(arrived.letter))
         if request is not None:  # not a copy of `aside`
             self._returning.append((request, arrived.letter))
-            self._return()
+            self._attempt(self._return)
 
     def _return(self) -> None:
         """Post receives into the buffers of messages that were read and have been copied."""
@@ -202,15 +223,15 @@ class Mail:
         """
         told = np.array(self.sent, np.int64)
         expected = np.empty_like(told)
-        self.group.comm.Alltoall(told, expected)
+        self._attempt(lambda: self.group.comm.Alltoall(told, expected))
         kept: list[Arrived] = []
-        while True:
+        while not self.broken:
             kept += [self.aside(arrived) for arrived in self.take()]
             flying = self._leaving or self._sending
             if not flying and all(a >= b for a, b in zip(self.received, expected, strict=True)):
                 break
             os.sched_yield()
-        self.group.barrier()  # or what a faster member sends afterwards could arrive here, too
+        self._attempt(self.group.barrier)  # or what a faster member sends afterwards could arrive here, too
         return kept
 
     def abandon(self) -> None:

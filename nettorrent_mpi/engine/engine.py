@@ -132,6 +132,12 @@ class Engine:
         a replica call, after the same step."""
         return self.state.owned_blocks(self.exchange.memories()) | self._numbers.now()
 
+    def live_blocks(self) -> dict[Holding, Array]:
+        """Return what this rank owns of its replica, where it goes on without the others: in host memory, without the
+        exchange's memories of peers. Not collective."""
+        self.exchange.release()
+        return {holding: self.device.on_host(array) for holding, array in self.state.owned_blocks({}).items()}
+
     def blocks(self) -> dict[Holding, Array]:
         """Return the blocks that this rank holds, in host memory. Collective over all ranks, at rest.
 
@@ -179,7 +185,7 @@ class Engine:
             if not prefix:
                 self.exchange.averaged()
         self.exchange.recall(steps)
-        self.steps = steps
+        self.steps = self.update.whole = steps
 
     def load(self, read: Callable[[Mapping[Holding, Array]], None]) -> None:
         """Let `read` write new values into host memory of all blocks of parameters. All ranks call, at rest."""
@@ -197,6 +203,11 @@ class Engine:
         if any(bucket.rounded for bucket in self.state.buckets):
             self.state.gather()
         self.state.fence()
+
+    @property
+    def whole(self) -> int | None:
+        """The step after which this rank's own state is whole; None in the middle of an update or an exchange."""
+        return None if self.exchange.torn and self.wiring.replica.size > 1 else self.update.whole
 
     def abandon(self) -> None:
         """Give up what is in flight, after the world was revoked because ranks are lost. The engine is attached
@@ -235,7 +246,7 @@ class Engine:
         only when sender and receiver call it."""
         calls = [self.wiring.rings.progress] if self.wiring.rings else []
         calls += [self.exchange.progress] if self.exchange.progress else []
-        calls += [self.wiring.everyone.progress] if len(self.topology.stages) > 1 else []
+        calls += [self.wiring.replica.progress] if len(self.topology.stages) > 1 else []
         self.moving = calls
         if self.world.size == 1:
             return None

@@ -19,14 +19,14 @@ from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.redundancy import Redundancy
 from nettorrent_mpi.engine.resharding import Blocks, move, of_replica
+from nettorrent_mpi.engine.safeguard import Safeguard
 from nettorrent_mpi.engine.setup import Setup, of_survivors
 from nettorrent_mpi.engine.trainer import TrainingLoop
 from nettorrent_mpi.engine.training_files import TrainingFiles
 from nettorrent_mpi.plan.errors import warn
 from nettorrent_mpi.plan.moves import Holding
-from nettorrent_mpi.plan.recovery import LiveReplicas, Snapshot, Survivor, source
+from nettorrent_mpi.plan.recovery import Kept, LiveReplicas, Snapshot, Survivor, source
 
 MEMORY, BEGINNING = "memory", "the beginning"  # sources of a state
 
@@ -61,14 +61,15 @@ class Held(NamedTuple):
     """Held is what this rank holds of a training's state in the layout of one engine: copies, and, where replicas
     differ and its own is whole, the live arrays after `step`."""
 
-    copies: Redundancy
+    guard: Safeguard
     step: int | None
     live: Mapping[Holding, Array]
 
     @property
     def survivor(self) -> Survivor:
         """What the other survivors are told."""
-        return Survivor(self.copies.rank, self.copies.kept(), self.step)
+        copies = self.guard.copies
+        return Survivor(self.guard.rank, copies.kept() if copies is not None else (), self.step)
 
 
 class Recovery:
@@ -91,7 +92,6 @@ class Recovery:
         training."""
         world, loop, began, gone = self._engine.world, self._loop, time.perf_counter(), list[int]()
         while True:
-            world.revoke()
             self._leave()
             try:
                 gone += world.shrink()
@@ -111,13 +111,16 @@ class Recovery:
 
     def _leave(self) -> None:
         """Give up what is in flight, and hold what the engine has."""
-        copies = self._loop.copies
+        guard, engine = self._loop.guard, self._engine
+        fresh = guard is not None and all(held.guard is not guard for held in self._held)
+        step = guard.assemble() if guard is not None and fresh else None
+        engine.world.revoke()
         self._files.abandon()
         self._loop.abandon()
-        self._engine.abandon()
-        if copies is not None and all(held.copies is not copies for held in self._held):
-            copies.abandon()
-            self._held.append(Held(copies, None, {}))
+        engine.abandon()
+        if guard is not None and fresh:
+            guard.abandon()
+            self._held.append(Held(guard, step, {} if step is None else engine.live_blocks()))
 
     def _restore(self, told: Sequence[Sequence[Survivor]]) -> str:
         """Attach the engine to the survivors and give it the newest state that there is; return where it comes from.
@@ -128,7 +131,7 @@ class Recovery:
         for number, held in reversed(list(enumerate(self._held))):
             if all(len(survivors) > number for survivors in told):
                 survivors = [each[number] for each in told]
-                found = source(held.copies.topology, held.copies.apart, survivors)
+                found = source(held.guard.topology, held.guard.apart, survivors)
                 if found is not None:
                     blocks = _brought(world, held, survivors, found)
                     break
@@ -147,8 +150,8 @@ class Recovery:
         else:
             where = BEGINNING
         loop.resume(step, setup.sampler.samples(step), loop.time, loop.loss, None)
-        if loop.copies is not None:
-            loop.copies.refresh(step)
+        if loop.guard is not None:
+            loop.guard.refresh(step)
         return where
 
     def _warn(self, failure: Failure) -> None:
@@ -158,16 +161,16 @@ class Recovery:
 
 def _brought(group: Group, held: Held, survivors: Sequence[Survivor], found: LiveReplicas | Snapshot) -> Blocks:
     """Return the blocks that this rank brings. All survivors call."""
-    topology, rank, several = held.copies.topology, held.copies.rank, len(found.replicas) > 1
+    topology, rank, several = held.guard.topology, held.guard.rank, len(found.replicas) > 1
     mine: dict[int, dict[Holding, Array]] = {replica: {} for replica in found.replicas}
     if isinstance(found, LiveReplicas):
         mine.get(topology.place(rank).replica, {}).update(held.live)
     else:
         for survivor, owner, step in found.bring:
             if survivor == group.index:
+                assert held.guard.copies is not None
                 replica = topology.place(owner).replica if several else found.replicas[0]
-                kept = next(each for each in held.copies.kept() if each == (step, owner))
-                mine[replica] |= held.copies.arrays(kept)
+                mine[replica] |= held.guard.copies.arrays(Kept(step, owner))
     if not several:
         return Blocks(group, mine[found.replicas[0]], 1, found.step)
     own = {Holding(of_replica(replica, h.name), h.box): a for replica, held_ in mine.items() for h, a in held_.items()}

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.mail import Pending
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.plan.errors import LostRanksError
 from nettorrent_mpi.plan.scores import Scores, mean_scores
 
 MOST = 128  # reports in flight at once; beyond that the oldest is waited for
@@ -24,6 +26,7 @@ ROUNDING = 1e-14  # relative rounding error of the difference where all replicas
 REST, STOP, LEFT, DIVERGED, SQUARES, HEAD = range(6)  # positions in a report; four figures of each replica follow
 
 Tag = TypeVar("Tag")
+T = TypeVar("T")
 
 
 class Report(NamedTuple, Generic[Tag]):
@@ -60,14 +63,17 @@ class Reports(Generic[Tag]):
         self._head, self._each = head, each
         self._picked = engine.device.zeros((each,), "float64")  # the sample, on the device
         self._training = Scores(math.nan, None)  # of the latest report that had any
+        self.broken = False  # ranks are lost: no report arrives any more
         self._under_way: deque[tuple[Tag, Pending]] = deque()
 
     def start(
         self, tag: Tag, *, rest: bool = False, stop: bool = False, left: bool = False, figures: bool = True
     ) -> None:
         """Start a report; without `figures` it carries only this rank's requests."""
-        if len(self._under_way) == MOST:
-            self._under_way[0][1].sums()
+        if self.broken:
+            return
+        if len(self._under_way) == MOST and not self._attempt(self._under_way[0][1].sums):
+            return
         values = self._values
         values[...] = 0
         values[REST], values[STOP], values[LEFT] = rest, stop, left
@@ -80,7 +86,20 @@ class Reports(Generic[Tag]):
             elif self._apart:
                 values[SQUARES] = math.nan
         values[DIVERGED] = self._engine.pipeline.divergence.known
-        self._under_way.append((tag, Pending(self._group, values)))
+        pending = self._attempt(lambda: Pending(self._group, values))
+        if pending is not None:
+            self._under_way.append((tag, pending))
+
+    def _attempt(self, act: Callable[[], T]) -> T | None:
+        """Return what is done. Where replicas differ, and ranks are lost, that is only noted: the ranks of this replica
+        have to end their step."""
+        try:
+            return act()
+        except Exception as error:
+            if not (self._apart and lost(error, self._group)):
+                raise
+            self.broken = True
+            return None
 
     def _add_sample(self, values: np.ndarray) -> None:
         """Add every stride-th parameter of this rank, at positions that its peers sample too, and their squares."""
@@ -98,9 +117,15 @@ class Reports(Generic[Tag]):
 
         A report that is not taken is there the next time: no later one is waited for before it is taken.
         """
-        while len(self._under_way) > (but if wait else 0) and (wait or self._under_way[0][1].done()):
-            tag, pending = self._under_way.popleft()
-            yield self._read(tag, pending.sums())
+        while not self.broken and len(self._under_way) > (but if wait else 0):
+            tag, pending = self._under_way[0]
+            sums = self._attempt(pending.sums) if wait or self._attempt(pending.done) else None
+            if sums is None:
+                break
+            self._under_way.popleft()
+            yield self._read(tag, sums)
+        if wait and self.broken:
+            raise LostRanksError("ranks of other replicas are lost")
 
     def _read(self, tag: Tag, sums: np.ndarray) -> Report[Tag]:
         metrics = sums[HEAD : self._head].reshape(self._replicas, 4)

@@ -3,6 +3,7 @@ training or to save its state."""
 
 from __future__ import annotations
 
+from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.mail import Pending
 from nettorrent_mpi.comm.world import World
@@ -23,8 +24,9 @@ class Stopping:
     have heard.
     """
 
-    def __init__(self, world: World, bound: Group, signals: Signals | None):
-        self._world, self._bound = world, bound
+    def __init__(self, world: World, bound: Group, signals: Signals | None, *, apart: bool):
+        """`apart`: replicas differ."""
+        self._world, self._bound, self._apart = world, bound, apart
         self._signals = signals
         self.heard = False
         self._question: Pending | None = None
@@ -60,8 +62,14 @@ class Stopping:
     def all_know(self, *, ask: bool) -> bool:
         """Whether one of the `bound` ranks has heard of a request. They call after the same steps and get the same
         answer, to the question of the previous call; with `ask` the next call answers again."""
-        answer = self._question is not None and bool(self._question.sums()[0] > 0)
-        self._question = Pending(self._bound, [float(self.heard)]) if ask else None
+        try:
+            answer = self._question is not None and bool(self._question.sums()[0] > 0)
+            self._question = Pending(self._bound, [float(self.heard)]) if ask else None
+        except Exception as error:
+            if not (self._apart and lost(error, self._bound)):
+                raise
+            self._question = None  # the ranks of this replica have to end their step first (safeguard.py)
+            return False
         return answer
 
     def abandon(self) -> None:

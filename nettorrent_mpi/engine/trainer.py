@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.config.sections import Train
 from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation, Evaluator
 from nettorrent_mpi.engine.record import Record
-from nettorrent_mpi.engine.redundancy import Redundancy
 from nettorrent_mpi.engine.reports import Report, Reports
+from nettorrent_mpi.engine.safeguard import Safeguard
 from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.engine.stopping import Stopping
@@ -41,7 +42,7 @@ class TrainingLoop:
         signals: Signals | None = None,
         copy_every: int | None = None,
     ):
-        """With `copy_every` ranks keep copies of each other's state, every so many steps."""
+        """`copy_every` is the number of steps between copies of the state, where ranks may be lost; None: no copies."""
         self._engine, self._settings, self._saving, self._signals = engine, settings, saving, signals
         self.epoch_steps = engine.sampler.steps_per_epoch
         self.step = self.samples = 0  # so far, those before a resume included
@@ -65,9 +66,12 @@ class TrainingLoop:
         engine, self.at_rest = self._engine, True
         self.clock.stop()
         self.evaluator, self.evaluation = Evaluator(engine), None
-        self._stopping = Stopping(engine.world, engine.wiring.channel(engine.bound), self._signals)
+        bound = engine.wiring.channel(engine.bound)
+        self._stopping = Stopping(engine.world, bound, self._signals, apart=not engine.plan.exact)
         self._reports: Reports[Record | None] = Reports(engine)
-        self.copies = None if self._copy_every is None else Redundancy(engine, self._copy_every)
+        self.guard: Safeguard | None = None
+        if survivable():
+            self.guard = Safeguard(engine, self._copy_every)
 
     def abandon(self) -> None:
         """Give up what is in flight, after the world was revoked because ranks are lost."""
@@ -92,7 +96,7 @@ class TrainingLoop:
             return
         settings, engine, clock = self._settings, self._engine, self.clock
         stopping, saving, reports, exchange = self._stopping, self._saving, self._reports, engine.exchange
-        copies = self.copies
+        guard = self.guard
         lr, warmup = settings.optimizer.options()["lr"], settings.schedule.options()["warmup_steps"]
         rates = make_rate(settings.schedule, lr, horizon, self.epoch_steps)
         stop: int | None = None
@@ -111,8 +115,8 @@ class TrainingLoop:
                 self.samples += work.rows
                 clock.step(work.rows)
                 saving.poll()
-                if copies is not None:
-                    copies.after(done)
+                if guard is not None:
+                    guard.after(done)
                 epochs = done // self.epoch_steps if done % self.epoch_steps == 0 else 0
                 ask = reported and done < rest  # a report may have arrived one step after it was started
                 last, tells = done == until, bool(epochs) or done % settings.report_every == 0
@@ -173,8 +177,8 @@ class TrainingLoop:
                 stop = None
                 stopping.begin()
             saving.finish()
-            if copies is not None:
-                copies.refresh(self.step)
+            if guard is not None:
+                guard.refresh(self.step)
         except NetTorrentError as error:
             saving.finish(error)
             if not self.left:
@@ -199,8 +203,8 @@ class TrainingLoop:
         """Free the communicators. All ranks call, at rest."""
         list(self._reports.ready(wait=True))
         self._reports.close()
-        if self.copies is not None:
-            self.copies.close()
+        if self.guard is not None:
+            self.guard.close()
 
     def _begin(self) -> int:
         """Begin a training and return its number."""
@@ -209,8 +213,8 @@ class TrainingLoop:
         self.evaluator.unified = self._engine.exchange.count == 1
         self._stopping.begin()
         self._saving.begin()
-        if self.copies is not None:
-            self.copies.refresh(self.step)
+        if self.guard is not None:
+            self.guard.refresh(self.step)
         self._run += 1
         return self._run
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.comm.activity import NOW
+from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.engine import checkpoint
@@ -64,7 +65,12 @@ class TrainingFiles:
 
     def poll(self) -> None:
         """Go on with the checkpoint that is being written, without waiting. Called after every step."""
-        self._writer.poll()
+        try:
+            self._writer.poll()
+        except Exception as error:
+            if self._engine.plan.exact or not lost(error, self._world):
+                raise
+            self._writer.abandon()  # and this replica's ranks end their step
 
     def finish(self, error: NetTorrentError | None = None) -> None:
         """Wait for the checkpoint that is being written; not after an error that only some ranks have seen. All ranks

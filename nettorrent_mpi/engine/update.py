@@ -41,6 +41,7 @@ class Update:
     ):
         self._wiring, self._ops, self._state = wiring, device.ops, state
         self._optimizer, self._exchange, self._clip_norm = optimizer, exchange, clip_norm
+        self.whole: int | None = 0  # the step whose end this rank has come to; None in the middle of it
         self._begun = 0  # buckets whose gradients have left in this step
         self._numbers = device.numbers(len(optimizer.numbers(0.0, 1)))
         self._scale = None if clip_norm is None else device.zeros((1,), "float64")
@@ -54,6 +55,7 @@ class Update:
 
     def begin(self, rate: float, step: int) -> None:
         """Tell the device what is new in this step, before any of its actions."""
+        self._step = step
         self._numbers.set(self._optimizer.numbers(rate, step))
 
     def complete(self, first: int) -> None:
@@ -87,6 +89,7 @@ class Update:
 
     def before(self, step: int) -> None:
         """Merge into this rank's shards the messages of its peers."""
+        self.whole = None
         if self.loss is not None:
             loss, rows = self.loss.take()  # in the step before
             if rows:
@@ -96,6 +99,7 @@ class Update:
 
     def update(self) -> None:
         """Run the optimizer on this rank's shards. No rank reads the other shards of the parameters until `gather`."""
+        self.whole = None
         buckets = self._state.buckets
         for bucket in buckets:
             bucket.reducer.expect_gather()
@@ -112,6 +116,7 @@ class Update:
     def gather(self) -> None:
         """All-gather the shards."""
         self._state.gather()
+        self.whole = self._step
 
     def close(self) -> None:
         """Wait for communication in flight. All ranks call, at rest."""

@@ -237,13 +237,15 @@ class Wiring:
         """Return a transfer, made on first use and found again by what it moves and where that lies.
 
         The direction suffices as the tag: between two ranks lies at most one link, both go through the micro-batches in
-        the same order, and MPI keeps the order of messages.
+        the same order, and MPI keeps the order of messages. They travel in the replica's group: one whose ranks all
+        live does not need the others.
         """
         key = (direction, sending, of, array.ctypes.data)
         transfer = self._transfers.get(key)
         if transfer is None:
-            parts = self._parts(direction, of, sending)
-            transfer = Transfer(self.everyone, array, parts, direction, sending=sending)
+            first = 0 if self.exact else self.topology.replica(self.place.replica)[0]
+            parts = [part._replace(peer=part.peer - first) for part in self._parts(direction, of, sending)]
+            transfer = Transfer(self.replica, array, parts, direction, sending=sending)
             self._transfers[key] = transfer
         return transfer
 

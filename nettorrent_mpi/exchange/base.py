@@ -32,6 +32,11 @@ class Exchange(Replicas):
     averages: ClassVar[bool] = False
     metric: str = "validation_loss"
 
+    @property
+    def broken(self) -> bool:
+        """Whether peers are lost, so that steps exchange nothing any more."""
+        return False
+
     def rate_scale(self, done: float, decay: float) -> float:
         """Return the factor on the learning rate. `done` is the completed part of the run, from 0 to 1; `decay` what
         the schedule has made of the learning rate, from 1 to 0."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nettorrent_mpi.comm.channels import Channel
+from nettorrent_mpi.comm.failures import lost, survivable
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
@@ -147,19 +148,43 @@ class GossipExchange(Exchange):
                 self._calibrate()
         if self._spec.exact_every is not None and (number + 1) % self._spec.exact_every == 0:
             self.settle()
-            self.mixer.average(self.peers, self.channel)
-            if self._slow is not None:
-                self._slow.apply(rate)
-            self.averaged()
+            self._with_peers(lambda: self._average_exactly(rate))
             self.shards.gather()
+
+    @property
+    def broken(self) -> bool:
+        return self.rounds.mail.broken
+
+    def _with_peers(self, act: Callable[[], None]) -> None:
+        """Let all peers do something in a step. If some are lost, this rank's shards are as before, and nothing is
+        exchanged any more."""
+        arrays = [*self.shards.weights, *self.shards.memories] if survivable() else []
+        with self._copies(arrays) as kept:
+            try:
+                if not self.broken:
+                    act()
+            except Exception as error:
+                if not lost(error, self.peers):
+                    raise
+                self.rounds.mail.broken = True
+                for copy, array in zip(kept, arrays, strict=True):
+                    self.device.ops.copy(array, copy)
+
+    def _average_exactly(self, rate: float | None = None) -> None:
+        self.mixer.average(self.peers, self.channel)
+        if self._slow is not None and rate is not None:
+            self._slow.apply(rate)
+        self.averaged()
 
     def _calibrate(self) -> None:
         """Choose the number of parts by measuring the links and this rank's steps. All peers call."""
         self.settle()
         if self.mixer.push_sum:  # masses belong to the former parts
-            self.mixer.average(self.peers, self.channel)
-            self.averaged()
+            self._with_peers(self._average_exactly)
             self.shards.gather()
+        self._with_peers(self._choose_parts)
+
+    def _choose_parts(self) -> None:
         seconds = sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
         degree = max(len(self.pairing.sends(0, self.peers.index)), 1)
         self.rounds.divide(parts_that_hide(self.peers, self.mixer.vector, seconds * self._spec.every, degree))
@@ -184,11 +209,14 @@ class GossipExchange(Exchange):
         arrays = [*self.shards.parameters, *self._withheld] if self._withhold else []
         with self.rounds.set_aside(), self._copies(arrays) as kept:
             self.settle()
-            yield
-            if kept:
-                self.shards.fence()
+            try:
+                yield
+                if kept:
+                    self.shards.fence()
+            finally:  # also where other replicas lose ranks
                 for copy, array in zip(kept, arrays, strict=True):
                     self.device.ops.copy(array, copy)
+            if kept:
                 self.shards.gather()
 
     @contextmanager
@@ -196,10 +224,13 @@ class GossipExchange(Exchange):
         with self.paused(), super().shown(best):
             yield
 
+    def release(self) -> None:
+        self.mixer.vector.release(Span(0, self.mixer.vector.size))
+
     def settle(self) -> None:
         self.shards.fence()  # other holders may still copy what is merged into here
         self.rounds.settle()
-        self.mixer.vector.release(Span(0, self.mixer.vector.size))
+        self.release()
         self.shards.gather()
         self._last = 0.0
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from nettorrent_mpi.comm.channels import Channel
+from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.placing import channel_of
 from nettorrent_mpi.device.arrays import Array
@@ -62,6 +63,7 @@ class Replicas:
         self.count = peers.size
         self._memory = device.workspace("float32")
         self._depth = 0  # of blocks with copies
+        self.torn = False  # see `_replacing`
 
     def mean(self, arrays: Iterable[Array]) -> None:
         """Set arrays to their mean over all peers, bitwise the same everywhere. All peers call."""
@@ -82,11 +84,13 @@ class Replicas:
             return
         self.settle()
         with self._copies(self.shards.weights) as kept:
-            self._all_take(best)
-            yield
-            self.shards.fence()
-            for copy, array in zip(kept, self.shards.weights, strict=True):
-                self.device.ops.copy(array, copy)
+            try:
+                self._all_take(best)
+                yield
+                self.shards.fence()
+            finally:  # also where other replicas lose ranks
+                for copy, array in zip(kept, self.shards.weights, strict=True):
+                    self.device.ops.copy(array, copy)
         self.shards.gather()
 
     @contextmanager
@@ -108,12 +112,13 @@ class Replicas:
         if self.count == 1:
             return
         self.settle()
-        if best is not None:
-            for array in self.shards.memories:
-                self.channel.broadcast(array, best)
-        self._all_take(best)
-        self.shards.replaced()
-        self.averaged()
+        with self._replacing():
+            if best is not None:
+                for array in self.shards.memories:
+                    self.channel.broadcast(array, best)
+            self._all_take(best)
+            self.shards.replaced()
+            self.averaged()
 
     def adopt(self, takes: Sequence[int]) -> None:
         """Give replica r the weights and optimizer state of replica takes[r]."""
@@ -121,12 +126,28 @@ class Replicas:
         self.settle()
         self.shards.fence()
         own = self.peers.index
-        for array in (*self.shards.weights, *self.shards.memories):
-            sends = [(array, to) for to, source in enumerate(takes) if source == own != to]
-            receives = [(array, source) for to, source in enumerate(takes) if to == own != source]
-            self.channel.exchange(sends, receives)
-        self.shards.gather()
-        self.shards.replaced()
+        with self._replacing():
+            for array in (*self.shards.weights, *self.shards.memories):
+                sends = [(array, to) for to, source in enumerate(takes) if source == own != to]
+                receives = [(array, source) for to, source in enumerate(takes) if to == own != source]
+                self.channel.exchange(sends, receives)
+            self.shards.gather()
+            self.shards.replaced()
+
+    @contextmanager
+    def _replacing(self) -> Iterator[None]:
+        """Replace the shards for good inside the `with` block. If ranks are lost in it, this rank's are as before, and
+        `torn`: other ranks of its replica may have the new ones."""
+        self.torn = True
+        arrays = [*self.shards.weights, *self.shards.memories] if survivable() else []
+        with self._copies(arrays) as kept:
+            try:
+                yield
+            except BaseException:
+                for copy, array in zip(kept, arrays, strict=True):
+                    self.device.ops.copy(array, copy)
+                raise
+        self.torn = False
 
     def _all_take(self, best: int | None) -> None:
         self.shards.fence()
@@ -145,6 +166,9 @@ class Replicas:
         bit for bit, they are sent anew afterwards, and the pause has changed nothing."""
         self.settle()
         yield
+
+    def release(self) -> None:
+        """Let this rank's shards have all of its own steps. Not collective."""
 
     def settle(self) -> None:
         """Wait until no message between replicas is in flight, and merge all that have come."""

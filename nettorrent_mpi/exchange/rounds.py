@@ -94,6 +94,8 @@ class Rounds:
 
     def open(self, number: int) -> None:
         """Take the snapshot of a part and send it."""
+        if self.mail.broken:
+            return
         this = self._begin(number, self._mixer.clock, self._mixer.loss)
         if this is not None:
             self._send(this)
@@ -193,7 +195,7 @@ class Rounds:
             if this is None:
                 break
             missing = [source for source in this.expected if self._may_come(source, this)]
-            if not missing or (wait and self._too_late(this, missing)):
+            if not missing or self.mail.broken or (wait and self._too_late(this, missing)):
                 self._finish(this)
                 break
             if not wait:
@@ -309,7 +311,7 @@ class Rounds:
         """Set the open round aside inside the `with` block, once all of its messages have arrived. All peers call,
         after the same step, and wait. Only without a deadline."""
         self._sort(self.mail.settle())
-        assert not self._held
+        assert self.mail.broken or not self._held
         this, self._round = self._round, None
         yield
         self._round = this

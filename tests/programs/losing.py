@@ -32,6 +32,10 @@ from nettorrent_mpi.engine.reports import Reports  # noqa: E402
 from nettorrent_mpi.engine.state import State  # noqa: E402
 from nettorrent_mpi.engine.training_files import TrainingFiles  # noqa: E402
 from nettorrent_mpi.engine.update import Update  # noqa: E402
+from nettorrent_mpi.exchange.elite import EliteExchange  # noqa: E402
+from nettorrent_mpi.exchange.gossip import GossipExchange  # noqa: E402
+from nettorrent_mpi.exchange.mixer import Mixer  # noqa: E402
+from nettorrent_mpi.exchange.replicas import Replicas  # noqa: E402
 
 PHASES: dict[str, tuple[Any, str]] = {
     "setup": (planning, "set_up"),
@@ -48,6 +52,14 @@ PHASES: dict[str, tuple[Any, str]] = {
     "copy": (Redundancy, "_begin"),
     "finish": (Redundancy, "_finish"),
     "evaluate": (Evaluator, "test"),
+    "exchange": (GossipExchange, "after_update"),
+    "merge": (Mixer, "merge"),
+    "settle": (GossipExchange, "settle"),
+    "average": (GossipExchange, "average"),
+    "calibrate": (GossipExchange, "_calibrate"),
+    "compare": (EliteExchange, "at_rest"),
+    "adopt": (Replicas, "adopt"),
+    "become": (Replicas, "become"),
     "checkpoint": (TrainingFiles, "write"),
     "summary": (Trainer, "summary"),
     "save": (Engine, "parameters"),
