@@ -32,7 +32,7 @@ from nettorrent_mpi.cli.launching import tolerant_mpirun
 from nettorrent_mpi.speedup.machine import describe_host
 
 ROWS = 6000  # training rows
-STEPS = 600
+STEPS = 300
 SEEDS = 5  # undisturbed runs of each kind
 LIMIT = 240.0  # seconds of a run
 COMMON = (
@@ -101,10 +101,15 @@ def command(case: Case, seed: int, data: Path) -> list[str]:
     return [*words, *(word for change in sets for word in ("--set", change))]
 
 
-def run(number: int, kinds: list[str], data: Path, folder: Path) -> dict[str, Any]:
+def case_of(number: int) -> Case:
+    """Return what the run of this number trains: the kinds take turns, and in each its cases."""
+    of_kind = [case for case in CASES if case.kind == KINDS[number % len(KINDS)]]
+    return of_kind[number // len(KINDS) % len(of_kind)]
+
+
+def run(number: int, data: Path, folder: Path) -> dict[str, Any]:
     """Make the disturbed run of this number."""
-    of_kind = [case for case in CASES if case.kind == kinds[number % len(kinds)]]
-    case = of_kind[number // len(kinds) % len(of_kind)]
+    case = case_of(number)
     kills, first = random.Random(number).randint(1, 3), number % 3 == 0
     drawn = draw(case.ranks, kills, number, [0] if first else [], at_once=number % 4 == 3)
     words = command(case, number % SEEDS, data)
@@ -215,6 +220,12 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         data = folder / "mnist.h5"
         make_data(options.root, data)
+        numbers = {each["number"] for each in report["runs"]}
+        for number in range(options.first, options.first + options.runs):
+            if number not in numbers and case_of(number).kind in options.kinds:
+                report["runs"].append(run(number, data, folder))
+                print(json.dumps(report["runs"][-1]), flush=True)
+                save()
         there = {(each["kind"], each["seed"]) for each in report["undisturbed"]}
         for seed in range(SEEDS):
             for kind in options.kinds:
@@ -222,12 +233,6 @@ def main() -> None:
                     report["undisturbed"].append(undisturbed(kind, seed, data, folder))
                     print(json.dumps(report["undisturbed"][-1]), flush=True)
                     save()
-        numbers = {each["number"] for each in report["runs"]}
-        for number in range(options.first, options.first + options.runs):
-            if number not in numbers:
-                report["runs"].append(run(number, options.kinds, data, folder))
-                print(json.dumps(report["runs"][-1]), flush=True)
-                save()
 
 
 if __name__ == "__main__":

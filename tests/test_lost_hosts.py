@@ -195,3 +195,14 @@ def test_a_host_vanishes(start: Callable[..., Hosts], words: list[str]) -> None:
     again = start("gone", [], [f"train.steps={hosts.step() + 100}"])
     assert again.end() == 0
     assert re.search(r"resumes after step [1-9]", again.log.read_text())
+
+
+def test_the_others_go_on_without_a_host_that_vanishes(start: Callable[..., Hosts]) -> None:
+    """Where MPI's own signs of life find the loss before the launcher does, which then waits for the lost rank."""
+    detector = {"detector": "true", "detector_thread": "true", "detector_period": "1", "detector_timeout": "5"}
+    words = [word for name, value in detector.items() for word in ("--mca", f"mpi_ft_{name}", value)]
+    hosts = start("left", ["--with-ft", "ulfm", *words])
+    vanish(hosts, 2)
+    hosts.wait_for((hosts.run / "summary.json").exists)
+    assert hosts.summary()["world_size"] == 2
+    assert hosts.summary()["steps"] == 400

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -14,6 +16,7 @@ from nettorrent_mpi.cli import chaos, launching
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.plan.errors import LaunchError, UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 # A launcher of three ranks, each with a child that has its environment; the first rank tells of steps. Those that are
 # left after the run's end write the summary. A rank that gets the word `stays` ends never.
 RUN = """
@@ -167,3 +170,22 @@ def test_other_launchers(version: str, first: str, tmp_path: Path, monkeypatch: 
     (line,) = str(caught.value).splitlines()
     assert f"mpirun is {first}" in line
     assert "only Open MPI 5 and newer let ranks die" in line
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    """One of three ranks is lost; the others end the training."""
+    words = "chaos --ranks 3 --kills 1 --seed 1 --json --set kernels=numpy --set train.report_every=5 --output"
+    done = subprocess.run(
+        [sys.executable, "-m", "nettorrent_mpi", *words.split(), tmp_path / "out"],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told == json.loads((tmp_path / "out" / "chaos.json").read_text())
+    assert told["undisturbed"]["world_size"] == 3
+    assert told["disturbed"]["world_size"] == 2
+    assert told["disturbed"]["steps"] == told["undisturbed"]["steps"]
+    assert told["disturbed"]["processes_left"] == 0
+    assert len(told["recovery_seconds"]) == len(told["steps_lost"]) == 1
+    assert abs(told["accuracy_difference"]) < 0.05

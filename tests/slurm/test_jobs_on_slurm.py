@@ -141,7 +141,8 @@ def start(repository: Path, script: str, launcher: str, *sets: str, options: Seq
     changes = [data(script), *SMALL, *sets]
     words = [word for change in changes for word in ("--set", change)]
     job = Job(repository, script, ["--ntasks=3", "--nodes=2", *options], words, **variables(launcher))
-    job.wait_for(lambda: job.steps() > 0)
+    job.wait_for(lambda: job.steps() > 0 or job.state()["JobState"] in DONE)
+    assert job.steps() > 0, job.told()
     return job
 
 
@@ -307,3 +308,12 @@ def test_the_daemon_of_a_node_is_killed(repository: Path) -> None:
     assert job.state()["JobState"] == "PENDING", job.told()
     assert "the run ended without results, as when a node is lost; the job requeues itself" in job.told()
     goes_on(job, repository, "cifar.sbatch")
+
+
+def test_the_ranks_of_a_node_are_killed_under_mpirun(repository: Path) -> None:
+    """The others go on."""
+    job = start(repository, "cifar.sbatch", "mpirun", NEVER, "train.steps=3000")
+    killed = kill_ranks_of_a_node(job)
+    assert job.end() == "0:0", job.told()
+    assert job.summary()["world_size"] == 3 - killed
+    assert job.summary()["steps"] == 3000

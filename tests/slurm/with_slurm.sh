@@ -37,6 +37,8 @@ D=$NETTORRENT_SLURM_INSIDE
 unset NETTORRENT_SLURM_INSIDE
 chmod 755 "$D"
 mkdir "$D/state" "$D/munge"
+# MPICH names its files there after the numbers of jobs and steps, which begin anew with every Slurm.
+mount -t tmpfs tmpfs /dev/shm
 ip link set lo up
 # Open MPI's daemons look for an interface that is not the loopback.
 ip link add eth0 type veth peer name eth1
