@@ -43,7 +43,7 @@ fi
 
 # A training under Open MPI 5 goes on when ranks die (--with-ft ulfm). MPIRUN_FLAGS= leaves that out, or adds others. When
 # a whole node is lost, Open MPI's mpirun ends the run: at once if it is told, or within about a minute if nothing comes
-# from the node any more (by default eight minutes).
+# from the node any more (by default eight minutes). The job then requeues itself.
 export PRTE_MCA_oob_tcp_keepalive_time=${PRTE_MCA_oob_tcp_keepalive_time:-30}
 export PRTE_MCA_oob_tcp_keepalive_intvl=${PRTE_MCA_oob_tcp_keepalive_intvl:-10}
 export PRTE_MCA_oob_tcp_keepalive_probes=${PRTE_MCA_oob_tcp_keepalive_probes:-3}

@@ -199,8 +199,8 @@ def test_a_host_vanishes(start: Callable[..., Hosts], words: list[str]) -> None:
 
 def test_the_others_go_on_without_a_host_that_vanishes(start: Callable[..., Hosts]) -> None:
     """Where MPI's own signs of life find the loss before the launcher does, which then waits for the lost rank."""
-    detector = {"detector": "true", "detector_thread": "true", "detector_period": "1", "detector_timeout": "5"}
-    words = [word for name, value in detector.items() for word in ("--mca", f"mpi_ft_{name}", value)]
+    signs = "detector true, detector_thread true, detector_period 1, detector_timeout 5, propagator_with_rbcast true"
+    words = [word for sign in signs.split(", ") for word in ("--mca", *f"mpi_ft_{sign}".split())]
     hosts = start("left", ["--with-ft", "ulfm", *words])
     vanish(hosts, 2)
     hosts.wait_for((hosts.run / "summary.json").exists)

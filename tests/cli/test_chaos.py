@@ -175,10 +175,12 @@ def test_other_launchers(version: str, first: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """One of three ranks is lost; the others end the training."""
-    words = "chaos --ranks 3 --kills 1 --seed 1 --json --set kernels=numpy --set train.report_every=5 --output"
+    sets = ["model.layers=[flatten, linear: 32, linear: 10]", "train.epochs=2", "train.report_every=5", "kernels=numpy"]
+    changes = [word for change in sets for word in ("--set", change)]
+    words = ["chaos", "--ranks", "3", "--kills", "1", "--seed", "1", "--json", "--limit", "150", *changes]
     done = subprocess.run(
-        [sys.executable, "-m", "nettorrent_mpi", *words.split(), tmp_path / "out"],
-        cwd=ROOT, capture_output=True, text=True, timeout=200,
+        [sys.executable, "-m", "nettorrent_mpi", *words, "--output", tmp_path / "out"],
+        cwd=ROOT, capture_output=True, text=True, timeout=320,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
