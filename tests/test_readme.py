@@ -27,6 +27,7 @@ TEXTS = {
     "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(),
     "train --help": arguments.TRAIN,
     "speedup --help": arguments.SPEEDUP,
+    "chaos --help": arguments.CHAOS,
 }
 PROGRAMS = ["make", "mpirun", "nettorrent", "pip", "python", "python3", "sbatch"]
 PARTS = ("...", "X", "PATH", "P", "R", "S")  # words that stand for something
