@@ -100,6 +100,7 @@ GOSSIP: dict[str, dict[str, Any]] = {
     "at once": {"overlap": False, "withhold": 0.3},
 }
 QUICK = ("async", "loss", "every", "int8")
+MORE = ("auto", "push_sum", "topk", "sign", "momentum")
 
 
 def cases() -> dict[str, dict[str, Any]]:
@@ -122,7 +123,8 @@ def cases() -> dict[str, dict[str, Any]]:
     "names",
     [
         pytest.param([name for name in cases() if name in QUICK], id="quick"),
-        pytest.param([name for name in cases() if name not in QUICK], id="all", marks=pytest.mark.slow),
+        pytest.param([name for name in cases() if name in MORE], id="more", marks=pytest.mark.slow),
+        pytest.param([name for name in cases() if name not in QUICK + MORE], id="rest", marks=pytest.mark.long),
     ],
 )
 def test_going_on_changes_no_bit(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
