@@ -198,15 +198,19 @@ def _gathered(setup: Setup) -> int:
 def _copied(setup: Setup, stage: int, size: int, states: int) -> int:
     """Return the bytes of a rank's copy of what it owns, from which checkpoints are written: `size` bytes of parameters
     and all that is remembered of each, and earlier versions; where replicas differ, its part of the average besides."""
-    config, replicas = setup.config, setup.topology.replicas
-    arrays = 1 + states
-    if isinstance(config.exchange, Gossip):
-        arrays += 2 * (config.exchange.slow_momentum > 0) + isinstance(config.exchange.mix, PushSumMix)
-        arrays += (
-            config.exchange.deadline == "none" and withholding(config.exchange, replicas, _parts(config.exchange)) > 0
-        )
-    average = 0 if config.exact or replicas == 1 else 1 / replicas
-    return round((arrays * (1 + average) + StageSchedule(setup.plan, stage).late) * size)
+    replicas, common, own = setup.topology.replicas, 1 + states, 0.0
+    gossip = setup.config.exchange
+    if isinstance(gossip, Gossip):
+        common += 2 * (gossip.slow_momentum > 0)
+        own += withholding(gossip, replicas, _parts(gossip)) > 0
+        if isinstance(gossip.mix, PushSumMix):  # float64, made for the copy
+            own += 2 * 8 / setup.options.itemsize
+        if not isinstance(gossip.compress, Whole):
+            own += 1 + len(_partners(make_pairing(gossip.pairing, replicas, setup.options.seed), 0))
+        elif gossip.overlap and gossip.every > 1:  # what was sent, made for the copy
+            own += 2 * (1 + (states if "optimizer" in gossip.average else 0))
+    average = 0 if setup.config.exact or replicas == 1 else 1 / replicas
+    return round((common * (1 + average) + own + StageSchedule(setup.plan, stage).late) * size)
 
 
 def exchange_bytes(plan: Plan, elements: int, states: int) -> tuple[int, int]:
