@@ -47,7 +47,12 @@ class Ranks:
                 if not lost(error, self.world):
                     raise
                 self._abandon()
-                self.world.shrink()
+                gone = self.world.shrink()
+                if self.world.rank == 0:
+                    ranks = f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
+                    sys.stderr.write(
+                        f"nettorrent: warning: without {ranks}, lost at the start, the others begin again\n"
+                    )
 
     def _abandon(self) -> None:
         self.world.revoke()

@@ -18,6 +18,7 @@ from nettorrent_mpi.cli.progress import Reporter, open_reporter
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.cli.run_folder import RunFolder, commit
 from nettorrent_mpi.comm.activity import NOW
+from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
@@ -169,6 +170,11 @@ class Run:
             hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels).missing)
             if hint:
                 self._reporter.message(hint)
+            if world.size > 1 and not survivable():
+                self._reporter.message(
+                    f"a rank that dies ends the run, and --resume auto goes on from the newest of "
+                    f"{self._folder.path / 'checkpoints'}; Open MPI's mpirun --with-ft ulfm goes on without it at once"
+                )
             if checkpoint is not None:
                 self._reporter.message(f"resumes after step {self.trainer.step} of {setup.steps}, from {checkpoint}")
 
