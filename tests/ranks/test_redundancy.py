@@ -62,11 +62,11 @@ def trained(engine: Engine, redundancy: Redundancy, steps: int) -> list[dict[Hol
 
 
 def losses(topology: Topology) -> list[set[int]]:
-    """Ranks to lose at once, none of them another's buddy: each alone, and the largest of such sets."""
+    """Ranks to lose at once, none of them another's buddy: the first rank, and the largest of such sets."""
     keepers = buddies([0] * topology.size)
     fits = [set(lost) for n in range(1, SIZE) for lost in combinations(range(SIZE), n)]
     fits = [lost for lost in fits if not any(keepers[rank] in lost for rank in lost)]
-    return [*fits[:2], fits[-1]] if fits else []
+    return [fits[0], fits[-1]] if fits else []
 
 
 @pytest.mark.ranks(2, 3, 4, 5)
@@ -84,7 +84,7 @@ def losses(topology: Topology) -> list[set[int]]:
 def test_copies_are_the_state_after_their_step(kind: str, every: int) -> None:
     """Survivors put the state together, in their own layout, from their own copies and those of the lost ranks."""
     every_layout = list(dict.fromkeys(topologies(SIZE)))
-    for topology in every_layout[-2:]:
+    for topology in every_layout[-1:] if (kind, every) == ("1f1b", 1) else every_layout[-2:]:  # few in CI's first part
         world = World()
         engine = start(world, plan(topology, dtype="float32", **KINDS[kind]))
         redundancy = Redundancy(engine, every)
