@@ -370,6 +370,7 @@ class Trainer:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
+    @NOW.during("the end")
     def close(self) -> None:
         """Free all MPI objects. All ranks call; a second call does nothing."""
         atexit.unregister(self._end_of_script)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,3 +137,21 @@ def test_ranks_end_with_their_launcher(
         session = [Path(each.partition("=")[2]) for each in environ if each.startswith("PMIX_SERVER_TMPDIR=")]
         os.kill(victim, signal.SIGKILL)
     assert not any(folder.exists() for folder in session), list(session[0].rglob("*"))
+
+
+@long
+@pytest.mark.parametrize("killed", ["head", "daemon", "agent"])
+def test_ranks_of_several_hosts_end_with_their_launcher(tmp_path: Path, killed: str) -> None:
+    """The launcher's head, the second host's daemon, or what has started that daemon."""
+    if shutil.which("ip") is None or os.geteuid() or subprocess.run(["unshare", "-mn", "true"]).returncode:
+        pytest.skip("network namespaces need root and iproute2")
+    if not Path(sys.executable).with_name("mpirun").exists():
+        pytest.skip("there is no Open MPI beside this Python")
+    programs = HERE / "programs"
+    command = [str(programs / "hosts.sh"), "1,2", sys.executable, str(programs / "orphaned.py"), str(tmp_path), "wait"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+    with launched(command, {"PATH": path}, tmp_path, 3) as ranks:
+        assert [mapped(each) for each in ranks] == [set()] * 3
+        daemon = parent_of(ranks[1].pid)
+        victims = {"head": parent_of(ranks[0].pid), "daemon": daemon, "agent": parent_of(daemon)}
+        os.kill(victims[killed], signal.SIGKILL)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TypeAlias, TypeVar
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.engine.failure import agreed, end_all
@@ -72,6 +73,7 @@ class Ranks:
         elif error is not None:
             self.code = end_all(self.world, error, shown=False)
             return True
+        NOW.enter("the end")
         try:
             while self._open:
                 self._open[-1][0]()

@@ -28,6 +28,7 @@ class Spy:
 
     def __init__(self) -> None:
         self._bytes: int | None = None
+        self._modules = len(sys.modules)
         self._layer = self._layer_before = ""
         self.waits: list[int] | None = None  # the ranks that the thread waits for; None: it computes
         self.where = ""  # the line of code where it is
@@ -38,10 +39,14 @@ class Spy:
         self._bytes, self._layer, self._layer_before = None, "", ""
 
     def moves(self) -> bool:
-        """Whether something has moved since the last call: another layer, or bytes of files and connections."""
+        """Whether something has moved since the last call: another layer, bytes of files and connections, or modules
+        that were imported."""
+        modules, self._modules = self._modules, len(sys.modules)
         before, self._bytes = self._bytes, moved_bytes()
         layer, self._layer_before = self._layer_before, self._layer
-        return (before is not None and self._bytes - before >= LEAST) or (bool(layer) and layer != self._layer)
+        if modules != self._modules or (layer and layer != self._layer):
+            return True
+        return before is not None and self._bytes - before >= LEAST
 
     def look(self, thread: int | None) -> None:
         """Look what this thread is doing."""
