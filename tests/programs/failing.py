@@ -2,8 +2,8 @@
 
 HOW is what happens there: `raise` (the default), `exit` (sys.exit), `interrupt` (KeyboardInterrupt), `kill` (SIGKILL),
 `stop` (SIGSTOP), `sleep` or `spin` (both for ever), `slow` (each call takes some seconds), or `term` (SIGTERM, after
-which it goes on). In the phase `none` nothing fails, and all tell their process ids. At its end every rank tells how
-many steps it has done. The watchdog's seconds take SECOND (of the environment) each.
+which it goes on). In the phase `none` nothing fails, steps take longer, and all tell their process ids. At its end
+every rank tells how many steps it has done. The watchdog's seconds take SECOND (of the environment) each.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def fail(phase: str, how: str) -> None:
 def prepare(self: Engine, *args: Any, **kwargs: Any) -> Work:
     global steps
     steps += 1
+    if phase == "none":
+        time.sleep(0.05)
     return original_prepare(self, *args, **kwargs)
 
 
