@@ -29,7 +29,7 @@ from nettorrent_mpi import env
 if "mpi4py.MPI" not in sys.modules:
     env.prepare()  # MPI reads its environment when it loads, and so do BLAS threads where NumPy is not loaded yet
 
-from nettorrent_mpi.comm.activity import NOW, OUTSIDE
+from nettorrent_mpi.comm.activity import NOW, OUTSIDE, STARTING
 from nettorrent_mpi.comm.failures import lost, survivable
 from nettorrent_mpi.comm.world import World, abort_after_error
 from nettorrent_mpi.config.settings import Settings
@@ -92,6 +92,7 @@ class Trainer:
         if signals is not None and signals is not stop_on_signals:
             self._closers.append(signals.close)
         atexit.register(self._end_of_script)
+        NOW.enter(STARTING)
         try:
             self.planned = self._plan(network, data, settings)
             if self.setup.topology.size != world.size:
