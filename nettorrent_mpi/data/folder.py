@@ -98,7 +98,7 @@ def import_folder(
 
     try:
         with new_hdf5(target) as file:  # whose format has room for the names of thousands of classes
-            file.attrs["classes"] = classes
+            file.attrs["classes"] = np.array([name.encode() for name in classes])  # of fixed length: with a checksum
             for images, suffix in ((train, ""), (held, "_test")):
                 if images:
                     _write(reader, file, images, suffix, shape, step, notes)

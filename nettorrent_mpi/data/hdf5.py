@@ -12,6 +12,7 @@ import numpy as np
 
 from nettorrent_mpi.data.files import sampled_checksum
 from nettorrent_mpi.data.from_arrays import as_targets, check_arrays, classes_of
+from nettorrent_mpi.data.hdf5_attributes import attribute
 from nettorrent_mpi.data.hdf5_rows import find, open_rows, opened, storage_note
 from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split
 from nettorrent_mpi.data.storage import refused, retried
@@ -80,7 +81,7 @@ def _class_names(file: h5py.File, path: Path) -> tuple[str, ...] | None:
     """Return the attribute `classes`; None without it. Raises DataError unless it is a list of different names."""
     if "classes" not in file.attrs:
         return None
-    given = file.attrs["classes"]
+    given = attribute(file, path, "classes")
     listed = given.tolist() if isinstance(given, np.ndarray) and given.ndim == 1 else None
     if not listed or not all(isinstance(name, str | bytes) for name in listed):
         shown = "empty" if isinstance(given, h5py.Empty) or listed == [] else f"{str(given)[:60]!r}"

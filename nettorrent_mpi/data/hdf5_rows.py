@@ -71,6 +71,12 @@ def _check_filters(data: h5py.Dataset, path: Path, name: str) -> None:
     plist = data.id.get_create_plist()
     for number in range(plist.get_nfilters()):
         code, _, _, text = plist.get_filter(number)
+        if code in (h5py.h5z.FILTER_NBIT, h5py.h5z.FILTER_SCALEOFFSET):
+            raise DataError(
+                f"{name} is packed by scale-offset or n-bit, which HDF5 unpacks without looking where damaged values "
+                "lead; write the file with gzip or without",
+                file=str(path),
+            )
         if not h5py.h5z.filter_avail(code):
             known = f"{code} ({text.decode(errors='replace')})" if text else str(code)
             raise DataError(

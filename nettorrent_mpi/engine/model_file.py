@@ -8,12 +8,14 @@
     attribute `data`                       what it was trained on, as JSON (engine/trained_on.py)
 
 Everything has checksums, so that a flipped bit is an error when read and not a wrong weight: arrays are chunked with
-fletcher32; HDF5's metadata have their own in this format, and with them the attributes, whose texts are of fixed
-length (those of variable length lie in a heap without checksums, where a flipped bit made HDF5 2.0 loop for ever).
+fletcher32, and those of model.h5 have an attribute `sha256`, because zeros fit a fletcher32 of zero; HDF5's metadata
+have their own in this format, and with them the attributes, whose texts are of fixed length (those of variable length
+lie in a heap without checksums, where a flipped bit made HDF5 2.0 loop for ever).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -32,6 +34,7 @@ if TYPE_CHECKING:  # loaded only where needed: most ranks of a run never read or
     import h5py
 
 PARAMETERS = "parameters"
+_SUM, _PIECE = "sha256", 1 << 24  # an array's attribute; bytes that are read at a time
 MODEL = "model.h5"  # in a run folder
 Attribute = str | int | float
 
@@ -47,7 +50,8 @@ def write_arrays(path: Path, groups: Mapping[str, Mapping[str, Array]], attribut
                 group = file.create_group(name)
                 for key, array in arrays.items():
                     checked = {"chunks": True, "fletcher32": True} if array.size else {}
-                    group.create_dataset(key, data=array, **checked)
+                    made = group.create_dataset(key, data=array, **checked)
+                    made.attrs[_SUM] = np.bytes_(hashlib.sha256(np.ascontiguousarray(array).data).hexdigest().encode())
 
     retried(write)
 
@@ -59,7 +63,12 @@ def write_attributes(file: h5py.File, attributes: Mapping[str, Attribute]) -> No
 
 
 def read_attributes(file: h5py.File) -> dict[str, Attribute]:
-    """Return the attributes of a file."""
+    """Return the attributes of a file. Raises DataError for texts of variable length, which HDF5 cannot be trusted to
+    read."""
+    for name in file.attrs:
+        if file.attrs.get_id(name).dtype.kind not in "Siuf":
+            text = f"attribute {name} is not of a kind that nettorrent_mpi writes; use a file of its own"
+            raise DataError(text, file=file.filename)
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in file.attrs.items()}
 
 
@@ -70,8 +79,11 @@ def verify(path: Path) -> dict[str, Attribute]:
     def visit(_name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset):
             _check_own(file, item)
-            for part in item.iter_chunks() if item.chunks else [...]:
-                item[part]
+            found = hashlib.sha256()
+            step = max(_PIECE * len(item) // max(item.nbytes, 1), 1) if item.ndim else 1
+            for piece in (item[at : at + step] for at in range(0, len(item), step)) if item.ndim else (item[()],):
+                found.update(np.ascontiguousarray(piece).data)
+            _check_sum(item, found.hexdigest())
 
     with opened(path) as file:
         file.visititems(visit)
@@ -88,7 +100,8 @@ def read_arrays(path: Path) -> dict[str, Array]:
     def visit(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset) and name.startswith(f"{PARAMETERS}/"):
             _check_own(file, item)
-            arrays[name.removeprefix(f"{PARAMETERS}/")] = np.asarray(item)
+            array = arrays[name.removeprefix(f"{PARAMETERS}/")] = np.asarray(item)
+            _check_sum(item, hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
 
     with opened(path) as file:
         file.visititems(visit)  # which follows no link to elsewhere
@@ -141,6 +154,13 @@ def _check_own(file: h5py.File, array: h5py.Dataset) -> None:
     if packed or pieces > size or stored < array.size * array.dtype.itemsize or array.dtype.kind not in "fu":
         text = f"array {array.name} is not stored whole, as nettorrent_mpi does it; use a file of its own"
         raise DataError(text, file=file.filename)
+
+
+def _check_sum(array: h5py.Dataset, found: str) -> None:
+    """Raise DataError if the array has a checksum and is not what was written."""
+    if _SUM in array.attrs and array.attrs.get_id(_SUM).dtype.kind == "S" and array.attrs[_SUM] != found.encode():
+        text = f"array {array.name} is not the one that was written (its checksum is another); restore a copy of it"
+        raise DataError(text, file=array.file.filename)
 
 
 def read_box(file: h5py.File, name: str, box: Box, out: Array) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -403,3 +404,28 @@ def test_whatever_hdf5_raises_is_a_data_error(tmp_path: Path) -> None:
         damaged(places["x"]).inputs()
     with pytest.raises(DataError, match="y cannot be read"):
         damaged(places["y"]).targets()
+
+
+def test_a_damaged_heap_of_texts(tmp_path: Path) -> None:
+    """HDF5 2.0 goes round in it for ever, and no signal ends that."""
+    path = tmp_path / "set.h5"
+    write(path, values("u1"), labels())
+    with h5py.File(path, "a") as file:
+        file.attrs["classes"] = ["a", "b", "c", "d"]
+    good = path.read_bytes()
+    assert open_dataset("hdf5", str(path)).class_names == ("a", "b", "c", "d")
+    heap = good.index(b"GCOL")
+    for place in (24, 25, 30, 31, 48, 72, 96, 112, 120, 121, 122, 127):
+        for bit in range(8):
+            damaged = bytearray(good)
+            damaged[heap + place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with suppress(DataError):
+                assert open_dataset("hdf5", str(path)).classes == 4
+
+
+@pytest.mark.parametrize("how", [{"scaleoffset": 2, "chunks": (20, *SHAPE)}])
+def test_filters_that_do_not_look(tmp_path: Path, how: dict[str, Any]) -> None:
+    write(tmp_path / "set.h5", values("<f4"), labels(), **how)
+    with pytest.raises(DataError, match="x is packed by scale-offset or n-bit"):
+        open_dataset("hdf5", str(tmp_path / "set.h5"))

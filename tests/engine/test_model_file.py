@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -41,3 +42,16 @@ def test_a_truncated_file_is_found(file: Path) -> None:
         file.write_bytes(data[:size])
         with pytest.raises(DataError, match="is not a whole file"):
             verify(file)
+
+
+def test_a_zeroed_array_is_found(file: Path) -> None:
+    """Zeros have a fletcher32 of zero: HDF5 reads a block that a disk has lost as it reads any other."""
+    with h5py.File(file) as opened:
+        places = [opened[f"parameters/linear1/{name}"].id.get_chunk_info(0) for name in ("weight", "bias")]
+    data = file.read_bytes()
+    for chunk in places:
+        zeroed = bytes(chunk.size)
+        file.write_bytes(data[: chunk.byte_offset] + zeroed + data[chunk.byte_offset + chunk.size :])
+        for read in (verify, read_arrays):
+            with pytest.raises(DataError, match="is not the one that was written"):
+                read(file)

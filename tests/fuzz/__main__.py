@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from tests.fuzz.cases import CASES
-from tests.fuzz.sandbox import Sandbox
+from tests.fuzz.sandbox import Case, Sandbox
 
 
 def _kind(text: str) -> str:
@@ -36,16 +36,17 @@ def main() -> None:
     with (
         contextlib.suppress(KeyboardInterrupt),  # an interrupted one tells what it has found
         tempfile.TemporaryDirectory(dir="/dev/shm") as made,
-        Sandbox(args.target, Path(made)) as sandbox,
+        Sandbox(Path(made)) as sandbox,
     ):
-        for number, outcome in sandbox.run(range(args.first, args.first + args.cases)):
+        numbers = range(args.first, args.first + args.cases)
+        for case, outcome in sandbox.run(Case(args.target, number) for number in numbers):
             counts[outcome.kind] += 1
             kind = (outcome.kind, _kind(outcome.text.replace(made, "")))
             kinds[kind] += 1
             if outcome.fault and kinds[kind] == 1:
-                print(f"{outcome.kind}: case {number}: {outcome.text}\n", flush=True)
+                print(f"{outcome.kind}: case {case.number}: {outcome.text}\n", flush=True)
                 if args.keep is not None:
-                    shutil.copytree(Path(made, "kept", str(number)), args.keep / f"{args.target}-{number}")
+                    shutil.copytree(Path(made, "kept", case.name), args.keep / case.name)
     for (kind, what), count in sorted(kinds.items()):
         print(f"{count:7} {kind:8} {what}")
     print(f"{args.target} from {args.first}: {sum(counts.values()):,} cases, {dict(counts)}")

@@ -121,7 +121,7 @@ def hdf5_seeds(folder: Path) -> Seeds:
 def hdf5_strange_seeds(folder: Path) -> Seeds:
     """Other files to which a strange one may lead."""
     secret = np.frombuffer(SECRET * 100, np.uint8)[: 60 * 90].reshape(60, 6, 5, 3)
-    for path in (folder / "other.h5", folder.parent / "secret.h5"):
+    for path in (folder / "other.h5", folder.parent.parent / "secret.h5"):
         with h5py.File(path, "w") as file:
             file["x"] = secret if path.name == "secret.h5" else secret // 2
             file["y"] = np.arange(60) % 4
@@ -210,6 +210,7 @@ def checkpoint_seeds(folder: Path) -> Seeds:
     """A small network's checkpoint."""
     from tests.fuzz import targets
 
+    shutil.rmtree(folder)  # that of a process before
     targets.make_checkpoint(folder)
     return Seeds([{name: text for name, text in read(folder).items() if name.startswith("checkpoints/")}])
 

@@ -1,10 +1,11 @@
 """A sandbox makes damaged files and runs their readers in a process of its own, which may crash, hang or ask for too
 much memory.
 
-    python -m tests.fuzz.sandbox TARGET FOLDER
+    python -m tests.fuzz.sandbox FOLDER
 
-reads the number of a case from each line of standard input, makes it in FOLDER/case, runs `tests.fuzz.targets.TARGET`
-on it, and answers by one line of JSON. `Sandbox` starts it, and starts it anew after a crash, a hang and many cases.
+reads a target and the number of a case from each line of standard input, makes it in FOLDER/case, runs the function of
+`tests.fuzz.targets` on it, and answers by one line of JSON. `Sandbox` starts it, and starts it anew after a crash, a
+hang and many cases.
 """
 
 from __future__ import annotations
@@ -35,6 +36,17 @@ AHEAD = 50  # cases that are asked for at a time
 FAULTS = ("escaped", "crashed", "hung", "memory", "wrong", "ran", "riddle")
 
 
+class Case(NamedTuple):
+    """A Case is made for its target by a generator whose seed is its number."""
+
+    target: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.number}"
+
+
 class Outcome(NamedTuple):
     """An Outcome is "done", "refused" (by a UserError), or one of FAULTS; `text` says more."""
 
@@ -47,10 +59,10 @@ class Outcome(NamedTuple):
 
 
 class Sandbox:
-    """A Sandbox runs one target on many cases; those that show a fault are kept in `folder`/kept."""
+    """A Sandbox runs targets on many cases; those that show a fault are kept in `folder`/kept."""
 
-    def __init__(self, target: str, folder: Path):
-        self._target, self._folder = target, folder
+    def __init__(self, folder: Path):
+        self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -61,14 +73,14 @@ class Sandbox:
             self._process.kill()
             self._process.communicate()
 
-    def run(self, numbers: Iterable[int]) -> Iterator[tuple[int, Outcome]]:
-        """Make and run the cases of these numbers; yield the outcome of each."""
-        left, asked, answers = iter(numbers), deque[int](), b""
+    def run(self, cases: Iterable[Case]) -> Iterator[tuple[Case, Outcome]]:
+        """Make and run the cases; yield the outcome of each."""
+        left, asked, answers = iter(cases), deque[Case](), b""
         while True:
             process = self._started(asked)
-            for number in left:
-                asked.append(number)
-                self._ask(process, number)
+            for case in left:
+                asked.append(case)
+                self._ask(process, case)
                 if len(asked) == AHEAD:
                     break
             if not asked:
@@ -87,17 +99,17 @@ class Sandbox:
                 errors = process.communicate()[1].decode(errors="replace")[-2000:]
                 self._process = None
                 if process.returncode:
-                    shutil.copytree(self._folder / "case", self._folder / "kept" / str(asked[0]), ignore=_PIPE)
+                    shutil.copytree(self._folder / "case", self._folder / "kept" / asked[0].name, ignore=_PIPE)
                     yield asked.popleft(), Outcome("hung" if late else "crashed", f"{process.returncode}: {errors}")
 
-    def _ask(self, process: subprocess.Popen[bytes], number: int) -> None:
+    def _ask(self, process: subprocess.Popen[bytes], case: Case) -> None:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, and will be started again
-            process.stdin.write(f"{number}\n".encode())
+            process.stdin.write(f"{case.target} {case.number}\n".encode())
 
-    def _started(self, asked: Iterable[int]) -> subprocess.Popen[bytes]:
+    def _started(self, asked: Iterable[Case]) -> subprocess.Popen[bytes]:
         if self._process is None:
-            command = [sys.executable, "-m", "tests.fuzz.sandbox", self._target, str(self._folder)]
+            command = [sys.executable, "-m", "tests.fuzz.sandbox", str(self._folder)]
             pipe = subprocess.PIPE
             environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             self._process = subprocess.Popen(
@@ -105,8 +117,8 @@ class Sandbox:
             )
             assert self._process.stdout is not None
             assert self._process.stdout.readline() == b"ready\n", self._process.communicate()[1].decode()
-            for number in asked:
-                self._ask(self._process, number)
+            for case in asked:
+                self._ask(self._process, case)
         return self._process
 
 
@@ -161,11 +173,9 @@ def _peak() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
-def main(name: str, folder: Path) -> None:
+def main(folder: Path) -> None:
     targets, cases = (importlib.import_module(f"tests.fuzz.{module}") for module in ("targets", "cases"))
     sys.addaudithook(_watch)
-    (folder / "seeds").mkdir(exist_ok=True)
-    seeds = cases.SEEDS[name](folder / "seeds")
     with open("/proc/self/statm", encoding="utf-8") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.RLIM_INFINITY))
@@ -174,19 +184,24 @@ def main(name: str, folder: Path) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=answers, flush=True)
+    seeds: dict[str, Any] = {}
     for _, line in zip(range(CASES), sys.stdin, strict=False):
-        cases.write(cases.CASES[name](Random(int(line)), seeds), folder / "case")
+        case = Case(line.split()[0], int(line.split()[1]))
+        if case.target not in seeds:
+            (folder / "seeds" / case.target).mkdir(parents=True, exist_ok=True)
+            seeds[case.target] = cases.SEEDS[case.target](folder / "seeds" / case.target)
+        cases.write(cases.CASES[case.target](Random(case.number), seeds[case.target]), folder / "case")
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             file.write("5")  # the peak begins anew
         before = _peak()
-        outcome = _attempt(getattr(targets, name), folder / "case")
-        if (used := _peak() - before) > MEMORY // 4 and not outcome.fault:
+        outcome = _attempt(getattr(targets, case.target), folder / "case")
+        if (used := _peak() - before) > MEMORY // 4 and not outcome.fault and case.target != "config":
             outcome = Outcome("memory", f"{used / 1e6:.0f} MB: {outcome.text}")
         if outcome.fault:
-            shutil.copytree(folder / "case", folder / "kept" / str(int(line)), ignore=_PIPE)
+            shutil.copytree(folder / "case", folder / "kept" / case.name, ignore=_PIPE)
         print(json.dumps(outcome), file=answers, flush=True)
     os._exit(0)  # without what libraries do at the end
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -20,7 +20,7 @@ from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.folder import import_folder
 from nettorrent_mpi.data.rows import Dataset, Split
-from nettorrent_mpi.plan.errors import NetTorrentWarning, UserError
+from nettorrent_mpi.plan.errors import NetTorrentWarning, UserError, in_one_line
 from nettorrent_mpi.plan.specs import Linear
 from nettorrent_mpi.planning import load_config, placed, plan
 
@@ -114,6 +114,8 @@ def config(case: Path) -> str:
         described = str(planned)
     except UserError as error:
         raise placed(error, path) from None
+    except MemoryError as error:  # for a network that was asked for: told in one line
+        raise in_one_line(error) or error from None
     again = case / "again.yaml"
     again.write_text(to_yaml(read), encoding="utf-8")
     assert load_config(again) == read
