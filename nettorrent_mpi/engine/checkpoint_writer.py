@@ -63,7 +63,8 @@ class CheckpointWriter:
         finite = self._copy.take(self._engine)
         check_finite(self._engine, finite=finite)
         self._step, self._completing, self._attributes = step, False, attributes
-        look = partial(_look, threading.current_thread())
+        self._unwanted = threading.Event()
+        look = partial(_look, threading.current_thread(), self._unwanted)
         self._start(partial(write_blocks, self._part, self._engine.world.rank, self._copy.blocks, look))
 
     def poll(self) -> None:
@@ -78,8 +79,10 @@ class CheckpointWriter:
             self._go_on(wait=True, needed=needed)
 
     def abandon(self) -> None:
-        """Give up the checkpoint in flight, because ranks are lost. Each rank calls for itself."""
+        """Give up the checkpoint in flight, because ranks are lost: at once, but for what waits for the disk. Each rank
+        calls for itself."""
         if self._thread is not None:
+            self._unwanted.set()
             self._thread.join()
         if self._sum is not None:
             self._sum.abandon()
@@ -132,11 +135,11 @@ class CheckpointWriter:
             warn(f"there is no checkpoint of step {step}: {self._problem}", alone=True)
 
 
-def _look(trains: threading.Thread) -> None:
-    """Raise an OutputError if the thread that trains has ended, as after a second Ctrl-C: nobody waits for what is
-    written."""
-    if not trains.is_alive():
-        raise OutputError("the program ended while it was written")
+def _look(trains: threading.Thread, unwanted: threading.Event) -> None:
+    """Raise an OutputError if nobody wants what is being written: the thread that trains has ended, as after a second
+    Ctrl-C, or ranks are lost."""
+    if unwanted.is_set() or not trains.is_alive():
+        raise OutputError("the training ended while it was written")
 
 
 class _Writing(threading.Thread):

@@ -20,6 +20,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine import checkpoint_writer
 from nettorrent_mpi.engine.checkpoint import find_checkpoint
+from nettorrent_mpi.engine.checkpoint_folder import tidy
 from nettorrent_mpi.engine.checkpoint_writer import CheckpointWriter
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.plan.errors import DataError, NonFiniteError, OutputError
@@ -132,6 +133,26 @@ def test_training_goes_on_meanwhile(engine: Engine, shared_path: Path, monkeypat
     for key, array in plainly.items():
         np.testing.assert_array_equal(found[key], array, err_msg=key)
     assert {path.name for path in shared_path.glob("step-*")} == {"step-0000000005"}
+
+
+@pytest.mark.ranks(3)
+def test_what_is_abandoned_is_given_up_at_once(
+    engine: Engine, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no trace of it disturbs the next one."""
+    slow = Slow(monkeypatch)
+    writer = CheckpointWriter(engine, shared_path, 9)
+    writer.begin(5, lambda: ABOUT)
+    slow.may.set()
+    writer.abandon()
+    engine.world.barrier()
+    if RANK == 0:
+        tidy(shared_path)
+        assert not list(shared_path.iterdir())
+    engine.step(5, 0.003)
+    writer.begin(6, lambda: ABOUT | {"step": 6})
+    writer.finish(needed=True)
+    assert [path.name for path in shared_path.iterdir()] == ["step-0000000006"]
 
 
 @pytest.mark.ranks(3)
