@@ -45,7 +45,7 @@ def test_what_is_whole(trained: Path, capfd: pytest.CaptureFixture[str]) -> None
     code, text, _ = told(capfd, trained / "checkpoints", "--json")
     _, found = json.loads(text)
     assert (code, found["step"], found["samples"], found["ranks"]) == (0, 4, 64, 1)
-    assert found["layout"] == "1 replica x [linear1..linear2 1x1] on 1 rank"
+    assert found["layout"] == "1 replica x [linear1..linear2 1x1]"
     assert found["exchange"] == "allreduce"
     assert found["arrays"]["parameters/linear2/bias"] == {"shape": [3], "dtype": "float32"}
     assert found["config"]["seed"] == 1
