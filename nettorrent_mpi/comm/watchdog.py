@@ -21,7 +21,7 @@ from contextlib import suppress
 from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.watch import Watch
-from nettorrent_mpi.plan.diagnosis import SILENT, STATES, SignOfLife, culprits, explained, table
+from nettorrent_mpi.plan.diagnosis import SILENT, STATES, SignOfLife, culprits, explained, standstill, table
 
 UNKNOWN = 15  # seconds of silence after which a rank is named of whose process nothing is known
 AGAIN = 30  # seconds after a culprit was killed until the next one may be
@@ -79,7 +79,8 @@ class Judge:
         dog, signs = self._dog, list(watch.signs.values())
         if dog.report is not None:
             self._name(watch, signs)
-        stuck = max((sign.stuck for sign in signs if not sign.excused), default=0)
+        still = standstill(signs)
+        stuck = max((still[sign.rank] for sign in signs if not sign.excused), default=0)
         if dog.report is not None and stuck >= dog.report and not watch.told:
             watch.told = self._shown = True
             self._show(watch, signs, stuck)

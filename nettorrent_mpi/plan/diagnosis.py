@@ -75,6 +75,26 @@ class SignOfLife:
         return self.silent if not self.reports else self.quiet
 
 
+def standstill(signs: Sequence[SignOfLife]) -> dict[int, int]:
+    """Return for each rank the seconds since it has advanced, or one that it waits for, or one that this one waits for:
+    waiting for what goes on is not a standstill, however long it takes."""
+    still = {sign.rank: sign.stuck for sign in signs}
+    places = {sign.rank: sign.place for sign in signs}
+    awaits = {
+        sign.rank: [other for other in sign.waits if other in places and places[other] != sign.place]
+        for sign in signs
+        if sign.waits and sign.reports
+    }
+    changed = True
+    while changed:
+        changed = False
+        for rank, others in awaits.items():
+            least = min((still[other] for other in others), default=still[rank])
+            if least < still[rank]:
+                still[rank], changed = least, True
+    return still
+
+
 def culprits(signs: Sequence[SignOfLife]) -> list[int]:
     """Return which ranks the others likely wait for: those that do not report, else those that wait for nobody; none
     where ranks wait for each other in a ring."""

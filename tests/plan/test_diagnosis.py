@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nettorrent_mpi.plan.actions import parse
-from nettorrent_mpi.plan.diagnosis import MOST_LINES, SignOfLife, culprits, explained, in_words, table
+from nettorrent_mpi.plan.diagnosis import MOST_LINES, SignOfLife, culprits, explained, in_words, standstill, table
 
 
 def test_actions_are_written_as_people_do() -> None:
@@ -36,6 +36,21 @@ def test_ranks_in_the_same_collective_wait_for_the_one_that_is_not_in_it() -> No
     signs = [SignOfLife(i, 61, place="5 0R", waits=[j for j in range(4) if j != i]) for i in range(3)]
     signs.append(SignOfLife(3, 61, place="5 0B1", waits=None))
     assert culprits(signs) == [3]
+
+
+def test_who_waits_for_what_advances_does_not_stand_still() -> None:
+    signs = [
+        SignOfLife(0, 90, place="a", waits=[1]),
+        SignOfLife(1, 70, place="b", waits=[2, 3]),
+        SignOfLife(2, 5, place="c"),
+        SignOfLife(3, 80, place="b", waits=[1, 2]),
+        SignOfLife(4, 60, place="d"),
+    ]
+    assert standstill(signs) == {0: 5, 1: 5, 2: 5, 3: 5, 4: 60}
+    signs[2].silent = 65
+    assert standstill(signs) == {0: 65, 1: 65, 2: 65, 3: 65, 4: 60}
+    ring = [SignOfLife(0, 61, place="a", waits=[1]), SignOfLife(1, 62, place="b", waits=[0])]
+    assert min(standstill(ring).values()) == 61
 
 
 def test_a_ring_has_no_culprit() -> None:
