@@ -31,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if launched_first():
                 sys.stderr.write(f"nettorrent: error: {told}\n")
             code = told.exit_code
-    return code or (UserError.exit_code if output.error and tells_results(arguments) else 0)
+    code = code or (UserError.exit_code if output.error and tells_results(arguments) else 0)
+    if "nettorrent_mpi.comm.library" in sys.modules:
+        sys.modules["nettorrent_mpi.comm.library"].leave_after_loss(code)
+    return code
 
 
 if __name__ == "__main__":

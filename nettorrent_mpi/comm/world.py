@@ -79,6 +79,7 @@ class World(Group):
         No group made from this world can be used any more; none is freed, because that could wait for the lost."""
         before, nodes = self.numbers, self.nodes
         self.comm = cast("MPI.Intracomm", self.comm.Shrink())
+        library.note_lost()
         self.kin.intersection_update({self})
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.size, self.index = self.comm.Get_size(), self.comm.Get_rank()
