@@ -367,7 +367,9 @@ BITWISE = {
 QUICK = ("rows", "async", "loss, every")
 
 
-@pytest.mark.parametrize("names", [QUICK, pytest.param([name for name in BITWISE if name not in QUICK], marks=slow)])
+@pytest.mark.parametrize(
+    "names", [QUICK, pytest.param([name for name in BITWISE if name not in QUICK], marks=pytest.mark.long)]
+)
 def test_a_rest_in_between_changes_no_bit(series: Callable[..., Any], tmp_path: Path, names: Sequence[str]) -> None:
     """Neither in the run that goes on, nor in one that is resumed there on the same ranks: where nobody has planned
     it."""

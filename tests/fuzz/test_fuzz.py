@@ -15,7 +15,7 @@ import pytest
 from tests.fuzz.cases import CASES
 from tests.fuzz.sandbox import Case, Sandbox
 
-FEW, MANY = 20, 180  # cases of each kind in `make test`, and besides in `make test-slow`
+FEW, MANY = 20, 180  # cases of each kind in `make test`, and besides in `make test-slow` or `make test-all`
 
 
 @pytest.fixture
@@ -25,7 +25,11 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
-@pytest.mark.parametrize("target", [None, *(pytest.param(target, marks=pytest.mark.slow) for target in CASES)])
+HEAVY = ("strange_model", "strange_hdf5", "config")  # take most of the time
+TARGETS = [pytest.param(each, marks=pytest.mark.long if each in HEAVY else pytest.mark.slow) for each in CASES]
+
+
+@pytest.mark.parametrize("target", [None, *TARGETS])
 def test_damaged_files(folder: Path, target: str | None) -> None:
     """A few cases of each target, or many of one."""
     few = [Case(each, number) for each in CASES for number in range(FEW)]
