@@ -72,7 +72,7 @@ class Reports(Generic[Tag]):
         """Start a report; without `figures` it carries only this rank's requests."""
         if self.broken:
             return
-        if len(self._under_way) == MOST and not self._attempt(self._under_way[0][1].sums):
+        if len(self._under_way) == MOST and self._attempt(self._under_way[0][1].sums) is None:
             return
         values = self._values
         values[...] = 0
