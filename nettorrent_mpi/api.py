@@ -384,11 +384,12 @@ class Trainer:
         self._raise_missed()
 
     def abandon(self) -> None:
-        """Forget the training, as ranks are lost: free nothing that others have to free, too, and let other runs use
-        the folder."""
+        """Forget the training, after an error or as ranks are lost: free nothing that others have to free, too, give up
+        a checkpoint that is being written, and let other runs use the folder."""
         atexit.unregister(self._end_of_script)
         self._closers.clear()
         if hasattr(self, "_files"):
+            self._files.abandon()
             self._files.close()
 
     def __enter__(self) -> Self:
@@ -398,7 +399,7 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not agreed(error, self._world):
-            self._loop.abandoned = True
+            self._fail()
             if self.size > 1:
                 end_all(self._world, error)
         try:
@@ -410,9 +411,14 @@ class Trainer:
     def _end_of_script(self) -> None:
         """Handle the interpreter's exit with trainers that are still open."""
         abort_after_error()
-        if getattr(sys, "last_type", None) is not None and hasattr(self, "_loop"):
-            self._loop.abandoned = True
+        if getattr(sys, "last_type", None) is not None and hasattr(self, "_files"):
+            self._fail()
         self.close()
+
+    def _fail(self) -> None:
+        """Give up what is under way, after an error that this rank has raised alone."""
+        self._loop.abandoned = True
+        self._files.abandon()
 
     def _open(self, what: str) -> None:
         if not self._closers:

@@ -30,7 +30,7 @@ kernels: numpy
 @pytest.mark.parametrize(
     ("mpi", "times"),
     [
-        pytest.param("openmpi", 5, marks=pytest.mark.slow),
+        pytest.param("openmpi", 5, marks=pytest.mark.long),
         pytest.param("openmpi", 25, marks=pytest.mark.long),
         pytest.param("mpich", 25, marks=pytest.mark.long),
     ],

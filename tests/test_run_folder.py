@@ -301,7 +301,7 @@ def test_the_log_has_every_report(done: Done) -> None:
     assert f"run folder: {done.folder}" in lines
     assert sum(line.startswith("learning rate: ") for line in lines) == 1
     assert lines[-2] == f"model: {done.folder / 'model.h5'}"
-    assert len(lines) == 16
+    assert len(lines) == 17
 
 
 HELD_BACK = [0.0, 0.1]

@@ -72,6 +72,8 @@ class Ranks:
                 sys.stderr.write(f"nettorrent: error: {error}\n")
         elif error is not None:
             self.code = end_all(self.world, error, shown=False)
+            while self._open:  # of a process that is alone
+                self._open.pop()[1]()
             return True
         NOW.enter("the end")
         try:

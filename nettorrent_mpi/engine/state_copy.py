@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.arrays import Array, quiet
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.resharding import of_replica
 from nettorrent_mpi.engine.state import PARAMETERS
@@ -104,7 +104,9 @@ class StateCopy:
 
     def _look(self, piece: Array) -> None:
         flat = piece.reshape(-1)
-        if not math.isfinite(float(np.dot(flat, flat))):  # squares of large finite ones are not
+        with quiet():
+            squares = float(np.dot(flat, flat))
+        if not math.isfinite(squares):  # those of large finite ones are not
             self._finite = self._finite and bool(np.isfinite(flat).all())
 
 
