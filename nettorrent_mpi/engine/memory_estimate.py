@@ -70,7 +70,10 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
                 rows=_rows(setup, s, -(-rows // stage.rows)),
                 copies=kept[s],
                 exchange=letters if on_gpu else arrays + letters,
-                files=FILES + _copied(setup, s, own // sharers, states) + (_gathered(setup) if s == 0 else 0),
+                files=FILES
+                + _copied(setup, s, own // sharers, states)
+                + (0 if on_gpu else _arrived(setup, -(-parameters // stage.rows), states))
+                + (_gathered(setup) if s == 0 else 0),
                 libraries=kernels + mpi + (libraries.first if s == 0 else libraries.others),
             )
         )
@@ -211,6 +214,15 @@ def _copied(setup: Setup, stage: int, size: int, states: int) -> int:
             own += 2 * (1 + (states if "optimizer" in gossip.average else 0))
     average = 0 if setup.config.exact or replicas == 1 else 1 / replicas
     return round((common * (1 + average) + own + StageSchedule(setup.plan, stage).late) * size)
+
+
+def _arrived(setup: Setup, elements: int, states: int) -> int:
+    """Return the bytes of gossip's messages that are copied aside at a rest, when files are written: so many took the
+    measured peak."""
+    gossip = setup.config.exchange
+    if setup.config.exact or not isinstance(gossip, Gossip) or not gossip.overlap:
+        return 0
+    return 2 * _letter(max(setup.options.itemsize, 4), gossip, elements, _parts(gossip), states)
 
 
 def exchange_bytes(plan: Plan, elements: int, states: int) -> tuple[int, int]:
