@@ -1,6 +1,6 @@
 # make run     train the built-in handwritten digits on 4 ranks          RANKS=8 ARGS="--set train.epochs=3"
 # make test    a test of every kind, in minutes                          ARGS="-k floors"   TORCH=1: against PyTorch, too
-# make test-slow   what CI runs besides: the tests marked slow           ARGS=... and TORCH=1 as above
+# make test-slow   more cases of the same: the tests marked slow           ARGS=... and TORCH=1 as above
 # make test-all    every test, the long ones too: both MPIs, every rank count, many seeds
 # make test-slurm  jobs/ on a real Slurm of four nodes, which it starts on this machine; as root, with slurm-wlm and munge
 # make check   ruff, ruff format, mypy --strict
