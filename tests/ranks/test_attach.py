@@ -172,9 +172,8 @@ def inner(replicas: int, grids: list[tuple[int, int]]) -> Topology:
 
 
 @pytest.mark.ranks(4, 8)
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind == "push_sum" else pytest.mark.slow) for kind in GOSSIP]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", GOSSIP)
 def test_replicas_that_differ_go_on_with_other_teams(kind: str) -> None:
     """Each replica's weights, optimizer and what its exchange remembers come along. Beside it a training that rests
     after the same steps, but stays as it is."""
