@@ -12,9 +12,11 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from nettorrent_mpi import env
 from nettorrent_mpi.comm.processes import GONE, Process, ancestors
@@ -75,8 +77,7 @@ class LauncherWatch:
     def _end(self) -> None:
         for each in self.siblings:
             each.end(signal.SIGKILL)
-        tidy()
-        os._exit(1)
+        depart(1)
 
 
 def belonging(line: list[Process]) -> list[Process]:
@@ -97,6 +98,19 @@ def tidy() -> None:
     with suppress(OSError):
         if _SESSION.match(folder.name) and folder.stat().st_uid == os.getuid():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush() -> None:
+    """Write out what standard output and standard error still hold, as far as they take it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+
+
+def depart(code: int) -> NoReturn:
+    """End this process at once with this code, without MPI's own end, and leave nothing of it behind."""
+    tidy()
+    os._exit(code)
 
 
 def unname(everyone: Iterable[list[str]]) -> None:

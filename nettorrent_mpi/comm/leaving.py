@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from nettorrent_mpi.comm import library
-from nettorrent_mpi.comm.launcher import tidy
+from nettorrent_mpi.comm.launcher import depart, flush
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.comm.processes import Process
 
@@ -21,13 +18,10 @@ TOGETHER = 3.0  # seconds in which MPI may end all ranks; it may be what is stuc
 def leave(stopped: Sequence[Process], first: bool, code: int = 1) -> None:
     """End this process with `code`: the `first` one by MPI, so that the launcher ends all with this code, the others
     once that had time. The processes that are `stopped` are killed after it: they cannot end themselves."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
+    flush()
     if first and library.loaded():
         threading.Thread(target=MPI.COMM_WORLD.Abort, args=(code,), daemon=True).start()
     time.sleep(TOGETHER)
     for each in stopped:
         each.end(signal.SIGKILL)
-    tidy()
-    os._exit(code)
+    depart(code)

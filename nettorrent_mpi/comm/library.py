@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nettorrent_mpi.comm.launcher import LAUNCHER, tidy
+from nettorrent_mpi.comm.launcher import LAUNCHER, depart, flush
 from nettorrent_mpi.plan.errors import LaunchError
 
 # Seconds that MPI may take to start, and to end after all ranks have met. It keeps Python's lock meanwhile, so only a
@@ -39,11 +38,8 @@ def note_lost() -> None:
 def leave_after_loss(code: int) -> None:
     """End this process with this code, without MPI's own end, if ranks were lost. Its work is done."""
     if _lost:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        tidy()
-        os._exit(code)
+        flush()
+        depart(code)
 
 
 def _load() -> Any:
