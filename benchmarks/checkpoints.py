@@ -1,4 +1,4 @@
-"""What a checkpoint costs the training beside which it is written.
+"""This benchmark measures what a checkpoint costs the training beside which it is written.
 
     python -m benchmarks checkpoints [--millions 100] [--ranks 2] [--checkpoints 7] [--write]
 

@@ -1,4 +1,4 @@
-"""What copies at a buddy cost: steps with a copy after every 1, 5 and 10 of them, beside steps without.
+"""This benchmark measures what copies at a buddy cost: steps with a copy after every 1, 5 and 10, beside steps without.
 
     python -m benchmarks.redundancy [CONFIG] [--ranks 2 4] [--segments 30] [--steps 60] [--set KEY=VALUE]...
 

@@ -1,4 +1,4 @@
-"""What tests of several kinds do with checkpoints."""
+"""Functions write, damage and read checkpoints, for tests of several kinds."""
 
 from __future__ import annotations
 

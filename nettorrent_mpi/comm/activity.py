@@ -1,4 +1,5 @@
-"""What this process does at present: written by the thread that trains, read once a second by the watchdog's.
+"""An activity tells what this process does at present: the thread that trains writes it, the watchdog's reads it once a
+second.
 
 Writing is two assignments for each action of a schedule; nothing waits and nothing is sent.
 """

@@ -27,7 +27,7 @@ Address = tuple[str, int]
 
 
 class Member(NamedTuple):
-    """What a rank tells of itself when the ranks meet."""
+    """A rank tells this of itself when the ranks meet."""
 
     host: str
     process: Process

@@ -67,7 +67,7 @@ class Held(NamedTuple):
 
     @property
     def survivor(self) -> Survivor:
-        """What the other survivors are told."""
+        """Return what this rank tells the other survivors."""
         copies = self.guard.copies
         return Survivor(self.guard.rank, copies.kept() if copies is not None else (), self.step)
 

@@ -1,5 +1,5 @@
-"""What each rank keeps for itself besides blocks of arrays: a row of numbers in the state, for the same rank of the
-same layout."""
+"""Each rank keeps a row of numbers for itself besides blocks of arrays: in the state, for the same rank of the same
+layout."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from nettorrent_mpi.plan.errors import NetTorrentError
 
 
 class StateFiles(Protocol):
-    """What writes checkpoints, beside the training."""
+    """This is the interface of what writes checkpoints while the training goes on."""
 
     def write(self, *, needed: bool) -> None:
         """Begin to write a checkpoint, and wait for it if it is `needed`. All ranks call, at rest."""

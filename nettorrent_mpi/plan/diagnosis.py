@@ -1,4 +1,4 @@
-"""What ranks that do not advance tell of themselves, which of them is the likely culprit, and the table of all."""
+"""A diagnosis takes what ranks that do not advance tell of themselves, finds the likely culprit and makes the table."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ class Copies:
 
 @dataclass(frozen=True)
 class Survivor:
-    """What one survivor brings: its number before the loss, its complete copies, and, where replicas differ, the step
-    after which all ranks of its replica live and are at rest; None if they do not."""
+    """A Survivor tells what one rank brings: its number before the loss, its complete copies, and, where replicas
+    differ, the step after which all ranks of its replica live and are at rest; None if they do not."""
 
     rank: int
     kept: Sequence[Kept] = ()

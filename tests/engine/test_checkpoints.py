@@ -39,7 +39,7 @@ def value(name: str) -> np.ndarray:
 
 
 def blocks_of_ranks() -> list[dict[Holding, np.ndarray]]:
-    """What three ranks own: each array is cut along one of its axes, or has one owner."""
+    """Return what three ranks own: each array is cut along one of its axes, or has one owner."""
     ranks: list[dict[Holding, np.ndarray]] = [{}, {}, {}]
     for i, name in enumerate(NAMES):
         array = value(name)
@@ -66,7 +66,7 @@ def write(folder: Path, step: int = 7, keep: int = 100, **more: object) -> Path:
 
 
 def check(folder: Path) -> Manifest:
-    """What a run that resumes does first."""
+    """Do what a run that resumes does first."""
     manifest = read_manifest(folder)
     manifest.verify(folder, list(manifest.files))
     return manifest
