@@ -13,7 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code. The environment of BLAS and MPI is set before either loads."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = env.prepare()
-    from nettorrent_mpi.cli.commands import find, launched_first, tells_results, warnings_shown
+    from nettorrent_mpi.cli.commands import find, tells_results, warnings_shown
+    from nettorrent_mpi.cli.first import is_first
     from nettorrent_mpi.cli.streams import safe_streams
     from nettorrent_mpi.engine.signals import INTERRUPTED
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told = in_one_line(error)
             if told is None:
                 raise
-            if launched_first():
+            if is_first():
                 sys.stderr.write(f"nettorrent: error: {told}\n")
             code = told.exit_code
     code = code or (UserError.exit_code if output.error and tells_results(arguments) else 0)

@@ -193,6 +193,19 @@ def test_other_replicas_lose_no_step(lose: Lose, deaths: str, changes: list[str]
     assert ended.summary["test_accuracy"] > 0.3, text
 
 
+@slow
+def test_rank_0_of_the_survivors_shows_what_is_shown_once(
+    mpirun: Callable[..., Run], tmp_path: Path, config: Path
+) -> None:
+    changes = ("train.optimizer={sgd: {lr: 5000}}", "train.clip_norm=1", "layout={swarms: [{layers: 3, rows: 3}]}")
+    words = [word for change in changes for word in ("--set", change)]
+    command = [LOSING, "0:forward:9", config, "--output", tmp_path / "run", *words]
+    done = mpirun(3, command, mpi="ulfm", timeout=PATIENCE)
+    text = f"{done.stdout}\n{done.stderr}"
+    assert "rank 0 was lost" in done.stdout, text
+    assert done.stderr.count("nettorrent: warning: the training loss is") == 1, text
+
+
 @long
 @pytest.mark.parametrize(
     ("deaths", "lost"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from nettorrent_mpi.cli.arguments import parse
+from nettorrent_mpi.cli.first import is_first
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.plan.errors import ConfigError, NetTorrentWarning, readable
 
@@ -33,12 +33,6 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
     return _run_alone
 
 
-def launched_first() -> bool:
-    """Whether this process is the first of its launcher: it prints what is printed once even if MPI cannot be used."""
-    variables = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "PALS_RANKID", "SLURM_PROCID")
-    return next((os.environ[name] for name in variables if name in os.environ), "0") == "0"
-
-
 def tells_results(arguments: Sequence[str]) -> bool:
     """Whether standard output has a command's results. A training's are in its folder."""
     return not ("train" in arguments and not {"--dry-run", "-h", "--help"} & set(arguments))
@@ -54,7 +48,7 @@ def warnings_shown() -> Iterator[None]:
     ) -> None:
         if not isinstance(message, NetTorrentWarning):
             shown(message, category, filename, lineno, file, line)
-        elif message.alone or launched_first():
+        elif message.alone or is_first():
             sys.stderr.write(f"nettorrent: warning: {message}\n")
 
     with warnings.catch_warnings():
@@ -65,7 +59,7 @@ def warnings_shown() -> Iterator[None]:
 
 def _run_alone(arguments: Sequence[str], chosen: str) -> int:
     """Run a command that needs no ranks, or show help."""
-    if launched_first():
+    if is_first():
         args = parse(arguments)
         args.command_line = list(arguments)
         return _LOCAL[args.command](args) or 0

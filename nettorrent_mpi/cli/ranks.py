@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TypeAlias, TypeVar
 
+from nettorrent_mpi.cli.first import numbered_by
 from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.world import World
@@ -29,6 +30,7 @@ class Ranks:
     def __init__(self) -> None:
         self.code = 0
         self.world = World()
+        numbered_by(lambda: self.world.rank)
         self.world.watch()
         self._open: list[tuple[Close, Close]] = []
 
@@ -66,6 +68,14 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        try:
+            self._end(error)
+        finally:
+            numbered_by(None)
+        return True
+
+    def _end(self, error: BaseException | None) -> None:
+        """End the command on all ranks, by this error or without one."""
         if isinstance(error, NetTorrentError) and agreed(error, self.world):
             self.code = error.exit_code
             if self.world.rank == 0:
@@ -74,7 +84,7 @@ class Ranks:
             self.code = end_all(self.world, error, shown=False)
             while self._open:  # of a process that is alone
                 self._open.pop()[1]()
-            return True
+            return
         NOW.enter("the end")
         try:
             while self._open:
@@ -86,4 +96,3 @@ class Ranks:
                 self._abandon()
             else:
                 self.code = end_all(self.world, failure, shown=False)
-        return True
