@@ -457,7 +457,14 @@ def test_replicas_go_on_as_others(series: Callable[..., Any], tmp_path: Path) ->
         average = {key.removeprefix("parameters/"): a for key, a in saved.items() if key.startswith("parameters/")}
         if name != "exact":
             replicas = sorted({key.split("/")[1] for key in saved if key.startswith("replicas/")})
-            each = {key: [saved[f"replicas/{r}/parameters/{key}"] for r in replicas] for key in average}
+            # A replica's values are its weights and what it withholds from itself until peers know it.
+            each = {
+                key: [
+                    saved[f"replicas/{r}/parameters/{key}"] + saved.get(f"replicas/{r}/exchange/withheld/{key}", 0)
+                    for r in replicas
+                ]
+                for key in average
+            }
             assert any(not np.array_equal(arrays[0], arrays[1]) for arrays in each.values())
             for key, array in average.items():
                 np.testing.assert_allclose(array, np.mean(each[key], axis=0), rtol=0, atol=1e-14, err_msg=key)

@@ -291,14 +291,19 @@ class GossipExchange(Exchange):
         if self._masses is not None:
             self.mixer.weigh(self._masses)
             self._masses = None
+        patient, every = self.waits_for_peers, self._spec.every
         if self._open is None:  # of another layout
             self.mixer.clock = float(step)
+            if patient and self._spec.overlap and not self.mixer.compresses:
+                # All replicas were in the round of the latest boundary. Its parts are of other elements now, so that
+                # what was sent of them before would not do.
+                self.rounds.reopen(step // every - 1, self.mixer.clock, self.mixer.loss, new=True)
             return
         if self.mixer.estimates is not None:
             self.mixer.estimates.tell(self.peers, self.channel)
         number, clock, loss = self._open
-        if number >= 0 and self.waits_for_peers:
-            self.rounds.reopen(number, clock, loss, new=step % self._spec.every == 0)
+        if patient:
+            self.rounds.reopen(number, clock, loss, new=step % every == 0)
         self._open = None
 
     def figures(self, ranks: Group) -> dict[str, Any]:

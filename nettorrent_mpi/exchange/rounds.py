@@ -122,12 +122,13 @@ class Rounds:
         )
 
     def reopen(self, number: int, clock: float, loss: float, *, new: bool) -> None:
-        """Open a round again that was open in a run that this one continues, without a deadline. All peers call.
+        """Open a round again that was open in a run that this one continues, without a deadline; none where the number
+        is negative. All peers call.
 
         What it sent is the present values, if `new`, or in `sent_values`. Of compressed messages the estimates already
         know what they told.
         """
-        this = self._round = self._begin(number, clock, loss)
+        this = self._round = self._begin(number, clock, loss) if number >= 0 else None
         if this is None:
             return
         if self._mixer.compresses:
