@@ -30,6 +30,7 @@ Progress: TypeAlias = Callable[[str, int, int | None], None]
 """progress(file name, bytes done, bytes in all or None where the server does not say)."""
 
 _CHUNK = 1 << 18
+_PIECE = 1 << 14  # bytes of an answer at a time: few enough that a slow server is seen to advance
 _SHOWN = 200  # characters of what a server tells
 
 
@@ -171,17 +172,11 @@ def _download(download: Download, file: Path, progress: Progress | None, by_hand
         part.unlink()
     failures = []
     for url in download.urls:
-        if not part.exists() or _sha256(part) != download.sha256:
-            try:
-                _transfer(url, part, download, progress)
-            except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: of a senseless answer
-                failures.append(f"{url}: {' '.join(str(error).split())[:_SHOWN]}")
-                continue
-            actual = _sha256(part)
-            if actual != download.sha256:
-                part.unlink()
-                failures.append(f"{url}: the download has SHA-256 {actual}, not {download.sha256}")
-                continue
+        try:
+            _complete_part(url, part, download, progress)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: of a senseless answer
+            failures.append(f"{url}: {' '.join(str(error).split())[:_SHOWN]}")
+            continue
         with _writing(file):
             os.replace(part, file)
         return
@@ -191,18 +186,34 @@ def _download(download: Download, file: Path, progress: Progress | None, by_hand
     raise DataError(f"could not be downloaded{kept}: {'; '.join(failures)}. {by_hand}", file=str(file))
 
 
-def _transfer(url: str, part: Path, download: Download, progress: Progress | None) -> None:
-    """Append the missing bytes to `part`. Raises OSError, HTTPException or ValueError for the network, DataError for
-    the disk."""
+def _complete_part(url: str, part: Path, download: Download, progress: Progress | None) -> None:
+    """Make `part` the whole file. Raises as _transfer does, and ValueError for another file."""
+    if part.exists() and _sha256(part) == download.sha256:
+        return
+    if _transfer(url, part, download, progress) and _sha256(part) != download.sha256:
+        part.unlink()  # its beginning may be what another address has sent
+        _transfer(url, part, download, progress)
+    actual = _sha256(part)
+    if actual != download.sha256:
+        part.unlink()
+        raise ValueError(f"the download has SHA-256 {actual}, not {download.sha256}")
+
+
+def _transfer(url: str, part: Path, download: Download, progress: Progress | None) -> bool:
+    """Append the missing bytes to `part`; return whether there were some before. Raises OSError, HTTPException or
+    ValueError for the network, DataError for the disk."""
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "nettorrent_mpi"} | ({"Range": f"bytes={done}-"} if done else {})
     try:
         with asked(url, headers) as answer:
             if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
                 done = 0  # the server sends the whole file
+            resumed = done > 0
             total = None if answer.length is None else done + answer.length
-            with _creating(part, append=done > 0) as output:
-                for piece in answer.pieces(_CHUNK):
+            if total is not None and total > download.most:
+                raise _too_long(download)
+            with _creating(part, append=resumed) as output:
+                for piece in answer.pieces(_PIECE):
                     done += len(piece)
                     if done > download.most:
                         break
@@ -214,13 +225,17 @@ def _transfer(url: str, part: Path, download: Download, progress: Progress | Non
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not done:
             raise
         part.unlink()  # longer than the file: not its beginning
-        _transfer(url, part, download, progress)
-        return
+        return _transfer(url, part, download, progress)
     if done > download.most:
         part.unlink()
-        raise ConnectionError(f"the answer has more than {download.most:,} bytes: it is another file")
+        raise _too_long(download)
     if total is not None and done < total:
         raise ConnectionError(f"the connection ended after {done} of {total} bytes")
+    return resumed
+
+
+def _too_long(download: Download) -> ConnectionError:
+    return ConnectionError(f"the answer has more than {download.most:,} bytes: it is another file")
 
 
 def _unpack(archive: Path, folder: Path, members: tuple[str, ...]) -> None:
@@ -275,9 +290,13 @@ def _creating(path: Path, *, append: bool = False) -> Iterator[IO[bytes]]:
     with _writing(path):
         if not append:
             path.unlink(missing_ok=True)
-        file = open(path, "ab" if append else "wb", buffering=0, opener=None if append else create)  # noqa: SIM115
+        file = open(path, "ab" if append else "wb", buffering=0, opener=_unlinked if append else create)  # noqa: SIM115
     with file:
         yield file
+
+
+def _unlinked(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def _put(chunk: bytes, output: IO[bytes], path: Path) -> None:

@@ -10,6 +10,7 @@ import http.client
 import io
 import socket
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,13 +23,13 @@ TIMEOUT = 30.0  # seconds without a byte
 
 
 class Answer:
-    """An Answer is a response that is being read; `status` and `length` (None: not told) are the server's words."""
+    """An Answer is a response that is being read; `status` and `length` (None: not told, or senseless) are the server's
+    words."""
 
     def __init__(self, response: Any, watch: _Pace):
         self._response, self._watch = response, watch
         self.status: int = response.status
-        length = response.headers.get("Content-Length")
-        self.length = None if length is None else int(length)
+        self.length: int | None = response.length  # of what is read: chunks tell their own
 
     def pieces(self, size: int) -> Iterator[bytes]:
         """Yield the body in pieces of at most `size` bytes."""
@@ -51,8 +52,7 @@ def asked(url: str, headers: dict[str, str]) -> Iterator[Answer]:
             urllib.request.HTTPDefaultErrorHandler(),
             urllib.request.HTTPErrorProcessor(),
             _Redirects(),
-            _Http(watch),
-            _Https(watch),
+            _Web(watch),
         ):
             opener.add_handler(handler)
         with opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
@@ -84,10 +84,13 @@ class _Pace:
                         each.shutdown(socket.SHUT_RDWR)
             before = self.bytes
 
-    def add(self, connected: socket.socket) -> None:
+    def connect(self, *arguments: Any) -> socket.socket:
+        """Connect as socket.create_connection does."""
+        connected = socket.create_connection(*arguments)
         self._sockets.append(connected.dup())  # TLS takes the descriptor of the other
         if self._slow:
             connected.shutdown(socket.SHUT_RDWR)
+        return connected
 
     def check(self) -> None:
         """Raise ConnectionError if the transfer was ended."""
@@ -101,44 +104,37 @@ class _Pace:
             each.close()
 
 
-class _Watched(http.client.HTTPConnection):
-    watch: _Pace
-
-    def connect(self) -> None:
-        super().connect()
-        self.watch.add(self.sock)
-
-
-class _WatchedTls(http.client.HTTPSConnection, _Watched):
-    """HTTPSConnection connects by the class after it, and begins TLS then."""
-
-
-def _watched(kind: type[_Watched], watch: _Pace, host: str, **options: Any) -> _Watched:
+def _connection(
+    kind: type[http.client.HTTPConnection], watch: _Pace, host: str, **options: Any
+) -> http.client.HTTPConnection:
     connection = kind(host, **options)
-    connection.watch = watch
+    # It is watched from its beginning: a proxy's answer and the handshake of TLS may last for ever.
+    connection._create_connection = watch.connect  # type: ignore[attr-defined]
     return connection
 
 
-class _Http(urllib.request.HTTPHandler):
+class _Web(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Asks over connections that are watched."""
+
     def __init__(self, watch: _Pace):
         super().__init__()
         self._watch = watch
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(_watched, _Watched, self._watch), req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, watch: _Pace):
-        super().__init__()
-        self._watch = watch
+        return self.do_open(partial(_connection, http.client.HTTPConnection, self._watch), req)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(_watched, _WatchedTls, self._watch), req)
+        return self.do_open(partial(_connection, http.client.HTTPSConnection, self._watch), req)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirections without reading what comes with them, which may have no end."""
+    """Follows redirections without reading what comes with them, which may have no end, and never out of TLS."""
+
+    def redirect_request(self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str) -> Any:
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if new is not None and req.type == "https" != new.type:
+            raise urllib.error.HTTPError(newurl, code, f"{msg}: from https to {new.type}", headers, fp)
+        return new
 
     def http_error_302(self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Any) -> Any:
         fp.close()

@@ -3,13 +3,18 @@ seconds and not for ever, without much memory, and leaves nothing but the beginn
 
 from __future__ import annotations
 
+import contextlib
+import email.message
 import hashlib
+import io
 import itertools
 import resource
 import socketserver
 import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +25,9 @@ from nettorrent_mpi.data.fetch import Download, Recipe, fetch
 from nettorrent_mpi.plan.errors import DataError
 
 CONTENT = bytes(range(256)) * 20
+LONG = CONTENT * 50
 MOST = 1 << 20  # bytes that the file has at most
+NUMBERS = itertools.count()
 OK, FOUND, CLOSE = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 302 Found\r\n", b"Connection: close\r\n"
 
 
@@ -38,8 +45,9 @@ def to(address: bytes, more: Iterator[bytes] | tuple[()] = ()) -> Iterator[bytes
     return itertools.chain([FOUND + CLOSE + b"Location: " + address + b"\r\n\r\n"], more)
 
 
-def chunked(text: bytes, more: Iterator[bytes] | tuple[()] = ()) -> Iterator[bytes]:
-    return itertools.chain([OK + b"Transfer-Encoding: chunked\r\n\r\n" + text], more)
+def chunked(text: bytes, more: Iterator[bytes] | tuple[()] = (), length: bytes = b"") -> Iterator[bytes]:
+    told = b"Content-Length: " + length + b"\r\n" if length else b""
+    return itertools.chain([OK + told + b"Transfer-Encoding: chunked\r\n\r\n" + text], more)
 
 
 def length(text: bytes, body: bytes = CONTENT) -> list[bytes]:
@@ -68,12 +76,17 @@ ANSWERS: dict[str, tuple[Callable[[], Iterator[bytes] | list[bytes]], str | None
     "to a port of letters": (lambda: to(b"http://127.0.0.1:abc/x"), "nonnumeric port|302"),
     "to spaces and controls": (lambda: to(b"http://127.0.0.1:1/a b\x01\x7f"), ""),
     "to a user's password": (lambda: to(b"http://user:word@127.0.0.1:1/"), ""),
+    "to ever other addresses": (lambda: to(b"/to%%20ever%%20other%%20addresses?%d" % next(NUMBERS)), "infinite loop"),
+    "to no IPv6 address": (lambda: to(b"http://[:::::1]/"), "IPv4 or IPv6"),
+    "to a host with a null": (lambda: to(b"http://127.0.0.1%00.x/"), "control characters"),
+    "to a host of 60,000 letters": (lambda: to(b"http://" + b"a" * 60_000 + b"/"), "idna"),
     "to nowhere": (lambda: [FOUND + CLOSE + b"\r\n"], "302"),
     "to an endless address": (lambda: itertools.chain([FOUND + b"Location: http://"], endless(b"a")), "header line"),
     "with an endless body": (lambda: to(b"/missing", endless(b"x")), "404"),
     "with a slow body": (lambda: to(b"/missing", slowly(b"x")), "404"),
     # status lines and headers
     "nothing": (list, "without response|closed"),
+    "the file alone, as HTTP 0.9": (lambda: [CONTENT], ""),
     "no HTTP": (lambda: [b"SSH-2.0-OpenSSH_9.6\r\n"], "SSH-2.0"),
     "an empty line": (lambda: [b"\r\n" + CONTENT], ""),
     "HTTP 9": (lambda: [b"HTTP/9.9 200 OK\r\n\r\n" + CONTENT], "HTTP/9.9"),
@@ -100,24 +113,30 @@ ANSWERS: dict[str, tuple[Callable[[], Iterator[bytes] | list[bytes]], str | None
     # lengths
     "the right length": (lambda: length(b"%d" % len(CONTENT)), None),
     "no length": (lambda: body(CONTENT), None),
-    "a length of letters": (lambda: length(b"abc"), "abc"),
+    "a length of letters": (lambda: length(b"abc"), None),
     "a length below zero": (lambda: length(b"-5"), None),
-    "a length of a gigabyte": (lambda: length(b"1073741824"), "ended after|bytes read"),
-    "a length of 400 digits": (lambda: length(b"9" * 400), ""),
-    "a length of 5,000 digits": (lambda: length(b"9" * 5000), "digits"),
+    "a length of a megabyte": (lambda: length(b"1048576"), "ended after"),
+    "a length of a gigabyte": (lambda: length(b"1073741824"), "more than"),
+    "a length of 400 digits": (lambda: length(b"9" * 400), "more than"),
+    "a length of 5,000 digits": (lambda: length(b"9" * 5000), None),
     "a length too short": (lambda: length(b"100"), "SHA-256"),
     "a length with a plus": (lambda: length(b"+5120"), None),
     "two lengths": (lambda: length(b"%d\r\nContent-Length: 7" % len(CONTENT)), None),
-    "no length where it is empty": (lambda: length(b""), ""),
+    "no length where it is empty": (lambda: length(b""), None),
     # bodies
     "endless": (lambda: itertools.chain(body(), endless(b"x")), "more than"),
     "a byte now and then": (lambda: itertools.chain(body(), slowly(b"x")), "too slow"),
     "other bytes": (lambda: body(CONTENT[::-1]), "SHA-256"),
     "one byte more": (lambda: body(CONTENT, b"x"), "SHA-256"),
     "nothing in it": (body, "SHA-256"),
+    "the beginning of another file": (lambda: length(b"5120", CONTENT[::-1][:100]), "ended after"),
     "packed": (lambda: [OK + CLOSE + b"Content-Encoding: gzip\r\n\r\n" + CONTENT[::-1]], "SHA-256"),
     # chunks
     "chunks": (lambda: chunked(b"1400\r\n" + CONTENT + b"\r\n0\r\n\r\n"), None),
+    "chunks and no length": (lambda: chunked(b"1400\r\n" + CONTENT + b"\r\n0\r\n\r\n", length=b"0"), None),
+    "chunks and a length": (lambda: chunked(b"1400\r\n" + CONTENT + b"\r\n0\r\n\r\n", length=b"9" * 400), None),
+    "a chunk with many words": (
+        lambda: chunked(b"1400;" + b"x" * 60_000 + b"\r\n" + CONTENT + b"\r\n0\r\n\r\n"), None),
     "a chunk below zero": (lambda: chunked(b"-5\r\nhello\r\n0\r\n\r\n"), "read length|bytes read|-5"),
     "a chunk of letters": (lambda: chunked(b"xyz\r\n"), "bytes read|xyz"),
     "a chunk too large": (lambda: chunked(b"f" * 30 + b"\r\nabc"), ""),
@@ -129,15 +148,32 @@ ANSWERS: dict[str, tuple[Callable[[], Iterator[bytes] | list[bytes]], str | None
 }  # fmt: skip
 
 
+def mirrored(start: int) -> list[bytes]:
+    """Answer as a good server does, which knows ranges."""
+    if start >= len(CONTENT):
+        return [b"HTTP/1.1 416 Range Not Satisfiable\r\n\r\n"]
+    head = b"HTTP/1.1 206 Partial Content\r\n" if start else OK
+    return [head + CLOSE + b"Content-Length: %d\r\n\r\n" % (len(CONTENT) - start) + CONTENT[start:]]
+
+
+def steadily() -> Iterator[bytes]:
+    yield from length(b"%d" % len(LONG), b"")
+    for at in range(0, len(LONG), 2000):
+        yield LONG[at : at + 2000]
+        time.sleep(0.02)
+
+
 class Handler(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         request = self.rfile.readline(65536).split()
-        name = request[1].decode().strip("/").replace("%20", " ") if len(request) > 1 else ""
-        while self.rfile.readline(65536).strip():
-            pass
+        name = request[1].decode().strip("/").partition("?")[0].replace("%20", " ") if len(request) > 1 else ""
+        start = 0
+        while line := self.rfile.readline(65536).strip():
+            if line.startswith(b"Range: bytes="):
+                start = int(line[13:-1])
         make = ANSWERS[name][0] if name in ANSWERS else lambda: [b"HTTP/1.1 404 Not Found\r\n\r\n"]
         try:
-            for piece in body(CONTENT) if name == "mirror" else make():
+            for piece in mirrored(start) if name == "mirror" else steadily() if name == "steady" else make():
                 self.wfile.write(piece)
         except (OSError, ssl.SSLError):
             return  # the client has left
@@ -151,6 +187,12 @@ def server() -> Iterator[str]:
     yield f"http://127.0.0.1:{listener.server_address[1]}"
     listener.shutdown()
     listener.server_close()
+
+
+def shown(name: str, done: int, total: int | None) -> None:
+    """Progress is told of what can be: whoever shows it divides by these numbers."""
+    assert 0 < done <= MOST
+    assert total is None or done <= total <= MOST
 
 
 @pytest.mark.parametrize(
@@ -171,7 +213,7 @@ def test_answers(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, a
     def get(folder: str, *urls: str) -> dict[str, bytes]:
         """Fetch a file that is no data set; return what is there then."""
         download = Download("file", urls, hashlib.sha256(CONTENT).hexdigest(), MOST)
-        fetch("mnist", tmp_path / folder, recipes={"mnist": Recipe("mnist", (download,))})
+        fetch("mnist", tmp_path / folder, shown, recipes={"mnist": Recipe("mnist", (download,))})
         return {path.name: path.read_bytes() for path in (tmp_path / folder / "mnist").iterdir()}
 
     assert get("both", hostile, mirror) == {"file": CONTENT}
@@ -184,3 +226,45 @@ def test_answers(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, a
         assert len(str(caught.value)) < 1500
         assert {path.name for path in (tmp_path / "alone" / "mnist").iterdir()} <= {"file.part"}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # kB
+
+
+@pytest.mark.slow
+def test_a_slow_server_that_advances_is_not_left(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_answer, "PATIENCE", 1.0)  # in which about 100,000 bytes come
+    monkeypatch.setattr(http_answer, "LEAST", 5_000)
+    download = Download("file", (f"{server}/steady",), hashlib.sha256(LONG).hexdigest(), MOST)
+    fetch("mnist", tmp_path, recipes={"mnist": Recipe("mnist", (download,))})
+    assert (tmp_path / "mnist" / "file").read_bytes() == LONG
+
+
+def test_no_redirection_leads_out_of_tls() -> None:
+    request = urllib.request.Request("https://example.org/x")
+    for url, follows in (("https://example.com/y", True), ("http://example.org/x", False)):
+        headers = email.message.Message()
+        arguments = (request, io.BytesIO(), 302, "Found", headers, url)
+        if follows:
+            assert http_answer._Redirects().redirect_request(*arguments).full_url == url
+        else:
+            with pytest.raises(urllib.error.HTTPError, match="from https to http"):
+                http_answer._Redirects().redirect_request(*arguments)
+
+
+class Proxy(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        while self.rfile.readline(65536).strip():
+            pass
+        with contextlib.suppress(OSError):
+            for piece in itertools.chain([OK], endless(b"a: b\r\n")):
+                self.wfile.write(piece)
+
+
+def test_a_proxy_may_be_slow_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer comes before the server's, and before TLS."""
+    monkeypatch.setattr(http_answer, "PATIENCE", 0.4)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as listener:
+        threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.server_address[1]}")
+        download = Download("file", ("https://example.org/x",), "0" * 64, MOST)
+        with pytest.raises(DataError, match="the server is too slow"):
+            fetch("mnist", tmp_path, recipes={"mnist": Recipe("mnist", (download,))})
+        listener.shutdown()
