@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import io
@@ -255,13 +256,14 @@ def _change(random: Random, told: Any) -> None:
             continue
         kind = random.random()
         if kind < 0.7:
-            told[key] = random.choice(_ODD_VALUES)
+            told[key] = copy.deepcopy(random.choice(_ODD_VALUES))
         elif kind < 0.85:
             del told[key]
         elif isinstance(told, dict):
-            told[random.choice(["x", "../x.h5", "shard-00001.h5", "parameters/linear1/weight", ""])] = told[key]
+            names = ["x", "../x.h5", "shard-00001.h5", "parameters/linear1/weight", "parameters/\x1b[2J", ""]
+            told[random.choice(names)] = copy.deepcopy(told[key])
         else:
-            told.append(told[key])
+            told.append(copy.deepcopy(told[key]))
         return
 
 

@@ -23,6 +23,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from random import Random
 from types import TracebackType
@@ -78,11 +79,9 @@ class Sandbox:
         left, asked, answers = iter(cases), deque[Case](), b""
         while True:
             process = self._started(asked)
-            for case in left:
+            for case in islice(left, AHEAD - len(asked)):
                 asked.append(case)
                 self._ask(process, case)
-                if len(asked) == AHEAD:
-                    break
             if not asked:
                 return
             assert process.stdout is not None
@@ -96,8 +95,9 @@ class Sandbox:
             for line in lines:
                 yield asked.popleft(), Outcome(*json.loads(line))
             if not piece:
-                errors = process.communicate()[1].decode(errors="replace")[-2000:]
-                self._process = None
+                process.communicate()
+                self._process, answers = None, b""
+                errors = self._errors()
                 if process.returncode:
                     shutil.copytree(self._folder / "case", self._folder / "kept" / asked[0].name, ignore=_PIPE)
                     yield asked.popleft(), Outcome("hung" if late else "crashed", f"{process.returncode}: {errors}")
@@ -112,14 +112,18 @@ class Sandbox:
             command = [sys.executable, "-m", "tests.fuzz.sandbox", str(self._folder)]
             pipe = subprocess.PIPE
             environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0
-            )
+            with (self._folder / "errors").open("wb") as errors:  # a pipe would fill: nobody reads it meanwhile
+                self._process = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=errors, bufsize=0
+                )
             assert self._process.stdout is not None
-            assert self._process.stdout.readline() == b"ready\n", self._process.communicate()[1].decode()
+            assert self._process.stdout.readline() == b"ready\n", self._errors()
             for case in asked:
                 self._ask(self._process, case)
         return self._process
+
+    def _errors(self) -> str:
+        return (self._folder / "errors").read_bytes()[-2000:].decode(errors="replace")
 
 
 _PIPE = shutil.ignore_patterns("fifo")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.cases import CASES
-from tests.fuzz.sandbox import Case, Sandbox
+from tests.fuzz.sandbox import AHEAD, Case, Sandbox
 
 FEW, MANY = 20, 180  # cases of each kind in `make test`, and besides in `make test-slow` or `make test-all`
 
@@ -37,3 +37,19 @@ def test_damaged_files(folder: Path, target: str | None) -> None:
     with Sandbox(folder) as sandbox:
         for case, outcome in sandbox.run(many if target else few):
             assert not outcome.fault, f"{case.name}: {outcome.kind}: {outcome.text}"
+
+
+def test_few_cases_are_asked_for_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that come in pieces do not make more cases be asked for: both pipes would fill, and both sides wait."""
+    read, drawn = os.read, 0
+
+    def cases() -> Iterator[Case]:
+        nonlocal drawn
+        for number in range(AHEAD + 50):
+            drawn += 1
+            yield Case("cifar", number)
+
+    with Sandbox(folder) as sandbox:
+        monkeypatch.setattr(os, "read", lambda file, size: read(file, min(size, 10)))
+        for done, _ in enumerate(sandbox.run(cases())):
+            assert drawn <= done + AHEAD
