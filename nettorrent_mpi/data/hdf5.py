@@ -13,6 +13,7 @@ import numpy as np
 from nettorrent_mpi.data.files import sampled_checksum
 from nettorrent_mpi.data.from_arrays import as_targets, check_arrays, classes_of
 from nettorrent_mpi.data.hdf5_attributes import attribute
+from nettorrent_mpi.data.hdf5_chunks import PackedChunks
 from nettorrent_mpi.data.hdf5_rows import find, open_rows, opened, storage_note
 from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split
 from nettorrent_mpi.data.storage import refused, retried
@@ -70,6 +71,7 @@ def open_hdf5(path: Path, mean: float | Sequence[float] | None, std: float | Seq
 def _values(path: Path, name: str) -> Array:
     with opened(path) as file:
         data = find(file, path, name)
+        PackedChunks(data, path, name).check(0, len(data))
         try:
             return np.asarray(retried(lambda: data[...]))
         except Exception as error:

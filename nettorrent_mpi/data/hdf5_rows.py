@@ -7,7 +7,6 @@ virtual, ...          room, batch by batch: a compressed chunk has to be read as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,13 +16,13 @@ import h5py
 import numpy as np
 
 from nettorrent_mpi.data.files import size_of
+from nettorrent_mpi.data.hdf5_chunks import REMEDY, PackedChunks
 from nettorrent_mpi.data.hdf5_sources import HDF5Sources
 from nettorrent_mpi.data.rows import Allocate, HasRoom, Take, take_from
 from nettorrent_mpi.data.storage import read_hdf5, refused, retried
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError, UserError, warn
 
-REMEDY = "write the file again (`nettorrent data import` makes one from a folder of images)"
 _BLOCK = 8 << 20  # bytes that are read at a time, if chunks are smaller
 _WORTH_A_WORD = 10_000_000  # bytes
 _SLAB = 64 << 20  # bytes of a buffer, if chunks are larger
@@ -62,52 +61,7 @@ def find(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
         there = ", ".join(sorted(file)) or "nothing"
         what = f"{name} is a group, not a data set" if isinstance(data, h5py.Group) else f"no data set {name}"
         raise DataError(f"{what} (there is: {there[:200]}); write x and y, and x_test and y_test", file=str(path))
-    _check_filters(data, path, name)
-    _check_written(data, path, name)
     return data
-
-
-def _check_filters(data: h5py.Dataset, path: Path, name: str) -> None:
-    plist = data.id.get_create_plist()
-    for number in range(plist.get_nfilters()):
-        code, _, _, text = plist.get_filter(number)
-        if code in (h5py.h5z.FILTER_NBIT, h5py.h5z.FILTER_SCALEOFFSET):
-            raise DataError(
-                f"{name} is packed by scale-offset or n-bit, which HDF5 unpacks without looking where damaged values "
-                "lead; write the file with gzip or without",
-                file=str(path),
-            )
-        if not h5py.h5z.filter_avail(code):
-            known = f"{code} ({text.decode(errors='replace')})" if text else str(code)
-            raise DataError(
-                f"{name} is compressed by filter {known}, which this HDF5 library lacks: let HDF5_PLUGIN_PATH name the "
-                "folder of its plugin (`pip install hdf5plugin` has many), or write the file with gzip or without",
-                file=str(path),
-            )
-
-
-def _check_written(data: h5py.Dataset, path: Path, name: str) -> None:
-    """Raise DataError where HDF5 would read zeros for values that nobody wrote, and where the file cannot hold all."""
-    if data.is_virtual:
-        return
-    stored = data.id.get_storage_size()
-    if data.size and not stored:
-        raise DataError(f"{name} has a shape, but no values were written; {REMEDY}", file=str(path))
-    if data.chunks is not None:
-        wanted, written = math.prod(-(-n // c) for n, c in zip(data.shape, data.chunks, strict=True)), 0
-        filters, size = data.id.get_create_plist().get_nfilters(), math.prod(data.chunks) * data.dtype.itemsize
-
-        def check(chunk: h5py.h5d.StoreInfo) -> None:
-            nonlocal written
-            written += 1
-            if chunk.filter_mask & ((1 << filters) - 1) == (1 << filters) - 1 and chunk.size < size:
-                # HDF5 2.0 does not look, and gives what lies behind it in memory.
-                text = f"{name}: the chunk at {chunk.chunk_offset} has {chunk.size:,} of {size:,} bytes; {REMEDY}"
-                raise DataError(text, file=str(path), offset=chunk.byte_offset)
-
-        data.id.chunk_iter(check)
-        if written < wanted:
-            warn(f"{path}: {name}: {wanted - written:,} of {wanted:,} chunks were never written, and are read as zeros")
 
 
 def slow(data: h5py.Dataset) -> bool:
@@ -157,10 +111,11 @@ def _read_all(path: Path, name: str, out: Array) -> None:
     """Fill `out` with all rows, chunk after chunk."""
     with opened(path) as file:
         data = find(file, path, name)
-        step = _rows_of_chunk(data)
+        chunks, step = PackedChunks(data, path, name), _rows_of_chunk(data)
         step *= max(1, _BLOCK * len(data) // max(data.nbytes * step, 1))
         for first in range(0, len(data), step):
             rows = slice(first, min(first + step, len(data)))
+            chunks.check(rows.start, rows.stop)
             with _naming(path, data, rows):
                 retried(partial(data.read_direct, out[rows], rows))
 
@@ -169,6 +124,7 @@ def _take_from_file(path: Path, name: str) -> Take:
     """Make the `Take` that reads rows from the file: each needed chunk once, in the file's order."""
     file = _open(path)
     data = find(file, path, name)
+    chunks = PackedChunks(data, path, name)
     row_bytes = data.nbytes // len(data)
     # Of unfiltered chunks HDF5 reads the wanted rows alone.
     whole = _rows_of_chunk(data) if data.id.get_create_plist().get_nfilters() else 1
@@ -185,6 +141,7 @@ def _take_from_file(path: Path, name: str) -> Take:
             count = int(np.searchsorted(rows, stop)) - at
             stop = int(rows[at + count - 1]) + 1
             read = slab[: stop - first]
+            chunks.check(first, stop)
             with _naming(path, data, slice(first, stop)):
                 retried(partial(data.read_direct, read, slice(first, stop)))
             sorted_bR[at : at + count] = read.reshape(len(read), -1).view(np.uint8)[rows[at : at + count] - first]

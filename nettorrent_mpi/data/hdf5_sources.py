@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 
+from nettorrent_mpi.data.hdf5_chunks import check_filters, check_whole, check_written
 from nettorrent_mpi.data.storage import read_hdf5
 from nettorrent_mpi.plan.errors import DataError
 
@@ -66,6 +67,8 @@ class HDF5Sources:
                     f"{name} has {data.nbytes:,} bytes by its shape {data.shape}: a file of {size:,} cannot hold them"
                 )
                 raise DataError(text, file=str(self._path))
+            check_filters(data, Path(data.file.filename), name)
+            check_written(data, Path(data.file.filename), name)
             return
         sources = data.virtual_sources()
         for source in sources:
@@ -80,9 +83,13 @@ class HDF5Sources:
                 continue
             self._checked.add((here, source.dset_name))
             with read_hdf5(Path(here)) as other:
-                if not isinstance(self._find(other, source.dset_name, name, steps + 1), h5py.Dataset):
+                found = self._find(other, source.dset_name, name, steps + 1)
+                if not isinstance(found, h5py.Dataset):
                     text = f"{name} is put together from data sets, but {here} has no {source.dset_name}"
                     raise DataError(text, file=str(self._path))
+                if not found.is_virtual:
+                    place = Path(found.file.filename)
+                    check_whole(place, found.name, place.stat().st_mtime_ns)
         if sum(source.vspace.get_select_npoints() for source in sources) < data.size:
             text = f"{name} is put together from data sets that have not all of its values; write the rest"
             raise DataError(text, file=str(self._path))

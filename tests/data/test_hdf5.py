@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 import warnings
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,12 @@ def write(path: Path, x: Array, y: Array, file_options: dict[str, Any] | None = 
     with h5py.File(path, "w", **(file_options or {})) as file:
         file.create_dataset("x", data=x, **x_options)
         file["y"] = y
+
+
+def read(path: Path, **how: Any) -> Array:
+    out = np.empty((ROWS, *SHAPE))
+    open_dataset("hdf5", str(path)).train.inputs(**how).batch(np.arange(ROWS), out)
+    return out
 
 
 LAYOUTS: list[tuple[str, dict[str, Any], dict[str, Any], bool]] = [
@@ -422,6 +430,50 @@ def test_a_damaged_heap_of_texts(tmp_path: Path) -> None:
             path.write_bytes(damaged)
             with suppress(DataError):
                 assert open_dataset("hdf5", str(path)).classes == 4
+
+
+GZIP, SHUFFLE, FLETCHER = {"compression": "gzip"}, {"shuffle": True}, {"fletcher32": True}
+PACKED = zlib.compress(b"ab")
+SUMMED = PACKED + struct.pack("<I", 0)  # a checksum that is not looked at before the length
+
+
+@pytest.mark.parametrize(
+    ("how", "chunk", "mask", "text"),
+    [
+        ({}, b"ab", 0, "has 2 bytes for 1,800"),
+        (FLETCHER, b"ab", 0, "has 2 bytes"),  # HDF5 2.0 crashes with these
+        (FLETCHER, b"ab", 2, "has 2 bytes"),
+        (FLETCHER, bytes(1800), 0, "has 1,800 bytes"),
+        (SHUFFLE, b"ab", 0, "has 2 bytes"),
+        (GZIP, b"ab", 1, "has 2 bytes"),
+        (GZIP, PACKED, 0, "has 2 of 1,800 bytes once it is unpacked"),
+        (GZIP, zlib.compress(bytes(10**6)), 0, "has more than 1,800 bytes"),
+        (GZIP | SHUFFLE | FLETCHER, b"a", 0, "has 1 bytes"),
+        (GZIP | SHUFFLE | FLETCHER, SUMMED, 0, "has 2 of 1,800 bytes"),
+        (GZIP | SHUFFLE | FLETCHER, SUMMED, 2, "bytes for 1,800"),
+        ({"compression": "lzf"}, bytes(10_000), 0, "has 10,000 bytes"),
+    ],
+)
+@pytest.mark.parametrize("virtual", [False, True])
+def test_chunks_of_other_lengths(
+    tmp_path: Path, how: dict[str, Any], chunk: bytes, mask: int, text: str, virtual: bool
+) -> None:
+    """HDF5 2.0 gives what lies behind a chunk in memory, or crashes."""
+    path = tmp_path / "set.h5"
+    shape = (20, *SHAPE)
+    with h5py.File(tmp_path / "part.h5" if virtual else path, "w") as file:
+        x = file.create_dataset("x", (ROWS, *SHAPE), "u1", chunks=shape, **how)
+        x[...] = 7
+        x.id.write_direct_chunk((20, 0, 0, 0), chunk, mask)
+    with h5py.File(path, "a") as file:
+        file["y"] = np.arange(ROWS) % 3
+        if virtual:
+            layout = h5py.VirtualLayout((ROWS, *SHAPE), "u1")
+            layout[...] = h5py.VirtualSource("part.h5", "x", (ROWS, *SHAPE))
+            file.create_virtual_dataset("x", layout)
+    for room in (True, False):
+        with pytest.raises(DataError, match=text):
+            read(path, has_room=lambda size, room=room: room)
 
 
 @pytest.mark.parametrize("how", [{"scaleoffset": 2, "chunks": (20, *SHAPE)}])
