@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.config.sections import ON_GPU, Config
 from nettorrent_mpi.data.storage import replacing
+from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.checkpoint import read_network
 from nettorrent_mpi.engine.checkpoint_folder import newest
 from nettorrent_mpi.engine.checkpoint_manifest import MANIFEST
@@ -93,6 +96,14 @@ def export(run: str, target: str) -> None:
         raise OutputError(f"{target} exists; choose another name or remove it")
     try:
         with replacing(Path(target)) as part, part.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            _write_npz(file, arrays)
     except OSError as error:
         raise OutputError(f"{target} could not be written: {error.strerror or error}") from error
+
+
+def _write_npz(file: IO[bytes], arrays: Mapping[str, Array]) -> None:
+    """Write as np.savez does, which takes no names like those of its own parameters."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)

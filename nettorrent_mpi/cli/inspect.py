@@ -13,7 +13,7 @@ from nettorrent_mpi.cli.tables import aligned
 from nettorrent_mpi.engine.checkpoint import named_checkpoints, read_manifest
 from nettorrent_mpi.engine.checkpoint_manifest import Manifest
 from nettorrent_mpi.engine.model_file import MODEL, Attribute, array_shapes, opened, read_attributes, verify
-from nettorrent_mpi.plan.errors import DataError, OutputError, UserError
+from nettorrent_mpi.plan.errors import DataError, OutputError, UserError, readable
 
 # What is told of a training, in this order; other attributes are long texts.
 TOLD = ["step", "samples", "time", "loss", "accuracy", "ranks", "layout", "exchange", "device", "mpi"]
@@ -121,7 +121,9 @@ def _text(told: Mapping[str, Any]) -> str:
 
 
 def _shown(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) else readable(str(value))
 
 
 def _size(size: int) -> str:

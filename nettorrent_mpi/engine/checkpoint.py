@@ -12,8 +12,8 @@ files once and compared their checksums: each rank some of the files.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from nettorrent_mpi.plan.errors import ConfigError, DataError, LostStateError, O
 from nettorrent_mpi.plan.moves import Holding
 
 TRAINING: dict[str, Any] = {"step": int, "samples": int, "time": int | float, "config": str}  # attributes
+MEASURED = ("loss", "accuracy")  # attributes, too: numbers that a training may not have yet
 # The values that decide what a step computes: a resumed run must have the same.
 DECISIVE = ("seed", "dtype", "data", "model", "train.batch_size", "train.optimizer")
 Accept = Callable[[Mapping[str, Attribute]], None]
@@ -118,8 +119,12 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = Manifest.read(folder)
     manifest.check(folder)
     for name, kind in TRAINING.items():
-        if not isinstance(manifest.attributes.get(name), kind):
+        told = manifest.attributes.get(name)
+        if not isinstance(told, kind) or not (isinstance(told, str) or 0 <= told < math.inf):
             raise DataError(f"does not tell {name}", file=str(folder / MANIFEST))
+    for name in MEASURED:
+        if not isinstance(manifest.attributes.get(name, 0.0), int | float):
+            raise DataError(f"tells a {name} that is no number", file=str(folder / MANIFEST))
     return manifest
 
 
@@ -176,7 +181,7 @@ def _check_network(manifest: Manifest, folder: Path, engine: Engine) -> None:
     """Raise DataError unless the checkpoint has all parameters of the engine's network, before anything changes."""
     shapes = engine.shapes()
     for key, shape in shapes.items():
-        if prod(shape) and f"{PARAMETERS}/{key}" not in manifest.arrays:
+        if math.prod(shape) and f"{PARAMETERS}/{key}" not in manifest.arrays:
             text = f"array {PARAMETERS}/{key} is missing; is it another network's?"
             raise DataError(text, file=str(folder))
     for name, array in manifest.arrays.items():

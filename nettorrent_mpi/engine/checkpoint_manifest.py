@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from nettorrent_mpi.data.storage import regular
 from nettorrent_mpi.device.arrays import Shape
-from nettorrent_mpi.engine.model_file import Attribute
+from nettorrent_mpi.engine.model_file import Attribute, is_name
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.errors import DataError
 from nettorrent_mpi.plan.moves import Box, Holding, volume
@@ -32,7 +32,7 @@ FORMAT = "nettorrent_mpi checkpoint 1"
 LARGEST = 1 << 28  # bytes of a manifest: some millions of blocks
 PIECE = 1 << 20  # bytes that are read at a time
 TYPES = {"float32": 4, "float64": 8, "uint16": 2}  # of all that is saved: bytes of an element
-_SHARD = re.compile(r"shard-\d{5,}\.h5")
+_SHARD, _SUM = re.compile(r"shard-\d{5,}\.h5", re.ASCII), re.compile("[0-9a-f]{64}")
 
 
 class SavedArray(NamedTuple):
@@ -87,7 +87,7 @@ class Manifest:
             if told["format"] == FORMAT and _text(body).encode() == data:
                 return cls(
                     {str(key): _attribute(value) for key, value in body["attributes"].items()},
-                    {name: _array(value) for name, value in body["arrays"].items()},
+                    {_name(name): _array(value) for name, value in body["arrays"].items()},
                     {_file_name(name): _file(value) for name, value in body["files"].items()},
                 )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -168,9 +168,9 @@ def _text(body: Mapping[str, Any]) -> str:
 
 
 def _name(name: Any) -> str:
-    if not isinstance(name, str) or not all(part not in ("", ".", "..") for part in name.split("/")):
+    if not is_name(name):
         raise ValueError(name)
-    return name
+    return str(name)
 
 
 def _file_name(name: str) -> str:
@@ -188,6 +188,8 @@ def _number(value: Any) -> int:
 def _attribute(value: Any) -> Attribute:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError(value)
+    if isinstance(value, int) and not -1 << 62 < value < 1 << 62:
+        raise ValueError(value)
     return value
 
 
@@ -210,4 +212,6 @@ def _fits(box: Box, shape: Shape) -> bool:
 
 
 def _file(told: Any) -> SavedFile:
-    return SavedFile(_number(told["bytes"]), str(told["sha256"]), blocks_of(told["blocks"]))
+    if not _SUM.fullmatch(told["sha256"]):
+        raise ValueError(told)
+    return SavedFile(_number(told["bytes"]), told["sha256"], blocks_of(told["blocks"]))

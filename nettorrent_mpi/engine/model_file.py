@@ -74,52 +74,54 @@ def read_attributes(file: h5py.File) -> dict[str, Attribute]:
 
 def verify(path: Path) -> dict[str, Attribute]:
     """Read the whole file and return its attributes. Raises DataError if any part is damaged."""
-    import h5py
-
-    def visit(_name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset):
+    with opened(path) as file:
+        for item in _arrays(file).values():
             _check_own(file, item)
             found = hashlib.sha256()
             step = max(_PIECE * len(item) // max(item.nbytes, 1), 1) if item.ndim else 1
             for piece in (item[at : at + step] for at in range(0, len(item), step)) if item.ndim else (item[()],):
                 found.update(np.ascontiguousarray(piece).data)
             _check_sum(item, found.hexdigest())
-
-    with opened(path) as file:
-        file.visititems(visit)
         return read_attributes(file)
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
     """Return the parameters of a file: "<layer>/<name>" -> whole array. Raises DataError if it is missing or
     damaged."""
-    import h5py
-
     arrays: dict[str, Array] = {}
-
-    def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset) and name.startswith(f"{PARAMETERS}/"):
-            _check_own(file, item)
-            array = arrays[name.removeprefix(f"{PARAMETERS}/")] = np.asarray(item)
-            _check_sum(item, hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
-
     with opened(path) as file:
-        file.visititems(visit)  # which follows no link to elsewhere
+        for name, item in _arrays(file).items():
+            if name.startswith(f"{PARAMETERS}/"):
+                _check_own(file, item)
+                array = arrays[name.removeprefix(f"{PARAMETERS}/")] = np.asarray(item)
+                _check_sum(item, hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
     return arrays
 
 
 def array_shapes(file: h5py.File) -> dict[str, tuple[Shape, str]]:
     """Return the shape and the type of every array of a file."""
+    return {name: (item.shape, item.dtype.name) for name, item in _arrays(file).items()}
+
+
+def _arrays(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Return the arrays of a file by their names. Raises DataError for names that are none of ours."""
     import h5py
 
-    found: dict[str, tuple[Shape, str]] = {}
+    found: dict[str, h5py.Dataset] = {}
 
-    def visit(name: str, item: object) -> None:
+    def visit(name: object, item: object) -> None:
         if isinstance(item, h5py.Dataset):
-            found[name] = item.shape, item.dtype.name
+            if not is_name(name):
+                raise DataError(f"has an array of a strange name ({ascii(name)[:80]})", file=file.filename)
+            found[str(name)] = item
 
-    file.visititems(visit)
+    file.visititems(visit)  # which follows no link to elsewhere
     return found
+
+
+def is_name(name: object) -> bool:
+    """Whether an array may have this name: a text that terminals and archives take for nothing else."""
+    return isinstance(name, str) and name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
 
 
 def own_array(file: h5py.File, name: str, shape: Shape | None = None) -> h5py.Dataset:
@@ -150,6 +152,14 @@ def _check_own(file: h5py.File, array: h5py.Dataset) -> None:
     filters = array.id.get_create_plist()
     packed = any(filters.get_filter(i)[0] != h5py.h5z.FILTER_FLETCHER32 for i in range(filters.get_nfilters()))
     pieces = max(math.prod(array.chunks or (1,)), array.size) * array.dtype.itemsize
+    if not packed and array.chunks:  # HDF5 2.0 does not look how long a chunk is, and reads beyond a shorter one
+        bytes_of_chunk = math.prod(array.chunks) * array.dtype.itemsize + 4 * filters.get_nfilters()
+
+        def check(chunk: h5py.h5d.StoreInfo) -> None:
+            nonlocal packed
+            packed = packed or chunk.filter_mask != 0 or chunk.size != bytes_of_chunk
+
+        array.id.chunk_iter(check)
     size, stored = os.path.getsize(file.filename), array.id.get_storage_size()
     if packed or pieces > size or stored < array.size * array.dtype.itemsize or array.dtype.kind not in "fu":
         text = f"array {array.name} is not stored whole, as nettorrent_mpi does it; use a file of its own"

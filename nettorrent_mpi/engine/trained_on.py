@@ -50,7 +50,7 @@ class TrainedOn:
                 raise ValueError
             texts = None if names is None else tuple(names)
             return cls(found["rows"], classes, texts, means, stds, bool(found["transposed"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             text = f"does not say what it was trained on (attribute {ATTRIBUTE}): is it a file of nettorrent_mpi?"
             raise DataError(text, file=path) from error
 

@@ -139,7 +139,7 @@ class TrainingFiles:
         if self._checkpoints is not None and checkpoint.lies_in(found, self._checkpoints):
             self._continues = True
         step, samples, seconds = int(attributes["step"]), int(attributes["samples"]), float(attributes["time"])
-        loss, accuracy = (float(attributes[name]) if name in attributes else None for name in ("loss", "accuracy"))
+        loss, accuracy = (float(attributes[name]) if name in attributes else None for name in checkpoint.MEASURED)
         self._loop.resume(step, samples, seconds, loss, accuracy)
         self.resumed_from = found
         return setup

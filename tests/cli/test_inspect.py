@@ -7,11 +7,13 @@ import re
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 import nettorrent_mpi as nt
 from nettorrent_mpi.__main__ import main
+from nettorrent_mpi.engine.checkpoint_manifest import _text
 
 DATA = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32), np.arange(32) % 3
 
@@ -78,6 +80,34 @@ def test_what_is_damaged_or_missing(trained: Path, tmp_path: Path, capfd: pytest
     assert (code, [bool(each["damage"]) for each in json.loads(text)]) == (2, [True, True, True])
     code, _, error = told(capfd, tmp_path)
     assert (code, error) == (2, f"nettorrent: error: {tmp_path} has no checkpoint and no model.h5\n")
+
+
+@pytest.mark.parametrize("name", ["file", "allow_pickle", "..", "\x1b[2J", b"caf\xff", "a\nb", "a/.."])
+def test_arrays_of_strange_names(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str | bytes) -> None:
+    with h5py.File(tmp_path / "model.h5", "w", libver=("v110", "latest")) as file:
+        group = file.create_group("parameters")
+        group.create_dataset(name, data=np.ones(3), chunks=True, fletcher32=True)
+    code, text, _ = told(capfd, tmp_path)
+    assert text.replace("\n", "").isprintable()
+    assert told(capfd, tmp_path, "--json")[0] == code == (0 if name in ("file", "allow_pickle") else 2)
+    assert main(["export", str(tmp_path), str(tmp_path / "out.npz")]) == code
+    if code == 0:
+        np.testing.assert_array_equal(np.load(tmp_path / "out.npz")[name], np.ones(3))
+    else:
+        assert "has an array of a strange name" in text
+        assert "has an array of a strange name" in capfd.readouterr().err
+
+
+def test_attributes_are_shown_as_text(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    manifest = run / "checkpoints" / "step-0000000004" / "manifest.json"
+    body = json.loads(manifest.read_text())
+    del body["checksum"]
+    body["attributes"]["layout"] = "\x1b[2J"
+    manifest.write_text(_text(body))
+    code, text, _ = told(capfd, run)
+    assert code == 0
+    assert text.replace("\n", "").isprintable()
 
 
 def test_a_checkpoint_is_exported(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -55,3 +55,13 @@ def test_a_zeroed_array_is_found(file: Path) -> None:
         for read in (verify, read_arrays):
             with pytest.raises(DataError, match="is not the one that was written"):
                 read(file)
+
+
+@pytest.mark.parametrize(("chunk", "mask"), [(b"ab", 0), (b"ab", 1), (b"ab", 2), (bytes(20), 1), (bytes(20), 0)])
+def test_chunks_of_other_lengths(file: Path, chunk: bytes, mask: int) -> None:
+    """HDF5 2.0 crashes, or gives what lies behind them in memory."""
+    with h5py.File(file, "a") as opened:
+        opened["parameters/linear1/bias"].id.write_direct_chunk((0,), chunk, mask)
+    for read in (verify, read_arrays):
+        with pytest.raises(DataError, match="is not stored whole"):
+            read(file)

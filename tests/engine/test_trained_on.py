@@ -35,7 +35,10 @@ def test_it_is_read_as_it_was_written() -> None:
     )
 
 
-@pytest.mark.parametrize("given", [{}, {ATTRIBUTE: "{"}, {ATTRIBUTE: "[]"}, {ATTRIBUTE: "{}"}, {ATTRIBUTE: 3}])
+HUGE = TrainedOn.of(setup()).text().replace('"mean": [0.0]', f'"mean": [{10**400}]')
+
+
+@pytest.mark.parametrize("given", [{}, *({ATTRIBUTE: text} for text in ("{", "[]", "{}", 3, HUGE))])
 def test_a_file_that_does_not_say_it(given: dict[str, Any]) -> None:
     with pytest.raises(nt.DataError, match=r"run/model\.h5: does not say what it was trained on"):
         fit(setup(), given, FILE)
