@@ -116,7 +116,7 @@ def _in_words(error: yaml.MarkedYAMLError, text: str) -> tuple[str, int | None]:
     """Say what is wrong about a text that is no YAML, as its writer sees it, and in which line."""
     mark, began = error.problem_mark or error.context_mark, error.context_mark
     problem = error.problem or error.context or "unreadable"
-    lines = re.split(r"\r\n|[\r\n]", text)
+    lines = re.split("\r\n|[\r\n\x85\u2028\u2029]", text)  # as YAML counts them
 
     if mark is None:
         return problem, None

@@ -420,7 +420,13 @@ def test_yaml_is_corrected_in_words(old: str, new: str, line: int, words: str) -
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "is empty"), ("# nothing\n", "is empty"), ("just words", "wants a mapping"), ("- a\n- b", "wants a mapping")],
+    [
+        ("", "is empty"),
+        ("# nothing\n", "is empty"),
+        ("just words", "wants a mapping"),
+        ("- a\n- b", "wants a mapping"),
+        ("seed: 1 # \x85\u2028\u2029\n0o7", "f.yaml:5: not valid YAML: a key has no colon"),
+    ],
 )
 def test_a_text_that_is_no_configuration(text: str, words: str) -> None:
     error = told(text)
