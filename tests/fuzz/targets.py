@@ -3,7 +3,9 @@ UserError, or read as everybody reads it."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import warnings
 from functools import cache
@@ -15,6 +17,7 @@ import numpy as np
 
 from nettorrent_mpi.api import Trainer
 from nettorrent_mpi.cli.evaluate import export
+from nettorrent_mpi.cli.inspect import inspect
 from nettorrent_mpi.cli.run_folder import RunFolder
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.data.dataset import open_dataset
@@ -108,14 +111,16 @@ def strange_hdf5(case: Path) -> str:
 def config(case: Path) -> str:
     """A configuration is read, planned and written again."""
     path = case / "c.yaml"
-    read = load_config(path)
+    read, refused = load_config(path), None
     try:
         planned = plan(read, ranks=4)
         described = str(planned)
     except UserError as error:
         raise placed(error, path) from None
-    except MemoryError as error:  # for a network that was asked for: told in one line
-        raise in_one_line(error) or error from None
+    except MemoryError as error:
+        refused = in_one_line(error)
+    if refused is not None:  # a network that is too large was asked for; for any other target this is a fault
+        raise refused
     again = case / "again.yaml"
     again.write_text(to_yaml(read), encoding="utf-8")
     assert load_config(again) == read
@@ -177,6 +182,7 @@ def strange_model(case: Path) -> str:
         _trainer().load(path)
     except UserError as error:
         refused = error
+    _inspected(path)
     export(str(case), str(target))
     with np.load(target) as arrays:
         assert not any(b"SECRET" in array.tobytes() for array in arrays.values())
@@ -200,10 +206,20 @@ def checkpoint(case: Path) -> str:
 
 
 def sealed_checkpoint(case: Path) -> str:
-    """A checkpoint whose checksums somebody has made right again is resumed from, or not."""
+    """A checkpoint whose checksums somebody has made right again is shown, resumed from and exported, or not."""
     trainer = _trainer()
+    _inspected(case)
     trainer.resume(case)
+    export(str(case), str(case / "out.npz"))
     return f"step {trainer.step}"
+
+
+def _inspected(path: Path) -> None:
+    """See that `inspect` shows it, and as nothing but text."""
+    for as_json in (False, True):
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            inspect(str(path), as_json=as_json)
+        assert all(line.isprintable() for line in shown.getvalue().split("\n"))
 
 
 def make_checkpoint(folder: Path) -> None:
