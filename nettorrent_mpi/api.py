@@ -273,6 +273,11 @@ class Trainer:
         """Let `announce` be called on all ranks at the end of each recovery; by default rank 0 warns."""
         self._recovery.announce = announce
 
+    def on_leaving(self, resign: Callable[[], None]) -> None:
+        """Let `resign` be called on a rank that lives but has no place in the layout in which the others go on. It
+        cannot communicate; afterwards the process ends with exit code 0."""
+        self._recovery.resign = resign
+
     # -- results ------------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> Evaluation:

@@ -206,6 +206,54 @@ def test_rank_0_of_the_survivors_shows_what_is_shown_once(
     assert done.stderr.count("nettorrent: warning: the training loss is") == 1, text
 
 
+THREE = "layout={replicas: 3, swarms: [{layers: 2}, {layers: 1}]}"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "deaths", "changes", "lost", "left_out", "replicas"),
+    [
+        pytest.param(6, "1:exchange:9,4:forward:60", [THREE, "exchange={gossip: {}}"], [[1], [4]], [[0], []], [2, 1],
+                     id="gossip, with the first rank", marks=slow),
+        pytest.param(6, "3:forward:20,4:step:30", [THREE, "exchange={elite: {every_samples: 300}}"], [[3], [4]],
+                     [[2], []], [2, 1], id="elite", marks=long),
+        pytest.param(6, "5:step:12,1:step:25", [THREE, "exchange=none"], [[5], [1]], [[4], []], [2, 1], id="none",
+                     marks=long),
+        pytest.param(5, "0:step:12,3:step:25", ["layout={replicas: 5}", "exchange={gossip: {}}"], [[0], [3]], [[], []],
+                     [4, 3], id="replicas of one rank", marks=long),
+        pytest.param(6, "1:step:12,4:take:1", [THREE, "exchange={gossip: {}}"], [[1, 4]], [[]], [1],
+                     id="it gets one again", marks=long),
+        pytest.param(6, "1:step:12,2:take:1", [THREE, "exchange={gossip: {}}"], [[1, 2]], [[]], [1],
+                     id="it is the first again", marks=long),
+        pytest.param(6, "1:step:12,0:give:1", [THREE, "exchange={gossip: {}}"], [[0, 1]], [[]], [2],
+                     id="it is lost", marks=long),
+    ],
+)  # fmt: skip
+def test_live_replicas_stay_as_they_are(
+    lose: Lose,
+    ranks: int,
+    deaths: str,
+    changes: list[str],
+    lost: list[list[int]],
+    left_out: list[list[int]],
+    replicas: list[int],
+) -> None:
+    """None is merged with others so that all ranks have a place: one that has none leaves, and is told of."""
+    ended = lose(ranks, deaths, *changes, "checkpoint={every_steps: 15}")
+    failures = ended.summary["failures"]
+    text = f"{failures}\n{ended.done.stdout}\n{ended.done.stderr}"
+    assert [failure["lost"] for failure in failures] == lost, text
+    assert [failure["left_out"] for failure in failures] == left_out, text
+    assert [failure["replicas"] for failure in failures] == replicas, text
+    assert [failure["live_replicas"] for failure in failures] == replicas, text
+    assert all(failure["resumed_from"] == failure["step"] for failure in failures), text
+    assert ended.summary["world_size"] == failures[-1]["left"], text
+    assert ended.done.stdout.count("has no place in 2 replicas of 2 and leaves") == sum(map(len, left_out)), text
+    assert ended.steps[-1] == 40, text
+    assert (ended.folder / "checkpoints" / "step-0000000040").is_dir(), text
+    assert not (ended.folder / "lock.json").exists()
+    assert ended.summary["test_accuracy"] > 0.3, text
+
+
 @long
 @pytest.mark.parametrize(
     ("deaths", "lost"),

@@ -134,6 +134,7 @@ class Run:
         self._created = self._begun = False
         self._reporter: Reporter | None = None
         trainer.on_recovery(self.go_on)
+        trainer.on_leaving(self.leave)
 
     def is_complete(self, checkpoint: Path) -> bool:
         """Whether the run that `checkpoint` continues has nothing left to train, and the folder has its results: they
@@ -215,6 +216,13 @@ class Run:
             else:
                 self._reporter.message(f"layout: {self._planned.setup.layout_line} on {ranks}")
             self._reporter.message(failure.line)
+
+    def leave(self) -> None:
+        """Let another rank show and write, if this one did: it has no place among the survivors."""
+        reporter, self._reporter = self._reporter, None
+        if reporter is not None:
+            reporter.close()
+        self._folder.close()
 
     @NOW.during("showing progress")
     def tell(self, record: Record) -> None:

@@ -47,6 +47,7 @@ class RunFolder:
             self._metrics.close()
         if self._lock is not None:
             self._lock.release()
+            self._lock = None
 
     def check(self, overwrite: bool, results: Sequence[str] = (*OURS, "checkpoints")) -> None:
         """Raise an OutputError if the folder holds any of another run's `results`, or is a file."""

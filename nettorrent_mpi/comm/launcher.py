@@ -107,9 +107,11 @@ def flush() -> None:
             stream.flush()
 
 
-def depart(code: int) -> NoReturn:
-    """End this process at once with this code, without MPI's own end, and leave nothing of it behind."""
-    tidy()
+def depart(code: int, *, others_go_on: bool = False) -> NoReturn:
+    """End this process at once with this code, without MPI's own end, and leave nothing of it behind, unless others
+    need it."""
+    if not others_go_on:
+        tidy()
     os._exit(code)
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -43,6 +43,7 @@ class World(Group):
         super().__init__(None if alone else (MPI.COMM_WORLD if parent is None else parent).Dup())
         if parent is None:
             check_launch(self.size, os.environ)
+        self._whole: Group | None = None  # with the ranks that `keep` has left out, until `agree`
         if alone:
             return
         self._count()
@@ -68,6 +69,11 @@ class World(Group):
         """This rank's number."""
         return self.index
 
+    @property
+    def is_broken(self) -> bool:
+        """The same as of every group, of those that were left out, too."""
+        return super().is_broken or (self._whole is not None and self._whole.is_broken)
+
     def _count(self) -> None:
         self.numbers = tuple(self.comm.group.Translate_ranks(None, MPI.COMM_WORLD.group))
         self.members = frozenset(self.numbers)
@@ -77,10 +83,32 @@ class World(Group):
         Returns the numbers of the lost in MPI.COMM_WORLD. All survivors call, after `revoke`, and wait for each other.
 
         No group made from this world can be used any more; none is freed, because that could wait for the lost."""
-        before, nodes = self.numbers, self.nodes
-        self.comm = cast("MPI.Intracomm", self.comm.Shrink())
+        whole, self._whole = self._whole or self, None
+        comm, nodes = whole.comm, whole.nodes
+        before = tuple(comm.group.Translate_ranks(None, MPI.COMM_WORLD.group))
+        self.comm = cast("MPI.Intracomm", comm.Shrink())
         library.note_lost()
         self.kin.intersection_update({self})
+        self._renew(before, nodes)
+        return [number for number in before if number not in self.members]
+
+    def keep(self, ranks: Sequence[int]) -> Group:
+        """Go on with these ranks alone, in their order: in place, as `shrink` does, which comes before. All ranks call.
+        For the others this world stays as it is. Returns the group of all; until they `agree`, `shrink` and `revoke`
+        concern all."""
+        if len(ranks) == self.size:
+            return self
+        self._whole = Group(self.comm, self.nodes, self.kin)
+        comm = cast("MPI.Intracomm", self.comm.Split(0 if self.rank in ranks else MPI.UNDEFINED, self.rank))
+        if self.rank in ranks:
+            self.comm = comm
+            self._renew(self.numbers, self.nodes)
+        elif self.watchdog is not None:
+            self.watchdog.close()
+        return self._whole
+
+    def _renew(self, before: Sequence[int], nodes: Sequence[int]) -> None:
+        """Learn anew who the ranks are, of those that had the numbers `before` on these nodes."""
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.size, self.index = self.comm.Get_size(), self.comm.Get_rank()
         self._count()
@@ -88,7 +116,6 @@ class World(Group):
         self.nodes = tuple(kept.index(node) for node in kept)
         if self.watchdog is not None:
             self.watchdog.meet(self, self.host)
-        return [number for number in before if number not in self.members]
 
     def watch(self, report: int | None = 60, end: int | None = 600) -> Watchdog:
         """Let a watchdog look after the ranks, with these seconds; return it. All ranks call."""
@@ -108,9 +135,14 @@ class World(Group):
         self.unwatch()
 
     def agree(self) -> None:
-        """Wait for all ranks, where one may be lost: then an error is raised on all of them alike."""
-        if self.size > 1 and survivable():
-            self.comm.Agree(1)
+        """Wait for all ranks, where one may be lost: then an error is raised on all of them alike. Those that were left
+        out (`keep`) leave afterwards."""
+        whole = self._whole or self
+        if whole.size > 1 and survivable():
+            whole.comm.Agree(1)
+        if whole is not self:
+            self.kin.discard(whole)
+            self._whole = None
 
     def _agreed(self, error: NetTorrentError, where: str = "") -> NetTorrentError:
         """The error as all ranks of this world raise it; one of the package's faults ends the program all the same."""

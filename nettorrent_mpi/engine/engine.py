@@ -113,6 +113,7 @@ class Engine:
         self._left = 0  # steps planned until the ranks come to rest; 0: they are at rest
         self.steps = 0  # done so far
         if blocks is not None:
+            wiring.everyone.barrier()  # Open MPI's ranks crash where a group is revoked that they still make
             self.restore(blocks.take, blocks.steps, blocks.replicas)
         if self._opened:
             self.open_data(self.dataset, sampler or self.sampler)

@@ -89,6 +89,7 @@ class TrainingFiles:
         """Let other runs use the folder."""
         if self._lock is not None:
             self._lock.release()
+            self._lock = None
 
     def check_folder(self) -> None:
         """Raise an OutputError if the folder has another run's checkpoints, which this training's would replace."""

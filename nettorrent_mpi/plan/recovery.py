@@ -162,16 +162,17 @@ def _newest(ranks: Sequence[int], survivors: Sequence[Survivor]) -> tuple[Bring,
     return tuple(Bring(by_rank[rank][newest], rank, newest) for rank in ranks)
 
 
-def replicas_of_survivors(ranks: int, live: int) -> int:
-    """Return the number of replicas on this many ranks: `live`, or the largest smaller one that divides them."""
-    return max(count for count in range(1, min(live, ranks) + 1) if ranks % count == 0)
+def replicas_of_survivors(old: Topology, ranks: int, there: int) -> int:
+    """Return the number of replicas that differ on this many ranks, of `there` that have a state: all, as long as each
+    can have a rank for each of the old stages."""
+    return min(there, max(1, ranks // len(old.stages)))
 
 
 def layout_of_survivors(
     facts: Sequence[LayerFacts],
     old: Topology,
     ranks: int,
-    live: int,
+    there: int,
     batch_size: int,
     pieces: Callable[[int, int], int],
     pipeline: str,
@@ -180,17 +181,18 @@ def layout_of_survivors(
 ) -> Topology:
     """Return the layout in which `ranks` survivors of a run in the layout `old` go on.
 
-    `live` replicas bring a state of their own; with an exact exchange all are equal, and as many as before are wanted.
-    `pieces` gives the number of micro-batches for numbers of stages and of replicas. Where teams of the old shape use
-    all ranks, they stay as they are. Otherwise the ranks of a replica are divided anew over the old stages, or, where
-    they are too few, over neighbouring stages that are merged, so that the slowest is as fast as possible; with an
-    exact exchange for any number of replicas, up to the old one, with which the predicted step is short: the nearest
-    to the old number of those that are nearly as fast as the fastest.
+    `there` replicas bring a state of their own, and get equally many ranks; a few ranks may have no place
+    (`places_of_survivors`). With an exact exchange all replicas are equal, as many as before are wanted, and all ranks
+    are used. `pieces` gives the number of micro-batches for numbers of stages and of replicas. Where teams of the old
+    shape use these ranks, they stay as they are. Otherwise the ranks of a replica are divided anew over the old stages,
+    or, where they are too few, over neighbouring stages that are merged, so that the slowest is as fast as possible;
+    with an exact exchange for any number of replicas, up to the old one, with which the predicted step is short: the
+    nearest to the old number of those that are nearly as fast as the fastest.
     """
     team = old.size // old.replicas
-    wanted = old.replicas if exact else replicas_of_survivors(ranks, live)
-    if ranks % team == 0 and (ranks // team == wanted or (exact and ranks // team < wanted)):
-        return Topology(ranks // team, old.stages)
+    wanted = old.replicas if exact else replicas_of_survivors(old, ranks, there)
+    if (ranks % team == 0 and ranks // team <= wanted) if exact else ranks // wanted == team:
+        return Topology(ranks // team if exact else wanted, old.stages)
     counts = [n for n in range(1, wanted + 1) if ranks % n == 0] if exact else [wanted]
     cuts = [Span(stage.first, stage.stop) for stage in old.stages]
     found: list[tuple[float, Topology]] = []
@@ -203,6 +205,20 @@ def layout_of_survivors(
         found.append((predict(topology, facts, batch_size, many, pipeline, exact=exact).seconds, topology))
     limit = AS_NEAR * min(seconds for seconds, _ in found)
     return max((topology for seconds, topology in found if seconds <= limit), key=lambda each: each.replicas)
+
+
+def places_of_survivors(
+    old: Topology, ranks: Sequence[int], found: LiveReplicas | Snapshot | None, size: int
+) -> list[int]:
+    """Return the positions of the survivors that go on in a layout of this size, in order. `ranks` are the survivors'
+    numbers before the loss.
+
+    Those of live replicas all go on; as ranks count up over replicas last, their teams stay where they are in their
+    replica. Of the others the last ones have no place.
+    """
+    live = found.replicas if isinstance(found, LiveReplicas) else ()
+    first = sorted(range(len(ranks)), key=lambda position: old.place(ranks[position]).replica not in live)
+    return sorted(first[:size])
 
 
 def _merged(facts: Sequence[LayerFacts], cuts: Sequence[Span], groups: int) -> list[Span]:

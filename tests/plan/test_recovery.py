@@ -23,6 +23,7 @@ from nettorrent_mpi.plan.recovery import (
     Survivor,
     buddies,
     layout_of_survivors,
+    places_of_survivors,
     replicas_of_survivors,
     source,
 )
@@ -257,22 +258,74 @@ def test_any_number_of_survivors_has_a_valid_layout(old: Topology, seed: int, pi
     for ranks in range(1, old.size):
         for live in range(1, old.replicas + 1) if not exact else [1]:
             new = layout_of_survivors(facts, old, ranks, live, 32, lambda stages, replicas: 4, pipeline, exact=exact)
-            assert new.size == ranks
             assert new.stages[-1].stop == layers
             assert all(s.cols <= min(f.units for f in facts[s.first : s.stop]) for s in new.stages)
             assert {s.first for s in new.stages} <= {s.first for s in old.stages}  # no stage is cut in two
             assert len(new.stages) == min(len(old.stages), ranks // new.replicas)
             assert new.replicas <= old.replicas
-            if not exact:
-                assert new.replicas == replicas_of_survivors(ranks, live)
-                if ranks == live * team:
-                    assert new == Topology(live, old.stages)
-            elif ranks % team == 0:
+            if exact:
+                assert new.size == ranks
+            else:
+                assert new.replicas == replicas_of_survivors(old, ranks, live)
+                assert 0 <= ranks - new.size < new.replicas  # no replica could have one rank more
+            if not exact and ranks // new.replicas == team:
+                assert new.stages == old.stages
+            elif exact and ranks % team == 0:
                 assert new == Topology(ranks // team, old.stages)
 
 
-def test_as_many_replicas_as_live() -> None:
-    assert replicas_of_survivors(6, 3) == 3
-    assert replicas_of_survivors(6, 4) == 3
-    assert replicas_of_survivors(5, 2) == 1
-    assert replicas_of_survivors(1, 4) == 1
+def test_as_many_replicas_as_there_is_room_for() -> None:
+    two = Topology(3, (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1)))
+    assert [replicas_of_survivors(two, ranks, 3) for ranks in range(1, 7)] == [1, 1, 1, 2, 2, 3]
+    assert [replicas_of_survivors(two, ranks, 1) for ranks in range(1, 7)] == [1] * 6
+    assert [replicas_of_survivors(ONE, ranks, 3) for ranks in range(1, 7)] == [1, 2, 3, 3, 3, 3]
+
+
+def survivors_of(old: Topology, lost: set[int], newest: int) -> list[Survivor]:
+    """What ranks bring that kept copies within their replica, and whose replica is at rest where all of it lives."""
+    found = []
+    for rank in sorted(set(range(old.size)) - lost):
+        members = old.replica(old.place(rank).replica)
+        ward = members[buddies([0] * len(members)).index(members.index(rank))]
+        whole = not lost.intersection(members)
+        found.append(Survivor(rank, [Kept(newest, rank), Kept(newest, ward)], newest + 7 if whole else None))
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(topologies().filter(lambda topology: topology.size <= 12), st.integers(0, 99))
+def test_live_replicas_go_on_as_they_are(old: Topology, seed: int) -> None:
+    """Whichever ranks are lost: no live replica is merged with others, whole teams stay where they are, and only ranks
+    of broken replicas have no place."""
+    facts, draw = facts_of(old.stages[-1].stop, seed), random.Random(seed)
+    sets = [set(lost) for count in range(1, old.size) for lost in combinations(range(old.size), count)]
+    for lost in draw.sample(sets, min(60, len(sets))):
+        survivors = survivors_of(old, lost, 10)
+        ranks = [survivor.rank for survivor in survivors]
+        found = source(old, True, survivors)
+        there = old.replicas if found is None else len(found.replicas)
+        new = layout_of_survivors(facts, old, len(ranks), there, 32, lambda s, r: 4, "1f1b", exact=False)
+        staying = places_of_survivors(old, ranks, found, new.size)
+        assert len(staying) == new.size
+        assert staying == sorted(set(staying))
+        live = [r for r in range(old.replicas) if not lost.intersection(old.replica(r))]
+        if not live:
+            continue
+        assert isinstance(found, LiveReplicas)
+        assert list(found.replicas) == live
+        assert new.replicas == len(live)
+        kept = [ranks[position] for position in staying]
+        assert set(kept) >= {rank for replica in live for rank in old.replica(replica)}
+        if new.stages == old.stages:
+            assert kept == [rank for replica in live for rank in old.replica(replica)]
+            for number, rank in enumerate(kept):
+                assert new.place(number) == old.place(rank)._replace(replica=live.index(old.place(rank).replica))
+
+
+def test_with_an_exact_exchange_all_survivors_have_a_place() -> None:
+    survivors = survivors_of(ONE, {2}, 10)
+    assert places_of_survivors(ONE, [survivor.rank for survivor in survivors], source(ONE, False, survivors), 3) == [
+        0,
+        1,
+        2,
+    ]

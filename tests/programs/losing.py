@@ -29,6 +29,7 @@ from nettorrent_mpi.engine.failover import Recovery  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
 from nettorrent_mpi.engine.redundancy import Redundancy  # noqa: E402
 from nettorrent_mpi.engine.reports import Reports  # noqa: E402
+from nettorrent_mpi.engine.resharding import Blocks  # noqa: E402
 from nettorrent_mpi.engine.state import State  # noqa: E402
 from nettorrent_mpi.engine.training_files import TrainingFiles  # noqa: E402
 from nettorrent_mpi.engine.update import Update  # noqa: E402
@@ -68,6 +69,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "shrink": (World, "shrink"),  # what a recovery does
     "restore": (Recovery, "_restore"),
     "take": (Engine, "restore"),
+    "give": (Blocks, "give"),  # by a rank that has no place
     "refresh": (Redundancy, "refresh"),
 }
 assert all(hasattr(holder, name) for holder, name in PHASES.values()), "a phase is named after nothing that exists"

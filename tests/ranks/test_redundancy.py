@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from mpi4py import MPI
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.failover import Held, _brought
 from nettorrent_mpi.engine.redundancy import Redundancy
 from nettorrent_mpi.engine.resharding import Blocks
 from nettorrent_mpi.plan import exchange_specs as exchanges
 from nettorrent_mpi.plan.moves import Holding, whole, within
-from nettorrent_mpi.plan.recovery import Kept, Snapshot, Survivor, buddies, layout_of_survivors, source
+from nettorrent_mpi.plan.recovery import Kept, LiveReplicas, Snapshot, Survivor, buddies, layout_of_survivors, source
 from nettorrent_mpi.plan.topology import Topology
 from tests.ranks.test_attach import BATCH, NETWORK, RANK, SIZE, inner, name, plan, start, topologies
 
@@ -174,3 +176,42 @@ def test_replicas_that_differ_have_copies_within_each(exchange: Any) -> None:
             assert all((block == expected[holding]).all() for holding, block in copy.items())
     engine.close()
     world.free()
+
+
+@pytest.mark.ranks(5)
+def test_live_replicas_go_on_bit_for_bit_without_a_rank_that_has_no_place() -> None:
+    """Of three replicas of two ranks the first one's first rank is lost: its other rank, the first survivor, hands over
+    what it holds with the others, and they go on alone."""
+    before, after, step = inner(3, [(1, 1), (1, 1)]), inner(2, [(1, 1), (1, 1)]), 4
+    options = plan(after, exchange=exchanges.Nothing(), clip_norm=None)
+    part = MPI.COMM_WORLD.Split(0 if RANK else MPI.UNDEFINED)
+    live: dict[Holding, Array] = {}
+    if RANK:
+        trained_on = World(part)
+        engine = start(trained_on, options)
+        for n in range(step):
+            engine.step(n, 0.003, step - n)
+        live = owned(engine)
+        engine.close()
+        trained_on.free()
+        part.Free()
+    world = World()
+    found = source(before, True, [Survivor(old, (), step if old > 1 else None) for old in range(1, 6)])
+    assert found == LiveReplicas((1, 2), step)
+    everyone = world.keep([1, 2, 3, 4])
+    assert (world.size, everyone.size) == (4 if RANK else 5, 5)
+    guard: Any = SimpleNamespace(topology=before, rank=RANK + 1)
+    blocks = _brought(everyone, Held(guard, step, live), [], found)
+    if RANK:
+        engine = Engine(world, options, blocks)
+        assert engine.steps == step
+        now = owned(engine)
+        assert now.keys() == live.keys()
+        assert all((block == live[holding]).all() for holding, block in now.items())
+        engine.close()
+    else:
+        blocks.give(2)
+    world.agree()
+    if RANK:
+        world.free()
+    everyone.comm.Free()
