@@ -91,4 +91,6 @@ class ImageReader:
             with _Picture(path) as file, self._image.open(file, formats=_FORMATS) as image:
                 yield image
         except Exception as error:
-            raise DataError(f"cannot be read as an image ({error}); remove or replace it", file=str(path)) from error
+            unknown = type(error).__name__ == "UnidentifiedImageError"  # whose text has the name once more
+            told = f"it is whole in none of the formats {', '.join(_FORMATS)}" if unknown else error
+            raise DataError(f"cannot be read as an image ({told}); remove or replace it", file=str(path)) from error
