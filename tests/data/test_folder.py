@@ -208,7 +208,7 @@ def test_an_image_never_starts_another_program(folder: Path, tmp_path: Path, mon
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
     Image.new("RGB", (6, 8)).save(folder / "cow" / "03.png", "EPS")
-    with pytest.raises(DataError, match="image .it is whole in none of the formats AVIF, "):
+    with pytest.raises(DataError, match="it is whole in none of the formats AVIF"):
         import_folder(folder, tmp_path / "set.h5")
     assert not (tmp_path / "ran").exists()
 
