@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 
 from nettorrent_mpi.nn.footprint import Footprint, footprint
@@ -44,6 +46,13 @@ def test_gradients_of_large_weights_are_not_computed_and_count_alike(
     computed: list[int] = []
     assert footprint(layers, 30, "float32", accumulate=accumulate) == whole
     assert computed
+
+
+def test_the_weights_take_no_memory() -> None:
+    layers = Network((specs.Linear(10_000), specs.Linear(5)), (15_000,)).stage(0, 2, 1, 0)  # 600 MB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    footprint(layers, 1, "float32")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 @pytest.mark.parametrize("network", [IMAGES, VECTORS], ids=["images", "vectors"])
