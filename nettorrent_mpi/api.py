@@ -117,7 +117,8 @@ class Trainer:
             self._closers.append(self._files.close)
             self._recovery = Recovery(self._engine, self._loop, self._files, self._take)
             if world.watchdog is not None:
-                world.watchdog.farewell = self._files.farewell
+                world.watchdog.farewell, world.watchdog.emergency = self._files.farewell, self._files.emergency
+                self._closers.insert(0, self._forget_state)
             if folder is None and "checkpoint" in settings and world.rank == 0:
                 warn("checkpoint is set, but there is no folder for checkpoints: none is written; give output")
             NOW.enter(OUTSIDE)
@@ -394,8 +395,15 @@ class Trainer:
         atexit.unregister(self._end_of_script)
         self._closers.clear()
         if hasattr(self, "_files"):
+            self._forget_state()
             self._files.abandon()
             self._files.close()
+
+    def _forget_state(self) -> None:
+        """Let the watchdog save nothing of what is freed now."""
+        watchdog = self._world.watchdog
+        if watchdog is not None and watchdog.emergency is self._files.emergency:
+            watchdog.emergency = None
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,11 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from nettorrent_mpi.comm.activity import Activity
 from nettorrent_mpi.comm.spying import LEAST, Spy, moved_bytes
+from nettorrent_mpi.engine.checkpoint import read_manifest, read_network
 from tests.conftest import kill_session
 
 HERE = Path(__file__).resolve().parent
@@ -37,8 +41,12 @@ checkpoint: {every_steps: 2}
 class Started:
     """A training of failing.py that runs."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path):
-        self.process, self.log = process, log
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, folder: Path):
+        self.process, self.log, self.folder = process, log, folder
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     @property
     def text(self) -> str:
@@ -67,20 +75,27 @@ def start(installed_mpi: Installed, tmp_path: Path) -> Iterator[Callable[..., St
     started: list[Started] = []
 
     def begin(
-        n: int, words: list[str], report: int, end: int, mpi: str = "openmpi", changes: tuple[str, ...] = ()
+        n: int,
+        words: list[str],
+        report: int,
+        end: int,
+        mpi: str = "openmpi",
+        changes: tuple[str, ...] = (),
+        more: tuple[str, ...] = (),
+        folder: str = "run",
     ) -> Started:
         launcher, settings = installed_mpi(mpi)
-        config, log = tmp_path / "config.yaml", tmp_path / "log"
+        config, log = tmp_path / "config.yaml", tmp_path / f"log{len(started)}"
         config.write_text(CONFIG)
         command = [*launcher, "-n", str(n), sys.executable, str(FAILING), *words, str(config)]
-        command += ["--output", str(tmp_path / "run"), "--set", f"watchdog={{report: {report}, end: {end}}}"]
+        command += ["--output", str(tmp_path / folder), "--set", f"watchdog={{report: {report}, end: {end}}}", *more]
         command += [word for change in changes for word in ("--set", change)]
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "SECOND": str(SECOND)} | settings
         with log.open("w") as out:
             process = subprocess.Popen(
                 command, cwd=HERE.parent, env=environment, stdout=out, stderr=out, start_new_session=True
             )
-        started.append(Started(process, log))
+        started.append(Started(process, log, tmp_path / folder))
         return started[-1]
 
     yield begin
@@ -153,6 +168,78 @@ def test_a_rank_that_hangs_is_found_and_ends_the_run(start: Callable[..., Starte
         assert len(re.findall(r"rank 1 \(process \d+ on .*\) is stopped", text)) >= 1, text
     elif phase == "forward":
         assert re.search(r"^1  .*1F\d of step \d+, failing.py:\d+ fail", words, re.M), text
+
+
+ROWS, REPLICAS = "layout={swarms: [{layers: 3, rows: 3}]}", "layout={replicas: 2}"
+ADAM, MOMENTUM = "train.optimizer=adam", "train.optimizer={sgd: {lr: 0.1, momentum: 0.9}}"
+NORM = "model.layers=[flatten, {linear: 8}, batch_norm, relu, {linear: 6}, relu, {linear: 10}]"
+MADE = r"; a checkpoint of step (\d+), the last whole one, is made; the latest checkpoint is (\S+): continue with --res"
+
+
+@pytest.mark.parametrize(
+    ("mpi", "n", "how", "changes"),
+    [
+        pytest.param("openmpi", 3, "rows:spin", (ROWS, ADAM, NORM), marks=slow, id="a data set that hangs"),
+        pytest.param("mpich", 3, "rows:spin", (ROWS, ADAM, NORM), marks=long, id="a data set that hangs, MPICH"),
+        pytest.param("openmpi", 2, "step:stop", (REPLICAS,), marks=long, id="a stopped replica"),
+        pytest.param("mpich", 2, "step:stop", (REPLICAS,), marks=slow, id="a stopped replica, MPICH"),
+        pytest.param("openmpi", 3, "forward:sleep", (), marks=long, id="a stage that hangs"),
+    ],
+)
+def test_a_run_that_ends_leaves_a_checkpoint_of_the_last_step(
+    start: Callable[..., Started], mpi: str, n: int, how: str, changes: tuple[str, ...]
+) -> None:
+    """The run that goes on from there has the weights, and the losses, of one that nothing happens to; but a line of
+    metrics.jsonl may be missing, and without the silent rank's sums another one is the mean of fewer steps."""
+    changes = (*changes, "checkpoint={every_steps: 5}")
+    run = start(n, [how, "1"], report=6, end=10, mpi=mpi, changes=changes)
+    assert run.ended() == 1, run.text
+    made = re.search(MADE, run.text)
+    assert made, run.text
+    step, path = int(made[1]), Path(made[2])
+    assert 0 < step < 5
+    manifest = read_manifest(path)
+    manifest.verify(path, list(manifest.files))
+    assert manifest.attributes["step"] == step
+    on = start(n, ["none", "1"], report=60, end=600, mpi=mpi, changes=changes, more=("--resume",))
+    assert on.ended() == 0, on.text
+    assert f"resumes after step {step} of 12" in on.text, on.text
+    whole = start(n, ["none", "1"], report=60, end=600, mpi=mpi, changes=changes, folder="whole")
+    assert whole.ended() == 0, whole.text
+    found, wanted = (read_network(each.folder / "model.h5") for each in (on, whole))
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert np.array_equal(found[name], array), name
+    losses = [{line["step"]: line["train_loss"] for line in each.lines} for each in (on, whole)]
+    differ = [at for at, loss in losses[0].items() if loss != losses[1][at]]
+    assert losses[0][12] == losses[1][12]
+    assert set(differ) <= ({step + 1, step + 2} if how.endswith("stop") else set())
+
+
+ALONE = r"rank 1, which holds linear2/weight\[0:8, 0:6\], linear2/bias\[0:6\] alone, does not answer"
+STATE = r"rank 1, which alone has its part of the optimizer's state \(\w+\) of linear1/weight.*, does not answer"
+AHEAD = r"rank \d is after step \d+, and rank \d after step \d+ already"
+
+
+@pytest.mark.parametrize(
+    ("mpi", "how", "changes", "why"),
+    [
+        pytest.param("openmpi", "step:stop", (), ALONE, marks=slow, id="a stage"),
+        pytest.param("mpich", "step:stop", (), ALONE, marks=long, id="a stage, MPICH"),
+        pytest.param("openmpi", "step:stop", (ROWS, MOMENTUM), STATE, marks=long, id="an optimizer"),
+        pytest.param("mpich", "rows:spin", (), AHEAD, marks=long, id="stages ahead"),
+        pytest.param("openmpi", "update:spin", (), AHEAD, marks=long, id="update"),
+    ],
+)
+def test_a_run_that_ends_says_why_there_is_no_checkpoint(
+    start: Callable[..., Started], mpi: str, how: str, changes: tuple[str, ...], why: str
+) -> None:
+    changes = (*changes, "checkpoint={every_steps: 2}")
+    run = start(3, [how, "0" if "rows" in how else "1"], report=6, end=10, mpi=mpi, changes=changes)
+    assert run.ended() == 1, run.text
+    assert re.search(rf"; no checkpoint can be made now: {why}; the latest checkpoint is .*step-0+2: ", run.text), (
+        run.text
+    )
 
 
 PHASES = ("setup", "wiring", "data", "evaluate", "save", "reports", "close")

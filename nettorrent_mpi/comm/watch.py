@@ -6,8 +6,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from nettorrent_mpi.comm.activity import NOW, OUTSIDE, TRAINING
 from nettorrent_mpi.comm.beats import Beats
@@ -22,19 +23,41 @@ MOST_WAITS = 64  # ranks of which a sign tells that they are waited for
 HEARING = 2  # ticks from an order to its execution: the words of who gave it come first
 
 
+class Emergency(Protocol):
+    """This is the interface of what makes a checkpoint of a training that stands still: by threads, without MPI."""
+
+    def whole(self) -> int | None:
+        """Return the step after which this rank's state is whole; None in the middle of an update."""
+
+    def obstacle(self, wholes: dict[int, int | None]) -> str | None:
+        """Return why the ranks that answer, with these steps, can make no checkpoint; "" if it is there already."""
+
+    def write(self, step: int, silent: Sequence[int]) -> None:
+        """Write this rank's part of the checkpoint of this step; some ranks are silent. Raises what goes wrong."""
+
+    def complete(self, step: int, ranks: Sequence[int]) -> Path:
+        """Complete the checkpoint that these ranks have written; return where it is. Raises what goes wrong."""
+
+
 class Watch:
     """The watch of one rank. All ranks of a world make it together; each may close it at any time.
 
     `signs` has what is known of all ranks, on listeners; `speaks` says whether this one is the first listener that
     lives, and `judge` is called on it once a second. `told` says whether the present incident has been told of, by
-    whom ever.
+    whom ever. `emergency` gives what can make a checkpoint, if there is something to be saved.
     """
 
-    def __init__(self, world: Group, host: str, judge: Callable[[Watch], None]):
+    def __init__(
+        self,
+        world: Group,
+        host: str,
+        judge: Callable[[Watch], None],
+        emergency: Callable[[], Emergency | None] = lambda: None,
+    ):
         self.size, self.rank, self.told = world.size, world.index, False
         self.beats = Beats(world, host)
         self.signs = {rank: SignOfLife(rank) for rank in range(world.size)}
-        self._judge = judge
+        self._judge, self._emergency = judge, emergency
         firsts = [rank for rank, node in enumerate(world.nodes) if node == rank]
         self._listeners = [*firsts, *(rank for rank in range(world.size) if rank not in firsts)][:LISTENERS]
         at = self.beats.local.index(world.index)
@@ -42,6 +65,8 @@ class Watch:
         self._spy, self._count = Spy(), -1
         self._own = self.signs[world.index]
         self._left: int | None = None  # ticks until this rank ends
+        self._saving: tuple[int, list[int]] | None = None  # what this rank has ordered to save: step, silent ranks
+        self._saves = False  # this rank has been ordered to
         TICKING.each(self._tick)
 
     def close(self) -> None:
@@ -59,6 +84,10 @@ class Watch:
         """Let whoever is on its host kill this rank."""
         self._order({"kill": rank})
         self._kill(rank)
+
+    def save(self, step: int, silent: list[int]) -> None:
+        """Let all ranks but the silent ones save their blocks after this step; their signs tell when they have."""
+        self._saving = step, silent
 
     def end(self) -> None:
         """Let all ranks end."""
@@ -78,6 +107,8 @@ class Watch:
         for listener in self._listeners:
             if listener != self.rank:
                 self._send(listener, {"asks": not self.beats.heard(listener)})
+        if self._saving is not None:
+            self._order_to_save(*self._saving)
         if self._left is not None:
             self._left -= 1
             if self._left == 0:
@@ -101,6 +132,8 @@ class Watch:
         own.place = f"{phase} {NOW.step} {doing}"
         own.doing = doing if action is None else f"{doing} of step {NOW.step}"
         own.where, own.excused = spy.where, phase == OUTSIDE
+        emergency = self._emergency()
+        own.whole = None if emergency is None else emergency.whole()
 
     def _look(self) -> dict[int, str]:
         """Return the states of the next processes on this host, up to one that is able to look itself."""
@@ -113,7 +146,7 @@ class Watch:
 
     def _send(self, to: int, more: dict[str, Any]) -> None:
         own = self._own
-        sign = (own.quiet, own.since, own.place, own.doing, own.waits, own.where, own.excused)
+        sign = (own.quiet, own.since, own.place, own.doing, own.waits, own.where, own.excused, own.whole, own.answer)
         self.beats.send(to, {"sign": sign, "sees": own.sees, "told": self.told, **more})
 
     def _order(self, order: dict[str, Any]) -> None:
@@ -130,10 +163,34 @@ class Watch:
                 self.told = content["told"]
         if content.get("asks"):
             self._send(source, {})
+        if "save" in content:
+            self._save(*content["save"])
         if content.get("end") and self._left is None:
             self._left = HEARING
         if "kill" in content:
             self._kill(content["kill"])
+
+    def _order_to_save(self, step: int, silent: list[int]) -> None:
+        self._save(step, silent)
+        for sign in self.signs.values():
+            if sign.answer is None and sign.rank not in silent and sign.rank != self.rank:
+                self._send(sign.rank, {"save": [step, silent]})
+
+    def _save(self, step: int, silent: list[int]) -> None:
+        """Begin to save this rank's blocks, unless that was begun."""
+        emergency, own = self._emergency(), self._own
+        if self._saves or emergency is None:
+            return
+        self._saves = True
+
+        def save() -> None:
+            try:
+                emergency.write(step, silent)
+                own.answer = ""
+            except Exception as error:  # of any kind: it is told where the run ends
+                own.answer = str(error) or type(error).__name__
+
+        threading.Thread(target=save, name="emergency checkpoint", daemon=True).start()
 
     def _kill(self, rank: int) -> None:
         if rank in self.beats.local:

@@ -2,8 +2,8 @@
 
 Once a second a thread of each rank looks whether the rank has advanced, and tells a few others, the listeners (watch).
 A rank that is stopped is named at once. When one has not advanced for `report` seconds, one table shows what every rank
-does, and the likely culprit; after `end` seconds the run ends with exit code 1, or, where MPI lets the others go on
-without a rank (failures), the culprit is killed.
+does, and the likely culprit; after `end` seconds a checkpoint is made, if one can be (last_checkpoint), and the run
+ends with exit code 1, or, where MPI lets the others go on without a rank (failures), the culprit is killed.
 
 The first listener speaks; if it is silent itself, the next one does. All times are a rank's own ticks: those in which
 it, or all ranks, were suspended do not count. A rank advances if an action or a phase begins, a layer ends, or bytes
@@ -20,7 +20,8 @@ from contextlib import suppress
 
 from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.watch import Watch
+from nettorrent_mpi.comm.last_checkpoint import LIMIT, last_checkpoint
+from nettorrent_mpi.comm.watch import Emergency, Watch
 from nettorrent_mpi.plan.diagnosis import SILENT, STATES, SignOfLife, culprits, explained, standstill, table
 
 UNKNOWN = 15  # seconds of silence after which a rank is named of whose process nothing is known
@@ -40,7 +41,8 @@ class Watchdog:
     """The watchdog of a world. All ranks make it together; from then on it needs no MPI.
 
     `report` and `end` are in seconds; None: never. `say` shows a line (default: on standard error), `places` describes
-    the ranks' positions, and `farewell` returns what is to be said, and done, when the run ends.
+    the ranks' positions, `emergency` makes a checkpoint when the run ends, and `farewell` returns what is to be said
+    then.
     """
 
     report: int | None = 60
@@ -49,6 +51,7 @@ class Watchdog:
     def __init__(self, world: Group, host: str):
         self.say: Callable[[str], None] = print_error
         self.places: Sequence[str] = ()
+        self.emergency: Emergency | None = None
         self.farewell: Callable[[], str] = lambda: ""
         self._watch: Watch | None = None
         self.meet(world, host)
@@ -56,7 +59,8 @@ class Watchdog:
     def meet(self, world: Group, host: str) -> None:
         """Watch the ranks of this world, instead of those before. All its ranks call; one alone needs no watch."""
         self.close()
-        self._watch = Watch(world, host, Judge(self).judge) if world.size > 1 else None
+        judge = Judge(self).judge
+        self._watch = Watch(world, host, judge, lambda: self.emergency) if world.size > 1 else None
 
     def close(self) -> None:
         """Stop watching. Each rank may call at any time."""
@@ -138,15 +142,17 @@ class Judge:
 
     def _end(self, watch: Watch, words: str) -> None:
         """Say the last words, and let all ranks end. A file system may be what is stuck: it has a limited time."""
-        told: list[str] = []
+        dog, told = self._dog, list[str]()
 
         def ask() -> None:
             with suppress(Exception):  # the run ends all the same
-                told.append(self._dog.farewell())
+                told.append(last_checkpoint(watch, dog.emergency))
+            with suppress(Exception):
+                told.append(dog.farewell())
 
         asked = threading.Thread(target=ask, daemon=True)
         asked.start()
-        asked.join(FAREWELL)
+        asked.join(FAREWELL + LIMIT)
         self._dog.say(words + "".join(told))
         watch.end()
 

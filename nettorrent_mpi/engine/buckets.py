@@ -68,8 +68,7 @@ class Flat:
             size += round_up(length)
         self.size = divisible(size, group.size)
         self.counts = [self.size // group.size] * group.size
-        start = sum(self.counts[: group.index])
-        self.shard = slice(start, start + self.counts[group.index])
+        self.shard = self.shard_of(group.index)
         self.params: Array
         self.weights: Array
 
@@ -84,15 +83,21 @@ class Flat:
             key: _view(flat[place], self.parameters[key].local, self._axes(key)) for key, place in self.places.items()
         }
 
-    def shard_boxes(self, shard: Array) -> Iterator[tuple[str, Box, Array]]:
-        """Yield the parts of blocks in `shard`, an array of this rank's elements: (key, box of the whole array,
-        view)."""
+    def shard_of(self, member: int) -> slice:
+        """Return the elements that this member owns."""
+        start = sum(self.counts[:member])
+        return slice(start, start + self.counts[member])
+
+    def shard_boxes(self, shard: Array, member: int | None = None) -> Iterator[tuple[str, Box, Array]]:
+        """Yield the parts of blocks in `shard`, an array of this rank's elements, or of this `member`'s: (key, box of
+        the whole array, view)."""
+        owned = self.shard if member is None else self.shard_of(member)
         for key, place in self.places.items():
-            start, stop = max(place.start, self.shard.start), min(place.stop, self.shard.stop)
+            start, stop = max(place.start, owned.start), min(place.stop, owned.stop)
             axes, whole = self._axes(key), self.parameters[key].box
             in_memory = tuple(whole[axis] for axis in axes)
             for begin, part in boxes_of_range(in_memory, start - place.start, stop - place.start):
-                at = place.start + begin - self.shard.start
+                at = place.start + begin - owned.start
                 box = tuple(part[axes.index(axis)] for axis in range(len(axes)))
                 shape = [each.size for each in box]
                 yield key, box, _view(shard[at : at + math.prod(shape)], shape, axes)

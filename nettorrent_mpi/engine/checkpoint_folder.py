@@ -11,7 +11,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,8 +98,8 @@ def write_blocks(part: Path, rank: int, blocks: Mapping[Holding, Array], between
         retried(lambda: path.with_suffix(".json").write_text(json.dumps(note | {"dtypes": dtypes})))
 
 
-def complete(part: Path, ranks: int, attributes: Mapping[str, Attribute], keep: int) -> None:
-    """Complete the checkpoint in the folder `part`, `step-N.tmp`, to which all ranks have written, and name it step-N.
+def complete(part: Path, ranks: Sequence[int], attributes: Mapping[str, Attribute], keep: int) -> None:
+    """Complete the checkpoint in the folder `part`, `step-N.tmp`, which these ranks have written, and name it step-N.
     Afterwards remove all but the `keep` newest ones up to it. Raises OutputError.
 
     Checkpoints of later steps were left behind by a run that was resumed from an earlier one.
@@ -122,7 +122,7 @@ def complete(part: Path, ranks: int, attributes: Mapping[str, Attribute], keep: 
         with index.open("rb", buffering=0) as file:
             files[INDEX] = SavedFile(index.stat().st_size, digest(file))
         text = Manifest(about, arrays, files).text()
-        for rank in range(ranks):
+        for rank in ranks:
             (part / shard_name(rank)).with_suffix(".json").unlink()
 
         def write() -> None:
@@ -150,11 +150,11 @@ def _set_aside(path: Path) -> Path:
     return old
 
 
-def _notes(part: Path, ranks: int) -> tuple[dict[str, SavedFile], dict[str, str]]:
+def _notes(part: Path, ranks: Sequence[int]) -> tuple[dict[str, SavedFile], dict[str, str]]:
     """Read the ranks' notes: their files, and the types of the arrays."""
     files: dict[str, SavedFile] = {}
     dtypes: dict[str, str] = {}
-    for rank in range(ranks):
+    for rank in ranks:
         path = part / shard_name(rank)
         try:
             note = json.loads(path.with_suffix(".json").read_text())

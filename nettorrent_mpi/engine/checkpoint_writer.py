@@ -89,6 +89,24 @@ class CheckpointWriter:
         self._thread = self._sum = self._step = self._wiring = None
 
     @property
+    def in_flight(self) -> int | None:
+        """The step of the checkpoint in flight."""
+        return self._step
+
+    def stand_still(self) -> None:
+        """Wait until this rank writes nothing. Any thread may call."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def complete_alone(self) -> None:
+        """Complete the checkpoint in flight without the other ranks, which do not come to it, if all have written their
+        blocks. Raises an OutputError if they have not. Any thread of one rank may call."""
+        if self._step is not None:
+            self.stand_still()
+            complete(self._part, range(self._channel.size), self._attributes(), self._keep)
+
+    @property
     def _part(self) -> Path:
         assert self._step is not None
         return self._folder / f"{name_of(self._step)}.tmp"
@@ -119,7 +137,7 @@ class CheckpointWriter:
             self._completing = True
             if rank == COMPLETES:
                 part, size, attributes = self._part, self._channel.size, self._attributes
-                self._start(lambda: complete(part, size, attributes(), self._keep))
+                self._start(lambda: complete(part, range(size), attributes(), self._keep))
 
     def _give_up(self, rank: int, *, needed: bool) -> None:
         """Give up the checkpoint in flight, because of what went wrong on this rank."""

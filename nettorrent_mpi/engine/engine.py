@@ -98,7 +98,7 @@ class Engine:
         )
         clip_norm = options.clip_norm
         self.update = Update(wiring, self.device, state, self.optimizer, self.exchange, self.metrics, clip_norm)
-        self._numbers = RankNumbers(topology, world.rank, self.metrics, self.update, self.exchange)
+        self.numbers = RankNumbers(topology, world.rank, self.metrics, self.update, self.exchange)
         self.pipeline = (Pipeline if self.device.kind == "cpu" else DevicePipeline)(
             plan,
             wiring,
@@ -131,7 +131,7 @@ class Engine:
         """Return all that this rank owns of its replica's training state after the present step: views of the live
         arrays (`State.owned_blocks`), and its numbers. Disjoint over the ranks of a replica, and complete. All ranks of
         a replica call, after the same step."""
-        return self.state.owned_blocks(self.exchange.memories()) | self._numbers.now()
+        return self.state.owned_blocks(self.exchange.memories()) | self.numbers.now()
 
     def live_blocks(self) -> dict[Holding, Array]:
         """Return what this rank owns of its replica, where it goes on without the others: in host memory, without the
@@ -156,7 +156,7 @@ class Engine:
                     self.wiring.peers.all_reduce(average[holding])
                     np.divide(average[holding], self.exchange.count, out=average[holding])
         own = self.state.blocks() | self.state.version_blocks() | self.state.shards(self.exchange.memories())
-        own |= self._numbers.now()
+        own |= self.numbers.now()
         own = {holding: on_host(array) for holding, array in own.items()}
         if self.exchange.count == 1:
             return own
@@ -172,10 +172,11 @@ class Engine:
         then takes its own weights.
         """
         own = f"{of_replica(self.place.replica, '')}"
+        self.update.restore(None)
         for prefix in ("", own)[: takes(replicas, self.exchange.count)]:
-            numbers = self._numbers.wanted()
+            numbers = self.numbers.wanted()
             read(prefix, numbers)
-            self._numbers.restore(numbers)
+            self.numbers.restore(numbers)
             memories = self.exchange.memories() if prefix or self.exchange.count == 1 else self.exchange.common()
             for bucket, *shards in zip(self.state.buckets, *memories.values(), strict=True):
                 for shard in shards:
@@ -186,12 +187,15 @@ class Engine:
             if not prefix:
                 self.exchange.averaged()
         self.exchange.recall(steps)
-        self.steps = self.update.whole = steps
+        self.update.restore(steps)
+        self.steps = steps
 
     def load(self, read: Callable[[Mapping[Holding, Array]], None]) -> None:
         """Let `read` write new values into host memory of all blocks of parameters. All ranks call, at rest."""
+        self.update.restore(None)
         self.fill(read, self.state.blocks())
         self.state.forget_versions()
+        self.update.restore(self.steps)
 
     def fill(self, read: Callable[[Mapping[Holding, Array]], None], arrays: Mapping[Holding, Array]) -> None:
         """Let `read` write new values into host memory of these arrays of this state. All ranks call, at rest."""

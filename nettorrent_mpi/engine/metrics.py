@@ -32,6 +32,7 @@ class Metrics:
         self._envelope = device.envelope(_HEAD, 48)
         self._reading = False
         self._recent = (0.0, 0.0)
+        self._kept = self._before, np.zeros(NONFINITE)
 
     def take(self, *, wait: bool = True) -> tuple[float, float, float, float]:
         """Return (loss, right, rows, unknown) and set them to zero. Without `wait` only what the host knows already
@@ -53,6 +54,17 @@ class Metrics:
         a, b, c, d, *values = sums
         self._before = a, b, c, d
         self._device.upload(self.values[:NONFINITE], np.array(values))
+
+    def keep(self) -> None:
+        """Keep the sums, which the step that begins will change, on a CPU."""
+        self.recent()
+        self._kept = self._before, self._kept[1]
+        np.copyto(self._kept[1], self.values[:NONFINITE])
+
+    def kept(self) -> list[float]:
+        """Return the sums that were kept last."""
+        before, values = self._kept
+        return [*before, *values[:NONFINITE].tolist()]
 
     def begin(self) -> None:
         """Begin to read what was added since it was last read. The host does not wait."""

@@ -44,6 +44,11 @@ class RankNumbers:
         self._device.upload(self._array[0], np.concatenate([self._metrics.sums(), told, self._exchange.numbers()]))
         return {self._holding: self._array}
 
+    def kept(self) -> dict[Holding, Array]:
+        """Return the numbers as they were when the present step began, on a CPU, with the exact exchange. Not
+        collective."""
+        return {self._holding: np.array([[*self._metrics.kept(), 0.0, 0.0, *self._exchange.numbers()]])}
+
     def wanted(self) -> dict[Holding, Array]:
         """Return the array, in host memory, that is to be filled for `restore`; where nothing is known of it, it stays
         as it is."""

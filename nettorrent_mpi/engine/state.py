@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +77,7 @@ class State:
                 blocks |= bucket.blocks(bucket.versions[i])
             self.versions.append(blocks)
         self.kept = 0  # the number of the version that was kept last
+        self._statistics_before: dict[Flat, Array] = {}  # the step that has begun
 
     @property
     def flats(self) -> list[Flat]:
@@ -152,6 +153,14 @@ class State:
                 self.keep_version()
             self.fence()
 
+    def keep_statistics(self) -> None:
+        """Keep the running statistics, which the forward passes of the step that begins will change."""
+        for flat in self.statistics:
+            before = self._statistics_before.get(flat)
+            if before is None:
+                before = self._statistics_before[flat] = np.empty_like(flat.params)
+            np.copyto(before, flat.params)
+
     # -- what this rank holds, in global coordinates ----------------------------------------------------------------
 
     def blocks(self) -> dict[Holding, Array]:
@@ -217,6 +226,26 @@ class State:
         weights = [Shard(PARAMETERS, flat, flat.weights) for flat in self.flats]
         versions = [Shard(name, bucket, flat[bucket.shard]) for name, bucket, flat in self._named_versions()]
         return weights + versions + self._kept_alone(memories)
+
+    def blocks_left(self, silent: Collection[int], *, begun: bool) -> dict[Holding, Array]:
+        """Return the blocks that this rank owns, and those parameters and running statistics of `silent` ranks of the
+        world that it has, too, as the first of those that are left; as they were after the last complete step, where
+        a further one has `begun` without an update. Not collective; in host memory."""
+        found = blocks_of(self._kept_alone({}))
+        for flat in self.flats:
+            values, members = flat.params, flat.group.ranks
+            if begun:
+                values = self._statistics_before.get(flat, values)
+            first = next(i for i, rank in enumerate(members) if rank not in silent)
+            for i, rank in enumerate(members):
+                if i == flat.group.index:
+                    part = flat.weights if isinstance(flat, Bucket) else values[flat.shard]
+                elif rank in silent and first == flat.group.index:
+                    part = values[flat.shard_of(i)]
+                else:
+                    continue
+                found |= {Holding(f"{PARAMETERS}/{key}", box): view for key, box, view in flat.shard_boxes(part, i)}
+        return found
 
     def _kept_alone(self, memories: Mapping[str, Sequence[Array]]) -> list[Shard]:
         named = {f"{OPTIMIZER}/{name}": [b.optimizer[name] for b in self.buckets] for name in self._optimizer.states}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nettorrent_mpi.config.writing import model_json, to_plain
 from nettorrent_mpi.engine import checkpoint
 from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, newest, tidy
 from nettorrent_mpi.engine.checkpoint_writer import CheckpointWriter
+from nettorrent_mpi.engine.emergency import EmergencyCheckpoint
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.failure import agreed
 from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
@@ -43,9 +45,12 @@ class TrainingFiles:
         self.resumed_from: Path | None = None  # the checkpoint that was read last
         self._lock: RunLock | None = None
         self._owner: Owner | None = None  # of the lock
+        self.emergency: EmergencyCheckpoint | None = None
         if output is not None:
-            self._checkpoints = output / "checkpoints"
-            self._writer = CheckpointWriter(engine, self._checkpoints, setup.config.checkpoint.keep)
+            folder, keep = output / "checkpoints", setup.config.checkpoint.keep
+            self._checkpoints = folder
+            self._writer = CheckpointWriter(engine, folder, keep)
+            self.emergency = EmergencyCheckpoint(engine, self._writer, folder, keep, self._attributes_after)
             saving.files = self
         self.move_to_first_rank()
 
@@ -79,7 +84,11 @@ class TrainingFiles:
             self._writer.finish()
 
     def farewell(self) -> str:
-        """Return the end of a sentence about a run that ends without results: where it can go on."""
+        """Return the end of a sentence about a run that ends without results: where it can go on. What lacks only its
+        completion is completed."""
+        if self._checkpoints is not None:
+            with suppress(OutputError):
+                self._writer.complete_alone()
         found = [] if self._checkpoints is None else checkpoints_in(self._checkpoints)
         return (
             f"; the latest checkpoint is {found[-1]}: continue with --resume" if found else "; there is no checkpoint"
@@ -173,12 +182,18 @@ class TrainingFiles:
         is there. Training goes on meanwhile, unless the checkpoint is `needed`. If it cannot be written, that is an
         OutputError if it is `needed`, and else a warning."""
         loop = self._loop
-        figures = {"time": loop.time, "loss": loop.loss, "accuracy": loop.accuracy}
-        told = {name: float(figure) for name, figure in figures.items() if figure is not None}
-        attributes = partial(_attributes, self.setup, self._world, {"step": loop.step, "samples": loop.samples, **told})
-        self._writer.begin(loop.step, attributes)
+        self._writer.begin(loop.step, partial(_attributes, self.setup, self._world, self._figures(loop.step)))
         if needed:
             self._writer.finish(needed=True)
+
+    def _figures(self, step: int) -> dict[str, Attribute]:
+        loop = self._loop
+        figures = {"time": loop.time, "loss": loop.loss, "accuracy": loop.accuracy}
+        told = {name: float(figure) for name, figure in figures.items() if figure is not None}
+        return {"step": step, "samples": self._engine.sampler.samples(step), **told}
+
+    def _attributes_after(self, step: int) -> dict[str, Attribute]:
+        return _attributes(self.setup, self._world, self._figures(step))
 
 
 def _about(setup: Setup) -> dict[str, str]:

@@ -41,8 +41,10 @@ class Update:
     ):
         self._wiring, self._ops, self._state = wiring, device.ops, state
         self._optimizer, self._exchange, self._clip_norm = optimizer, exchange, clip_norm
-        self.whole: int | None = 0  # the step whose end this rank has come to; None in the middle of it
-        self._begun = 0  # buckets whose gradients have left in this step
+        self.whole: int | None = 0  # the step whose end this rank has come to; None in the middle of an update
+        self._step = 0  # the latest that was begun
+        self._left = 0  # buckets whose gradients have left in this step
+        self._metrics, self._keeps = metrics, device.kind == "cpu" and exchange.count == 1
         self._numbers = device.numbers(len(optimizer.numbers(0.0, 1)))
         self._scale = None if clip_norm is None else device.zeros((1,), "float64")
         self._squares = device.zeros((1,), "float64")
@@ -56,20 +58,32 @@ class Update:
     def begin(self, rate: float, step: int) -> None:
         """Tell the device what is new in this step, before any of its actions."""
         self._step = step
+        if self._keeps:
+            self._state.keep_statistics()
+            self._metrics.keep()
         self._numbers.set(self._optimizer.numbers(rate, step))
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step has begun after the last whole one."""
+        return self.whole is None or self._step > self.whole
+
+    def restore(self, step: int | None) -> None:
+        """Note that the state is that after this step; None: that it is replaced at present."""
+        self.whole, self._step = step, step or 0
 
     def complete(self, first: int) -> None:
         """Note that the last backward pass of the step has written the gradients of the stage's parameters from number
         `first` on, so that complete buckets may leave under the rest of it."""
         buckets = self._state.buckets
-        while self._begun < len(buckets) and buckets[self._begun].first >= first:
-            buckets[self._begun].reducer.begin_reduce()
-            self._begun += 1
+        while self._left < len(buckets) and buckets[self._left].first >= first:
+            buckets[self._left].reducer.begin_reduce()
+            self._left += 1
 
     def reduce(self) -> None:
         """Reduce-scatter the gradients: each holder gets the sum for its shards."""
         self.complete(0)
-        self._begun = 0
+        self._left = 0
         self._state.reduce()
 
     def multiply(self, rows: int) -> None:

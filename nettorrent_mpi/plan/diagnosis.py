@@ -60,6 +60,8 @@ class SignOfLife:
     waits: list[int] | None = None  # the ranks that it waits for, as far as known; None: it computes
     where: str = ""  # the line of code where it computes
     excused: bool = False  # it may take as long as it likes
+    whole: int | None = None  # the step after which its state is whole
+    answer: str | None = None  # to an order to save its blocks: "" once it has, or why it has not
     silent: int = 0  # seconds since this sign, counted by who received it
     state: str = ""  # of its process, as another one on its host sees it
     sees: dict[int, str] = field(default_factory=dict)  # states of other ranks' processes

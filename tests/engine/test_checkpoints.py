@@ -61,7 +61,7 @@ def write(folder: Path, step: int = 7, keep: int = 100, **more: object) -> Path:
     part = folder / f"step-{step:010d}.tmp"
     for rank, blocks in enumerate(blocks_of_ranks()):
         write_blocks(part, rank, blocks)
-    complete(part, 3, {**ATTRIBUTES, "step": step, **more}, keep)  # type: ignore[dict-item]
+    complete(part, range(3), {**ATTRIBUTES, "step": step, **more}, keep)  # type: ignore[dict-item]
     return part.with_suffix("")
 
 
@@ -321,7 +321,7 @@ def test_a_folder_that_ranks_do_not_share(tmp_path: Path) -> None:
     part = tmp_path / "step-0000000007.tmp"
     write_blocks(part, 0, blocks_of_ranks()[0])
     with pytest.raises(OutputError, match="which rank 1 has written, is not there for rank 0"):
-        complete(part, 2, ATTRIBUTES, 1)
+        complete(part, range(2), ATTRIBUTES, 1)
 
 
 def test_no_error_of_a_writing_thread_is_lost() -> None:

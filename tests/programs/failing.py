@@ -23,6 +23,7 @@ from mpi4py import MPI  # noqa: E402
 from nettorrent_mpi import planning  # noqa: E402
 from nettorrent_mpi.__main__ import main  # noqa: E402
 from nettorrent_mpi.comm import ticking  # noqa: E402
+from nettorrent_mpi.data.rows import Inputs  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
 from nettorrent_mpi.engine.evaluation import Evaluator  # noqa: E402
 from nettorrent_mpi.engine.pipeline import Pipeline, Work  # noqa: E402
@@ -41,6 +42,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what fails at which of its calls
     "wiring": (Engine, "__init__", 1),
     "data": (Engine, "open_data", 1),
     "step": (Engine, "prepare", 4),
+    "rows": (Inputs, "batch", 9),
     "forward": (Pipeline, "_forward", 9),
     "backward": (Pipeline, "_backward", 9),
     "reduce": (Update, "reduce", 3),
