@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
-from nettorrent_mpi.comm.failures import drop
 from nettorrent_mpi.comm.group import Group, chunks
 from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.comm.requests import Requests, drop
 from nettorrent_mpi.device.arrays import Array
 
 
@@ -22,12 +22,12 @@ class BuddyLink:
         self, group: Group, to: int, source: int, sent: Sequence[Array], received: Sequence[Array], tag: int
     ) -> None:
         self._group = group
-        self._requests: list[list[MPI.Prequest]] = [[] for _ in sent]
-        if group.size > 1:
-            for requests, mine, theirs in zip(self._requests, sent, received, strict=True):
-                requests += [group.comm.Recv_init(chunk, source, tag) for chunk in chunks(theirs)]
-                requests += [group.comm.Send_init(chunk, to, tag) for chunk in chunks(mine)]
-        self._moving: list[MPI.Prequest] = []
+        self._requests: list[Requests[MPI.Prequest]] = []
+        for mine, theirs in zip(sent, received, strict=True):
+            into, out = (chunks(theirs), chunks(mine)) if group.size > 1 else ([], [])
+            receives = [group.comm.Recv_init(chunk, source, tag) for chunk in into]
+            self._requests.append(Requests([*receives, *(group.comm.Send_init(chunk, to, tag) for chunk in out)]))
+        self._moving: Requests[MPI.Prequest] = Requests()
         self._barrier: MPI.Request | None = None
         self.arrived = self.complete = True  # what was started last has come here; and to all members
         self._failed = False  # requests that have failed are inactive, and look like those that have succeeded
@@ -37,12 +37,11 @@ class BuddyLink:
         assert self.complete
         self.arrived = self.complete = False
         self._moving = self._requests[number]
-        if self._moving:
-            MPI.Prequest.Startall(self._moving)
+        self._moving.start()
 
     def progress(self) -> None:
         """Let messages move, without waiting."""
-        if not self.arrived and self._come(MPI.Request.Testall):
+        if not self.arrived and self._come(wait=False):
             self._arrive()
         if self._barrier is not None and self._barrier.Test():
             self._barrier, self.complete = None, True
@@ -50,18 +49,18 @@ class BuddyLink:
     def finish(self) -> None:
         """Wait until all members have what was started last."""
         if not self.arrived:
-            self._come(MPI.Request.Waitall)
+            self._come(wait=True)
             self._arrive()
         if self._barrier is not None:
             self._barrier.Wait()
             self._barrier, self.complete = None, True
 
-    def _come(self, look: Callable[[list[MPI.Prequest]], bool]) -> bool:
+    def _come(self, *, wait: bool) -> bool:
         """Return whether all messages have been sent and received."""
-        if not self._moving:
-            return not self._failed
         try:
-            return bool(look(self._moving)) and not self._failed
+            if wait:
+                self._moving.wait()
+            return self._moving.test() and not self._failed
         except MPI.Exception:
             self._failed = True
             raise
@@ -77,15 +76,15 @@ class BuddyLink:
         """Give up what is under way: members are lost, and the communicator is revoked. `arrived` stays true."""
         if not self.arrived:
             with suppress(MPI.Exception):
-                self.arrived = self._come(MPI.Request.Testall)
-        requests: list[MPI.Request] = [request for requests in self._requests for request in requests]
+                self.arrived = self._come(wait=False)
+        requests: list[MPI.Request] = [request for requests in self._requests for request in requests.each]
         drop(requests if self._barrier is None else [*requests, self._barrier])
         self._requests.clear()
-        self._moving, self._barrier = [], None
+        self._moving, self._barrier = Requests(), None
 
     def free(self) -> None:
         """Free the requests. All members call, when what was started last is complete."""
         assert self.complete
-        for request in (request for requests in self._requests for request in requests):
-            request.Free()
+        for requests in self._requests:
+            requests.free()
         self._requests.clear()

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nettorrent_mpi.comm import library
 from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.comm.requests import losses
 from nettorrent_mpi.plan.errors import CommunicationError, LostRanksError
 
 if TYPE_CHECKING:
     from nettorrent_mpi.comm.group import Group
 
 TOLERANT = "OMPI_MCA_mpi_ft_enable"  # set for the ranks by mpirun --with-ft ulfm
-ENDING = 1.0  # seconds that requests of a revoked communicator have to end; they took 15 ms at most
-_LEFT: list[MPI.Request] = []  # requests that did not: MPI may still write to their buffers
+TELLING = 2.0  # seconds in which MPI is told of a rank whose death it has felt
 
 
 def survivable() -> bool:
@@ -40,28 +40,18 @@ def lost(error: BaseException, group: Group) -> bool:
     if isinstance(error, LostRanksError):
         return True
     if isinstance(error, MPI.Exception):
-        classes = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
-        return error.Get_error_class() in classes or group.is_broken
+        return error.Get_error_class() in losses() or _becomes_broken(group)
     return isinstance(error, CommunicationError) and group.is_broken
 
 
-def drop(requests: Sequence[MPI.Request]) -> None:
-    """Give up requests of revoked communicators: MPI ends them with an error. One that does not end stays with its
-    buffer for ever."""
-    left, until = list(requests), time.monotonic() + ENDING
-    while left and time.monotonic() < until:
-        left = [request for request in left if not _ended(request)]
-    _LEFT.extend(left)
-
-
-def _ended(request: MPI.Request) -> bool:
-    if not request:  # it was freed
-        return True
-    try:
-        if not request.Test():
+def _becomes_broken(group: Group) -> bool:
+    """Whether MPI knows, at once or soon, that a rank of the group or its kin is lost. An operation that needs a rank
+    may fail by another error (MPI_ERR_OTHER in a barrier was seen) before MPI is told of the rank's death."""
+    until = time.monotonic() + TELLING
+    while not any(each.is_broken for each in group.kin):
+        if time.monotonic() > until:
             return False
-    except MPI.Exception:
-        pass  # it has ended all the same
-    if isinstance(request, MPI.Prequest):
-        request.Free()
+        with suppress(MPI.Exception):
+            group.progress()
+        time.sleep(0.01)
     return True

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.comm.requests import Requests
 from nettorrent_mpi.device.arrays import Array
 
 T = TypeVar("T")
@@ -167,8 +168,7 @@ def trade(messages: Sequence[tuple[Group, Array, int, bool]], tag: int) -> None:
     for group, array, peer, sending in messages:
         post = group.comm.Isend if sending else group.comm.Irecv
         requests += [post(chunk, peer, tag) for chunk in chunks(array)]
-    if requests:
-        MPI.Request.Waitall(requests)
+    Requests(requests).wait()
 
 
 def _nodes(comm: MPI.Intracomm) -> list[int]:

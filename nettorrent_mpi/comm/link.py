@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.comm.failures import drop
 from nettorrent_mpi.comm.group import Group, chunks
 from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.comm.requests import Requests
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.blocks import Span
 
@@ -35,7 +35,7 @@ class Transfer:
         self.ranks = tuple(sorted({group.ranks[part.peer] for part in parts}))  # it waits for them
         self._sending = sending
         self._staged: list[tuple[Array, Array, bool]] = []
-        self._requests: list[MPI.Prequest] = []
+        requests: list[MPI.Prequest] = []
         make = group.comm.Send_init if sending else group.comm.Recv_init
         for part in parts:
             view = array[slice(*part.rows), ..., slice(*part.features)]
@@ -45,7 +45,8 @@ class Transfer:
                 staging = np.empty(view.shape, view.dtype)
                 self._staged.append((view, staging, part.add))
                 view = staging
-            self._requests += [make(chunk, part.peer, tag) for chunk in chunks(view)]
+            requests += [make(chunk, part.peer, tag) for chunk in chunks(view)]
+        self._requests = Requests(requests)
         self._active = False
 
     def start(self) -> None:
@@ -55,16 +56,14 @@ class Transfer:
         if self._sending:
             for view, staging, _ in self._staged:
                 np.copyto(staging, view)
-        if self._requests:
-            MPI.Prequest.Startall(self._requests)
+        self._requests.start()
 
     def finish(self) -> None:
         """Wait until the array may be used again (sending) or has been received. Returns at once if not started."""
         if not self._active:
             return
         self._active = False
-        if self._requests:
-            MPI.Request.Waitall(self._requests)
+        self._requests.wait()
         if not self._sending:
             for view, staging, add in self._staged:
                 if add:
@@ -74,11 +73,9 @@ class Transfer:
 
     def abandon(self) -> None:
         """Give up the requests; their group was revoked."""
-        drop(self._requests)
+        self._requests.drop()
 
     def free(self) -> None:
         """Free the requests."""
         assert not self._active
-        for request in self._requests:
-            request.Free()
-        self._requests.clear()
+        self._requests.free()

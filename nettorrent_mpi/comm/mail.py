@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.comm.failures import drop, lost
+from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.comm.requests import drop
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device, Envelope
 from nettorrent_mpi.plan.gossip_rules import SPARE

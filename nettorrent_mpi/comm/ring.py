@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nettorrent_mpi.comm.failures import drop
 from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Group
 from nettorrent_mpi.comm.library import MPI
+from nettorrent_mpi.comm.requests import Requests, drop
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.blocks import span
 
@@ -43,7 +43,7 @@ class Lap:
         """`ahead` is the number of receives that may be posted before `take(number)` has taken in the first of them;
         `source` is the rank of the world that they come from."""
         self.ranks = (source,)  # it waits for them
-        self._sends, self._receives, self._ahead, self._take = sends, receives, ahead, take
+        self._sends, self._receives, self._ahead, self._take = Requests(sends), receives, ahead, take
         self._at = len(receives)  # the next one to arrive; after the last: nothing is in flight
         self._posted = 0
 
@@ -58,7 +58,7 @@ class Lap:
         assert not self.under_way
         self.post()
         self._at = 0
-        self._sends[0].Start()
+        self._sends.each[0].Start()
 
     @property
     def under_way(self) -> bool:
@@ -78,25 +78,26 @@ class Lap:
             self._receives[self._posted].Start()
             self._posted += 1
         if self.under_way:
-            self._sends[self._at].Start()
+            self._sends.each[self._at].Start()
         else:
             self._posted = 0
 
     def sent(self) -> None:
         """Wait until all send buffers may be overwritten."""
-        MPI.Request.Waitall(list(self._sends))
+        self._sends.wait()
 
     def abandon(self) -> None:
         """Give up the requests; their group was revoked."""
-        drop([*self._sends, *self._receives])
+        drop([*self._sends.each, *self._receives])
 
     def free(self) -> None:
         """Free the requests; nothing is in flight on any member."""
         for request in self._receives[: self._posted]:
             request.Cancel()
             request.Wait()
-        for request in (*self._sends, *self._receives):
+        for request in self._receives:
             request.Free()
+        self._sends.free()
 
 
 class Ring:

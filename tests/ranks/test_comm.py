@@ -16,6 +16,7 @@ from nettorrent_mpi.comm import group as mpi
 from nettorrent_mpi.comm import shared, world
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.link import Part, Transfer
+from nettorrent_mpi.comm.requests import Requests
 from nettorrent_mpi.comm.shared import Ask, SharedMemory, share
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
@@ -118,6 +119,24 @@ def test_what_travels_between_grids_arrives_and_comes_back_summed(
 
 def shifted(part: Span, own: Span) -> Span:
     return Span(part.start - own.start, part.stop - own.start)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_the_error_of_one_of_several_requests_is_told(ours: World, wait: bool) -> None:
+    """MPI's own waits say only that there is an error in a status."""
+    whole, short = np.zeros(8), np.zeros(4)
+    for _ in (whole, short):
+        ours.comm.Isend(np.ones(8), RANK, 5).Free()
+    requests = Requests([ours.comm.Irecv(whole, RANK, 5), ours.comm.Irecv(short, RANK, 5)])
+
+    def come() -> None:
+        while not requests.test():
+            pass
+
+    with pytest.raises(MPI.Exception) as told:
+        (requests.wait if wait else come)()
+    assert told.value.Get_error_class() == MPI.ERR_TRUNCATE
+    assert (whole == 1).all()
 
 
 def test_long_arrays_are_cut() -> None:
