@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = told.exit_code
     code = code or (UserError.exit_code if output.error and tells_results(arguments) else 0)
     if "nettorrent_mpi.comm.library" in sys.modules:
-        sys.modules["nettorrent_mpi.comm.library"].leave_after_loss(code)
+        sys.modules["nettorrent_mpi.comm.library"].leave_early(code)
     return code
 
 

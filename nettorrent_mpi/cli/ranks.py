@@ -31,8 +31,8 @@ class Ranks:
         self.code = 0
         self.world = World()
         numbered_by(lambda: self.world.rank)
-        self.world.watch()
         self._open: list[tuple[Close, Close]] = []
+        self.complete(self.world.watch)
 
     def owns(self, close: Close, abandon: Close) -> None:
         """Let something be closed by all ranks at the end, or abandoned by each for itself where ranks are lost."""
@@ -41,21 +41,25 @@ class Ranks:
     def complete(self, phase: Callable[[], T]) -> T:
         """Return what a phase of the command returns on all ranks, or on none: where ranks are lost in it the others
         abandon what they own and begin it again."""
+        again = False
         while True:
             try:
+                if again:
+                    self._go_on_without_lost()
                 done = phase()
                 self.world.agree()
                 return done
             except Exception as error:
                 if not lost(error, self.world):
                     raise
-                self._abandon()
-                gone = self.world.shrink()
-                if self.world.rank == 0:
-                    ranks = f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
-                    sys.stderr.write(
-                        f"nettorrent: warning: without {ranks}, lost at the start, the others begin again\n"
-                    )
+                again = True
+
+    def _go_on_without_lost(self) -> None:
+        self._abandon()
+        gone = self.world.shrink()
+        if self.world.rank == 0:
+            ranks = f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
+            sys.stderr.write(f"nettorrent: warning: without {ranks}, lost at the start, the others begin again\n")
 
     def _abandon(self) -> None:
         self.world.revoke()
@@ -90,6 +94,7 @@ class Ranks:
             while self._open:
                 self._open[-1][0]()
                 self._open.pop()
+            self.world.agree()
             self.world.free()
         except BaseException as failure:
             if lost(failure, self.world):  # the command is complete all the same

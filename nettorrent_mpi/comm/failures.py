@@ -8,12 +8,12 @@ that whoever waits for it there is woken, too, and by induction all. The survivo
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nettorrent_mpi.comm import library
+from nettorrent_mpi.comm.launcher import tolerant
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.comm.requests import losses
 from nettorrent_mpi.plan.errors import CommunicationError, LostRanksError
@@ -21,13 +21,12 @@ from nettorrent_mpi.plan.errors import CommunicationError, LostRanksError
 if TYPE_CHECKING:
     from nettorrent_mpi.comm.group import Group
 
-TOLERANT = "OMPI_MCA_mpi_ft_enable"  # set for the ranks by mpirun --with-ft ulfm
 TELLING = 2.0  # seconds in which MPI is told of a rank whose death it has felt
 
 
 def survivable() -> bool:
     """Whether MPI lets the other ranks go on when one is lost: Open MPI's, started by `mpirun --with-ft ulfm`."""
-    if not library.loaded() or os.environ.get(TOLERANT, "").lower() not in ("1", "true"):
+    if not library.loaded() or not tolerant():
         return False
     return "Open MPI" in MPI.Get_library_version() and bool(MPI.COMM_WORLD.Get_size() > 1)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nettorrent_mpi import env
-from nettorrent_mpi.comm.processes import GONE, Process, ancestors
+from nettorrent_mpi.comm.processes import GONE, Process, ancestors, children
 from nettorrent_mpi.comm.ticking import TICKING
 
 # Names as /proc tells them, of 15 letters at most.
@@ -35,6 +35,7 @@ _DAEMONS = {
 _IN_MEMORY = re.compile(r"(sm_segment|vader_segment|open_mpi|mpich_shm|mpich_shar|ucx_shm|psm\d|nettorrent_mpi-)")
 _SESSION = re.compile(r"(ompi|prte|prted|pmix)\.")
 BACKING = "/dev/shm"
+TOLERANT = "OMPI_MCA_mpi_ft_enable"  # set for the ranks by mpirun --with-ft ulfm
 GRACE = 2  # ticks in which other ranks of this machine may clean up before they are killed
 
 
@@ -48,6 +49,16 @@ class LauncherWatch:
         self._watched = False
         self._left: int | None = None  # ticks until the end, once it is gone
         self._parent = os.getppid()
+
+    @property
+    def head(self) -> Process | None:
+        """The launcher itself, where it runs on this machine."""
+        return next((each for each in reversed(self.processes) if each.name in _HEADS), None)
+
+    def started(self) -> list[Process]:
+        """Return what the launcher, or its daemon here, has started on this machine: ranks, and agents such as ssh."""
+        near = next((each for each in self.processes if each.name in _HEADS | _DAEMONS), None)
+        return [] if near is None else children(near.pid)
 
     def watch(self) -> None:
         """Look after the launcher from now on. A second call does nothing."""
@@ -78,6 +89,20 @@ class LauncherWatch:
         for each in self.siblings:
             each.end(signal.SIGKILL)
         depart(1)
+
+
+def tolerant() -> bool:
+    """Whether the launcher lets the other ranks live when one dies: Open MPI's `mpirun --with-ft ulfm`."""
+    return os.environ.get(TOLERANT, "").lower() in ("1", "true")
+
+
+def is_rank(process: Process) -> bool:
+    """Whether this process, of this user, was started as a rank of this run: by Open MPI's launcher."""
+    run = f"PMIX_NAMESPACE={os.environ.get('PMIX_NAMESPACE')}"
+    try:
+        return run in Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0")
+    except OSError:
+        return False
 
 
 def belonging(line: list[Process]) -> list[Process]:

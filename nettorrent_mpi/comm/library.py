@@ -7,21 +7,19 @@ import faulthandler
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nettorrent_mpi.comm.launcher import LAUNCHER, depart, flush
+from nettorrent_mpi.comm.launcher import LAUNCHER, depart, flush, tolerant
 from nettorrent_mpi.plan.errors import LaunchError
 
 # Seconds that MPI may take to start, and to end after all ranks have met. It keeps Python's lock meanwhile, so only a
 # timer that needs no lock can end what hangs there.
 STARTING, ENDING = 600.0, 60.0
-WITHOUT_LOST = 5  # seconds that it may take to end after ranks were lost: it may wait for them for ever (seen, 5.0.11)
+WITHOUT_LOST = 5  # seconds that its end may take where it may wait for lost ranks, for ever (seen, 5.0.11)
 
 __all__ = ["MPI", "loaded"]
-
-_lost = False  # ranks were
 
 
 def loaded() -> bool:
@@ -29,15 +27,9 @@ def loaded() -> bool:
     return "mpi4py.MPI" in sys.modules
 
 
-def note_lost() -> None:
-    """Note that ranks were lost, for which MPI's own end may wait."""
-    global _lost  # noqa: PLW0603
-    _lost = True
-
-
-def leave_after_loss(code: int) -> None:
-    """End this process with this code, without MPI's own end, if ranks were lost. Its work is done."""
-    if _lost:
+def leave_early(code: int) -> None:
+    """End this process with this code, without MPI's own end, where that may wait for lost ranks. Its work is done."""
+    if tolerant() and loaded():
         flush()
         depart(code)
 
@@ -64,7 +56,9 @@ def _end() -> None:
     """End MPI while the launcher is still looked after, unless an error has ended the script: then all ranks are
     ended."""
     if getattr(sys, "last_type", None) is None and MPI.Is_initialized() and not MPI.Is_finalized():
-        if _lost:  # of a script, whose exit code is not known here: the signal ends the process where MPI does not
+        if tolerant():  # the exit code is not known here: the signal ends the process where MPI does not
+            with suppress(MPI.Exception):
+                MPI.COMM_WORLD.Agree(1)  # others may come much later
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(WITHOUT_LOST)
         with _limited(ENDING):

@@ -61,6 +61,15 @@ def this_process() -> Process:
     return process(os.getpid()) or Process(os.getpid(), "")
 
 
+def children(pid: int) -> list[Process]:
+    """Return the processes that this one has started, as far as the kernel tells."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [process(int(word)) for word in path.read_text().split()]
+    return [each for each in found if each is not None]
+
+
 def ancestors() -> list[Process]:
     """Return this process's parent, that one's parent and so on, but the first process of the machine."""
     line: list[Process] = []

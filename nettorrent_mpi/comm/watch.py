@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from nettorrent_mpi.comm.activity import NOW, OUTSIDE, TRAINING
 from nettorrent_mpi.comm.beats import Beats
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.leaving import leave
+from nettorrent_mpi.comm.launcher import depart, flush
+from nettorrent_mpi.comm.leaving import ORDERS, leave
 from nettorrent_mpi.comm.spying import Spy
 from nettorrent_mpi.comm.ticking import TICKING
 from nettorrent_mpi.plan.diagnosis import SignOfLife, in_words
@@ -68,10 +69,12 @@ class Watch:
         self._saving: tuple[int, list[int]] | None = None  # what this rank has ordered to save: step, silent ranks
         self._saves = False  # this rank has been ordered to
         TICKING.each(self._tick)
+        ORDERS.append(self.abort)
 
     def close(self) -> None:
         """Stop watching."""
         TICKING.stop(self._tick)
+        ORDERS.remove(self.abort)
         self.beats.close()
 
     @property
@@ -93,6 +96,11 @@ class Watch:
         """Let all ranks end."""
         self._order({"end": True})
         self._left = HEARING + 1
+
+    def abort(self, code: int) -> None:
+        """Let all other ranks end at once with this code."""
+        for _ in range(2):  # one may get lost
+            self._order({"abort": code})
 
     def _tick(self) -> None:
         self._sample()
@@ -169,6 +177,9 @@ class Watch:
             self._left = HEARING
         if "kill" in content:
             self._kill(content["kill"])
+        if "abort" in content:
+            flush()
+            depart(content["abort"])
 
     def _order_to_save(self, step: int, silent: list[int]) -> None:
         self._save(step, silent)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -15,13 +14,14 @@ from nettorrent_mpi.comm import library
 from nettorrent_mpi.comm.failures import lost, survivable
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.launcher import LAUNCHER, shared_files, unname
+from nettorrent_mpi.comm.leaving import end_all
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.comm.processes import this_process
+from nettorrent_mpi.comm.starting import StartWatch
 from nettorrent_mpi.comm.watchdog import Watchdog
-from nettorrent_mpi.plan.errors import LaunchError, NetTorrentError, RemoteError, in_one_line
+from nettorrent_mpi.plan.errors import LaunchError, LostRanksError, NetTorrentError, RemoteError, in_one_line
 
 T = TypeVar("T")
-FORWARDING = 0.3  # seconds: MPICH's mpirun drops output that it has not forwarded when the ranks end (seen)
 
 
 class World(Group):
@@ -40,6 +40,19 @@ class World(Group):
 
     def __init__(self, parent: MPI.Intracomm | None = None) -> None:
         alone = parent is None and not env.launched(os.environ) and not library.loaded()
+        starting = None if alone or library.loaded() else StartWatch()
+        try:
+            self._meet(parent, alone=alone)
+        except Exception as error:
+            if not alone and isinstance(error, MPI.Exception) and survivable():  # and the watch ends those that wait
+                raise LostRanksError("a rank has died before all had met: the run ends") from error
+            if starting is not None:
+                starting.stop()
+            raise
+        if starting is not None:
+            starting.stop()
+
+    def _meet(self, parent: MPI.Intracomm | None, *, alone: bool) -> None:
         super().__init__(None if alone else (MPI.COMM_WORLD if parent is None else parent).Dup())
         if parent is None:
             check_launch(self.size, os.environ)
@@ -87,7 +100,6 @@ class World(Group):
         comm, nodes = whole.comm, whole.nodes
         before = tuple(comm.group.Translate_ranks(None, MPI.COMM_WORLD.group))
         self.comm = cast("MPI.Intracomm", comm.Shrink())
-        library.note_lost()
         self.kin.intersection_update({self})
         self._renew(before, nodes)
         return [number for number in before if number not in self.members]
@@ -215,8 +227,7 @@ class World(Group):
         if library.loaded() and MPI.COMM_WORLD.Get_size() == 1 and not env.launched(os.environ):
             os._exit(code)  # MPI_Abort would say in many lines what it does, or that it cannot find these lines
         if library.loaded():
-            time.sleep(FORWARDING)
-            MPI.COMM_WORLD.Abort(code)
+            end_all(code)
 
 
 def _foreign(error: Exception) -> RemoteError:
@@ -233,9 +244,7 @@ def abort_after_error() -> None:
     rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     if size > 1:
         sys.stderr.write(f"rank {rank} of {size} has failed, which ends all ranks\n")
-        sys.stderr.flush()
-        time.sleep(FORWARDING)
-        MPI.COMM_WORLD.Abort(1)
+        end_all(1)
 
 
 def check_launch(size: int, environment: Any) -> None:
