@@ -6,6 +6,7 @@ It needs Pillow (the extra `images`).
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from nettorrent_mpi.plan.errors import DataError, OutputError
 # Pillow reads more, but some formats start other programs (EPS runs Ghostscript), and none of them holds photos.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+# A larger picture has at least a byte for so many pixels (a PNG of one colour, with one bit each, for 8,000).
+_LARGE, _MOST_PIXELS = 1 << 23, 10_000
 _ORIENTATION = 0x0112  # of EXIF: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 on its side
 
 
@@ -89,6 +92,9 @@ class ImageReader:
         """Open the image; whatever Pillow raises for a broken one becomes a DataError that names it."""
         try:
             with _Picture(path) as file, self._image.open(file, formats=_FORMATS) as image:
+                pixels, size = math.prod(image.size), path.stat().st_size
+                if pixels > _LARGE and pixels > _MOST_PIXELS * size:
+                    raise ValueError(f"{pixels:,} pixels in {size:,} bytes")
                 yield image
         except Exception as error:
             unknown = type(error).__name__ == "UnidentifiedImageError"  # whose text has the name once more

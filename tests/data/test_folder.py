@@ -213,6 +213,12 @@ def test_an_image_never_starts_another_program(folder: Path, tmp_path: Path, mon
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_small_file_is_no_large_picture(folder: Path, tmp_path: Path) -> None:
+    (folder / "cow" / "03.png").write_bytes(b"P5\n9000 9000\n255\n" + bytes(100))
+    with pytest.raises(DataError, match="81,000,000 pixels in 117 bytes"):
+        import_folder(folder, tmp_path / "set.h5", (8, 8))
+
+
 def test_a_class_whose_name_is_not_utf8(folder: Path, tmp_path: Path) -> None:
     os.rename(folder / "ant", os.fsencode(folder) + b"/K\xe4fer")
     assert import_folder(folder, tmp_path / "set.h5").classes == (r"K\xe4fer", "bee", "cow")
