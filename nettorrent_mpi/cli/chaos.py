@@ -73,12 +73,13 @@ def disturb(
                 time.sleep(POLL)
             time.sleep(kill.delay * interval)
             found = run.ranks()
-            if run.code is not None or run.seconds >= limit or not set(kill.ranks) <= found.keys():
+            if run.code is not None or run.seconds >= limit or not found:
                 break
-            for rank in kill.ranks:
+            there = [rank for rank in kill.ranks if rank in found]  # those that find no place leave
+            for rank in there:
                 with suppress(ProcessLookupError):
                     os.kill(found[rank], signal.SIGKILL)
-            done += [{"rank": rank, "step": _step(output), "seconds": round(run.seconds, 3)} for rank in kill.ranks]
+            done += [{"rank": rank, "step": _step(output), "seconds": round(run.seconds, 3)} for rank in there]
         while run.code is None and run.seconds < limit:
             time.sleep(POLL)
         return _results(run, output, limit) | {"killed": done}
@@ -146,7 +147,8 @@ def describe(results: dict[str, Any], folder: Path) -> str:
     ]
     late = sum(len(kill["ranks"]) for kill in results["kills"]) - len(stormy["killed"])
     if late:
-        told.append(f"{late} more would have been killed, but the run had ended before")
+        left = ", or had no place for them" if any(each.get("left_out") for each in failures) else ""
+        told.append(f"{late} more would have been killed, but the run had ended before{left}")
     if failures:
         header = ("lost ranks", "at step", "went on from", "steps lost", "recovered in", "ranks left")
         rows = [

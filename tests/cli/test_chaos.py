@@ -69,7 +69,7 @@ def test_what_is_drawn(data: st.DataObject) -> None:
 
 
 def test_ranks_die_when_it_is_planned(command: list[str], tmp_path: Path) -> None:
-    kills = [chaos.Kill((2,), 0.3, 0.5), chaos.Kill((1,), 0.6, 0.0)]
+    kills = [chaos.Kill((2,), 0.3, 0.5), chaos.Kill((7,), 0.5, 0.0), chaos.Kill((1,), 0.6, 0.0)]  # one is not there
     found = chaos.disturb(command, tmp_path / "run", kills, 60, 30, 0.02)
     assert found["complete"]
     assert found["code"] == 0
