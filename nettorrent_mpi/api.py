@@ -36,6 +36,7 @@ from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import StreamDevice
+from nettorrent_mpi.engine.copy_interval import copy_interval
 from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation
@@ -50,7 +51,6 @@ from nettorrent_mpi.engine.trainer import TrainingLoop
 from nettorrent_mpi.engine.training_files import TrainingFiles
 from nettorrent_mpi.nn.rates import check_rates
 from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError, warn
-from nettorrent_mpi.plan.exchange_specs import copies_every
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
 atexit.register(abort_after_error)
@@ -108,7 +108,7 @@ class Trainer:
             self._engine.wiring.warn_of_copies()
             config = self.setup.config
             saving = Saving(config.checkpoint, self._engine.sampler.steps_per_epoch)
-            every = copies_every(config.redundancy, survivable())
+            every = copy_interval(self.setup)
             self._loop = TrainingLoop(self._engine, config.train, saving, signals, every)
             self._closers.insert(0, self._loop.close)
             folder = None if output is None else Path(output)

@@ -29,6 +29,7 @@ model:
     - linear: {units: 10}
 train: {steps: 40, batch_size: 36, micro_batches: 2, report_every: 5, optimizer: {adam: {lr: 0.01}}}
 dtype: float64
+redundancy: {buddy: {every_steps: 10}}
 """
 ROWS = "layout={swarms: [{layers: 3, rows: 4}]}"
 COLS = "layout={swarms: [{layers: 2, rows: 1, cols: 2}, {layers: 1, rows: 2}]}"

@@ -24,6 +24,7 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.checkpoint_folder import newest
+from nettorrent_mpi.engine.copy_interval import copy_interval, members_with_copies, part_of_copies
 from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.failover import Failure
 from nettorrent_mpi.engine.record import Record
@@ -175,6 +176,13 @@ class Run:
                 self._reporter.message(
                     f"a rank that dies ends the run, and --resume auto goes on from the newest of "
                     f"{self._folder.path / 'checkpoints'}; Open MPI's mpirun --with-ft ulfm goes on without it at once"
+                )
+            every = copy_interval(setup)
+            if survivable() and every is not None and members_with_copies(setup) > 1:
+                steps, part = (f"{every} steps" if every > 1 else "step"), 100 * part_of_copies(setup, every)
+                self._reporter.message(
+                    f"the others go on without a rank that dies: after every {steps} each rank copies what it owns to "
+                    f"a buddy (about {part:.2g} % of the time)"
                 )
             if checkpoint is not None:
                 self._reporter.message(f"resumes after step {self.trainer.step} of {setup.steps}, from {checkpoint}")

@@ -8,14 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nettorrent_mpi.cli.tables import aligned, shortened, wrapped
+from nettorrent_mpi.engine.copy_interval import copy_interval, most_owned, part_of_copies
 from nettorrent_mpi.engine.layout import AS_FAST, lay_out, on_fewer_ranks, predicted
-from nettorrent_mpi.engine.memory_estimate import interval_of_copies, owned_bytes
 from nettorrent_mpi.plan.cost import Machine, Prediction
 from nettorrent_mpi.plan.exchange_specs import AutoCopies
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.topology import Topology
-
-COPYINGS = 3  # times that a rank copies what it owns for its buddy: to its own memory, to a message, and from another's
 
 if TYPE_CHECKING:  # the report needs neither engine nor MPI
     from nettorrent_mpi.engine.setup import Setup
@@ -86,17 +84,15 @@ def _duration(seconds: float) -> str:
 def copies_lines(setup: Setup, memory: Sequence[Memory]) -> list[str]:
     """Say which copies ranks keep of each other's state, what they take, and where they would be kept."""
     config, most = setup.config, max(each.copies for each in memory)
-    every = interval_of_copies(config.redundancy)
+    every = copy_interval(setup)
     if every is None or most == 0:
         if every is None and isinstance(config.redundancy, AutoCopies) and setup.topology.size > 1:
             return wrapped("copies    ", "none: a run survives lost ranks under Open MPI's mpirun --with-ft ulfm alone")
         return []
-    owned = max(owned_bytes(setup, stage) for stage in range(len(setup.topology.stages)))
-    seconds = predicted(config, setup.network, setup.topology).seconds * every
-    part = COPYINGS * owned / Machine().bandwidth / seconds
+    owned, part = most_owned(setup), part_of_copies(setup, every)
     steps = "every step" if every == 1 else f"every {every} steps"
     return wrapped(
         "copies    ",
         f"after {steps} a rank copies what it owns (at most {owned / 1e6:,.1f} MB) and sends it to a buddy: about "
-        f"{100 * part:.1f} % of the time; two of its own and two of another rank's take {most / 1e6:,.1f} MB",
+        f"{100 * part:.2g} % of the time; two of its own and two of another rank's take {most / 1e6:,.1f} MB",
     )

@@ -36,7 +36,7 @@ class Settings(TypedDict, total=False):
     layout: str | Mapping[str, Any]  # "layers", "auto", or {"replicas": 2, "swarms": [{"rows": 2, "cols": 1}, ...]}
     pipeline: Choice  # "1f1b"
     exchange: Choice  # how replicas agree: "allreduce"
-    redundancy: Choice  # copies of the state at a buddy: "auto", "none" or {"buddy": {"every_steps": 10}}
+    redundancy: Choice  # copies of the state at a buddy: "auto", "none" or {"buddy": {"every_steps": "auto"}}
     seed: int  # every random number comes from it: 1
     dtype: Literal["float32", "float64", "tf32", "bfloat16"]
     device: Literal["auto", "cpu", "gpu"]

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nettorrent_mpi.comm import library
-from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.engine.copy_interval import keeps_copies, members_with_copies, owned_bytes
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.engine.stage_schedule import StageSchedule
@@ -20,14 +20,11 @@ from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, rows_shared, sharers_of
-from nettorrent_mpi.plan.exchange_specs import BuddyCopies, Gossip, PushSumMix, Whole, copies_every
+from nettorrent_mpi.plan.exchange_specs import Gossip, PushSumMix, Whole
 from nettorrent_mpi.plan.gossip_rules import LARGEST, SPARE, receives, withholding
 from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 from nettorrent_mpi.plan.recovery import PLACES, buddies
-from nettorrent_mpi.plan.schedule import STREAMS
-from nettorrent_mpi.plan.specs import Spec
-from nettorrent_mpi.plan.stream import versions
 
 FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
 MPI = 14_000_000  # bytes that it takes when it is loaded: 13 MB of Open MPI 5.0.11, 15 MB of MPICH 5.0.2
@@ -83,9 +80,8 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
 def copies_of(setup: Setup) -> list[int]:
     """Return the bytes of the copies that a rank of each stage holds of its own state and of its ward's, where they are
     kept (engine/redundancy.py). All ranks are taken to share a node."""
-    topology, exact = setup.topology, setup.config.exact
-    members = topology.size if exact else topology.size // topology.replicas
-    if interval_of_copies(setup.config.redundancy) is None or members == 1:
+    topology, members = setup.topology, members_with_copies(setup)
+    if not keeps_copies(setup.config.redundancy) or members == 1:
         return [0] * len(topology.stages)
     owned = [owned_bytes(setup, s) for s in range(len(topology.stages))]
     most = [0] * len(topology.stages)
@@ -93,26 +89,6 @@ def copies_of(setup: Setup) -> list[int]:
         own, theirs = topology.place(keeper).stage, topology.place(rank).stage
         most[own] = max(most[own], PLACES * (owned[own] + owned[theirs]))
     return most
-
-
-def interval_of_copies(spec: Spec) -> int | None:
-    """Return the number of steps from one copy of the state to the next; None: there are none. Where they are asked for
-    and this process has no MPI, it is not the run that keeps them."""
-    asked = isinstance(spec, BuddyCopies) and not library.loaded()
-    return copies_every(spec, asked or survivable())
-
-
-def owned_bytes(setup: Setup, stage: int) -> int:
-    """Return the bytes of what a rank of this stage owns: its part of the weights, with their earlier versions, and of
-    the optimizer's state."""
-    topology, options = setup.topology, setup.options
-    here = topology.stages[stage]
-    parameters = parameters_of(setup.network.facts[here.first : here.stop], here.cols)
-    wide = max(options.itemsize, 4)  # of the weights that are updated
-    pieces, stages = options.micro_batches, len(topology.stages)
-    late = versions(stages, pieces, stage) - 1 if setup.config.pipeline.kind in STREAMS else 0
-    each = wide * (1 + len(make_optimizer(options.optimizer).states)) + late * options.itemsize
-    return round(parameters * each / sharers_of(topology, here, setup.config.exact))
 
 
 def _computing(setup: Setup, rows: int, states: int) -> list[Memory]:

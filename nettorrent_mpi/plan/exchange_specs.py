@@ -181,7 +181,8 @@ class BuddyCopies(Spec):
     """Each rank keeps a copy of what it owns and of what its buddy does."""
 
     kind = "buddy"
-    every_steps: int = 10  # steps from one copy to the next
+    # Steps from one copy to the next; auto: so that copies take about 1 % of the time (plan.recovery.copies_due).
+    every_steps: int | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,3 @@ MIXES: dict[str, type[Spec]] = {
 COMPRESSIONS: dict[str, type[Spec]] = {c.kind: c for c in (Whole, Float16, Int8, Sign, TopK)}
 EXCHANGES: dict[str, type[Spec]] = {c.kind: c for c in (Allreduce, Nothing, Gossip, Elite)}
 REDUNDANCIES: dict[str, type[Spec]] = {c.kind: c for c in (AutoCopies, NoCopies, BuddyCopies)}
-
-
-def copies_every(spec: Spec, survivable: bool) -> int | None:
-    """Return the number of steps from one copy of the state to the next; None: there are none. `survivable`: a run
-    survives the loss of ranks; elsewhere copies would help nobody."""
-    if isinstance(spec, NoCopies) or not survivable:
-        return None
-    return (spec if isinstance(spec, BuddyCopies) else BuddyCopies()).every_steps

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.cost import divided, most_rows, predict
+from nettorrent_mpi.plan.cost import Machine, divided, most_rows, predict
 from nettorrent_mpi.plan.layouts import partition
 from nettorrent_mpi.plan.topology import LayerFacts, Topology
 
 PLACES = 2  # for copies of a rank's blocks, here and at its buddy: see Copies
+COPYINGS = 3  # times that a rank copies what it owns for its buddy: to its own memory, to a message, and from another's
+MESSAGES = 10  # of one copy, with those that tell that all are there
+PART = 0.01  # of the time that copies may take
+MOST_LOST = 30.0  # seconds of work since the last copies, for which they may take more
 AS_NEAR = 1.1  # times that differ by less than this factor are nearly the same
 
 
@@ -38,6 +43,18 @@ def buddies(nodes: Sequence[int]) -> list[int]:
     if size % 2:  # 0 -> half -> the last -> 0
         found[order[half]], found[order[-1]] = order[-1], order[0]
     return found
+
+
+def seconds_of_copies(owned: int) -> float:
+    """Predict the seconds in which a rank copies what it owns, so many bytes, and sends it to its buddy."""
+    machine = Machine()
+    return COPYINGS * owned / machine.bandwidth + MESSAGES * machine.latency
+
+
+def copies_due(copies: float, step: float) -> int:
+    """Return after how many steps there are copies again, which take `copies` seconds, as a step takes `step`: so that
+    they take PART of the time, but the work of MOST_LOST seconds at most can be lost."""
+    return max(1, min(ceil(copies / (PART * step)), int(MOST_LOST / step)))
 
 
 class Kept(NamedTuple):

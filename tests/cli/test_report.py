@@ -13,6 +13,7 @@ import pytest
 import nettorrent_mpi as nt
 from nettorrent_mpi.cli import dry_run as report
 from nettorrent_mpi.cli.speed_report import _duration, speed_block
+from nettorrent_mpi.comm import library
 from nettorrent_mpi.config import reading as config
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates
@@ -244,6 +245,19 @@ def test_replicas_that_differ_are_not_compared_with_one_network() -> None:
     assert "    4  as given" in text
     same = cifar(2, "layout={swarms: [{layers: 6, rows: 2}]}")
     assert "auto: the same layout" in speed_block(same.setup)
+
+
+def test_copies_are_told_with_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "loaded", lambda: False)  # other tests may have loaded MPI
+
+    def told(*changes: str) -> str:
+        return " ".join(cifar(4, *changes).describe().split())
+
+    assert "after every 16 steps a rank copies what it owns" in told("redundancy=buddy")
+    assert "to a buddy: about 0.98 % of the time" in told("redundancy=buddy")
+    assert "after every step a rank copies what it owns" in told("redundancy={buddy: {every_steps: 1}}")
+    assert "about 16 % of the time" in told("redundancy={buddy: {every_steps: 1}}")
+    assert "none: a run survives lost ranks under" in told()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from nettorrent_mpi.plan.recovery import (
     Snapshot,
     Survivor,
     buddies,
+    copies_due,
     layout_of_survivors,
     places_of_survivors,
     replicas_of_survivors,
@@ -165,6 +166,27 @@ def test_every_rank_gets_on() -> None:
     for _ in range(2000):
         play.go()
     assert min(player.left for player in play.players) > 20
+
+
+# -- how often ------------------------------------------------------------------------------------------------------
+
+
+def test_copies_take_a_hundredth_of_the_time() -> None:
+    assert copies_due(0.0018, 0.0029) == 63
+    assert copies_due(1e-4, 0.02) == 1
+    assert copies_due(2e-4, 0.02) == 1
+    assert copies_due(2.1e-4, 0.02) == 2
+    assert copies_due(0.9, 0.2) == 150  # 30 seconds, not 450 steps
+    assert copies_due(9.0, 45.0) == 1
+
+
+@given(st.floats(1e-6, 1e4), st.floats(1e-6, 1e4))
+def test_copies_are_seldom_but_not_too_seldom(copies: float, step: float) -> None:
+    every = copies_due(copies, step)
+    assert every >= 1
+    assert every == 1 or every * step <= 30.001
+    assert copies <= 0.01 * every * step * 1.001 or (every + 1) * step > 30  # less often would lose too much
+    assert every == 1 or copies > 0.01 * (every - 1) * step * 0.999  # and no more seldom than that
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------------
