@@ -137,7 +137,7 @@ def restore_parameters(engine: Engine, path: Path, accept: Accept) -> None:
         folder, manifest = find_checkpoint(engine.world, path)
         with engine.world.agreement():
             accept(manifest.attributes)
-            _check_network(manifest, folder, engine)
+            check_network(manifest, folder, engine)
         engine.load(lambda wanted: _read(engine, folder, manifest, "", wanted))
         return
     engine.world.once(lambda: verify(path))
@@ -162,7 +162,7 @@ def restore(engine: Engine, folder: Path, manifest: Manifest, accept: Accept) ->
     """
     with engine.world.agreement():
         accept(manifest.attributes)
-        _check_network(manifest, folder, engine)
+        check_network(manifest, folder, engine)
         for name in engine.optimizer.states:
             if not any(each.startswith(f"{OPTIMIZER}/{name}/") for each in manifest.arrays):
                 raise DataError(
@@ -177,7 +177,7 @@ def restore(engine: Engine, folder: Path, manifest: Manifest, accept: Accept) ->
     )
 
 
-def _check_network(manifest: Manifest, folder: Path, engine: Engine) -> None:
+def check_network(manifest: Manifest, folder: Path, engine: Engine) -> None:
     """Raise DataError unless the checkpoint has all parameters of the engine's network, before anything changes."""
     shapes = engine.shapes()
     for key, shape in shapes.items():

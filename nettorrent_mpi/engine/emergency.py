@@ -9,17 +9,20 @@ each alone has its part of the optimizer's state.
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from nettorrent_mpi.engine.checkpoint import check_network, read_manifest
 from nettorrent_mpi.engine.checkpoint_folder import complete, name_of, newest, write_blocks
 from nettorrent_mpi.engine.checkpoint_writer import CheckpointWriter
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.model_file import Attribute
 from nettorrent_mpi.engine.state import PARAMETERS
-from nettorrent_mpi.plan.errors import NetTorrentError, OutputError, listed
+from nettorrent_mpi.plan.errors import DataError, NetTorrentError, OutputError, listed
 from nettorrent_mpi.plan.moves import Box
 
 
@@ -27,8 +30,7 @@ class EmergencyCheckpoint:
     """An EmergencyCheckpoint is one rank's part in such a checkpoint, in `folder`. Its methods are called by threads
     besides the one that trains; each rank calls them for itself.
 
-    `writer` writes the training's other checkpoints there, and `keep` are kept. `attributes` gives those of the
-    checkpoint of a step.
+    `writer` writes the training's other checkpoints there. `attributes` gives those of the checkpoint of a step.
     """
 
     def __init__(
@@ -36,11 +38,9 @@ class EmergencyCheckpoint:
         engine: Engine,
         writer: CheckpointWriter,
         folder: Path,
-        keep: int,
         attributes: Callable[[int], Mapping[str, Attribute]],
     ):
-        self._engine, self._writer, self._folder, self._keep = engine, writer, folder, keep
-        self._attributes = attributes
+        self._engine, self._writer, self._folder, self._attributes = engine, writer, folder, attributes
 
     def whole(self) -> int | None:
         """Return the step after which this rank's state is whole; None in the middle of an update."""
@@ -90,27 +90,36 @@ class EmergencyCheckpoint:
         and a NetTorrentError if the state is no more, or never was, that of a good training after this step."""
         engine = self._engine
         self._writer.stand_still()
-        self._check(step)
         begun = engine.update.begun
+        self._check(step, begun)
         blocks = engine.state.blocks_left(silent, begun=begun)
         for (name, _), block in blocks.items():
             if name.startswith(PARAMETERS) and not np.isfinite(block).all():
                 raise NetTorrentError(f"{name} has values that are not finite")
         if begun and not silent:  # otherwise sums begin anew
             blocks |= engine.numbers.kept()
-        write_blocks(self._part(step), engine.world.rank, blocks, lambda: self._check(step))
-        self._check(step)
+        write_blocks(self._part(step), engine.world.rank, blocks, lambda: self._check(step, begun))
+        self._check(step, begun)
 
     def complete(self, step: int, ranks: Sequence[int]) -> Path:
-        """Complete the checkpoint that these ranks have written, and return where it is. Raises an OutputError."""
-        complete(self._part(step), ranks, self._attributes(step), self._keep)
-        return self._folder / name_of(step)
+        """Complete the checkpoint that these ranks have written, and return where it is. Older ones stay. Raises an
+        OutputError, and a DataError if a part of the state is missing."""
+        complete(self._part(step), ranks, self._attributes(step), sys.maxsize)
+        made = self._folder / name_of(step)
+        try:
+            check_network(read_manifest(made), made, self._engine)
+        except DataError:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+        return made
 
     def _part(self, step: int) -> Path:
         return self._folder / f"{name_of(step)}.tmp"
 
-    def _check(self, step: int) -> None:
-        if self.whole() != step:
+    def _check(self, step: int, begun: bool) -> None:
+        """Raise an OutputError unless this rank still stands where it stood: the step is its last whole one, and a
+        further one has begun, or not."""
+        if self.whole() != step or self._engine.update.begun != begun:
             raise OutputError("the training went on while it was written")
 
 

@@ -217,6 +217,7 @@ class Engine:
     def abandon(self) -> None:
         """Give up what is in flight, after the world was revoked because ranks are lost. The engine is attached
         again."""
+        self.update.restore(None)
         self.wiring.abandon()
         self.exchange.abandon()
 

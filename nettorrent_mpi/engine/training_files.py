@@ -47,10 +47,9 @@ class TrainingFiles:
         self._owner: Owner | None = None  # of the lock
         self.emergency: EmergencyCheckpoint | None = None
         if output is not None:
-            folder, keep = output / "checkpoints", setup.config.checkpoint.keep
-            self._checkpoints = folder
-            self._writer = CheckpointWriter(engine, folder, keep)
-            self.emergency = EmergencyCheckpoint(engine, self._writer, folder, keep, self._attributes_after)
+            self._checkpoints = folder = output / "checkpoints"
+            self._writer = CheckpointWriter(engine, folder, setup.config.checkpoint.keep)
+            self.emergency = EmergencyCheckpoint(engine, self._writer, folder, self._attributes_after)
             saving.files = self
         self.move_to_first_rank()
 

@@ -57,10 +57,10 @@ class Update:
 
     def begin(self, rate: float, step: int) -> None:
         """Tell the device what is new in this step, before any of its actions."""
-        self._step = step
         if self._keeps:
             self._state.keep_statistics()
             self._metrics.keep()
+        self._step = step  # last: who sees it in another thread finds what was kept
         self._numbers.set(self._optimizer.numbers(rate, step))
 
     @property

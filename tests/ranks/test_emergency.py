@@ -16,7 +16,7 @@ from nettorrent_mpi.engine.emergency import EmergencyCheckpoint
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.actions import ONCE
-from nettorrent_mpi.plan.errors import OutputError
+from nettorrent_mpi.plan.errors import DataError, OutputError
 from nettorrent_mpi.plan.topology import Topology
 from tests.checkpoints import saved, whole
 from tests.ranks.test_attach import name, plan, start, topologies, train
@@ -27,7 +27,7 @@ ABOUT = {"samples": 0, "time": 0.0, "config": "{}"}
 
 def emergency(engine: Engine, folder: Path) -> EmergencyCheckpoint:
     writer = CheckpointWriter(engine, folder, 9)
-    return EmergencyCheckpoint(engine, writer, folder, 9, lambda step: {**ABOUT, "step": step})
+    return EmergencyCheckpoint(engine, writer, folder, lambda step: {**ABOUT, "step": step})
 
 
 def standing(optimizer: specs.OptimizerSpec, folder: Path) -> Iterator[tuple[Topology, Engine, dict[str, np.ndarray]]]:
@@ -91,7 +91,7 @@ def test_others_stand_in_for_a_silent_rank(shared_path: Path) -> None:
 
 
 @pytest.mark.ranks(2, 3)
-def test_what_cannot_be_saved_is_not(shared_path: Path) -> None:
+def test_what_cannot_be_saved_is_not(shared_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shared_path / "checkpoints"
     world = World()
     engine = start(world, plan(Topology(SIZE, next(topologies(1)).stages)))
@@ -106,8 +106,34 @@ def test_what_cannot_be_saved_is_not(shared_path: Path) -> None:
     assert alone.startswith(f"rank {last}, which alone has its part of the optimizer's state (m, v) of conv2d1/weight[")
     with pytest.raises(OutputError, match="went on"):
         made.write(2, [])
-    assert not folder.exists()
+
+    def meanwhile(*given: object) -> None:
+        engine.update.begin(0.003, 4)
+
+    monkeypatch.setattr("nettorrent_mpi.engine.emergency.write_blocks", meanwhile)
+    with pytest.raises(OutputError, match="went on"):
+        made.write(3, [])
+    if RANK == 0:
+        assert not list(folder.glob("*/manifest.json"))
     engine.close()
+    world.free()
+
+
+@pytest.mark.ranks(2)
+def test_one_that_lacks_a_part_is_none(shared_path: Path) -> None:
+    world = World()
+    for topology in topologies(SIZE):
+        engine, folder = start(world, plan(topology)), shared_path / name(topology) / "checkpoints"
+        train(engine, 0, 1)
+        made = emergency(engine, folder)
+        made.write(1, [])
+        world.barrier()
+        if RANK == 0:
+            with pytest.raises(DataError, match=r"has shape|is missing|has not each part"):
+                made.complete(1, [0])
+            assert not list(folder.glob("*/manifest.json"))
+        world.barrier()
+        engine.close()
     world.free()
 
 
