@@ -31,7 +31,9 @@ if "mpi4py.MPI" not in sys.modules:
 
 from nettorrent_mpi.comm.activity import NOW, OUTSIDE, STARTING
 from nettorrent_mpi.comm.failures import lost, survivable
+from nettorrent_mpi.comm.watchdog import Watchdog
 from nettorrent_mpi.comm.world import World, abort_after_error
+from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.device.arrays import Array
@@ -54,6 +56,15 @@ from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError, 
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
 atexit.register(abort_after_error)
+
+
+def watched(world: World, config: Config) -> Watchdog | None:
+    """Let a watchdog look after the ranks as the configuration says; return it. All ranks call."""
+    times = config.watchdog
+    if times == "none":
+        world.unwatch()
+        return None
+    return world.watch(times.report, times.end)
 
 
 class Trainer:
@@ -144,6 +155,7 @@ class Trainer:
         shape = None if dataset is None else (dataset.train.rows, dataset.test and dataset.test.rows, dataset.shape)
         world.same("data set or settings", f"{shape} {sorted(settings)}")
         config = world.once(lambda: configured(network, data, dataset, settings))
+        watched(world, config)
         device = choose_device(world, config.device)
         with world.agreement():
             setup = set_up(config, world.size, dataset, device=device.kind)
@@ -158,11 +170,9 @@ class Trainer:
 
     def _watch(self) -> None:
         """Let the watchdog look after the ranks as the configuration says, and know their places."""
-        world, times = self._world, self.setup.config.watchdog
-        if times == "none":
-            world.unwatch()
-        else:
-            world.watch(times.report, times.end).places = [self.setup.place_line(rank) for rank in range(world.size)]
+        watchdog = watched(self._world, self.setup.config)
+        if watchdog is not None:
+            watchdog.places = [self.setup.place_line(rank) for rank in range(self._world.size)]
 
     # -- progress -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi import __version__
-from nettorrent_mpi.api import Trainer
+from nettorrent_mpi.api import Trainer, watched
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.progress import Reporter, open_reporter
 from nettorrent_mpi.cli.ranks import Ranks
@@ -90,6 +90,7 @@ def _plan(world: World, args: argparse.Namespace) -> tuple[PlannedRun, str]:
     """Plan the requested run. Gives the plan, and says what the run computes on."""
     before = peak_memory()
     config = world.once(lambda: read(args))
+    watched(world, config)
     checker = peak_memory() - before  # loaded on rank 0, to read the configuration
     try:
         # What is only planned needs no GPU.
