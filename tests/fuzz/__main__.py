@@ -10,6 +10,7 @@ import collections
 import contextlib
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def main() -> None:
             counts[outcome.kind] += 1
             kind = (outcome.kind, _kind(outcome.text.replace(made, "")))
             kinds[kind] += 1
+            if not (done := sum(counts.values())) % 1000:
+                print(f"{args.target}: {done:,} cases", file=sys.stderr, flush=True)
             if outcome.fault and kinds[kind] == 1:
                 print(f"{outcome.kind}: case {case.number}: {outcome.text}\n", flush=True)
                 if args.keep is not None:

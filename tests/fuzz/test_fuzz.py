@@ -15,7 +15,7 @@ import pytest
 from tests.fuzz.cases import CASES
 from tests.fuzz.sandbox import AHEAD, Case, Sandbox
 
-FEW, MANY = 20, 180  # cases of each kind in `make test`, and besides in `make test-slow` or `make test-all`
+CASES_OF_EACH, FEW = 200, 20  # in `make test`; of those that take most of the time only a few, the others in test-all
 
 
 @pytest.fixture
@@ -25,17 +25,16 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
-HEAVY = ("strange_model", "strange_hdf5", "config")  # take most of the time
-TARGETS = [pytest.param(each, marks=pytest.mark.long if each in HEAVY else pytest.mark.slow) for each in CASES]
+HEAVY = ("strange_model", "strange_hdf5", "config")
 
 
-@pytest.mark.parametrize("target", [None, *TARGETS])
+@pytest.mark.parametrize("target", [None, *(pytest.param(each, marks=pytest.mark.long) for each in HEAVY)])
 def test_damaged_files(folder: Path, target: str | None) -> None:
-    """A few cases of each target, or many of one."""
-    few = [Case(each, number) for each in CASES for number in range(FEW)]
-    many = [Case(str(target), number) for number in range(FEW, FEW + MANY)]
+    """Cases of each target, or the rest of those of a heavy one."""
+    first = [Case(each, number) for each in CASES for number in range(FEW if each in HEAVY else CASES_OF_EACH)]
+    rest = [Case(str(target), number) for number in range(FEW, CASES_OF_EACH)]
     with Sandbox(folder) as sandbox:
-        for case, outcome in sandbox.run(many if target else few):
+        for case, outcome in sandbox.run(rest if target else first):
             assert not outcome.fault, f"{case.name}: {outcome.kind}: {outcome.text}"
 
 
