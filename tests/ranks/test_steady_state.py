@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import tracemalloc
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -23,6 +22,7 @@ from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.topology import Stage, Topology
+from tests.growth import growth, usage
 
 SIZE = MPI.COMM_WORLD.size
 LAYERS = (
@@ -179,14 +179,15 @@ def test_a_thousand_steps_do_not_grow() -> None:
     layers = (specs.Flatten(), specs.Linear(32, activation="relu"), specs.Dropout(0.1), specs.Linear(10))
     network = Network(layers, SHAPE)
     made = engine(layers_layout(network.facts, SIZE, 16), network)
-    for n in range(100):
-        made.step(n, 0.001)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for n in range(100, 1100):
+    windows = []
+    for n in range(1100):
         made.step(n, 0.001)
         if n % 100 == 0:
             made.metrics.take()
             Evaluator(made).test()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 1024, f"{grown} KiB more after 1000 steps"
+        if n % 250 == 249:
+            windows.append(usage())
+    grown = growth(windows)
+    assert max(grown.private, grown.files) < 64, windows  # KiB
+    assert max(grown[2:]) == 0, windows
     made.close()
