@@ -170,7 +170,14 @@ ALONE = "layout={replicas: 4}"
     [
         pytest.param("0:exchange:9,2:forward:41", [ALONE, "exchange={gossip: {}}"], 2, 2, id="gossip", marks=slow),
         pytest.param("1:merge:9", [ALONE, "exchange={gossip: {deadline: none}}"], 3, 1, id="patient", marks=long),
-        pytest.param("1:average:2", [ALONE, "exchange={gossip: {exact_every: 6}}"], 3, 1, id="average", marks=long),
+        pytest.param(
+            "1:average:2",
+            [ALONE, "exchange={gossip: {exact_every: 6, slow_momentum: 0.5}}"],
+            3,
+            1,
+            id="average",
+            marks=long,
+        ),
         pytest.param(
             "3:exchange:11", [APART, "exchange={gossip: {deadline: none, exact_every: 5}}"], 1, 1, id="patient stages"
         ),

@@ -134,10 +134,15 @@ class Engine:
         return self.state.owned_blocks(self.exchange.memories()) | self.numbers.now()
 
     def live_blocks(self) -> dict[Holding, Array]:
-        """Return what this rank owns of its replica, where it goes on without the others: in host memory, without the
-        exchange's memories of peers. Not collective."""
+        """Return what this rank owns of its replica, where others are lost: in host memory. Of the exchange's memories
+        it has those that all replicas have in common. Not collective.
+
+        The others begin anew with the replicas that are left, because they are about peers, and what was under way
+        between them is lost (see `GossipExchange.memories`).
+        """
         self.exchange.release()
-        return {holding: self.device.on_host(array) for holding, array in self.state.owned_blocks({}).items()}
+        own = self.state.owned_blocks(self.exchange.common())
+        return {holding: self.device.on_host(array) for holding, array in own.items()}
 
     def blocks(self) -> dict[Holding, Array]:
         """Return the blocks that this rank holds, in host memory. Collective over all ranks, at rest.
@@ -181,11 +186,12 @@ class Engine:
             for bucket, *shards in zip(self.state.buckets, *memories.values(), strict=True):
                 for shard in shards:
                     bucket.clear_gaps(shard)  # `read` leaves them as they are, and a mass is a part's largest
-            self.fill(partial(read, prefix), self.state.blocks() | self.state.shards(memories))
+            self.fill(partial(read, prefix), self.state.blocks())
+            if not prefix:
+                self.exchange.averaged()  # before its memories are known: it begins them anew
+            self.fill(partial(read, prefix), self.state.shards(memories))
             self.state.forget_versions()
             self.fill(partial(read, prefix), self.state.version_blocks())
-            if not prefix:
-                self.exchange.averaged()
         self.exchange.recall(steps)
         self.update.restore(steps)
         self.steps = steps

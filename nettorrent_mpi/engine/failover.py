@@ -25,6 +25,7 @@ from nettorrent_mpi.engine.failure import agreed
 from nettorrent_mpi.engine.resharding import Blocks, move, of_replica
 from nettorrent_mpi.engine.safeguard import Safeguard
 from nettorrent_mpi.engine.setup import Setup, of_survivors
+from nettorrent_mpi.engine.state import EXCHANGE
 from nettorrent_mpi.engine.trainer import TrainingLoop
 from nettorrent_mpi.engine.training_files import TrainingFiles
 from nettorrent_mpi.plan.errors import warn
@@ -222,6 +223,7 @@ def _brought(group: Group, held: Held, survivors: Sequence[Survivor], found: Liv
         Holding(of_replica(found.replicas.index(replica), h.name), h.box): a
         for replica, held_ in mine.items()
         for h, a in held_.items()
+        if not h.name.startswith(EXCHANGE)  # what all have in common: if one was lost in an exchange, it differs
     }
     return Blocks(group, average | numbered, len(found.replicas), found.step)
 

@@ -15,7 +15,7 @@ from nettorrent_mpi.plan.moves import Holding, moves, within
 
 REPLICAS = "replicas"
 TAG = 78
-READS = 3  # how often arrays are taken each time: numbers of ranks, then the newest weights, then earlier versions
+READS = 4  # how often arrays are taken each time: numbers of ranks, the newest weights, memories, earlier versions
 
 
 def takes(replicas: int, now: int) -> int:

@@ -158,7 +158,8 @@ class GossipExchange(Exchange):
     def _with_peers(self, act: Callable[[], None]) -> None:
         """Let all peers do something in a step. If some are lost, this rank's shards are as before, and nothing is
         exchanged any more."""
-        arrays = [*self.shards.weights, *self.shards.memories] if survivable() else []
+        common = [array for arrays in self.common().values() for array in arrays]
+        arrays = [*self.shards.weights, *self.shards.memories, *common] if survivable() else []
         with self._copies(arrays) as kept:
             try:
                 if not self.broken:
@@ -251,7 +252,15 @@ class GossipExchange(Exchange):
 
     def memories(self) -> dict[str, list[Array]]:
         """Return SlowMo's arrays; with push-sum the mass of every parameter; what is withheld; of compressed messages
-        the peers' estimates of this replica; and what was sent in the open round, if it is older than this step."""
+        the peers' estimates of this replica; and what was sent in the open round, if it is older than this step.
+
+        Where ranks are lost, replicas that go on take over what they have in common, and begin the rest anew. What is
+        withheld has been released before. Masses: with those that were under way, or with the dead, the survivors' no
+        longer say how often each is counted; and parameters are divided by theirs, so that they are right with any.
+        Estimates: a message may have reached its end or not, so the two ends would differ; they begin with the
+        survivors' average, and as a message tells what the estimate lacks, no change is lost. Scores and deadlines are
+        measured again, with other neighbours.
+        """
         found, vector = self.common(), self.mixer.vector
         if self.mixer.push_sum:
             self._masses = self.mixer.mass_of_elements()

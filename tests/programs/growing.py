@@ -1,4 +1,4 @@
-"""python -m tests.programs.growing STEPS FOLDER SETTINGS: trains a small network, and prints what every rank takes of the machine.
+"""python -m tests.programs.growing STEPS FOLDER SETTINGS: trains a small network, and prints what ranks take.
 
 SETTINGS, in JSON, are those of `nettorrent_mpi.Trainer`. There are reports, evaluations and checkpoints among the
 steps. Rank 0 prints a JSON list: for each rank the Usage in each quarter of the steps.

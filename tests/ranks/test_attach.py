@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import permutations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine import failover
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
@@ -22,6 +24,7 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as exchanges
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.recovery import LiveReplicas, Survivor
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 SIZE, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
@@ -237,6 +240,43 @@ def test_another_number_of_replicas_begins_with_the_average(kind: str) -> None:
     world.free()
     for each in found if RANK == 0 else ():
         equal(each, expected)
+
+
+@pytest.mark.ranks(3, 4)
+def test_survivors_keep_what_the_replicas_have_in_common() -> None:
+    """A replica is lost: the others keep their own weights, with what they have withheld, and slow momentum's memory,
+    also where one of them was not yet through with an exact average."""
+    options: dict[str, Any] = {"exchange": GOSSIP["momentum"], "clip_norm": None}
+    world = World()
+    engine = start(world, plan(inner(SIZE, [(1, 1)]), **options))
+    train(engine, 0, 7)
+    live = {holding: np.array(array) for holding, array in engine.live_blocks().items()}
+    guard: Any = SimpleNamespace(topology=engine.topology, rank=RANK, copies=None)
+    engine.close()
+    memories = [holding for holding in live if holding.name.startswith("exchange/slow_momentum/")]
+    assert len(memories) == len(NETWORK.stage(0, NETWORK.weight_layers, 1, 0).parameters) - 2  # running statistics
+    assert any(live[holding].any() for holding in memories)
+    if RANK == 0:
+        for holding in memories:
+            live[holding] *= 1 + 1e-3
+    part = MPI.COMM_WORLD.Split(0 if RANK < SIZE - 1 else MPI.UNDEFINED)
+    if part != MPI.COMM_NULL:
+        fewer, replicas = World(part), tuple(range(SIZE - 1))
+        survivors = [Survivor(rank, (), 7) for rank in replicas]
+        blocks = failover._brought(fewer, failover.Held(guard, 7, live), survivors, LiveReplicas(replicas, 7))
+        engine.attach(fewer, plan(inner(SIZE - 1, [(1, 1)]), **options), blocks)
+        with engine.exchange.paused():
+            found = engine.live_blocks()
+        assert found.keys() == live.keys()
+        for holding, array in live.items():
+            common = holding.name.startswith("exchange/")
+            expected = part.allreduce(array) / part.size if common else array
+            np.testing.assert_allclose(found[holding], expected, rtol=0, atol=1e-12, err_msg=holding.name)
+        train(engine, 7, 10)
+        engine.close()
+        fewer.free()
+        part.Free()
+    world.free()
 
 
 def test_engines_live_side_by_side_and_are_closed_in_any_order() -> None:
