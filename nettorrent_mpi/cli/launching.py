@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from nettorrent_mpi.comm.processes import ending_with_this
 from nettorrent_mpi.env import given
 from nettorrent_mpi.plan.errors import LaunchError
 
@@ -83,7 +84,7 @@ class StartedRun:
         with log.open("wb") as output:
             self._launcher = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=ending_with_this(),  # noqa: PLW1509 (it takes no lock)
             )  # fmt: skip
 
     def __enter__(self) -> StartedRun:

@@ -3,12 +3,16 @@ start, because numbers are used again."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 GONE = "gone"
+_PR_SET_PDEATHSIG = 1
 
 
 class Process(NamedTuple):
@@ -26,11 +30,11 @@ class Process(NamedTuple):
             return GONE
         return found.state
 
-    def end(self, signal: int) -> None:
+    def end(self, number: int) -> None:
         """Send it a signal, if it still runs."""
         if self.state != GONE:
             with suppress(OSError):
-                os.kill(self.pid, signal)
+                os.kill(self.pid, number)
 
 
 class _Stat(NamedTuple):
@@ -81,3 +85,16 @@ def ancestors() -> list[Process]:
         line.append(Process(pid, found.started, found.name))
         pid = found.parent
     return line
+
+
+def ending_with_this() -> Callable[[], None]:
+    """Return what a child process has to call before it becomes another program (`preexec_fn`), so that it gets SIGTERM
+    when the thread that starts it ends, even by kill -9."""
+    control, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def prepare() -> None:
+        control(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has ended meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return prepare

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nettorrent_mpi.comm.processes import ending_with_this
 from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup.machine import Launcher, environment
 
@@ -42,6 +43,7 @@ def run(command: Sequence[str], threads: int = 1) -> str:
         encoding="utf-8",
         errors="replace",
         start_new_session=True,  # so that all processes of the launcher can be stopped
+        preexec_fn=ending_with_this(),  # noqa: PLW1509 (it takes no lock)
     ) as process:
         try:
             out, err = process.communicate()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from nettorrent_mpi.cli import chaos, launching
 from nettorrent_mpi.cli.arguments import parse
+from nettorrent_mpi.comm.processes import process
 from nettorrent_mpi.plan.errors import LaunchError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +95,34 @@ def test_a_run_that_does_not_end(command: list[str], tmp_path: Path) -> None:
     assert found["why"] == "not done after 2 s"
     assert sorted(found["lines"]) == ["rank 0 is done", "rank 1 is done", "rank 2 is done"]
     assert found["processes_left"] == 4
+
+
+STARTS = """
+import sys
+from pathlib import Path
+from nettorrent_mpi.cli.launching import StartedRun
+from nettorrent_mpi.speedup.runs import run
+words = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+if sys.argv[1] == "chaos":
+    started = StartedRun(words, Path(sys.argv[2]))
+    input()
+else:
+    run([*words[:2], f"import sys; sys.stdout = open({sys.argv[2]!r}, 'w'); {words[2]}"])
+"""
+
+
+@pytest.mark.parametrize("who", ["chaos", "speedup"])
+def test_a_run_ends_with_who_has_started_it(who: str, tmp_path: Path) -> None:
+    """Also by kill -9."""
+    log, until = tmp_path / "log", time.monotonic() + 30
+    with subprocess.Popen([sys.executable, "-c", STARTS, who, str(log)], stdin=subprocess.PIPE) as starter:
+        while not (log.exists() and log.read_text().strip()):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        starter.kill()
+    while process(int(log.read_text())) is not None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_run_without_results(command: list[str], tmp_path: Path) -> None:
