@@ -72,7 +72,7 @@ def _start(ranks: Ranks, arguments: Sequence[str], chosen: str, signals: Signals
     ranks.owns(folder.close, folder.close)
     with world.agreement():
         if world.rank == 0:
-            folder.lock()
+            folder.lock(world.run)
     place = world.once(lambda: folder.starting_point(args.resume, overwrite=args.overwrite))
     trainer = Trainer(planned, comm=world, output=folder.path, stop_on_signals=signals)
     ranks.owns(trainer.close, trainer.abandon)
@@ -216,7 +216,7 @@ class Run:
         world, self._begun = self._world, True
         with world.agreement():
             if world.rank == 0:
-                self._folder.lock()
+                self._folder.lock(self._world.run)
         self._create(failure.resumed_from)
         if world.rank == 0:
             ranks = f"{world.size} ranks" if world.size > 1 else "1 rank"

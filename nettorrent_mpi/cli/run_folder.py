@@ -35,9 +35,9 @@ class RunFolder:
         self._warned = False
         self._lock: RunLock | None = None
 
-    def lock(self) -> None:
+    def lock(self, run: str) -> None:
         """Keep other runs from writing here. Raises an OutputError if one does."""
-        self._lock = self._lock or RunLock(self.path)
+        self._lock = self._lock or RunLock(self.path, run)
 
     def close(self) -> None:
         """Write what is left of metrics.jsonl, and let other runs write here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ class World(Group):
     numbers: tuple[int, ...] = (0,)  # of its ranks in MPI.COMM_WORLD
     members = frozenset({0})  # these numbers
     watchdog: Watchdog | None = None
+    run = ""  # what all ranks call this world, and nobody another one
 
     def __init__(self, parent: MPI.Intracomm | None = None) -> None:
         alone = parent is None and not env.launched(os.environ) and not library.loaded()
@@ -57,6 +59,7 @@ class World(Group):
         if parent is None:
             check_launch(self.size, os.environ)
         self._whole: Group | None = None  # with the ranks that `keep` has left out, until `agree`
+        self.run = self.once(lambda: secrets.token_hex(8))
         if alone:
             return
         self._count()

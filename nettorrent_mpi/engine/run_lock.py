@@ -1,8 +1,9 @@
 """A lock on a folder, so that no two runs write to it. It works on network file systems, which may lack locks of their
 own, and does not outlive its owner: it is a file that its owner makes, refreshes and removes.
 
-A lock whose owner was killed is taken over: at once where the owner ran on this machine (its process is gone) or in an
-earlier turn of this Slurm job, otherwise once it has not been refreshed for STALE seconds.
+A lock whose owner was killed is taken over: at once where the owner ran on this machine (its process is gone), was a
+rank of the same run or ran in an earlier turn of this Slurm job, otherwise once it has not been refreshed for STALE
+seconds.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ class RunLock:
     each other.
 
     Raises an OutputError if another run holds the folder. If that runs elsewhere and may be gone, this waits for its
-    next sign of life; not for that of `heir_of`, which is known to be gone.
+    next sign of life; not for that of the same `run`, in which only the heir of a lost rank makes a lock again.
     """
 
-    def __init__(self, folder: Path, heir_of: Owner | None = None):
-        self._folder, self._path, self._heir_of = folder, folder / LOCK, heir_of
-        self.owner = _this_process()
+    def __init__(self, folder: Path, run: str = ""):
+        self._folder, self._path = folder, folder / LOCK
+        self.owner = _this_process() | {"run": run}
         self._there = folder.exists()
         self._stop = threading.Event()
         self._lost = False
@@ -92,7 +93,7 @@ class RunLock:
                 continue
             if _alike(seen.owner, self.owner, _PROCESS):
                 return False
-            lives = False if seen.owner and seen.owner == self._heir_of else _lives(seen.owner, self.owner)
+            lives = _lives(seen.owner, self.owner)
             if lives is None and watched is None:
                 watched, left = seen, STALE - (self._now() - seen.refreshed)
                 until = time.monotonic() + left
@@ -197,6 +198,8 @@ def _alike(owner: Owner, own: Owner, keys: tuple[str, ...]) -> bool:
 
 def _lives(owner: Owner, own: Owner) -> bool | None:
     """Whether the owner of a lock lives; None if that cannot be known from here."""
+    if own["run"] and owner.get("run") == own["run"]:
+        return False
     if own["boot"] and _alike(owner, own, _MACHINE):
         pid = owner.get("pid")
         return None if _is_hidden(pid) else _started(pid) == owner.get("started")

@@ -21,7 +21,7 @@ from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.failure import agreed
 from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
 from nettorrent_mpi.engine.run_files import written
-from nettorrent_mpi.engine.run_lock import Owner, RunLock
+from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.engine.trained_on import ATTRIBUTE, TrainedOn, fit
@@ -44,7 +44,6 @@ class TrainingFiles:
         self._continues = False  # what is in it
         self.resumed_from: Path | None = None  # the checkpoint that was read last
         self._lock: RunLock | None = None
-        self._owner: Owner | None = None  # of the lock
         self.emergency: EmergencyCheckpoint | None = None
         if output is not None:
             self._checkpoints = folder = output / "checkpoints"
@@ -57,10 +56,9 @@ class TrainingFiles:
         """Let rank 0 hold the folder, where the one before it is lost. All ranks call."""
         with self._world.agreement():
             if self._world.rank == 0 and self._lock is None and self._checkpoints is not None:
-                self._lock = RunLock(self._checkpoints.parent, heir_of=self._owner)
+                self._lock = RunLock(self._checkpoints.parent, self._world.run)
         if self._world.rank == 0 and self._checkpoints is not None:  # no rank writes any more
             tidy(self._checkpoints)
-        self._owner = self._world.once(lambda: None if self._lock is None else self._lock.owner)
 
     def abandon(self) -> None:
         """Give up the checkpoint that is being written, because ranks are lost."""

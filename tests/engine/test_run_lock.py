@@ -113,6 +113,13 @@ def test_a_requeued_job_waits_for_nobody(elsewhere: Path, monkeypatch: pytest.Mo
     RunLock(elsewhere).release()
 
 
+def test_a_rank_waits_for_no_lost_one_of_its_run(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "STALE", 1000.0)
+    owner = json.loads((elsewhere / LOCK).read_text())
+    (elsewhere / LOCK).write_text(json.dumps(owner | {"run": "1a2b"}))
+    RunLock(elsewhere, "1a2b").release()
+
+
 def test_a_lock_is_refreshed_and_its_loss_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "REFRESH", 0.05)
     path = tmp_path / LOCK
