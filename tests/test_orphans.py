@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -66,12 +69,21 @@ def test_processes_are_known() -> None:
 
 
 @contextmanager
-def launched(command: list[str], environment: dict[str, str], folder: Path, ranks: int) -> Iterator[list[Process]]:
-    """Ranks of orphaned.py, once all of them are there. What is left of them is killed in the end."""
+def launched(
+    command: list[str], environment: dict[str, str], folder: Path, ranks: int, terminal: int | None = None
+) -> Iterator[list[Process]]:
+    """Ranks of orphaned.py, once all of them are there; with `terminal`, in a session that this one controls. They and
+    their launcher end soon after the context, and are killed if they do not."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **environment}
     log = folder / "log"
     with log.open("w") as out:
-        started = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        if terminal is None:
+            started = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        else:
+            started = subprocess.Popen(
+                command, env=environment, stdin=terminal, stdout=terminal, stderr=out, start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            )  # fmt: skip
     found: list[Process] = []
     try:
         until = time.monotonic() + PATIENT
@@ -85,6 +97,7 @@ def launched(command: list[str], environment: dict[str, str], folder: Path, rank
         time.sleep(1.5)  # a tick
         yield found
         ended(found, log)
+        started.wait(SOON)
     finally:
         for each in found:
             each.end(signal.SIGKILL)
@@ -137,6 +150,53 @@ def test_ranks_end_with_their_launcher(
         session = [Path(each.partition("=")[2]) for each in environ if each.startswith("PMIX_SERVER_TMPDIR=")]
         os.kill(victim, signal.SIGKILL)
     assert not any(folder.exists() for folder in session), list(session[0].rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("mpi", "closed", "how"),
+    [
+        pytest.param(mpi, closed, how, marks=slow if (closed, how) == ("terminal", "wait") else long)
+        for mpi in ("openmpi", "mpich")
+        for closed in ("terminal", "shell")
+        for how in ("wait", "spin", "stop")
+    ],
+)
+def test_ranks_end_with_their_terminal(
+    installed_mpi: Installed, tmp_path: Path, mpi: str, closed: str, how: str
+) -> None:
+    """The terminal in which the launcher runs is closed, or the shell that started it is killed."""
+    launcher, environment = installed_mpi(mpi)
+    ranks = [*launcher, "-n", "2", sys.executable, str(HERE / "programs" / "orphaned.py"), str(tmp_path), how]
+    shell = ["bash", "-c", 'echo $$ > "$0"; "$@"; true', str(tmp_path / "shell"), *ranks]
+    keyboard, terminal = pty.openpty()
+    try:
+        with launched(shell, environment, tmp_path, 2, terminal) as found:
+            assert [mapped(each) for each in found] == [set(), set()]
+            os.close(terminal)
+            if closed == "shell":
+                os.kill(int((tmp_path / "shell").read_text()), signal.SIGKILL)
+            else:
+                os.close(keyboard)
+    finally:
+        for file in (keyboard, terminal):
+            with suppress(OSError):
+                os.close(file)
+
+
+@long
+@pytest.mark.parametrize("how", ["wait", "spin", "stop"])
+@pytest.mark.parametrize("killed", ["head", "proxy"])
+def test_ranks_of_several_proxies_end_with_their_launcher(
+    installed_mpi: Installed, tmp_path: Path, killed: str, how: str
+) -> None:
+    """MPICH's launcher, or the proxy of one of two hosts."""
+    launcher, environment = installed_mpi("mpich")
+    program = [sys.executable, str(HERE / "programs" / "orphaned.py"), str(tmp_path), how]
+    hosts = ["-launcher", "fork", "-hosts", "one,two"]  # both are this one, and have a proxy each
+    with launched([*launcher, *hosts, "-n", "2", *program], environment, tmp_path, 2) as ranks:
+        first, second = (parent_of(each.pid) for each in ranks)
+        assert first != second
+        os.kill(second if killed == "proxy" else parent_of(first), signal.SIGKILL)
 
 
 @long

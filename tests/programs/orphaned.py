@@ -17,8 +17,10 @@ from nettorrent_mpi import env
 env.prepare()
 
 from nettorrent_mpi.comm.world import World  # noqa: E402
+from nettorrent_mpi.engine.signals import Signals  # noqa: E402
 
 folder, how = Path(sys.argv[1]), sys.argv[2]
+Signals().listen(tells=False)  # as in a training, which these signals do not end
 world = World()
 world.barrier()
 (folder / f"pid.{world.rank}.part").write_text(str(os.getpid()))
