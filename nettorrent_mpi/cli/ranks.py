@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -12,6 +13,7 @@ from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.engine.failure import agreed, end_all
+from nettorrent_mpi.engine.signals import end_in_peace
 from nettorrent_mpi.plan.errors import NetTorrentError
 
 Close: TypeAlias = Callable[[], None]
@@ -31,6 +33,7 @@ class Ranks:
         self.code = 0
         self.world = World()
         numbered_by(lambda: self.world.rank)
+        atexit.register(end_in_peace)  # before MPI ends, which was asked for when it started
         self._open: list[tuple[Close, Close]] = []
         self.complete(self.world.watch)
 

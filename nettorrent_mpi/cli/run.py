@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import shlex
 import sys
 from collections.abc import Sequence
@@ -41,7 +40,6 @@ DIVERGED = 1  # exit code: the training diverged, though all numbers are finite
 def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
     """Run `nettorrent train` on all ranks; returns the exit code."""
     with Ranks() as ranks:
-        atexit.register(signals.ignore)  # before MPI ends, which was asked for when it started
         run = ranks.complete(lambda: _start(ranks, arguments, chosen, signals))
         while run is not None:
             try:

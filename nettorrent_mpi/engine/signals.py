@@ -48,14 +48,15 @@ class Signals:
                 os.write(2, b"nettorrent: stopping with a checkpoint; Ctrl-C again ends the run at once\n")
         self.asked = True
 
-    def ignore(self) -> None:
-        """Let the process end in peace: a signal that comes while MPI ends must not replace the exit code. Ctrl-C still
-        ends it at once."""
-        for number in self._before:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
-
     def close(self) -> None:
         """Handle the signals as before. A second call does nothing."""
         before, self._before = self._before, {}
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_in_peace() -> None:
+    """Let no signal replace the exit code from now on, while MPI ends and after it: srun ends the ranks that have not
+    ended when the first one has, by TERM. Ctrl-C still ends this process at once."""
+    for number in (*EARLY, *TRAINING):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)

@@ -13,6 +13,7 @@ import pytest
 
 from nettorrent_mpi.engine.signals import EARLY, TRAINING, Signals
 
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = """\
 data: {name: synthetic, rows: 8, test_rows: 0, shape: [3], classes: 2}
 model: {layers: [{linear: 2}]}
@@ -74,26 +75,40 @@ def test_what_nohup_ignores_stays_ignored(signals: Signals) -> None:
 
 LATE = """
 import atexit, os, signal, sys, time
-from nettorrent_mpi.cli.commands import find
-find(["train"])(["train", sys.argv[1], "--output", sys.argv[2]], "")
+from nettorrent_mpi.__main__ import main
+code = main(sys.argv[2:])
 
 class Last:  # what runs when the interpreter has restored its signal handlers, as MPI_Finalize does
     def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)):
         for number in numbers:
             kill(pid, number)
 
-for number in (signal.SIGUSR1, signal.SIGTERM):
-    os.kill(os.getpid(), number)
+if sys.argv[1] == "now":
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.kill(os.getpid(), number)
 sys.modules["last"] = Last()
 os._last = Last()
-sys.exit(75)
+sys.exit(code or 75)
 """
 
 
-def test_signals_that_come_too_late_do_not_replace_the_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("when", "command", "code"),
+    [
+        ("now", ["train", "short.yaml", "--output", "run"], 75),
+        ("last", ["train", "short.yaml", "--set", "device=none"], 2),
+        ("last", ["evaluate", "nothing"], 2),
+    ],
+)
+def test_signals_that_come_too_late_do_not_replace_the_exit_code(
+    tmp_path: Path, when: str, command: list[str], code: int
+) -> None:
     (tmp_path / "short.yaml").write_text(SHORT)
-    command = [sys.executable, "-c", LATE, tmp_path / "short.yaml", tmp_path / "run"]
-    assert subprocess.run(command, capture_output=True).returncode == 75
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, when, *command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
 
 
 def test_handlers_are_restored() -> None:
