@@ -60,7 +60,7 @@ AuthInfo=socket=$D/munge/socket
 CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
-ReturnToService=2
+ReturnToService=1
 SlurmctldPidFile=$D/slurmctld.pid
 SlurmdPidFile=$D/slurmd-%n.pid
 SlurmdSpoolDir=$D/spool-%n
