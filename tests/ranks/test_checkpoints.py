@@ -23,6 +23,8 @@ from nettorrent_mpi.engine.checkpoint import find_checkpoint
 from nettorrent_mpi.engine.checkpoint_folder import tidy
 from nettorrent_mpi.engine.checkpoint_writer import CheckpointWriter
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.run_plan import Plan
+from nettorrent_mpi.plan import exchange_specs as exchanges
 from nettorrent_mpi.plan.errors import DataError, NonFiniteError, OutputError
 from nettorrent_mpi.plan.topology import Topology
 from tests.checkpoints import restore, saved, whole
@@ -84,6 +86,66 @@ def test_any_layout_goes_on_from_any_other(chosen: slice, shared_path: Path) -> 
                 engine.close()
     for where, arrays in results if RANK == 0 else []:
         equal(arrays, serial("adam"), where=where)
+
+
+APART = {
+    "ring": exchanges.Gossip(pairing="ring", part=0.4, deadline="none", every=2),
+    "push_sum": exchanges.Gossip(pairing="random", part=1.0, deadline="none", mix=exchanges.PushSumMix()),
+    "int8": exchanges.Gossip(part=0.4, deadline="none", compress=exchanges.Int8()),
+    "momentum": exchanges.Gossip(part=0.4, deadline="none", exact_every=3, slow_momentum=0.5),
+    "elite": exchanges.Elite(every_samples=64),
+    "none": exchanges.Nothing(),
+}
+
+
+PARTS = 6  # in which they are tested
+
+
+def ways() -> Iterator[tuple[str, Plan]]:
+    """Each layout on up to so many ranks, with the exact exchange and, where it can, with others and with a pipeline
+    without flush."""
+    for topology in (each for ranks in range(1, SIZE + 1) for each in topologies(ranks)):
+        options: dict[str, dict[str, object]] = {"exact": {}}
+        if len(topology.stages) > 1:
+            options |= {"async": {"pipeline": exchanges.Async(), "clip_norm": None}}
+            options |= {"gpipe": {"pipeline": exchanges.Gpipe()}}
+        if topology.replicas > 1:
+            options |= {kind: {"exchange": exchange, "clip_norm": None} for kind, exchange in APART.items()}
+        for kind, chosen in options.items():
+            yield f"{name(topology)}, {kind}", plan(topology, kernels="numpy", dtype="float32", **chosen)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.long
+@pytest.mark.parametrize("chosen", range(PARTS))
+def test_the_same_layout_goes_on_bit_for_bit(chosen: int, shared_path: Path) -> None:
+    """As if it had not stopped after steps of which nobody has known before that it would rest there."""
+    wrong, every = [], list(ways())
+    assert len(every) >= 40
+    for number, (where, made) in list(enumerate(every))[chosen::PARTS]:
+        with part(made.topology.size) as world:
+            if world is None:
+                continue
+            found = []
+            for stops in ((), (3, 7)):
+                engine = start(world, made)
+                for n in range(10):
+                    rest = next(rest for rest in (*stops, 10) if rest > n)
+                    engine.step(n, 0.003, rest - n)
+                    if n + 1 in stops:
+                        folder = saved(engine, shared_path / str(number), n + 1)
+                        engine.close()
+                        engine = start(world, made)
+                        restore(engine, folder)
+                found.append({holding: np.array(array) for holding, array in engine.blocks().items()})
+                engine.close()
+            whole, parts = found
+            different = [each.name for each in whole.keys() ^ parts.keys()]
+            different += [
+                each.name for each in whole.keys() & parts.keys() if whole[each].tobytes() != parts[each].tobytes()
+            ]
+            wrong += [f"{where}: {sorted(set(different))}"] if different else []
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture
