@@ -59,8 +59,9 @@ REQUEUES=${REQUEUES:-100}
 launcher() {
   case $LAUNCH in
     mpirun) echo "mpirun -n $1" ;;
-    # Without --kill-on-bad-exit the others would wait for a rank that was killed.
-    srun) echo "srun --mpi=$SRUN_MPI --kill-on-bad-exit=1${gpus:+ --gpu-bind=$GPU_BIND} --ntasks=$1" ;;
+    # Without --kill-on-bad-exit the others would wait for a rank that was killed; without --wait srun would wait for ranks
+    # whose node's slurmstepd was killed, until the job's time is over.
+    srun) echo "srun --mpi=$SRUN_MPI --kill-on-bad-exit=1 --wait=60${gpus:+ --gpu-bind=$GPU_BIND} --ntasks=$1" ;;
     *)
       echo "LAUNCH=$LAUNCH is neither mpirun nor srun (jobs/site.sh)" >&2
       return 2

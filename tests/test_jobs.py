@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "jobs").glob("*.sbatch"))
 TRAIN = "python -m nettorrent_mpi.train"
-SRUN = "srun --mpi={} --kill-on-bad-exit=1 --ntasks="
+SRUN = "srun --mpi={} --kill-on-bad-exit=1 --wait=60 --ntasks="
 
 
 @pytest.fixture
@@ -97,7 +97,10 @@ def test_gpus_with_srun(repository: Path) -> None:
     variables = {"LAUNCH": "srun", "SLURM_GPUS_PER_TASK": "1"}
     done = submit_to_fakes(repository, "gpu.sbatch", "--set", "seed=2", SLURM_JOB_NAME="gpu", **variables)
     command, _, gpus = done.stdout.splitlines()
-    assert command == f"srun --mpi=pmix --kill-on-bad-exit=1 --gpu-bind=closest --ntasks=8 {TRAIN_GPU} --set seed=2"
+    assert (
+        command
+        == f"srun --mpi=pmix --kill-on-bad-exit=1 --wait=60 --gpu-bind=closest --ntasks=8 {TRAIN_GPU} --set seed=2"
+    )
     assert gpus == "gpus=, per task=1"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import re
@@ -10,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -77,13 +75,12 @@ def launched(
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **environment}
     log = folder / "log"
     with log.open("w") as out:
-        if terminal is None:
-            started = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
-        else:
-            started = subprocess.Popen(
-                command, env=environment, stdin=terminal, stdout=terminal, stderr=out, start_new_session=True,
-                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            )  # fmt: skip
+        if terminal is not None:
+            command = ["setsid", "--ctty", *command]  # stays the same process
+        started = subprocess.Popen(
+            command, env=environment, stdin=terminal, stdout=out if terminal is None else terminal, stderr=out,
+            start_new_session=terminal is None,
+        )  # fmt: skip
     found: list[Process] = []
     try:
         until = time.monotonic() + PATIENT
@@ -185,18 +182,26 @@ def test_ranks_end_with_their_terminal(
 
 @long
 @pytest.mark.parametrize("how", ["wait", "spin", "stop"])
-@pytest.mark.parametrize("killed", ["head", "proxy"])
+@pytest.mark.parametrize("killed", ["head", "proxy", "proxy, unnoticed"])
 def test_ranks_of_several_proxies_end_with_their_launcher(
     installed_mpi: Installed, tmp_path: Path, killed: str, how: str
 ) -> None:
-    """MPICH's launcher, or the proxy of one of two hosts."""
+    """MPICH's launcher, or the proxy of one of two hosts, which a launcher that is stopped does not notice."""
     launcher, environment = installed_mpi("mpich")
     program = [sys.executable, str(HERE / "programs" / "orphaned.py"), str(tmp_path), how]
     hosts = ["-launcher", "fork", "-hosts", "one,two"]  # both are this one, and have a proxy each
     with launched([*launcher, *hosts, "-n", "2", *program], environment, tmp_path, 2) as ranks:
         first, second = (parent_of(each.pid) for each in ranks)
         assert first != second
-        os.kill(second if killed == "proxy" else parent_of(first), signal.SIGKILL)
+        head = parent_of(first)
+        if killed == "proxy, unnoticed":
+            os.kill(head, signal.SIGSTOP)
+        os.kill(head if killed == "head" else second, signal.SIGKILL)
+        if killed == "proxy, unnoticed":
+            ended(ranks[1:], tmp_path / "log")
+            ranks[0].end(signal.SIGCONT)  # a rank that is stopped hears of it when it goes on
+            ended(ranks, tmp_path / "log")
+            os.kill(head, signal.SIGCONT)
 
 
 @long

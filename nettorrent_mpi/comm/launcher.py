@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -41,11 +41,13 @@ GRACE = 2  # ticks in which other ranks of this machine may clean up before they
 
 class LauncherWatch:
     """The watch over this rank's launcher. `siblings` are the processes of the other ranks on this machine, as far as
-    known: those that cannot end themselves, because they are stopped, are killed by those that do."""
+    known: those that cannot end themselves, because they are stopped, are killed by those that do. `tells` is called
+    with what has gone, so that ranks end whose own launchers notice nothing, as those of other nodes under srun."""
 
     def __init__(self, line: Iterable[Process]):
         self.processes = belonging(list(line))
         self.siblings: list[Process] = []
+        self.tells: Callable[[str], None] = lambda gone: None
         self._watched = False
         self._left: int | None = None  # ticks until the end, once it is gone
         self._parent = os.getppid()
@@ -70,6 +72,11 @@ class LauncherWatch:
                 TICKING.when(os.pidfd_open(each.pid), self._look)
         TICKING.each(self._look)
 
+    @property
+    def gone(self) -> bool:
+        """Whether it is, so that this rank ends."""
+        return self._left is not None
+
     def _look(self) -> None:
         if self._left is not None:
             self._left -= 1
@@ -80,10 +87,12 @@ class LauncherWatch:
         if gone is None and os.getppid() == self._parent:
             return
         tidy()
+        self._left = GRACE
         name = f"{gone.name}, process {gone.pid}" if gone is not None else f"process {self._parent}"
         with suppress(OSError):
             os.write(2, f"nettorrent: process {os.getpid()} ends, because its launcher ({name}) is gone\n".encode())
-        self._left = GRACE
+        with suppress(Exception):  # this rank ends all the same
+            self.tells(name)
 
     def _end(self) -> None:
         for each in self.siblings:

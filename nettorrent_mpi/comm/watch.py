@@ -3,17 +3,19 @@ MPI, and a listener keeps what all ranks have told."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from nettorrent_mpi.comm.activity import NOW, OUTSIDE, TRAINING
 from nettorrent_mpi.comm.beats import Beats
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.launcher import depart, flush
+from nettorrent_mpi.comm.launcher import LAUNCHER, depart, flush, tolerant
 from nettorrent_mpi.comm.leaving import ORDERS, leave
 from nettorrent_mpi.comm.spying import Spy
 from nettorrent_mpi.comm.ticking import TICKING
@@ -68,6 +70,7 @@ class Watch:
         self._left: int | None = None  # ticks until this rank ends
         self._saving: tuple[int, list[int]] | None = None  # what this rank has ordered to save: step, silent ranks
         self._saves = False  # this rank has been ordered to
+        LAUNCHER.tells = self._launcher_has_gone
         TICKING.each(self._tick)
         ORDERS.append(self.abort)
 
@@ -101,6 +104,11 @@ class Watch:
         """Let all other ranks end at once with this code."""
         for _ in range(2):  # one may get lost
             self._order({"abort": code})
+
+    def _launcher_has_gone(self, name: str) -> None:
+        """Let the others end, too, where they cannot go on without this rank: their launchers may not notice."""
+        if not tolerant():
+            self._order({"end": True, "why": f"the launcher of rank {self.rank} ({name}) is gone"})
 
     def _tick(self) -> None:
         self._sample()
@@ -173,6 +181,9 @@ class Watch:
             self._send(source, {})
         if "save" in content:
             self._save(*content["save"])
+        if "why" in content and self._left is None and not LAUNCHER.gone:
+            with suppress(OSError):
+                os.write(2, f"nettorrent: process {os.getpid()} ends, because {content['why']}\n".encode())
         if content.get("end") and self._left is None:
             self._left = HEARING
         if "kill" in content:

@@ -22,6 +22,7 @@ from nettorrent_mpi.engine.signals import Signals  # noqa: E402
 folder, how = Path(sys.argv[1]), sys.argv[2]
 Signals().listen(tells=False)  # as in a training, which these signals do not end
 world = World()
+world.watch()
 world.barrier()
 (folder / f"pid.{world.rank}.part").write_text(str(os.getpid()))
 (folder / f"pid.{world.rank}.part").rename(folder / f"pid.{world.rank}")

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,34 @@ def test_the_ranks_of_a_node_are_killed_under_srun(repository: Path) -> None:
     kill_ranks_of_a_node(job)
     assert job.end() == "137:0", job.told()
     assert "ranks were killed; to continue: scontrol requeue" in job.told()
+    job.do("scontrol", "requeue")
+    goes_on(job, repository, "cifar.sbatch")
+
+
+def above(process: int, name: str) -> int:
+    """The nearest ancestor of a process that runs this program."""
+    while process > 1:
+        words = Path(f"/proc/{process}/stat").read_text()
+        if words.partition("(")[2].rpartition(")")[0] == name:
+            return process
+        process = int(words.rpartition(")")[2].split()[1])
+    pytest.fail(f"nothing above runs {name}")
+
+
+@launchers
+@pytest.mark.parametrize("node", [min, max])
+def test_slurms_daemon_of_a_step_is_killed(
+    repository: Path, launcher: str, node: Callable[[Iterable[str]], str]
+) -> None:
+    """No rank is left, neither on its node nor on the other one, and the requeued job continues."""
+    job = start(repository, "cifar.sbatch", launcher, OFTEN)
+    job.wait_for(lambda: list(job.run.glob("checkpoints/step-??????????")))
+    ranks = job.ranks()
+    rank = next(each for each, where in ranks.items() if where == node(ranks.values()))
+    os.kill(above(rank, "slurmstepd"), signal.SIGKILL)
+    job.wait_for(lambda: not job.ranks(), 40)
+    assert "is gone" in job.told()
+    job.wait_for(lambda: job.state()["JobState"] in DONE)
     job.do("scontrol", "requeue")
     goes_on(job, repository, "cifar.sbatch")
 
