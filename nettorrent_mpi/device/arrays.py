@@ -111,6 +111,11 @@ def as_dtype(dtype: DType) -> Any:
     return np.dtype(dtype)
 
 
+def unwritten(shape: Shape, dtype: DType) -> Array:
+    """Return zeros that nobody is to write: of these the system keeps one page, however many they are."""
+    return np.zeros(shape, as_dtype(dtype))
+
+
 def quiet() -> AbstractContextManager[Any]:
     """Suppress warnings of overflows and of non-finite numbers, which are counted explicitly."""
     return np.errstate(all="ignore")

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-import numpy as np
-
-from nettorrent_mpi.device.arrays import Array, DType, Workspace, as_dtype, quiet
+from nettorrent_mpi.device.arrays import Array, DType, Workspace, quiet, unwritten
 from nettorrent_mpi.device.device import StreamDevice, make_device
 from nettorrent_mpi.device.ops import Ops
 from nettorrent_mpi.nn.layer import Context, Operands, Parameter
@@ -78,8 +76,7 @@ def footprint(
     there are outputs. The layers do not compute the gradients of the weights `elsewhere` (see `Operands`).
     """
     device = make_device("cpu", "numpy")
-    # Zeros that nobody writes: of these the system keeps one page, however large the network is.
-    params = {key: np.zeros(parameter.local, as_dtype(dtype)) for key, parameter in layers.parameters}
+    params = {key: unwritten(parameter.local, dtype) for key, parameter in layers.parameters}
     sizes = {key: params[key].nbytes for key, each in layers.parameters if each.product and key not in elsewhere}
     large = {key: size for key, size in sizes.items() if size > LARGE}
     grads = {
