@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ class Usage(NamedTuple):
 
 
 def usage() -> Usage:
-    """Return what this process has now: not its peak, which one large array or an earlier test may have set."""
+    """Return what this process has now, without garbage that is still to be collected: not its peak, which one large
+    array or an earlier test may have set."""
+    gc.collect()
     sizes = dict(line.split()[:2] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     private, resident = int(sizes["Anonymous:"]), int(sizes["Rss:"])
     maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]

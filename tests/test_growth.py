@@ -14,7 +14,7 @@ import pytest
 from tests.growth import Usage, growth
 
 STEPS = 20_000
-MOST = 256  # KiB from one quarter to the next: 52 bytes a step
+MOST = 64  # KiB from one quarter to the next: 13 bytes a step
 Run = subprocess.CompletedProcess[str]
 
 
@@ -53,4 +53,4 @@ def test_twenty_thousand_steps_do_not_grow(mpirun: Callable[..., Run], tmp_path:
         print(name, rank, *map(tuple, windows))  # for `pytest -s`
         grown = growth(windows)
         assert max(grown.private, grown.files) <= MOST, (rank, windows)
-        assert max(grown[2:]) == 0, (rank, windows)
+        assert max(grown[2:]) <= 0, (rank, windows)

@@ -30,7 +30,8 @@ settings["layout"] = {"replicas": MPI.COMM_WORLD.size, "swarms": [{"layers": 3}]
 found: list[list[Usage]] = [[] for _ in range(WINDOWS)]
 with nt.Trainer(LAYERS, (x, y, x[:48], y[:48]), output=folder, **(settings | given)) as trainer:
     for record in trainer.train():
-        found[(record.step - 1) * WINDOWS // steps].append(usage())
+        if record.evaluated:
+            found[(record.step - 1) * WINDOWS // steps].append(usage())
 told = MPI.COMM_WORLD.gather([least(window) for window in found])
 if told is not None:
     print(json.dumps(told))

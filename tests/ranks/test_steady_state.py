@@ -189,5 +189,5 @@ def test_a_thousand_steps_do_not_grow() -> None:
             windows.append(usage())
     grown = growth(windows)
     assert max(grown.private, grown.files) < 64, windows  # KiB
-    assert max(grown[2:]) == 0, windows
+    assert max(grown[2:]) <= 0, windows
     made.close()
