@@ -27,10 +27,11 @@ from nettorrent_mpi.engine.copy_interval import copy_interval, members_with_copi
 from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.failover import Failure
 from nettorrent_mpi.engine.record import Record
+from nettorrent_mpi.engine.setup import Setup, of_survivors
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.engine.trainer import ACCURACY, SIGNAL
 from nettorrent_mpi.engine.usage import faster, peak_memory
-from nettorrent_mpi.plan.errors import ConfigError, NetTorrentError, UserError
+from nettorrent_mpi.plan.errors import ConfigError, LayoutError, NetTorrentError, UserError
 from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan_run
 
 SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TEMPFAIL of sysexits.h)
@@ -94,13 +95,29 @@ def _plan(world: World, args: argparse.Namespace) -> tuple[PlannedRun, str]:
         # What is only planned needs no GPU.
         chosen = None if args.dry_run else choose_device(world, config.device)
         with world.agreement():
-            planned = plan_run(config, args.ranks or world.size, chosen and chosen.kind, data_needed=not args.dry_run)
+            kind, size, needed = chosen and chosen.kind, args.ranks or world.size, not args.dry_run
+            try:
+                planned = plan_run(config, size, kind, data_needed=needed)
+            except LayoutError:
+                if world.size == world.started:
+                    raise
+                planned = plan_run(config, world.started, kind, data_needed=needed)  # ranks were lost at the start
+                planned.setup = _without_lost(planned.setup, world.size)
     except UserError as error:
         mistake = error
         raise world.once(lambda: placed(mistake, args.config, *args.changes)) from None
     own = peak_memory()
     planned.process_memory = (own, own - checker)
     return planned, "" if chosen is None else chosen.line
+
+
+def _without_lost(setup: Setup, ranks: int) -> Setup:
+    """Return the setup of a run on fewer ranks than its layout was written for, before it has a state."""
+    for live in (None, 1):
+        found = of_survivors(setup, ranks, live)
+        if found.topology.size == ranks:
+            return found
+    raise LayoutError(f"layout: no layout like it uses the {ranks} ranks that are left at the start")
 
 
 def read(args: argparse.Namespace) -> Config:

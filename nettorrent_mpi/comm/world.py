@@ -38,6 +38,7 @@ class World(Group):
     numbers: tuple[int, ...] = (0,)  # of its ranks in MPI.COMM_WORLD
     members = frozenset({0})  # these numbers
     watchdog: Watchdog | None = None
+    started = 1  # ranks
     run = ""  # what all ranks call this world, and nobody another one
 
     def __init__(self, parent: MPI.Intracomm | None = None) -> None:
@@ -59,6 +60,7 @@ class World(Group):
         if parent is None:
             check_launch(self.size, os.environ)
         self._whole: Group | None = None  # with the ranks that `keep` has left out, until `agree`
+        self.started = self.size
         self.run = self.once(lambda: secrets.token_hex(8))
         if alone:
             return
