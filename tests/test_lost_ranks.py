@@ -183,7 +183,7 @@ ALONE = "layout={replicas: 4}"
         ),
         pytest.param("0:backward:33", [APART, "exchange={gossip: {}}"], 1, 1, id="stages", marks=long),
         pytest.param("1:calibrate:1", [ALONE, "exchange={gossip: {part: auto}}"], 3, 1, id="calibration", marks=long),
-        pytest.param("1:adopt:1", [ALONE, "exchange={elite: {every_samples: 300}}"], 3, 1, id="elite", marks=long),
+        pytest.param("1:become:1", [ALONE, "exchange={elite: {every_samples: 300}}"], 3, 1, id="elite", marks=long),
         pytest.param("2:compare:1", [APART, "exchange={elite: {every_samples: 300}}"], 1, 1, id="judged", marks=long),
         pytest.param("0:gather:13", [ALONE, "exchange=none"], 3, 1, id="none", marks=long),
         pytest.param("3:evaluate:1", [ALONE, "exchange={gossip: {}}"], 3, 1, id="evaluation", marks=long),
