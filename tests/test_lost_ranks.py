@@ -281,7 +281,7 @@ def test_live_replicas_stay_as_they_are(
         ("2:step:25,0:shrink:1", [[0, 2]]),
         ("1:step:25,0:restore:1", [[0, 1]]),
         ("0:step:25,3:take:1", [[0, 3]]),
-        ("0:step:25,2:refresh:4", [[0, 2]]),
+        ("0:step:25,2:refresh:2", [[0, 2]]),
         ("0:step:5,2:step:30,1:step:39", [[0], [2], [1]]),
     ],
 )
