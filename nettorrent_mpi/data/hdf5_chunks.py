@@ -6,6 +6,7 @@ fill the memory. So their lengths are looked at first: those of packed chunks by
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
@@ -52,12 +53,14 @@ def check_filters(data: h5py.Dataset, path: Path, name: str) -> None:
 def check_written(data: h5py.Dataset, path: Path, name: str) -> None:
     """Raise DataError where nothing was written, and for chunks of impossible lengths; warn where HDF5 would read zeros
     for chunks that nobody wrote."""
-    stored = data.id.get_storage_size()
-    if data.size and not stored:
+    chunks = data.chunks or [max(length, 1) for length in data.shape]
+    wanted, written = math.prod(-(-n // c) for n, c in zip(data.shape, chunks, strict=True)), 0
+    if wanted > os.path.getsize(data.file.filename):  # HDF5 would go through all of them
+        raise DataError(f"{name} is cut into {wanted:,} chunks, more than the file has bytes; {REMEDY}", file=str(path))
+    if data.size and not data.id.get_storage_size():
         raise DataError(f"{name} has a shape, but no values were written; {REMEDY}", file=str(path))
     if data.chunks is None:
         return
-    wanted, written = math.prod(-(-n // c) for n, c in zip(data.shape, data.chunks, strict=True)), 0
     codes, size = _codes(data), _size(data)
 
     def check(chunk: h5py.h5d.StoreInfo) -> None:

@@ -152,6 +152,9 @@ def _check_own(file: h5py.File, array: h5py.Dataset) -> None:
     filters = array.id.get_create_plist()
     packed = any(filters.get_filter(i)[0] != h5py.h5z.FILTER_FLETCHER32 for i in range(filters.get_nfilters()))
     pieces = max(math.prod(array.chunks or (1,)), array.size) * array.dtype.itemsize
+    packed = packed or pieces > os.path.getsize(file.filename)
+    if not packed:  # else HDF5 might go through more chunks than it comes to the end of
+        packed = array.id.get_storage_size() < array.size * array.dtype.itemsize
     if not packed and array.chunks:  # HDF5 2.0 does not look how long a chunk is, and reads beyond a shorter one
         bytes_of_chunk = math.prod(array.chunks) * array.dtype.itemsize + 4 * filters.get_nfilters()
 
@@ -160,8 +163,7 @@ def _check_own(file: h5py.File, array: h5py.Dataset) -> None:
             packed = packed or chunk.filter_mask != 0 or chunk.size != bytes_of_chunk
 
         array.id.chunk_iter(check)
-    size, stored = os.path.getsize(file.filename), array.id.get_storage_size()
-    if packed or pieces > size or stored < array.size * array.dtype.itemsize or array.dtype.kind not in "fu":
+    if packed or array.dtype.kind not in "fu":
         text = f"array {array.name} is not stored whole, as nettorrent_mpi does it; use a file of its own"
         raise DataError(text, file=file.filename)
 

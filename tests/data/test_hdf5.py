@@ -492,3 +492,13 @@ def test_many_chunks_do_not_take_their_square_in_time(tmp_path: Path) -> None:
     before = time.process_time()
     open_dataset("hdf5", str(path)).train.inputs()
     assert time.process_time() - before < 8  # half a second; looking for each chunk among all: half a minute
+
+
+def test_more_chunks_than_bytes(tmp_path: Path) -> None:
+    """HDF5 looks for each of them, which takes hours."""
+    path = tmp_path / "set.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (1 << 20, 8), "u1", chunks=(1, 1), compression="gzip")[0, 0] = 1
+        file["y"] = np.arange(1 << 10) % 3
+    with pytest.raises(DataError, match="x is cut into 8,388,608 chunks"):
+        open_dataset("hdf5", str(path))
