@@ -4,7 +4,7 @@
 
 DIR holds mnist/ as `nettorrent data fetch` lays it out; the trainings take its first ROWS rows, and all 10,000 test
 rows. Run number n kills 1 to 3 ranks drawn from the seed n, as `nettorrent chaos` draws them, rank 0 among them in
-every third run, all of them at once in every fourth. Five undisturbed runs of each kind, of other seeds, give the
+every third run, all of them at once in every fourth. Five undisturbed runs of each case, of other seeds, give the
 accuracies to compare with. Writes benchmarks/results/reliability.json and reliability.md after each run; runs that are
 there already are kept.
 """
@@ -33,7 +33,7 @@ from nettorrent_mpi.speedup.machine import describe_host
 
 ROWS = 6000  # training rows
 STEPS = 300
-SEEDS = 5  # undisturbed runs of each kind
+SEEDS = 5  # undisturbed runs of each case
 LIMIT = 240.0  # seconds of a run
 COMMON = (
     "model.layers=[flatten, linear: {units: 64, activation: relu}, linear: {units: 32, activation: relu}, linear: 10]",
@@ -66,7 +66,6 @@ def replicas(exchange: str, count: int, pipeline: str = "1f1b", swarms: str = ""
 STAGES = "[{layers: 2}, {layers: 1}]"
 ELITE = "{elite: {every_samples: 3000}}"
 APART = ("gossip", "elite", "none")  # replicas differ: one that lives loses no step, and copies serve where none does
-# The first case of each kind is also run undisturbed.
 CASES = [
     Case("exact", 4, ("layout=layers", "pipeline=1f1b", buddy(5)), 5),
     Case("exact", 6, ("layout=layers", "pipeline=gpipe", buddy(1)), 1),
@@ -118,13 +117,18 @@ def run(number: int, data: Path, folder: Path) -> dict[str, Any]:
     found |= compared({}, found)
     about = {"number": number, "kind": case.kind, "ranks": case.ranks, "sets": list(case.sets)}
     about |= {"kills": [asdict(kill) for kill in drawn], "copies_every": case.every}
-    return about | found | {"command": shlex.join(words)}
+    return about | found
 
 
-def undisturbed(kind: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
-    case = next(case for case in CASES if case.kind == kind)
-    found = train(command(case, seed, data), folder / f"calm-{kind}-{seed}", LIMIT)
-    return {"kind": kind, "ranks": case.ranks, "sets": list(case.sets), "seed": seed} | found
+def undisturbed(case: Case, seed: int, data: Path, folder: Path) -> dict[str, Any]:
+    found = train(command(case, seed, data), folder / f"calm-{CASES.index(case)}-{seed}", LIMIT)
+    return {"kind": case.kind, "ranks": case.ranks, "sets": list(case.sets), "seed": seed} | found
+
+
+def calm_of(report: dict[str, Any], each: dict[str, Any]) -> list[float]:
+    """Return the accuracies of the undisturbed runs of a run's case."""
+    alike = [calm for calm in report["undisturbed"] if calm["sets"] == each["sets"] and calm["ranks"] == each["ranks"]]
+    return [calm["test_accuracy"] for calm in alike if calm["complete"]]
 
 
 def steps_lost(failure: dict[str, Any]) -> int:
@@ -136,15 +140,18 @@ def summarize(report: dict[str, Any]) -> list[dict[str, Any]]:
     figures = []
     for kind in KINDS:
         runs = [each for each in report["runs"] if each["kind"] == kind]
-        calm = [each["test_accuracy"] for each in report["undisturbed"] if each["kind"] == kind and each["complete"]]
-        done = [each for each in runs if each["complete"]]
-        if not (runs and done and calm):
+        done = [each for each in runs if each["complete"] and calm_of(report, each)]
+        if not done:
             continue
         accuracies = [each["test_accuracy"] for each in done]
+        calm = [mean(calm_of(report, each)) for each in done]
         recoveries = [seconds for each in done for seconds in each["recovery_seconds"]]
-        lost = [steps for each in done for steps in each["steps_lost"]]
-        beside = [failure for each in done for failure in each["failures"] if failure["live_replicas"]]
-        beyond = max(0.0, min(calm) - min(accuracies), max(accuracies) - max(calm))
+        failures = [failure for each in done for failure in each["failures"]]
+        kept = [failure for failure in failures if failure["source"] == "memory"]
+        lost = [steps_lost(failure) for failure in kept]
+        beside = [failure for failure in failures if failure["live_replicas"]]
+        below = [min(calm_of(report, each)) - each["test_accuracy"] for each in done]
+        above = [each["test_accuracy"] - max(calm_of(report, each)) for each in done]
         figures.append({
             "kind": kind,
             "runs": len(runs),
@@ -154,23 +161,26 @@ def summarize(report: dict[str, Any]) -> list[dict[str, Any]]:
             "accuracy": round(mean(accuracies), 4),
             "undisturbed_accuracy": round(mean(calm), 4),
             "difference": round(mean(accuracies) - mean(calm), 4),
-            "beyond_range": round(beyond, 4),
+            "below_range": round(max(0.0, *below), 4),
+            "above_range": round(max(0.0, *above), 4),
             "median_recovery": round(median(recoveries), 3) if recoveries else None,
             "longest_recovery": round(max(recoveries), 3) if recoveries else None,
             "mean_steps_lost": round(mean(lost), 2) if lost else None,
             "most_steps_lost": max(lost, default=None),
+            "all_copies_lost": len(failures) - len(kept),
             "beside_a_live_replica": len(beside),
             "most_steps_lost_beside": max((steps_lost(failure) for failure in beside), default=None),
             "more_lost_than_may": sum(
                 steps_lost(failure) > (0 if failure["live_replicas"] else each["copies_every"])
-                for each in done for failure in each["failures"]
+                for each in done for failure in each["failures"] if failure["source"] == "memory"
             ),
         })  # fmt: skip
     return figures
 
 
 COLUMNS = ["exchange", "runs", "complete", "ranks killed", "test accuracy", "undisturbed", "difference"]
-COLUMNS += ["beyond the range", "median recovery", "longest", "steps lost: mean", "most", "most beside a live replica"]
+COLUMNS += ["below, above the range", "median recovery", "longest", "steps lost: mean", "most"]
+COLUMNS += ["most beside a live replica", "all copies lost"]
 LOST = ("mean_steps_lost", "most_steps_lost", "most_steps_lost_beside")
 
 
@@ -182,9 +192,11 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{host['cpu']}, {host['cores']} cores; commit {host['commit']}, {host['date']}. Made by",
         f"`{report['command']}`:",
         "1 to 3 of 4 to 6 ranks killed at random times, rank 0 among them in every third run; accuracies on MNIST's",
-        f"10,000 test rows after {ROWS:,} training rows; the mean of {SEEDS} undisturbed runs beside. Replicas of",
-        f"{', '.join(APART)} differ: one that lives loses no step; where none does, and with the other kinds, steps",
-        "are done again since the last copies, which are made after every 5 steps, or every one.",
+        f"10,000 test rows after {ROWS:,} training rows; beside, the mean of {SEEDS} undisturbed runs of the same",
+        f"cases. Replicas of {', '.join(APART)} differ: one that lives loses no step; where none does, and with the",
+        "other kinds, steps are done again since the last copies, which are made after every 5 steps, or every one.",
+        "Where a rank and its buddy die together, all copies are lost, and without a checkpoint, as here, the training",
+        "begins again.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|---|{'---:|' * (len(COLUMNS) - 1)}",
@@ -200,7 +212,8 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"| {each['kind']} | {each['runs']} | {each['complete']} | {each['killed']} "
             f"| {100 * each['accuracy']:.2f} % | {100 * each['undisturbed_accuracy']:.2f} % "
             f"| {100 * each['difference']:+.2f} "
-            f"| {100 * each['beyond_range']:.2f} | {' | '.join(recovery)} | {' | '.join(lost)} |"
+            f"| {100 * each['below_range']:.2f}, {100 * each['above_range']:.2f} "
+            f"| {' | '.join(recovery)} | {' | '.join(lost)} | {each['all_copies_lost']} |"
         )
     failed = [each for each in report["runs"] if not each["complete"]]
     lines += ["", *(f"- run {each['number']} ({each['kind']}): {each['why']}" for each in failed)]
@@ -240,11 +253,11 @@ def main() -> None:
                 report["runs"].append(run(number, data, folder))
                 print(json.dumps(report["runs"][-1]), flush=True)
                 save()
-        there = {(each["kind"], each["seed"]) for each in report["undisturbed"]}
+        there = {(each["ranks"], tuple(each["sets"]), each["seed"]) for each in report["undisturbed"]}
         for seed in range(SEEDS):
-            for kind in options.kinds:
-                if (kind, seed) not in there:
-                    report["undisturbed"].append(undisturbed(kind, seed, data, folder))
+            for case in CASES:
+                if case.kind in options.kinds and (case.ranks, case.sets, seed) not in there:
+                    report["undisturbed"].append(undisturbed(case, seed, data, folder))
                     print(json.dumps(report["undisturbed"][-1]), flush=True)
                     save()
 
