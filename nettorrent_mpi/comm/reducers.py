@@ -19,6 +19,11 @@ PIECE = 256 << 10  # bytes of a shard that go around a ring together, at least
 PIECES = 8  # at most; more make no link busier
 
 
+def pieces_of(counts: Sequence[int], itemsize: int) -> int:
+    """Return the number of pieces in which shards of these numbers of elements go around: PIECES at most."""
+    return min(max(1, max(counts) * itemsize // PIECE), PIECES)
+
+
 class Reducer:
     """The reducer of a single holder, which has nothing to do, and the interface of all.
 
@@ -79,7 +84,7 @@ class RingReducer(Reducer):
     ):
         """Set up the rings. Every member passes the same tag; PIECES tags from `first_tag` on must be free."""
         self._rings, self._gathering = rings, False
-        pieces: int = min(max(1, max(counts) * params.dtype.itemsize // PIECE), PIECES)
+        pieces = pieces_of(counts, params.dtype.itemsize)
         self._around = [
             Ring(group, group.by_nodes, first_tag + i, grads, sums, params, counts, i, pieces) for i in range(pieces)
         ]

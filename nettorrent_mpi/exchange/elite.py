@@ -67,9 +67,14 @@ class EliteExchange(Exchange):
             return None
         found = compare()
         assert found is not None, "elite needs validation rows"
+        self.judge(found, number)
+        return found[best_of(found, self._spec.metric)]
+
+    def judge(self, found: Sequence[Scores], number: int) -> None:
+        """Give the losers of comparison `number` the winners' weights; `found` are the scores of all replicas, the same
+        on all ranks, and all of them call."""
         whose = takes(self._spec, found, number, self._seed)
         if len(set(whose)) == 1:
             self.become(whose[0])
         else:
             self.adopt(whose)
-        return found[best_of(found, self._spec.metric)]

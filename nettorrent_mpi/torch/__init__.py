@@ -1,0 +1,21 @@
+"""Floor 4: networks of PyTorch, trained over MPI by the exchanges of nettorrent_mpi. MPI starts at `parallelize`.
+
+import nettorrent_mpi.torch as nt
+
+run = nt.parallelize((x, y), model, optimizer, batch_size=256, exchange="gossip")
+for epoch in run.epochs(10):
+    for x, y in run.batches():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    run.report(loss)
+run.save("model.pt")
+"""
+
+from __future__ import annotations
+
+from nettorrent_mpi.torch.batching import RankSampler
+from nettorrent_mpi.torch.parallel import ParallelRun, parallelize
+
+__all__ = ["ParallelRun", "RankSampler", "parallelize"]

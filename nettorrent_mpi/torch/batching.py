@@ -1,0 +1,180 @@
+"""The rows of each mini-batch are divided over the ranks, so that together they train on what one rank would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from nettorrent_mpi.data.sampler import Sampler
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.plan.blocks import Span, span
+from nettorrent_mpi.plan.errors import UserError
+
+
+class Place(NamedTuple):
+    """A rank's place: its number among all ranks, and the ranks that have its replica, which average exactly."""
+
+    rank: int
+    ranks: int
+    holders: Span
+
+    def share(self, rows: int) -> Span:
+        """Return which of a mini-batch's rows are this rank's."""
+        return span(rows, self.ranks, self.rank)
+
+    def weight(self, rows: int) -> float:
+        """Return the weight of this rank's mean over its rows in the mean of its replica's ranks, 1 for an equal
+        share."""
+        shares = [span(rows, self.ranks, rank).size for rank in range(*self.holders)]
+        return span(rows, self.ranks, self.rank).size * len(shares) / sum(shares) if sum(shares) else 0.0
+
+
+class RankSampler:
+    """A RankSampler yields, mini-batch by mini-batch, the numbers of this rank's rows: a batch_sampler for DataLoader.
+
+    Each epoch shuffles the rows by the seed alone, and all ranks together go through every row once; the last
+    mini-batch may be smaller. A rank that has no row of it gets some that weigh nothing. `weights` are those of the
+    present epoch's mini-batches.
+    """
+
+    def __init__(self, rows: int, batch_size: int, place: Place, *, seed: int = 1, shuffle: bool = True):
+        self._sampler = Sampler(rows, seed, 0.0, batch_size)
+        self._place, self._shuffle, self._rows, self.batch_size = place, shuffle, rows, batch_size
+        self.epoch = 0
+        self.first = 0  # the mini-batch that the next iteration begins with
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, counted from 0, that the next iteration goes through from its first mini-batch on."""
+        self.epoch, self.first = epoch, 0
+
+    def __len__(self) -> int:
+        return self._sampler.steps_per_epoch
+
+    def size(self, batch: int) -> int:
+        """Return the number of rows that all ranks together have of a mini-batch."""
+        return self._sampler.size(batch)
+
+    def weight(self, batch: int) -> float:
+        """Return the weight of this rank's rows of a mini-batch (`Place.weight`)."""
+        return self._place.weight(self.size(batch))
+
+    def rows(self, batch: int) -> Array:
+        """Return the numbers of this rank's rows of a mini-batch; of one that has fewer rows than there are ranks, as
+        many as the first rank has."""
+        order = self._sampler.order(self.epoch) if self._shuffle else np.arange(self._rows)
+        start = batch * self.batch_size
+        share = self._place.share(self.size(batch))
+        if not share.size:
+            share = span(self.size(batch), self._place.ranks, 0)
+        found: Array = order[start + share.start : start + share.stop]
+        return found
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first, self.first = self.first, 0
+        for batch in range(first, len(self)):
+            yield self.rows(batch).tolist()
+
+
+class Served(NamedTuple):
+    """A mini-batch as this rank gets it: what the script's loop takes, and its weight."""
+
+    batch: Any
+    weight: float
+
+
+class Batches:
+    """Batches serves a rank's mini-batches of a data set, epoch by epoch."""
+
+    def __init__(
+        self, data: Any, batch_size: int, place: Place, *, seed: int, shuffle: bool, options: dict[str, Any]
+    ):
+        """`data`: a tensor or array, or a tuple of them with as many rows each; a Dataset; an IterableDataset, of which
+        every rank reads all rows. `options` are DataLoader's, for data sets."""
+        self._data, self._options, self._place, self.batch_size = data, options, place, batch_size
+        self.sampler: RankSampler | None = None
+        self._tensors: list[torch.Tensor] | None = None
+        self._single = False
+        rows = None
+        if isinstance(data, IterableDataset):
+            if shuffle:
+                self._shuffled_by_itself = True
+        elif isinstance(data, torch.Tensor | np.ndarray | tuple | list) and not isinstance(data, str):
+            self._single = isinstance(data, torch.Tensor | np.ndarray)
+            self._tensors = _tensors([data] if self._single else list(data))
+            rows = len(self._tensors[0])
+        elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+            rows = len(data)
+        else:
+            raise UserError(
+                f"the data are a {type(data).__name__}: give a tuple of tensors (x, y), a Dataset, an IterableDataset, or "
+                "None with a loader of your own"
+            )
+        if self._tensors is not None and options:
+            raise UserError(f"{next(iter(options))} is for a Dataset, and the data are tensors: leave it out")
+        if rows is not None:
+            if not rows:
+                raise UserError("the data have no rows")
+            self.sampler = RankSampler(rows, batch_size, place, seed=seed, shuffle=shuffle)
+            if self._tensors is None:
+                self._loader = DataLoader(data, batch_sampler=self.sampler, **options)
+
+    @property
+    def steps(self) -> int | None:
+        """The number of mini-batches of an epoch; None if it is unknown."""
+        return None if self.sampler is None else len(self.sampler)
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Served]:
+        """Yield the mini-batches of an epoch, from the `first` on."""
+        if self.sampler is None:
+            yield from self._stream(first)
+            return
+        self.sampler.set_epoch(number)
+        self.sampler.first = first
+        if self._tensors is None:
+            for batch, served in enumerate(self._loader, first):
+                yield Served(served, self.sampler.weight(batch))
+            return
+        for batch in range(first, len(self.sampler)):
+            chosen = torch.tensor(self.sampler.rows(batch))  # a copy: the order is read-only
+            parts = tuple(tensor[chosen] for tensor in self._tensors)
+            yield Served(parts[0] if self._single else parts, self.sampler.weight(batch))
+
+    def _stream(self, first: int) -> Iterator[Served]:
+        collate: Callable[[Any], Any] = self._options.get("collate_fn") or default_collate
+        others = {name: value for name, value in self._options.items() if name != "collate_fn"}
+        rows: Iterator[Any] = iter(DataLoader(self._data, batch_size=None, **others) if others else self._data)
+        for number, whole in enumerate(_cut(rows, self.batch_size)):
+            if number < first:
+                continue
+            share = self._place.share(len(whole))
+            if not share.size:
+                share = span(len(whole), self._place.ranks, 0)
+            yield Served(collate(whole[slice(*share)]), self._place.weight(len(whole)))
+
+
+def _cut(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while whole := list(islice(rows, size)):
+        yield whole
+
+
+def _tensors(data: Sequence[Any]) -> list[torch.Tensor]:
+    tensors = [torch.as_tensor(each) for each in data]
+    if not tensors or any(not tensor.dim() for tensor in tensors):
+        raise UserError("the data are no tensors with rows: give a tuple of tensors (x, y)")
+    counts = [len(tensor) for tensor in tensors]
+    if len(set(counts)) > 1:
+        raise UserError(f"the tensors have {' and '.join(map(str, counts))} rows: give as many of each")
+    return tensors
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """Return the number of mini-batches of a loader; None if it does not tell."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None

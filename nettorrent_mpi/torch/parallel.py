@@ -1,0 +1,480 @@
+"""The function `parallelize` makes a PyTorch training loop run on all ranks of an MPI program."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nettorrent_mpi import env
+from nettorrent_mpi.comm.activity import NOW, OUTSIDE
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.config.mistakes import Mistake, Mistakes
+from nettorrent_mpi.config.written import parse
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine.run_files import written
+from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.errors import ConfigError, LayoutError, NetTorrentError, UserError
+from nettorrent_mpi.plan.exchange_specs import EXCHANGES, Allreduce, Elite
+from nettorrent_mpi.plan.scores import Scores, best_of
+from nettorrent_mpi.plan.specs import Spec
+from nettorrent_mpi.torch.batching import Batches, Place, RankSampler, Served, length_of
+from nettorrent_mpi.torch.gradients import GradientAverage
+from nettorrent_mpi.torch.slots import carrier
+from nettorrent_mpi.torch.step_exchange import StepExchange
+
+
+def parallelize(
+    data: Any,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    batch_size: int | None = None,
+    exchange: str | Mapping[str, Any] | Spec = "allreduce",
+    replica_size: int | None = None,
+    shuffle: bool = True,
+    seed: int = 1,
+    comm: Any = None,
+    **loading: Any,
+) -> ParallelRun:
+    """Train `model` by `optimizer` on all ranks; both stay the script's objects, and the loop is the script's own.
+
+    All ranks call with the same arguments, after the model is on its device and the optimizer is made. Every rank
+    starts with rank 0's parameters and buffers. In a process that no launcher started this is the plain training.
+
+    data: tensors (x, y), a Dataset, an IterableDataset (of which every rank reads all rows), or None: the script has a
+    loader of its own, different on each rank.
+    batch_size: the rows of a mini-batch, of all ranks together; with None as `data` it is not needed.
+    exchange: how replicas agree, as in a configuration: "allreduce" (exact: gradients are averaged), "gossip", "elite",
+    "none", or with options {"gossip": {"every": 2}}.
+    replica_size: the number of ranks that have one replica and average exactly, while their replica exchanges with the
+    others; by default 1, with "allreduce" all.
+    loading: DataLoader's options for a data set, as num_workers or collate_fn.
+
+    Raises UserErrors on all ranks alike.
+    """
+    if comm is None:
+        env.prepare()
+    world = comm if isinstance(comm, World) else World(comm)
+    return ParallelRun(
+        world, data, model, optimizer, batch_size=batch_size, exchange=exchange, replica_size=replica_size,
+        shuffle=shuffle, seed=seed, loading=loading,
+    )  # fmt: skip
+
+
+class ParallelRun:
+    """A ParallelRun is a training that `parallelize` has spread over the ranks. All ranks call all its methods alike."""
+
+    def __init__(
+        self,
+        world: World,
+        data: Any,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        batch_size: int | None,
+        exchange: str | Mapping[str, Any] | Spec,
+        replica_size: int | None,
+        shuffle: bool,
+        seed: int,
+        loading: dict[str, Any],
+    ):
+        self._world, self.model, self.optimizer = world, model, optimizer
+        with world.agreement():
+            self._spec = _spec(exchange)
+            each = _replica_size(replica_size, world.size, exact=isinstance(self._spec, Allreduce))
+            if data is not None and batch_size is None:
+                raise UserError("batch_size is missing: the rows of a mini-batch, of all ranks together")
+            if batch_size is not None and batch_size < 1:
+                raise UserError(f"batch_size is {batch_size}, but has to be at least 1")
+            self._parameters = dict(model.named_parameters())
+            _check(model, self._parameters, optimizer, exchanged=world.size > each)
+        world.same("model", "; ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()))
+        replica, place = divmod(world.rank, each)
+        self._made = [
+            world.subgroup(range(replica * each, (replica + 1) * each)),
+            world.subgroup(range(place, world.size, each)),
+        ]
+        self._holders, self._peers = self._made
+        self.place = Place(world.rank, world.size, Span(replica * each, (replica + 1) * each))
+        with world.agreement():
+            self._batches = (
+                None
+                if data is None
+                else Batches(data, batch_size or 1, self.place, seed=seed, shuffle=shuffle, options=loading)
+            )
+            if data is None and loading:
+                raise UserError(f"{next(iter(loading))} is for data that parallelize divides, and there are none")
+        self.epoch = self.batch = self.step = 0  # complete ones; batches of the present epoch
+        self._steps_of_run, self._epochs = 0, 1  # of the run; 0: unknown
+        self._weight = 1.0  # of the latest mini-batch
+        self._samples, self._judged, self._began = 0, 0, time.perf_counter()
+        self._told: tuple[float, int] = (self._began, 0)
+        self._share()
+        self._hooks: list[Any] = []
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._average = GradientAverage(world, self._holders, trained)
+        self._replicas: StepExchange | None = None
+        if self._peers.size > 1:
+            self._replicas = StepExchange(
+                self._spec, trained, self._statistics(), optimizer, self._peers, self._holders, seed=seed
+            )
+            self._hooks += [p.register_post_accumulate_grad_hook(self._progress) for p in trained.values()]
+        self._where = {id(p): p.data_ptr() for p in self._parameters.values()}
+        self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._factors: list[float] | None = None
+        NOW.enter(OUTSIDE)
+
+    # -- where this rank is -----------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        return self._world.rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self._world.size
+
+    @property
+    def replicas(self) -> int:
+        """The number of replicas that have weights of their own."""
+        return self._peers.size
+
+    # -- set-up -----------------------------------------------------------------------------------------------------
+
+    def _share(self) -> None:
+        """Give all ranks rank 0's parameters and buffers."""
+        with torch.no_grad():
+            for tensor in {**self._parameters, **dict(self.model.named_buffers())}.values():
+                _broadcast(self._world, tensor, 0)
+
+    def _statistics(self) -> list[Array]:
+        """The buffers that a mean is defined for, as arrays: running means and variances."""
+        return [
+            buffer.detach().numpy()
+            for buffer in self.model.buffers()
+            if buffer.is_floating_point() and buffer.dim() and carrier(buffer.dtype) == str(buffer.dtype)[6:]
+        ]
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Yield the numbers of the epochs that are left of `count`, from 0 or after those that a checkpoint has. At an
+        epoch's end ranks that have run out of mini-batches take part in what the others still do."""
+        self._epochs = max(count, 1)
+        if self._batches is not None and self._batches.steps is not None:
+            self._steps_of_run = count * self._batches.steps
+        while self.epoch < count:
+            yield self.epoch
+            self.epoch, self.batch = self.epoch + 1, 0
+            self._end_of_epoch()
+
+    def batches(self, loader: Iterable[Any] | None = None) -> Iterator[Any]:
+        """Yield this rank's mini-batches of the present epoch: those of the data, or of `loader`, this rank's own.
+
+        Loaders may yield other numbers of mini-batches on other ranks: a rank that has no more gets its last one again,
+        which weighs nothing, until all are through. With a RankSampler as its batch_sampler, a loader's mini-batches
+        are weighed by their rows; otherwise ranks weigh alike.
+        """
+        if loader is None and self._batches is None:
+            raise UserError("parallelize has no data: give run.batches() the loader")
+        if loader is None:
+            served = self._batches.epoch(self.epoch, self.batch)  # type: ignore[union-attr]
+        else:
+            served = self._of_loader(loader)
+        try:
+            for batch, weight in served:
+                self._weight = self._average.weight = weight
+                yield batch
+                self.batch += 1
+                self._count_rows(loader)
+        finally:
+            self._average.weight = 1.0
+
+    def _count_rows(self, loader: Iterable[Any] | None) -> None:
+        if loader is None and self._batches is not None:
+            sampler = self._batches.sampler
+            self._samples += self._batches.batch_size if sampler is None else sampler.size(self.batch - 1)
+
+    def _of_loader(self, loader: Iterable[Any]) -> Iterator[Served]:
+        sampler = getattr(loader, "batch_sampler", None)
+        if isinstance(sampler, RankSampler):
+            sampler.set_epoch(self.epoch)
+            sampler.first = self.batch
+            for number, batch in enumerate(loader, self.batch):
+                yield Served(batch, sampler.weight(number))
+            return
+        lengths = self._world.gather_objects(length_of(loader))
+        known = None if None in lengths else max(length for length in lengths if length is not None)
+        source, last, number = iter(loader), None, 0
+        while known is None or number < known:
+            batch = next(source, None)
+            active = self._all_active(batch is not None) if known is None else sum(n > number for n in lengths)
+            if not active:
+                return
+            if batch is None and last is None:
+                raise UserError("this rank's loader has no mini-batch: every rank needs at least one")
+            last, number = (last if batch is None else batch), number + 1
+            yield Served(last, 0.0 if batch is None else self.size / active)
+
+    def _all_active(self, own: bool) -> int:
+        count = np.array([own], np.int32)
+        self._world.all_reduce(count)
+        return int(count[0])
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Add up gradients of backward passes inside the `with` block on each rank; the next backward pass after it
+        averages the sums. It saves messages where several passes make one optimizer step."""
+        with self._average.paused():
+            yield
+
+    def _end_of_epoch(self) -> None:
+        self._average.join()
+        self._adopt_furthest()
+        if self._replicas is not None and self.size > 1:
+            steps = self._world.gather_objects(self.step)
+            if len(set(steps)) > 1:
+                raise self._agreed(
+                    UserError(
+                        f"ranks have done from {min(steps)} to {max(steps)} optimizer steps: take the mini-batches from "
+                        "run.batches(loader), which lets all ranks do as many"
+                    )
+                )
+
+    def _adopt_furthest(self) -> None:
+        """Give the ranks of a replica the weights and the optimizer's state of the one that has done the most steps."""
+        steps = self._holders.gather_objects(self.step)
+        if len(set(steps)) == 1:
+            return
+        source = steps.index(max(steps))
+        states = [self.optimizer.state.get(p, {}) for p in self._parameters.values()]
+        with torch.no_grad():
+            for tensor in (*self._parameters.values(), *self.model.buffers()):
+                _broadcast(self._holders, tensor, source)
+            for state in states:
+                for value in state.values():
+                    if isinstance(value, torch.Tensor):
+                        _broadcast(self._holders, value, source)
+        self.step = self._average.steps = max(steps)
+
+    # -- around the optimizer's step --------------------------------------------------------------------------------
+
+    def _progress(self, _: torch.Tensor) -> None:
+        assert self._replicas is not None
+        self._replicas.progress()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._check_parameters()
+        self._average.before_step()
+        if self._replicas is None:
+            return
+        self._replicas.done = self._done()
+        factor = self._replicas.before_step()
+        if factor != 1:
+            self._factors = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._replicas is not None:
+            self._replicas.after_step()
+        if self._factors is not None:
+            for group, rate in zip(optimizer.param_groups, self._factors, strict=True):
+                group["lr"] = rate
+            self._factors = None
+        self.step += 1
+
+    def _check_parameters(self) -> None:
+        """Raise an error if parameters are no longer those that were parallelized: they would train apart."""
+        found = list(self.model.parameters())
+        if len(found) != len(self._where) or any(id(p) not in self._where for p in found):
+            names = [name for name, p in self.model.named_parameters() if id(p) not in self._where]
+            gone = [name for name in self._parameters if name not in dict(self.model.named_parameters())]
+            told = f"{names[0]} is new in the model" if names else f"{gone[0]} is gone from the model"
+            raise UserError(f"{told} since parallelize: call parallelize after the model is complete")
+        if self._replicas is not None:
+            for name, parameter in self._parameters.items():
+                if parameter.data_ptr() != self._where[id(parameter)]:
+                    raise UserError(
+                        f"{name} has got other memory since parallelize, which replicas would not exchange: move or "
+                        "convert the model before, and change parameters in place (p.copy_(...) under torch.no_grad())"
+                    )
+
+    def _done(self) -> float:
+        """The completed part of the run, as far as known."""
+        if self._steps_of_run:
+            return min(self.step / self._steps_of_run, 1.0)
+        return min(self.epoch / self._epochs, 1.0)
+
+    # -- what ranks tell each other -----------------------------------------------------------------------------------
+
+    def mean(self, value: Any) -> float:
+        """Return the mean of a number over all ranks, weighed like the latest mini-batch."""
+        number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+        weight = self._weight
+        numbers = np.array([number * weight if weight else 0.0, weight])
+        self._world.all_reduce(numbers)
+        return float(numbers[0] / numbers[1]) if numbers[1] else float("nan")
+
+    def report(self, loss: Any, **figures: Any) -> float:
+        """Print a line with the mean of the loss, and of other figures, over all ranks; return the mean loss. The loss
+        also tells exchanges that weigh replicas by it how well this one does."""
+        self.tell_loss(loss)
+        means = {"loss": self.mean(loss)} | {name: self.mean(value) for name, value in figures.items()}
+        now, (then, samples) = time.perf_counter(), self._told
+        self._told = now, self._samples
+        if self.rank == 0:
+            rate = f"  {(self._samples - samples) / max(now - then, 1e-9):,.0f} rows/s" if self._samples else ""
+            words = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+            print(f"epoch {self.epoch + 1}  step {self.step}  {words}{rate}", flush=True)  # noqa: T201
+        return means["loss"]
+
+    def tell_loss(self, loss: Any) -> None:
+        """Tell exchanges whose `mix` weighs replicas by their loss this one's latest; `report` does it, too."""
+        if self._replicas is not None and self._replicas.wants_loss:
+            self._replicas.tell_loss(float(loss))
+
+    def judge(self, value: Any) -> int | None:
+        """Compare the replicas by `value`, this one's validation loss, or its accuracy if the exchange's `metric` is
+        validation_accuracy; losers take over the weights of winners. Return the best replica's number; None where the
+        replicas have not yet trained on `every_samples` rows since the last comparison."""
+        if not isinstance(self._spec, Elite):
+            raise UserError(f'judge is for exchange="elite", and this is {self._spec.kind}')
+        if self._replicas is None:
+            return 0
+        if self._batches is not None and self._samples - self._judged < self._spec.every_samples:
+            return None
+        self._judged = self._samples
+        mine = self._holders.gather_objects(float(value))
+        score = sum(mine) / len(mine)
+        accuracy = self._spec.metric == "validation_accuracy"
+        own = Scores(0.0 if accuracy and np.isfinite(score) else score, score if accuracy else None)
+        found = self._peers.gather_objects(own)
+        self._replicas.judge(found)
+        return best_of(found, self._spec.metric)
+
+    def average(self) -> None:
+        """Give all ranks the average of the replicas' parameters and of all ranks' buffers, for good."""
+        if self._replicas is not None:
+            self._replicas.become()
+        self._mean_buffers()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give all ranks the average inside the `with` block, to evaluate or save it, and their own weights again
+        afterwards."""
+        with ExitStack() as stack:
+            if self._replicas is not None:
+                stack.enter_context(self._replicas.shown())
+            kept = [buffer.clone() for buffer in self.model.buffers()]
+            self._mean_buffers()
+            yield
+            with torch.no_grad():
+                for buffer, copy in zip(self.model.buffers(), kept, strict=True):
+                    buffer.copy_(copy)
+
+    def _mean_buffers(self) -> None:
+        if self.size > 1:
+            for array in self._statistics():
+                self._world.mean(array)
+
+    def save(self, path: str | Path) -> None:
+        """Write the averaged model's state_dict to a file, on rank 0; `torch.load(path, weights_only=True)` reads it."""
+        path = Path(path)
+        with self.averaged():
+            state = self.model.state_dict()
+            with self._world.agreement():
+                if self.rank == 0:
+                    part = path.with_name(path.name + ".part")
+                    with written(path):
+                        torch.save(state, part)
+                        os.replace(part, path)
+
+    def _agreed(self, error: NetTorrentError) -> NetTorrentError:
+        error.agreed = self._world.members
+        return error
+
+    def close(self) -> None:
+        """Let the model and optimizer go: they are plain PyTorch again. At the script's end this is not needed."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self._replicas is not None:
+            self._replicas.close()
+        self._average.close()
+        for group in self._made:
+            group.free()
+        self._made.clear()
+
+
+def _spec(exchange: Any) -> Spec:
+    try:
+        return parse(exchange, EXCHANGES, "exchange")
+    except (Mistake, Mistakes) as error:
+        raise ConfigError(f"exchange: {error}") from None
+
+
+def _replica_size(asked: int | None, ranks: int, *, exact: bool) -> int:
+    if exact and asked not in (None, ranks):
+        raise LayoutError(
+            f'replica_size is {asked}, but exchange="allreduce" averages over all {ranks} ranks: leave it out, or choose '
+            '"gossip" for the exchange between replicas'
+        )
+    each = ranks if exact else asked or 1
+    if each < 1 or ranks % each:
+        raise LayoutError(f"replica_size is {each}, which does not divide {ranks} ranks into equal replicas")
+    return each
+
+
+def _check(
+    model: torch.nn.Module,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    exchanged: bool,
+) -> None:
+    """Raise a UserError for a model or an optimizer that cannot be parallelized."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        if parameter.device.type != "cpu":
+            raise UserError(
+                f"{name} is on {parameter.device}: parallelize exchanges parameters in the host's memory only; keep the "
+                "model on the CPU"
+            )
+        if carrier(parameter.dtype) is None:
+            raise UserError(f"{name} is {parameter.dtype}, which has no average: use floating-point parameters")
+        if exchanged and parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"{name} is {parameter.dtype}: replicas exchange float32 and float64; use autocast with float32 parameters"
+            )
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError("the model has no parameters to train: set requires_grad on some")
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in names:
+                raise UserError(
+                    f"parameter {index} of the optimizer's group {number}, of shape {tuple(parameter.shape)}, is not the "
+                    "model's: make the optimizer from model.parameters() after the model is complete"
+                )
+
+
+def _broadcast(group: Group, tensor: torch.Tensor, source: int) -> None:
+    """Set a tensor to that of one member, whatever its type and strides."""
+    if group.size == 1 or not tensor.numel():
+        return
+    whole = tensor.detach().contiguous()
+    group.broadcast(whole.reshape(-1).view(torch.uint8).numpy(), source)
+    if whole.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(whole)
+
