@@ -86,9 +86,10 @@ class Known(NamedTuple):
     options: Callable[[Path], list[str] | None]
 
 
-def explain(error: ValidationError, data: Any, known: Known) -> list[Found]:
-    """List the mistakes of `error`, each at a path that exists in `data` (or would, for a missing key)."""
-    found = _collect(error, data, (), known)
+def explain(error: Exception, data: Any, known: Known, prefix: Path = ()) -> list[Found]:
+    """List the mistakes of `error`, which was raised for the value at `prefix`, each at a path that exists in `data` (or
+    would, for a missing key)."""
+    found = _collect(error, data, prefix, known)
     # a mistake deeper inside makes an alternative's complaint about the whole value irrelevant
     paths = {f.path for f in found}
     found = [f for f in found if not (f.hollow and any(p != f.path and p[: len(f.path)] == f.path for p in paths))]

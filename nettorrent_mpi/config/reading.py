@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from nettorrent_mpi.config import overrides as changes
 from nettorrent_mpi.config import yaml_lines
 from nettorrent_mpi.config.default import DEFAULT, SHIPPED
-from nettorrent_mpi.config.mistakes import Known, explain, shown
+from nettorrent_mpi.config.mistakes import Known, Mistake, Mistakes, explain, shown
 from nettorrent_mpi.config.sections import (
     Checkpoint,
     Config,
@@ -34,10 +34,11 @@ from nettorrent_mpi.config.sections import (
     WatchdogTimes,
 )
 from nettorrent_mpi.config.translation import nearest
-from nettorrent_mpi.config.written import options_at, strictly
+from nettorrent_mpi.config.written import options_at, parse, strictly
 from nettorrent_mpi.config.yaml_lines import Document, Path
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import ConfigError, UserError
+from nettorrent_mpi.plan.specs import Spec
 
 # Every key of every section by its path, for the hints after an unknown key; config.written knows those of specs.
 _SECTIONS: dict[Path, Any] = {
@@ -63,21 +64,22 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
     """
     if path is None:
         return loads(DEFAULT, SHIPPED, overrides, output="runs/digits")
-    return loads(_text(path), path, overrides, output=f"runs/{FilePath(path).stem}")
+    return loads(text_of(path), path, overrides, output=f"runs/{FilePath(path).stem}")
 
 
 def placed(error: UserError, path: str | None, overrides: Sequence[str] = ()) -> UserError:
     """Return an error about a value of the configuration that `load` has read, with its file and line."""
     if error.key is None or (isinstance(error, ConfigError) and error.file is not None):
         return error
-    document = yaml_lines.read(_text(path), path) if path is not None else yaml_lines.read(DEFAULT, SHIPPED)
+    document = yaml_lines.read(text_of(path), path) if path is not None else yaml_lines.read(DEFAULT, SHIPPED)
     changes.apply(document, overrides)
     made = document.error(str(error).removeprefix(f"{error.key}: "), yaml_lines.path_of(error.key))
     made.agreed = error.agreed
     return made
 
 
-def _text(path: str) -> str:
+def text_of(path: str) -> str:
+    """Return the text of a file. Raises ConfigError."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe or a device may never end
@@ -117,6 +119,17 @@ def loads(text: str, file: str, overrides: Sequence[str] = (), output: str | Non
 def from_plain(data: dict[str, Any]) -> Config:
     """Read the configuration that `config.writing.to_plain` wrote."""
     return _check(Document(data))
+
+
+def exchange_of(value: Any, document: Document | None = None) -> Spec:
+    """Check how replicas agree, as a configuration says it: a name, a name with options, or a spec. Raises ConfigError,
+    which names the place in `document`, at the key `exchange`, if it was read there."""
+    document = Document({"exchange": value}) if document is None else document
+    try:
+        return parse(value, choices.EXCHANGES, "exchange")
+    except (Mistake, Mistakes) as error:
+        found = explain(error, {"exchange": value}, _KNOWN, ("exchange",))
+        raise ConfigError.several([document.error(each.text, each.path) for each in found]) from None
 
 
 @cache

@@ -100,6 +100,23 @@ class GossipExchange(Exchange):
             self.become()
         return None
 
+    # -- rounds apart from steps ------------------------------------------------------------------------------------
+
+    def open_round(self, step: int, loss: float) -> None:
+        """Send the present values, this replica's age and its loss: for loops that call `close_round` after the
+        optimizer's step, instead of `before_update` and `after_update`. Nothing may be withheld."""
+        assert not self._withhold
+        self.mixer.clock += 1
+        self.tell_loss(loss)
+        self.rounds.open(step - 1)
+        self.rounds.counts.rounds += 1
+
+    def close_round(self, loss: float) -> None:
+        """Merge what has come of the open round, and wait for the rest until the deadline; this replica's loss now is
+        `loss`."""
+        self.tell_loss(loss)
+        self.rounds.close(wait=True)
+
     # -- a step's end -----------------------------------------------------------------------------------------------
 
     def tell_loss(self, loss: float) -> None:

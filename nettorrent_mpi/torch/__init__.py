@@ -16,6 +16,7 @@ run.save("model.pt")
 from __future__ import annotations
 
 from nettorrent_mpi.torch.batching import RankSampler
+from nettorrent_mpi.torch.dpwa import Dpwa
 from nettorrent_mpi.torch.parallel import ParallelRun, parallelize
 
-__all__ = ["ParallelRun", "RankSampler", "parallelize"]
+__all__ = ["Dpwa", "ParallelRun", "RankSampler", "parallelize"]

@@ -16,13 +16,12 @@ from nettorrent_mpi import env
 from nettorrent_mpi.comm.activity import NOW, OUTSIDE
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.config.mistakes import Mistake, Mistakes
-from nettorrent_mpi.config.written import parse
+from nettorrent_mpi.config.reading import exchange_of
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.errors import ConfigError, LayoutError, NetTorrentError, UserError
-from nettorrent_mpi.plan.exchange_specs import EXCHANGES, Allreduce, Elite
+from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError
+from nettorrent_mpi.plan.exchange_specs import Allreduce, Elite
 from nettorrent_mpi.plan.scores import Scores, best_of
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.torch.batching import Batches, Place, RankSampler, Served, length_of
@@ -88,7 +87,7 @@ class ParallelRun:
     ):
         self._world, self.model, self.optimizer = world, model, optimizer
         with world.agreement():
-            self._spec = _spec(exchange)
+            self._spec = exchange_of(exchange)
             each = _replica_size(replica_size, world.size, exact=isinstance(self._spec, Allreduce))
             if data is not None and batch_size is None:
                 raise UserError("batch_size is missing: the rows of a mini-batch, of all ranks together")
@@ -345,6 +344,17 @@ class ParallelRun:
         if self._replicas is not None and self._replicas.wants_loss:
             self._replicas.tell_loss(float(loss))
 
+    def open_round(self, loss: float) -> None:
+        """Send this replica's parameters, age and loss to a peer: for loops that exchange apart from the optimizer's
+        step."""
+        if self._replicas is not None:
+            self._replicas.open_round(loss)
+
+    def close_round(self, loss: float) -> None:
+        """Merge what a peer has sent since `open_round`; this replica's loss now is `loss`."""
+        if self._replicas is not None:
+            self._replicas.close_round(loss)
+
     def judge(self, value: Any) -> int | None:
         """Compare the replicas by `value`, this one's validation loss, or its accuracy if the exchange's `metric` is
         validation_accuracy; losers take over the weights of winners. Return the best replica's number; None where the
@@ -416,13 +426,6 @@ class ParallelRun:
         for group in self._made:
             group.free()
         self._made.clear()
-
-
-def _spec(exchange: Any) -> Spec:
-    try:
-        return parse(exchange, EXCHANGES, "exchange")
-    except (Mistake, Mistakes) as error:
-        raise ConfigError(f"exchange: {error}") from None
 
 
 def _replica_size(asked: int | None, ranks: int, *, exact: bool) -> int:

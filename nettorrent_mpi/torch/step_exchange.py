@@ -18,6 +18,7 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.exchange import Exchange, Shards, make_exchange
 from nettorrent_mpi.exchange.elite import EliteExchange
+from nettorrent_mpi.exchange.gossip import GossipExchange
 from nettorrent_mpi.plan.exchange_specs import Gossip
 from nettorrent_mpi.plan.scores import Scores
 from nettorrent_mpi.plan.specs import Adam, Sgd, Spec
@@ -170,6 +171,20 @@ class StepExchange:
                 self._gather()
             if any(exchange.next_rest(self.step - 1) == self.step for exchange in self.exchanges):
                 self._rest()
+
+    def open_round(self, loss: float) -> None:
+        """Send what the next round exchanges, apart from the optimizer's step."""
+        self.step += 1
+        for exchange in self.exchanges:
+            if isinstance(exchange, GossipExchange):
+                exchange.open_round(self.step, loss)
+
+    def close_round(self, loss: float) -> None:
+        """Merge what peers have sent in the open round."""
+        with NOW.during(EXCHANGING):
+            for exchange in self.exchanges:
+                if isinstance(exchange, GossipExchange):
+                    exchange.close_round(loss)
 
     def _gather(self) -> None:
         for vector in self.vectors:
