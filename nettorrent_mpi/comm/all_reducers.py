@@ -113,4 +113,3 @@ class SharedAllReducer(AllReducer):
             for other in others:
                 np.copyto(other, first)
         self._memory.fence()
-

@@ -90,9 +90,7 @@ class Served(NamedTuple):
 class Batches:
     """Batches serves a rank's mini-batches of a data set, epoch by epoch."""
 
-    def __init__(
-        self, data: Any, batch_size: int, place: Place, *, seed: int, shuffle: bool, options: dict[str, Any]
-    ):
+    def __init__(self, data: Any, batch_size: int, place: Place, *, seed: int, shuffle: bool, options: dict[str, Any]):
         """`data`: a tensor or array, or a tuple of them with as many rows each; a Dataset; an IterableDataset, of which
         every rank reads all rows. `options` are DataLoader's, for data sets."""
         self._data, self._options, self._place, self.batch_size = data, options, place, batch_size

@@ -289,5 +289,3 @@ class GradientAverage:
             memory.free()
         self._memories.clear()
         self._buckets.clear()
-
-

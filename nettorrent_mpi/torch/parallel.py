@@ -480,4 +480,3 @@ def _broadcast(group: Group, tensor: torch.Tensor, source: int) -> None:
     group.broadcast(whole.reshape(-1).view(torch.uint8).numpy(), source)
     if whole.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(whole)
-

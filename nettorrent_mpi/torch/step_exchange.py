@@ -52,9 +52,7 @@ class _Vector:
     def gather(self) -> None:
         """Give all holders everyone's shards, of the parameters."""
         for array in (self.array, *self._state.values()):
-            self._holders.all_gather(
-                array[self._own], array, [self._size // self._holders.size] * self._holders.size
-            )
+            self._holders.all_gather(array[self._own], array, [self._size // self._holders.size] * self._holders.size)
 
     def take_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer's arrays that are like parameters lie in flat arrays, too."""
@@ -62,7 +60,9 @@ class _Vector:
             name
             for tensor in self._tensors
             for name, value in optimizer.state.get(tensor, {}).items()
-            if isinstance(value, torch.Tensor) and value.shape == tensor.shape and value.dtype == tensor.dtype
+            if isinstance(value, torch.Tensor)
+            and value.shape == tensor.shape
+            and value.dtype == tensor.dtype
             and value.dim()
         )
         for name in names:
@@ -103,9 +103,7 @@ class StepExchange:
             by_type.setdefault(str(parameter.dtype).removeprefix("torch."), []).append(parameter)
         self.vectors = [_Vector(kind, tensors, holders) for kind, tensors in by_type.items()]
         if self.vectors:
-            self.vectors[0].shards = Shards(
-                self.vectors[0].shards.parameters, {}, statistics, self.vectors[0].gather
-            )
+            self.vectors[0].shards = Shards(self.vectors[0].shards.parameters, {}, statistics, self.vectors[0].gather)
         self._groups: list[Group] = []
         self.exchanges: list[Exchange] = []
         self._seed, self._judged = seed, 0
@@ -119,9 +117,7 @@ class StepExchange:
         for vector in self.vectors:
             self._groups.append(self._peers.duplicate())
             self.exchanges.append(
-                make_exchange(
-                    self.spec, vector.shards, self._groups[-1], device, optimizer=rule, seed=self._seed
-                )
+                make_exchange(self.spec, vector.shards, self._groups[-1], device, optimizer=rule, seed=self._seed)
             )
 
     @property
@@ -245,5 +241,3 @@ class StepExchange:
             group.free()
         self.exchanges.clear()
         self._groups.clear()
-
-

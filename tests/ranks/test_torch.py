@@ -224,7 +224,10 @@ def test_gossip_of_all_with_all_agrees() -> None:
     run.close()
 
 
-@pytest.mark.parametrize("exchange", ["gossip", "none", {"gossip": {"mix": "push_sum"}}, {"gossip": {"average": ["parameters", "optimizer"]}}])
+@pytest.mark.parametrize(
+    "exchange",
+    ["gossip", "none", {"gossip": {"mix": "push_sum"}}, {"gossip": {"average": ["parameters", "optimizer"]}}],
+)
 def test_replicas_come_together(exchange: Any) -> None:
     model = network()
     run = nt.parallelize(rows(), model, OPTIMIZERS["adam"](model), batch_size=BATCH, exchange=exchange)
@@ -242,7 +245,9 @@ def test_replicas_come_together(exchange: Any) -> None:
 @pytest.mark.ranks(4)
 def test_replicas_of_two_ranks_are_exact_inside() -> None:
     model = network()
-    run = nt.parallelize(rows(), model, OPTIMIZERS["momentum"](model), batch_size=BATCH, exchange="gossip", replica_size=2)
+    run = nt.parallelize(
+        rows(), model, OPTIMIZERS["momentum"](model), batch_size=BATCH, exchange="gossip", replica_size=2
+    )
     train(run)
     whole = MPI.COMM_WORLD.allgather(vector(model).numpy())
     assert np.array_equal(whole[0], whole[1])
