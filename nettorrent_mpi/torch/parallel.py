@@ -28,6 +28,7 @@ from nettorrent_mpi.torch.batching import Batches, Place, RankSampler, Served, l
 from nettorrent_mpi.torch.gradients import GradientAverage
 from nettorrent_mpi.torch.slots import carrier
 from nettorrent_mpi.torch.step_exchange import StepExchange
+from nettorrent_mpi.torch.training_state import TrainingState
 
 
 def parallelize(
@@ -102,6 +103,7 @@ class ParallelRun:
             world.subgroup(range(place, world.size, each)),
         ]
         self._holders, self._peers = self._made
+        self._replica = replica
         self.place = Place(world.rank, world.size, Span(replica * each, (replica + 1) * each))
         with world.agreement():
             self._batches = (
@@ -194,9 +196,9 @@ class ParallelRun:
         try:
             for batch, weight in served:
                 self._weight = self._average.weight = weight
-                yield batch
-                self.batch += 1
+                self.batch += 1  # before the script's steps: a checkpoint among them comes after this mini-batch
                 self._count_rows(loader)
+                yield batch
         finally:
             self._average.weight = 1.0
 
@@ -410,6 +412,35 @@ class ParallelRun:
                     with written(path):
                         torch.save(state, part)
                         os.replace(part, path)
+
+    def checkpoint(self, folder: str | Path, *, keep: int = 2, **others: Any) -> Path:
+        """Write the whole training state into a folder step-N in `folder`, where the `keep` newest stay: every replica,
+        the optimizer, the exchange, the position in the data and the random states of each rank. `others` are objects
+        with a state_dict, as a scheduler. Call it after an optimizer step. Raises OutputError."""
+        epoch, batch = self.epoch, self.batch
+        if self._batches is not None and batch == self._batches.steps:
+            epoch, batch = epoch + 1, 0
+        about = {"step": self.step, "epoch": epoch, "batch": batch, "samples": self._samples, "judged": self._judged}
+        return self._state().save(Path(folder), self.step, about, others, keep)
+
+    def resume(self, folder: str | Path, **others: Any) -> bool:
+        """Go on from the newest undamaged checkpoint in `folder`, which may be of another number of ranks; return False
+        if there is none. Replicas keep their own weights if there are as many as before, and start from their average
+        otherwise. Raises DataError."""
+        state = self._state()
+        if not state.has_checkpoint(Path(folder)):
+            return False
+        about = state.restore(Path(folder), others)
+        self.epoch, self.batch, self.step = about["epoch"], about["batch"], about["step"]
+        self._samples, self._judged = about["samples"], about["judged"]
+        self._told = (time.perf_counter(), self._samples)
+        self._average.steps = self.step
+        return True
+
+    def _state(self) -> TrainingState:
+        return TrainingState(
+            self._world, self.model, self.optimizer, self._replicas, replica=self._replica, replicas=self.replicas
+        )
 
     def _agreed(self, error: NetTorrentError) -> NetTorrentError:
         error.agreed = self._world.members

@@ -6,7 +6,7 @@ it, and the model and its optimizer on the same memory. Nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -214,6 +214,47 @@ class StepExchange:
             for exchange in self.exchanges:
                 stack.enter_context(exchange.shown())
             yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep messages from being in flight inside the `with` block. All peers call."""
+        with ExitStack() as stack:
+            for exchange in self.exchanges:
+                stack.enter_context(exchange.paused())
+            yield
+
+    def memories(self) -> dict[str, Array]:
+        """Return what a checkpoint holds of this rank's part in the exchange, by name. At rest."""
+        found: dict[str, Array] = {}
+        for number, exchange in enumerate(self.exchanges):
+            for name, arrays in exchange.memories().items():
+                found |= {f"exchange/{number}/{name}/{i}": array for i, array in enumerate(arrays)}
+            if exchange.numbers().size:
+                found[f"exchange/{number}/numbers"] = exchange.numbers()
+        return found
+
+    def restore(self, step: int, read: Callable[[Mapping[str, Array]], None] | None) -> None:
+        """Go on after `step`: the replica's parameters and the optimizer's state were restored. `read` fills this
+        rank's `memories`; None: they are of another layout, and all replicas are equal. All ranks call."""
+        self.step = step
+        for vector in self.vectors:
+            vector.take_state(self._optimizer)
+        if not self.exchanges:
+            self._make()
+        for number, exchange in enumerate(self.exchanges):
+            if read is None:
+                exchange.averaged()
+            else:
+                numbers = {f"exchange/{number}/numbers": exchange.numbers()}
+                if numbers[f"exchange/{number}/numbers"].size:
+                    read(numbers)
+                    exchange.take_numbers(numbers[f"exchange/{number}/numbers"])
+                read({
+                    f"exchange/{number}/{name}/{i}": array
+                    for name, arrays in exchange.memories().items()
+                    for i, array in enumerate(arrays)
+                })  # fmt: skip
+            exchange.recall(step)
 
     def become(self, best: int | None = None) -> None:
         """Give every replica the average of all, or replica `best`'s weights and optimizer state, for good."""

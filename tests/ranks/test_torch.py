@@ -340,3 +340,68 @@ def test_dpwa_merges_by_its_own_formulas(shared_path: Any) -> None:
     adapter.average()
     torch.testing.assert_close(model.weight.detach(), torch.full((1, 2), 12.5))
     adapter.close()
+
+
+EXCHANGES: dict[str, Any] = {
+    "allreduce": "allreduce",
+    "gossip": {"gossip": {"deadline": "none", "part": 0.5}},
+    "push-sum": {"gossip": {"deadline": "none", "mix": "push_sum", "part": 1}},
+    "elite": "elite",
+}
+
+
+@pytest.mark.parametrize("kind", EXCHANGES)
+def test_resumed_is_as_if_never_stopped(kind: str, shared_path: Any) -> None:
+    """On as many ranks bit for bit, in the middle of an epoch."""
+
+    def begin() -> Any:
+        torch.manual_seed(rank)
+        model = network()
+        return nt.parallelize(rows(), model, OPTIMIZERS["adam"](model), batch_size=BATCH, exchange=EXCHANGES[kind])
+
+    whole = begin()
+    train(whole, 17)
+    stopped = begin()
+    assert not stopped.resume(shared_path)
+    train(stopped, 9)
+    stopped.checkpoint(shared_path)
+    stopped.close()
+    resumed = begin()
+    with torch.no_grad():
+        for p in resumed.model.parameters():
+            p.zero_()
+    assert resumed.resume(shared_path)
+    assert (resumed.step, resumed.epoch, resumed.batch) == (9, 1, 2)
+    train(resumed, 17)
+    assert np.array_equal(vector(resumed.model).numpy(), vector(whole.model).numpy())
+    resumed.close()
+    whole.close()
+
+
+@pytest.mark.parametrize("exchange", ["allreduce", "gossip"])
+def test_fewer_ranks_go_on(exchange: str, shared_path: Any, world: Any) -> None:
+    """The exact exchange is the serial training all the same; replicas go on from their average."""
+    model = network()
+    run = nt.parallelize(rows(), model, OPTIMIZERS["adam"](model), batch_size=BATCH, exchange=exchange)
+    train(run, 9)
+    run.checkpoint(shared_path)
+    with run.averaged():
+        average = vector(model)
+    run.close()
+    fewer = world.Split(rank < max(size - 1, 1), rank)
+    if rank < max(size - 1, 1):
+        torch.manual_seed(3)
+        again = network()
+        resumed = nt.parallelize(
+            rows(), again, OPTIMIZERS["adam"](again), batch_size=BATCH, exchange=exchange, comm=fewer
+        )
+        resumed.resume(shared_path)
+        if size > 1 and exchange == "gossip":
+            torch.testing.assert_close(vector(again), average, rtol=1e-12, atol=1e-14)
+        train(resumed, STEPS)
+        if exchange == "allreduce":
+            torch.manual_seed(3)
+            alone = serial(copied := network(), OPTIMIZERS["adam"](copied), rows())
+            close_to(again, alone)
+        resumed.close()
+    fewer.Free()
