@@ -26,6 +26,7 @@ BELOW = {
     "planning": {"plan", "device", "nn", "data", "config", "engine"},
     "api": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "planning"},
     "cli": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "planning", "api"},
+    "torch": {"plan", "device", "comm", "data", "config", "exchange", "engine"},
     "speedup": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "cli"},
 }
 # The command line knows every command, and a plan how it is shown; both load what stands above when it is asked for.
@@ -97,7 +98,7 @@ ONLY = {
     "yaml": ["config"],
     "rich": ["cli"],
     "numba": ["device.cpu.loop"],
-    "torch": ["speedup.torch_network", "speedup.torch_peer", "speedup.torch_rows"],
+    "torch": ["torch", "speedup.torch_network", "speedup.torch_peer", "speedup.torch_rows"],
     "matplotlib": ["speedup.plots"],
 }
 # Packages that these parts do not import: layers, losses and optimizers are formulas over the device's operations.

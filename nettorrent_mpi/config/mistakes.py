@@ -87,8 +87,8 @@ class Known(NamedTuple):
 
 
 def explain(error: Exception, data: Any, known: Known, prefix: Path = ()) -> list[Found]:
-    """List the mistakes of `error`, which was raised for the value at `prefix`, each at a path that exists in `data` (or
-    would, for a missing key)."""
+    """List the mistakes of `error`, which was raised for the value at `prefix`, each at a path that exists in `data`
+    (or would, for a missing key)."""
     found = _collect(error, data, prefix, known)
     # a mistake deeper inside makes an alternative's complaint about the whole value irrelevant
     paths = {f.path for f in found}

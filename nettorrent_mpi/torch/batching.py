@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from nettorrent_mpi.plan.blocks import Span, span
 from nettorrent_mpi.plan.errors import UserError
 
 
-class Place(NamedTuple):
+class RankPlace(NamedTuple):
     """A rank's place: its number among all ranks, and the ranks that have its replica, which average exactly."""
 
     rank: int
@@ -42,7 +42,7 @@ class RankSampler:
     present epoch's mini-batches.
     """
 
-    def __init__(self, rows: int, batch_size: int, place: Place, *, seed: int = 1, shuffle: bool = True):
+    def __init__(self, rows: int, batch_size: int, place: RankPlace, *, seed: int = 1, shuffle: bool = True):
         self._sampler = Sampler(rows, seed, 0.0, batch_size)
         self._place, self._shuffle, self._rows, self.batch_size = place, shuffle, rows, batch_size
         self.epoch = 0
@@ -60,7 +60,7 @@ class RankSampler:
         return self._sampler.size(batch)
 
     def weight(self, batch: int) -> float:
-        """Return the weight of this rank's rows of a mini-batch (`Place.weight`)."""
+        """Return the weight of this rank's rows of a mini-batch (`RankPlace.weight`)."""
         return self._place.weight(self.size(batch))
 
     def rows(self, batch: int) -> Array:
@@ -87,10 +87,12 @@ class Served(NamedTuple):
     weight: float
 
 
-class Batches:
-    """Batches serves a rank's mini-batches of a data set, epoch by epoch."""
+class ServedRows:
+    """ServedRows divide a data set's mini-batches over the ranks, and serve one rank's part epoch by epoch."""
 
-    def __init__(self, data: Any, batch_size: int, place: Place, *, seed: int, shuffle: bool, options: dict[str, Any]):
+    def __init__(
+        self, data: Any, batch_size: int, place: RankPlace, *, seed: int, shuffle: bool, options: dict[str, Any]
+    ):
         """`data`: a tensor or array, or a tuple of them with as many rows each; a Dataset; an IterableDataset, of which
         every rank reads all rows. `options` are DataLoader's, for data sets."""
         self._data, self._options, self._place, self.batch_size = data, options, place, batch_size
@@ -99,8 +101,7 @@ class Batches:
         self._single = False
         rows = None
         if isinstance(data, IterableDataset):
-            if shuffle:
-                self._shuffled_by_itself = True
+            pass  # its order is its own
         elif isinstance(data, torch.Tensor | np.ndarray | tuple | list) and not isinstance(data, str):
             self._single = isinstance(data, torch.Tensor | np.ndarray)
             self._tensors = _tensors([data] if self._single else list(data))
@@ -109,8 +110,8 @@ class Batches:
             rows = len(data)
         else:
             raise UserError(
-                f"the data are a {type(data).__name__}: give a tuple of tensors (x, y), a Dataset, an IterableDataset, or "
-                "None with a loader of your own"
+                f"the data are a {type(data).__name__}: give a tuple of tensors (x, y), a Dataset, an IterableDataset, "
+                "or None with a loader of your own"
             )
         if self._tensors is not None and options:
             raise UserError(f"{next(iter(options))} is for a Dataset, and the data are tensors: leave it out")
@@ -168,11 +169,3 @@ def _tensors(data: Sequence[Any]) -> list[torch.Tensor]:
     if len(set(counts)) > 1:
         raise UserError(f"the tensors have {' and '.join(map(str, counts))} rows: give as many of each")
     return tensors
-
-
-def length_of(loader: Iterable[Any]) -> int | None:
-    """Return the number of mini-batches of a loader; None if it does not tell."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None

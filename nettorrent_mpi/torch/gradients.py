@@ -8,7 +8,7 @@ wrapper around the model, weighs ranks by their rows, and goes on where ranks ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,18 +15,19 @@ import torch
 
 from nettorrent_mpi import env
 from nettorrent_mpi.comm.activity import NOW, OUTSIDE
-from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.reading import exchange_of
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError
+from nettorrent_mpi.plan.errors import NetTorrentError, UserError
 from nettorrent_mpi.plan.exchange_specs import Allreduce, Elite
 from nettorrent_mpi.plan.scores import Scores, best_of
 from nettorrent_mpi.plan.specs import Spec
-from nettorrent_mpi.torch.batching import Batches, Place, RankSampler, Served, length_of
+from nettorrent_mpi.torch.batching import RankPlace, ServedRows
 from nettorrent_mpi.torch.gradients import GradientAverage
+from nettorrent_mpi.torch.models import broadcast, check_model, ranks_of_replica
+from nettorrent_mpi.torch.position import Position
 from nettorrent_mpi.torch.slots import carrier
 from nettorrent_mpi.torch.step_exchange import StepExchange
 from nettorrent_mpi.torch.training_state import TrainingState
@@ -70,7 +72,7 @@ def parallelize(
 
 
 class ParallelRun:
-    """A ParallelRun is a training that `parallelize` has spread over the ranks. All ranks call all its methods alike."""
+    """A ParallelRun is a training that `parallelize` has spread over the ranks. All of them call its methods alike."""
 
     def __init__(
         self,
@@ -89,13 +91,13 @@ class ParallelRun:
         self._world, self.model, self.optimizer = world, model, optimizer
         with world.agreement():
             self._spec = exchange_of(exchange)
-            each = _replica_size(replica_size, world.size, exact=isinstance(self._spec, Allreduce))
+            each = ranks_of_replica(replica_size, world.size, exact=isinstance(self._spec, Allreduce))
             if data is not None and batch_size is None:
                 raise UserError("batch_size is missing: the rows of a mini-batch, of all ranks together")
             if batch_size is not None and batch_size < 1:
                 raise UserError(f"batch_size is {batch_size}, but has to be at least 1")
             self._parameters = dict(model.named_parameters())
-            _check(model, self._parameters, optimizer, exchanged=world.size > each)
+            check_model(model, self._parameters, optimizer, exchanged=world.size > each)
         world.same("model", "; ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()))
         replica, place = divmod(world.rank, each)
         self._made = [
@@ -104,20 +106,19 @@ class ParallelRun:
         ]
         self._holders, self._peers = self._made
         self._replica = replica
-        self.place = Place(world.rank, world.size, Span(replica * each, (replica + 1) * each))
+        self.place = RankPlace(world.rank, world.size, Span(replica * each, (replica + 1) * each))
         with world.agreement():
             self._batches = (
                 None
                 if data is None
-                else Batches(data, batch_size or 1, self.place, seed=seed, shuffle=shuffle, options=loading)
+                else ServedRows(data, batch_size or 1, self.place, seed=seed, shuffle=shuffle, options=loading)
             )
             if data is None and loading:
                 raise UserError(f"{next(iter(loading))} is for data that parallelize divides, and there are none")
-        self.epoch = self.batch = self.step = 0  # complete ones; batches of the present epoch
-        self._steps_of_run, self._epochs = 0, 1  # of the run; 0: unknown
-        self._weight = 1.0  # of the latest mini-batch
-        self._samples, self._judged, self._began = 0, 0, time.perf_counter()
-        self._told: tuple[float, int] = (self._began, 0)
+        self._position = Position(world, self.place, self._batches)
+        self.step = 0  # optimizer steps so far
+        self._judged = 0  # samples at the latest comparison
+        self._told = time.perf_counter(), 0  # at the latest report: time and samples
         self._share()
         self._hooks: list[Any] = []
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
@@ -147,6 +148,16 @@ class ParallelRun:
         return self._world.size
 
     @property
+    def epoch(self) -> int:
+        """The epochs that are complete."""
+        return self._position.epoch
+
+    @property
+    def batch(self) -> int:
+        """The mini-batches of the present epoch that the loop has got."""
+        return self._position.batch
+
+    @property
     def replicas(self) -> int:
         """The number of replicas that have weights of their own."""
         return self._peers.size
@@ -157,7 +168,7 @@ class ParallelRun:
         """Give all ranks rank 0's parameters and buffers."""
         with torch.no_grad():
             for tensor in {**self._parameters, **dict(self.model.named_buffers())}.values():
-                _broadcast(self._world, tensor, 0)
+                broadcast(self._world, tensor, 0)
 
     def _statistics(self) -> list[Array]:
         """The buffers that a mean is defined for, as arrays: running means and variances."""
@@ -172,12 +183,10 @@ class ParallelRun:
     def epochs(self, count: int) -> Iterator[int]:
         """Yield the numbers of the epochs that are left of `count`, from 0 or after those that a checkpoint has. At an
         epoch's end ranks that have run out of mini-batches take part in what the others still do."""
-        self._epochs = max(count, 1)
-        if self._batches is not None and self._batches.steps is not None:
-            self._steps_of_run = count * self._batches.steps
+        self._position.plan(count)
         while self.epoch < count:
             yield self.epoch
-            self.epoch, self.batch = self.epoch + 1, 0
+            self._position.next_epoch()
             self._end_of_epoch()
 
     def batches(self, loader: Iterable[Any] | None = None) -> Iterator[Any]:
@@ -187,51 +196,12 @@ class ParallelRun:
         which weighs nothing, until all are through. With a RankSampler as its batch_sampler, a loader's mini-batches
         are weighed by their rows; otherwise ranks weigh alike.
         """
-        if loader is None and self._batches is None:
-            raise UserError("parallelize has no data: give run.batches() the loader")
-        if loader is None:
-            served = self._batches.epoch(self.epoch, self.batch)  # type: ignore[union-attr]
-        else:
-            served = self._of_loader(loader)
         try:
-            for batch, weight in served:
-                self._weight = self._average.weight = weight
-                self.batch += 1  # before the script's steps: a checkpoint among them comes after this mini-batch
-                self._count_rows(loader)
-                yield batch
+            for served in self._position.served(loader):
+                self._average.weight = served.weight
+                yield served.batch
         finally:
             self._average.weight = 1.0
-
-    def _count_rows(self, loader: Iterable[Any] | None) -> None:
-        if loader is None and self._batches is not None:
-            sampler = self._batches.sampler
-            self._samples += self._batches.batch_size if sampler is None else sampler.size(self.batch - 1)
-
-    def _of_loader(self, loader: Iterable[Any]) -> Iterator[Served]:
-        sampler = getattr(loader, "batch_sampler", None)
-        if isinstance(sampler, RankSampler):
-            sampler.set_epoch(self.epoch)
-            sampler.first = self.batch
-            for number, batch in enumerate(loader, self.batch):
-                yield Served(batch, sampler.weight(number))
-            return
-        lengths = self._world.gather_objects(length_of(loader))
-        known = None if None in lengths else max(length for length in lengths if length is not None)
-        source, last, number = iter(loader), None, 0
-        while known is None or number < known:
-            batch = next(source, None)
-            active = self._all_active(batch is not None) if known is None else sum(n > number for n in lengths)
-            if not active:
-                return
-            if batch is None and last is None:
-                raise UserError("this rank's loader has no mini-batch: every rank needs at least one")
-            last, number = (last if batch is None else batch), number + 1
-            yield Served(last, 0.0 if batch is None else self.size / active)
-
-    def _all_active(self, own: bool) -> int:
-        count = np.array([own], np.int32)
-        self._world.all_reduce(count)
-        return int(count[0])
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -248,8 +218,8 @@ class ParallelRun:
             if len(set(steps)) > 1:
                 raise self._agreed(
                     UserError(
-                        f"ranks have done from {min(steps)} to {max(steps)} optimizer steps: take the mini-batches from "
-                        "run.batches(loader), which lets all ranks do as many"
+                        f"ranks have done from {min(steps)} to {max(steps)} optimizer steps: take the mini-batches "
+                        "from run.batches(loader), which lets all ranks do as many"
                     )
                 )
 
@@ -262,11 +232,11 @@ class ParallelRun:
         states = [self.optimizer.state.get(p, {}) for p in self._parameters.values()]
         with torch.no_grad():
             for tensor in (*self._parameters.values(), *self.model.buffers()):
-                _broadcast(self._holders, tensor, source)
+                broadcast(self._holders, tensor, source)
             for state in states:
                 for value in state.values():
                     if isinstance(value, torch.Tensor):
-                        _broadcast(self._holders, value, source)
+                        broadcast(self._holders, value, source)
         self.step = self._average.steps = max(steps)
 
     # -- around the optimizer's step --------------------------------------------------------------------------------
@@ -280,7 +250,7 @@ class ParallelRun:
         self._average.before_step()
         if self._replicas is None:
             return
-        self._replicas.done = self._done()
+        self._replicas.done = self._position.done(self.step)
         factor = self._replicas.before_step()
         if factor != 1:
             self._factors = [group["lr"] for group in optimizer.param_groups]
@@ -312,18 +282,12 @@ class ParallelRun:
                         "convert the model before, and change parameters in place (p.copy_(...) under torch.no_grad())"
                     )
 
-    def _done(self) -> float:
-        """The completed part of the run, as far as known."""
-        if self._steps_of_run:
-            return min(self.step / self._steps_of_run, 1.0)
-        return min(self.epoch / self._epochs, 1.0)
-
     # -- what ranks tell each other -----------------------------------------------------------------------------------
 
     def mean(self, value: Any) -> float:
         """Return the mean of a number over all ranks, weighed like the latest mini-batch."""
         number = float(value.detach() if isinstance(value, torch.Tensor) else value)
-        weight = self._weight
+        weight = self._position.weight
         numbers = np.array([number * weight if weight else 0.0, weight])
         self._world.all_reduce(numbers)
         return float(numbers[0] / numbers[1]) if numbers[1] else float("nan")
@@ -334,11 +298,16 @@ class ParallelRun:
         self.tell_loss(loss)
         means = {"loss": self.mean(loss)} | {name: self.mean(value) for name, value in figures.items()}
         now, (then, samples) = time.perf_counter(), self._told
-        self._told = now, self._samples
+        self._told = now, self._position.samples
         if self.rank == 0:
-            rate = f"  {(self._samples - samples) / max(now - then, 1e-9):,.0f} rows/s" if self._samples else ""
+            rate = (
+                f"  {(self._position.samples - samples) / max(now - then, 1e-9):,.0f} rows/s"
+                if self._position.samples
+                else ""
+            )
             words = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-            print(f"epoch {self.epoch + 1}  step {self.step}  {words}{rate}", flush=True)  # noqa: T201
+            sys.stdout.write(f"epoch {self.epoch + 1}  step {self.step}  {words}{rate}\n")
+            sys.stdout.flush()
         return means["loss"]
 
     def tell_loss(self, loss: Any) -> None:
@@ -365,9 +334,9 @@ class ParallelRun:
             raise UserError(f'judge is for exchange="elite", and this is {self._spec.kind}')
         if self._replicas is None:
             return 0
-        if self._batches is not None and self._samples - self._judged < self._spec.every_samples:
+        if self._batches is not None and self._position.samples - self._judged < self._spec.every_samples:
             return None
-        self._judged = self._samples
+        self._judged = self._position.samples
         mine = self._holders.gather_objects(float(value))
         score = sum(mine) / len(mine)
         accuracy = self._spec.metric == "validation_accuracy"
@@ -402,7 +371,8 @@ class ParallelRun:
                 self._world.mean(array)
 
     def save(self, path: str | Path) -> None:
-        """Write the averaged model's state_dict to a file, on rank 0; `torch.load(path, weights_only=True)` reads it."""
+        """Write the averaged model's state_dict to a file, on rank 0: `torch.load(path, weights_only=True)` reads
+        it."""
         path = Path(path)
         with self.averaged():
             state = self.model.state_dict()
@@ -417,10 +387,7 @@ class ParallelRun:
         """Write the whole training state into a folder step-N in `folder`, where the `keep` newest stay: every replica,
         the optimizer, the exchange, the position in the data and the random states of each rank. `others` are objects
         with a state_dict, as a scheduler. Call it after an optimizer step. Raises OutputError."""
-        epoch, batch = self.epoch, self.batch
-        if self._batches is not None and batch == self._batches.steps:
-            epoch, batch = epoch + 1, 0
-        about = {"step": self.step, "epoch": epoch, "batch": batch, "samples": self._samples, "judged": self._judged}
+        about = {"step": self.step, "judged": self._judged, **self._position.told()}
         return self._state().save(Path(folder), self.step, about, others, keep)
 
     def resume(self, folder: str | Path, **others: Any) -> bool:
@@ -431,9 +398,9 @@ class ParallelRun:
         if not state.has_checkpoint(Path(folder)):
             return False
         about = state.restore(Path(folder), others)
-        self.epoch, self.batch, self.step = about["epoch"], about["batch"], about["step"]
-        self._samples, self._judged = about["samples"], about["judged"]
-        self._told = (time.perf_counter(), self._samples)
+        self._position.take(about)
+        self.step, self._judged = about["step"], about["judged"]
+        self._told = (time.perf_counter(), self._position.samples)
         self._average.steps = self.step
         return True
 
@@ -457,57 +424,3 @@ class ParallelRun:
         for group in self._made:
             group.free()
         self._made.clear()
-
-
-def _replica_size(asked: int | None, ranks: int, *, exact: bool) -> int:
-    if exact and asked not in (None, ranks):
-        raise LayoutError(
-            f'replica_size is {asked}, but exchange="allreduce" averages over all {ranks} ranks: leave it out, or choose '
-            '"gossip" for the exchange between replicas'
-        )
-    each = ranks if exact else asked or 1
-    if each < 1 or ranks % each:
-        raise LayoutError(f"replica_size is {each}, which does not divide {ranks} ranks into equal replicas")
-    return each
-
-
-def _check(
-    model: torch.nn.Module,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    *,
-    exchanged: bool,
-) -> None:
-    """Raise a UserError for a model or an optimizer that cannot be parallelized."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        if parameter.device.type != "cpu":
-            raise UserError(
-                f"{name} is on {parameter.device}: parallelize exchanges parameters in the host's memory only; keep the "
-                "model on the CPU"
-            )
-        if carrier(parameter.dtype) is None:
-            raise UserError(f"{name} is {parameter.dtype}, which has no average: use floating-point parameters")
-        if exchanged and parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
-            raise UserError(
-                f"{name} is {parameter.dtype}: replicas exchange float32 and float64; use autocast with float32 parameters"
-            )
-    if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise UserError("the model has no parameters to train: set requires_grad on some")
-    for number, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            if id(parameter) not in names:
-                raise UserError(
-                    f"parameter {index} of the optimizer's group {number}, of shape {tuple(parameter.shape)}, is not the "
-                    "model's: make the optimizer from model.parameters() after the model is complete"
-                )
-
-
-def _broadcast(group: Group, tensor: torch.Tensor, source: int) -> None:
-    """Set a tensor to that of one member, whatever its type and strides."""
-    if group.size == 1 or not tensor.numel():
-        return
-    whole = tensor.detach().contiguous()
-    group.broadcast(whole.reshape(-1).view(torch.uint8).numpy(), source)
-    if whole.data_ptr() != tensor.data_ptr():
-        tensor.detach().copy_(whole)

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder as engine/checkpoint_folder.py writes it, with arrays of these names, whatever wrote them:
 
-    parameters/<name>, buffers/<name>, optimizer/<state>/<name>      whole arrays; of replicas that differ, their average
+    parameters/<name>, buffers/<name>, optimizer/<state>/<name>     whole arrays; of replicas that differ, the average
     replicas/<replica>/...                                          the same, of each replica
     ranks/<rank>/...                                                random states, and what an exchange keeps
 
@@ -79,7 +79,12 @@ class TrainingState:
             write_blocks(part, self._world.rank, blocks)
         with self._world.agreement():
             if self._world.rank == 0:
-                attributes = {"step": step, "samples": int(about["samples"]), "time": time.time(), "config": text}
+                attributes: dict[str, str | int | float] = {
+                    "step": step,
+                    "samples": int(about["samples"]),
+                    "time": time.time(),
+                    "config": text,
+                }
                 complete(part, self._world.size, attributes, keep)
         return folder / name_of(step)
 
@@ -89,10 +94,9 @@ class TrainingState:
         if self._exchange is None:
             found |= {f"{name}": array for name, array in self._mine()}
         else:
-            with self._exchange.paused():
-                with self._exchange.shown():
-                    if self._replica == 0:
-                        found |= dict(self._mine(copied=True))
+            with self._exchange.paused(), self._exchange.shown():
+                if self._replica == 0:
+                    found |= dict(self._mine(copied=True))
             found |= {f"replicas/{self._replica}/{name}": array for name, array in self._mine()}
             found |= {f"ranks/{self._world.rank}/{name}": a for name, a in self._exchange.memories().items()}
         found |= {f"ranks/{self._world.rank}/{name}": array for name, array in _random_state().items()}
@@ -168,8 +172,8 @@ class TrainingState:
                 raise DataError(f"has no {name}; is it another model's?", file=str(path))
             if found != [kind, shape]:
                 raise DataError(
-                    f"{name} is {found[0]} of shape {tuple(found[1])}, and the model's {kind} of shape {tuple(shape)}; is it "
-                    "another model's?",
+                    f"{name} is {found[0]} of shape {tuple(found[1])}, and the model's {kind} of shape {tuple(shape)}; "
+                    "is it another model's?",
                     file=str(path),
                 )
         kind = type(self._optimizer).__name__

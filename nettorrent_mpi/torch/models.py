@@ -1,0 +1,67 @@
+"""Checks of what is to be trained on several ranks, and the values that all of them start with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.plan.errors import LayoutError, UserError
+from nettorrent_mpi.torch.slots import carrier
+
+
+def ranks_of_replica(asked: int | None, ranks: int, *, exact: bool) -> int:
+    """Return how many of the ranks have one replica, where so many are asked for. Raises LayoutError."""
+    if exact and asked not in (None, ranks):
+        raise LayoutError(
+            f'replica_size is {asked}, but exchange="allreduce" averages over all {ranks} ranks: leave it out, or '
+            'choose "gossip" for the exchange between replicas'
+        )
+    each = ranks if exact else asked or 1
+    if each < 1 or ranks % each:
+        raise LayoutError(f"replica_size is {each}, which does not divide {ranks} ranks into equal replicas")
+    return each
+
+
+def check_model(
+    model: torch.nn.Module,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    exchanged: bool,
+) -> None:
+    """Raise a UserError for a model or an optimizer that cannot be parallelized."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        if parameter.device.type != "cpu":
+            raise UserError(
+                f"{name} is on {parameter.device}: parallelize exchanges parameters in the host's memory only; keep "
+                "the model on the CPU"
+            )
+        if carrier(parameter.dtype) is None:
+            raise UserError(f"{name} is {parameter.dtype}, which has no average: use floating-point parameters")
+        if exchanged and parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"{name} is {parameter.dtype}: replicas exchange float32 and float64; use autocast with float32 "
+                "parameters"
+            )
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError("the model has no parameters to train: set requires_grad on some")
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in names:
+                raise UserError(
+                    f"parameter {index} of the optimizer's group {number}, of shape {tuple(parameter.shape)}, is not "
+                    "the model's: make the optimizer from model.parameters() after the model is complete"
+                )
+
+
+def broadcast(group: Group, tensor: torch.Tensor, source: int) -> None:
+    """Set a tensor to that of one member, whatever its type and strides."""
+    if group.size == 1 or not tensor.numel():
+        return
+    whole = tensor.detach().contiguous()
+    group.broadcast(whole.reshape(-1).view(torch.uint8).numpy(), source)
+    if whole.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(whole)

@@ -1,0 +1,103 @@
+"""The position of a run in its data, and the mini-batches that follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from nettorrent_mpi.comm.world import World
+from nettorrent_mpi.plan.errors import UserError
+from nettorrent_mpi.torch.batching import RankPlace, RankSampler, Served, ServedRows
+
+
+class Position:
+    """A Position counts complete epochs, and in the present one the mini-batches that the loop has got, which it
+    serves. `samples` are the rows of all ranks so far, where they are known; `weight` is that of the latest mini-batch.
+    """
+
+    def __init__(self, world: World, place: RankPlace, batches: ServedRows | None):
+        self._world, self._place, self._batches = world, place, batches
+        self.epoch = self.batch = self.samples = 0
+        self.weight = 1.0
+        self._steps = self._epochs = 0  # of the run; 0: unknown
+
+    def plan(self, epochs: int) -> None:
+        """Take note of the length of the run."""
+        self._epochs = epochs
+        self._steps = epochs * (0 if self._batches is None else self._batches.steps or 0)
+
+    def done(self, step: int) -> float:
+        """Return the completed part of the run, from 0 to 1, as far as known."""
+        whole, now = (self._steps, step) if self._steps else (self._epochs, self.epoch)
+        return min(now / whole, 1.0) if whole else 0.0
+
+    def next_epoch(self) -> None:
+        """Go on with the next epoch."""
+        self.epoch, self.batch = self.epoch + 1, 0
+
+    def told(self) -> dict[str, int]:
+        """Return what a checkpoint says of the position: an epoch that has no more mini-batches is complete."""
+        epoch, batch = self.epoch, self.batch
+        if self._batches is not None and batch == self._batches.steps:
+            epoch, batch = epoch + 1, 0
+        return {"epoch": epoch, "batch": batch, "samples": self.samples}
+
+    def take(self, told: Mapping[str, int]) -> None:
+        """Go on from what `told` returned."""
+        self.epoch, self.batch, self.samples = told["epoch"], told["batch"], told["samples"]
+
+    def served(self, loader: Iterable[Any] | None) -> Iterator[Served]:
+        """Yield the mini-batches that are left of the present epoch. All ranks call."""
+        if loader is not None:
+            found = self._of_loader(loader)
+        elif self._batches is not None:
+            found = self._batches.epoch(self.epoch, self.batch)
+        else:
+            raise UserError("parallelize has no data: give run.batches() the loader")
+        for each in found:
+            self.batch += 1  # before the script's steps: a checkpoint among them comes after this mini-batch
+            self.weight = each.weight
+            self.samples += self._rows() if loader is None else 0
+            yield each
+
+    def _rows(self) -> int:
+        assert self._batches is not None
+        sampler = self._batches.sampler
+        return self._batches.batch_size if sampler is None else sampler.size(self.batch - 1)
+
+    def _of_loader(self, loader: Iterable[Any]) -> Iterator[Served]:
+        sampler = getattr(loader, "batch_sampler", None)
+        if isinstance(sampler, RankSampler):
+            sampler.set_epoch(self.epoch)
+            sampler.first = self.batch
+            for number, batch in enumerate(loader, self.batch):
+                yield Served(batch, sampler.weight(number))
+            return
+        lengths = self._world.gather_objects(_length(loader))
+        known = None if None in lengths else [length for length in lengths if length is not None]
+        source, last, number = iter(loader), None, 0
+        while known is None or number < max(known):
+            batch = next(source, None)
+            active = self._active(batch is not None) if known is None else sum(n > number for n in known)
+            if not active:
+                return
+            if batch is None and last is None:
+                raise UserError("this rank's loader has no mini-batch: every rank needs at least one")
+            last, number = (last if batch is None else batch), number + 1
+            yield Served(last, 0.0 if batch is None else self._place.ranks / active)
+
+    def _active(self, own: bool) -> int:
+        """Return how many ranks have another mini-batch."""
+        count = np.array([own], np.int32)
+        self._world.all_reduce(count)
+        return int(count[0])
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """Return the number of mini-batches of a loader; None if it does not tell."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
