@@ -25,9 +25,9 @@ BELOW = {
     "engine": {"plan", "device", "nn", "comm", "data", "config", "exchange"},
     "planning": {"plan", "device", "nn", "data", "config", "engine"},
     "api": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "planning"},
-    "cli": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "planning", "api"},
-    "torch": {"plan", "device", "comm", "data", "config", "exchange", "engine"},
-    "speedup": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "cli"},
+    "cli": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "planning", "api", "torch"},
+    "torch": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine"},
+    "speedup": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "cli", "torch"},
 }
 # The command line knows every command, and a plan how it is shown; both load what stands above when it is asked for.
 ASKED_FOR = {("cli.commands", "speedup.command"), ("planning", "cli.dry_run")}
@@ -98,7 +98,8 @@ ONLY = {
     "yaml": ["config"],
     "rich": ["cli"],
     "numba": ["device.cpu.loop"],
-    "torch": ["torch", "speedup.torch_network", "speedup.torch_peer", "speedup.torch_rows"],
+    "torch": ["torch", "speedup.torch_training", "speedup.torch_peer", "speedup.torch_rows"],
+    "onnx": ["engine.onnx_file"],
     "matplotlib": ["speedup.plots"],
 }
 # Packages that these parts do not import: layers, losses and optimizers are formulas over the device's operations.

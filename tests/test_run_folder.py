@@ -251,13 +251,13 @@ def test_export(done: Done, on_one: dict[str, list[Told]]) -> None:
     assert first == (0, "", "")
     with np.load(target, allow_pickle=False) as exported:
         arrays = done.arrays()
-        assert set(exported.files) == set(arrays)
+        assert set(exported.files) == {*arrays, "model", "data", "conventions"}
         for key, array in arrays.items():
             assert exported[key].dtype == array.dtype
             np.testing.assert_array_equal(exported[key], array)
     assert second[0] == third[0] == fourth[0] == 2
     assert re.search(r"model\.npz exists; choose another name", second[1])
-    assert re.search(r"model\.txt: .* \.npz", third[1])
+    assert re.search(r"model\.txt: .* \.h5, \.npz, \.pt, \.onnx", third[1])
     assert re.search(r"model\.h5: there is no such file", fourth[1])
     assert {path.name for path in folder.iterdir()} == {"model.npz"}
 
@@ -366,7 +366,7 @@ HELP = {
     "": "COMMAND",
     "train": "CONFIG",
     "evaluate": "RUN",
-    "export": "FILE.npz",
+    "export": "FILE",
     "speedup": "CONFIG",
     "data": "ACTION",
     "data fetch": "NAME",

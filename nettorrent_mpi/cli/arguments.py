@@ -50,6 +50,21 @@ It starts the ranks itself, on this machine and under Open MPI's mpirun --with-f
 output folder gets chaos.json (all figures), and the folders and the output of both runs."""
 
 
+EXPORT = """\
+Writes the network of RUN into one file: its layers, its weights, the names of the classes and how inputs are prepared.
+The ending of the file's name says for which programs:
+
+    nettorrent export runs/cifar cifar.npz
+    nettorrent export runs/cifar cifar.pt
+    nettorrent export runs/cifar cifar.onnx
+    nettorrent export runs/cifar/checkpoints/step-0000000400 cifar.h5
+
+.npz is for NumPy and .h5 for HDF5, with the arrays as in model.h5; images are (row, height, width, channel) there. .pt
+is for PyTorch, whose own torch.load reads it, and nettorrent_mpi.torch.load_run makes a module of it; it needs PyTorch.
+.onnx is for onnxruntime and others, the scaling of the inputs included; it needs the package onnx. Both have images as
+(row, channel, height, width), and weights to match."""
+
+
 class _Formatter(argparse.HelpFormatter):
     """Breaks lines between words only, and leaves indented lines, which are commands, as they are."""
 
@@ -108,9 +123,10 @@ def _parser() -> _Parser:
     evaluate.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
     _add_set(evaluate)
 
-    export = commands.add_parser("export", help="write the weights of a run to a NumPy .npz file")
+    export = commands.add_parser("export", help="write the network of a run for other programs", description=EXPORT)
     export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
-    export.add_argument("target", metavar="FILE.npz", help="the file to create")
+    export.add_argument("target", metavar="FILE", help="the file to create: .h5, .npz, .pt or .onnx")
+    export.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     inspect = commands.add_parser("inspect", help="show what a checkpoint has, and whether it is whole")
     inspect.add_argument(

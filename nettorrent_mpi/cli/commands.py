@@ -67,9 +67,9 @@ def _run_alone(arguments: Sequence[str], chosen: str) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from nettorrent_mpi.cli.evaluate import export
+    from nettorrent_mpi.cli.export import export
 
-    export(args.run, args.target)
+    export(args.run, args.target, overwrite=args.overwrite)
 
 
 def _inspect(args: argparse.Namespace) -> int:

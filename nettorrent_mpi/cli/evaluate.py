@@ -1,30 +1,21 @@
-"""The commands `nettorrent evaluate` and `nettorrent export`, for a finished run."""
+"""The command `nettorrent evaluate`, for a finished run."""
 
 from __future__ import annotations
 
 import sys
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
-
-import numpy as np
 
 from nettorrent_mpi.api import Trainer
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.config.sections import ON_GPU, Config
-from nettorrent_mpi.data.storage import replacing
-from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.engine.checkpoint import read_network
-from nettorrent_mpi.engine.checkpoint_folder import newest
-from nettorrent_mpi.engine.checkpoint_manifest import MANIFEST
+from nettorrent_mpi.engine.checkpoint import network_of
 from nettorrent_mpi.engine.devices import choose_device
-from nettorrent_mpi.engine.model_file import MODEL
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.plan import exchange_specs as choices
-from nettorrent_mpi.plan.errors import DataError, OutputError, UserError, warn
+from nettorrent_mpi.plan.errors import DataError, UserError, warn
 from nettorrent_mpi.plan.specs import Constant
 from nettorrent_mpi.planning import PlannedRun, load_config, placed
 
@@ -69,8 +60,7 @@ def _parts(run: Path) -> tuple[Path, Path]:
     """Return where the configuration and the network of a run are: of a run folder, of its folder of checkpoints, or of
     one of these."""
     folder = next((each for each in (run, *run.absolute().parents[:2]) if (each / "config.yaml").is_file()), run)
-    has_none = not (run / MODEL).is_file() and not (run / MANIFEST).is_file() and newest(run) is None
-    return folder / "config.yaml", run / MODEL if has_none else run
+    return folder / "config.yaml", network_of(run)
 
 
 def _any_ranks(config: Config, changes: Sequence[str]) -> Config:
@@ -83,27 +73,3 @@ def _any_ranks(config: Config, changes: Sequence[str]) -> Config:
     return replace(
         config, exchange=choices.Allreduce(), pipeline=choices.OneFOneB(), layout=layout, train=train, device=device
     )
-
-
-def export(run: str, target: str) -> None:
-    """Write the arrays of RUN, a run folder or a checkpoint, into a new .npz file, one array "<layer>/<name>" each."""
-    if not target.endswith(".npz"):
-        raise OutputError(f"{target}: the file's name must end in .npz")
-    arrays = read_network(_parts(Path(run))[1])
-    if not arrays:
-        raise DataError("holds no arrays; train again", file=run)
-    if Path(target).exists():
-        raise OutputError(f"{target} exists; choose another name or remove it")
-    try:
-        with replacing(Path(target)) as part, part.open("wb") as file:
-            _write_npz(file, arrays)
-    except OSError as error:
-        raise OutputError(f"{target} could not be written: {error.strerror or error}") from error
-
-
-def _write_npz(file: IO[bytes], arrays: Mapping[str, Array]) -> None:
-    """Write as np.savez does, which takes no names like those of its own parameters."""
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)

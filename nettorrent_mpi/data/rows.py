@@ -87,7 +87,7 @@ class Scaling:
                     key=f"data.{name}",
                 )
         self.factor, self.offset = unit / stds, means / stds  # (channels,) or (1,): x <- x * factor - offset
-        self._stds = stds
+        self.unit, self._stds = unit, stds
         self.mean, self.std = _shortest(means), _shortest(stds)
         self._cache: dict[np.dtype[Any], tuple[Array | None, Array | None]] = {}
 

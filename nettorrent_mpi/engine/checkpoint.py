@@ -22,7 +22,7 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
 from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in
+from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, newest
 from nettorrent_mpi.engine.checkpoint_manifest import MANIFEST, Manifest
 from nettorrent_mpi.engine.checkpoint_shards import read_blocks, whole_arrays
 from nettorrent_mpi.engine.engine import Engine
@@ -79,11 +79,21 @@ def find_checkpoint(world: World, path: Path) -> tuple[Path, Manifest]:
         raise DataError("; ".join(damaged))
 
 
-def read_network(path: Path) -> dict[str, Array]:
-    """Return the whole arrays "<layer>/<name>" of model.h5, of a checkpoint, or of a folder that has either, without
-    other ranks. Raises DataError or OutputError."""
+def network_of(run: Path) -> Path:
+    """Return where the network of a run is: itself, or, of a folder without checkpoints, its model.h5."""
+    if run.is_file() or (run / MODEL).is_file() or (run / MANIFEST).is_file() or newest(run) is not None:
+        return run
+    return run / MODEL
+
+
+def read_network(path: Path) -> tuple[dict[str, Array], Mapping[str, Attribute]]:
+    """Return the whole arrays "<layer>/<name>" of model.h5, of a checkpoint, or of a folder that has either, and the
+    attributes beside them, without other ranks. Raises DataError or OutputError."""
     if (path / MODEL).is_file() or not path.is_dir():
-        return read_arrays(path if not path.is_dir() else path / MODEL)
+        file = path if not path.is_dir() else path / MODEL
+        arrays = read_arrays(file)
+        with opened(file) as read:
+            return arrays, read_attributes(read)
     damaged: list[str] = []
     for each in reversed(named_checkpoints(path)):
         manifest, problem = _examined(each, 0, 1)
@@ -91,7 +101,8 @@ def read_network(path: Path) -> dict[str, Array]:
             _tell(damaged, each)
             names = [name for name in manifest.arrays if name.startswith(f"{PARAMETERS}/")]
             found = whole_arrays(each, manifest, names)
-            return {name.removeprefix(f"{PARAMETERS}/"): array for name, array in found.items()}
+            arrays = {name.removeprefix(f"{PARAMETERS}/"): array for name, array in found.items()}
+            return arrays, manifest.attributes
         damaged.append(problem)
     raise DataError("; ".join(damaged))
 

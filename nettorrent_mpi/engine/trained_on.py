@@ -6,13 +6,14 @@ Weights mean nothing without it: where classes are numbered otherwise, or inputs
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from nettorrent_mpi.data.files import parsed
-from nettorrent_mpi.data.rows import Dataset
+from nettorrent_mpi.data.rows import BYTE, Dataset
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.plan.errors import ConfigError, DataError, listed
 
@@ -29,13 +30,18 @@ class TrainedOn:
     mean: tuple[float, ...]  # one for all channels, or one for each
     std: tuple[float, ...]
     transposed: bool
+    shape: tuple[int, ...]  # of one row
+    unit: float | None  # by which bytes are multiplied, before `mean` and `std` apply; None: the rows are not bytes
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
         """Describe the data set of a run."""
         train, names = setup.dataset.train, setup.dataset.class_names
-        transposed = setup.config.data.transposed
-        return cls(train.rows, setup.dataset.classes, names, train.scaling.mean, train.scaling.std, transposed)
+        transposed, scaling = setup.config.data.transposed, train.scaling
+        unit = scaling.unit if train.dtype == BYTE else None
+        return cls(
+            train.rows, setup.dataset.classes, names, scaling.mean, scaling.std, transposed, setup.dataset.shape, unit
+        )
 
     @classmethod
     def read(cls, attributes: Mapping[str, Any], path: str) -> Self:
@@ -49,7 +55,11 @@ class TrainedOn:
             if names is not None and not all(isinstance(name, str) for name in names):
                 raise ValueError
             texts = None if names is None else tuple(names)
-            return cls(found["rows"], classes, texts, means, stds, bool(found["transposed"]))
+            shape, unit = tuple(int(length) for length in found["shape"]), found["unit"]
+            if not shape or min(shape) < 1 or (unit is not None and not 0 < float(unit) < math.inf):
+                raise ValueError
+            transposed, unit = bool(found["transposed"]), None if unit is None else float(unit)
+            return cls(found["rows"], classes, texts, means, stds, transposed, shape, unit)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             text = f"does not say what it was trained on (attribute {ATTRIBUTE}): is it a file of nettorrent_mpi?"
             raise DataError(text, file=path) from error
@@ -68,6 +78,12 @@ class TrainedOn:
                     "same",
                     key=f"data.{key}",
                 )
+        if None not in (self.unit, now.unit) and self.unit != now.unit:
+            raise ConfigError(
+                f"its bytes are multiplied by {now.unit:.6g}, and the network of {path} was trained on bytes "
+                f"multiplied by {self.unit:.6g}; use data whose values mean the same, or floating-point values",
+                key="data.name",
+            )
 
     def check_same_rows(self, now: TrainedOn, data: str, path: str) -> None:
         """Raise DataError unless there are as many training rows as then: their number decides which row is where in

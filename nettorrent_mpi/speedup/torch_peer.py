@@ -31,15 +31,11 @@ from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.plan.blocks import micro_batch, span
 from nettorrent_mpi.plan.errors import DeviceError, NetTorrentError
-from nettorrent_mpi.speedup.torch_network import TorchNetwork, count_right, loss_of, make_optimizer
 from nettorrent_mpi.speedup.torch_rows import Rows
+from nettorrent_mpi.speedup.torch_training import count_right, loss_of, make_optimizer
+from nettorrent_mpi.torch.networks import TorchNetwork
 
 WARM_UP = 10  # steps before the timed ones
-
-
-def channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a row in PyTorch."""
-    return (shape[2], shape[0], shape[1]) if len(shape) == 3 else shape
 
 
 class Peer:
@@ -57,7 +53,7 @@ class Peer:
         self._device = torch.device(options.device)
         augment = Augment(config.data.augment, setup.dataset.shape) if config.data.augment else None
         self._train_rows = Rows(setup.dataset.train, self._dtype, augment, options.channels_last, self._device)
-        self.network = TorchNetwork(network.layers, channels_first(setup.dataset.shape)).to(self._dtype)
+        self.network = TorchNetwork(network).to(self._dtype)
         self.network.load(initial_weights(setup))
         self.network = self.network.to(self._device)
         if options.channels_last:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from nettorrent_mpi.torch.batching import RankSampler
 from nettorrent_mpi.torch.dpwa import Dpwa
+from nettorrent_mpi.torch.loaded_runs import load_run
 from nettorrent_mpi.torch.parallel import ParallelRun, parallelize
 
-__all__ = ["Dpwa", "ParallelRun", "RankSampler", "parallelize"]
+__all__ = ["Dpwa", "ParallelRun", "RankSampler", "load_run", "parallelize"]

@@ -24,7 +24,7 @@ from nettorrent_mpi.plan.errors import UserError
         ("train --resum", "did you mean --resume? (see nettorrent train --help)"),
         ("train --dryrun", "did you mean --dry-run?"),
         ("train --zzz", "unrecognized arguments: --zzz (see nettorrent train --help)"),
-        ("export r x.npz --overwrite", "unrecognized arguments: --overwrite (see nettorrent export --help)"),
+        ("export r x.npz --overwrit", "did you mean --overwrite? (see nettorrent export --help)"),
         ("data fetch mnist --rot d", "did you mean --root? (see nettorrent data fetch --help)"),
         ("tran c.yaml", "invalid choice: 'tran' (choose from"),
         ("tran c.yaml", "did you mean train? (see nettorrent --help)"),

@@ -31,8 +31,28 @@ def test_it_is_read_as_it_was_written() -> None:
     for each in (setup(), setup(None), setup(mean=0.1, std=[0.5, 0.25])):
         assert TrainedOn.read(attributes(each), "") == TrainedOn.of(each)
     assert TrainedOn.of(setup(mean=0.1, std=[0.5, 0.25])) == TrainedOn(
-        rows=5, classes=3, class_names=("bee", "cat", "dog"), mean=(0.1,), std=(0.5, 0.25), transposed=False
+        rows=5,
+        classes=3,
+        class_names=("bee", "cat", "dog"),
+        mean=(0.1,),
+        std=(0.5, 0.25),
+        transposed=False,
+        shape=(2,),
+        unit=None,
     )
+
+
+def test_bytes_of_another_meaning_are_refused() -> None:
+    x = np.zeros((5, 8, 8, 1), np.uint8)
+    layers: list[nt.LayerSpec] = [nt.Flatten(), nt.Linear(10)]
+    bytes_of_255 = nt.plan(layers, nt.from_arrays(x, LABELS, classes=tuple("0123456789")), batch_size=2).setup
+    assert TrainedOn.of(bytes_of_255).unit == pytest.approx(1 / 255)
+    digits = nt.plan(nt.load_config()).setup
+    assert TrainedOn.of(digits).unit == 1 / 16
+    with pytest.raises(nt.ConfigError, match=r"data\.name: its bytes are multiplied by 0\.00392157, .* by 0\.0625; "):
+        fit(bytes_of_255, attributes(digits), FILE)
+    floats = nt.plan(layers, nt.from_arrays(x / 16, LABELS, classes=tuple("0123456789")), batch_size=2).setup
+    assert fit(floats, attributes(digits), FILE)[1] is None
 
 
 HUGE = TrainedOn.of(setup()).text().replace('"mean": [0.0]', f'"mean": [{10**400}]')

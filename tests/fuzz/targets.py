@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from nettorrent_mpi.api import Trainer
-from nettorrent_mpi.cli.evaluate import export
+from nettorrent_mpi.cli.export import export
 from nettorrent_mpi.cli.inspect import inspect
 from nettorrent_mpi.cli.run_folder import RunFolder
 from nettorrent_mpi.config.writing import to_yaml

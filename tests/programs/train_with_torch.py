@@ -21,8 +21,10 @@ import torch
 from torch import nn
 
 from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.specs import Spec
-from nettorrent_mpi.speedup.torch_network import TorchNetwork, loss_of, make_optimizer
+from nettorrent_mpi.speedup.torch_training import loss_of, make_optimizer
+from nettorrent_mpi.torch.networks import TorchNetwork
 
 
 def one(spec: Any) -> tuple[str, Any]:
@@ -80,7 +82,7 @@ def train(path: Path, initial: dict[str, np.ndarray]) -> dict[str, Any]:
         x = (x / 255 - np.array(config["data"]["mean"])) / np.array(config["data"]["std"])
     inputs = torch.tensor(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
     targets = torch.tensor(y)
-    net = TorchNetwork(parsed.model.layers, tuple(inputs.shape[1:])).double()
+    net = TorchNetwork(Network(parsed.model.layers, x.shape[1:])).double()
     net.load(initial)
     told = config["train"]
     optimizer = optimizer_of(told["optimizer"], parsed.train.optimizer, list(net.parameters()))

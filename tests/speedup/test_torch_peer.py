@@ -24,7 +24,7 @@ from nettorrent_mpi.engine.model_file import read_arrays
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.speedup import torch_peer, torch_rows
-from nettorrent_mpi.speedup.torch_network import TorchNetwork
+from nettorrent_mpi.torch.networks import TorchNetwork
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"mnist": (28, 28, 1), "mnist_wide": (28, 28, 1), "letters": (28, 28, 1), "digits": (8, 8, 1)}
@@ -62,11 +62,10 @@ def test_same_parameters_and_outputs(name: str) -> None:
         key: value + 0.1 * random.random(value.shape) for key, value in torch_peer.initial_weights(setup).items()
     }
     x = random.random((3, *setup.dataset.shape))
-    theirs = TorchNetwork(setup.network.layers, torch_peer.channels_first(setup.dataset.shape)).double()
+    theirs = TorchNetwork(setup.network).double()
     theirs.load(weights)
     parameters = sum(parameter.numel() for parameter in theirs.parameters())
     assert parameters == sum(layer.parameters for layer in setup.network.facts)
-    assert theirs.output_shape == setup.network.output_shape
     for key, array in theirs.arrays().items():
         np.testing.assert_array_equal(array, weights[key])
     theirs.eval()

@@ -20,13 +20,14 @@ from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 class Sequence:
     """A Sequence holds the layers that `layers` describe, at a site of the network; each spec carries its name.
 
-    `activation:` of a layer becomes a layer of its own, "<layer>.<activation>". Where features are divided and a layer
-    needs whole ones, a `Gather` is inserted. A layer writes over its input where that is no longer needed. A layer with
-    weights computes the ReLU that follows it directly (`Layer.takes_relu`), which is then passed over. `parameters` are
-    pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these keys. Of the site,
-    `inputs` are whole; `name` (of a residual block, otherwise empty) goes before the layers' names, not before the
-    keys. `partial` says that, where the last layer's features are whole, each col gets only a part of dy (see `Layer`);
-    `follows` is the kind of the activation after the last layer, `previous` describes what comes before the first.
+    `activation:` of a layer becomes a layer of its own, "<layer>.<activation>", in `specs`, too. Where features are
+    divided and a layer needs whole ones, a `Gather` is inserted. A layer writes over its input where that is no longer
+    needed. A layer with weights computes the ReLU that follows it directly (`Layer.takes_relu`), which is then passed
+    over. `parameters` are pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these
+    keys. Of the site, `inputs` are whole; `name` (of a residual block, otherwise empty) goes before the layers' names,
+    not before the keys. `partial` says that, where the last layer's features are whole, each col gets only a part of dy
+    (see `Layer`); `follows` is the kind of the activation after the last layer, `previous` describes what comes before
+    the first.
     """
 
     def __init__(self, layers: Seq[specs.LayerSpec], site: Site):
@@ -40,15 +41,15 @@ class Sequence:
         self._free = False  # whether the next layer may write over its input
         self._of: list[tuple[Params, list[Params]]] = []  # mappings seen so far, and each layer's part of them
         self._needs_dx = True
-        self._specs = expanded(layers)
-        weights = [i for i, spec in enumerate(self._specs) if spec.weighted]
+        self.specs = expanded(layers)
+        weights = [i for i, spec in enumerate(self.specs) if spec.weighted]
         last = weights[-1] if weights else -1
-        for i, spec in enumerate(self._specs):
+        for i, spec in enumerate(self.specs):
             assert spec.name is not None
             name = f"{site.name}/{spec.name}" if site.name else spec.name
             if (spec.weighted or spec.reads_whole) and not self.outputs.is_whole:
                 self.append(Gather(f"{name}.gather", self.outputs, site.partial or i <= last))
-            follows = _activation_after(self._specs, i, site.follows)
+            follows = _activation_after(self.specs, i, site.follows)
             partial = site.cols > 1 and (site.partial or i < last)
             try:
                 layer = make(spec, Site(name, self.outputs, site.cols, site.col, follows, self.previous, partial))
@@ -90,7 +91,7 @@ class Sequence:
     def most_cols(self) -> int:
         """Return the largest number of cols that gives every layer with weights at least one neuron or filter on
         each."""
-        return min((width for spec in self._specs for width in spec.widths()), default=1)
+        return min((width for spec in self.specs for width in spec.widths()), default=1)
 
     @property
     def foreign(self) -> bool:

@@ -1,0 +1,87 @@
+"""The command `nettorrent export`: the network of a run as a file for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from nettorrent_mpi.data.storage import replacing
+from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
+from nettorrent_mpi.engine.saved_network import SavedArrays, SavedNetwork
+from nettorrent_mpi.plan.errors import OutputError, UserError
+
+CONVENTIONS = """\
+Images are (row, height, width, channel). Weights are (inputs, outputs) of linear layers and (height, width, \
+channels, filters) of convolutions. A flatten is in the order (height, width, channel). Inputs are x * unit for bytes, \
+where `data` has a unit, then (x - mean) / std. The rows are upright images where the files of the data set have them \
+transposed."""
+
+
+def export(run: str, target: str, *, overwrite: bool = False) -> None:
+    """Write the network of RUN, a run folder or a checkpoint, into a file, whole or not at all. Raises UserErrors."""
+    path = Path(target)
+    write = _WRITERS.get(path.suffix)
+    if write is None:
+        raise OutputError(f"{target}: the file's name must end in {', '.join(_WRITERS)}")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{target} exists; choose another name, or replace it with --overwrite")
+    needed = _NEEDED.get(path.suffix)
+    module = None if needed is None else _loaded(*needed)
+    saved = SavedArrays.read(Path(run))
+    try:
+        write(saved, path, module)
+    except OSError as error:
+        raise OutputError(f"{target} could not be written: {error.strerror or error}") from error
+
+
+def _loaded(module: str, package: str, extra: str) -> ModuleType:
+    """Load what writes a kind of file. Raises a UserError where the package that it needs is missing."""
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        text = f"this kind of file needs the package {package}, which is not installed: "
+        raise UserError(f"{text}pip install 'nettorrent_mpi[{extra}]'") from None
+
+
+def _write_h5(saved: SavedArrays, path: Path, _: ModuleType | None) -> None:
+    write_arrays(path, {PARAMETERS: saved.arrays}, saved.texts())
+
+
+def _write_npz(saved: SavedArrays, path: Path, _: ModuleType | None) -> None:
+    texts = {name: np.array(text) for name, text in (saved.texts() | {"conventions": CONVENTIONS}).items()}
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, **texts, **saved.arrays)  # type: ignore[arg-type]
+
+
+def _write_pt(saved: SavedArrays, path: Path, module: ModuleType | None) -> None:
+    assert module is not None
+    network = SavedNetwork.of(saved)
+    with replacing(path) as part:
+        module.write_pt(network, part)
+
+
+def _write_onnx(saved: SavedArrays, path: Path, module: ModuleType | None) -> None:
+    assert module is not None
+    network = SavedNetwork.of(saved)
+    with replacing(path) as part:
+        module.write_onnx(network, part)
+
+
+_WRITERS: dict[str, Callable[[SavedArrays, Path, ModuleType | None], None]] = {
+    ".h5": _write_h5,
+    ".npz": _write_npz,
+    ".pt": _write_pt,
+    ".onnx": _write_onnx,
+}
+# The module that writes it, the package that this needs, and the extra that has it.
+_NEEDED = {
+    ".pt": ("nettorrent_mpi.torch.loaded_runs", "torch", "torch"),
+    ".onnx": ("nettorrent_mpi.engine.onnx_file", "onnx", "onnx"),
+}
