@@ -144,7 +144,7 @@ def on_one(tmp_path_factory: pytest.TempPathFactory, series: Series, done: Done)
     export = ["export", done.folder]
     target, other = root / "export" / "model.npz", root / "export" / "model.txt"
     lists: dict[str, list[list[str | Path]]] = {
-        "export": [[*export, target], [*export, target], [*export, other], ["export", root / "export", target]],
+        "export": [[*export, target], [*export, target], [*export, other], ["export", root / "export", root / "a.npz"]],
         "evaluate": [["evaluate", done.folder]],
         "nothing": [["train", root / "config.yaml", "--output", root / "run"], ["evaluate", root / "run"]],
         "help": [[*command.split(), "--help"] for command in HELP],

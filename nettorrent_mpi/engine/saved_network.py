@@ -104,7 +104,9 @@ def described_network(model: Mapping[str, Any], trained_on: TrainedOn, file: str
 def _kinds(layers: Any) -> Iterator[str]:
     """Yield the kinds of layers that are written, those inside of others included."""
     for layer in layers if isinstance(layers, list) else ():
-        for kind, options in layer.items() if isinstance(layer, dict) else ((layer, None),):
+        if isinstance(layer, str):
+            yield layer
+        for kind, options in layer.items() if isinstance(layer, dict) else ():
             yield str(kind)
             if isinstance(options, dict):
                 yield from _kinds(options.get("layers"))

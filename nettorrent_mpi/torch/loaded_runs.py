@@ -6,12 +6,14 @@
     logits = model(images)                         # (row, channel, height, width): bytes as in the data set, or floats
     names = [model.class_names[i] for i in logits.argmax(1)]
 
-A file model.pt holds plain data and tensors: {"format", "model", "data", "conventions", "state_dict"}; PyTorch reads it
-with `torch.load(path, weights_only=True)`, without this package.
+A file model.pt holds plain data and tensors: {"format", "model", "data", "conventions", "state_dict", "sha256"};
+PyTorch reads it with `torch.load(path, weights_only=True)`, without this package. The checksum is there because PyTorch
+ignores those of the file's own format; whoever writes other tensors into such a file leaves it out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -33,7 +35,7 @@ from nettorrent_mpi.plan.errors import DataError, UserError
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.torch.networks import TorchNetwork, as_tensor
 
-FORMAT = "nettorrent_mpi network 1"
+FORMAT, SUM = "nettorrent_mpi network 1", "sha256"
 _ZIP = b"PK\x03\x04"  # the first bytes of what torch.save writes
 
 
@@ -137,8 +139,18 @@ def write_pt(saved: SavedNetwork, path: Path) -> None:
     texts = {name: parsed(text) for name, text in saved.saved.texts().items()}
     state = dict(loaded(saved).state_dict())
     content = io.BytesIO()  # a full disk is an OSError of our own
-    torch.save({"format": FORMAT, **texts, "conventions": CONVENTIONS, "state_dict": state}, content)
+    found = {"format": FORMAT, **texts, "conventions": CONVENTIONS, "state_dict": state}
+    torch.save({**found, SUM: _checksum(found)}, content)
     path.write_bytes(content.getbuffer())
+
+
+def _checksum(found: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a file says of a network, and of its tensors."""
+    checksum = hashlib.sha256(json.dumps([found[MODEL_TEXT], found[DATA_TEXT]], default=str).encode())
+    for key, tensor in sorted(found["state_dict"].items()):
+        checksum.update(f"{key} {tensor.dtype}".encode())
+        checksum.update(np.ascontiguousarray(tensor.numpy()).data)
+    return checksum.hexdigest()
 
 
 def _read(path: Path) -> LoadedRun:
@@ -159,6 +171,9 @@ def _read(path: Path) -> LoadedRun:
     with torch.device("meta"):
         made = LoadedRun(network, loss, trained_on)
     _check(state, made.state_dict(), file)
+    if SUM in found and found[SUM] != _checksum(found):
+        text = f"is not as it was written (its checksum is another); export the run again, or leave {SUM} out of a file"
+        raise DataError(f"{text} with other tensors", file=file)
     made.load_state_dict(state, strict=True, assign=True)
     return made.follow()
 

@@ -163,3 +163,62 @@ def test_it_is_traced_whole() -> None:
     module, x = loaded(made.saved), torch.as_tensor(made.x_first)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
     np.testing.assert_allclose(outputs(program, x[:3]), outputs(module, x[:3]), rtol=1e-5, atol=1e-6)
+
+
+def test_damaged_and_other_files_are_refused(tmp_path: Path) -> None:
+    made = case((4, 3, 2), [s.Conv2d(3, 2), s.BatchNorm(), s.Flatten(), s.Linear(5)], np.float32, stored=True)
+    path, wanted = tmp_path / "model.pt", outputs(loaded(made.saved), made.x_first)
+    write_pt(made.saved, path)
+    data, random = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for place in random.integers(0, len(data), 60):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(flipped)
+        try:
+            np.testing.assert_array_equal(outputs(load_run(path), made.x_first), wanted)
+        except nt.DataError:
+            refused += 1
+    assert refused > 5
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(nt.DataError, match=r"model\.pt: is not a whole file"):
+        load_run(path)
+    torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    with pytest.raises(
+        nt.DataError, match=r"model\.pt: does not say which network its tensors belong to: make the mod"
+    ):
+        load_run(path)
+    torch.save(torch.nn.Linear(2, 3), path)  # a pickled module, which weights_only refuses
+    with pytest.raises(nt.DataError, match=r"model\.pt: is not a whole file"):
+        load_run(path)
+    with pytest.raises(nt.DataError, match=r"missing/model\.h5: there is no such file"):
+        load_run(tmp_path / "missing")
+    path.write_bytes(data)
+    found = torch.load(path, weights_only=True)
+    found["state_dict"]["linear1.bias"] += 1
+    torch.save(found, path)
+    with pytest.raises(nt.DataError, match="its checksum is another"):
+        load_run(path)
+    torch.save({key: value for key, value in found.items() if key != "sha256"}, path)
+    np.testing.assert_allclose(outputs(load_run(path), made.x_first), wanted + 1, rtol=1e-5)
+    found["state_dict"]["linear1.bias"] = torch.zeros(4)
+    torch.save(found, path)
+    with pytest.raises(nt.DataError, match=r"tensor linear1\.bias is \(4,\), and the network beside it wants \(5,\)"):
+        load_run(path)
+    del found["state_dict"]["linear1.bias"]
+    torch.save(found, path)
+    with pytest.raises(nt.DataError, match=r"tensor linear1\.bias is missing, and"):
+        load_run(path)
+
+
+def test_arrays_of_another_network_are_refused() -> None:
+    made = case((4,), [s.Linear(5)]).saved.saved
+    for key, array in (("linear1/bias", np.zeros(4)), ("linear2/bias", np.zeros(4))):
+        with pytest.raises(nt.DataError, match=rf"test: array {key} has shape \(4,\), and the network beside it wants"):
+            SavedNetwork.of(SavedArrays("test", {**made.arrays, key: array}, made.trained_on, made.model))
+    arrays = {"linear1/weight": made.arrays["linear1/weight"]}
+    with pytest.raises(nt.DataError, match=r"array linear1/bias is missing"):
+        SavedNetwork.of(SavedArrays("test", arrays, made.trained_on, made.model))
+    for layers in ([{"linear": {"units": -1}}], [{"linear": 5}, {"conv2d": 3}], [], [3], "x"):
+        with pytest.raises(nt.DataError, match="test: its layers"):
+            SavedNetwork.of(SavedArrays("test", made.arrays, made.trained_on, {**made.model, "layers": layers}))
