@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ import numpy as np
 from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
 from nettorrent_mpi.engine.saved_network import SavedArrays, SavedNetwork
-from nettorrent_mpi.plan.errors import OutputError, UserError
+from nettorrent_mpi.plan.errors import DataError, OutputError, UserError
 
 CONVENTIONS = """\
 Images are (row, height, width, channel). Weights are (inputs, outputs) of linear layers and (height, width, \
@@ -55,9 +56,15 @@ def _write_h5(saved: SavedArrays, path: Path, _: ModuleType | None) -> None:
 
 
 def _write_npz(saved: SavedArrays, path: Path, _: ModuleType | None) -> None:
+    """Write as np.savez does, which takes no names like those of its own parameters."""
     texts = {name: np.array(text) for name, text in (saved.texts() | {"conventions": CONVENTIONS}).items()}
-    with replacing(path) as part, part.open("wb") as file:
-        np.savez(file, **texts, **saved.arrays)  # type: ignore[arg-type]
+    taken = sorted(set(texts) & set(saved.arrays))
+    if taken:
+        raise DataError(f"array {taken[0]} is no layer's; use a file of nettorrent_mpi", file=saved.file)
+    with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
+        for name, array in {**saved.arrays, **texts}.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _write_pt(saved: SavedArrays, path: Path, module: ModuleType | None) -> None:

@@ -37,16 +37,16 @@ class Placed:
     """A Placed layer knows what it reads: `inputs` and `outputs` are shapes of one row, as they are here.
 
     `name` is its path, as in model.h5; an activation that belongs to another layer is one of its own,
-    "<layer>.<activation>". `order`: feature i there is feature order[i] here, of what the layer reads; None: the order
-    is the same. `channels_last`: a flatten that gives the features in the order that they have here. `body` and
-    `shortcut` are the branches of a residual block.
+    "<layer>.<activation>". `flattened` is the shape of the images whose features the layer reads in the order of
+    channels first; None: the order is the same. `channels_last`: a flatten that gives the features in the order that
+    they have here. `body` and `shortcut` are the branches of a residual block.
     """
 
     name: str
     spec: specs.LayerSpec
     inputs: Shape
     outputs: Shape
-    order: Array | None = None
+    flattened: Shape | None = None
     channels_last: bool = False
     body: tuple[Placed, ...] = ()
     shortcut: tuple[Placed, ...] = ()
@@ -64,21 +64,26 @@ class Placed:
         """Return an array of the layer ("weight", "bias", ...) as it is there."""
         if name == "weight" and array.ndim > 1:
             array = np.transpose(array, (3, 2, 0, 1) if array.ndim == 4 else (1, 0))
-        if self.order is not None and self._follows_inputs(name):
-            array = array[..., self.order]
+        if self._reordered(name):
+            array = array[..., self._order()]
         return np.ascontiguousarray(array)
 
     def inward(self, name: str, array: Array) -> Array:
         """Return an array that is as it is there as it is here: the inverse of `outward`."""
-        if self.order is not None and self._follows_inputs(name):
-            array = array[..., np.argsort(self.order)]
+        if self._reordered(name):
+            array = array[..., np.argsort(self._order())]
         if name == "weight" and array.ndim > 1:
             array = np.transpose(array, (2, 3, 1, 0) if array.ndim == 4 else (1, 0))
         return np.ascontiguousarray(array)
 
-    def _follows_inputs(self, name: str) -> bool:
-        """Whether the last axis of an array (there) is that of the inputs."""
-        return name == "weight" or not isinstance(self.spec, specs.Linear)
+    def _reordered(self, name: str) -> bool:
+        """Whether the last axis of an array (there) is that of the inputs, and these are in another order."""
+        return self.flattened is not None and (name == "weight" or not isinstance(self.spec, specs.Linear))
+
+    def _order(self) -> Array:
+        """Return which feature here is feature i there, of those that the layer reads."""
+        assert self.flattened is not None
+        return np.arange(self.inputs[0]).reshape(self.flattened).transpose(2, 0, 1).ravel()
 
 
 def placed(network: Network) -> tuple[Placed, ...]:
@@ -93,7 +98,7 @@ def channels_first(shape: Shape) -> Shape:
 
 def _placed(sequence: Sequence) -> tuple[Placed, ...]:
     found: list[Placed] = []
-    order: Array | None = None
+    flattened: Shape | None = None
     for i, (spec, layer) in enumerate(zip(sequence.specs, sequence.layers, strict=True)):
         inputs, outputs = layer.inputs.shape, layer.outputs.shape
         if isinstance(layer, ResidualLayer):
@@ -103,11 +108,11 @@ def _placed(sequence: Sequence) -> tuple[Placed, ...]:
             same = inputs[2] == 1 or inputs[:2] == (1, 1)
             reordered = not same and _end_in_linear(sequence.specs[i + 1 :])
             found.append(Placed(layer.name, spec, inputs, outputs, channels_last=not same and not reordered))
-            order = np.arange(outputs[0]).reshape(inputs).transpose(2, 0, 1).ravel() if reordered else None
+            flattened = inputs if reordered else None
         else:
-            found.append(Placed(layer.name, spec, inputs, outputs, order))
+            found.append(Placed(layer.name, spec, inputs, outputs, flattened))
             if isinstance(spec, specs.Linear):
-                order = None
+                flattened = None
     return tuple(found)
 
 

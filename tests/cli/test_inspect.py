@@ -14,6 +14,7 @@ import pytest
 import nettorrent_mpi as nt
 from nettorrent_mpi.__main__ import main
 from nettorrent_mpi.engine.checkpoint_manifest import _text
+from nettorrent_mpi.engine.model_file import write_attributes
 
 DATA = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32), np.arange(32) % 3
 
@@ -82,16 +83,21 @@ def test_what_is_damaged_or_missing(trained: Path, tmp_path: Path, capfd: pytest
     assert (code, error) == (2, f"nettorrent: error: {tmp_path} has no checkpoint and no model.h5\n")
 
 
-@pytest.mark.parametrize("name", ["file", "allow_pickle", "..", "\x1b[2J", b"caf\xff", "a\nb", "a/.."])
+@pytest.mark.parametrize("name", ["file", "allow_pickle", "model", "..", "\x1b[2J", b"caf\xff", "a\nb", "a/.."])
 def test_arrays_of_strange_names(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str | bytes) -> None:
     with h5py.File(tmp_path / "model.h5", "w", libver=("v110", "latest")) as file:
         group = file.create_group("parameters")
         group.create_dataset(name, data=np.ones(3), chunks=True, fletcher32=True)
+        about = {"rows": 1, "classes": None, "class_names": None, "mean": [0], "std": [1]}
+        about |= {"transposed": False, "shape": [1], "unit": None}
+        write_attributes(file, {"model": '{"layers": [], "loss": {}}', "data": json.dumps(about)})
     code, text, _ = told(capfd, tmp_path)
     assert text.replace("\n", "").isprintable()
-    assert told(capfd, tmp_path, "--json")[0] == code == (0 if name in ("file", "allow_pickle") else 2)
-    assert main(["export", str(tmp_path), str(tmp_path / "out.npz")]) == code
-    if code == 0:
+    assert told(capfd, tmp_path, "--json")[0] == code == (0 if name in ("file", "allow_pickle", "model") else 2)
+    assert main(["export", str(tmp_path), str(tmp_path / "out.npz")]) == (2 if name == "model" else code)
+    if name == "model":
+        assert "array model is no layer's" in capfd.readouterr().err
+    elif code == 0:
         np.testing.assert_array_equal(np.load(tmp_path / "out.npz")[name], np.ones(3))
     else:
         assert "has an array of a strange name" in text
