@@ -30,6 +30,9 @@ train: {epochs: 2, batch_size: 32, optimizer: {adam: 0.01}}
 """
 
 
+INSTALLED = [ending for ending, name in {".pt": "torch", ".onnx": "onnx"}.items() if importlib.util.find_spec(name)]
+
+
 class Run:
     """A trained network, the rows of its test set as they are stored, and its own answers."""
 
@@ -154,11 +157,7 @@ def test_refusals(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], m
     assert np.load(target)["linear1/bias"].shape == (10,)
     told = refusal(capfd, "export", run.folder, tmp_path / "run.txt")
     assert "the file's name must end in .h5, .npz, .pt, .onnx" in told
-    for ending in (".h5", ".npz", ".pt", ".onnx"):
-        if ending == ".pt":
-            pytest.importorskip("torch")
-        if ending == ".onnx":
-            pytest.importorskip("onnx")
+    for ending in (".h5", ".npz", *INSTALLED):
         assert "missing/model.h5: there is no such file" in refusal(
             capfd, "export", tmp_path / "missing", tmp_path / f"x{ending}"
         )
@@ -221,11 +220,10 @@ def test_layers_of_somebodys_own(tmp_path: Path, capfd: pytest.CaptureFixture[st
     """Others have no formulas for them, whether or not this process has."""
     scope: dict[str, Any] = {"__name__": "somebodys"}
     exec(OWN, scope)
-    refused = [ending for ending in (".pt", ".onnx") if importlib.util.find_spec({".pt": "torch"}.get(ending, "onnx"))]
 
     def check() -> None:
         assert main(["export", str(tmp_path / "own.h5"), str(tmp_path / "own.npz"), "--overwrite"]) == 0
-        for ending in refused:
+        for ending in INSTALLED:
             told = refusal(capfd, "export", tmp_path / "own.h5", tmp_path / f"own{ending}")
             assert "own.h5: its layer doubled is not one of the package's" in told
             assert "export the arrays to .npz or .h5" in told
