@@ -19,5 +19,22 @@ from nettorrent_mpi.torch.batching import RankSampler
 from nettorrent_mpi.torch.dpwa import Dpwa
 from nettorrent_mpi.torch.loaded_runs import load_run
 from nettorrent_mpi.torch.parallel import ParallelRun, parallelize
+from nettorrent_mpi.torch.split_layers import SplitConv2d as Conv2d
+from nettorrent_mpi.torch.split_layers import SplitLinear as Linear
+from nettorrent_mpi.torch.split_layers import split_parameters, whole
+from nettorrent_mpi.torch.split_model import clip_grad_norm_, split, whole_state
 
-__all__ = ["Dpwa", "ParallelRun", "RankSampler", "load_run", "parallelize"]
+__all__ = [
+    "Conv2d",
+    "Dpwa",
+    "Linear",
+    "ParallelRun",
+    "RankSampler",
+    "clip_grad_norm_",
+    "load_run",
+    "parallelize",
+    "split",
+    "split_parameters",
+    "whole",
+    "whole_state",
+]
