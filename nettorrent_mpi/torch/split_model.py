@@ -29,9 +29,12 @@ def split(
     can be divided, in any sizes, over any number of ranks. Modules and parameters stay the same objects, so an
     optimizer may be made before; a layer becomes a SplitLinear or a SplitConv2d. From now on all ranks call the model
     with the same inputs, and backward, state_dict and optimizer alike; they get the same outputs, gradients of their
-    parts, and whole arrays in a state_dict. All ranks start with rank 0's parameters and buffers. Optimizers that work
-    element by element (SGD, Adam, ...) are exact as they are; clip gradients by `clip_grad_norm_` of this package, and
-    let an optimizer's checkpoint be whole by `whole_state`.
+    parts, and whole arrays in a state_dict. All ranks start with rank 0's parameters and buffers.
+
+    Optimizers that work element by element (SGD, Adam, ...) are exact as they are. What looks at a whole gradient sees
+    a part: clip by `clip_grad_norm_` of this package, let an optimizer's checkpoint be whole by `whole_state`, and use
+    no GradScaler (autocast to bfloat16 needs none) and no optimizer with norms of layers (LAMB, Muon, ...). Values are
+    set before, or inside `with whole(model):`. torch.compile breaks its graph at each exchange: without fullgraph=True.
 
     comm: a Group or a communicator of mpi4py; by default all ranks of the program. In a process that no launcher
     started the model stays as it is.
@@ -194,7 +197,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     mine: dict[SplitRanks, list[Tensor]] = {division.ranks: [] for division in places.values()}
     alike: list[Tensor] = []
     for parameter in model.parameters():
-        if parameter.grad is not None:
+        if parameter.grad is not None and parameter.grad.numel():  # an empty one has no greatest element
             (mine[places[id(parameter)].ranks] if id(parameter) in places else alike).append(parameter.grad)
     total = float(nn.utils.get_total_norm(alike, norm_type))
     for ranks, grads in mine.items():

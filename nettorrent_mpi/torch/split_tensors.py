@@ -78,6 +78,8 @@ class SplitRanks:
         One all-reduce of 2 x 33 numbers. Ranks that pass other shapes, run another layer, or do not run the model at
         all would otherwise wait for each other for ever, or compute nonsense.
         """
+        if self.closed:
+            raise UserError(f"the communicator of split layers was freed by close: {what}")
         if self.size == 1:
             return
         mine = np.zeros(SAMPLES + 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -404,6 +405,17 @@ def test_ranks_that_do_not_do_the_same_raise_an_error_on_all(divide: Divide, wor
     assert model(x * float("nan")).isnan().all()
 
 
+@pytest.mark.ranks(2)
+def test_a_closed_model_and_a_pickled_one_say_so(world: Any) -> None:
+    model = split(Mlp(), {"body.*": "out"}, comm=world)
+    with pytest.raises(TypeError, match=r"save its state_dict\(\)"):
+        pickle.dumps(model)
+    split_layers.close(model)
+    split_layers.close(model)
+    with pytest.raises(UserError, match=r"was freed by close: forward pass.*body.0"):
+        model(torch.rand(2, 7))
+
+
 @pytest.mark.ranks(2, 3)
 def test_models_that_differ_are_refused_on_all(divide: Divide, world: Any) -> None:
     last = world.rank == world.size - 1
@@ -424,8 +436,10 @@ def test_models_that_differ_are_refused_on_all(divide: Divide, world: Any) -> No
     frozen = nn.Sequential(nn.Linear(3, 4))
     frozen[0].weight.requires_grad_(not last)
     refused(frozen, {"0": "out"}, "requires_grad=False")
+    everyone = split_layers.SplitRanks(world)
     with pytest.raises(LaunchError, match=re.escape("Linear(in_features=3, out_features=5")):
-        SplitLinear(3, 4 + last, comm=split_layers.SplitRanks(world))
+        SplitLinear(3, 4 + last, comm=everyone)
+    everyone.close()
 
 
 def test_frozen_layers(divide: Divide) -> None:
