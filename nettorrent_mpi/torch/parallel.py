@@ -29,6 +29,7 @@ from nettorrent_mpi.torch.gradients import GradientAverage
 from nettorrent_mpi.torch.models import broadcast, check_model, ranks_of_replica
 from nettorrent_mpi.torch.position import Position
 from nettorrent_mpi.torch.slots import carrier
+from nettorrent_mpi.torch.split_layers import split_parameters
 from nettorrent_mpi.torch.step_exchange import StepExchange
 from nettorrent_mpi.torch.training_state import TrainingState
 
@@ -98,6 +99,9 @@ class ParallelRun:
                 raise UserError(f"batch_size is {batch_size}, but has to be at least 1")
             self._parameters = dict(model.named_parameters())
             check_model(model, self._parameters, optimizer, exchanged=world.size > each)
+        # Averages of different parts of a layer would mean nothing.
+        parts = [(name, d.total, d.ranks.size, d.ranks.index) for name, d in split_parameters(model).items()]
+        world.same("part of the split layers", str(parts))
         world.same("model", "; ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()))
         replica, place = divmod(world.rank, each)
         self._made = [

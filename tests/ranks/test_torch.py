@@ -405,3 +405,10 @@ def test_fewer_ranks_go_on(exchange: str, shared_path: Any, world: Any) -> None:
             close_to(again, alone)
         resumed.close()
     fewer.Free()
+
+
+@pytest.mark.ranks(2, 3, 4, 5, 8)
+def test_parts_of_layers_are_not_averaged() -> None:
+    model = nt.split(torch.nn.Sequential(torch.nn.Linear(4, 2)), {"0": "out"})
+    with pytest.raises(UserError, match="rank 1 has another part of the split layers"):
+        nt.parallelize(None, model, torch.optim.SGD(model.parameters(), 0.1))
