@@ -18,6 +18,7 @@ from mpi4py import MPI  # noqa: E402
 
 import nettorrent_mpi.torch as nt  # noqa: E402
 
+pytestmark = pytest.mark.slow  # transformers takes seconds to load
 STEPS = 20
 size, rank = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
