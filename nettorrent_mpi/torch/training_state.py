@@ -85,7 +85,7 @@ class TrainingState:
                     "time": time.time(),
                     "config": text,
                 }
-                complete(part, self._world.size, attributes, keep)
+                complete(part, range(self._world.size), attributes, keep)
         return folder / name_of(step)
 
     def _own_blocks(self) -> dict[Holding, Array]:
