@@ -9,7 +9,7 @@ import re
 import subprocess
 import tokenize
 from collections.abc import Callable
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -81,4 +81,6 @@ def test_the_notebook_is_executed_and_runs(tmp_path: Path) -> None:
     again: Any = nbformat.from_dict(kept)
     nbclient.NotebookClient(again, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
     for before, after in zip(code, (cell for cell in again.cells if cell.cell_type == "code"), strict=True):
-        assert [each.output_type for each in before.outputs] == [each.output_type for each in after.outputs]
+        # In how many pieces a text arrives depends on time.
+        kinds = ([kind for kind, _ in groupby(each.output_type for each in cell.outputs)] for cell in (before, after))
+        assert next(kinds) == next(kinds)

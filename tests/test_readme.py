@@ -116,15 +116,36 @@ x_test, y_test, x_new = x[:50], y[:50], x[:7]
 """
 
 
-def test_the_script_runs(tmp_path: Path) -> None:
-    (script,) = blocks("python")
-    command = [sys.executable, "-c", f"{ARRAYS}{script}print(classes.shape, flush=True)"]
+def run_script(script: str, folder: Path) -> str:
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+        [sys.executable, "-c", script], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "(7,)"
+    return done.stdout
+
+
+def test_the_script_runs(tmp_path: Path) -> None:
+    script, _ = blocks("python")
+    told = run_script(f"{ARRAYS}{script}print(classes.shape, flush=True)", tmp_path)
+    assert told.splitlines()[-1] == "(7,)"
     assert (tmp_path / "model.h5").exists()
+
+
+OF_TORCH = """
+import torch
+torch.manual_seed(0)
+train_set = torch.utils.data.TensorDataset(torch.randn(600, 5), torch.arange(600) % 3)
+AnyModule = lambda: torch.nn.Linear(5, 3)
+"""
+
+
+def test_the_script_of_pytorch_runs(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    _, script = blocks("python")
+    told = run_script(f"{OF_TORCH}{script}", tmp_path)
+    assert "epoch 10  step 30  loss" in told
+    assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"weight", "bias"}
 
 
 # -- the quick start ---------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def exchange(engine: Engine) -> int:
 def test_the_terms_are_what_is_allocated(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if number >= len(CASES[SIZE]):
         pytest.skip("no such case of so many ranks")
-    monkeypatch.setattr("nettorrent_mpi.engine.memory_estimate.survivable", lambda: True)
+    monkeypatch.setattr("nettorrent_mpi.engine.copy_interval.survivable", lambda: True)
     setup = set_up(load(None, [*SETTINGS, *CASES[SIZE][number]]), SIZE)
     told = estimate(setup, Libraries(0, 0))
     found = trained(setup)
