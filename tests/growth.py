@@ -1,4 +1,4 @@
-"""What this process takes of the machine, and whether it takes more and more."""
+"""Measures what this process takes of the machine, and whether it takes more and more."""
 
 from __future__ import annotations
 

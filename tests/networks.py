@@ -91,7 +91,7 @@ class Case(NamedTuple):
         return np.ascontiguousarray(np.moveaxis(self.x, -1, 1) if self.x.ndim == 4 else self.x)
 
     def off(self, y: Any) -> float:
-        """How far other outputs, images among them with the channels first, are off, in parts of the largest."""
+        """Return how far other outputs, images among them with the channels first, are off, in parts of the largest."""
         other = np.asarray(y)
         other = np.moveaxis(other, 1, -1) if other.ndim == 4 else other
         assert other.shape == self.y.shape

@@ -1,5 +1,5 @@
-"""How often ranks copy what they own for their buddies (redundancy.py): by the plan alone, so that all ranks choose
-alike."""
+"""The interval from one copy at a buddy (redundancy.py) to the next follows from the plan alone, so that all ranks
+choose alike."""
 
 from __future__ import annotations
 

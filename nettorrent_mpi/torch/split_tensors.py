@@ -192,7 +192,7 @@ def _forward(x: Tensor, trained: bool) -> str:
 
 
 class Division(NamedTuple):
-    """How a parameter is divided: this rank holds the span `part` of `total` in dimension `dim`."""
+    """A Division divides a parameter: this rank holds the span `part` of `total` in dimension `dim`."""
 
     ranks: SplitRanks
     dim: int

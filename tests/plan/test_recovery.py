@@ -304,7 +304,8 @@ def test_as_many_replicas_as_there_is_room_for() -> None:
 
 
 def survivors_of(old: Topology, lost: set[int], newest: int) -> list[Survivor]:
-    """What ranks bring that kept copies within their replica, and whose replica is at rest where all of it lives."""
+    """Return what ranks bring that kept copies within their replica, and whose replica is at rest where all of it
+    lives."""
     found = []
     for rank in sorted(set(range(old.size)) - lost):
         members = old.replica(old.place(rank).replica)
