@@ -80,19 +80,21 @@ class Position:
         source, last, number = iter(loader), None, 0
         while known is None or number < max(known):
             batch = next(source, None)
-            active = self._active(batch is not None) if known is None else sum(n > number for n in known)
-            if not active:
+            has = self._who_has(batch is not None) if known is None else [length > number for length in known]
+            if not any(has):
                 return
             if batch is None and last is None:
                 raise UserError("this rank's loader has no mini-batch: every rank needs at least one")
             last, number = (last if batch is None else batch), number + 1
-            yield Served(last, 0.0 if batch is None else self._place.ranks / active)
+            alike = has[slice(*self._place.holders)]  # the ranks that average exactly
+            yield Served(last, 0.0 if batch is None else len(alike) / sum(alike))
 
-    def _active(self, own: bool) -> int:
-        """Return how many ranks have another mini-batch."""
-        count = np.array([own], np.int32)
-        self._world.all_reduce(count)
-        return int(count[0])
+    def _who_has(self, own: bool) -> list[bool]:
+        """Return which ranks have another mini-batch."""
+        found = np.zeros(self._place.ranks, np.int32)
+        found[self._place.rank] = own
+        self._world.all_reduce(found)
+        return [bool(each) for each in found]
 
 
 def _length(loader: Iterable[Any]) -> int | None:

@@ -214,6 +214,25 @@ def test_loaders_of_other_lengths_do_not_hang() -> None:
         run.close()
 
 
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("known", [True, False])
+def test_ranks_of_a_replica_weigh_alike_while_they_have_rows(known: bool) -> None:
+    """Whether or not loaders tell their lengths: the second rank of each replica has one mini-batch, the first two."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    run = nt.parallelize(None, model, optimizer, exchange="none", replica_size=2)
+    batches = [torch.full((1, 1), 10.0 * rank + i) for i in range(2 - rank % 2)]
+    found = []
+    for x in run.batches(batches if known else iter(batches)):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+        found.append(float(model.weight.grad))
+    first = 10.0 * (rank - rank % 2)
+    assert found == [first + 5, first + 1]
+    run.close()
+
+
 def test_gossip_of_all_with_all_agrees() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
