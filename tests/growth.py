@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
@@ -10,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+LIBRARY = ctypes.CDLL(None)
 WINDOWS = 4  # parts of a run that are compared
 
 
@@ -25,9 +27,12 @@ class Usage(NamedTuple):
 
 
 def usage() -> Usage:
-    """Return what this process has now, without garbage that is still to be collected: not its peak, which one large
-    array or an earlier test may have set."""
+    """Return what this process has now, without garbage that is still to be collected, and without memory that was
+    freed and that the C library keeps, scattered: not its peak, which one large array or an earlier test may have
+    set."""
     gc.collect()
+    if hasattr(LIBRARY, "malloc_trim"):
+        LIBRARY.malloc_trim(0)
     sizes = dict(line.split()[:2] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     private, resident = int(sizes["Anonymous:"]), int(sizes["Rss:"])
     maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
