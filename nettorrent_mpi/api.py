@@ -55,8 +55,6 @@ from nettorrent_mpi.nn.rates import check_rates
 from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError, warn
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
 
-atexit.register(abort_after_error)
-
 
 def watched(world: World, config: Config) -> Watchdog | None:
     """Let a watchdog look after the ranks as the configuration says; return it. All ranks call."""

@@ -19,6 +19,6 @@ def is_first() -> bool:
 
 
 def numbered_by(rank: Callable[[], int] | None) -> None:
-    """From now on, let `rank` give this process's present number; None: the launcher does."""
+    """Let `rank` give this process's present number from now on; None: the launcher does."""
     global _rank  # noqa: PLW0603
     _rank = rank

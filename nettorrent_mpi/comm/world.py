@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
 import secrets
@@ -240,9 +241,10 @@ def _foreign(error: Exception) -> RemoteError:
     return RemoteError(f"{type(error).__name__}: {error}")
 
 
+@atexit.register
 def abort_after_error() -> None:
-    """End all ranks if this one's script has failed: to be called when the interpreter exits. Without it MPI would wait
-    in its own end for ranks that wait for this one."""
+    """End all ranks if this one's script has failed, when the interpreter exits. Without it MPI would wait in its own
+    end for ranks that wait for this one."""
     failed = getattr(sys, "last_type", None) is not None  # set by an error that nobody caught
     if not failed or not library.loaded() or MPI.Is_finalized():
         return

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from nettorrent_mpi import env
-from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.dpwa_file import DpwaFile, read_dpwa
 from nettorrent_mpi.plan.errors import warn
+from nettorrent_mpi.torch.models import world_of
 from nettorrent_mpi.torch.parallel import ParallelRun
 
 
@@ -32,9 +31,7 @@ class Dpwa:
 
     def __init__(self, model: torch.nn.Module, config: str | Path, *, seed: int = 1, comm: Any = None):
         """config: dpwa's file (config/dpwa_file.py). Raises ConfigError, on all ranks alike."""
-        if comm is None:
-            env.prepare()
-        world = comm if isinstance(comm, World) else World(comm)
+        world = world_of(comm)
         found: DpwaFile = world.once(lambda: read_dpwa(str(config)))
         if world.rank == 0 and found.nodes not in (None, world.size):
             warn(f"{config} names {found.nodes} nodes, and MPI has started {world.size} ranks: the ranks count")

@@ -24,11 +24,10 @@ from nettorrent_mpi.comm.ring import Rings, can_carry
 from nettorrent_mpi.comm.shared import Ask, SharedMemory, share
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine.buckets import FULL, LEAST_SHARD, cut
 from nettorrent_mpi.plan.errors import NetTorrentError, UserError
 from nettorrent_mpi.torch.slots import carrier, length, slots
 
-FULL = 4 << 20  # bytes at which an array is full, where arrays travel in messages
-LEAST_SHARD = 16 << 10  # bytes: shorter messages are left to MPI's own algorithms
 AVERAGING = "the average of gradients"
 
 
@@ -64,9 +63,9 @@ class GradientAverage:
         self._done_since_step = 0  # averages
         # How many ranks have a gradient of each parameter; how many average, have made a mistake; their steps.
         self._tally: Array = np.zeros(len(self._parameters) + 3, np.int32)
-        self._make(world)
         self._hooks: list[Any] = []
         if group.size > 1:
+            self._make(world)
             for number, parameter in enumerate(self._parameters):
                 self._hooks += [
                     parameter.register_hook(self._weighed),
@@ -78,39 +77,30 @@ class GradientAverage:
     def _make(self, world: World) -> None:
         """Divide the parameters among flat arrays, those that are complete first in a backward pass first."""
         by_type: dict[str, list[int]] = {}
-        for number, parameter in reversed(list(enumerate(self._parameters))):
+        for number, parameter in enumerate(self._parameters):
             by_type.setdefault(carrier(parameter.dtype) or "", []).append(number)
         sizes = {kind: length([self._parameters[i] for i in numbers]) for kind, numbers in by_type.items()}
         asks = [
             Ask(self.group, size, 0, kind, size * np.dtype(kind).itemsize)
             for kind, size in sizes.items()
-            if self.group.size > 1 and self.group.on_one_node
+            if self.group.on_one_node
         ]
-        self._memories, _ = share(world, asks) if world.size > 1 else ([], None)
+        self._memories, _ = share(world, asks)
         for memory, kind in zip(self._memories, sizes, strict=False):
             self._add(by_type[kind], SharedAllReducer(self.group, memory, sizes[kind]))
         for kind, numbers in {} if self._memories else by_type.items():
-            for part in self._cut(numbers, FULL // np.dtype(kind).itemsize):
+            item = np.dtype(kind).itemsize
+            counts = {self._names[i]: self._parameters[i].numel() for i in numbers}
+            number_of = {self._names[i]: i for i in numbers}
+            for names in cut(counts, FULL // item, LEAST_SHARD * self.group.size // item):
+                part = [number_of[name] for name in names]
                 self._add(part, self._by_messages(np.zeros(length([self._parameters[i] for i in part]), kind)))
 
     def _by_messages(self, array: Array) -> AllReducer:
         size = self.group.size
-        if size == 1:
-            return AllReducer(array)
         if can_carry([-(-array.size // size)] * size, array.dtype.itemsize, LEAST_SHARD):
             return RingAllReducer(self._rings, self.group, PIECES * (1 + len(self._buckets)), array)
         return MpiAllReducer(self.group, array)
-
-    def _cut(self, numbers: list[int], full: int) -> Iterator[list[int]]:
-        part, filled = list[int](), 0
-        for number in numbers:
-            part.append(number)
-            filled += self._parameters[number].numel()
-            if filled >= full:
-                yield part
-                part, filled = [], 0
-        if part:
-            yield part
 
     def _add(self, numbers: list[int], reducer: AllReducer) -> None:
         bucket = _Bucket(numbers, reducer)

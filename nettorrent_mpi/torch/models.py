@@ -1,14 +1,24 @@
-"""Checks of what is to be trained on several ranks, and the values that all of them start with."""
+"""The start of a training on several ranks: their world, checks of the model, and the values that all start with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from nettorrent_mpi import env
 from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.plan.errors import LayoutError, UserError
 from nettorrent_mpi.torch.slots import carrier
+
+
+def world_of(comm: Any) -> World:
+    """Return the world of a communicator of mpi4py, or itself if it is one; None: of all ranks of the program."""
+    if comm is None:
+        env.prepare()
+    return comm if isinstance(comm, World) else World(comm)
 
 
 def ranks_of_replica(asked: int | None, ranks: int, *, exact: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nettorrent_mpi import env
 from nettorrent_mpi.comm.activity import NOW, OUTSIDE
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.reading import exchange_of
+from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.plan.blocks import Span
@@ -26,7 +25,7 @@ from nettorrent_mpi.plan.scores import Scores, best_of
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.torch.batching import RankPlace, ServedRows
 from nettorrent_mpi.torch.gradients import GradientAverage
-from nettorrent_mpi.torch.models import broadcast, check_model, ranks_of_replica
+from nettorrent_mpi.torch.models import broadcast, check_model, ranks_of_replica, world_of
 from nettorrent_mpi.torch.position import Position
 from nettorrent_mpi.torch.slots import carrier
 from nettorrent_mpi.torch.split_layers import split_parameters
@@ -63,11 +62,8 @@ def parallelize(
 
     Raises UserErrors on all ranks alike.
     """
-    if comm is None:
-        env.prepare()
-    world = comm if isinstance(comm, World) else World(comm)
     return ParallelRun(
-        world, data, model, optimizer, batch_size=batch_size, exchange=exchange, replica_size=replica_size,
+        world_of(comm), data, model, optimizer, batch_size=batch_size, exchange=exchange, replica_size=replica_size,
         shuffle=shuffle, seed=seed, loading=loading,
     )  # fmt: skip
 
@@ -382,10 +378,8 @@ class ParallelRun:
             state = self.model.state_dict()
             with self._world.agreement():
                 if self.rank == 0:
-                    part = path.with_name(path.name + ".part")
-                    with written(path):
+                    with written(path), replacing(path) as part:
                         torch.save(state, part)
-                        os.replace(part, path)
 
     def checkpoint(self, folder: str | Path, *, keep: int = 2, **others: Any) -> Path:
         """Write the whole training state into a folder step-N in `folder`, where the `keep` newest stay: every replica,

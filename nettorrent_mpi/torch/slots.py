@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from nettorrent_mpi.device.arrays import Array
-
-LINE = 16  # a tensor begins at a multiple of this many elements: a cache line of float32
+from nettorrent_mpi.engine.buckets import divisible, round_up
 
 
 def length(tensors: Sequence[torch.Tensor], parts: int = 1) -> int:
     """Return the number of elements of a flat array for the tensors, which can be divided into `parts` equal ones of
     whole lines."""
-    size = sum(_room(tensor) for tensor in tensors)
-    return -(-size // (LINE * parts)) * LINE * parts
+    return divisible(sum(round_up(tensor.numel()) for tensor in tensors), parts)
 
 
 def slots(array: Array, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -27,7 +25,7 @@ def slots(array: Array, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         part = flat[start : start + tensor.numel()]
         strides = tensor.stride() if _dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
         made.append(part.as_strided(tensor.shape, strides))
-        start += _room(tensor)
+        start += round_up(tensor.numel())
     return made
 
 
@@ -37,11 +35,6 @@ def carrier(dtype: Any) -> str | None:
     if not dtype.is_floating_point:
         return None
     return "float64" if dtype == torch.float64 else "float32"
-
-
-def _room(tensor: torch.Tensor) -> int:
-    count: int = tensor.numel()
-    return -(-count // LINE) * LINE
 
 
 def _dense(tensor: torch.Tensor) -> bool:

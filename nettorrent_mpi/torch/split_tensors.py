@@ -11,7 +11,6 @@ differentiated again:
 
 from __future__ import annotations
 
-import atexit
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.world import World, abort_after_error
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.plan import blocks
 from nettorrent_mpi.plan.errors import LaunchError, UserError
 
@@ -32,8 +31,6 @@ TOLERANCE = 1e-3  # of the largest one: ranks on different processors round diff
 NOT_FINITE = 1e300  # stands for it where numbers are compared
 GOLDEN = 0.6180339887498949  # its multiples modulo 1 lie evenly, and never all in the same column of a batch
 HALF = (torch.float16, torch.bfloat16)
-
-atexit.register(abort_after_error)
 
 
 class SplitRanks:

@@ -30,29 +30,27 @@ EXCHANGING = "the exchange between replicas"
 class _Vector:
     """The parameters of one type: their flat array, and the shard of it that this rank exchanges with its peers.
 
-    The optimizer's state joins once the optimizer has made it (`take_state`): arrays of the same order.
+    The optimizer's state joins where it is exchanged, once the optimizer has made it (`take_state`): arrays of the same
+    order.
     """
 
-    def __init__(self, kind: str, tensors: Sequence[torch.nn.Parameter], holders: Group):
+    def __init__(self, kind: str, tensors: Sequence[torch.nn.Parameter], statistics: Sequence[Array], holders: Group):
         self._kind, self._tensors, self._holders = kind, tensors, holders
         self._size = length(tensors, holders.size)
         self.array: Array = np.zeros(self._size, kind)
         for tensor, slot in zip(tensors, slots(self.array, tensors), strict=True):
             slot.copy_(tensor.detach())
             tensor.data = slot
-        self._own = slice(*(self._size // holders.size * i for i in (holders.index, holders.index + 1)))
+        self._counts = [self._size // holders.size] * holders.size
+        self._own = slice(self._counts[0] * holders.index, self._counts[0] * (holders.index + 1))
         self._state: dict[str, Array] = {}
-        self.shards = Shards([self.array[self._own]], {}, gather=self.gather)
-
-    @property
-    def pointers(self) -> dict[int, int]:
-        """The address of each parameter, by the parameter's identity."""
-        return {id(tensor): tensor.data_ptr() for tensor in self._tensors}
+        self._slots: dict[str, list[torch.Tensor]] = {}  # of the state
+        self.shards = Shards([self.array[self._own]], {}, statistics, self.gather)
 
     def gather(self) -> None:
-        """Give all holders everyone's shards, of the parameters."""
+        """Give all holders everyone's shards, of the parameters and of the state that has joined."""
         for array in (self.array, *self._state.values()):
-            self._holders.all_gather(array[self._own], array, [self._size // self._holders.size] * self._holders.size)
+            self._holders.all_gather(array[self._own], array, self._counts)
 
     def take_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer's arrays that are like parameters lie in flat arrays, too."""
@@ -68,10 +66,11 @@ class _Vector:
         for name in names:
             if name not in self._state:
                 self._state[name] = np.zeros(self._size, self._kind)
+                self._slots[name] = slots(self._state[name], self._tensors)
                 self.shards.optimizer[name] = [self._state[name][self._own]]  # type: ignore[index]
-            for tensor, slot in zip(self._tensors, slots(self._state[name], self._tensors), strict=True):
+            for tensor, slot in zip(self._tensors, self._slots[name], strict=True):
                 value = optimizer.state.get(tensor, {}).get(name)
-                if value is not None and value.data_ptr() != slot.data_ptr():
+                if value is not None and value is not slot:
                     slot.copy_(value)
                     optimizer.state[tensor][name] = slot
 
@@ -80,8 +79,8 @@ class StepExchange:
     """A StepExchange lets this rank's replica agree with those of its `peers` around each optimizer step, as `spec`
     says. The ranks of `holders` have the same replica, and each exchanges a part of it.
 
-    `parameters` have the types float32 and float64; `statistics` are other arrays that belong to the weights. `steps`
-    is the expected number of optimizer steps of the run, for rules that depend on how much of it is done; 0: unknown.
+    `parameters` have the types float32 and float64; `statistics` are other arrays that belong to the weights. `step`
+    counts the optimizer's steps; `done` is the completed part of the run, from 0 to 1, for rules that depend on it.
     """
 
     def __init__(
@@ -101,14 +100,16 @@ class StepExchange:
         by_type: dict[str, list[torch.nn.Parameter]] = {}
         for parameter in parameters.values():
             by_type.setdefault(str(parameter.dtype).removeprefix("torch."), []).append(parameter)
-        self.vectors = [_Vector(kind, tensors, holders) for kind, tensors in by_type.items()]
-        if self.vectors:
-            self.vectors[0].shards = Shards(self.vectors[0].shards.parameters, {}, statistics, self.vectors[0].gather)
+        first = next(iter(by_type))  # with it travel the statistics
+        self.vectors = [
+            _Vector(kind, tensors, statistics if kind == first else (), holders) for kind, tensors in by_type.items()
+        ]
         self._groups: list[Group] = []
         self.exchanges: list[Exchange] = []
         self._seed, self._judged = seed, 0
-        self._needs_state = isinstance(spec, Gossip) and "optimizer" in spec.average
-        if not self._needs_state:
+        # Whether steps exchange the optimizer's state, which there is after the first one.
+        self._with_state = isinstance(spec, Gossip) and "optimizer" in spec.average
+        if not self._with_state:
             self._make()
 
     def _make(self) -> None:
@@ -119,11 +120,6 @@ class StepExchange:
             self.exchanges.append(
                 make_exchange(self.spec, vector.shards, self._groups[-1], device, optimizer=rule, seed=self._seed)
             )
-
-    @property
-    def count(self) -> int:
-        """The number of replicas."""
-        return self._peers.size
 
     def progress(self) -> None:
         """Let messages progress. Does not wait."""
@@ -156,8 +152,8 @@ class StepExchange:
         self.step += 1
         rate = float(self._optimizer.param_groups[0]["lr"])
         with NOW.during(EXCHANGING):
-            for vector in self.vectors:
-                vector.take_state(self._optimizer)
+            if self._with_state:
+                self._take_state()
             if not self.exchanges:
                 self._make()
                 return
@@ -181,6 +177,10 @@ class StepExchange:
             for exchange in self.exchanges:
                 if isinstance(exchange, GossipExchange):
                     exchange.close_round(loss)
+
+    def _take_state(self) -> None:
+        for vector in self.vectors:
+            vector.take_state(self._optimizer)
 
     def _gather(self) -> None:
         for vector in self.vectors:
@@ -237,8 +237,8 @@ class StepExchange:
         """Go on after `step`: the replica's parameters and the optimizer's state were restored. `read` fills this
         rank's `memories`; None: they are of another layout, and all replicas are equal. All ranks call."""
         self.step = step
-        for vector in self.vectors:
-            vector.take_state(self._optimizer)
+        if self._with_state:
+            self._take_state()
         if not self.exchanges:
             self._make()
         for number, exchange in enumerate(self.exchanges):
@@ -264,14 +264,10 @@ class StepExchange:
     def judge(self, found: Sequence[Scores]) -> None:
         """Let losers take over winners' weights, as the elite exchange does after `found`, each replica's scores."""
         self._judged += 1
+        self._take_state()
         for exchange in self.exchanges:
             if isinstance(exchange, EliteExchange):
                 exchange.judge(found, self._judged)
-
-    def settle(self) -> None:
-        """Wait until no message is in flight. All peers call."""
-        for exchange in self.exchanges:
-            exchange.settle()
 
     def close(self) -> None:
         """Free what the exchanges hold. All peers call."""

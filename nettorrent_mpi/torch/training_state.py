@@ -206,10 +206,10 @@ class TrainingState:
 def _told(manifest: Manifest, path: Path) -> dict[str, Any]:
     try:
         told = json.loads(str(manifest.attributes["config"]))
-        assert isinstance(told, dict)
-        assert {"tensors", "optimizer", "others", "ranks", "replicas"} <= told.keys()
-    except (ValueError, AssertionError):
-        raise DataError("is no checkpoint of a PyTorch run", file=str(path)) from None
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not {"tensors", "optimizer", "others", "ranks", "replicas"} <= told.keys():
+        raise DataError("is no checkpoint of a PyTorch run", file=str(path))
     return told
 
 

@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_npz(run: Run, tmp_path: Path) -> None:
-    """By what the file says, in NumPy."""
+    """NumPy alone computes the network's outputs by what the file says."""
     assert main(["export", str(run.folder), str(tmp_path / "run.npz")]) == 0
     with np.load(tmp_path / "run.npz", allow_pickle=False) as file:
         arrays = dict(file)

@@ -144,6 +144,17 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
+def double_precision() -> Iterator[None]:
+    """PyTorch makes float64 tensors, the same ones in every test, and computes in one thread."""
+    torch = pytest.importorskip("torch")
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def world_size() -> int:
     return size
 

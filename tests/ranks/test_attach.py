@@ -222,7 +222,7 @@ def arrays_of(engine: Engine, replica: int) -> Mapping[str, Array]:
     "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in MEANS if kind != "push_sum"] + ["push_sum"]
 )
 def test_another_number_of_replicas_begins_with_the_average(kind: str) -> None:
-    """Of all that the replicas have: what one withholds from itself, and what is under way, counts once."""
+    """The average is that of all that replicas have: what one withholds, and what is under way, counts once."""
     world, exchange = World(), MEANS[kind]
     engine = start(world, plan(inner(4, [(1, 1)]), exchange=exchange))
     train(engine, 0, 5)

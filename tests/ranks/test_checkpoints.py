@@ -119,7 +119,7 @@ def ways() -> Iterator[tuple[str, Plan]]:
 @pytest.mark.long
 @pytest.mark.parametrize("chosen", range(PARTS))
 def test_the_same_layout_goes_on_bit_for_bit(chosen: int, shared_path: Path) -> None:
-    """As if it had not stopped after steps of which nobody has known before that it would rest there."""
+    """The training goes on as if it had not stopped after steps at which nobody had known before that it would rest."""
     wrong, every = [], list(ways())
     assert len(every) >= 40
     for number, (where, made) in list(enumerate(every))[chosen::PARTS]:

@@ -31,7 +31,7 @@ def emergency(engine: Engine, folder: Path) -> EmergencyCheckpoint:
 
 
 def standing(optimizer: specs.OptimizerSpec, folder: Path) -> Iterator[tuple[Topology, Engine, dict[str, np.ndarray]]]:
-    """In each layout, an engine that has not come to the update of step 6, and the checkpoint of step 5."""
+    """Yield, in each layout, an engine that has not come to the update of step 6, and the checkpoint of step 5."""
     world = World()
     for topology in topologies(SIZE):
         engine = start(world, plan(topology, optimizer=optimizer, clip_norm=None))

@@ -180,7 +180,7 @@ def test_replicas_that_differ_have_copies_within_each(exchange: Any) -> None:
 
 @pytest.mark.ranks(5)
 def test_live_replicas_go_on_bit_for_bit_without_a_rank_that_has_no_place() -> None:
-    """Of three replicas of two ranks the first one's first rank is lost: its other rank, the first survivor, hands over
+    """The first of three replicas of two ranks loses its first rank: its other rank, the first survivor, hands over
     what it holds with the others, and they go on alone."""
     before, after, step = inner(3, [(1, 1), (1, 1)]), inner(2, [(1, 1), (1, 1)]), 4
     options = plan(after, exchange=exchanges.Nothing(), clip_norm=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,11 @@ from mpi4py import MPI  # noqa: E402
 
 import nettorrent_mpi.torch as nt  # noqa: E402
 from nettorrent_mpi.plan.errors import LayoutError, UserError  # noqa: E402
+from tests.torch_runs import train  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("double_precision")
 ROWS, BATCH, STEPS = 103, 16, 20
 size, rank = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
-
-
-@pytest.fixture(autouse=True)
-def precise() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(3)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def rows() -> tuple[Any, Any]:
@@ -45,19 +38,6 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "momentum": lambda model: torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3),
     "adam": lambda model: torch.optim.Adam(model.parameters(), 0.01),
 }
-
-
-def train(run: Any, steps: int = STEPS, clip: float | None = None) -> None:
-    """Train for this many steps of the run's own data."""
-    for _ in run.epochs(1000):
-        for x, y in run.batches():
-            run.optimizer.zero_grad()
-            F.cross_entropy(run.model(x), y).backward()
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(run.model.parameters(), clip)
-            run.optimizer.step()
-            if run.step == steps:
-                return
 
 
 def serial(model: Any, optimizer: Any, data: Any, steps: int = STEPS, clip: float | None = None) -> Any:
@@ -91,21 +71,21 @@ def test_exact_is_the_serial_training(kind: str) -> None:
         with torch.no_grad():
             model[3].weight.add_(rank)
     run = nt.parallelize(rows(), model, OPTIMIZERS[kind](model), batch_size=BATCH)
-    train(run)
+    train(run, STEPS)
     close_to(model, alone)
     equal_everywhere(model)
     run.close()
 
 
 def test_by_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As between nodes: in rings, in several arrays."""
+    """Gradients travel in rings, in several arrays, as between nodes."""
     monkeypatch.setattr("nettorrent_mpi.torch.gradients.share", lambda world, asks: ([], "none"))
     monkeypatch.setattr("nettorrent_mpi.torch.gradients.FULL", 8000)
     monkeypatch.setattr("nettorrent_mpi.torch.gradients.LEAST_SHARD", 512)
     model = network()
     alone = serial(copied := copy.deepcopy(model), OPTIMIZERS["adam"](copied), rows(), clip=0.5)
     run = nt.parallelize(rows(), model, OPTIMIZERS["adam"](model), batch_size=BATCH)
-    train(run, clip=0.5)
+    train(run, STEPS, clip=0.5)
     close_to(model, alone)
     equal_everywhere(model)
     run.close()
@@ -129,7 +109,7 @@ def test_clipping_sees_the_final_gradients() -> None:
     model = network()
     alone = serial(copied := copy.deepcopy(model), OPTIMIZERS["momentum"](copied), rows(), clip=0.1)
     run = nt.parallelize(rows(), model, OPTIMIZERS["momentum"](model), batch_size=BATCH)
-    train(run, clip=0.1)
+    train(run, STEPS, clip=0.1)
     close_to(model, alone)
     run.close()
 
@@ -183,7 +163,7 @@ class Branches(torch.nn.Module):
 
 
 def test_parameters_without_gradients() -> None:
-    """Those without one on some ranks count as zero there; without one anywhere they stay without."""
+    """Parameters without a gradient on some ranks count as zero there; without one anywhere they stay without."""
     model = Branches()
     alone = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -238,7 +218,7 @@ def test_gossip_of_all_with_all_agrees() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     gossip = {"gossip": {"pairing": "complete", "overlap": False, "deadline": "none", "part": 1}}
     run = nt.parallelize(rows(), model, optimizer, batch_size=BATCH, exchange=gossip)
-    train(run)
+    train(run, STEPS)
     equal_everywhere(model, 1e-12)
     run.close()
 
@@ -267,7 +247,7 @@ def test_replicas_of_two_ranks_are_exact_inside() -> None:
     run = nt.parallelize(
         rows(), model, OPTIMIZERS["momentum"](model), batch_size=BATCH, exchange="gossip", replica_size=2
     )
-    train(run)
+    train(run, STEPS)
     whole = MPI.COMM_WORLD.allgather(vector(model).numpy())
     assert np.array_equal(whole[0], whole[1])
     assert np.array_equal(whole[2], whole[3])

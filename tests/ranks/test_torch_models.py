@@ -13,12 +13,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import torch.nn.functional as F  # noqa: E402, N812
 from mpi4py import MPI  # noqa: E402
 
 import nettorrent_mpi.torch as nt  # noqa: E402
+from tests.torch_runs import loss_of, train  # noqa: E402
 
-pytestmark = pytest.mark.slow  # transformers takes seconds to load
+pytestmark = [pytest.mark.usefixtures("double_precision"), pytest.mark.slow]  # transformers takes seconds to load
 STEPS = 20
 size, rank = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
@@ -58,20 +58,6 @@ def inputs_of(kind: str, rows: int) -> Any:
 MODELS: dict[str, Callable[[], Any]] = {"perceptron": perceptron, "bert": bert, "resnet": resnet}
 
 
-def loss_of(model: Any, x: Any, y: Any) -> Any:
-    found = model(x)
-    return F.cross_entropy(getattr(found, "logits", found), y)
-
-
-@pytest.fixture(autouse=True)
-def precise() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(3)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.fixture(scope="module")
 def gloo() -> Iterator[None]:
     """PyTorch's own processes, for DistributedDataParallel."""
@@ -84,16 +70,6 @@ def gloo() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def train(run: Any, steps: int = STEPS) -> None:
-    for _ in run.epochs(1000):
-        for x, y in run.batches():
-            run.optimizer.zero_grad()
-            loss_of(run.model, x, y).backward()
-            run.optimizer.step()
-            if run.step == steps:
-                return
-
-
 def distance(model: Any, other: Any) -> float:
     ours, theirs = (torch.cat([p.detach().reshape(-1) for p in each.parameters()]) for each in (model, other))
     return float((ours - theirs).norm() / theirs.norm())
@@ -102,7 +78,7 @@ def distance(model: Any, other: Any) -> float:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_equal_to_ddp(kind: str, optimizer: str, gloo: None) -> None:
-    """With as many rows on each rank."""
+    """The training is DDP's where each rank has as many rows."""
     rows, batch = 6 * size, 2 * size
     x, y = inputs_of(kind, rows), torch.arange(rows) % 5
     ours = MODELS[kind]()
@@ -111,7 +87,7 @@ def test_equal_to_ddp(kind: str, optimizer: str, gloo: None) -> None:
     )
     optimizers = [OPTIMIZERS[optimizer](each) for each in (ours, theirs)]
     run = nt.parallelize((x, y), ours, optimizers[0], batch_size=batch, shuffle=False)
-    train(run)
+    train(run, STEPS)
     for step in range(STEPS):
         first = step % 3 * batch + 2 * rank
         optimizers[1].zero_grad()
@@ -124,7 +100,7 @@ def test_equal_to_ddp(kind: str, optimizer: str, gloo: None) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["perceptron", "bert"])
 def test_equal_to_serial(kind: str, optimizer: str) -> None:
-    """With rows that do not divide, for models without batch norm."""
+    """The training is the serial one where rows do not divide, for models without batch norm."""
     x, y = inputs_of(kind, 41), torch.arange(41) % 5
     model = MODELS[kind]()
     alone = copy.deepcopy(model)
@@ -133,7 +109,7 @@ def test_equal_to_serial(kind: str, optimizer: str) -> None:
         for each, comm in ((model, None), (alone, MPI.COMM_SELF))
     ]
     for run in runs:
-        train(run)
+        train(run, STEPS)
     assert distance(model, alone) <= 1e-10
     for run in runs:
         run.close()
