@@ -7,6 +7,8 @@
     exchange   gossip, elite and the pipeline without flush against the exact exchange: accuracy, slow links, bubbles
     checkpoints   what a checkpoint costs the training beside which it is written
     reliability   trainings of which random ranks are killed
+    torch_speed   nettorrent_mpi.torch against DistributedDataParallel on one machine
+    torch_hosts   the same between hosts with slow links, and MNIST there
 
 `NAME --help` lists the options.
 """
@@ -14,7 +16,7 @@
 import sys
 from importlib import import_module
 
-NAMES = ("speed", "inside", "accuracy", "start", "exchange", "checkpoints", "reliability")
+NAMES = ("speed", "inside", "accuracy", "start", "exchange", "checkpoints", "reliability", "torch_speed", "torch_hosts")
 
 
 def main() -> None:
