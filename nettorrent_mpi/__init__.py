@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nettorrent_mpi.data.rows import Dataset
     from nettorrent_mpi.engine.evaluation import Evaluation
     from nettorrent_mpi.engine.record import Record
+    from nettorrent_mpi.engine.trained_network import TrainedNetwork, load
     from nettorrent_mpi.env import prepare
     from nettorrent_mpi.nn.layer import Context, Features, Layer, Parameter
     from nettorrent_mpi.nn.layers.registry import Site, register_layer
@@ -75,6 +76,7 @@ _WHERE = {
     "env": "prepare",
     "engine.record": "Record",
     "engine.evaluation": "Evaluation",
+    "engine.trained_network": "TrainedNetwork load",
     "nn.model": "Network",
     "nn.layer": "Context Features Layer Parameter",
     "nn.layers.registry": "Site register_layer",

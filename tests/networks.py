@@ -114,7 +114,8 @@ def case(
     channels = shape[-1]
     means, stds = random.uniform(0.1, 0.9, channels), random.uniform(0.2, 1, channels)
     scaling = Scaling(shape, UNIT, tuple(means), tuple(stds)) if stored else Scaling(shape)
-    data = TrainedOn(10, 3, ("a", "b", "c"), scaling.mean, scaling.std, False, shape, UNIT if stored else None)
+    unit = UNIT if stored else None
+    data = TrainedOn("arrays", 10, 3, ("a", "b", "c"), scaling.mean, scaling.std, False, shape, unit)
     model = {"layers": [s.to_plain(layer) for layer in layers], "loss": {"mean_squared_error": {}}}
     saved = SavedNetwork.of(SavedArrays("test", arrays, data, json.loads(json.dumps(model))))
     scaled = np.empty((len(x), *shape), dtype)

@@ -28,6 +28,7 @@ TEXTS = {
     "train --help": arguments.TRAIN,
     "speedup --help": arguments.SPEEDUP,
     "chaos --help": arguments.CHAOS,
+    "predict --help": arguments.PREDICT,
 }
 PROGRAMS = ["make", "mpirun", "nettorrent", "pip", "python", "python3", "sbatch"]
 PARTS = ("...", "X", "PATH", "P", "R", "S")  # words that stand for something

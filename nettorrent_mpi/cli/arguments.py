@@ -38,6 +38,23 @@ the versions), report.md (tables, and an analysis of the figures), plots as PNG 
 configuration of each run). The report also lists what is not possible, such as more pipeline stages than layers."""
 
 
+PREDICT = """\
+Shows what the network of RUN takes pictures, or rows of numbers, to be. It needs neither MPI nor the data that the
+network was trained on:
+
+    nettorrent predict runs/pets cat.jpg dog.png
+    nettorrent predict runs/pets photos/*.jpg --top 1 --json
+    nettorrent predict runs/digits new.npy
+    nettorrent predict runs/digits new.npz --array pixels
+
+Pictures (PNG, JPEG, TIFF, WebP and others) become what the network was trained on, as `data import` makes them:
+upright, scaled to its size, grey where it has one channel, over white where transparent. They need the extra `images`.
+Rows, (rows, ...) of .npy, .npz and HDF5 files, are as in the data set: bytes, or floating-point values on the scale to
+which the run brings bytes, 0 to 1.
+
+What cannot be read is named on standard error, the rest is answered all the same, and the exit code is 2 then."""
+
+
 CHAOS = """\
 Trains the network that CONFIG describes twice: undisturbed, and while random ranks are killed at random times. The
 training has to survive that, and to end as well. Reports what was killed, how fast the run recovered, how many steps
@@ -122,6 +139,19 @@ def _parser() -> _Parser:
     evaluate = commands.add_parser("evaluate", help="compute loss and accuracy of a finished run on its test set")
     evaluate.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
     _add_set(evaluate)
+
+    predict = commands.add_parser(
+        "predict", help="show what a network takes pictures or rows to be", description=PREDICT
+    )
+    predict.add_argument("run", metavar="RUN", help="the run's folder, one of its checkpoints, or its model.h5")
+    predict.add_argument("files", nargs="+", metavar="FILE", help="pictures, and files of rows: .npy, .npz, .h5")
+    predict.add_argument(
+        "--top", type=int, default=3, metavar="N", help="show the N most probable classes (default: 3)"
+    )
+    predict.add_argument(
+        "--array", metavar="NAME", help="the array of rows in files that have several (default: x_test, or else x)"
+    )
+    predict.add_argument("--json", action="store_true", help="write a list of JSON, with one element for each row")
 
     export = commands.add_parser("export", help="write the network of a run for other programs", description=EXPORT)
     export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")

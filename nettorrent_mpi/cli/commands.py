@@ -72,6 +72,12 @@ def _export(args: argparse.Namespace) -> None:
     export(args.run, args.target, overwrite=args.overwrite)
 
 
+def _predict(args: argparse.Namespace) -> int:
+    from nettorrent_mpi.cli.predict import predict
+
+    return predict(args.run, args.files, top=args.top, array=args.array, as_json=args.json)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from nettorrent_mpi.cli.inspect import inspect
 
@@ -130,6 +136,7 @@ def _tell_images(done: int, total: int) -> None:
 
 
 _LOCAL: dict[str, Callable[[argparse.Namespace], int | None]] = {  # they return the exit code, if it is not 0
+    "predict": _predict,
     "export": _export,
     "inspect": _inspect,
     "speedup": _speedup,

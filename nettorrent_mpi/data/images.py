@@ -99,4 +99,5 @@ class ImageReader:
         except Exception as error:
             unknown = type(error).__name__ == "UnidentifiedImageError"  # whose text has the name once more
             told = f"it is whole in none of the formats {', '.join(_FORMATS)}" if unknown else error
+            told = (isinstance(error, OSError) and error.strerror) or told
             raise DataError(f"cannot be read as an image ({told}); remove or replace it", file=str(path)) from error

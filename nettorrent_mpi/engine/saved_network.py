@@ -64,17 +64,17 @@ def parsed_model(text: Any, file: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SavedNetwork:
-    """A SavedNetwork is a network of the package's own layers, with arrays that fit it."""
+    """A SavedNetwork is a network with arrays that fit it."""
 
     network: Network
     loss: Spec
     saved: SavedArrays
 
     @classmethod
-    def of(cls, saved: SavedArrays) -> Self:
-        """Make the network that the arrays belong to. Raises UserError for layers that only their author knows, and
-        DataError if it cannot be read, or if the arrays are another network's."""
-        network, loss = described_network(saved.model, saved.trained_on, saved.file)
+    def of(cls, saved: SavedArrays, *, for_others: bool = True) -> Self:
+        """Make the network that the arrays belong to, `for_others` of the package's own layers alone. Raises UserError
+        for other layers, and DataError if it cannot be read, or if the arrays are another network's."""
+        network, loss = described_network(saved.model, saved.trained_on, saved.file, for_others=for_others)
         wanted = {key: parameter.shape for key, parameter in network.whole.parameters}
         found = {key: array.shape for key, array in saved.arrays.items()}
         if found != wanted:
@@ -84,10 +84,15 @@ class SavedNetwork:
         return cls(network, loss, saved)
 
 
-def described_network(model: Mapping[str, Any], trained_on: TrainedOn, file: str) -> tuple[Network, Spec]:
-    """Make the network and the loss that the text of a file describes. Raises UserError and DataError."""
+def described_network(
+    model: Mapping[str, Any], trained_on: TrainedOn, file: str, *, for_others: bool = True
+) -> tuple[Network, Spec]:
+    """Make the network and the loss that the text of a file describes, `for_others` of the package's own layers alone.
+    Raises UserError and DataError."""
     for kind in _kinds(model.get("layers")):
-        if kind not in LAYERS or not LAYERS[kind].__module__.startswith(OWN):
+        if kind not in LAYERS and not for_others:
+            raise UserError(f"{file}: nobody has registered its layer {kind}: import the module that does it, first")
+        if for_others and (kind not in LAYERS or not LAYERS[kind].__module__.startswith(OWN)):
             raise UserError(
                 f"{file}: its layer {kind} is not one of the package's, so its formulas are known to its author only: "
                 "export the arrays to .npz or .h5, and write that layer anew where they are used"

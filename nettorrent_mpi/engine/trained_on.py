@@ -24,6 +24,7 @@ ATTRIBUTE = "data"  # of the files
 class TrainedOn:
     """A TrainedOn says what the labels and the inputs of a data set mean."""
 
+    name: str  # of the data set, as in a configuration
     rows: int  # for training, those held back for validation included
     classes: int | None
     class_names: tuple[str, ...] | None
@@ -39,9 +40,8 @@ class TrainedOn:
         train, names = setup.dataset.train, setup.dataset.class_names
         transposed, scaling = setup.config.data.transposed, train.scaling
         unit = scaling.unit if train.dtype == BYTE else None
-        return cls(
-            train.rows, setup.dataset.classes, names, scaling.mean, scaling.std, transposed, setup.dataset.shape, unit
-        )
+        name, classes, shape = setup.dataset.name, setup.dataset.classes, setup.dataset.shape
+        return cls(name, train.rows, classes, names, scaling.mean, scaling.std, transposed, shape, unit)
 
     @classmethod
     def read(cls, attributes: Mapping[str, Any], path: str) -> Self:
@@ -50,6 +50,8 @@ class TrainedOn:
             found = parsed(attributes[ATTRIBUTE])
             names, classes = found["class_names"], found["classes"]
             means, stds = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
+            if not isinstance(found["name"], str):
+                raise ValueError
             if not isinstance(found["rows"], int) or not isinstance(classes, int | None) or not all((means, stds)):
                 raise ValueError
             if names is not None and not all(isinstance(name, str) for name in names):
@@ -59,7 +61,7 @@ class TrainedOn:
             if not shape or min(shape) < 1 or (unit is not None and not 0 < float(unit) < math.inf):
                 raise ValueError
             transposed, unit = bool(found["transposed"]), None if unit is None else float(unit)
-            return cls(found["rows"], classes, texts, means, stds, transposed, shape, unit)
+            return cls(found["name"], found["rows"], classes, texts, means, stds, transposed, shape, unit)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             text = f"does not say what it was trained on (attribute {ATTRIBUTE}): is it a file of nettorrent_mpi?"
             raise DataError(text, file=path) from error

@@ -89,7 +89,7 @@ def test_arrays_of_strange_names(tmp_path: Path, capfd: pytest.CaptureFixture[st
         group = file.create_group("parameters")
         group.create_dataset(name, data=np.ones(3), chunks=True, fletcher32=True)
         about = {"rows": 1, "classes": None, "class_names": None, "mean": [0], "std": [1]}
-        about |= {"transposed": False, "shape": [1], "unit": None}
+        about |= {"name": "arrays", "transposed": False, "shape": [1], "unit": None}
         write_attributes(file, {"model": '{"layers": [], "loss": {}}', "data": json.dumps(about)})
     code, text, _ = told(capfd, tmp_path)
     assert text.replace("\n", "").isprintable()

@@ -31,6 +31,7 @@ def test_it_is_read_as_it_was_written() -> None:
     for each in (setup(), setup(None), setup(mean=0.1, std=[0.5, 0.25])):
         assert TrainedOn.read(attributes(each), "") == TrainedOn.of(each)
     assert TrainedOn.of(setup(mean=0.1, std=[0.5, 0.25])) == TrainedOn(
+        name="arrays",
         rows=5,
         classes=3,
         class_names=("bee", "cat", "dog"),

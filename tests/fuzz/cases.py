@@ -199,6 +199,20 @@ def image_files(random: Random, seeds: Seeds) -> Files:
     return files
 
 
+def rows_seeds(folder: Path) -> Seeds:
+    """Rows in a .npy of each version, and in archives, stored and packed."""
+    x = np.random.default_rng(0).normal(size=(20, 6, 5)).astype(np.float32)
+    seeds = Seeds()
+    for values in (x, (9 * np.abs(x)).astype(np.uint8), x.astype(">f8")):
+        for save, name in ((np.save, "x.npy"), (np.savez, "x.npz"), (np.savez_compressed, "x.npz")):
+            made = io.BytesIO()
+            save(made, values) if save is np.save else save(made, x=values, y=np.arange(20))
+            seeds.append({name: made.getvalue()})
+    second = io.BytesIO()
+    np.lib.format.write_array(second, x, version=(2, 0))
+    return Seeds([*seeds, {"x.npy": second.getvalue()}])
+
+
 def model_seeds(folder: Path) -> Seeds:
     """A small network's model.h5."""
     from tests.fuzz import targets  # loads the whole package
@@ -302,6 +316,7 @@ SEEDS: dict[str, Callable[[Path], Seeds]] = {
     "strange_hdf5": hdf5_strange_seeds,
     "config": config_seeds,
     "images": image_seeds,
+    "rows": rows_seeds,
     "model": model_seeds,
     "checkpoint": checkpoint_seeds,
     "sealed_checkpoint": checkpoint_seeds,
@@ -315,6 +330,7 @@ CASES: dict[str, Callable[[Random, Seeds], Files]] = {
     "strange_hdf5": hdf5_strange,
     "config": config_files,
     "images": image_files,
+    "rows": damaged,
     "model": damaged,
     "strange_model": model_strange,
     "checkpoint": damaged,

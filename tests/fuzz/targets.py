@@ -22,6 +22,7 @@ from nettorrent_mpi.cli.run_folder import RunFolder
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.folder import import_folder
+from nettorrent_mpi.data.row_files import open_row_file
 from nettorrent_mpi.data.rows import Dataset, Split
 from nettorrent_mpi.plan.errors import NetTorrentWarning, UserError, in_one_line
 from nettorrent_mpi.plan.specs import Linear
@@ -135,6 +136,19 @@ def images(case: Path) -> str:
     with h5py.File(target, "r") as file:
         assert file["x"].shape == (made.rows, *made.shape)
     return f"{made.rows} pictures"
+
+
+def rows(case: Path) -> str:
+    """Rows for predictions, of a .npy and a .npz, are those that NumPy reads, or none."""
+    (path,) = (each for each in case.iterdir() if each.suffix in (".npy", ".npz"))
+    found = open_row_file(path)
+    if found.shape != (6, 5):
+        return "of another shape"
+    blocks = [*found.blocks(7)]
+    with path.open("rb") as file:
+        wanted = np.lib.npyio.NpzFile(file)[found.name] if found.name else np.lib.format.read_array(file)
+    np.testing.assert_array_equal(np.concatenate(blocks) if blocks else wanted[:0], wanted)
+    return f"{found.rows} rows"
 
 
 def _made(output: Path | None = None) -> Trainer:

@@ -1,0 +1,148 @@
+"""The command `nettorrent predict`: what the network of a run takes pictures and rows to be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nettorrent_mpi.data.images import ImageReader
+from nettorrent_mpi.data.row_files import ENDINGS, open_row_file
+from nettorrent_mpi.data.rows import UNIT
+from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.engine.trained_network import TrainedNetwork, load
+from nettorrent_mpi.plan.errors import ConfigError, DataError, listed, readable, warn
+
+BLOCK = 256  # rows, or pictures, that are answered together
+FAILED = DataError.exit_code
+
+
+class _Block(NamedTuple):
+    """Rows that are answered together, and the place of each: its file, and its number in a file of rows."""
+
+    places: list[dict[str, Any]]
+    x: Array
+
+
+class _Failure(NamedTuple):
+    """A file that cannot be read."""
+
+    file: str
+    error: DataError
+
+
+def predict(run: str, files: Sequence[str], *, top: int, array: str | None, as_json: bool) -> int:
+    """Write what the network of RUN takes each picture, and each row of the other files, to be. Returns the exit code:
+    FAILED if a file could not be read. Raises UserErrors for all else."""
+    if top < 1:
+        raise ConfigError(f"--top {top}: it has to be at least 1")
+    network, code, separator = load(run), 0, "[\n"
+    for block in _blocks(network, files, array):
+        if isinstance(block, _Failure):
+            code = FAILED
+            sys.stderr.write(f"nettorrent: error: {block.error}\n")
+            answers = [{"file": block.file, "error": str(block.error)}]
+        else:
+            answers = [*_answers(network, block, top)]
+        for answer in answers:
+            if as_json:
+                sys.stdout.write(separator + json.dumps(answer))
+                separator = ",\n"
+            elif "error" not in answer:
+                sys.stdout.write(_line(answer) + "\n")
+    if as_json:
+        sys.stdout.write("\n]\n" if separator != "[\n" else "[]\n")
+    return code
+
+
+def _blocks(network: TrainedNetwork, files: Sequence[str], array: str | None) -> Iterator[_Block | _Failure]:
+    """Read all files in their order."""
+    reader: ImageReader | None = None
+    pictures: list[tuple[str, Array]] = []
+    stretched: list[str] = []
+
+    def waiting() -> Iterator[_Block]:
+        if pictures:
+            yield _Block([{"file": name} for name, _ in pictures], np.stack([pixels for _, pixels in pictures]))
+            pictures.clear()
+
+    for name in files:
+        try:
+            if Path(name).suffix.lower() in ENDINGS:
+                yield from waiting()
+                yield from _rows(network, name, array)
+            else:
+                reader = reader or ImageReader()
+                pixels, stretches = picture(network, reader, Path(name))
+                pictures.append((name, pixels))
+                stretched += [name] if stretches else []
+                if len(pictures) == BLOCK:
+                    yield from waiting()
+        except DataError as error:
+            yield from waiting()
+            yield _Failure(name, error)
+    yield from waiting()
+    if stretched:
+        height, width, _ = network.shape
+        warn(f"pictures stretched to {height} x {width} from another shape: {listed(stretched)}")
+
+
+def _rows(network: TrainedNetwork, name: str, array: str | None) -> Iterator[_Block]:
+    """Read a file of rows."""
+    path = Path(name)
+    found = open_row_file(path, array)
+    if not network.takes(found.shape):
+        text = f"{found.name or 'its array'} has rows of {found.shape}; the network reads rows of {network.shape}"
+        raise DataError(text, file=name)
+    first = 0
+    for x in found.blocks(BLOCK):
+        yield _Block([{"file": name, "row": first + i} for i in range(len(x))], x)
+        first += len(x)
+
+
+def picture(network: TrainedNetwork, reader: ImageReader, path: Path) -> tuple[Array, bool]:
+    """Return the pixels of a picture (height, width, channels), bytes as in the data set of the network, and whether it
+    was stretched to that shape. Raises DataError."""
+    shape, unit = network.shape, network.trained_on.unit
+    if len(shape) != 3 or shape[-1] not in (1, 3):
+        raise DataError(f"the network reads rows of {shape}, which are no pictures: give rows", file=str(path))
+    if unit is None:
+        text = "the network was trained on floating-point values, whose scale a picture does not tell: give rows"
+        raise DataError(text, file=str(path))
+    facts = reader.facts(path)
+    pixels, _ = reader.pixels(path, (shape[0], shape[1], shape[2]))
+    return np.rint(pixels * (UNIT / unit)).astype(np.uint8), facts.height * shape[1] != facts.width * shape[0]
+
+
+def _answers(network: TrainedNetwork, block: _Block, top: int) -> Iterator[dict[str, Any]]:
+    """Yield what is told of each row."""
+    outputs = network.outputs(block.x)
+    if not network.classes:
+        for place, row in zip(block.places, outputs, strict=True):
+            yield {**place, "outputs": row.tolist()}
+        return
+    name = "probability" if network.has_probabilities else "output"
+    scores = network.probabilities_of(outputs) if network.has_probabilities else outputs
+    labels, order = network.labels_of(outputs), np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    for place, label, row, best in zip(block.places, labels, scores, order, strict=True):
+        ranked = [{"class": network.classes[i], name: float(row[i])} for i in best]
+        yield {**place, "label": int(label), **ranked[0], "top": ranked}
+
+
+def _line(answer: dict[str, Any]) -> str:
+    """Write an answer for people."""
+    place = answer["file"] + (f" row {answer['row']}" if "row" in answer else "")
+    if "outputs" in answer:
+        told = [f"{value:.6g}" for value in answer["outputs"]]
+    else:
+        told = [
+            f"{each['class']} {100 * each['probability']:.1f} %"
+            if "probability" in each
+            else f"{each['class']} {each['output']:.4g}"
+            for each in answer["top"]
+        ]
+    return readable(f"{place}: {', '.join(told)}")
