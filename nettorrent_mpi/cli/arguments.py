@@ -82,6 +82,18 @@ is for PyTorch, whose own torch.load reads it, and nettorrent_mpi.torch.load_run
 (row, channel, height, width), and weights to match."""
 
 
+SCHEMA = """\
+Prints the JSON Schema (draft 7) of configurations: every option with its type, range, default and meaning. An editor
+that has it completes keys and marks mistakes while you write: VS Code with its extension YAML, and whatever uses
+yaml-language-server. Write the schema beside your configurations,
+
+    nettorrent schema --output nettorrent.schema.json
+
+and begin a configuration with the line
+
+    # yaml-language-server: $schema=nettorrent.schema.json"""
+
+
 class _Formatter(argparse.HelpFormatter):
     """Breaks lines between words only, and leaves indented lines, which are commands, as they are."""
 
@@ -157,6 +169,11 @@ def _parser() -> _Parser:
     export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
     export.add_argument("target", metavar="FILE", help="the file to create: .h5, .npz, .pt or .onnx")
     export.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    schema = commands.add_parser(
+        "schema", help="print the JSON Schema of configurations, for editors", description=SCHEMA
+    )
+    schema.add_argument("--output", metavar="FILE", help="the file to write (default: the terminal)")
 
     inspect = commands.add_parser("inspect", help="show what a checkpoint has, and whether it is whole")
     inspect.add_argument(

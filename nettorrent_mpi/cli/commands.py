@@ -84,6 +84,25 @@ def _inspect(args: argparse.Namespace) -> int:
     return inspect(args.path, as_json=args.json)
 
 
+def _schema(args: argparse.Namespace) -> None:
+    import json
+
+    from nettorrent_mpi.config.schema import schema
+
+    text = json.dumps(schema(), indent=2) + "\n"
+    if args.output is None:
+        sys.stdout.write(text)
+        return
+    from pathlib import Path
+
+    from nettorrent_mpi.data.storage import replacing
+    from nettorrent_mpi.engine.run_files import written
+
+    path = Path(args.output)
+    with written(path), replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def _speedup(args: argparse.Namespace) -> None:
     from nettorrent_mpi.speedup.command import speedup
 
@@ -139,6 +158,7 @@ _LOCAL: dict[str, Callable[[argparse.Namespace], int | None]] = {  # they return
     "predict": _predict,
     "export": _export,
     "inspect": _inspect,
+    "schema": _schema,
     "speedup": _speedup,
     "chaos": _chaos,
     "data": _data,

@@ -25,10 +25,10 @@ class Bounds:
     """Bounds limit a value, in pydantic's words: gt, ge, lt, le, or min_length."""
 
     def __init__(self, **bounds: float):
-        self._bounds = bounds
+        self.bounds = bounds
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {**handler(source), **self._bounds}
+        return {**handler(source), **self.bounds}
 
 
 class Read:
@@ -43,13 +43,17 @@ class Read:
         return core_schema.no_info_plain_validator_function(self._read)
 
 
-def _one_of(kinds: Mapping[str, type[Spec]], what: str) -> Read:
-    def read(value: Any) -> Spec:
-        from nettorrent_mpi.config.written import parse
+class OneOf(Read):
+    """OneOf reads the name of one of some specs, or a name with its options."""
 
-        return parse(value, kinds, what)
+    def __init__(self, kinds: Mapping[str, type[Spec]], what: str):
+        def read(value: Any) -> Spec:
+            from nettorrent_mpi.config.written import parse
 
-    return Read(read)
+            return parse(value, kinds, what)
+
+        super().__init__(read)
+        self.kinds = kinds
 
 
 def _data_set(value: Any) -> str:
@@ -113,18 +117,18 @@ class Section:
 class Data(Section):
     """Data says which rows are trained on, and how they are prepared."""
 
-    name: Annotated[str, Read(_data_set)]  # one of plan.data_specs.DATASETS
+    name: Annotated[str, Read(_data_set)]  # the data set
     root: str | None = None  # the folder that holds mnist/ and so on; the file, for hdf5
     validation: Annotated[float, Bounds(ge=0, lt=1)] = 0.0  # the part of the training rows that is held back
-    augment: tuple[Literal["flip", "crop"], ...] = ()
+    augment: tuple[Literal["flip", "crop"], ...] = ()  # random mirroring, shifts by up to 4 pixels
     partition: Literal["shared", "disjoint"] = "shared"  # disjoint: each replica trains on its own part of the rows
     mean: float | tuple[float, ...] | None = None  # subtracted from the pixels, one for all or one per channel
     std: float | tuple[float, ...] | None = None  # the pixels are divided by it
     transposed: bool = False  # the letters are stored column by column, as EMNIST publishes them
-    rows: Count | None = None  # of synthetic data only, like the next three
-    test_rows: Annotated[int, Bounds(ge=0, le=MOST)] | None = None
-    shape: Annotated[tuple[Count, ...], Bounds(min_length=1)] | None = None
-    classes: Annotated[int, Bounds(ge=2, le=MOST)] | None = None
+    rows: Count | None = None  # training rows of synthetic data
+    test_rows: Annotated[int, Bounds(ge=0, le=MOST)] | None = None  # test rows of synthetic data
+    shape: Annotated[tuple[Count, ...], Bounds(min_length=1)] | None = None  # of a row of synthetic data
+    classes: Annotated[int, Bounds(ge=2, le=MOST)] | None = None  # of synthetic data
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,8 +167,10 @@ def _count(layer: LayerSpec) -> int:
 class Model(Section):
     """Model describes the network. Every layer may have a name; a swarm counts its weight layers."""
 
-    layers: Annotated[tuple[Annotated[LayerSpec, _one_of(specs.LAYERS, "layer")], ...], Bounds(min_length=1)]
-    loss: Annotated[Spec, _one_of(specs.LOSSES, "loss")] = field(default_factory=specs.CrossEntropy)
+    # The layers, from the inputs to the outputs.
+    layers: Annotated[tuple[Annotated[LayerSpec, OneOf(specs.LAYERS, "layer")], ...], Bounds(min_length=1)]
+    # The number that training makes small.
+    loss: Annotated[Spec, OneOf(specs.LOSSES, "loss")] = field(default_factory=specs.CrossEntropy)
 
     def _mistakes(self) -> Iterator[Mistake]:
         if not any(layer.weighted for layer in self.layers):
@@ -184,25 +190,29 @@ class Model(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StopAt(Section):
-    accuracy: Annotated[float, Bounds(gt=0, le=1)]
+    """StopAt ends a training before its last epoch."""
+
+    accuracy: Annotated[float, Bounds(gt=0, le=1)]  # on the validation rows, or the test rows where there are none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Section):
     """Train says how the network is trained. `epochs` is None where `steps` is given, and the other way round."""
 
-    epochs: Count | None = None
-    steps: Annotated[int, Bounds(ge=0, le=MOST)] | None = None  # 0: only the initial weights are saved
+    epochs: Count | None = None  # how often training goes through all rows; None: 10, unless steps is given
+    steps: Annotated[int, Bounds(ge=0, le=MOST)] | None = None  # updates; 0: only the initial weights are saved
     batch_size: Count = 128  # rows for one update, whatever the number of ranks
     # Pieces of a mini-batch that follow each other through the pipeline. auto: 4; but 1 where there is a single stage,
     # so nothing to fill, unless batch norm takes its statistics of one piece.
     micro_batches: Annotated[int | Literal["auto"], Read(_pieces)] = "auto"
-    optimizer: Annotated[Spec, _one_of(specs.OPTIMIZERS, "optimizer")] = field(default_factory=specs.Adam)
-    schedule: Annotated[Spec, _one_of(specs.SCHEDULES, "schedule")] = field(default_factory=specs.Constant)
+    # The rule of an update.
+    optimizer: Annotated[Spec, OneOf(specs.OPTIMIZERS, "optimizer")] = field(default_factory=specs.Adam)
+    # The learning rate over the run.
+    schedule: Annotated[Spec, OneOf(specs.SCHEDULES, "schedule")] = field(default_factory=specs.Constant)
     clip_norm: Annotated[float, Bounds(gt=0)] | None = None  # longest allowed gradient of the whole network
-    stop_at: StopAt | None = None
-    report_every: Count = 50  # steps
-    evaluate_every: Count = 1  # epochs
+    stop_at: StopAt | None = None  # an end before the last epoch
+    report_every: Count = 50  # steps from one report to the next
+    evaluate_every: Count = 1  # epochs from one evaluation to the next
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,27 +235,27 @@ class Checkpoint(Section):
     """Checkpoint says when the training state is saved: whenever one of the intervals is over, at the end, and when a
     signal stops the run."""
 
-    every_steps: Count | None = None
-    every_seconds: Annotated[float, Bounds(gt=0)] | None = 600.0
-    every_epochs: Count | None = 1
-    keep: Count = 2  # the newest ones: the second in case the first cannot be read
+    every_steps: Count | None = None  # steps from one checkpoint to the next
+    every_seconds: Annotated[float, Bounds(gt=0)] | None = 600.0  # seconds from one to the next
+    every_epochs: Count | None = 1  # epochs from one to the next
+    keep: Count = 2  # how many of the newest ones stay: the second in case the first cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Swarm(Section):
     """A Swarm divides `layers` weight layers of each replica over a grid of rows x cols ranks."""
 
-    layers: Count = 1
-    rows: Count = 1
-    cols: Count = 1
+    layers: Count = 1  # layers with weights, in order
+    rows: Count = 1  # parts of the mini-batch's rows
+    cols: Count = 1  # parts of each layer's neurons or filters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout(Section):
     """Layout divides the ranks. Without swarms each replica has one per layer, sized by cost (`layout: layers`)."""
 
-    replicas: Count = 1
-    swarms: Annotated[tuple[Swarm, ...], Bounds(min_length=1)] | None = None
+    replicas: Count = 1  # copies of the whole pipeline
+    swarms: Annotated[tuple[Swarm, ...], Bounds(min_length=1)] | None = None  # the stages of a replica, in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +263,8 @@ class WatchdogTimes(Section):
     """WatchdogTimes say after how many seconds without advance of a rank a table shows what all do, and after how many
     the run ends. None: never."""
 
-    report: Count | None = 60
-    end: Count | None = 600
+    report: Count | None = 60  # seconds until the table
+    end: Count | None = 600  # seconds until the end
 
     def _mistakes(self) -> Iterator[Mistake]:
         if self.report is not None and self.end is not None and self.end < self.report:
@@ -265,25 +275,32 @@ class WatchdogTimes(Section):
 class Config(Section):
     """Config holds a whole configuration."""
 
-    seed: Annotated[int, Bounds(ge=0)] = 1
-    # tf32: arrays of float32, whose products may be rounded to TF32. bfloat16: of 2 bytes. Both on a GPU only.
+    seed: Annotated[int, Bounds(ge=0)] = 1  # of everything random: weights, order of the rows, dropout, augmentation
+    # The type of the numbers. GPUs alone have tf32 (arrays of float32, whose products may be rounded to TF32) and
+    # bfloat16 (2 bytes).
     dtype: Literal["float32", "float64", "tf32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where every rank has one
+    # The code that computes on CPU cores. fastest: what trials find fastest of NumPy, Numba and oneDNN; auto: the same,
+    # except for runs so short that loading these would take longer than it saves; numpy: NumPy alone.
     kernels: Literal["auto", "fastest", "numpy"] = "auto"
-    data: Data
-    model: Model
-    train: Train = field(default_factory=Train)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    data: Data  # the rows
+    model: Model  # the network
+    train: Train = field(default_factory=Train)  # how it is trained
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)  # when the training state is saved
+    # How the ranks are divided. layers: one swarm per layer, sized by cost; auto: what is predicted to be fastest.
     layout: Annotated[Literal["layers", "auto"] | Layout, Read(_layout)] = "layers"
-    pipeline: Annotated[Spec, _one_of(choices.PIPELINES, "pipeline")] = field(default_factory=choices.OneFOneB)
-    exchange: Annotated[Spec, _one_of(choices.EXCHANGES, "exchange")] = field(default_factory=choices.Allreduce)
+    # How mini-batches go through the stages.
+    pipeline: Annotated[Spec, OneOf(choices.PIPELINES, "pipeline")] = field(default_factory=choices.OneFOneB)
+    # How replicas agree.
+    exchange: Annotated[Spec, OneOf(choices.EXCHANGES, "exchange")] = field(default_factory=choices.Allreduce)
     # Copies of the state in other ranks' memory. auto: where a run survives the loss of ranks.
-    redundancy: Annotated[Spec, _one_of(choices.REDUNDANCIES, "kind of redundancy")] = field(
+    redundancy: Annotated[Spec, OneOf(choices.REDUNDANCIES, "kind of redundancy")] = field(
         default_factory=choices.AutoCopies
     )
+    # What happens when a rank no longer advances; none: nothing.
     watchdog: Annotated[Literal["none"] | WatchdogTimes, Read(_watchdog)] = field(default_factory=WatchdogTimes)
     output: str | None = None  # the run folder; `load` fills it in
-    trace: bool = False
+    trace: bool = False  # whether steps are recorded, as trace.json for chrome://tracing
 
     @property
     def exact(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -49,15 +50,28 @@ def section(kind: type[T], value: Any) -> T:
 
 
 # ---- what an option may be: by (kind, option), or by option alone; every number of a pair is checked
-Rule = tuple[Callable[[Any], bool], str]
-_COUNT: Rule = (lambda n: 1 <= n <= specs.MOST, f"at least 1 and at most {specs.MOST:,}")
-_POSITIVE: Rule = (lambda x: 0 < x < math.inf, "more than 0")
-_NOT_NEGATIVE: Rule = (lambda x: 0 <= x < math.inf, "at least 0")
-_BELOW_ONE: Rule = (lambda x: 0 <= x < 1, "at least 0 and less than 1")
-_ABOVE_ZERO: Rule = (lambda x: 0 < x <= 1, "more than 0 and at most 1")
-_BETWEEN: Rule = (lambda x: 0 < x < 1, "more than 0 and less than 1")
-_FRACTION: Rule = (lambda x: 0 <= x <= 1, "between 0 and 1")
-_RULES: dict[str | tuple[str, str], Rule] = {
+class Range:
+    """A Range of numbers, in pydantic's words: gt, ge, lt, le."""
+
+    def __init__(self, text: str, **bounds: float):
+        self.text, self.bounds = text, bounds
+
+    def has(self, number: float) -> bool:
+        """Whether a number is in the range, and finite."""
+        return math.isfinite(number) and all(_HOLDS[name](number, bound) for name, bound in self.bounds.items())
+
+
+_HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le,
+}  # fmt: skip
+_COUNT = Range(f"at least 1 and at most {specs.MOST:,}", ge=1, le=specs.MOST)
+_POSITIVE = Range("more than 0", gt=0)
+_NOT_NEGATIVE = Range("at least 0", ge=0)
+_BELOW_ONE = Range("at least 0 and less than 1", ge=0, lt=1)
+_ABOVE_ZERO = Range("more than 0 and at most 1", gt=0, le=1)
+_BETWEEN = Range("more than 0 and less than 1", gt=0, lt=1)
+_FRACTION = Range("between 0 and 1", ge=0, le=1)
+_RANGES: dict[str | tuple[str, str], Range] = {
     **dict.fromkeys(("units", "filters", "kernel", "stride", "size", "every", "every_epochs", "every_steps"), _COUNT),
     **dict.fromkeys(("lr", "eps", "factor", "factor_per_epoch"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "lr_decay", "initial_accumulator", "warmup_steps"), _NOT_NEGATIVE),
@@ -74,17 +88,24 @@ _RULES: dict[str | tuple[str, str], Rule] = {
     "slow_momentum": _BELOW_ONE,
     "withhold": _BELOW_ONE,
 }
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*\Z")
+
+
+def range_of(kind: str, option: str) -> Range | None:
+    """Return the range of an option's numbers; None if its type says all."""
+    return _RANGES.get((kind, option)) or _RANGES.get(option)
+
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*\Z")
 
 
 def _out_of_range(kind: str, options: Mapping[str, Any]) -> Iterator[Mistake]:
     """Yield a mistake for each number that its option does not allow; values of a wrong type are left to pydantic."""
     for option, value in options.items():
-        rule = _RULES.get((kind, option)) or _RULES.get(option)
+        possible = range_of(kind, option)
         for number in value if isinstance(value, list | tuple) else (value,):
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if rule is not None and is_number and not rule[0](number):
-                yield Mistake(f"must be {rule[1]}, not {number}", option)
+            if possible is not None and is_number and not possible.has(number):
+                yield Mistake(f"must be {possible.text}, not {number}", option)
                 break
 
 
@@ -103,7 +124,7 @@ def _mistakes(spec: Spec) -> Iterator[Mistake]:
         yield Mistake("give one of every_epochs and every_steps: after how many the learning rate drops")
     if isinstance(spec, specs.Residual) and not any(i.weighted for i in (*spec.layers, *spec.shortcut)):
         yield Mistake("has no layer with weights; add a linear or conv2d layer", "layers")
-    if isinstance(spec, LayerSpec) and spec.name is not None and not _NAME.match(spec.name):
+    if isinstance(spec, LayerSpec) and spec.name is not None and not NAME.match(spec.name):
         yield Mistake("must begin with a letter and go on with letters, digits, _ and -", "name")
     if isinstance(spec, choices.Gossip):
         yield from _gossip_mistakes(spec)

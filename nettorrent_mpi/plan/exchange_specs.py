@@ -16,11 +16,15 @@ from nettorrent_mpi.plan.specs import Spec
 
 @dataclass(frozen=True)
 class Gpipe(Spec):
+    """A mini-batch's pieces all go forward, then all backward (Huang et al. 2018); stages keep all of them."""
+
     kind = "gpipe"
 
 
 @dataclass(frozen=True)
 class OneFOneB(Spec):
+    """A stage does one piece backward after each one forward, and keeps few of them (Narayanan et al. 2019)."""
+
     kind = "1f1b"
 
 
@@ -41,7 +45,7 @@ class ConstantMix(Spec):
     """f = value; without a value the pairing's own weights, which keep the average of the replicas."""
 
     kind = "constant"
-    value: float | None = None
+    value: float | None = None  # f: the part of the difference to a message that is taken
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,9 @@ class LinearMix(Spec):
     """f goes from start to end while the clock goes from 0 to target steps, and stays at end."""
 
     kind = "linear"
-    start: float = 0.5
-    end: float = 0.1
-    target: int = 1000
+    start: float = 0.5  # f at the first step
+    end: float = 0.1  # f from the target on
+    target: int = 1000  # steps
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class LossDivergenceMix(Spec):
     """f = l^2 / (l^2 + pl^2) * min(l / target, 1)."""
 
     kind = "loss_divergence"
-    target: float = 1.0
+    target: float = 1.0  # the loss from which on f is not lowered
 
 
 @dataclass(frozen=True)
@@ -88,28 +92,38 @@ class PushSumMix(Spec):
 
 @dataclass(frozen=True)
 class Whole(Spec):
+    """Messages have the numbers as they are."""
+
     kind = "none"
 
 
 @dataclass(frozen=True)
 class Float16(Spec):
+    """Messages have numbers of 2 bytes."""
+
     kind = "float16"
 
 
 @dataclass(frozen=True)
 class Int8(Spec):
+    """Messages have numbers of 1 byte, with a scale for each block of them."""
+
     kind = "int8"
 
 
 @dataclass(frozen=True)
 class Sign(Spec):
+    """Messages have a bit for each number, its sign, and a scale for each block of them."""
+
     kind = "sign"
 
 
 @dataclass(frozen=True)
 class TopK(Spec):
+    """Messages have the largest changes only, and their places."""
+
     kind = "topk"
-    fraction: float = 0.01
+    fraction: float = 0.01  # of all numbers
 
 
 # -- exchanges --------------------------------------------------------------------------------------------------------
@@ -134,15 +148,17 @@ class Elite(Spec):
     """At intervals replicas take over the best replica's weights, judged by the validation rows."""
 
     kind = "elite"
-    every_samples: int = 1000  # of all replicas together
-    mode: Literal["best", "tournament"] = "best"
-    metric: Literal["validation_loss", "validation_accuracy"] = "validation_loss"
+    every_samples: int = 1000  # training rows of all replicas together, from one comparison to the next
+    mode: Literal["best", "tournament"] = "best"  # best: all take the best one's; tournament: losers of pairs do
+    metric: Literal["validation_loss", "validation_accuracy"] = "validation_loss"  # by which they are compared
 
 
 @dataclass(frozen=True)
 class Consensus(Spec):
+    """Replicas that are too far apart are averaged exactly."""
+
     kind = "consensus"
-    max: float = 0.05  # relative distance above which the replicas are averaged exactly
+    max: float = 0.05  # the root mean square distance from their mean, relative to it, above which they are averaged
 
 
 PairingKind = Literal["ring", "exponential", "hypercube", "shuffle", "random", "complete", "grid", "finite"]
@@ -153,24 +169,24 @@ class Gossip(Spec):
     """Replicas average with few others at a time, by messages that travel while the next step computes."""
 
     kind = "gossip"
-    pairing: PairingKind = "exponential"
-    mix: Spec = ConstantMix()  # one of MIXES
+    pairing: PairingKind = "exponential"  # who exchanges with whom in each round
+    mix: Spec = ConstantMix()  # the weight of a merged message
     divergence_threshold: float = 0.0  # below this loss f shrinks in proportion to the loss; 0: never
     every: int = 1  # steps from one round to the next
     probability: float = 1.0  # that a pair's round takes place
     part: float | Literal["auto"] = "auto"  # of all elements, in one round
-    compress: Spec = Whole()  # one of COMPRESSIONS
+    compress: Spec = Whole()  # messages are made smaller
     gamma: float | None = None  # CHOCO's step towards the others, with compression; None: the codec's
     exact_every: int | None = None  # rounds from one exact average to the next
     slow_momentum: float = 0.0  # SlowMo, at exact averages
-    average: tuple[Literal["parameters", "optimizer"], ...] = ("parameters",)
+    average: tuple[Literal["parameters", "optimizer"], ...] = ("parameters",)  # the arrays that are averaged
     # The factor on the learning rate; auto: see plan.gossip_rules.rate_factor.
     rate_factor: float | Literal["auto"] = "auto"
     # The part of its own latest steps that a replica withholds from itself; auto: see plan.gossip_rules.withholding.
     withhold: float | Literal["auto"] = "auto"
     overlap: bool = True  # messages travel while the next step computes
     deadline: float | Literal["auto", "none"] = "auto"  # milliseconds that a round may take
-    consensus: Consensus | None = None
+    consensus: Consensus | None = None  # a bound on the distance between replicas; None: none
 
 
 # -- copies of the state, for when ranks are lost ---------------------------------------------------------------------
@@ -187,6 +203,8 @@ class BuddyCopies(Spec):
 
 @dataclass(frozen=True)
 class NoCopies(Spec):
+    """No rank keeps a copy for another: after a loss the run goes on from a checkpoint."""
+
     kind = "none"
 
 

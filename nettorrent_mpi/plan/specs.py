@@ -1,7 +1,8 @@
 """Specs hold the options of every layer, loss, optimizer and learning-rate schedule, with their defaults.
 
 Each is a frozen dataclass, so that the configuration is checked against it and `model.h5` can store it. The first field
-may be given alone (`dropout: 0.25`). Formulas and defaults are PyTorch's where it has the same thing.
+may be given alone (`dropout: 0.25`). Formulas and defaults are PyTorch's where it has the same thing. The schema and
+the reference show a class's docstring and the comment beside or above each field (config/described.py).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class LayerSpec(Spec):
     activates: ClassVar[bool] = False  # whether it is an activation, by which initial values are chosen
     limits: ClassVar[tuple[float, float]] = (-inf, inf)  # of the numbers that it gives, for what a loss can take
 
-    name: str | None = field(default=None, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)  # in messages, files and exports; None: its kind and number
 
     def widths(self) -> tuple[int, ...]:
         """Return the number of neurons or filters of each inner layer with weights, which cols of a team can divide."""
@@ -61,12 +62,14 @@ class LayerSpec(Spec):
 
 @dataclass(frozen=True)
 class Linear(LayerSpec):
+    """A linear layer multiplies each row by a matrix of weights, and adds a bias: y = x W + b."""
+
     kind = "linear"
     weighted = True
-    units: int
-    activation: Activation | None = None
-    bias: bool = True
-    initial: Initial = "auto"
+    units: int  # neurons: the outputs for each row
+    activation: Activation | None = None  # applied to the outputs
+    bias: bool = True  # whether a trained number is added to each output
+    initial: Initial = "auto"  # the distribution of the initial weights
 
     def widths(self) -> tuple[int, ...]:
         return (self.units,)
@@ -74,15 +77,17 @@ class Linear(LayerSpec):
 
 @dataclass(frozen=True)
 class Conv2d(LayerSpec):
+    """A convolution of images (row, height, width, channel) by filters that look at all channels."""
+
     kind = "conv2d"
     weighted = True
-    filters: int
-    kernel: Pair = 3
-    stride: Pair = 1
-    padding: Padding = "valid"
-    activation: Activation | None = None
-    bias: bool = True
-    initial: Initial = "auto"
+    filters: int  # the channels of the output
+    kernel: Pair = 3  # height and width of a filter, in pixels
+    stride: Pair = 1  # pixels from one position of a filter to the next
+    padding: Padding = "valid"  # same: zeros around the image, so that stride 1 keeps its size; valid: none
+    activation: Activation | None = None  # applied to the outputs
+    bias: bool = True  # whether a trained number is added to each channel
+    initial: Initial = "auto"  # the distribution of the initial weights
 
     def widths(self) -> tuple[int, ...]:
         return (self.filters,)
@@ -90,50 +95,67 @@ class Conv2d(LayerSpec):
 
 @dataclass(frozen=True)
 class MaxPool2d(LayerSpec):
+    """The largest value of each window of an image, channel by channel."""
+
     kind = "max_pool2d"
-    size: Pair = 2
-    stride: Pair | None = None  # None: the size
+    size: Pair = 2  # height and width of the window, in pixels
+    stride: Pair | None = None  # pixels from one window to the next; None: the size
 
 
 @dataclass(frozen=True)
 class AvgPool2d(LayerSpec):
+    """The mean of each window of an image, channel by channel."""
+
     kind = "avg_pool2d"
-    size: Pair = 2
-    stride: Pair | None = None
+    size: Pair = 2  # height and width of the window, in pixels
+    stride: Pair | None = None  # pixels from one window to the next; None: the size
 
 
 @dataclass(frozen=True)
 class GlobalAvgPool2d(LayerSpec):
+    """The mean of each channel of an image over all its pixels."""
+
     kind = "global_avg_pool2d"
 
 
 @dataclass(frozen=True)
 class Flatten(LayerSpec):
+    """An image becomes a row of numbers, which a linear layer can take; in the order height, width, channel."""
+
     kind = "flatten"
     reads_whole = True
 
 
 @dataclass(frozen=True)
 class Dropout(LayerSpec):
+    """In training a part of the values is set to 0, and the others are scaled up, so that the mean stays."""
+
     kind = "dropout"
-    rate: float = 0.5
+    rate: float = 0.5  # the part of the values
 
 
 @dataclass(frozen=True)
 class BatchNorm(LayerSpec):
+    """Each feature or channel is scaled to mean 0 and variance 1 over the rows that a piece of a mini-batch has on all
+    ranks together, then scaled and shifted by trained numbers; an evaluation takes running means."""
+
     kind = "batch_norm"
-    momentum: float = 0.1
-    eps: float = 1e-5
+    momentum: float = 0.1  # the weight of a step's mean and variance in the running ones
+    eps: float = 1e-5  # added to the variance
 
 
 @dataclass(frozen=True)
 class LayerNorm(LayerSpec):
+    """Each row is scaled to mean 0 and variance 1 over its features, then scaled and shifted by trained numbers."""
+
     kind = "layer_norm"
-    eps: float = 1e-5
+    eps: float = 1e-5  # added to the variance
 
 
 @dataclass(frozen=True)
 class Relu(LayerSpec):
+    """max(x, 0)."""
+
     kind = "relu"
     activates = True
     limits = (0.0, inf)
@@ -141,13 +163,17 @@ class Relu(LayerSpec):
 
 @dataclass(frozen=True)
 class LeakyRelu(LayerSpec):
+    """x where it is positive, slope * x elsewhere."""
+
     kind = "leaky_relu"
     activates = True
-    slope: float = 0.01
+    slope: float = 0.01  # of the negative part
 
 
 @dataclass(frozen=True)
 class Sigmoid(LayerSpec):
+    """1 / (1 + exp(-x))."""
+
     kind = "sigmoid"
     activates = True
     limits = (0.0, 1.0)
@@ -155,6 +181,8 @@ class Sigmoid(LayerSpec):
 
 @dataclass(frozen=True)
 class Tanh(LayerSpec):
+    """The hyperbolic tangent."""
+
     kind = "tanh"
     activates = True
     limits = (-1.0, 1.0)
@@ -162,17 +190,21 @@ class Tanh(LayerSpec):
 
 @dataclass(frozen=True)
 class Gelu(LayerSpec):
-    kind = "gelu"  # the exact one, with erf
+    """x times the normal distribution's cumulative function at x, exactly, by erf (Hendrycks and Gimpel 2016)."""
+
+    kind = "gelu"
     activates = True
     limits = (-0.17, inf)
 
 
 @dataclass(frozen=True)
 class Residual(LayerSpec):
+    """The sum of what inner layers make of the input and of a shortcut around them (He et al. 2015)."""
+
     kind = "residual"
     weighted = True
-    layers: tuple[LayerSpec, ...]
-    shortcut: tuple[LayerSpec, ...] = ()  # empty: the input itself
+    layers: tuple[LayerSpec, ...]  # the inner layers, as in model.layers
+    shortcut: tuple[LayerSpec, ...] = ()  # the layers of the shortcut; empty: the input itself
 
     def widths(self) -> tuple[int, ...]:
         return tuple(width for inner in (*self.layers, *self.shortcut) for width in inner.widths())
@@ -189,18 +221,24 @@ LAYERS: dict[str, type[LayerSpec]] = {
 
 @dataclass(frozen=True)
 class CrossEntropy(Spec):
-    kind = "cross_entropy"  # of logits: softmax and the negative log likelihood of whole-number labels
-    label_smoothing: float = 0.0
+    """Softmax and the negative log likelihood of labels that are whole numbers; the outputs are logits."""
+
+    kind = "cross_entropy"
+    label_smoothing: float = 0.0  # the part of a label's weight that all classes share
 
 
 @dataclass(frozen=True)
 class BinaryCrossEntropy(Spec):
-    kind = "binary_cross_entropy"  # of logits; whole-number labels for several outputs become one-hot
+    """Sigmoid and the negative log likelihood of targets from 0 to 1; whole-number labels become one-hot."""
+
+    kind = "binary_cross_entropy"
 
 
 @dataclass(frozen=True)
 class MeanSquaredError(Spec):
-    kind = "mean_squared_error"  # whole-number labels for several outputs become one-hot
+    """The mean of the squared differences from the targets; whole-number labels become one-hot."""
+
+    kind = "mean_squared_error"
 
 
 LOSSES: dict[str, type[Spec]] = {s.kind: s for s in (CrossEntropy, BinaryCrossEntropy, MeanSquaredError)}
@@ -208,51 +246,61 @@ LOSSES: dict[str, type[Spec]] = {s.kind: s for s in (CrossEntropy, BinaryCrossEn
 
 @dataclass(frozen=True)
 class Sgd(Spec):
+    """Stochastic gradient descent, as PyTorch's SGD."""
+
     kind = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
+    lr: float = 0.01  # the learning rate
+    momentum: float = 0.0  # the part of the former step that goes into the next one
+    dampening: float = 0.0  # the part of a gradient that stays out of the momentum
+    nesterov: bool = False  # Nesterov's momentum
+    weight_decay: float = 0.0  # the factor on the weights that is added to their gradients
 
 
 @dataclass(frozen=True)
 class Adagrad(Spec):
+    """Each weight's learning rate falls by the sum of its squared gradients (Duchi et al. 2011)."""
+
     kind = "adagrad"
-    lr: float = 0.01
-    lr_decay: float = 0.0
-    initial_accumulator: float = 0.0
-    eps: float = 1e-10
-    weight_decay: float = 0.0
+    lr: float = 0.01  # the learning rate
+    lr_decay: float = 0.0  # the learning rate is divided by 1 + steps * lr_decay
+    initial_accumulator: float = 0.0  # the sum of squared gradients at the start
+    eps: float = 1e-10  # added to the root that a step is divided by
+    weight_decay: float = 0.0  # the factor on the weights that is added to their gradients
 
 
 @dataclass(frozen=True)
 class Rmsprop(Spec):
+    """Each weight's step is divided by the root of a running mean of its squared gradients."""
+
     kind = "rmsprop"
-    lr: float = 0.01
-    alpha: float = 0.99
-    eps: float = 1e-8
-    momentum: float = 0.0
-    centered: bool = False
-    weight_decay: float = 0.0
+    lr: float = 0.01  # the learning rate
+    alpha: float = 0.99  # the weight of the past in the running mean
+    eps: float = 1e-8  # added to the root that a step is divided by
+    momentum: float = 0.0  # the part of the former step that goes into the next one
+    centered: bool = False  # whether the squared mean gradient is subtracted from the mean square
+    weight_decay: float = 0.0  # the factor on the weights that is added to their gradients
 
 
 @dataclass(frozen=True)
 class Adam(Spec):
+    """Running means of gradients and of their squares make each step (Kingma and Ba 2014)."""
+
     kind = "adam"
-    lr: float = 0.001
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = 0.001  # the learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # the weights of the past in the two running means
+    eps: float = 1e-8  # added to the root that a step is divided by
+    weight_decay: float = 0.0  # the factor on the weights that is added to their gradients
 
 
 @dataclass(frozen=True)
 class AdamW(Spec):
+    """Adam, with a weight decay that does not pass through its means (Loshchilov and Hutter 2017)."""
+
     kind = "adamw"
-    lr: float = 0.001
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
+    lr: float = 0.001  # the learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # the weights of the past in the two running means
+    eps: float = 1e-8  # added to the root that a step is divided by
+    weight_decay: float = 0.01  # the part of the weights that a step of rate 1 takes away
 
 
 OPTIMIZERS: dict[str, type[Spec]] = {s.kind: s for s in (Sgd, Adagrad, Rmsprop, Adam, AdamW)}
@@ -260,31 +308,39 @@ OPTIMIZERS: dict[str, type[Spec]] = {s.kind: s for s in (Sgd, Adagrad, Rmsprop, 
 
 @dataclass(frozen=True)
 class Constant(Spec):
+    """The learning rate stays the optimizer's lr."""
+
     kind = "constant"
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # first steps, in which the learning rate grows to lr evenly
 
 
 @dataclass(frozen=True)
 class Step(Spec):
-    kind = "step"  # times `factor` every so many epochs, or every so many steps
-    every_epochs: int | None = None  # one of the two is given
-    every_steps: int | None = None
-    factor: float = 0.1
-    warmup_steps: int = 0
+    """The learning rate drops at equal intervals, of epochs or of steps: one of the two is given."""
+
+    kind = "step"
+    every_epochs: int | None = None  # epochs from one drop to the next
+    every_steps: int | None = None  # steps from one drop to the next
+    factor: float = 0.1  # by which each drop multiplies the learning rate
+    warmup_steps: int = 0  # first steps, in which the learning rate grows to lr evenly
 
 
 @dataclass(frozen=True)
 class Exponential(Spec):
-    kind = "exponential"  # times this factor every epoch, smoothly
-    factor_per_epoch: float
-    warmup_steps: int = 0
+    """The learning rate falls smoothly, by the same factor in each epoch."""
+
+    kind = "exponential"
+    factor_per_epoch: float  # by which an epoch multiplies the learning rate
+    warmup_steps: int = 0  # first steps, in which the learning rate grows to lr evenly
 
 
 @dataclass(frozen=True)
 class Cosine(Spec):
-    kind = "cosine"  # half a cosine from lr down to `final` * lr at the last step
-    final: float = 0.0
-    warmup_steps: int = 0
+    """Half a cosine takes the learning rate from lr down to final * lr at the last step."""
+
+    kind = "cosine"
+    final: float = 0.0  # the part of lr that is left at the end
+    warmup_steps: int = 0  # first steps, in which the learning rate grows to lr evenly
 
 
 SCHEDULES: dict[str, type[Spec]] = {s.kind: s for s in (Constant, Step, Exponential, Cosine)}
