@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -200,3 +201,19 @@ def _folders(proc: Path) -> list[tuple[Path, tuple[str, ...]]]:
 def _text(path: Path) -> str:
     """Read a file whose text, as the names of programs and folders, may be in any encoding."""
     return path.read_text(encoding="utf-8", errors="replace")
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in told:
+        return platform.machine()
+    # Virtual machines often omit the number from the name: AMD EPYC can be any of five generations.
+    numbers = ", ".join(
+        f"{word} {told[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in told
+    )
+    return f"{told['model name']} ({numbers})" if numbers else told["model name"]

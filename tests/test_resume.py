@@ -405,7 +405,7 @@ def timeless(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 
 
-TIMES = ("time", "samples_per_second")
+TIMES = ("time", "samples_per_second", "ranks")
 
 
 @slow

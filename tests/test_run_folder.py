@@ -22,6 +22,7 @@ import pytest
 from nettorrent_mpi.cli.run_folder import RunFolder
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config import writing
+from nettorrent_mpi.engine.rank_seconds import PARTS
 from nettorrent_mpi.plan.actions import step_end
 from nettorrent_mpi.plan.errors import NetTorrentWarning, OutputError
 from nettorrent_mpi.plan.schedule import build
@@ -169,7 +170,7 @@ def on_two(tmp_path_factory: pytest.TempPathFactory, series: Series) -> tuple[Pa
 
 def test_files(done: Done) -> None:
     there = {path.name for path in done.folder.iterdir()} - {"checkpoints"}
-    assert there == {"config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json"}
+    assert there == {"config.yaml", "run.json", "metrics.jsonl", "summary.json", "model.h5", "trace.json"}
 
 
 def test_configuration_is_complete(done: Done, on_three: OnThree) -> None:
@@ -185,7 +186,7 @@ def test_configuration_is_complete(done: Done, on_three: OnThree) -> None:
 
 def test_metrics(done: Done) -> None:
     always = {"step": int, "epoch": float, "samples": int, "time": float, "train_loss": float}
-    always |= {"learning_rate": float, "samples_per_second": float}
+    always |= {"learning_rate": float, "samples_per_second": float, "ranks": dict}
     scores = {"test_loss": float, "test_accuracy": float, "validation_loss": float, "validation_accuracy": float}
     lines = done.metrics()
     assert [line["step"] for line in lines] == [10, 20, 26, 30, 40, 50, 52, 60, 70, 78]
@@ -196,6 +197,9 @@ def test_metrics(done: Done) -> None:
         assert line["epoch"] == pytest.approx(step / EPOCH, abs=1e-4)
         assert line["samples"] == step // EPOCH * ROWS + step % EPOCH * 50
         assert line["learning_rate"] == pytest.approx(0.01 * 0.9 ** ((step - 1) / EPOCH))
+        parts = line.pop("ranks")
+        assert {name: len(parts[name]) for name in PARTS} == dict.fromkeys(PARTS, 3)
+        assert parts["slowest"] in range(3)
         assert all(math.isfinite(value) for value in line.values())
         assert line["samples_per_second"] > 0
     times = [line["time"] for line in lines]
@@ -219,6 +223,17 @@ def test_summary(done: Done) -> None:
     assert summary["final_loss"] == last["train_loss"]
     assert 0 < summary["train_seconds"] <= last["time"]
     assert summary["samples_per_second"] > 0
+
+
+def test_what_run_json_says_of_a_run(done: Done) -> None:
+    about = json.loads((done.folder / "run.json").read_text())
+    assert about["arguments"][:2] == ["train", str(done.config)]
+    assert about["ended"] == "done"
+    assert len(about["hosts"]) == about["ranks"] == 3
+    assert [(stage["layers"], stage["rows"], stage["cols"]) for stage in about["stages"]] == [
+        (["first"], 1, 1), (["linear1"], 1, 1), (["linear2"], 1, 1)
+    ]  # fmt: skip
+    assert (about["steps"], about["steps_per_epoch"], about["replicas"]) == (3 * EPOCH, EPOCH, 1)
 
 
 def test_model(done: Done) -> None:

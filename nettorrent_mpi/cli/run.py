@@ -12,10 +12,11 @@ from typing import Any
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.api import Trainer, watched
+from nettorrent_mpi.cli.about_run import about_run
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.progress import Reporter, open_reporter
 from nettorrent_mpi.cli.ranks import Ranks
-from nettorrent_mpi.cli.run_folder import RunFolder, commit
+from nettorrent_mpi.cli.run_folder import RunFolder
 from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.world import World
@@ -78,7 +79,7 @@ def _start(ranks: Ranks, arguments: Sequence[str], chosen: str, signals: Signals
     if place is not None:
         trainer.resume(place)
     checkpoint = trainer.resumed_from
-    run = Run(world, planned, trainer, folder, checkpoint)
+    run = Run(world, planned, trainer, folder, checkpoint, arguments)
     if checkpoint is not None and run.is_complete(checkpoint):
         return None
     run.environment, run.device = chosen, device
@@ -145,9 +146,18 @@ class Run:
     environment = ""  # how it was set, in words
     device = ""  # what the run computes on, in words
 
-    def __init__(self, world: World, planned: PlannedRun, trainer: Trainer, folder: RunFolder, checkpoint: Path | None):
+    def __init__(
+        self,
+        world: World,
+        planned: PlannedRun,
+        trainer: Trainer,
+        folder: RunFolder,
+        checkpoint: Path | None,
+        arguments: Sequence[str],
+    ):
         self._world, self._planned, self.trainer, self._folder = world, planned, trainer, folder
-        self._checkpoint = checkpoint
+        self._checkpoint, self._arguments = checkpoint, arguments
+        self._about: dict[str, Any] = {}  # the content of run.json
         self._created = self._begun = False
         self._reporter: Reporter | None = None
         trainer.on_recovery(self.go_on)
@@ -207,10 +217,13 @@ class Run:
         """Create the folder. If it has this run's files, those stay that tell of steps up to this one."""
         world, folder, checkpoint = self._world, self._folder, self._checkpoint
         continues = any(world.gather_objects(self._created))
+        hosts = world.gather_objects(world.host)
         with world.agreement():
             if world.rank == 0:
                 continues = continues or (checkpoint is not None and folder.holds(checkpoint))
                 folder.create(to_yaml(_anywhere(self._planned.setup.config)), step if continues else None)
+                self._about = about_run(self._planned.setup, self._arguments, hosts, world.library)
+                folder.about(self._about)
         self._created = True
 
     def _open_reporter(self) -> Reporter:
@@ -263,6 +276,11 @@ class Run:
         stopped, diverged = self.trainer.stopped_by == SIGNAL, self.trainer.diverged
         if not stopped:
             self._write_results()
+        with self._world.agreement():
+            if self._world.rank == 0:
+                self._folder.about(
+                    self._about | {"ended": "stopped" if stopped else "diverged" if diverged else "done"}
+                )
         self._world.agree()
         if self._reporter is not None:
             if stopped:
@@ -323,7 +341,7 @@ class Run:
                 more: dict[str, Any] = {
                     "peak_memory_mb": round(peak / 1e6, 1),
                     "memory_estimate_mb": round(predicted / 1e6, 1),
-                    "commit": commit(),
+                    "commit": self._about["commit"],
                     "version": __version__,
                 }
                 if on_gpu:

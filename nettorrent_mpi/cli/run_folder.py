@@ -1,4 +1,4 @@
-"""The run folder, written on rank 0: config.yaml, metrics.jsonl, summary.json, model.h5, trace.json.
+"""The run folder, written on rank 0: config.yaml, run.json, metrics.jsonl, summary.json, model.h5, trace.json.
 
 The checkpoints in it are written by the trainer.
 """
@@ -22,7 +22,7 @@ from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.plan.errors import OutputError, warn
 
 AUTO = "auto"  # the value of --resume that continues if there is something to continue, and begins else
-OURS = ("config.yaml", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
+OURS = ("config.yaml", "run.json", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
 
 
 class RunFolder:
@@ -160,6 +160,10 @@ class RunFolder:
         assert self._metrics is not None
         while self._lines:
             del self._lines[: self._metrics.write(self._lines)]
+
+    def about(self, about: Mapping[str, Any]) -> None:
+        """Write run.json, which says what runs here and where, from its beginning on."""
+        self._guard(lambda: write_whole(self.path / "run.json", json.dumps(about, indent=1) + "\n"), "run.json")
 
     def trace(self, trace: str) -> None:
         """Write trace.json."""

@@ -7,6 +7,7 @@ Writing is two assignments for each action of a schedule; nothing waits and noth
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,11 +26,16 @@ class Activity:
         self.action: Action | None = None
         self.count = 0
         self.thread = threading.main_thread().ident  # the one that trains
+        self.waited = 0  # nanoseconds so far in calls that return when others have sent, received or come
 
     def enter(self, phase: str) -> None:
         """Begin another phase."""
         self.phase, self.count = phase, self.count + 1
         self.thread = threading.get_ident()
+
+    def blocked(self, began: int) -> None:
+        """Count the time since `began` (time.perf_counter_ns()) as spent in a call that waits for others."""
+        self.waited += time.perf_counter_ns() - began
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

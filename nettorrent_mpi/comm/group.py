@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.comm.requests import Requests
 from nettorrent_mpi.device.arrays import Array
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def _waits(operation: Callable[P, None]) -> Callable[P, None]:
+    """Count the time of an operation that ends when the other members have come as waiting."""
+
+    @wraps(operation)
+    def timed(*args: P.args, **kwargs: P.kwargs) -> None:
+        began = time.perf_counter_ns()
+        operation(*args, **kwargs)
+        NOW.blocked(began)
+
+    return timed
 
 
 class Group:
@@ -93,11 +109,13 @@ class Group:
 
     # -- collective operations --------------------------------------------------------------------------------------
 
+    @_waits
     def barrier(self) -> None:
         """Wait for all members."""
         if self.size > 1:
             self.comm.Barrier()
 
+    @_waits
     def all_reduce(self, values: Array) -> None:
         """All-reduce a contiguous array to its sum, in place; every member gets bitwise the same sums."""
         if self.size > 1:
@@ -109,11 +127,13 @@ class Group:
             self.all_reduce(values)
             np.multiply(values, 1 / self.size, out=values)
 
+    @_waits
     def maximum(self, values: Array) -> None:
         """All-reduce to the element-wise maximum, in place."""
         if self.size > 1:
             self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.MAX)
 
+    @_waits
     def reduce_scatter(self, values: Array, part: Array, counts: Sequence[int]) -> None:
         """Reduce-scatter: part <- this member's part of the sum of everyone's `values` (flat; member i's part has
         counts[i])."""
@@ -122,6 +142,7 @@ class Group:
         else:
             np.copyto(part, values)
 
+    @_waits
     def all_gather(self, part: Array, whole: Array, counts: Sequence[int]) -> None:
         """All-gather: whole (flat) <- everyone's parts one after another. `part` may be this member's section of
         `whole`."""
@@ -132,6 +153,7 @@ class Group:
         elif whole.ctypes.data != part.ctypes.data:
             np.copyto(whole, part)
 
+    @_waits
     def broadcast(self, values: Array, source: int) -> None:
         """Broadcast `values` from member `source`, in place."""
         if self.size > 1:
@@ -144,6 +166,7 @@ class Group:
 
     # -- point to point ---------------------------------------------------------------------------------------------
 
+    @_waits
     def pass_on(self, values: Array, into: Array) -> None:
         """Send `values` to the next member and receive those of the previous one; all members call."""
         to, source = (self.index + 1) % self.size, (self.index - 1) % self.size

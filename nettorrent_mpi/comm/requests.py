@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.library import MPI
 
 Kind = TypeVar("Kind", bound="MPI.Request")
@@ -29,10 +30,12 @@ class Requests(Generic[Kind]):
     def wait(self) -> None:
         """Wait for all, or until one fails."""
         if self.each:
+            began = time.perf_counter_ns()
             try:
                 MPI.Request.Waitall(self.each, self._statuses)
             except MPI.Exception as error:
                 raise self._failure(error) from None
+            NOW.blocked(began)
 
     def test(self) -> bool:
         """Whether all are complete. Does not wait."""

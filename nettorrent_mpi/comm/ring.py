@@ -13,10 +13,12 @@ MPI's collective operations, and the order of summation is known: that of the ri
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.group import LARGEST_MESSAGE, Group
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.comm.requests import Requests, drop
@@ -184,7 +186,10 @@ class Rings:
         """Wait until this lap is complete."""
         while lap.under_way:
             others = [each for each in self._laps if each.under_way]
-            others[MPI.Request.Waitany([each.awaited for each in others])].go_on()
+            began = time.perf_counter_ns()
+            came = MPI.Request.Waitany([each.awaited for each in others])
+            NOW.blocked(began)
+            others[came].go_on()
 
     def abandon(self) -> None:
         """Give up the requests; their groups were revoked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.divergence import Divergence
 from nettorrent_mpi.engine.metrics import LOSS, Metrics
+from nettorrent_mpi.engine.rank_seconds import COMMUNICATION, COMPUTE, COMPUTING, WAITING, Spent
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.trace import Trace
@@ -72,6 +74,7 @@ class Pipeline:
         self._wiring, self._device, self._layers, self._state = wiring, device, layers, state
         self._end, self._loss, self._metrics = update, make_loss(plan.options.loss), metrics
         self.trace = Trace() if plan.options.trace else None
+        self.spent = Spent()
         self._progress = progress
         slots = wiring.slots
         shared = device.workspace(state.dtype)
@@ -131,6 +134,8 @@ class Pipeline:
         self.begin(work)
         step = work.step
         trace, methods, progress, now = self.trace, self._methods, self._progress, NOW
+        clock, spent = time.perf_counter_ns, [0, 0, 0]
+        before, waited = clock(), now.waited
         with quiet():  # non-finite values are located once
             for action in work.actions:
                 now.action, now.step = action, step + 1
@@ -141,6 +146,12 @@ class Pipeline:
                     trace.add(step, action, began)
                 if progress:
                     progress()
+                at, idle = clock(), now.waited - waited
+                spent[COMPUTE if action.kind in COMPUTING else COMMUNICATION] += at - before - idle
+                spent[WAITING] += idle
+                before, waited = at, now.waited
+        if work.training:
+            self.spent.add(spent)
         self._base += work.pieces
 
     def drain(self) -> None:

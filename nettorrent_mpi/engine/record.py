@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,6 +31,7 @@ class Record:
     test_accuracy: float | None = None
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    ranks: Mapping[str, Any] | None = None  # seconds of each rank since the record before: `rank_seconds.line`
     best_replica: int | None = None  # of replicas that train apart, the one that was evaluated
     evaluated: bool = False
     at_rest: bool = False

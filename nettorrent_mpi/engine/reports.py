@@ -16,6 +16,7 @@ import numpy as np
 from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.mail import Pending
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.rank_seconds import PARTS
 from nettorrent_mpi.plan.errors import LostRanksError
 from nettorrent_mpi.plan.scores import Scores, mean_scores
 
@@ -23,7 +24,8 @@ MOST = 128  # reports in flight at once; beyond that the oldest is waited for
 SAMPLE = 4096  # parameters of a replica that are sampled for the consensus distance
 ROUNDING = 1e-14  # relative rounding error of the difference where all replicas are equal
 
-REST, STOP, LEFT, DIVERGED, SQUARES, HEAD = range(6)  # positions in a report; four figures of each replica follow
+# Positions in a report; four figures of each replica follow, three of each rank, and the sample.
+REST, STOP, LEFT, DIVERGED, SQUARES, HEAD = range(6)
 
 Tag = TypeVar("Tag")
 T = TypeVar("T")
@@ -39,6 +41,7 @@ class Report(NamedTuple, Generic[Tag]):
     diverged: bool  # whether any rank has seen a non-finite value
     training: Scores  # scores on the rows trained on since the last report
     replicas: list[float]  # the training loss of each replica
+    seconds: np.ndarray  # (ranks, 3): of compute, communication and waiting (rank_seconds.py) since the last report
     distance: float | None  # root mean square distance of the replicas from their mean, relative to it; None for one
 
 
@@ -58,8 +61,11 @@ class Reports(Generic[Tag]):
         count = sum(shard.size for shard in self._shards)
         self._stride = max(1, count // each) if each else 1
         head = HEAD + 4 * self._replicas
+        self._metrics, self._seconds = slice(HEAD, head), slice(head, head + len(PARTS) * topology.size)
+        head = self._seconds.stop
         self._sample = slice(head + inside * each, head + (inside + 1) * each)
         self._values = np.zeros(head + places * each)
+        self._own_seconds = self._values[self._seconds].reshape(-1, len(PARTS))[engine.world.rank]
         self._head, self._each = head, each
         self._picked = engine.device.zeros((each,), "float64")  # the sample, on the device
         self._training = Scores(math.nan, None)  # of the latest report that had any
@@ -81,6 +87,7 @@ class Reports(Generic[Tag]):
             place = HEAD + 4 * self._engine.place.replica
             wait = self._engine.may_wait
             values[place : place + 4] = self._engine.metrics.take(wait=wait)
+            self._own_seconds[:] = self._engine.pipeline.spent.take()
             if self._apart and wait:
                 self._add_sample(values)
             elif self._apart:
@@ -128,7 +135,8 @@ class Reports(Generic[Tag]):
             raise LostRanksError("ranks of other replicas are lost")
 
     def _read(self, tag: Tag, sums: np.ndarray) -> Report[Tag]:
-        metrics = sums[HEAD : self._head].reshape(self._replicas, 4)
+        metrics = sums[self._metrics].reshape(self._replicas, 4)
+        seconds = sums[self._seconds].reshape(-1, len(PARTS))
         distance = None
         if self._each and not math.isnan(sums[SQUARES]):
             mean = sums[self._head :] / self._replicas
@@ -139,7 +147,7 @@ class Reports(Generic[Tag]):
         rest, stop, left, diverged = (bool(sums[place] > 0) for place in (REST, STOP, LEFT, DIVERGED))
         total = metrics.sum(axis=0)
         self._training = mean_scores(*total) if total[2] else self._training
-        return Report(tag, rest, stop, left, diverged, self._training, losses, distance)
+        return Report(tag, rest, stop, left, diverged, self._training, losses, seconds, distance)
 
     def abandon(self) -> None:
         """Give up the reports that are in flight, after the world was revoked."""

@@ -12,6 +12,7 @@ from nettorrent_mpi.config.sections import Train
 from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation, Evaluator
+from nettorrent_mpi.engine.rank_seconds import line
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.reports import Report, Reports
 from nettorrent_mpi.engine.safeguard import Safeguard
@@ -266,7 +267,8 @@ class TrainingLoop:
         self.loss = report.training.loss
         self.evaluator.losses = report.replicas
         assert report.tag is not None
-        return replace(report.tag, train_loss=self.loss, consensus_distance=report.distance)
+        seconds = line(report.seconds, self._engine.topology)
+        return replace(report.tag, train_loss=self.loss, consensus_distance=report.distance, ranks=seconds)
 
     def _reached(self, scores: Scores | None) -> bool:
         """Whether the accuracy that ends the training is reached."""

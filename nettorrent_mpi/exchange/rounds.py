@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.mail import Arrived, Mail
 from nettorrent_mpi.device.arrays import Array
@@ -204,6 +205,7 @@ class Rounds:
             os.sched_yield()
         if wait and self._patient:
             self.mail.see_off()
+        NOW.blocked(began)
         self.counts.waited += (time.perf_counter_ns() - began) / 1e9
 
     def _may_come(self, source: int, this: Round) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 from nettorrent_mpi.cli.launching import as_root, find_mpirun, is_open_mpi
 from nettorrent_mpi.cli.run_folder import commit
-from nettorrent_mpi.cores import cores_of_node, tasks_per_node
+from nettorrent_mpi.cores import cores_of_node, processor, tasks_per_node
 from nettorrent_mpi.device import visible
 from nettorrent_mpi.env import given
 from nettorrent_mpi.plan.errors import ConfigError, DeviceError, LaunchError
@@ -107,7 +107,7 @@ def describe_host(gpus: Sequence[str] = ()) -> dict[str, Any]:
     """Describe the machine, with the GPUs that take part, the code and the libraries that the figures belong to."""
     packages = (*PACKAGES, *(GPU_PACKAGES if gpus else ()))
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "cores": cores_of_job(os.environ),
         "gpus": list(gpus) * nodes_of_job(os.environ),
         "system": platform.platform(),
@@ -139,21 +139,6 @@ def _blas() -> list[dict[str, Any]]:
     )
     found: list[dict[str, Any]] = json.loads(done.stdout) if done.returncode == 0 else []
     return found
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    if "model name" not in told:
-        return platform.machine()
-    # Virtual machines often omit the number from the name: AMD EPYC can be any of five generations.
-    numbers = ", ".join(
-        f"{word} {told[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in told
-    )
-    return f"{told['model name']} ({numbers})" if numbers else told["model name"]
 
 
 def _version(package: str) -> str | None:

@@ -16,6 +16,7 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.engine import reports
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.rank_seconds import COMPUTE, WAITING, line
 from nettorrent_mpi.engine.reports import Report, Reports
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
@@ -169,6 +170,34 @@ def test_a_late_rank_delays_nobody(shared_path: Path) -> None:
     told += list(found.ready(wait=True))
     assert [report.tag for report in told] == list(range(9))
     assert [report.tag for report in told if report.rest] == [5]
+    closed(found, engine)
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_the_seconds_of_each_rank_name_the_slow_one() -> None:
+    """The last rank of a team takes 20 ms longer for each forward pass: it computes, and the others wait for it."""
+    engine = make(Topology(1, (Stage(0, 3, SIZE, 1),)))
+    methods, forward = engine.pipeline._methods, engine.pipeline._methods["F"]
+    if RANK == SIZE - 1:
+        methods["F"] = lambda m: (time.sleep(0.02), forward(m))[1]
+    found: Reports[int] = Reports(engine)
+    began = time.perf_counter()
+    for n in range(6):
+        engine.step(n, 0.1)
+        if n % 3 == 2:
+            found.start(n)
+    passed = time.perf_counter() - began
+    for report in found.ready(wait=True):
+        assert report.seconds.shape == (SIZE, 3)
+        assert (report.seconds >= 0).all()
+        assert report.seconds.sum(axis=1).max() <= passed + 0.01
+        *others, slow = report.seconds
+        assert slow[COMPUTE] > 3 * 2 * 0.02
+        assert all(each[WAITING] > 0.06 > slow[WAITING] for each in others)
+        told = line(report.seconds, engine.topology)
+        assert told is not None
+        assert told["slowest"] == SIZE - 1
+        assert len(told["compute"]) == len(told["communication"]) == len(told["waiting"]) == SIZE
     closed(found, engine)
 
 
