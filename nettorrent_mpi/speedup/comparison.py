@@ -16,6 +16,7 @@ from typing import Any
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.engine.run_files import write_whole, written
+from nettorrent_mpi.engine.traced_run import read_traced
 from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.plan.errors import ChildError
 from nettorrent_mpi.speedup import modes, runs, shares, sides
@@ -177,7 +178,7 @@ class Comparison:
         config = modes.timed(plan.config, steps + shares.SKIPPED, trace=True)
         text = self._trained(f"trace-{side.name}", config, plan.ranks).trace
         assert text is not None
-        told = shares.shares(shares.read(text), steps + shares.SKIPPED, plan.micro_batches)
+        told = shares.shares(read_traced(text), steps + shares.SKIPPED, plan.micro_batches)
         self._results["traces"].append({"side": side.name, "steps": steps, "shares": told})
         self._save()
         return f"traced: {sides.in_words(self._entry(side.name))}"

@@ -13,55 +13,15 @@ Their sum is the whole time without evaluations. Clocks of different hosts diffe
 
 from __future__ import annotations
 
-import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
-from nettorrent_mpi.plan.actions import Action, parse
+from nettorrent_mpi.engine.traced_run import TracedRun, TracedSpan
 from nettorrent_mpi.plan.topology import Place
 
 PARTS = ("compute", "communication", "waiting", "bubble", "other")
 MET = ("R", "N", "G")  # actions that ranks do at the same time
 SKIPPED = 5  # first steps, in which buffers are touched for the first time
-_PLACE = re.compile(r"rank \d+: replica (\d+), stage (\d+) \(.*\), row (\d+), col (\d+)")
-
-
-class TracedSpan(NamedTuple):
-    """A TracedSpan is one action of a rank, from begin to end in microseconds, within a step."""
-
-    rank: int
-    action: Action
-    step: int
-    begin: float
-    end: float
-
-
-@dataclass(frozen=True)
-class TracedRun:
-    """The spans of a run in the order of each rank, and the ranks' positions."""
-
-    places: list[Place]
-    spans: list[TracedSpan]
-
-
-def read(text: str) -> TracedRun:
-    """Read a Chrome trace as written by a run with `trace: true`."""
-    events = json.loads(text)["traceEvents"]
-    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
-    places = []
-    for rank in range(len(names)):
-        match = _PLACE.fullmatch(names[rank])
-        assert match, names[rank]
-        places.append(Place(*map(int, match.groups())))
-    spans = [
-        TracedSpan(e["pid"], parse(e["name"]), e["args"]["step"], e["ts"], e["ts"] + e["dur"])
-        for e in events
-        if e["ph"] == "X"
-    ]
-    return TracedRun(places, spans)
 
 
 def shares(trace: TracedRun, steps: int, micro_batches: int) -> list[dict[str, float]]:

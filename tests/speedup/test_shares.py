@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from nettorrent_mpi.speedup.shares import PARTS, SKIPPED, read, shares
+from nettorrent_mpi.engine.traced_run import read_traced
+from nettorrent_mpi.speedup.shares import PARTS, SKIPPED, shares
 
 Event = tuple[int, str, int, float, float]  # rank, action, step, begin, end
 
@@ -31,7 +32,7 @@ def trace(places: list[tuple[int, int, int, int]], events: list[Event]) -> str:
 
 
 def told(places: list[tuple[int, int, int, int]], events: list[Event], steps: int = 1) -> list[dict[str, float]]:
-    found = shares(read(trace(places, events)), steps, micro_batches=1)
+    found = shares(read_traced(trace(places, events)), steps, micro_batches=1)
     for share in found:
         assert set(share) == set(PARTS)
         assert sum(share.values()) == pytest.approx(1)
