@@ -11,6 +11,7 @@ from nettorrent_mpi import __version__
 from nettorrent_mpi.cli.terminal import fitted
 from nettorrent_mpi.config.settings import key_of
 from nettorrent_mpi.config.translation import nearest
+from nettorrent_mpi.plan.data_specs import DATASETS
 from nettorrent_mpi.plan.errors import UserError
 
 TRAIN = """\
@@ -82,6 +83,25 @@ is for PyTorch, whose own torch.load reads it, and nettorrent_mpi.torch.load_run
 (row, channel, height, width), and weights to match."""
 
 
+INIT = """\
+Writes a configuration with the usual options, each explained, and a network that suits the data: a small convolutional
+one for images, a perceptron for other rows.
+
+    nettorrent init letters.yaml --data letters --root data
+    nettorrent init photos.yaml --root photos.h5
+    nettorrent init first.yaml
+
+The last one takes the handwritten digits that ship with the package."""
+
+COMPLETION = """\
+Prints a script with which a shell completes the commands and their options when you press Tab:
+
+    nettorrent completion bash > ~/.local/share/bash-completion/completions/nettorrent
+    nettorrent completion zsh > ~/.zfunc/_nettorrent
+    nettorrent completion fish > ~/.config/fish/completions/nettorrent.fish
+
+It needs the package shtab: pip install 'nettorrent_mpi[completion]'."""
+
 SCHEMA = """\
 Prints the JSON Schema (draft 7) of configurations: every option with its type, range, default and meaning. An editor
 that has it completes keys and marks mistakes while you write: VS Code with its extension YAML, and whatever uses
@@ -120,7 +140,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{f'; {hint}' if hint else ''} (see {self.prog} --help)")
 
 
-def _parser() -> _Parser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = _Parser(prog="nettorrent", description="Trains neural networks over MPI, one swarm of ranks per layer.")
     parser.add_argument("--version", action="version", version=f"nettorrent_mpi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -143,6 +164,11 @@ def _parser() -> _Parser:
         action="store_true",
         help="show layout, schedule, predicted time and memory without training (and "
         "without MPI, or the files of a published data set)",
+    )
+    train.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the configuration as it counts, with every default and what --set changes, without training",
     )
     train.add_argument(
         "--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks instead of those of this run"
@@ -170,10 +196,21 @@ def _parser() -> _Parser:
     export.add_argument("target", metavar="FILE", help="the file to create: .h5, .npz, .pt or .onnx")
     export.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
+    init = commands.add_parser("init", help="write a commented configuration to begin with", description=INIT)
+    init.add_argument("config", metavar="CONFIG.yaml", help="the file to write")
+    init.add_argument("--data", metavar="NAME", help="the data set: " + ", ".join(DATASETS))
+    init.add_argument("--root", metavar="PATH", help="the folder of the data sets (default: data), or an HDF5 file")
+    init.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of configurations, for editors", description=SCHEMA
     )
     schema.add_argument("--output", metavar="FILE", help="the file to write (default: the terminal)")
+
+    completion = commands.add_parser(
+        "completion", help="print a shell's script that completes commands and options", description=COMPLETION
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
 
     inspect = commands.add_parser("inspect", help="show what a checkpoint has, and whether it is whole")
     inspect.add_argument(
@@ -279,7 +316,7 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line. Raises UserError."""
-    parser = _parser()
+    parser = make_parser()
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         following = dict(zip(arguments, [*arguments[1:], "-"], strict=True))
@@ -304,6 +341,6 @@ def _hint(word: str, following: str, args: argparse.Namespace) -> str:
             return "write the configuration's file without an option before it"
     if not word.startswith("-"):
         return ""
-    others = ("config", "run", "path", "target", "folder", "name", "command", "action")  # have no option
+    others = ("config", "run", "path", "target", "folder", "name", "command", "action", "shell")  # have no option
     options = [f"--{each.replace('_', '-').replace('changes', 'set')}" for each in vars(args) if each not in others]
     return nearest(f"--{name}", options, listed=False)

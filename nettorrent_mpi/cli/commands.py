@@ -13,7 +13,7 @@ from typing import Any
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.first import is_first
 from nettorrent_mpi.engine.signals import Signals
-from nettorrent_mpi.plan.errors import ConfigError, NetTorrentWarning, readable
+from nettorrent_mpi.plan.errors import ConfigError, NetTorrentWarning, UserError, readable
 
 
 def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
@@ -35,7 +35,7 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
 
 def tells_results(arguments: Sequence[str]) -> bool:
     """Whether standard output has a command's results. A training's are in its folder."""
-    return not ("train" in arguments and not {"--dry-run", "-h", "--help"} & set(arguments))
+    return not ("train" in arguments and not {"--dry-run", "--print-config", "-h", "--help"} & set(arguments))
 
 
 @contextmanager
@@ -82,6 +82,22 @@ def _inspect(args: argparse.Namespace) -> int:
     from nettorrent_mpi.cli.inspect import inspect
 
     return inspect(args.path, as_json=args.json)
+
+
+def _init(args: argparse.Namespace) -> None:
+    from nettorrent_mpi.cli.init import init
+
+    init(args)
+
+
+def _completion(args: argparse.Namespace) -> None:
+    from nettorrent_mpi.cli.arguments import make_parser
+
+    try:
+        import shtab
+    except ImportError:
+        raise UserError("completion needs the package shtab: pip install 'nettorrent_mpi[completion]'") from None
+    sys.stdout.write(shtab.complete(make_parser(), args.shell) + "\n")
 
 
 def _schema(args: argparse.Namespace) -> None:
@@ -158,6 +174,8 @@ _LOCAL: dict[str, Callable[[argparse.Namespace], int | None]] = {  # they return
     "predict": _predict,
     "export": _export,
     "inspect": _inspect,
+    "init": _init,
+    "completion": _completion,
     "schema": _schema,
     "speedup": _speedup,
     "chaos": _chaos,

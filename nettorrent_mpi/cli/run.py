@@ -62,6 +62,11 @@ def _start(ranks: Ranks, arguments: Sequence[str], chosen: str, signals: Signals
         args = parse(arguments)
     world.same("command line", " ".join(arguments))
     world.same("version of nettorrent_mpi", __version__)
+    if args.print_config:
+        text = world.once(lambda: to_yaml(read(args)))
+        if world.rank == 0:
+            sys.stdout.write(text)
+        return None
     planned, device = _plan(world, args)
     if args.dry_run:
         hosts = world.gather_objects(world.host)
