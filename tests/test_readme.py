@@ -71,7 +71,7 @@ def check(words: list[str]) -> None:
             assert set(text.split(",")) <= set(extras)
     elif program == "nettorrent" or rest[:2] == ["-m", "nettorrent_mpi.train"]:
         args = arguments.parse(rest if program == "nettorrent" else ["train", *rest[2:]])
-        if "config" in args:
+        if "changes" in args and "config" in args:
             configuration.load(args.config, args.changes)
     elif rest[0] == "-m" and rest[1] not in ("pytest", "venv"):
         module = ROOT.joinpath(*rest[1].split("."))
