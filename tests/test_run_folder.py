@@ -381,7 +381,6 @@ HELP = {
     "": "COMMAND",
     "train": "CONFIG",
     "evaluate": "RUN",
-    "predict": "FILE",
     "export": "FILE",
     "speedup": "CONFIG",
     "data": "ACTION",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from nettorrent_mpi import __version__
+from nettorrent_mpi.cli.runs.run_arguments import add_run_commands
 from nettorrent_mpi.cli.terminal import fitted
 from nettorrent_mpi.config.settings import key_of
 from nettorrent_mpi.config.translation import nearest
@@ -37,20 +38,6 @@ with PyTorch (where it is installed). The runs alternate. The report says how fa
 It starts the ranks itself; do not put mpirun before it. The output folder gets results.json (all figures, the machine,
 the versions), report.md (tables, and an analysis of the figures), plots as PNG and SVG, and trainings/ (the
 configuration of each run). The report also lists what is not possible, such as more pipeline stages than layers."""
-
-
-EVALUATE = """\
-Computes loss and accuracy of RUN's network on the test set, and on the rows that the run held back for validation, on
-any number of ranks:
-
-    nettorrent evaluate runs/letters
-    mpirun -n 4 nettorrent evaluate runs/letters
-    nettorrent evaluate runs/letters --confusion --to report
-
---confusion also writes confusion.csv and .svg (how many rows of each class are taken to be which), classes.csv (rows,
-precision, recall and F1 of each class), predictions.csv (every row) and, where rows are pictures, mistakes.svg: those
-that the network is most sure of and wrong about. It looks at the test set; at the validation rows where there is
-none."""
 
 
 PREDICT = """\
@@ -188,16 +175,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks instead of those of this run"
     )
 
-    evaluate = commands.add_parser(
-        "evaluate", help="compute loss and accuracy of a finished run on its test set", description=EVALUATE
-    )
+    evaluate = commands.add_parser("evaluate", help="compute loss and accuracy of a finished run on its test set")
     evaluate.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
-    evaluate.add_argument(
-        "--confusion",
-        action="store_true",
-        help="also tell which classes are taken for which, precision and recall of each, and the worst rows",
-    )
-    evaluate.add_argument("--to", metavar="DIR", help="the folder for the files of --confusion (default: the run's)")
     _add_set(evaluate)
 
     predict = commands.add_parser(
@@ -240,6 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--json", action="store_true", help="write everything as JSON")
 
+    add_run_commands(commands)
     _add_speedup(commands)
     _add_chaos(commands)
 
@@ -363,6 +343,6 @@ def _hint(word: str, following: str, args: argparse.Namespace) -> str:
             return "write the configuration's file without an option before it"
     if not word.startswith("-"):
         return ""
-    others = ("config", "run", "path", "target", "folder", "name", "command", "action", "shell")  # have no option
+    others = ("config", "run", "places", "path", "target", "folder", "name", "command", "action", "shell")  # no option
     options = [f"--{each.replace('_', '-').replace('changes', 'set')}" for each in vars(args) if each not in others]
     return nearest(f"--{name}", options, listed=False)
