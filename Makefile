@@ -3,6 +3,7 @@
 # make test-slow   more cases of the same: the tests marked slow           ARGS=... and TORCH=1 as above
 # make test-all    every test, the long ones too: both MPIs, every rank count, many seeds
 # make test-slurm  jobs/ on a real Slurm of four nodes, which it starts on this machine; as root, with slurm-wlm and munge
+# make docs    the documentation, into build/docs: open build/docs/index.html
 # make check   ruff, ruff format, mypy --strict
 # make bench   the benchmarks, against PyTorch
 # make test-gpu    tests/gpu on this machine's GPU, with its own Python, CuPy and PyTorch      ARGS="-k products"
@@ -30,7 +31,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: run test test-slow test-all test-slurm check bench test-gpu bench-gpu wheels-gpu clean
+.PHONY: docs run test test-slow test-all test-slurm check bench test-gpu bench-gpu wheels-gpu clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run
@@ -48,6 +49,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict nettorrent_mpi
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev $(VENV)/.compare
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -76,7 +80,7 @@ $(VENV)/.run: pyproject.toml setup.py
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet -e '.[mpi,fast,plots,images,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[mpi,fast,plots,images,docs,dev]'
 	touch $@
 
 $(VENV)/.compare: $(VENV)/.dev

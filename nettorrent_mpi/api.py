@@ -41,7 +41,7 @@ from nettorrent_mpi.device.device import StreamDevice
 from nettorrent_mpi.engine.copy_interval import copy_interval
 from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.engine import Engine
-from nettorrent_mpi.engine.evaluation import Evaluation
+from nettorrent_mpi.engine.evaluation import Evaluation, Part
 from nettorrent_mpi.engine.failover import Failure, Recovery
 from nettorrent_mpi.engine.failure import agreed, end_all
 from nettorrent_mpi.engine.record import Record
@@ -311,6 +311,18 @@ class Trainer:
         self._world.same("number of rows to predict", str(split.rows))
         with self._loop.evaluator.network():
             return self._loop.evaluator.predict(split)
+
+    def outputs(self, part: Part = "test") -> Array:
+        """Return on all ranks the network's outputs (rows, outputs), as `predict` does, for the rows of the test set,
+        or for those held back for validation: in the order of their numbers in the data set. Raises UserError where
+        there are none."""
+        self._at_rest("outputs")
+        with self._world.agreement():
+            setup = self.setup
+            if not (setup.dataset.test if part == "test" else len(setup.sampler.validation_rows)):
+                raise UserError(f"there are no {part} rows whose outputs could be given")
+        with self._loop.evaluator.network():
+            return self._loop.evaluator.outputs(part)
 
     def parameters(self) -> dict[str, Array]:
         """Return the whole arrays on all ranks, "<layer>/<name>": linear (inputs, units), conv2d (height, width,

@@ -28,6 +28,7 @@ TEXTS = {
     "train --help": arguments.TRAIN,
     "speedup --help": arguments.SPEEDUP,
     "chaos --help": arguments.CHAOS,
+    "evaluate --help": arguments.EVALUATE,
     "predict --help": arguments.PREDICT,
 }
 PROGRAMS = ["make", "mpirun", "nettorrent", "pip", "python", "python3", "sbatch"]

@@ -381,6 +381,7 @@ HELP = {
     "": "COMMAND",
     "train": "CONFIG",
     "evaluate": "RUN",
+    "predict": "FILE",
     "export": "FILE",
     "speedup": "CONFIG",
     "data": "ACTION",

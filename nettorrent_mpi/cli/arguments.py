@@ -40,6 +40,20 @@ the versions), report.md (tables, and an analysis of the figures), plots as PNG 
 configuration of each run). The report also lists what is not possible, such as more pipeline stages than layers."""
 
 
+EVALUATE = """\
+Computes loss and accuracy of RUN's network on the test set, and on the rows that the run held back for validation, on
+any number of ranks:
+
+    nettorrent evaluate runs/letters
+    mpirun -n 4 nettorrent evaluate runs/letters
+    nettorrent evaluate runs/letters --confusion --to report
+
+--confusion also writes confusion.csv and .svg (how many rows of each class are taken to be which), classes.csv (rows,
+precision, recall and F1 of each class), predictions.csv (every row) and, where rows are pictures, mistakes.svg: those
+that the network is most sure of and wrong about. It looks at the test set; at the validation rows where there is
+none."""
+
+
 PREDICT = """\
 Shows what the network of RUN takes pictures, or rows of numbers, to be. It needs neither MPI nor the data that the
 network was trained on:
@@ -175,8 +189,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks instead of those of this run"
     )
 
-    evaluate = commands.add_parser("evaluate", help="compute loss and accuracy of a finished run on its test set")
+    evaluate = commands.add_parser(
+        "evaluate", help="compute loss and accuracy of a finished run on its test set", description=EVALUATE
+    )
     evaluate.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
+    evaluate.add_argument(
+        "--confusion",
+        action="store_true",
+        help="also tell which classes are taken for which, precision and recall of each, and the worst rows",
+    )
+    evaluate.add_argument("--to", metavar="DIR", help="the folder for the files of --confusion (default: the run's)")
     _add_set(evaluate)
 
     predict = commands.add_parser(

@@ -7,13 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from nettorrent_mpi.api import Trainer
 from nettorrent_mpi.cli.arguments import parse
+from nettorrent_mpi.cli.confusion import Confusion
 from nettorrent_mpi.cli.ranks import Ranks
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import ON_GPU, Config
+from nettorrent_mpi.engine.answers import Answers
 from nettorrent_mpi.engine.checkpoint import network_of
 from nettorrent_mpi.engine.devices import choose_device
-from nettorrent_mpi.engine.setup import set_up
+from nettorrent_mpi.engine.evaluation import Part
+from nettorrent_mpi.engine.setup import Setup, set_up
+from nettorrent_mpi.engine.trained_on import TrainedOn
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import DataError, UserError, warn
 from nettorrent_mpi.plan.specs import Constant
@@ -26,6 +33,8 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
         world = ranks.world
         with world.agreement():
             args = parse(arguments)
+            if args.to is not None and not args.confusion:
+                raise UserError("--to is the folder for the files of --confusion, which is not given")
         file, network = world.once(lambda: _parts(Path(args.run)))
         config = world.once(lambda: _any_ranks(load_config(file, *args.changes), args.changes))
         device = choose_device(world, config.device).kind
@@ -39,6 +48,8 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
             planned = PlannedRun(setup, has_length=True)  # its warnings are about a training
             for note in planned.setup.dataset.notes:
                 warn(note)
+            if args.confusion and not _answers(planned.setup).classes:
+                raise UserError("--confusion: the targets of this run are numbers, not classes: there is none")
             if planned.setup.dataset.test is None and not len(planned.setup.sampler.validation_rows):
                 raise DataError(
                     "has no test set (x_test, y_test), and the run held back no validation rows: there is nothing to "
@@ -53,7 +64,33 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
             if scores is not None and world.rank == 0:
                 accuracy = "" if scores.accuracy is None else f", accuracy {100 * scores.accuracy:.2f} %"
                 sys.stdout.write(f"{name}: loss {scores.loss:.4f}{accuracy}\n")
+        if args.confusion:
+            sys.stdout.write(_confusion(trainer, world, file.parent, args.to))
     return ranks.code
+
+
+def _answers(setup: Setup) -> Answers:
+    return Answers(TrainedOn.of(setup), setup.config.model.loss, setup.network.output_shape[-1])
+
+
+def _confusion(trainer: Trainer, world: World, run: Path, to: str | None) -> str:
+    """Write the files about what is taken for what, on rank 0; return what it tells, elsewhere nothing. All ranks
+    call."""
+    setup, folder = trainer.setup, run if to is None else Path(to)
+    part: Part = "validation" if setup.dataset.test is None else "test"
+    outputs = trainer.outputs(part)
+
+    def report() -> str:
+        split = setup.dataset.test or setup.dataset.train
+        rows = np.arange(split.rows) if part == "test" else setup.sampler.validation_rows
+        found = Confusion(_answers(setup), rows, split.targets()[rows], outputs)
+        right, count = int(found.counts.trace()), len(rows)
+        title = f"{run.absolute().name}, {part} rows: {right:,} of {count:,} right"
+        names = found.write(folder, split, title)
+        return f"\n{found.text()}\nwritten to {folder}: {', '.join(names)}\n"
+
+    told = world.once(report)
+    return told if world.rank == 0 else ""
 
 
 def _parts(run: Path) -> tuple[Path, Path]:

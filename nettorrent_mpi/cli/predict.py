@@ -125,9 +125,9 @@ def _answers(network: TrainedNetwork, block: _Block, top: int) -> Iterator[dict[
         for place, row in zip(block.places, outputs, strict=True):
             yield {**place, "outputs": row.tolist()}
         return
-    name = "probability" if network.has_probabilities else "output"
-    scores = network.probabilities_of(outputs) if network.has_probabilities else outputs
-    labels, order = network.labels_of(outputs), np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    name = "probability" if network.answers.tells_probabilities else "output"
+    scores = network.answers.scores(outputs)
+    labels, order = network.answers.labels(outputs), np.argsort(-scores, axis=1, kind="stable")[:, :top]
     for place, label, row, best in zip(block.places, labels, scores, order, strict=True):
         ranked = [{"class": network.classes[i], name: float(row[i])} for i in best]
         yield {**place, "label": int(label), **ranked[0], "top": ranked}

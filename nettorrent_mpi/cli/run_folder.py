@@ -23,6 +23,8 @@ from nettorrent_mpi.plan.errors import OutputError, warn
 
 AUTO = "auto"  # the value of --resume that continues if there is something to continue, and begins else
 OURS = ("config.yaml", "run.json", "metrics.jsonl", "summary.json", "model.h5", "trace.json", "report.html")
+# What `nettorrent evaluate RUN --confusion` writes about the network.
+EVALUATION = ("confusion.csv", "confusion.svg", "classes.csv", "predictions.csv", "mistakes.svg")
 
 
 class RunFolder:
@@ -97,7 +99,8 @@ class RunFolder:
         """Create the folder, write config.yaml and open metrics.jsonl.
 
         A new run removes an earlier one's files, once its own configuration could be written. One that resumes after
-        step `after` keeps them until its own take their places, and the lines of metrics.jsonl up to that step.
+        step `after` keeps them until its own take their places, and the lines of metrics.jsonl up to that step; but
+        what was found about the network (EVALUATION) will not hold any more.
         """
         checkpoints, metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
 
@@ -113,6 +116,8 @@ class RunFolder:
                     for name in OURS:
                         (self.path / name).unlink(missing_ok=True)
                     remove_checkpoints(checkpoints)
+                for name in EVALUATION:
+                    (self.path / name).unlink(missing_ok=True)
             write_whole(metrics, "".join(told))
             if self._metrics is not None:
                 self._metrics.close()

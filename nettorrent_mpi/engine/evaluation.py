@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.plan.errors import warn
 from nettorrent_mpi.plan.scores import Scores, best_of, mean_scores
 
+Part: TypeAlias = Literal["test", "validation"]
 BAD, HOPELESS = 1e2, 1e6  # times the loss of outputs that are all 0
 
 
@@ -137,11 +138,23 @@ class Evaluator:
         They are the same on all ranks. All ranks call, at rest. Where replicas differ, the outputs are those of the
         weights shown (`exchange.shown`).
         """
+        batches = self._engine.batches(split, private, resident=False, name="predictions") if split.rows else None
+        return self._outputs(batches, np.arange(split.rows))
+
+    def outputs(self, part: Part) -> Array:
+        """Return on all ranks the network's outputs (rows, *output_shape) for the rows of the test set, or for those
+        held back for validation. Otherwise like `test`."""
+        engine, rows = self._engine, self._engine.sampler.validation_rows
+        if part == "validation":
+            return self._outputs(engine.train, rows)
+        assert engine.dataset.test is not None
+        return self._outputs(engine.test, np.arange(engine.dataset.test.rows))
+
+    def _outputs(self, batches: Batches | None, rows: Array) -> Array:
         engine = self._engine
-        outputs = np.zeros((split.rows, *engine.network.output_shape), engine.state.weights_dtype)
-        if split.rows:
-            batches = engine.batches(split, private, resident=False, name="predictions")
-            engine.forward(batches, np.arange(split.rows), outputs=outputs)
+        outputs = np.zeros((len(rows), *engine.network.output_shape), engine.state.weights_dtype)
+        if batches is not None:
+            engine.forward(batches, rows, outputs=outputs)
             engine.wiring.everyone.all_reduce(outputs)  # zeros where another rank computes the row
         return outputs
 

@@ -22,13 +22,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the `with` block into an OutputError that names the file and the remedy."""
+def written(path: Path, option: str = "--output DIR") -> Iterator[None]:
+    """Turn an OSError inside the `with` block into an OutputError that names the file and the remedy, the `option` for
+    another folder."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"{path} could not be written: the disk is full; free some space or choose another --output DIR"
+            text = f"{path} could not be written: the disk is full; free some space or choose another {option}"
         else:
-            text = f"{path} could not be written ({error.strerror or error}); choose another folder with --output DIR"
+            text = f"{path} could not be written ({error.strerror or error}); choose another folder with {option}"
         raise OutputError(text) from error

@@ -19,12 +19,11 @@ from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.data.rows import BYTE, Scaling, Split
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace, quiet
 from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.engine.answers import Answers
 from nettorrent_mpi.engine.saved_network import SavedArrays, SavedNetwork
-from nettorrent_mpi.engine.trained_on import TrainedOn
 from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.errors import DataError, UserError
-from nettorrent_mpi.plan.specs import CrossEntropy, MeanSquaredError, Spec
 
 MOST_ROWS, MOST_BYTES = 256, 64 << 20  # of a block: the activations of all layers lie in memory at a time
 
@@ -58,7 +57,8 @@ class TrainedNetwork:
         self._network = network = saved.network
         found = self.trained_on
         self.shape: Shape = found.shape
-        self.classes = _class_names(found, saved.loss, prod(network.output_shape))
+        self.answers = Answers(found, saved.loss, prod(network.output_shape))
+        self.classes = self.answers.classes
         arrays = saved.saved.arrays
         self.dtype = np.result_type(np.float32, *(array.dtype for array in arrays.values()))
         self._params = {key: array.astype(self.dtype, copy=False) for key, array in arrays.items()}
@@ -72,7 +72,8 @@ class TrainedNetwork:
     def predict(self, x: npt.ArrayLike) -> Array:
         """Return the label of each row, (rows,) int64, the number of its class; where the targets were numbers, the
         outputs (rows, outputs)."""
-        return self.labels_of(self.outputs(x))
+        outputs = self.outputs(x)
+        return self.answers.labels(outputs) if self.classes else outputs
 
     def probabilities(self, x: npt.ArrayLike) -> Array:
         """Return the probability of each class, (rows, classes).
@@ -81,7 +82,10 @@ class TrainedNetwork:
         output, which need not add up to 1; where one output stands for two classes, the probabilities of both. Raises
         UserError after mean_squared_error, whose outputs tell none.
         """
-        return self.probabilities_of(self.outputs(x))
+        if not self.answers.tells_probabilities:
+            text = f"it was trained with {self.loss.kind}, whose outputs are no probabilities of classes"
+            raise UserError(f"{self.file}: {text}; take outputs()")
+        return self.answers.probabilities(self.outputs(x))
 
     def outputs(self, x: npt.ArrayLike) -> Array:
         """Return the numbers that the last layer gives, (rows, outputs): logits after a cross-entropy."""
@@ -102,43 +106,9 @@ class TrainedNetwork:
             raise DataError(text, file=self.file)
         return found.reshape(len(found), prod(self._network.output_shape))
 
-    def labels_of(self, outputs: Array) -> Array:
-        """Return what `predict` does, for these outputs."""
-        if not self.classes:
-            return outputs
-        if outputs.shape[1] == 1 and len(self.classes) == 2:  # the logit of the second one
-            return np.asarray(outputs[:, 0] > 0, np.int64)
-        return np.asarray(outputs.argmax(axis=1))
-
-    def probabilities_of(self, outputs: Array) -> Array:
-        """Return what `probabilities` does, for these outputs."""
-        if not self.has_probabilities:
-            text = f"it was trained with {self.loss.kind}, whose outputs are no probabilities of classes"
-            raise UserError(f"{self.file}: {text}; take outputs()")
-        wide = outputs.astype(np.float64)
-        if isinstance(self.loss, CrossEntropy):
-            exponentials = np.exp(wide - wide.max(axis=1, keepdims=True))
-            return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), self.dtype)
-        found = np.exp(-np.logaddexp(0, -wide)).astype(self.dtype)
-        return np.hstack([1 - found, found]) if found.shape[1] == 1 and len(self.classes) == 2 else found
-
     def takes(self, shape: Shape) -> bool:
         """Whether it takes rows of this shape: its own, that of grey images without the axis of channels, too."""
         return shape == self.shape or (len(self.shape) == 3 and shape == self.shape[:-1] and self.shape[-1] == 1)
 
-    @property
-    def has_probabilities(self) -> bool:
-        """Whether the outputs tell probabilities."""
-        return not isinstance(self.loss, MeanSquaredError)
-
     def __repr__(self) -> str:
         return f"TrainedNetwork({self.file!r}, shape={self.shape}, classes={len(self.classes)})"
-
-
-def _class_names(trained_on: TrainedOn, loss: Spec, units: int) -> tuple[str, ...]:
-    """Return a name for each class. A network may have more outputs than there are classes."""
-    classes = trained_on.classes
-    if classes is None or (units == 1 and isinstance(loss, MeanSquaredError)):  # which takes labels for numbers
-        return ()
-    names = trained_on.class_names or ()
-    return (*names, *(str(number) for number in range(len(names), max(units, classes))))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,34 +96,29 @@ class ServedRows:
     def __init__(
         self, data: Any, batch_size: int, place: RankPlace, *, seed: int, shuffle: bool, options: dict[str, Any]
     ):
-        """`data`: a tensor or array, or a tuple of them with as many rows each; a Dataset; an IterableDataset, of which
-        every rank reads all rows. `options` are DataLoader's, for data sets."""
-        self._data, self._options, self._place, self.batch_size = data, options, place, batch_size
+        """`data`: a tensor or array, or a tuple of them with as many rows each; a Dataset, or a list of rows; an
+        IterableDataset, of which every rank reads all rows, in its own order. `options` are DataLoader's, for data
+        sets. Raises UserErrors."""
+        self._place, self.batch_size = place, batch_size
+        self.rows: int | None = None  # of the data; None: unknown
         self.sampler: RankSampler | None = None
         self._tensors: list[torch.Tensor] | None = None
-        self._single = False
-        rows = None
+        self._single = isinstance(data, torch.Tensor | np.ndarray)
         if isinstance(data, IterableDataset):
-            pass  # its order is its own
-        elif isinstance(data, torch.Tensor | np.ndarray | tuple | list) and not isinstance(data, str):
-            self._single = isinstance(data, torch.Tensor | np.ndarray)
+            self._collate: Callable[[Any], Any] = options.get("collate_fn") or default_collate
+            others = {name: value for name, value in options.items() if name != "collate_fn"}
+            self._stream = _loader(data, others, batch_size=None) if others else data
+            return
+        if self._single or isinstance(data, tuple):
+            if options:
+                raise UserError(f"{next(iter(options))} is for a Dataset, and the data are tensors: leave it out")
             self._tensors = _tensors([data] if self._single else list(data))
-            rows = len(self._tensors[0])
-        elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            rows = len(data)
-        else:
-            raise UserError(
-                f"the data are a {type(data).__name__}: give a tuple of tensors (x, y), a Dataset, an IterableDataset, "
-                "or None with a loader of your own"
-            )
-        if self._tensors is not None and options:
-            raise UserError(f"{next(iter(options))} is for a Dataset, and the data are tensors: leave it out")
-        if rows is not None:
-            if not rows:
-                raise UserError("the data have no rows")
-            self.sampler = RankSampler(rows, batch_size, place, seed=seed, shuffle=shuffle)
-            if self._tensors is None:
-                self._loader = DataLoader(data, batch_sampler=self.sampler, **options)
+        rows = len(_checked(data) if self._tensors is None else self._tensors[0])
+        if not rows:
+            raise UserError("the data have no rows: a Dataset or tensors with at least one are needed")
+        self.rows, self.sampler = rows, RankSampler(rows, batch_size, place, seed=seed, shuffle=shuffle)
+        if self._tensors is None:
+            self._loader = _loader(data, options, batch_sampler=self.sampler)
 
     @property
     def steps(self) -> int | None:
@@ -130,7 +128,7 @@ class ServedRows:
     def epoch(self, number: int, first: int = 0) -> Iterator[Served]:
         """Yield the mini-batches of an epoch, from the `first` on."""
         if self.sampler is None:
-            yield from self._stream(first)
+            yield from self._of_stream(first)
             return
         self.sampler.set_epoch(number)
         self.sampler.first = first
@@ -143,17 +141,63 @@ class ServedRows:
             parts = tuple(tensor[chosen] for tensor in self._tensors)
             yield Served(parts[0] if self._single else parts, self.sampler.weight(batch))
 
-    def _stream(self, first: int) -> Iterator[Served]:
-        collate: Callable[[Any], Any] = self._options.get("collate_fn") or default_collate
-        others = {name: value for name, value in self._options.items() if name != "collate_fn"}
-        rows: Iterator[Any] = iter(DataLoader(self._data, batch_size=None, **others) if others else self._data)
-        for number, whole in enumerate(_cut(rows, self.batch_size)):
+    def _of_stream(self, first: int) -> Iterator[Served]:
+        for number, whole in enumerate(_cut(iter(self._stream), self.batch_size)):
             if number < first:
                 continue
             share = self._place.share(len(whole))
             if not share.size:
                 share = span(len(whole), self._place.ranks, 0)
-            yield Served(collate(whole[slice(*share)]), self._place.weight(len(whole)))
+            yield Served(self._collate(whole[slice(*share)]), self._place.weight(len(whole)))
+
+
+def check_batch_size(batch_size: Any, *, needed: bool) -> None:
+    """Raise a UserError unless the number of rows of a mini-batch is one."""
+    if batch_size is None and needed:
+        raise UserError("batch_size is missing: the rows of a mini-batch, of all ranks together")
+    if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
+        raise UserError(f"batch_size is {batch_size!r}, but has to be a whole number of at least 1")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise a UserError for an option that DataLoader does not know, or that is not the script's to choose."""
+    known = list(inspect.signature(DataLoader.__init__).parameters)[2:]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(
+                name, [*known, "exchange", "replica_size", "batch_size", "seed", "comm"], 1
+            )
+            told = f": did you mean {near[0]}?" if near else f"; DataLoader's are {', '.join(known)}"
+            raise UserError(f"{name} is an option neither of parallelize nor of DataLoader{told}")
+        if name in ("sampler", "batch_sampler", "drop_last"):
+            raise UserError(
+                f"{name} is not for data that parallelize divides, which trains on every row: leave it out, or give "
+                "None as the data and run.batches() a loader of your own"
+            )
+
+
+def _loader(data: Any, options: Mapping[str, Any], **chosen: Any) -> DataLoader[Any]:
+    """Make the DataLoader. Raises a UserError for values of options that it does not take."""
+    try:
+        return DataLoader(data, **chosen, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"DataLoader does not take {', '.join(options)} as they are: {error}") from None
+
+
+def _checked(data: Any) -> Any:
+    """Return data that are rows to be chosen from by their numbers. Raises a UserError for others."""
+    if isinstance(data, list) and data and all(isinstance(each, torch.Tensor | np.ndarray) for each in data):
+        raise UserError(
+            f"the data are a list of {len(data)} tensors: give a tuple (x, y) of tensors that have all rows, or a "
+            "Dataset, as TensorDataset(x, y)"
+        )
+    wrong = isinstance(data, str | bytes | Mapping | DataLoader)
+    if wrong or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise UserError(
+            f"the data are a {type(data).__name__}: give a tuple of tensors (x, y), a Dataset, an IterableDataset, "
+            "or None with a loader of your own"
+        )
+    return data
 
 
 def _cut(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -161,8 +205,11 @@ def _cut(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield whole
 
 
-def _tensors(data: Sequence[Any]) -> list[torch.Tensor]:
-    tensors = [torch.as_tensor(each) for each in data]
+def _tensors(data: list[Any]) -> list[torch.Tensor]:
+    try:
+        tensors = [torch.as_tensor(each) for each in data]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the data are no tensors ({error}): give a tuple of tensors (x, y), or a Dataset") from None
     if not tensors or any(not tensor.dim() for tensor in tensors):
         raise UserError("the data are no tensors with rows: give a tuple of tensors (x, y)")
     counts = [len(tensor) for tensor in tensors]

@@ -260,6 +260,14 @@ class GradientAverage:
         finally:
             self._paused = before
 
+    def mean(self, loss: float) -> float:
+        """Return the mean of the members' losses, weighed as their gradients are."""
+        total = np.array([loss * self.weight if self.weight else 0.0])
+        if self.group.size > 1:
+            with NOW.during(AVERAGING):
+                self.group.all_reduce(total)
+        return float(total[0]) / self.group.size
+
     def before_step(self) -> None:
         """Take part in the average of others, if this rank has done no backward pass since the last step."""
         if self.group.size > 1 and not self._done_since_step and not self._paused:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +17,14 @@ from nettorrent_mpi.torch.slots import carrier
 
 
 def world_of(comm: Any) -> World:
-    """Return the world of a communicator of mpi4py, or itself if it is one; None: of all ranks of the program."""
+    """Return the world of a communicator of mpi4py, or itself if it is one; None: of all ranks of the program. Raises a
+    UserError in a process that a rank has started: MPI would take it for the rank."""
     if comm is None:
+        if multiprocessing.parent_process() is not None and env.launched(os.environ):
+            raise UserError(
+                "a worker process runs the whole script again, as those do that spawn or forkserver start: put the "
+                'training under if __name__ == "__main__":, which workers leave out'
+            )
         env.prepare()
     return comm if isinstance(comm, World) else World(comm)
 
@@ -65,6 +73,18 @@ def check_model(
                     f"parameter {index} of the optimizer's group {number}, of shape {tuple(parameter.shape)}, is not "
                     "the model's: make the optimizer from model.parameters() after the model is complete"
                 )
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that makes the steps, without what Accelerate or Lightning have put around it. Raises a
+    UserError for no optimizer."""
+    found = optimizer
+    while "_optimizer_step_pre_hooks" not in (own := getattr(found, "__dict__", {})):
+        found = own.get("optimizer", own.get("_optimizer"))
+        if not isinstance(found, torch.optim.Optimizer):
+            raise UserError(f"the optimizer is a {type(optimizer).__name__}: give one of torch.optim.Optimizer's kind")
+    made: torch.optim.Optimizer = found
+    return made
 
 
 def broadcast(group: Group, tensor: torch.Tensor, source: int) -> None:

@@ -23,10 +23,10 @@ from nettorrent_mpi.plan.errors import NetTorrentError, UserError
 from nettorrent_mpi.plan.exchange_specs import Allreduce, Elite
 from nettorrent_mpi.plan.scores import Scores, best_of
 from nettorrent_mpi.plan.specs import Spec
-from nettorrent_mpi.torch.batching import RankPlace, ServedRows
+from nettorrent_mpi.torch.batching import RankPlace, ServedRows, check_batch_size, check_options
 from nettorrent_mpi.torch.gradients import GradientAverage
-from nettorrent_mpi.torch.models import broadcast, check_model, ranks_of_replica, world_of
-from nettorrent_mpi.torch.position import Position
+from nettorrent_mpi.torch.models import broadcast, check_model, innermost, ranks_of_replica, world_of
+from nettorrent_mpi.torch.position import EpochLoader, Position
 from nettorrent_mpi.torch.slots import carrier
 from nettorrent_mpi.torch.split_layers import split_parameters
 from nettorrent_mpi.torch.step_exchange import StepExchange
@@ -51,8 +51,8 @@ def parallelize(
     All ranks call with the same arguments, after the model is on its device and the optimizer is made. Every rank
     starts with rank 0's parameters and buffers. In a process that no launcher started this is the plain training.
 
-    data: tensors (x, y), a Dataset, an IterableDataset (of which every rank reads all rows), or None: the script has a
-    loader of its own, different on each rank.
+    data: tensors (x, y), a Dataset, an IterableDataset (of which every rank reads all rows, in its own order), or None:
+    the script has a loader of its own, different on each rank.
     batch_size: the rows of a mini-batch, of all ranks together; with None as `data` it is not needed.
     exchange: how replicas agree, as in a configuration: "allreduce" (exact: gradients are averaged), "gossip", "elite",
     "none", or with options {"gossip": {"every": 2}}.
@@ -85,14 +85,13 @@ class ParallelRun:
         seed: int,
         loading: dict[str, Any],
     ):
-        self._world, self.model, self.optimizer = world, model, optimizer
+        self._world, self.model = world, model
         with world.agreement():
+            self.optimizer = optimizer = innermost(optimizer)
+            check_options(loading)
             self._spec = exchange_of(exchange)
             each = ranks_of_replica(replica_size, world.size, exact=isinstance(self._spec, Allreduce))
-            if data is not None and batch_size is None:
-                raise UserError("batch_size is missing: the rows of a mini-batch, of all ranks together")
-            if batch_size is not None and batch_size < 1:
-                raise UserError(f"batch_size is {batch_size}, but has to be at least 1")
+            check_batch_size(batch_size, needed=data is not None)
             self._parameters = dict(model.named_parameters())
             check_model(model, self._parameters, optimizer, exchanged=world.size > each)
         # Averages of different parts of a layer would mean nothing.
@@ -115,6 +114,8 @@ class ParallelRun:
             )
             if data is None and loading:
                 raise UserError(f"{next(iter(loading))} is for data that parallelize divides, and there are none")
+        if self._batches is not None:
+            world.same("number of rows in its data", str(self._batches.rows))
         self._position = Position(world, self.place, self._batches)
         self.step = 0  # optimizer steps so far
         self._judged = 0  # samples at the latest comparison
@@ -129,7 +130,7 @@ class ParallelRun:
                 self._spec, trained, self._statistics(), optimizer, self._peers, self._holders, seed=seed
             )
             self._hooks += [p.register_post_accumulate_grad_hook(self._progress) for p in trained.values()]
-        self._where = {id(p): p.data_ptr() for p in self._parameters.values()}
+        self._where = {id(p): (p.data_ptr(), p.dtype) for p in self._parameters.values()}
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         self._factors: list[float] | None = None
@@ -203,6 +204,11 @@ class ParallelRun:
         finally:
             self._average.weight = 1.0
 
+    def loader(self, loader: Iterable[Any] | None = None) -> EpochLoader:
+        """Return the mini-batches of `batches` as a loader for a loop that is not the script's own, as Lightning's:
+        each iteration is the next epoch. Their number has to be known."""
+        return EpochLoader(self._position, lambda: self.batches(loader), self._position.length(loader))
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Add up gradients of backward passes inside the `with` block on each rank; the next backward pass after it
@@ -245,8 +251,31 @@ class ParallelRun:
         assert self._replicas is not None
         self._replicas.progress()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Meet the others before the optimizer updates: if its step has a closure, once that has made gradients."""
         self._check_parameters()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._before_update(optimizer)
+            return None
+        evaluations = 0
+
+        def evaluated() -> Any:
+            nonlocal evaluations
+            loss, evaluations = closure(), evaluations + 1
+            if isinstance(optimizer, torch.optim.LBFGS):  # which compares the losses of several evaluations
+                loss = self._average.mean(float(torch.as_tensor(loss).detach()))
+            if evaluations == 1:
+                self._before_update(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, kwargs | {"closure": evaluated}
+        return (args[0], evaluated, *args[2:]), kwargs
+
+    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
         self._average.before_step()
         if self._replicas is None:
             return
@@ -273,14 +302,18 @@ class ParallelRun:
             names = [name for name, p in self.model.named_parameters() if id(p) not in self._where]
             gone = [name for name in self._parameters if name not in dict(self.model.named_parameters())]
             told = f"{names[0]} is new in the model" if names else f"{gone[0]} is gone from the model"
-            raise UserError(f"{told} since parallelize: call parallelize after the model is complete")
-        if self._replicas is not None:
-            for name, parameter in self._parameters.items():
-                if parameter.data_ptr() != self._where[id(parameter)]:
-                    raise UserError(
-                        f"{name} has got other memory since parallelize, which replicas would not exchange: move or "
-                        "convert the model before, and change parameters in place (p.copy_(...) under torch.no_grad())"
-                    )
+            raise UserError(f"{told} since parallelize: call parallelize after the model is complete and on its device")
+        for name, parameter in self._parameters.items():
+            address, kind = self._where[id(parameter)]
+            if parameter.dtype != kind:
+                raise UserError(
+                    f"{name} was {kind} at parallelize and is {parameter.dtype}: convert the model before parallelize"
+                )
+            if self._replicas is not None and parameter.data_ptr() != address:
+                raise UserError(
+                    f"{name} has got other memory since parallelize, which replicas would not exchange: change "
+                    "parameters in place (p.copy_(...) under torch.no_grad()), or replace them before parallelize"
+                )
 
     # -- what ranks tell each other -----------------------------------------------------------------------------------
 

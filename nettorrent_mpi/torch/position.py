@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,16 @@ class Position:
         """Go on from what `told` returned."""
         self.epoch, self.batch, self.samples = told["epoch"], told["batch"], told["samples"]
 
+    def length(self, loader: Iterable[Any] | None) -> int:
+        """Return the number of mini-batches of a whole epoch, the most that a rank has. All ranks call. Raises a
+        UserError where it is unknown."""
+        own = _length(loader) if loader is not None else None if self._batches is None else self._batches.steps
+        lengths = [length for length in self._world.gather_objects(own) if length is not None]
+        if len(lengths) < self._place.ranks:
+            with self._world.agreement():
+                raise UserError("the number of mini-batches is unknown: give a Dataset, or a loader that has a length")
+        return max(lengths)
+
     def served(self, loader: Iterable[Any] | None) -> Iterator[Served]:
         """Yield the mini-batches that are left of the present epoch. All ranks call."""
         if loader is not None:
@@ -56,11 +66,17 @@ class Position:
             found = self._batches.epoch(self.epoch, self.batch)
         else:
             raise UserError("parallelize has no data: give run.batches() the loader")
+        begun = self.batch
         for each in found:
             self.batch += 1  # before the script's steps: a checkpoint among them comes after this mini-batch
             self.weight = each.weight
             self.samples += self._rows() if loader is None else 0
             yield each
+        if loader is None and not begun and not self.batch:
+            with self._world.agreement():
+                raise UserError(
+                    f"the data have no rows in epoch {self.epoch + 1}: __iter__ has to return a new iterator each time"
+                )
 
     def _rows(self) -> int:
         assert self._batches is not None
@@ -95,6 +111,25 @@ class Position:
         found[self._place.rank] = own
         self._world.all_reduce(found)
         return [bool(each) for each in found]
+
+
+class EpochLoader:
+    """An EpochLoader has the mini-batches that `batches` yields, for a loop that is not the script's own: each
+    iteration is an epoch, the first one the present one. It has a length: a loop that fetched one mini-batch ahead, to
+    learn whether it is the last, would weigh gradients by the next one."""
+
+    def __init__(self, position: Position, batches: Callable[[], Iterator[Any]], length: int):
+        self._position, self._batches, self._length, self._begun = position, batches, length, False
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._begun:
+            self._position.next_epoch()
+        for batch in self._batches():
+            self._begun = True
+            yield batch
 
 
 def _length(loader: Iterable[Any]) -> int | None:
