@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from nettorrent_mpi import __version__
+from nettorrent_mpi.cli.runs.run_arguments import add_run_commands
 from nettorrent_mpi.cli.terminal import fitted
 from nettorrent_mpi.config.settings import key_of
 from nettorrent_mpi.config.translation import nearest
@@ -240,6 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--json", action="store_true", help="write everything as JSON")
 
+    add_run_commands(commands)
     _add_speedup(commands)
     _add_chaos(commands)
 
@@ -363,6 +365,6 @@ def _hint(word: str, following: str, args: argparse.Namespace) -> str:
             return "write the configuration's file without an option before it"
     if not word.startswith("-"):
         return ""
-    others = ("config", "run", "path", "target", "folder", "name", "command", "action", "shell")  # have no option
+    others = ("config", "run", "places", "path", "target", "folder", "name", "command", "action", "shell")  # no option
     options = [f"--{each.replace('_', '-').replace('changes', 'set')}" for each in vars(args) if each not in others]
     return nearest(f"--{name}", options, listed=False)

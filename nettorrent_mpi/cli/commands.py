@@ -119,6 +119,18 @@ def _schema(args: argparse.Namespace) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def _runs(args: argparse.Namespace) -> int:
+    from nettorrent_mpi.cli.runs.listing import runs
+
+    return runs(args.places, sort=args.sort, as_json=args.json)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from nettorrent_mpi.cli.runs.reporting import report
+
+    return report(args.run, args.output, overwrite=args.overwrite)
+
+
 def _speedup(args: argparse.Namespace) -> None:
     from nettorrent_mpi.speedup.command import speedup
 
@@ -177,6 +189,8 @@ _LOCAL: dict[str, Callable[[argparse.Namespace], int | None]] = {  # they return
     "init": _init,
     "completion": _completion,
     "schema": _schema,
+    "runs": _runs,
+    "report": _report,
     "speedup": _speedup,
     "chaos": _chaos,
     "data": _data,

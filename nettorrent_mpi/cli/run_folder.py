@@ -6,7 +6,6 @@ The checkpoints in it are written by the trainer.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
@@ -17,12 +16,13 @@ from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.data.storage import replacing, retried
 from nettorrent_mpi.engine.checkpoint import lies_in, named_checkpoints
 from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, remove_checkpoints, tidy
+from nettorrent_mpi.engine.record import read_lines
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.plan.errors import OutputError, warn
 
 AUTO = "auto"  # the value of --resume that continues if there is something to continue, and begins else
-OURS = ("config.yaml", "run.json", "metrics.jsonl", "summary.json", "model.h5", "trace.json")
+OURS = ("config.yaml", "run.json", "metrics.jsonl", "summary.json", "model.h5", "trace.json", "report.html")
 # What `nettorrent evaluate RUN --confusion` writes about the network.
 EVALUATION = ("confusion.csv", "confusion.svg", "classes.csv", "predictions.csv", "mistakes.svg")
 
@@ -133,20 +133,11 @@ class RunFolder:
         """Return the undamaged lines of metrics.jsonl up to step `after`."""
         if not metrics.exists():
             return []
-        found, damaged = [], 0
-        for line in metrics.read_bytes().split(b"\n"):
-            try:
-                step = parsed(line)["step"] if line else math.inf
-                if not isinstance(step, int | float):
-                    raise ValueError
-                if step <= after:
-                    found.append(line.decode() + "\n")
-            except (ValueError, TypeError, KeyError):
-                damaged += 1
+        lines, damaged = read_lines(metrics.read_bytes())
         if damaged:
-            lines = f"{damaged} line{'s' if damaged > 1 else ''}"
-            warn(f"{metrics}: {lines} could not be read, and the resumed run goes on without", alone=True)
-        return found
+            many = f"{damaged} line{'s' if damaged > 1 else ''}"
+            warn(f"{metrics}: {many} could not be read, and the resumed run goes on without", alone=True)
+        return [line.decode() + "\n" for line, record in lines if record["step"] <= after]
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl, which can be read immediately. A disk that is full for a while delays it."""

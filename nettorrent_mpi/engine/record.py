@@ -1,4 +1,4 @@
-"""The records of a training's progress."""
+"""The records of a training's progress, and the lines of metrics.jsonl that hold them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nettorrent_mpi.data.files import parsed
+
+MOST_STEPS = 1e15  # no training has so many: a larger number is damage
 FIGURES = ("test_loss", "test_accuracy", "validation_loss", "validation_accuracy")
 
 
@@ -41,3 +44,18 @@ class Record:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         kept = FIGURES if self.evaluated else ()
         return {k: v for k, v in found.items() if (v is not None or k in kept) and k not in ("evaluated", "at_rest")}
+
+
+def read_lines(content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
+    """Return the undamaged lines of a metrics.jsonl, each with what it says, and the number of the others."""
+    found, damaged = [], 0
+    for text in filter(None, content.split(b"\n")):
+        try:
+            told = parsed(text)
+            step = told["step"]
+            if isinstance(step, bool) or not (isinstance(step, int | float) and 0 <= step < MOST_STEPS):
+                raise ValueError
+            found.append((text, told))
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    return found, damaged

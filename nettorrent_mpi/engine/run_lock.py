@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.plan.errors import OutputError, warn
 
@@ -127,18 +128,7 @@ class RunLock:
         return True
 
     def _look(self, path: Path | None = None) -> _Seen | None:
-        """Read the lock; None if there is none. Opening it makes NFS ask its server."""
-        path = path or self._path
-        try:
-            with path.open("rb") as file:
-                text, refreshed = file.read(), os.fstat(file.fileno()).st_mtime
-        except FileNotFoundError:
-            return _Seen({}, 0.0) if path.is_symlink() else None  # a link to nothing is in the way
-        try:
-            owner = json.loads(text)
-        except ValueError:
-            owner = {}
-        return _Seen(owner if isinstance(owner, dict) else {}, refreshed)
+        return _look(path or self._path)
 
     def _now(self) -> float:
         """Return the time by the file system's clock."""
@@ -173,6 +163,30 @@ class RunLock:
                     return
                 else:
                     os.utime(self._path)
+
+
+def in_use(folder: Path) -> bool | None:
+    """Whether a run has this folder at present; None if there is no lock. Nothing is waited for or changed: an owner
+    elsewhere that was silent for STALE seconds, by this machine's clock, is gone. Raises OSErrors."""
+    seen = _look(folder / LOCK)
+    if seen is None:
+        return None
+    lives = _lives(seen.owner, _this_process() | {"run": ""})
+    return abs(time.time() - seen.refreshed) < STALE if lives is None else lives
+
+
+def _look(path: Path) -> _Seen | None:
+    """Read a lock; None if there is none. Opening it makes NFS ask its server."""
+    try:
+        with path.open("rb") as file:
+            text, refreshed = file.read(), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return _Seen({}, 0.0) if path.is_symlink() else None  # a link to nothing is in the way
+    try:
+        owner = parsed(text)
+    except ValueError:
+        owner = {}
+    return _Seen(owner if isinstance(owner, dict) else {}, refreshed)
 
 
 def _this_process() -> Owner:

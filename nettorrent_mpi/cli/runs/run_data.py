@@ -1,0 +1,337 @@
+"""A run folder as the commands read it, whether the run goes on, has ended or has failed.
+
+Whatever the files hold, what is returned has the right types: a value that makes no sense is left out, and damage is
+told in one line for each file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+
+from nettorrent_mpi.data.files import opening, parsed, size_of
+from nettorrent_mpi.engine.rank_seconds import PARTS, WAITING
+from nettorrent_mpi.engine.record import read_lines
+from nettorrent_mpi.engine.run_lock import in_use
+from nettorrent_mpi.engine.traced_run import TracedRun, read_traced
+from nettorrent_mpi.plan.errors import DataError, OutputError, UserError, readable
+from nettorrent_mpi.plan.topology import Stage, Topology
+
+RUNNING, DONE, DIVERGED, STOPPED, FAILED = "running", "done", "diverged", "stopped", "failed"
+FILES = ("config.yaml", "run.json", "metrics.jsonl", "summary.json")  # one of them makes a folder a run's
+FIGURES = (
+    "epoch", "samples", "time", "train_loss", "learning_rate", "samples_per_second", "consensus_distance",
+    "test_loss", "test_accuracy", "validation_loss", "validation_accuracy",
+)  # fmt: skip
+MOST_RANKS, MOST_BYTES, MOST_TRACE = 1_000_000, 1 << 30, 200 << 20  # larger files and numbers are damage
+
+
+class RankSeconds(NamedTuple):
+    """RankSeconds are what a record says of the ranks: `each` is an array (ranks, PARTS) of seconds or, of many ranks,
+    `swarms` one (swarms, PARTS, 3) of min, mean and max."""
+
+    slowest: int
+    each: np.ndarray | None
+    swarms: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A Point is one record: the figures that it has, by their names."""
+
+    step: int
+    figures: Mapping[str, float]
+    ranks: RankSeconds | None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The content of a run folder. `about` is run.json, `settings` the configuration by dotted keys; `damage` has a
+    line for each file that could not be read as a whole."""
+
+    path: Path
+    state: str
+    about: Mapping[str, Any]
+    settings: Mapping[str, str]
+    config: str
+    points: Sequence[Point]
+    summary: Mapping[str, Any]
+    damage: Sequence[str] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return one_line(self.path.name or self.path.absolute().name)
+
+    @cached_property
+    def topology(self) -> Topology | None:
+        """The layout; None where it is not known."""
+        stages, first = [], 0
+        for stage in items(self.about.get("stages")):
+            layers, rows, cols = len(self.layers(stage)), stage.get("rows"), stage.get("cols")
+            if not (layers and is_count(rows) and is_count(cols)):
+                return None
+            stages.append(Stage(first, first + layers, rows, cols))
+            first += layers
+        replicas = self.about.get("replicas")
+        if not stages or not is_count(replicas) or replicas * sum(stage.size for stage in stages) > MOST_RANKS:
+            return None
+        return Topology(replicas, tuple(stages))
+
+    @staticmethod
+    def layers(stage: Mapping[str, Any]) -> list[str]:
+        """The names of a stage's weight layers."""
+        layers = stage.get("layers")
+        return [text(each) for each in layers if text(each)] if isinstance(layers, list) else []
+
+    @cached_property
+    def stage_names(self) -> list[str]:
+        """The stages by their layers, like "conv2d1" or "linear1..linear3"."""
+        names = [self.layers(stage) for stage in items(self.about.get("stages"))]
+        return [each[0] if len(each) == 1 else f"{each[0]}..{each[-1]}" for each in names if each]
+
+    @property
+    def ranks(self) -> int | None:
+        """The number of ranks."""
+        found = self.about.get("ranks", self.summary.get("world_size"))
+        return found if is_count(found) else None
+
+    @property
+    def layout(self) -> str:
+        """The layout in one line; empty if it is not known."""
+        return text(self.about.get("layout")) or text(self.summary.get("layout"))
+
+    @property
+    def steps(self) -> int | None:
+        """The number of steps of the whole run."""
+        found = self.about.get("steps")
+        return found if is_count(found) else None
+
+    @property
+    def exchange(self) -> str:
+        """How replicas agree."""
+        told = self.summary.get("exchange")
+        return text(self.about.get("exchange")) or text(told.get("kind") if isinstance(told, dict) else None)
+
+    def host(self, rank: int) -> str:
+        """Return the host of a rank; empty if it is not known."""
+        hosts = self.about.get("hosts")
+        return text(hosts[rank]) if isinstance(hosts, list) and 0 <= rank < len(hosts) else ""
+
+    def place(self, rank: int) -> str:
+        """Say where a rank stands: "rank 3 (host a, stage 1 conv2d2)"."""
+        told = [f"host {self.host(rank)}"] if self.host(rank) else []
+        topology = self.topology
+        if topology is not None and rank < topology.size:
+            at = topology.place(rank)
+            told.append(f"stage {at.stage} {self.stage_names[at.stage]}")
+            told += [f"replica {at.replica}"] if topology.replicas > 1 else []
+        return f"rank {rank}" + (f" ({', '.join(told)})" if told else "")
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """Return (step, value) of all records that have this figure."""
+        return [(point.step, point.figures[name]) for point in self.points if name in point.figures]
+
+    def last(self, name: str) -> float | None:
+        """Return the latest value of a figure."""
+        return next((p.figures[name] for p in reversed(self.points) if name in p.figures), None)
+
+    @property
+    def accuracy(self) -> tuple[str, float] | None:
+        """The best accuracy and its kind, "test" or, where there is no test set, "validation"."""
+        for kind in ("test", "validation"):
+            found = [value for _, value in self.curve(f"{kind}_accuracy")]
+            if found:
+                return kind, max(found)
+        return None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The seconds until the last step at the pace so far."""
+        last = self.points[-1] if self.points else None
+        if last is None or self.steps is None or last.step <= 0 or "time" not in last.figures:
+            return None
+        return last.figures["time"] / last.step * max(self.steps - last.step, 0)
+
+    def rank_seconds(self, latest: int | None = None) -> RankSeconds | None:
+        """Return what the `latest` records (None: all) say of the ranks together, of those with the present layout."""
+        told = [point.ranks for point in self.points if point.ranks is not None]
+        told = told if latest is None else told[-latest:]
+        if not told:
+            return None
+        last = told[-1]
+        if last.each is not None:
+            alike = [t.each for t in told if t.each is not None and t.each.shape == last.each.shape]
+            each = np.sum(alike, axis=0)
+            return RankSeconds(int(each[:, :WAITING].sum(axis=1).argmax()), each, None)
+        assert last.swarms is not None
+        votes = [t.slowest for t in told]
+        swarms = [t.swarms for t in told if t.swarms is not None and t.swarms.shape == last.swarms.shape]
+        return RankSeconds(max(set(votes), key=votes.count), None, np.sum(swarms, axis=0))
+
+    def trace(self) -> TracedRun | None:
+        """Read trace.json; None where there is none. Raises a DataError if it is damaged or too large to be read."""
+        path = self.path / "trace.json"
+        if not path.exists():
+            return None
+        content = _content(path, MOST_TRACE)
+        return None if content is None else read_traced(content, str(path))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return any((folder / name).is_file() for name in FILES)
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder. Raises an OutputError where there is none."""
+    if not is_run(folder):
+        what = "is a file" if folder.is_file() else "has none of a run's files" if folder.is_dir() else "does not exist"
+        raise OutputError(
+            f"{readable(str(folder))} {what}: name the folder of a run, which `nettorrent train` has made"
+        )
+    damage: list[str] = []
+    about, summary = (_json(folder / name, damage) for name in ("run.json", "summary.json"))
+    config, settings = _settings(folder / "config.yaml", damage)
+    state = _state(folder, about, summary)
+    points = _points(folder / "metrics.jsonl", damage, growing=state == RUNNING)
+    return RunData(folder, state, about, settings, config, points, summary, damage)
+
+
+def _state(folder: Path, about: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    used = in_use(folder)
+    if used:
+        return RUNNING
+    ended = about.get("ended")
+    if used is None and ended in (STOPPED, DIVERGED, DONE):
+        return str(ended)
+    return DONE if summary and used is None else FAILED
+
+
+def _content(path: Path, most: int, damage: list[str] | None = None) -> bytes | None:
+    """Return the content of a file; None if there is none, or, with a line in `damage`, if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        size = size_of(path, "check it")
+        if size > most:
+            raise DataError(f"has {size / 1e6:,.0f} MB, and {most / 1e6:,.0f} MB at most are read", file=str(path))
+        with opening(path, "check it") as file:
+            return file.read()
+    except UserError as error:
+        if damage is None:
+            raise
+        damage.append(str(error))
+        return None
+
+
+def _json(path: Path, damage: list[str]) -> dict[str, Any]:
+    content = _content(path, MOST_BYTES, damage)
+    if content is None:
+        return {}
+    try:
+        found = parsed(content)
+    except ValueError as error:
+        found = error
+    if isinstance(found, dict):
+        return found
+    damage.append(f"{path} is damaged, and left out")
+    return {}
+
+
+def _settings(path: Path, damage: list[str]) -> tuple[str, dict[str, str]]:
+    from nettorrent_mpi.config import yaml_lines
+    from nettorrent_mpi.config.reading import text_of
+
+    if not path.exists():
+        return "", {}
+    try:
+        content = text_of(str(path))
+        return content, dict(_flat(yaml_lines.read(content, str(path)).value, ()))
+    except UserError as error:
+        damage.append(str(error))
+        return "", {}
+
+
+def _flat(value: Any, at: tuple[str | int, ...]) -> Iterator[tuple[str, str]]:
+    """Yield every value of a configuration with its dotted key."""
+    from nettorrent_mpi.config.yaml_lines import dotted
+
+    inner: Iterator[tuple[Any, Any]] = iter(())
+    if isinstance(value, dict) and value:
+        inner = iter(value.items())
+    elif isinstance(value, list) and any(isinstance(each, dict | list) for each in value):
+        inner = iter(enumerate(value))
+    else:
+        yield one_line(dotted(at)), one_line("none" if value is None else str(value))
+        return
+    for key, each in inner:
+        yield from _flat(each, (*at, key if isinstance(key, int) else str(key)))
+
+
+def _points(path: Path, damage: list[str], *, growing: bool) -> list[Point]:
+    content = _content(path, MOST_BYTES, damage)
+    if content is None:
+        return []
+    if growing:
+        content = content[: content.rfind(b"\n") + 1]  # the last line may be half written
+    lines, damaged = read_lines(content)
+    if damaged:
+        many = "1 line could not be read, and is" if damaged == 1 else f"{damaged} lines could not be read, and are"
+        damage.append(f"{path}: {many} left out")
+    return [_point(record) for _, record in lines]
+
+
+def _point(record: Mapping[str, Any]) -> Point:
+    figures = {name: value for name in FIGURES if (value := number(record.get(name))) is not None}
+    return Point(int(record["step"]), figures, _rank_seconds(record.get("ranks")))
+
+
+def _rank_seconds(told: Any) -> RankSeconds | None:
+    if not isinstance(told, dict) or not is_count(told.get("slowest"), least=0):
+        return None
+    try:
+        if isinstance(told.get("swarms"), list):
+            swarms = np.array([[swarm[name] for name in PARTS] for swarm in told["swarms"]])
+            each, fits = None, swarms.ndim == 3 and swarms.shape[1:] == (len(PARTS), 3)
+            values = swarms
+        else:
+            swarms, each = None, np.array([told[name] for name in PARTS]).T
+            values, fits = each, each.ndim == 2 and len(each) > told["slowest"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    if not fits or values.dtype.kind not in "if" or not (np.isfinite(values).all() and (values >= 0).all()):
+        return None
+    return RankSeconds(told["slowest"], each, swarms)
+
+
+def number(value: Any) -> float | None:
+    """Return a value of a file as a finite number; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        return None
+    return float(value)
+
+
+def text(value: Any) -> str:
+    """Return a value of a file as a text that can be shown; empty if it is none."""
+    return one_line(value) if isinstance(value, str) else ""
+
+
+def one_line(told: str) -> str:
+    """Write a text of a file, or its name, so that it can be shown in one line."""
+    return readable(told).replace("\n", "\\n")
+
+
+def items(value: Any) -> list[dict[str, Any]]:
+    """Return a value of a file as a list of objects; empty if it is none."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def is_count(value: Any, least: int = 1) -> TypeGuard[int]:
+    """Whether a value of a file is a plausible count or number of ranks, steps or rows."""
+    return type(value) is int and least <= value < 1e15
