@@ -72,7 +72,7 @@ def awaited(frame: FrameType | None) -> list[int] | None:
     while frame is not None and _module(frame).startswith(PACKAGE):
         for name in ("lap", "self", "group"):
             held = frame.f_locals.get(name)
-            for each in (held, getattr(held, "group", None), getattr(held, "_group", None)):
+            for each in (held, *(getattr(held, group, None) for group in ("group", "_group", "_peers"))):
                 ranks = getattr(each, "ranks", None)
                 if isinstance(ranks, tuple):
                     return list(ranks)

@@ -117,7 +117,9 @@ class Judge:
         lines += [f"likely culprit: {each}" for each in self._accused(watch, guilty)]
         if not guilty:
             lines.append("no culprit is seen: ranks wait for each other")
-        if dog.end is not None:
+        if self._own_code(watch, guilty):
+            lines.append("the others wait for it: a script's own code may take as long as it likes")
+        elif dog.end is not None:
             what = "the culprit is killed" if survivable() and self._reached(watch, guilty) else "the run ends"
             after = f"{what} in {max(dog.end - stuck, 0)} s, unless it advances"
             lines.append(f"{after} (watchdog: {{report: {dog.report}, end: {dog.end}}})")
@@ -126,8 +128,8 @@ class Judge:
     def _finish(self, watch: Watch, signs: list[SignOfLife], stuck: int) -> None:
         """Kill the culprits, where the others can go on without them; else end the run."""
         guilty = culprits(signs)
-        if guilty and all(watch.signs[rank].excused and watch.signs[rank].reports for rank in guilty):
-            return  # a script's own code may take as long as it likes
+        if self._own_code(watch, guilty):
+            return
         accused = "; ".join(self._accused(watch, guilty))
         if survivable() and self._reached(watch, guilty):
             self._pause = AGAIN
@@ -139,6 +141,10 @@ class Judge:
         words += f": {accused}" if accused else ", and ranks wait for each other"
         self._pause = 10**9
         threading.Thread(target=self._end, args=(watch, words), daemon=True).start()
+
+    def _own_code(self, watch: Watch, guilty: list[int]) -> bool:
+        """Whether the culprits are ranks in a script's own code, which answer."""
+        return bool(guilty) and all(watch.signs[rank].excused and watch.signs[rank].reports for rank in guilty)
 
     def _end(self, watch: Watch, words: str) -> None:
         """Say the last words, and let all ranks end. A file system may be what is stuck: it has a limited time."""

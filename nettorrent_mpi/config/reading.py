@@ -32,6 +32,7 @@ from nettorrent_mpi.config.sections import (
     Swarm,
     Train,
     WatchdogTimes,
+    watchdog_times,
 )
 from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.config.written import options_at, parse, strictly
@@ -130,6 +131,18 @@ def exchange_of(value: Any, document: Document | None = None) -> Spec:
     except (Mistake, Mistakes) as error:
         found = explain(error, {"exchange": value}, _KNOWN, ("exchange",))
         raise ConfigError.several([document.error(each.text, each.path) for each in found]) from None
+
+
+def watchdog_of(value: Any) -> WatchdogTimes | None:
+    """Check the times of a watchdog, as a configuration says them: "none" (None), a mapping, or
+    WatchdogTimes. Raises ConfigError."""
+    try:
+        found = watchdog_times(value)
+    except (Mistake, Mistakes) as error:
+        wrong = explain(error, {"watchdog": value}, _KNOWN, ("watchdog",))
+        document = Document({"watchdog": value})
+        raise ConfigError.several([document.error(each.text, each.path) for each in wrong]) from None
+    return None if found == "none" else cast("WatchdogTimes", found)
 
 
 @cache

@@ -80,7 +80,8 @@ def _layout(value: Any) -> Any:
     return section(Layout, value)
 
 
-def _watchdog(value: Any) -> Any:
+def watchdog_times(value: Any) -> Any:
+    """Check the times of a watchdog: WatchdogTimes, their mapping, or "none". Raises Mistake or Mistakes."""
     if isinstance(value, WatchdogTimes) or value == "none":
         return value
     if not isinstance(value, dict):
@@ -298,7 +299,7 @@ class Config(Section):
         default_factory=choices.AutoCopies
     )
     # What happens when a rank no longer advances; none: nothing.
-    watchdog: Annotated[Literal["none"] | WatchdogTimes, Read(_watchdog)] = field(default_factory=WatchdogTimes)
+    watchdog: Annotated[Literal["none"] | WatchdogTimes, Read(watchdog_times)] = field(default_factory=WatchdogTimes)
     output: str | None = None  # the run folder; `load` fills it in
     trace: bool = False  # whether steps are recorded, as trace.json for chrome://tracing
 

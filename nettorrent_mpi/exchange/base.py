@@ -46,6 +46,10 @@ class Exchange(Replicas):
         """Return the next step, greater than `step`, after which all ranks have to rest for `at_rest`; None: never."""
         return None
 
+    def is_collective(self, step: int) -> bool:
+        """Whether peers do something all together at the end of this step, so that each waits for all others."""
+        return False
+
     def tell_loss(self, loss: float) -> None:
         """Take note of this replica's latest mean training loss."""
 

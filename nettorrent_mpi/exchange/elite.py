@@ -70,11 +70,12 @@ class EliteExchange(Exchange):
         self.judge(found, number)
         return found[best_of(found, self._spec.metric)]
 
-    def judge(self, found: Sequence[Scores], number: int) -> None:
+    def judge(self, found: Sequence[Scores], number: int) -> list[int]:
         """Give the losers of comparison `number` the winners' weights; `found` are the scores of all replicas, the same
-        on all ranks, and all of them call."""
+        on all ranks, and all of them call. Returns for each replica whose weights it has now."""
         whose = takes(self._spec, found, number, self._seed)
         if len(set(whose)) == 1:
             self.become(whose[0])
         else:
             self.adopt(whose)
+        return whose

@@ -92,6 +92,12 @@ class GossipExchange(Exchange):
     def next_rest(self, step: int) -> int | None:
         return None if self._spec.consensus is None else next_multiple(step, self._report_every)
 
+    def is_collective(self, step: int) -> bool:
+        """Whether the parts are chosen, or replicas average exactly."""
+        number, rest = divmod(step, self._spec.every)
+        exact = self._spec.exact_every
+        return not rest and (self._warming == 1 or (exact is not None and number % exact == 0))
+
     def at_rest(
         self, step: int, compare: Callable[[], list[Scores] | None], distance: float | None = None
     ) -> Scores | None:

@@ -6,6 +6,7 @@ with compute, by merging what has arrived. No rank waits for a partner longer th
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.mail import Arrived, Mail
+from nettorrent_mpi.comm.mail import Arrived, Mail, Pending
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.exchange.merging import Deadline, FlowControl
 from nettorrent_mpi.exchange.mixer import NUMBER, Mixer, Round
@@ -186,6 +187,12 @@ class Rounds:
             self.mail.send(letter, to)
             self.mail.put_back(letter)
 
+    def attend(self) -> int:
+        """Take in what has come, so that no peer waits for room while this rank waits for something else than a round;
+        return how many rounds the furthest of those that send to this rank has opened."""
+        self._sort(self.mail.take())
+        return max(self._seen) + 1
+
     # -- closing a round --------------------------------------------------------------------------------------------
 
     def close(self, *, wait: bool) -> None:
@@ -330,3 +337,14 @@ class Rounds:
         for source in list(self._missed):  # missing messages were never sent
             self._owed[source] = 0
             self._drop(self._missed.pop(source))
+
+
+def await_peers(pending: Pending, rounds: Sequence[Rounds], opened: float = math.inf) -> bool:
+    """Wait for the sums of all peers while their messages are taken in; return False as soon as one has opened more
+    rounds than this rank's `opened`: it may wait for this rank's messages, or soon will."""
+    while not pending.done():
+        ahead = [each.attend() > opened for each in rounds]
+        if any(ahead):
+            return False
+        os.sched_yield()
+    return True

@@ -47,11 +47,14 @@ class GradientAverage:
     sum. A parameter without a gradient on some ranks counts as zero there; without one on any rank it stays without.
 
     All ranks of `world` make one, with groups that divide it; the members of a group do the same backward passes, or
-    `join` those of others. Raises UserErrors on all members for gradients that cannot be averaged.
+    `join` those of others, where they may: not where members exchange parts of their weights in each step. Raises
+    UserErrors on all members for gradients that cannot be averaged.
     """
 
-    def __init__(self, world: World, group: Group, parameters: Mapping[str, torch.nn.Parameter]):
-        self.group, self.weight, self.steps = group, 1.0, 0
+    def __init__(
+        self, world: World, group: Group, parameters: Mapping[str, torch.nn.Parameter], *, may_join: bool = True
+    ):
+        self.group, self.weight, self.steps, self._may_join = group, 1.0, 0, may_join
         self._names, self._parameters = list(parameters), list(parameters.values())
         self._memories: list[SharedMemory] = []
         self._rings, self._buckets = Rings(), list[_Bucket]()
@@ -220,6 +223,14 @@ class GradientAverage:
         active, mistakes, steps = self._tally[-3:].tolist()
         if mistakes:
             self._raise_mistake()
+        if not self._may_join and 0 < active < self.group.size:
+            raise self._agreed(
+                UserError(
+                    f"{self.group.size - active} of the {self.group.size} ranks that have one replica have no more "
+                    "mini-batches, and the others do: take the mini-batches from run.batches(loader), which lets all "
+                    "ranks do as many"
+                )
+            )
         if own and steps != active * own:
             self._mistake = None
             raise self._agreed(

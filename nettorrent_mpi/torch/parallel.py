@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from nettorrent_mpi.comm.activity import NOW, OUTSIDE
+from nettorrent_mpi.comm.activity import NOW, OUTSIDE, STARTING
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.config.reading import exchange_of
+from nettorrent_mpi.config.reading import exchange_of, watchdog_of
+from nettorrent_mpi.config.sections import WatchdogTimes
 from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.errors import NetTorrentError, UserError
+from nettorrent_mpi.plan.errors import UserError
 from nettorrent_mpi.plan.exchange_specs import Allreduce, Elite
 from nettorrent_mpi.plan.scores import Scores, best_of
 from nettorrent_mpi.plan.specs import Spec
@@ -32,6 +34,8 @@ from nettorrent_mpi.torch.split_layers import split_parameters
 from nettorrent_mpi.torch.step_exchange import StepExchange
 from nettorrent_mpi.torch.training_state import TrainingState
 
+TIMES = WatchdogTimes()
+
 
 def parallelize(
     data: Any,
@@ -43,6 +47,7 @@ def parallelize(
     replica_size: int | None = None,
     shuffle: bool = True,
     seed: int = 1,
+    watchdog: str | Mapping[str, Any] | WatchdogTimes = TIMES,
     comm: Any = None,
     **loading: Any,
 ) -> ParallelRun:
@@ -58,13 +63,16 @@ def parallelize(
     "none", or with options {"gossip": {"every": 2}}.
     replica_size: the number of ranks that have one replica and average exactly, while their replica exchanges with the
     others; by default 1, with "allreduce" all.
+    watchdog: seconds without advance of a rank until a table on standard error shows what all do, and until the run
+    ends, by default {"report": 60, "end": 600}; or "none". The script's own code may take as long as it likes, also
+    where others wait for it.
     loading: DataLoader's options for a data set, as num_workers or collate_fn.
 
     Raises UserErrors on all ranks alike.
     """
     return ParallelRun(
         world_of(comm), data, model, optimizer, batch_size=batch_size, exchange=exchange, replica_size=replica_size,
-        shuffle=shuffle, seed=seed, loading=loading,
+        shuffle=shuffle, seed=seed, watchdog=watchdog, loading=loading,
     )  # fmt: skip
 
 
@@ -84,8 +92,49 @@ class ParallelRun:
         shuffle: bool,
         seed: int,
         loading: dict[str, Any],
+        watchdog: str | Mapping[str, Any] | WatchdogTimes = TIMES,
     ):
         self._world, self.model = world, model
+        NOW.enter(STARTING)
+        try:
+            self._watch(watchdog)
+            self._set_up(
+                optimizer, data, batch_size, exchange, replica_size, shuffle=shuffle, seed=seed, loading=loading
+            )
+        except BaseException:
+            self._unwatch()
+            raise
+        finally:
+            NOW.enter(OUTSIDE)
+
+    def _watch(self, watchdog: str | Mapping[str, Any] | WatchdogTimes) -> None:
+        """Let a watchdog look after the ranks until this run's end, unless one does so already."""
+        self._watches = False
+        with self._world.agreement():
+            times = watchdog_of(watchdog)
+        if times is not None and self._world.watchdog is None:
+            self._watches = True
+            self._world.watch(times.report, times.end)
+            atexit.register(self._world.unwatch)
+
+    def _unwatch(self) -> None:
+        if self._watches:
+            atexit.unregister(self._world.unwatch)
+            self._world.unwatch()
+
+    def _set_up(
+        self,
+        optimizer: torch.optim.Optimizer,
+        data: Any,
+        batch_size: int | None,
+        exchange: str | Mapping[str, Any] | Spec,
+        replica_size: int | None,
+        *,
+        shuffle: bool,
+        seed: int,
+        loading: dict[str, Any],
+    ) -> None:
+        world, model = self._world, self.model
         with world.agreement():
             self.optimizer = optimizer = innermost(optimizer)
             check_options(loading)
@@ -117,13 +166,13 @@ class ParallelRun:
         if self._batches is not None:
             world.same("number of rows in its data", str(self._batches.rows))
         self._position = Position(world, self.place, self._batches)
-        self.step = 0  # optimizer steps so far
+        self.step = 0  # optimizer steps so far; fewer than on other ranks where this replica alone skips some
         self._judged = 0  # samples at the latest comparison
         self._told = time.perf_counter(), 0  # at the latest report: time and samples
         self._share()
         self._hooks: list[Any] = []
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._average = GradientAverage(world, self._holders, trained)
+        self._average = GradientAverage(world, self._holders, trained, may_join=self._peers.size == 1)
         self._replicas: StepExchange | None = None
         if self._peers.size > 1:
             self._replicas = StepExchange(
@@ -134,7 +183,7 @@ class ParallelRun:
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         self._factors: list[float] | None = None
-        NOW.enter(OUTSIDE)
+        self._quiet = False  # the present mini-batch has passes without messages, for a later step
 
     # -- where this rank is -----------------------------------------------------------------------------------------
 
@@ -196,11 +245,17 @@ class ParallelRun:
         Loaders may yield other numbers of mini-batches on other ranks: a rank that has no more gets its last one again,
         which weighs nothing, until all are through. With a RankSampler as its batch_sampler, a loader's mini-batches
         are weighed by their rows; otherwise ranks weigh alike.
+
+        Where replicas exchange, each mini-batch has an exchange, also one without an optimizer step, as where a
+        gradient scaler skips it on some ranks; not one whose passes are inside `no_sync`.
         """
         try:
             for served in self._position.served(loader):
-                self._average.weight = served.weight
+                self._average.weight, self._quiet = served.weight, False
+                before = 0 if self._replicas is None else self._replicas.step
                 yield served.batch
+                if self._replicas is not None and self._replicas.step == before and not self._quiet:
+                    self._replicas.skip_step()
         finally:
             self._average.weight = 1.0
 
@@ -213,21 +268,20 @@ class ParallelRun:
     def no_sync(self) -> Iterator[None]:
         """Add up gradients of backward passes inside the `with` block on each rank; the next backward pass after it
         averages the sums. It saves messages where several passes make one optimizer step."""
+        self._quiet = True
         with self._average.paused():
             yield
 
+    @NOW.during("the end of an epoch")
     def _end_of_epoch(self) -> None:
         self._average.join()
         self._adopt_furthest()
-        if self._replicas is not None and self.size > 1:
-            steps = self._world.gather_objects(self.step)
-            if len(set(steps)) > 1:
-                raise self._agreed(
-                    UserError(
-                        f"ranks have done from {min(steps)} to {max(steps)} optimizer steps: take the mini-batches "
-                        "from run.batches(loader), which lets all ranks do as many"
-                    )
-                )
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Let replicas that have done fewer steps than others make up for the exchanges. All ranks call."""
+        if self._replicas is not None:
+            self._replicas.catch_up()
 
     def _adopt_furthest(self) -> None:
         """Give the ranks of a replica the weights and the optimizer's state of the one that has done the most steps."""
@@ -279,7 +333,7 @@ class ParallelRun:
         self._average.before_step()
         if self._replicas is None:
             return
-        self._replicas.done = self._position.done(self.step)
+        self._replicas.done = self._position.done(self._replicas.step)
         factor = self._replicas.before_step()
         if factor != 1:
             self._factors = [group["lr"] for group in optimizer.param_groups]
@@ -317,9 +371,11 @@ class ParallelRun:
 
     # -- what ranks tell each other -----------------------------------------------------------------------------------
 
+    @NOW.during("a mean over ranks")
     def mean(self, value: Any) -> float:
         """Return the mean of a number over all ranks, weighed like the latest mini-batch."""
         number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+        self._catch_up()
         weight = self._position.weight
         numbers = np.array([number * weight if weight else 0.0, weight])
         self._world.all_reduce(numbers)
@@ -359,6 +415,7 @@ class ParallelRun:
         if self._replicas is not None:
             self._replicas.close_round(loss)
 
+    @NOW.during("comparing replicas")
     def judge(self, value: Any) -> int | None:
         """Compare the replicas by `value`, this one's validation loss, or its accuracy if the exchange's `metric` is
         validation_accuracy; losers take over the weights of winners. Return the best replica's number; None where the
@@ -378,8 +435,10 @@ class ParallelRun:
         self._replicas.judge(found)
         return best_of(found, self._spec.metric)
 
+    @NOW.during("the replicas' average")
     def average(self) -> None:
         """Give all ranks the average of the replicas' parameters and of all ranks' buffers, for good."""
+        self._catch_up()
         if self._replicas is not None:
             self._replicas.become()
         self._mean_buffers()
@@ -388,6 +447,7 @@ class ParallelRun:
     def averaged(self) -> Iterator[None]:
         """Give all ranks the average inside the `with` block, to evaluate or save it, and their own weights again
         afterwards."""
+        self._catch_up()
         with ExitStack() as stack:
             if self._replicas is not None:
                 stack.enter_context(self._replicas.shown())
@@ -398,11 +458,13 @@ class ParallelRun:
                 for buffer, copy in zip(self.model.buffers(), kept, strict=True):
                     buffer.copy_(copy)
 
+    @NOW.during("the replicas' average")
     def _mean_buffers(self) -> None:
         if self.size > 1:
             for array in self._statistics():
                 self._world.mean(array)
 
+    @NOW.during("writing the model")
     def save(self, path: str | Path) -> None:
         """Write the averaged model's state_dict to a file, on rank 0: `torch.load(path, weights_only=True)` reads
         it."""
@@ -414,13 +476,18 @@ class ParallelRun:
                     with written(path), replacing(path) as part:
                         torch.save(state, part)
 
+    @NOW.during("checkpoint")
     def checkpoint(self, folder: str | Path, *, keep: int = 2, **others: Any) -> Path:
         """Write the whole training state into a folder step-N in `folder`, where the `keep` newest stay: every replica,
         the optimizer, the exchange, the position in the data and the random states of each rank. `others` are objects
         with a state_dict, as a scheduler. Call it after an optimizer step. Raises OutputError."""
-        about = {"step": self.step, "judged": self._judged, **self._position.told()}
-        return self._state().save(Path(folder), self.step, about, others, keep)
+        self._catch_up()
+        step = max(self._world.gather_objects(self.step))
+        rounds = step if self._replicas is None else self._replicas.step
+        about = {"step": step, "rounds": rounds, "judged": self._judged, **self._position.told()}
+        return self._state().save(Path(folder), step, about, others, keep)
 
+    @NOW.during("reading a checkpoint")
     def resume(self, folder: str | Path, **others: Any) -> bool:
         """Go on from the newest undamaged checkpoint in `folder`, which may be of another number of ranks; return False
         if there is none. Replicas keep their own weights if there are as many as before, and start from their average
@@ -440,18 +507,17 @@ class ParallelRun:
             self._world, self.model, self.optimizer, self._replicas, replica=self._replica, replicas=self.replicas
         )
 
-    def _agreed(self, error: NetTorrentError) -> NetTorrentError:
-        error.agreed = self._world.members
-        return error
-
+    @NOW.during("the end")
     def close(self) -> None:
         """Let the model and optimizer go: they are plain PyTorch again. At the script's end this is not needed."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         if self._replicas is not None:
+            self._replicas.catch_up()
             self._replicas.close()
         self._average.close()
+        self._unwatch()
         for group in self._made:
             group.free()
         self._made.clear()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.plan.errors import UserError
 from nettorrent_mpi.torch.batching import RankPlace, RankSampler, Served, ServedRows
@@ -91,7 +92,8 @@ class Position:
             for number, batch in enumerate(loader, self.batch):
                 yield Served(batch, sampler.weight(number))
             return
-        lengths = self._world.gather_objects(_length(loader))
+        with NOW.during("the lengths of loaders"):
+            lengths = self._world.gather_objects(_length(loader))
         known = None if None in lengths else [length for length in lengths if length is not None]
         source, last, number = iter(loader), None, 0
         while known is None or number < max(known):
@@ -109,7 +111,8 @@ class Position:
         """Return which ranks have another mini-batch."""
         found = np.zeros(self._place.ranks, np.int32)
         found[self._place.rank] = own
-        self._world.all_reduce(found)
+        with NOW.during("the next mini-batch"):
+            self._world.all_reduce(found)
         return [bool(each) for each in found]
 
 

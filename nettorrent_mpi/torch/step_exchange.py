@@ -1,7 +1,8 @@
 """Replicas of a PyTorch model agree around each step of their optimizer, by the exchanges of nettorrent_mpi.
 
-The parameters of each type lie in one flat array, of which they become views: an exchange works on a rank's shard of
-it, and the model and its optimizer on the same memory. Nothing is copied.
+A replica may do fewer steps than others, as where a gradient scaler skips one. So that rounds of gossip have the same
+number everywhere, it takes part in the round of a step that it skips, too (`skip_step`), and whenever all ranks do
+something together, those that lack rounds make up for them first (`catch_up`).
 """
 
 from __future__ import annotations
@@ -14,65 +15,19 @@ import torch
 
 from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.group import Group
+from nettorrent_mpi.comm.mail import Pending
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import make_device
-from nettorrent_mpi.exchange import Exchange, Shards, make_exchange
+from nettorrent_mpi.exchange import Exchange, make_exchange
 from nettorrent_mpi.exchange.elite import EliteExchange
 from nettorrent_mpi.exchange.gossip import GossipExchange
+from nettorrent_mpi.exchange.rounds import Rounds, await_peers
 from nettorrent_mpi.plan.exchange_specs import Gossip
 from nettorrent_mpi.plan.scores import Scores
 from nettorrent_mpi.plan.specs import Adam, Sgd, Spec
-from nettorrent_mpi.torch.slots import length, slots
+from nettorrent_mpi.torch.flat_parameters import FlatParameters, outline
 
 EXCHANGING = "the exchange between replicas"
-
-
-class _Vector:
-    """The parameters of one type: their flat array, and the shard of it that this rank exchanges with its peers.
-
-    The optimizer's state joins where it is exchanged, once the optimizer has made it (`take_state`): arrays of the same
-    order.
-    """
-
-    def __init__(self, kind: str, tensors: Sequence[torch.nn.Parameter], statistics: Sequence[Array], holders: Group):
-        self._kind, self._tensors, self._holders = kind, tensors, holders
-        self._size = length(tensors, holders.size)
-        self.array: Array = np.zeros(self._size, kind)
-        for tensor, slot in zip(tensors, slots(self.array, tensors), strict=True):
-            slot.copy_(tensor.detach())
-            tensor.data = slot
-        self._counts = [self._size // holders.size] * holders.size
-        self._own = slice(self._counts[0] * holders.index, self._counts[0] * (holders.index + 1))
-        self._state: dict[str, Array] = {}
-        self._slots: dict[str, list[torch.Tensor]] = {}  # of the state
-        self.shards = Shards([self.array[self._own]], {}, statistics, self.gather)
-
-    def gather(self) -> None:
-        """Give all holders everyone's shards, of the parameters and of the state that has joined."""
-        for array in (self.array, *self._state.values()):
-            self._holders.all_gather(array[self._own], array, self._counts)
-
-    def take_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimizer's arrays that are like parameters lie in flat arrays, too."""
-        names = dict.fromkeys(
-            name
-            for tensor in self._tensors
-            for name, value in optimizer.state.get(tensor, {}).items()
-            if isinstance(value, torch.Tensor)
-            and value.shape == tensor.shape
-            and value.dtype == tensor.dtype
-            and value.dim()
-        )
-        for name in names:
-            if name not in self._state:
-                self._state[name] = np.zeros(self._size, self._kind)
-                self._slots[name] = slots(self._state[name], self._tensors)
-                self.shards.optimizer[name] = [self._state[name][self._own]]  # type: ignore[index]
-            for tensor, slot in zip(self._tensors, self._slots[name], strict=True):
-                value = optimizer.state.get(tensor, {}).get(name)
-                if value is not None and value is not slot:
-                    slot.copy_(value)
-                    optimizer.state[tensor][name] = slot
 
 
 class StepExchange:
@@ -80,7 +35,8 @@ class StepExchange:
     says. The ranks of `holders` have the same replica, and each exchanges a part of it.
 
     `parameters` have the types float32 and float64; `statistics` are other arrays that belong to the weights. `step`
-    counts the optimizer's steps; `done` is the completed part of the run, from 0 to 1, for rules that depend on it.
+    counts the steps of the optimizer, and those that it has skipped; `done` is the completed part of the run, from 0 to
+    1, for rules that depend on it.
     """
 
     def __init__(
@@ -102,17 +58,21 @@ class StepExchange:
             by_type.setdefault(str(parameter.dtype).removeprefix("torch."), []).append(parameter)
         first = next(iter(by_type))  # with it travel the statistics
         self.vectors = [
-            _Vector(kind, tensors, statistics if kind == first else (), holders) for kind, tensors in by_type.items()
+            FlatParameters(kind, tensors, statistics if kind == first else (), holders)
+            for kind, tensors in by_type.items()
         ]
         self._groups: list[Group] = []
         self.exchanges: list[Exchange] = []
         self._seed, self._judged = seed, 0
+        self._by_hand = False  # rounds are opened apart from steps, and their numbers are the script's affair
         # Whether steps exchange the optimizer's state, which there is after the first one.
         self._with_state = isinstance(spec, Gossip) and "optimizer" in spec.average
         if not self._with_state:
             self._make()
 
     def _make(self) -> None:
+        if self._with_state:
+            self._join_state()
         device = make_device("cpu", "numpy")
         rule: Spec = Sgd() if isinstance(self._optimizer, torch.optim.SGD) else Adam()
         for vector in self.vectors:
@@ -138,6 +98,8 @@ class StepExchange:
 
     def before_step(self) -> float:
         """Merge what peers have sent, before the optimizer's step; return the factor on its learning rate."""
+        if self._is_collective(self.step + 1):
+            self.catch_up(collective=True)
         with NOW.during(EXCHANGING):
             for exchange in self.exchanges:
                 exchange.before_update(self.step + 1)
@@ -152,11 +114,12 @@ class StepExchange:
         self.step += 1
         rate = float(self._optimizer.param_groups[0]["lr"])
         with NOW.during(EXCHANGING):
-            if self._with_state:
-                self._take_state()
             if not self.exchanges:
                 self._make()
                 return
+            if self._with_state:
+                for vector in self.vectors:
+                    vector.take_state(self._optimizer)
             for exchange in self.exchanges:
                 exchange.after_update(rate, self.step)
             if self._holders.size > 1:
@@ -164,9 +127,61 @@ class StepExchange:
             if any(exchange.next_rest(self.step - 1) == self.step for exchange in self.exchanges):
                 self._rest()
 
+    # -- steps that this replica skips ------------------------------------------------------------------------------
+
+    def skip_step(self) -> None:
+        """Take part in the exchange of a step that others do, without one of this replica's optimizer."""
+        self.before_step()
+        self.after_step()
+
+    def catch_up(self, *, collective: bool = False) -> None:
+        """Wait until all replicas have done or skipped as many steps; one that lacks some skips them. `collective`: the
+        next step is one at whose end peers do something all together. Ranks that have no such step skip it, too.
+
+        All ranks call, or are about to do such a step. While a rank waits, it follows peers whose messages show that
+        they are ahead: they could wait for it.
+        """
+        if not isinstance(self.spec, Gossip) or self._by_hand:
+            return
+        with NOW.during(EXCHANGING):
+            while True:
+                steps, acting = self._gather_steps(collective)
+                if min(steps) < max(steps):
+                    while self.step < max(steps):
+                        self.skip_step()
+                elif all(acting) or not any(acting):
+                    break
+                elif not collective:
+                    self.skip_step()
+            # Nobody goes on before all know that they are together, and no longer follow those who do.
+            await_peers(Pending(self._peers, [0.0]), self._rounds)
+
+    def _gather_steps(self, collective: bool) -> tuple[list[float], list[float]]:
+        """Return the steps of all replicas, and which of them wait before a collective step."""
+        assert isinstance(self.spec, Gossip)
+        told = np.zeros((2, self._peers.size))
+        told[:, self._peers.index] = self.step, collective
+        pending = Pending(self._peers, told.reshape(-1))
+        while not await_peers(pending, self._rounds, self.step // self.spec.every):
+            self.skip_step()
+        steps, acting = pending.sums().reshape(2, -1).tolist()
+        return steps, acting
+
+    @property
+    def _rounds(self) -> list[Rounds]:
+        return [exchange.rounds for exchange in self.exchanges if isinstance(exchange, GossipExchange)]
+
+    def _is_collective(self, step: int) -> bool:
+        return not self.exchanges or any(
+            exchange.is_collective(step) or exchange.next_rest(step - 1) == step for exchange in self.exchanges
+        )
+
+    # -- rounds apart from steps ------------------------------------------------------------------------------------
+
     def open_round(self, loss: float) -> None:
         """Send what the next round exchanges, apart from the optimizer's step."""
         self.step += 1
+        self._by_hand = True
         for exchange in self.exchanges:
             if isinstance(exchange, GossipExchange):
                 exchange.open_round(self.step, loss)
@@ -178,9 +193,14 @@ class StepExchange:
                 if isinstance(exchange, GossipExchange):
                     exchange.close_round(loss)
 
-    def _take_state(self) -> None:
-        for vector in self.vectors:
-            vector.take_state(self._optimizer)
+    # -- at rest ----------------------------------------------------------------------------------------------------
+
+    def _join_state(self) -> None:
+        """Let the optimizer's arrays be exchanged, too, the same on all peers: also those that a peer's optimizer has
+        not made yet. All peers call."""
+        told = self._peers.gather_objects([vector.state_names(self._optimizer) for vector in self.vectors])
+        for number, vector in enumerate(self.vectors):
+            vector.join_state(self._optimizer, dict.fromkeys(name for names in told for name in names[number]))
 
     def _gather(self) -> None:
         for vector in self.vectors:
@@ -211,9 +231,12 @@ class StepExchange:
         """Give every replica the average of all inside the `with` block, and its own weights again afterwards. All
         ranks call."""
         with ExitStack() as stack:
-            for exchange in self.exchanges:
-                stack.enter_context(exchange.shown())
+            with NOW.during(EXCHANGING):
+                for exchange in self.exchanges:
+                    stack.enter_context(exchange.shown())
             yield
+            with NOW.during(EXCHANGING):
+                stack.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -237,10 +260,11 @@ class StepExchange:
         """Go on after `step`: the replica's parameters and the optimizer's state were restored. `read` fills this
         rank's `memories`; None: they are of another layout, and all replicas are equal. All ranks call."""
         self.step = step
-        if self._with_state:
-            self._take_state()
         if not self.exchanges:
             self._make()
+        elif self._with_state:
+            for vector in self.vectors:
+                vector.take_state(self._optimizer)
         for number, exchange in enumerate(self.exchanges):
             if read is None:
                 exchange.averaged()
@@ -262,12 +286,16 @@ class StepExchange:
             exchange.become(best)
 
     def judge(self, found: Sequence[Scores]) -> None:
-        """Let losers take over winners' weights, as the elite exchange does after `found`, each replica's scores."""
+        """Let losers take over winners' weights and optimizer state, as the elite exchange does after `found`, each
+        replica's scores. All ranks call."""
         self._judged += 1
-        self._take_state()
-        for exchange in self.exchanges:
+        self._join_state()
+        told = self._peers.gather_objects([outline(self._optimizer, vector.tensors) for vector in self.vectors])
+        for number, exchange in enumerate(self.exchanges):
             if isinstance(exchange, EliteExchange):
-                exchange.judge(found, self._judged)
+                winner = exchange.judge(found, self._judged)[self._peers.index]
+                if winner != self._peers.index:
+                    self.vectors[number].set_state(self._optimizer, told[winner][number])
 
     def close(self) -> None:
         """Free what the exchanges hold. All peers call."""

@@ -61,7 +61,8 @@ class TrainingState:
         """Write a checkpoint of this step into `folder`, and keep the `keep` newest. All ranks call, after the same
         step. Raises OutputError on all of them, and a UserError for what cannot be written without pickling.
 
-        `about` are numbers of the run; `others` are objects with a state_dict, by name.
+        `about` are numbers of the run, among them the `rounds` of the exchange so far; `others` are objects with a
+        state_dict, by name.
         """
         with self._world.agreement():
             text = json.dumps({
@@ -155,7 +156,7 @@ class TrainingState:
         own = f"ranks/{self._world.rank}/"
         if self._exchange is not None:
             self._exchange.restore(
-                int(manifest.attributes["step"]),
+                told["rounds"],
                 (lambda wanted: _read_arrays(path, manifest, own, wanted)) if alike else None,
             )
         if alike:
@@ -208,7 +209,10 @@ def _told(manifest: Manifest, path: Path) -> dict[str, Any]:
         told = json.loads(str(manifest.attributes["config"]))
     except ValueError:
         told = None
-    if not isinstance(told, dict) or not {"tensors", "optimizer", "others", "ranks", "replicas"} <= told.keys():
+    if (
+        not isinstance(told, dict)
+        or not {"tensors", "optimizer", "others", "ranks", "replicas", "rounds"} <= told.keys()
+    ):
         raise DataError("is no checkpoint of a PyTorch run", file=str(path))
     return told
 
