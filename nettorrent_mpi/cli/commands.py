@@ -125,6 +125,12 @@ def _runs(args: argparse.Namespace) -> int:
     return runs(args.places, sort=args.sort, as_json=args.json)
 
 
+def _watch(args: argparse.Namespace) -> int:
+    from nettorrent_mpi.cli.runs.watching import watch
+
+    return watch(args.run, once=args.once, web=args.web, port=args.port)
+
+
 def _report(args: argparse.Namespace) -> int:
     from nettorrent_mpi.cli.runs.reporting import report
 
@@ -191,6 +197,7 @@ _LOCAL: dict[str, Callable[[argparse.Namespace], int | None]] = {  # they return
     "schema": _schema,
     "runs": _runs,
     "report": _report,
+    "watch": _watch,
     "speedup": _speedup,
     "chaos": _chaos,
     "data": _data,

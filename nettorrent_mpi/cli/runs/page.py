@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 from nettorrent_mpi.cli.progress import clock
-from nettorrent_mpi.cli.runs.drawing import Bar, Curve, chart, rows
+from nettorrent_mpi.cli.runs.charts import Bar, Curve, chart, rows
 from nettorrent_mpi.cli.runs.layout_map import layout_map
 from nettorrent_mpi.cli.runs.rank_bars import rows_of, share, verdict
 from nettorrent_mpi.cli.runs.run_data import RUNNING, RunData, is_count, items, number, text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from nettorrent_mpi.cli.runs.drawing import Bar, rows
+from nettorrent_mpi.cli.runs.charts import Bar, rows
 from nettorrent_mpi.engine.traced_run import TracedRun, TracedSpan
 
 MOST_ROWS = 64  # ranks that are drawn

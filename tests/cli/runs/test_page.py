@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.__main__ import main
-from nettorrent_mpi.cli.runs.drawing import Curve, chart, thinned
+from nettorrent_mpi.cli.runs.charts import Curve, chart, thinned
 from nettorrent_mpi.cli.runs.page import page
 from nettorrent_mpi.cli.runs.run_data import read_run
 from nettorrent_mpi.plan.topology import Stage, Topology
