@@ -28,9 +28,10 @@ BELOW = {
     "cli": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "planning", "api", "torch"},
     "torch": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine"},
     "speedup": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "cli", "torch"},
+    "doctor": {"plan", "device", "comm", "data", "engine", "planning", "api", "cli", "speedup"},
 }
 # The command line knows every command, and a plan how it is shown; both load what stands above when it is asked for.
-ASKED_FOR = {("cli.commands", "speedup.command"), ("planning", "cli.dry_run")}
+ASKED_FOR = {("cli.commands", "speedup.command"), ("cli.commands", "doctor.doctor"), ("planning", "cli.dry_run")}
 # The order within a folder. Modules that are not listed only have to be free of cycles.
 ORDER: dict[str, list[str]] = {
     "device": ["arrays", "random", "events", "geometry", "ops", "cpu", "gpu", "device"],

@@ -128,6 +128,18 @@ and begin a configuration with the line
 
     # yaml-language-server: $schema=nettorrent.schema.json"""
 
+DOCTOR = """\
+Checks the environment in which a training would run, and says of each part whether it is in order, and what to do where
+it is not: launcher and MPI, cores and threads, limits, BLAS and other libraries, GPUs, /dev/shm, /tmp, the output
+folder, messages between ranks and nodes, their clocks; at last it trains the digits for two seconds. Run it as you
+would run the training, in the job script, too:
+
+    mpirun -n 4 nettorrent doctor
+    nettorrent doctor --json
+
+Without mpirun it checks one process, and whether mpirun can start two. Each check has a limit of time: what hangs or
+crashes is named, and so is a rank that does not answer. The exit code is 2 if there is a fault, else 0."""
+
 
 class _Formatter(argparse.HelpFormatter):
     """Breaks lines between words only, and leaves indented lines, which are commands, as they are."""
@@ -244,6 +256,18 @@ def make_parser() -> argparse.ArgumentParser:
     add_run_commands(commands)
     _add_speedup(commands)
     _add_chaos(commands)
+
+    doctor = commands.add_parser("doctor", help="check whether a training would run here", description=DOCTOR)
+    doctor.add_argument(
+        "--output", default="runs", metavar="DIR", help="the folder where results are to be written (default: runs)"
+    )
+    doctor.add_argument(
+        "--limit", type=float, default=30.0, metavar="SECONDS", help="how long a check may take (default: 30)"
+    )
+    doctor.add_argument(
+        "--checks", metavar="NAME,...", help="some of the checks (under mpirun, MPI starts all the same)"
+    )
+    doctor.add_argument("--json", action="store_true", help="write everything as JSON")
 
     data = commands.add_parser("data", help="download published data sets, import folders of images")
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)

@@ -30,6 +30,10 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
             from nettorrent_mpi.cli.evaluate import evaluate
 
             return evaluate
+        if command == "doctor":
+            from nettorrent_mpi.doctor.doctor import doctor
+
+            return doctor
     return _run_alone
 
 

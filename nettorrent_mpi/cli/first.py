@@ -15,7 +15,13 @@ def is_first() -> bool:
     """Whether this process is the first one: it shows what is shown once, even if MPI cannot be used."""
     if _rank is not None:
         return _rank() == 0
-    return next((os.environ[name] for name in _VARIABLES if name in os.environ), "0") == "0"
+    return launcher_rank() == 0
+
+
+def launcher_rank() -> int:
+    """Return this process's number among those that its launcher has started; 0 without one."""
+    text = next((os.environ[name] for name in _VARIABLES if name in os.environ), "0")
+    return int(text) if text.isdecimal() else 1
 
 
 def numbered_by(rank: Callable[[], int] | None) -> None:

@@ -32,16 +32,26 @@ THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RANKS = "{ranks}"  # placeholder for their number in a launcher's command
 
 # Runs in a process of its own, so that loading BLAS changes nothing here. threadpoolctl knows which of its code paths
-# BLAS has chosen for this processor; without it NumPy reports what it was built with.
+# BLAS has chosen for this processor; without it NumPy reports what it was built with. With an argument, also the speed
+# of a product of matrices, in operations per second.
 _PROBE = """
-import json, numpy
+import json, sys, time, numpy
 try:
     import threadpoolctl
     info = [l for l in threadpoolctl.threadpool_info() if l["user_api"] == "blas"]
-    print(json.dumps([{k: l.get(k) for k in ("internal_api", "version", "architecture")} for l in info]))
+    found = [{k: l.get(k) for k in ("internal_api", "version", "architecture")} for l in info]
 except ImportError:
     blas = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    print(json.dumps([{"internal_api": blas["name"], "version": blas["version"], "architecture": None}]))
+    found = [{"internal_api": blas["name"], "version": blas["version"], "architecture": None}]
+if sys.argv[1:]:
+    a, times = numpy.ones((768, 768), numpy.float32), []
+    until = time.perf_counter() + 0.15
+    while not times[2:] or time.perf_counter() < until:
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    found = [{**each, "speed": 2 * 768**3 / min(times)} for each in found]
+print(json.dumps(found))
 """
 
 
@@ -113,7 +123,7 @@ def describe_host(gpus: Sequence[str] = ()) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
-        "blas": _blas(),
+        "blas": blas_kernels(environment()),
         "commit": commit(dirty=True),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -132,10 +142,12 @@ def in_words(host: Mapping[str, Any]) -> str:
     return f"{host['cpu']}, {cores}; Python {host['python']}, {packages}; BLAS {blas or 'unknown'}."
 
 
-def _blas() -> list[dict[str, Any]]:
-    command = [sys.executable, "-c", _PROBE]
+def blas_kernels(environ: Mapping[str, str], *, timed: bool = False) -> list[dict[str, Any]]:
+    """Return what BLAS libraries NumPy loads with these variables, each with the code path that it chooses for this
+    processor (`architecture`, None if unknown); `timed`: also with its `speed` in operations per second."""
+    command = [sys.executable, "-c", _PROBE, *(["timed"] if timed else [])]
     done = subprocess.run(
-        command, env=environment(), capture_output=True, encoding="utf-8", errors="replace", check=False
+        command, env=dict(environ), capture_output=True, encoding="utf-8", errors="replace", check=False
     )
     found: list[dict[str, Any]] = json.loads(done.stdout) if done.returncode == 0 else []
     return found

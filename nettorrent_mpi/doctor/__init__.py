@@ -1,0 +1,1 @@
+"""The command `nettorrent doctor`: whether a training would run here, and what to mend where it would not."""
