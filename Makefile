@@ -80,7 +80,7 @@ $(VENV)/.run: pyproject.toml setup.py
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet -e '.[mpi,fast,plots,images,docs,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[mpi,fast,plots,images,tune,docs,dev]'
 	touch $@
 
 $(VENV)/.compare: $(VENV)/.dev

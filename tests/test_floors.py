@@ -29,9 +29,15 @@ BELOW = {
     "torch": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine"},
     "speedup": {"plan", "device", "nn", "comm", "data", "config", "exchange", "engine", "cli", "torch"},
     "doctor": {"plan", "device", "comm", "data", "engine", "planning", "api", "cli", "speedup"},
+    "tune": {"plan", "comm", "data", "config", "engine", "planning", "api", "cli", "speedup"},
 }
 # The command line knows every command, and a plan how it is shown; both load what stands above when it is asked for.
-ASKED_FOR = {("cli.commands", "speedup.command"), ("cli.commands", "doctor.doctor"), ("planning", "cli.dry_run")}
+ASKED_FOR = {
+    ("cli.commands", "speedup.command"),
+    ("cli.commands", "doctor.doctor"),
+    ("cli.commands", "tune.job"),
+    ("planning", "cli.dry_run"),
+}
 # The order within a folder. Modules that are not listed only have to be free of cycles.
 ORDER: dict[str, list[str]] = {
     "device": ["arrays", "random", "events", "geometry", "ops", "cpu", "gpu", "device"],
@@ -72,6 +78,7 @@ ORDER: dict[str, list[str]] = {
         "cost",
         "memory",
     ],
+    "tune": ["trials", "samplers", "study", "attempt", "pictures", "findings", "job"],
     "data": [
         "storage",
         "files",
@@ -101,7 +108,8 @@ ONLY = {
     "numba": ["device.cpu.loop"],
     "torch": ["torch", "speedup.torch_training", "speedup.torch_peer", "speedup.torch_rows"],
     "onnx": ["engine.onnx_file"],
-    "matplotlib": ["speedup.plots"],
+    "matplotlib": ["speedup.plots", "tune.pictures"],
+    "optuna": ["tune.samplers"],
 }
 # Packages that these parts do not import: layers, losses and optimizers are formulas over the device's operations.
 NEVER = {"nn": ["numpy"]}

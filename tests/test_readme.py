@@ -19,6 +19,7 @@ import yaml
 
 from nettorrent_mpi.cli import arguments
 from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.config.search_file import read_search
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -71,6 +72,8 @@ def check(words: list[str]) -> None:
         args = arguments.parse(rest if program == "nettorrent" else ["train", *rest[2:]])
         if "changes" in args and "config" in args and (args.config or "configs/").startswith("configs/"):
             configuration.load(args.config, args.changes)
+        if "search" in args:
+            read_search(args.search, args.changes)
     elif rest[0] == "-m" and rest[1] not in ("pytest", "venv"):
         module = ROOT.joinpath(*rest[1].split("."))
         assert module.is_dir() or module.with_suffix(".py").exists()

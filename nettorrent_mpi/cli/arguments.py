@@ -83,6 +83,22 @@ It starts the ranks itself, on this machine and under Open MPI's mpirun --with-f
 output folder gets chaos.json (all figures), and the folders and the output of both runs."""
 
 
+TUNE = """\
+Searches hyperparameters: trains a network for each trial that SEARCH asks for, and tells which was best on the
+validation rows, and how much each parameter matters:
+
+    mpirun -n 4 nettorrent tune configs/search/digits.yaml
+    mpirun -n 16 nettorrent tune configs/search/letters.yaml --groups 4
+    nettorrent tune configs/search/digits.yaml --output runs/digits-alone
+
+The ranks are divided into groups, and each trial is trained by all ranks of a group, laid out as `nettorrent train`
+would. Groups take trials from the folder of the study: several jobs may work on one study, and a job that was killed or
+stopped goes on by the same command. SEARCH is a YAML file with base (a configuration, or its file), parameters (lists
+of values, ranges as {low: 1e-4, high: 0.1, log: true}, or names with the settings of each), settings, sampler (grid,
+random or tpe), trials, seed and prune (none or median). The folder gets trial-N/ (the run folder of each), study.json,
+trials.csv, parallel.svg and best.yaml."""
+
+
 EXPORT = """\
 Writes the network of RUN into one file: its layers, its weights, the names of the classes and how inputs are prepared.
 The ending of the file's name says for which programs:
@@ -254,6 +270,14 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="write everything as JSON")
 
     add_run_commands(commands)
+
+    tune = commands.add_parser("tune", help="search hyperparameters by groups of ranks", description=TUNE)
+    tune.add_argument("search", metavar="SEARCH", help="a YAML file; examples are in configs/search/")
+    tune.add_argument(
+        "--groups", type=int, metavar="N", help="groups of ranks that train trials side by side (default: one a rank)"
+    )
+    _add_set(tune, "the search's base")
+    tune.add_argument("--output", metavar="DIR", help="the study's folder (default: the search's `output`)")
     _add_speedup(commands)
     _add_chaos(commands)
 
@@ -355,10 +379,10 @@ def _add_chaos(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the content of chaos.json in place of tables")
 
 
-def _add_set(parser: argparse.ArgumentParser) -> None:
+def _add_set(parser: argparse.ArgumentParser, of: str = "the configuration") -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-        help="change a value of the configuration, e.g. train.steps=100 or model.layers.0.dropout=0.1; may be repeated",
+        help=f"change a value of {of}, e.g. train.steps=100 or model.layers.0.dropout=0.1; may be repeated",
     )  # fmt: skip
 
 
@@ -389,6 +413,6 @@ def _hint(word: str, following: str, args: argparse.Namespace) -> str:
             return "write the configuration's file without an option before it"
     if not word.startswith("-"):
         return ""
-    others = ("config", "run", "places", "path", "target", "folder", "name", "command", "action", "shell")  # no option
+    others = {"config", "search", "run", "places", "path", "target", "folder", "name", "command", "action", "shell"}
     options = [f"--{each.replace('_', '-').replace('changes', 'set')}" for each in vars(args) if each not in others]
     return nearest(f"--{name}", options, listed=False)

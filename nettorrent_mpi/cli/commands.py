@@ -26,6 +26,11 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
             from nettorrent_mpi.cli.run import train
 
             return partial(train, signals=signals)
+        if command == "tune":
+            signals = Signals()
+            from nettorrent_mpi.tune.job import tune
+
+            return partial(tune, signals=signals)
         if command == "evaluate":
             from nettorrent_mpi.cli.evaluate import evaluate
 
@@ -38,8 +43,9 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
 
 
 def tells_results(arguments: Sequence[str]) -> bool:
-    """Whether standard output has a command's results. A training's are in its folder."""
-    return not ("train" in arguments and not {"--dry-run", "--print-config", "-h", "--help"} & set(arguments))
+    """Whether standard output has a command's results. Those of a training or a search are in its folder."""
+    shown = {"--dry-run", "--print-config", "-h", "--help"} & set(arguments)
+    return not ({"train", "tune"} & set(arguments) and not shown)
 
 
 @contextmanager

@@ -49,6 +49,18 @@ def open_reporter(
     return reporter
 
 
+class Quiet:
+    """Shows nothing."""
+
+    def report(self, record: Record) -> None: ...
+
+    def epoch(self, record: Record) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Lines:
     """Writes one line per record, at once and without control characters: for batch logs."""
 

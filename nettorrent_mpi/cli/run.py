@@ -14,7 +14,7 @@ from nettorrent_mpi import __version__
 from nettorrent_mpi.api import Trainer, watched
 from nettorrent_mpi.cli.about_run import about_run
 from nettorrent_mpi.cli.arguments import parse
-from nettorrent_mpi.cli.progress import Reporter, open_reporter
+from nettorrent_mpi.cli.progress import Quiet, Reporter, open_reporter
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.cli.run_folder import RunFolder
 from nettorrent_mpi.comm.activity import NOW
@@ -159,9 +159,12 @@ class Run:
         folder: RunFolder,
         checkpoint: Path | None,
         arguments: Sequence[str],
+        *,
+        quiet: bool = False,
     ):
+        """`arguments` are the command's; `quiet`: nothing is shown."""
         self._world, self._planned, self.trainer, self._folder = world, planned, trainer, folder
-        self._checkpoint, self._arguments = checkpoint, arguments
+        self._checkpoint, self._arguments, self._quiet = checkpoint, arguments, quiet
         self._about: dict[str, Any] = {}  # the content of run.json
         self._created = self._begun = False
         self._reporter: Reporter | None = None
@@ -232,6 +235,8 @@ class Run:
         self._created = True
 
     def _open_reporter(self) -> Reporter:
+        if self._quiet:
+            return Quiet()
         setup = self._planned.setup
         return open_reporter(
             sys.stdout,

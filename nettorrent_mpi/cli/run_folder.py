@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,7 @@ class RunFolder:
             retried(body)
 
 
+@cache
 def commit(*, dirty: bool = False) -> str | None:
     """Return the commit of the checkout that this package runs from; None if it runs from elsewhere. With `dirty` it
     ends in -dirty where files were changed."""

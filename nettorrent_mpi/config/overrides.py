@@ -38,7 +38,12 @@ def _apply(document: Document, text: str, chosen: set[Path]) -> None:
     read = yaml_lines.read(value_text, where.file or "")
     if read.wrong:
         raise ConfigError.several(read.wrong)
-    value = read.value
+    change(document, path, read.value, where, chosen)
+
+
+def change(document: Document, path: Path, value: Any, where: Source, chosen: set[Path]) -> None:
+    """Set the value at `path`, which was written at `where`, and add the path to those that were `chosen` so far.
+    Raises ConfigError."""
     _put(document.value, path, value, where)
     document.record(path, where)
     for length in range(1, len(path)):
@@ -79,12 +84,12 @@ def _enterable(here: Any, path: Path, part: str | int, where: Source) -> None:
         if part < len(here):
             return
         what = f"has {len(here)} entries, counted from 0" if here else "is empty"
-        raise ConfigError(f"{what}: there is no number {part}", file=where.file, key=dotted(path))
+        raise ConfigError(f"{what}: there is no number {part}", file=where.file, line=where.line, key=dotted(path))
     if isinstance(here, list):
         reason = f"is a list: a position is wanted here (as in {dotted((*path, 0))}), not {part!r}"
     else:
         reason = f"is {shown(here)} and has nothing called {part!r} inside"
-    raise ConfigError(reason, file=where.file, key=dotted(path) or None)
+    raise ConfigError(reason, file=where.file, line=where.line, key=dotted(path) or None)
 
 
 def _opened(value: Any, path: Path, inside: str | int, where: Source) -> Any:
@@ -98,7 +103,8 @@ def _opened(value: Any, path: Path, inside: str | int, where: Source) -> Any:
         kinds, what = found
         if inside not in kinds:
             hint = nearest(inside, kinds, what)
-            raise ConfigError(f"unknown {what} {inside!r}; {hint}", file=where.file, key=dotted((*path, inside)))
+            text = f"unknown {what} {inside!r}; {hint}"
+            raise ConfigError(text, file=where.file, line=where.line, key=dotted((*path, inside)))
         try:
             kind, given = written.split(value, kinds, what)
         except Mistake:

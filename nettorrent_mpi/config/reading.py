@@ -7,6 +7,7 @@ configuration is ever silently ignored.
 from __future__ import annotations
 
 import codecs
+import difflib
 import math
 import os
 import stat
@@ -34,7 +35,6 @@ from nettorrent_mpi.config.sections import (
     WatchdogTimes,
     watchdog_times,
 )
-from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.config.written import options_at, parse, strictly
 from nettorrent_mpi.config.yaml_lines import Document, Path
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -111,15 +111,17 @@ def loads(text: str, file: str, overrides: Sequence[str] = (), output: str | Non
         if document.wrong:
             raise ConfigError.several(document.wrong)
         raise document.error(f"wants a mapping (key: value), not {shown(document.value)}: is it a configuration?")
+    if {"base", "parameters"} <= set(document.value):
+        raise document.error("is a search of hyperparameters: nettorrent tune runs it")
     wrong = [*document.wrong, *changes.apply(document, overrides)]
     if document.value.get("output") is None and output is not None:
         document.value["output"] = output
-    return _check(document, wrong)
+    return check(document, wrong)
 
 
 def from_plain(data: dict[str, Any]) -> Config:
     """Read the configuration that `config.writing.to_plain` wrote."""
-    return _check(Document(data))
+    return check(Document(data))
 
 
 def exchange_of(value: Any, document: Document | None = None) -> Spec:
@@ -150,8 +152,9 @@ def _adapter() -> TypeAdapter[Any]:
     return TypeAdapter(Config)
 
 
-def _check(document: Document, wrong: Sequence[ConfigError] = ()) -> Config:
-    """Check the values; raise one error for all that are wrong, together with what was `wrong` before."""
+def check(document: Document, wrong: Sequence[ConfigError] = ()) -> Config:
+    """Return the configuration in a document. Raises one ConfigError for all values that are wrong, together with what
+    was `wrong` before."""
     errors = list(wrong)
     try:
         config = cast("Config", strictly(_adapter(), document.value))
@@ -168,8 +171,8 @@ def _no_file(path: str) -> str:
     if "=" in path:
         return f"there is no such file; to change a value, write --set {path}"
     beside = FilePath(path).parent
-    near = ""
+    near: list[str] = []
     if beside.is_dir():
         files = sorted(str(p) for p in beside.iterdir() if p.suffix in (".yaml", ".yml"))
-        near = nearest(path, files, listed=False)
-    return "there is no such file" + (f"; {near}" if near else "")
+        near = difflib.get_close_matches(path, files, n=1)
+    return "there is no such file" + (f"; did you mean {near[0]}?" if near else "")

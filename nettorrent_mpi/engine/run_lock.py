@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 
 from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.engine.run_files import written
-from nettorrent_mpi.plan.errors import OutputError, warn
+from nettorrent_mpi.plan.errors import InUseError, OutputError, warn
 
 LOCK = "lock.json"
 REFRESH = 15.0  # seconds between two signs of life
@@ -40,7 +40,7 @@ class RunLock:
     """A RunLock holds a folder, which it makes if need be, until it is released. Locks of one process do not exclude
     each other.
 
-    Raises an OutputError if another run holds the folder. If that runs elsewhere and may be gone, this waits for its
+    Raises an InUseError if another run holds the folder. If that runs elsewhere and may be gone, this waits for its
     next sign of life; not for that of the same `run`, in which only the heir of a lost rank makes a lock again.
     """
 
@@ -102,7 +102,7 @@ class RunLock:
                     text = f"waiting for a sign of life of {_in_words(seen.owner)}, which holds {self._folder}"
                     warn(f"{text}, for at most {left:.0f} s", alone=True)
             if lives or (lives is None and seen != watched):
-                raise OutputError(
+                raise InUseError(
                     f"{self._folder} is in use by {_in_words(seen.owner)}: choose another folder with --output DIR, or "
                     f"stop that run (if there is none, remove {self._path})"
                 )

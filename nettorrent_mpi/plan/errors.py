@@ -7,6 +7,7 @@ NetTorrentError              exit code 1 unless stated otherwise
 │   ├── ShapeError           two layers that do not fit
 │   ├── DataError            a data file that is missing, truncated or corrupt: names file and offset
 │   ├── OutputError          the run folder: another run's results, no space, no permission
+│   │   └── InUseError       another run that lives holds it
 │   ├── SizeError            something that does not fit into memory
 │   ├── DeviceMemoryError    something that does not fit into a GPU's memory
 │   ├── RefusedError         any other file or folder that the operating system refuses: names it and the reason
@@ -105,6 +106,10 @@ def keyed(key: str) -> Iterator[None]:
 
 class OutputError(UserError):
     """The run folder cannot be written."""
+
+
+class InUseError(OutputError):
+    """A run folder that a living run holds."""
 
 
 class SizeError(UserError):

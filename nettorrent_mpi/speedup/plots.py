@@ -36,11 +36,16 @@ def draw(results: Results, folder: Path) -> list[str]:
             picture = make(results)
             if picture is None:
                 continue
-            FigureCanvasAgg(picture)
-            picture.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+            save_svg(picture, folder / f"{name}.svg")
             picture.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
             drawn.append(name)
     return drawn
+
+
+def save_svg(picture: Picture, path: Path) -> None:
+    """Write a picture as SVG, inside a context with STYLE."""
+    FigureCanvasAgg(picture)
+    picture.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def _lines(found: list[Figure], value: Callable[[float, Figure], float], axes: Axes) -> None:

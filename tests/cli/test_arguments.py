@@ -37,7 +37,8 @@ def test_wrong_arguments_are_corrected(arguments: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "evaluate", "predict", "export", "inspect", "speedup", "data", "data fetch", "data import"]
+    "command",
+    ["", "train", "evaluate", "predict", "export", "inspect", "speedup", "tune", "data", "data fetch", "data import"],
 )
 def test_help_is_broken_between_words(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,1 @@
+"""The search of hyperparameters: trials by groups of ranks, without a server."""
