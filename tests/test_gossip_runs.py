@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-HERE = Path(__file__).resolve().parent
-Run = subprocess.CompletedProcess[str]
+from tests.standstill import Run, steps, with_a_standstill
 
 RANKS, STOPPED = 4, 3
 PAUSE = 0.004  # seconds of a step besides its compute
@@ -33,25 +27,10 @@ exchange: gossip
 """
 
 
-def steps(folder: Path, rank: int) -> np.ndarray:
-    """When this rank's steps were done, as far as it has come."""
-    path = folder / f"steps.{rank}"
-    data = path.read_bytes() if path.exists() else b""
-    return np.frombuffer(data[: len(data) // 8 * 8])
-
-
 def rate(times: np.ndarray, start: float, stop: float) -> float:
     """Steps per second: the median of quarters of seconds, so that what else the machine does matters less."""
     counts, _ = np.histogram(times, np.arange(start, stop, WINDOW))
     return float(np.median(counts)) / WINDOW
-
-
-def wait_until(condition: Callable[[], bool], running: Future[Run]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert not running.done(), running.result()
-        assert time.monotonic() < until, "the ranks do not get so far"
-        time.sleep(0.02)
 
 
 def run_with_a_standstill(mpirun: Callable[..., Run], folder: Path, mpi: str) -> tuple[float, float]:
@@ -59,22 +38,8 @@ def run_with_a_standstill(mpirun: Callable[..., Run], folder: Path, mpi: str) ->
     folder.mkdir()
     config = folder / "config.yaml"
     config.write_text(CONFIG)
-    program: list[str | Path] = [HERE / "programs" / "stopped.py", folder, str(PAUSE)]
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(mpirun, RANKS, [*program, config, "--output", folder / "run"], mpi=mpi, timeout=120)
-        wait_until(lambda: len(steps(folder, STOPPED)) > 100, running)
-        time.sleep(BEFORE)
-        pid = int((folder / f"pid.{STOPPED}").read_text())
-        os.kill(pid, signal.SIGSTOP)
-        began = time.monotonic()
-        try:
-            time.sleep(STANDSTILL)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        ended = time.monotonic()
-        done = running.result()
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return began, ended
+    words: list[str | Path] = ["-m", "tests.programs.stopped", folder, str(PAUSE), config, "--output", folder / "run"]
+    return with_a_standstill(mpirun, RANKS, words, folder, STOPPED, STANDSTILL, before=BEFORE, mpi=mpi)
 
 
 @pytest.mark.slow
