@@ -6,6 +6,7 @@ import argparse
 import ast
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from nettorrent_mpi.config.schema import schema
 from nettorrent_mpi.plan import exchange_specs, specs
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+import pictures  # noqa: E402
+
 Schema = Mapping[str, Any]
 SECTIONS = {
     "data": sections.Data,
@@ -57,6 +61,16 @@ def on_files(files: Files, config: Any) -> Files:
     for path, make in pages.items():
         files.append(File.generated(config, path, content="\n".join(make())))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Draw the pictures that a page asks for."""
+
+    def drawn(found: re.Match[str]) -> str:
+        name, *words = found[1].split()
+        return str(getattr(pictures, name)(*words))
+
+    return re.sub(r"<!-- picture: ([\w ]+) -->", drawn, markdown)
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
