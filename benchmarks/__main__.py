@@ -9,6 +9,7 @@
     reliability   trainings of which random ranks are killed
     torch_speed   nettorrent_mpi.torch against DistributedDataParallel on one machine
     torch_hosts   the same between hosts with slow links, and MNIST there
+    planner    predicted against measured seconds per step
 
 `NAME --help` lists the options.
 """
@@ -16,7 +17,18 @@
 import sys
 from importlib import import_module
 
-NAMES = ("speed", "inside", "accuracy", "start", "exchange", "checkpoints", "reliability", "torch_speed", "torch_hosts")
+NAMES = (
+    "speed",
+    "inside",
+    "accuracy",
+    "start",
+    "exchange",
+    "checkpoints",
+    "reliability",
+    "torch_speed",
+    "torch_hosts",
+    "planner",
+)
 
 
 def main() -> None:

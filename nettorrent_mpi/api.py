@@ -44,6 +44,7 @@ from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation, Part
 from nettorrent_mpi.engine.failover import Failure, Recovery
 from nettorrent_mpi.engine.failure import agreed, end_all
+from nettorrent_mpi.engine.profiles import read_profiles
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.setup import Setup, set_up
@@ -152,11 +153,11 @@ class Trainer:
             return network
         shape = None if dataset is None else (dataset.train.rows, dataset.test and dataset.test.rows, dataset.shape)
         world.same("data set or settings", f"{shape} {sorted(settings)}")
-        config = world.once(lambda: configured(network, data, dataset, settings))
+        config, known = world.once(lambda: (configured(network, data, dataset, settings), read_profiles()))
         watched(world, config)
         device = choose_device(world, config.device)
         with world.agreement():
-            setup = set_up(config, world.size, dataset, device=device.kind)
+            setup = set_up(config, world.size, dataset, device=device.kind, known=known)
             planned = PlannedRun(setup, has_length(network, settings))
         if world.rank == 0:
             planned.warn()

@@ -15,6 +15,7 @@ from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.device import visible
 from nettorrent_mpi.device.visible import ASSUMED_GPU, VisibleGpu
 from nettorrent_mpi.engine.layout import predicted
+from nettorrent_mpi.engine.profiles import Profiles, read_profiles
 from nettorrent_mpi.engine.run_plan import DeviceKind
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.usage import peak_memory
@@ -53,24 +54,30 @@ def plan(
     *,
     ranks: int = 1,
     data_needed: bool = False,
+    profile: str | None = None,
     **settings: Unpack[Settings],
 ) -> PlannedRun:
     """Plan a run on `ranks` ranks: who holds and does what when, the predicted speed and the memory. Nothing is
-    communicated, MPI is not loaded, and published data sets need not be there (unless `data_needed`).
+    communicated, MPI is not loaded, and published data sets need not be there (unless `data_needed`). Times are
+    predicted by what `nettorrent profile` has measured of this network on this host, or in the file `profile`, or by
+    constants.
 
     `network` is a configuration (whose values `settings` replace), a network, or its layers. Raises UserErrors: a
     ConfigError, LayoutError, ShapeError or DataError; gives the plan's warnings.
     """
     dataset = opened(data)
     config = configured(network, data, dataset, settings)
-    planned = PlannedRun(set_up(config, ranks, dataset, planning=not data_needed), has_length(network, settings))
+    setup = set_up(config, ranks, dataset, planning=not data_needed, known=read_profiles(profile))
+    planned = PlannedRun(setup, has_length(network, settings))
     planned.warn()
     return planned
 
 
-def plan_run(config: Config, ranks: int, device: DeviceKind | None, *, data_needed: bool) -> PlannedRun:
-    """Plan a run of the command line, on the `device` that its ranks have agreed on; see `plan`."""
-    planned = PlannedRun(set_up(config, ranks, planning=not data_needed, device=device), has_length=True)
+def plan_run(
+    config: Config, ranks: int, device: DeviceKind | None, known: Profiles | None = None, *, data_needed: bool
+) -> PlannedRun:
+    """Plan a run of the command line, on the `device` and by the profiles that its ranks have agreed on; see `plan`."""
+    planned = PlannedRun(set_up(config, ranks, planning=not data_needed, device=device, known=known), has_length=True)
     planned.warn()
     return planned
 
@@ -125,7 +132,7 @@ class PlannedRun:
     @property
     def seconds_per_step(self) -> float:
         """The predicted seconds of a training step."""
-        return predicted(self.config, self.network, self.topology).seconds
+        return predicted(self.config, self.network, self.topology, self.setup.machine).seconds
 
     @property
     def memory(self) -> list[Memory]:

@@ -71,6 +71,16 @@ which the run brings bytes, 0 to 1.
 What cannot be read is named on standard error, the rest is answered all the same, and the exit code is 2 then."""
 
 
+PROFILE = """\
+Measures this machine for the network that CONFIG describes, in at most a minute: its layers with fewer rows and fewer
+neurons, the optimizer, and what ranks send each other. Start it on one rank, or on two, which tells of messages, too:
+
+    mpirun -n 2 nettorrent profile configs/mnist.yaml
+
+`train --dry-run`, `simulate`, `layout: auto` and `layout: layers` use it for this network on this host from then on,
+with any mini-batch and number of ranks. The machine should have nothing else to do meanwhile."""
+
+
 CHAOS = """\
 Trains the network that CONFIG describes twice: undisturbed, and while random ranks are killed at random times. The
 training has to survive that, and to end as well. Reports what was killed, how fast the run recovered, how many steps
@@ -215,6 +225,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks instead of those of this run"
+    )
+
+    _add_profile(train)
+
+    profile = commands.add_parser("profile", help="measure this machine, for predictions", description=PROFILE)
+    profile.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a YAML file; examples are in configs/ (default: the digits)"
+    )
+    _add_set(profile)
+    profile.add_argument("--to", metavar="FILE", help="the file to write (default: this host's, in ~/.cache)")
+    profile.add_argument(
+        "--seconds", type=float, default=30.0, metavar="S", help="about how long to measure (default: 30; at most 60)"
     )
 
     evaluate = commands.add_parser(
@@ -377,6 +399,14 @@ def _add_chaos(commands: Any) -> None:
         "times as long as the undisturbed one)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the content of chaos.json in place of tables")
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile", metavar="FILE",
+        help="predict times by the measurements in FILE, which `nettorrent profile --to` wrote (default: this host's, "
+        "if there are any; none: by constants)",
+    )  # fmt: skip
 
 
 def _add_set(parser: argparse.ArgumentParser, of: str = "the configuration") -> None:

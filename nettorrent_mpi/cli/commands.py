@@ -39,6 +39,10 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
             from nettorrent_mpi.doctor.doctor import doctor
 
             return doctor
+        if command == "profile":
+            from nettorrent_mpi.cli.profile import profile
+
+            return profile
     return _run_alone
 
 

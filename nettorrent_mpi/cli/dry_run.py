@@ -217,7 +217,7 @@ def stages_table(setup: Setup) -> str:
     """Write the cost of each stage: predicted seconds of a step, micro-batches stored at once."""
     config, topology, facts = setup.config, setup.topology, setup.network.facts
     micro_batches = setup.options.micro_batches
-    step = predicted(config, setup.network, topology)
+    step = predicted(config, setup.network, topology, setup.machine)
     header = [
         "stage", "layers", "ranks", "replicas", "rows", "cols", "parameters", "cost", "stored", "compute", "messages",
     ]  # fmt: skip

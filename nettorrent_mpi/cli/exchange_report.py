@@ -8,11 +8,11 @@ from nettorrent_mpi.cli.tables import MOST_LINES, aligned, wrapped
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.compression import MessageFormat
-from nettorrent_mpi.plan.cost import parameters_of
 from nettorrent_mpi.plan.exchange_specs import Async, ConstantMix, Elite, Gossip, Nothing, PushSumMix, Whole
 from nettorrent_mpi.plan.gossip_rules import withholding
 from nettorrent_mpi.plan.mixing import MOST_ROUNDS, rounds_to_consensus, spectral_gap
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
+from nettorrent_mpi.plan.sizes import parameters_of
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.stream import mean_staleness, staleness_bound, stream, versions
 from nettorrent_mpi.plan.timeline import simulate, steady_bubble

@@ -27,6 +27,7 @@ from nettorrent_mpi.engine.checkpoint_folder import newest
 from nettorrent_mpi.engine.copy_interval import copy_interval, members_with_copies, part_of_copies
 from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.failover import Failure
+from nettorrent_mpi.engine.profiles import read_profiles
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.setup import Setup, of_survivors
 from nettorrent_mpi.engine.signals import Signals
@@ -94,7 +95,7 @@ def _start(ranks: Ranks, arguments: Sequence[str], chosen: str, signals: Signals
 def _plan(world: World, args: argparse.Namespace) -> tuple[PlannedRun, str]:
     """Plan the requested run. Gives the plan, and says what the run computes on."""
     before = peak_memory()
-    config = world.once(lambda: read(args))
+    config, known = world.once(lambda: (read(args), read_profiles(args.profile)))
     watched(world, config)
     checker = peak_memory() - before  # loaded on rank 0, to read the configuration
     try:
@@ -103,11 +104,11 @@ def _plan(world: World, args: argparse.Namespace) -> tuple[PlannedRun, str]:
         with world.agreement():
             kind, size, needed = chosen and chosen.kind, args.ranks or world.size, not args.dry_run
             try:
-                planned = plan_run(config, size, kind, data_needed=needed)
+                planned = plan_run(config, size, kind, known, data_needed=needed)
             except LayoutError:
                 if world.size == world.started:
                     raise
-                planned = plan_run(config, world.started, kind, data_needed=needed)  # ranks were lost at the start
+                planned = plan_run(config, world.started, kind, known, data_needed=needed)  # ranks were lost
                 planned.setup = _without_lost(planned.setup, world.size)
     except UserError as error:
         mistake = error

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from nettorrent_mpi.cli.tables import aligned, shortened, wrapped
 from nettorrent_mpi.engine.copy_interval import copy_interval, most_owned, part_of_copies
 from nettorrent_mpi.engine.layout import AS_FAST, lay_out, on_fewer_ranks, predicted
-from nettorrent_mpi.plan.cost import Machine, Prediction
+from nettorrent_mpi.plan.cost import Prediction
 from nettorrent_mpi.plan.exchange_specs import AutoCopies
 from nettorrent_mpi.plan.memory import Memory
+from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.topology import Topology
 
 if TYPE_CHECKING:  # the report needs neither engine nor MPI
@@ -24,17 +25,17 @@ def speed_block(setup: Setup) -> str:
 
     Replicas that differ are not compared with other layouts, which would train another network.
     """
-    config, network, ranks = setup.config, setup.network, setup.topology.size
-    ours = predicted(config, network, setup.topology)
+    config, network, ranks, machine = setup.config, setup.network, setup.topology.size, setup.machine
+    ours = predicted(config, network, setup.topology, machine)
     name = config.layout if isinstance(config.layout, str) else "as given"
-    fewer = on_fewer_ranks(config, network, ranks)
+    fewer = on_fewer_ranks(config, network, ranks, machine)
     least = min(fewer, key=lambda each: each[1].seconds, default=None)
     others: list[tuple[str, Topology]] = []
     for other in ("layers", "auto") if config.exact and ranks > 1 else ():
-        topology = lay_out(replace(config, layout=other), network, ranks)
+        topology = lay_out(replace(config, layout=other), network, ranks, machine)
         if topology not in (setup.topology, *(each for _, each in others)):
             others.append((other, topology))
-    rows = [(ranks, name, ours), *((ranks, other, predicted(config, network, each)) for other, each in others)]
+    rows = [(ranks, name, ours), *((ranks, other, predicted(config, network, each, machine)) for other, each in others)]
     rows += [(count, name, each) for count, each in fewer if count == 1 or (least and count == least[0])]
     lines = [_table(rows, config.train.batch_size, setup.steps)]
     for other, topology in others:
@@ -47,14 +48,24 @@ def speed_block(setup: Setup) -> str:
         lines.append(f"layout: {best_name} is predicted to be {times:.1f} times as fast (--set layout={best_name})")
     if least and least[1].seconds < AS_FAST * ours.seconds:
         lines.append(f"{ranks} ranks are predicted to be no faster than {least[0]}: the others wait, or communicate")
-    machine = Machine()
-    lines += wrapped(
-        "",
-        f"The times are of a machine with one core of {machine.flops / 1e9:.0f} GFLOP/s (float32) for each rank and "
-        f"{machine.bandwidth / 1e9:.0f} GB/s between them, all on one node, not of this one, and without start and "
-        "evaluations: they compare layouts. `nettorrent speedup` measures.",
-    )
+    lines += wrapped("", of_machine(machine, ranks))
     return "\n".join(lines)
+
+
+def of_machine(machine: Machine, ranks: int) -> str:
+    """Say which machine the times are of."""
+    nodes = machine.nodes(ranks)
+    where = "all on one node" if nodes == 1 else f"on {nodes:,} nodes of {machine.node} ranks, {machine.link}"
+    if machine.source:
+        return (
+            f"The times are predicted from a profile of this network ({machine.source}; `nettorrent profile`), for "
+            f"ranks {where}, without start and evaluations."
+        )
+    return (
+        f"The times are of a machine with one core of {machine.flops / 1e9:.0f} GFLOP/s (float32) for each rank and "
+        f"{machine.bandwidth / 1e9:.0f} GB/s between them, {where}, not of this one, and without start and "
+        "evaluations: they compare layouts. `nettorrent profile` measures this one, `nettorrent speedup` the layouts."
+    )
 
 
 def _table(rows: Sequence[tuple[int, str, Prediction]], batch_size: int, steps: int) -> str:

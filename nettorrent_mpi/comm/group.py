@@ -15,6 +15,7 @@ from nettorrent_mpi.comm.requests import Requests
 from nettorrent_mpi.device.arrays import Array
 
 T = TypeVar("T")
+DOZE = 0.002  # seconds from look to look
 P = ParamSpec("P")
 
 
@@ -114,6 +115,13 @@ class Group:
         """Wait for all members."""
         if self.size > 1:
             self.comm.Barrier()
+
+    def doze(self) -> None:
+        """Wait for all members without keeping a core busy: for those that others have to leave alone for long."""
+        if self.size > 1:
+            request = self.comm.Ibarrier()
+            while not request.Test():
+                time.sleep(DOZE)
 
     @_waits
     def all_reduce(self, values: Array) -> None:

@@ -33,8 +33,8 @@ from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.layer import Parameter
 from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import Span, overlap
-from nettorrent_mpi.plan.cost import in_parts, rows_shared
 from nettorrent_mpi.plan.moves import Box, boxes_of_range
+from nettorrent_mpi.plan.sizes import in_parts, rows_shared
 
 FULL = 1 << 20  # bytes at which a bucket is full, where buckets travel in messages
 LEAST_SHARD = 16 << 10  # bytes: below, many short messages one after the other take longer than MPI's own algorithms

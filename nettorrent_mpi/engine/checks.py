@@ -14,10 +14,10 @@ from nettorrent_mpi.engine.layout import AS_FAST, on_fewer_ranks, one_stage, pre
 from nettorrent_mpi.nn.fit import has_accuracy
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.cost import Machine
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.exchange_specs import BuddyCopies, Elite, Gossip
 from nettorrent_mpi.plan.pairing import make_pairing
+from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.specs import AvgPool2d, Conv2d, Flatten, LayerSpec, Linear, MaxPool2d, Residual
 from nettorrent_mpi.plan.topology import Topology
 
@@ -125,24 +125,25 @@ def check_judged(config: Config, network: Network, dataset: Dataset, sampler: Sa
         )
 
 
-def slow(config: Config, network: Network, topology: Topology, steps: int) -> list[str]:
+def slow(config: Config, network: Network, topology: Topology, steps: int, machine: Machine | None = None) -> list[str]:
     """Return a warning where the default layout makes the run much longer than need be, and one where fewer ranks would
     be faster: predictions of a few milliseconds, for runs that last longer."""
-    ours, ranks = predicted(config, network, topology).seconds, topology.size
+    machine = machine or Machine()
+    ours, ranks = predicted(config, network, topology, machine).seconds, topology.size
     if config.layout != "layers" or ranks == 1 or steps * ours < LONG:
         return []
-    found, machine = [], f"on cores of {Machine().flops / 1e9:.0f} GFLOP/s"
-    auto = predicted(config, network, one_stage(config, network, ranks)).seconds  # or less
+    found, where = [], machine.source or f"on cores of {machine.flops / 1e9:.0f} GFLOP/s"
+    auto = predicted(config, network, one_stage(config, network, ranks, machine), machine).seconds  # or less
     if ours >= MUCH * auto and steps * (ours - auto) >= LONG:
         found.append(
             f"layout: layers is predicted to take {ours / auto:.1f} times as long as auto ({steps * ours:,.0f} s, not "
-            f"{steps * auto:,.0f} s, {machine}): set layout=auto, or compare them with --dry-run"
+            f"{steps * auto:,.0f} s, {where}): set layout=auto, or compare them with --dry-run"
         )
-    seconds, fewer = min(((each.seconds, count) for count, each in on_fewer_ranks(config, network, ranks)))
+    seconds, fewer = min(((each.seconds, count) for count, each in on_fewer_ranks(config, network, ranks, machine)))
     if AS_FAST * seconds < ours:
         found.append(
             f"layout: layers is predicted to be slower on {ranks} ranks than on {fewer} ({steps * ours:,.0f} s, not "
-            f"{steps * seconds:,.0f} s, {machine}): compare them with --dry-run"
+            f"{steps * seconds:,.0f} s, {where}): compare them with --dry-run"
         )
     return found
 

@@ -8,10 +8,10 @@ from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.engine.layout import predicted
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.nn.optimizers import make_optimizer
-from nettorrent_mpi.plan.cost import parameters_of, sharers_of
 from nettorrent_mpi.plan.exchange_specs import BuddyCopies, NoCopies
 from nettorrent_mpi.plan.recovery import copies_due, seconds_of_copies
 from nettorrent_mpi.plan.schedule import STREAMS
+from nettorrent_mpi.plan.sizes import parameters_of, sharers_of
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.stream import versions
 
@@ -66,4 +66,4 @@ def owned_bytes(setup: Setup, stage: int) -> int:
 
 
 def _step(setup: Setup) -> float:
-    return predicted(setup.config, setup.network, setup.topology).seconds
+    return predicted(setup.config, setup.network, setup.topology, setup.machine).seconds

@@ -19,9 +19,9 @@ from nettorrent_mpi.nn.footprint import Footprint, footprint_on
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.actions import buffers
-from nettorrent_mpi.plan.cost import most_rows, parameters_of, part_of, sharers_of
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.schedule import STREAMS
+from nettorrent_mpi.plan.sizes import most_rows, parameters_of, part_of, sharers_of
 from nettorrent_mpi.plan.stream import versions
 
 NUMBER = 8  # bytes of a row's number, of a label, and of what the optimizer and metrics read

@@ -6,58 +6,91 @@ from functools import partial
 
 from nettorrent_mpi.config.sections import Config, Layout
 from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.cost import Prediction, auto_layout, predict
+from nettorrent_mpi.plan.compression import MessageFormat
+from nettorrent_mpi.plan.cost import Prediction, predict
 from nettorrent_mpi.plan.errors import LayoutError
-from nettorrent_mpi.plan.exchange_specs import Async
+from nettorrent_mpi.plan.exchange_specs import Async, Gossip, Whole
 from nettorrent_mpi.plan.layouts import given_layout, layers_layout
-from nettorrent_mpi.plan.topology import Stage, Topology
+from nettorrent_mpi.plan.performance import Machine
+from nettorrent_mpi.plan.search import fast_layouts, one_team, weighed
+from nettorrent_mpi.plan.stage_cost import Peering
+from nettorrent_mpi.plan.topology import Topology
 
 MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
+MANY = 4096  # elements of a message whose length tells that of longer ones
+MESSAGES = {"ring": 2, "grid": 4, "complete": MANY}  # that a replica sends in a round, at most; of other pairings one
 AS_FAST = 1.02  # layouts whose times differ by less are predicted to be equally fast
 
 
-def predicted(config: Config, network: Network, topology: Topology) -> Prediction:
-    """Return the predicted step of this configuration in this layout."""
+def predicted(config: Config, network: Network, topology: Topology, machine: Machine | None = None) -> Prediction:
+    """Return the predicted step of this configuration in this layout on this machine (None: the constants')."""
     pieces, kind = micro_batches(config, network, topology), config.pipeline.kind
-    return predict(topology, network.facts, config.train.batch_size, pieces, kind, exact=config.exact)
+    peering = peering_of(config, topology.replicas)
+    return predict(
+        topology, network.facts, config.train.batch_size, pieces, kind, machine, exact=config.exact, peering=peering
+    )
 
 
-def one_stage(config: Config, network: Network, ranks: int) -> Topology:
+def peering_of(config: Config, replicas: int) -> Peering | None:
+    """Return what replicas send each other by gossip; None where they send nothing in most steps."""
+    gossip = config.exchange
+    if not isinstance(gossip, Gossip) or replicas == 1:
+        return None
+    sent = float(min(MESSAGES.get(gossip.pairing, 1), replicas - 1))
+    if not isinstance(gossip.compress, Whole):
+        sent *= MessageFormat(gossip.compress).bytes(MANY) / MANY
+    else:
+        states = len(make_optimizer(config.train.optimizer).states) if "optimizer" in gossip.average else 0
+        sent *= (8 if config.dtype == "float64" else 4) * (1 + states)
+    part = 1.0 if gossip.part == "auto" else gossip.part
+    return Peering(sent * part * gossip.probability, gossip.every, gossip.overlap, gossip.part == "auto")
+
+
+def one_stage(config: Config, network: Network, ranks: int, machine: Machine | None = None) -> Topology:
     """Return the layout with all layers in one stage that is predicted to be the fastest: `layout: auto` is at least as
     fast, but takes longer to find."""
     facts = network.facts
     most = min(layer.units for layer in facts)
-    found = [
-        Topology(1, (Stage(0, len(facts), ranks // cols, cols),))
-        for cols in range(1, min(ranks, most) + 1)
-        if ranks % cols == 0
-    ]
-    return min(found, key=lambda topology: predicted(config, network, topology).seconds)
+    found = [one_team(len(facts), ranks, cols) for cols in range(1, min(ranks, most) + 1) if ranks % cols == 0]
+    return min(found, key=lambda topology: predicted(config, network, topology, machine).seconds)
 
 
-def on_fewer_ranks(config: Config, network: Network, ranks: int) -> list[tuple[int, Prediction]]:
+def on_fewer_ranks(
+    config: Config, network: Network, ranks: int, machine: Machine | None = None
+) -> list[tuple[int, Prediction]]:
     """Return the predicted steps on half as many ranks, a quarter, and so on to 1, where the layout is possible."""
     found = []
     while ranks > 1:
         ranks //= 2
         try:
-            found.append((ranks, predicted(config, network, lay_out(config, network, ranks))))
+            topology = lay_out(config, network, ranks, machine)
         except LayoutError:
             continue
+        found.append((ranks, predicted(config, network, topology, machine)))
     return found
 
 
-def lay_out(config: Config, network: Network, ranks: int) -> Topology:
+def lay_out(config: Config, network: Network, ranks: int, machine: Machine | None = None) -> Topology:
     """Return the topology of the configuration's layout on this many ranks. Raises LayoutError."""
+    return layouts(config, network, ranks, machine)[0]
+
+
+def layouts(config: Config, network: Network, ranks: int, machine: Machine | None = None) -> list[Topology]:
+    """Return the topologies that the configuration's layout may have on this many ranks, the one that is to be taken
+    first: of `auto` several, of others one. Raises LayoutError."""
     train, layout, facts = config.train, config.layout, network.facts
     if isinstance(layout, Layout) and layout.swarms is not None:
         swarms = [(swarm.layers, swarm.rows, swarm.cols) for swarm in layout.swarms]
-        return given_layout(layout.replicas, swarms, facts, ranks)
+        return [given_layout(layout.replicas, swarms, facts, ranks)]
     pieces = _pieces(config, MICRO_BATCHES)
     if layout == "auto":
         counts = partial(micro_batches_of, config, network)
-        return auto_layout(facts, ranks, train.batch_size, counts, config.pipeline.kind, exact=config.exact)
+        peering = peering_of(config, ranks)
+        return fast_layouts(
+            facts, ranks, train.batch_size, counts, config.pipeline.kind, machine, exact=config.exact, peering=peering
+        )
     replicas = layout.replicas if isinstance(layout, Layout) else 1
     if ranks % replicas:
         fewer, more = ranks // replicas * replicas, (ranks // replicas + 1) * replicas
@@ -68,7 +101,9 @@ def lay_out(config: Config, network: Network, ranks: int) -> Topology:
             f"{f'{fewer} or {more}' if fewer else more} ranks, or write layout: {{replicas: {near}}}"
         )
     rows = span(span(train.batch_size, pieces, 0).size, replicas, 0).size  # of a micro-batch, in one replica
-    return Topology(replicas, layers_layout(facts, ranks // replicas, rows).stages)
+    each = ranks // replicas
+    weights = weighed(facts, (machine or Machine()).of(ranks), -(-rows // max(each // len(facts), 1)))
+    return [Topology(replicas, layers_layout(weights, each, rows).stages)]
 
 
 def micro_batches(config: Config, network: Network, topology: Topology) -> int:

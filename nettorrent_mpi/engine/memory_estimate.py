@@ -19,12 +19,12 @@ from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.compression import MessageFormat
-from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, rows_shared, sharers_of
 from nettorrent_mpi.plan.exchange_specs import Gossip, PushSumMix, Whole
 from nettorrent_mpi.plan.gossip_rules import LARGEST, SPARE, receives, withholding
 from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 from nettorrent_mpi.plan.recovery import PLACES, buddies
+from nettorrent_mpi.plan.sizes import in_parts, most_rows, parameters_of, rows_shared, sharers_of
 
 FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
 MPI = 14_000_000  # bytes that it takes when it is loaded: 13 MB of Open MPI 5.0.11, 15 MB of MPICH 5.0.2

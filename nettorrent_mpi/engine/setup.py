@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -23,11 +23,13 @@ from nettorrent_mpi.engine.checks import (
 )
 from nettorrent_mpi.engine.devices import planned_device
 from nettorrent_mpi.engine.layout import lay_out, micro_batches, micro_batches_of
+from nettorrent_mpi.engine.profiles import Profiles
 from nettorrent_mpi.engine.run_plan import DeviceKind, Options, Plan
 from nettorrent_mpi.nn.fit import check_end, check_fit, unusual_labels
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates, extremes
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError, keyed
+from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.recovery import layout_of_survivors
 from nettorrent_mpi.plan.topology import Topology
 
@@ -45,6 +47,7 @@ class Setup:
     network: Network
     topology: Topology
     options: Options
+    machine: Machine = field(default_factory=Machine)  # that times are predicted for
     warnings: tuple[str, ...] = ()  # what is doubtful, but may be meant: one line each
 
     @property
@@ -101,10 +104,12 @@ def set_up(
     *,
     planning: bool = False,
     device: DeviceKind | None = None,
+    known: Profiles | None = None,
 ) -> Setup:
     """Open the data (unless given), build the network and lay it out over `ranks`. `planning` needs no files of data
     whose size is known (`open_dataset`). `device` is what the ranks have agreed on; None: what this process alone can
-    say. Raises every kind of UserError."""
+    say. `known` has what was measured of the machine; without, layouts and times are predicted by constants. Raises
+    every kind of UserError."""
     data, train = config.data, config.train
     device = device or planned_device(config.device)
     if device == "cpu" and config.dtype in ON_GPU:
@@ -122,7 +127,8 @@ def set_up(
         if dataset.classes is not None:  # other targets are checked when they are read
             check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
     with keyed("layout"):
-        topology = lay_out(config, network, ranks)
+        machine = (known or Profiles()).machine(config, network)
+        topology = lay_out(config, network, ranks, machine)
     pieces = micro_batches(config, network, topology)
     sampler = Sampler(
         dataset.train.rows,
@@ -153,11 +159,11 @@ def set_up(
         trace=config.trace,
         kernels=_kernels(config, network, ranks, sampler.steps_per_epoch),
     )
-    setup = Setup(config, dataset, sampler, network, topology, options)
+    setup = Setup(config, dataset, sampler, network, topology, options, machine)
     labels = unusual_labels(config.model.loss, network.output_shape[-1], dataset.classes)
     warnings = [*dataset.notes, *unjudged(dataset, sampler), *filter(None, [doubt, labels])]
     warnings += doubts(config, sampler, topology, pieces, setup.steps)
-    warnings += slow(config, network, topology, setup.steps)
+    warnings += slow(config, network, topology, setup.steps, machine)
     if device == "gpu" and config.kernels != "auto":
         warnings.append(f"kernels: {config.kernels} is for CPU cores: a GPU has kernels of its own")
     return replace(setup, warnings=tuple(warnings))
@@ -175,6 +181,7 @@ def of_survivors(setup: Setup, ranks: int, live: int | None) -> Setup:
         config.train.batch_size,
         partial(micro_batches_of, config, network),
         config.pipeline.kind,
+        setup.machine,
         exact=setup.plan.exact,
     )
     pieces = setup.options.micro_batches if network.has_batch_norm else micro_batches(config, network, topology)

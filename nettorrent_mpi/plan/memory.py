@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from nettorrent_mpi.plan.actions import peak_stored
-from nettorrent_mpi.plan.cost import in_parts, most_rows, parameters_of, part_of, rows_shared, sharers_of
 from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS
+from nettorrent_mpi.plan.sizes import in_parts, most_rows, parameters_of, part_of, rows_shared, sharers_of
 from nettorrent_mpi.plan.stream import versions
 from nettorrent_mpi.plan.topology import LayerFacts, Topology
 

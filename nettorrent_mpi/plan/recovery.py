@@ -14,8 +14,11 @@ from math import ceil
 from typing import NamedTuple
 
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.cost import Machine, divided, most_rows, predict
+from nettorrent_mpi.plan.cost import predict
 from nettorrent_mpi.plan.layouts import partition
+from nettorrent_mpi.plan.performance import Machine
+from nettorrent_mpi.plan.search import divided
+from nettorrent_mpi.plan.sizes import most_rows
 from nettorrent_mpi.plan.topology import LayerFacts, Topology
 
 PLACES = 2  # for copies of a rank's blocks, here and at its buddy: see Copies
@@ -193,6 +196,7 @@ def layout_of_survivors(
     batch_size: int,
     pieces: Callable[[int, int], int],
     pipeline: str,
+    machine: Machine | None = None,
     *,
     exact: bool,
 ) -> Topology:
@@ -217,9 +221,9 @@ def layout_of_survivors(
         each = ranks // replicas
         groups = cuts if each >= len(cuts) else _merged(facts, cuts, each)
         many, alike = pieces(len(groups), replicas), replicas if exact else 1
-        stages = divided(facts, groups, each, most_rows(batch_size, many, replicas), many, alike)
+        stages = divided(facts, groups, each, most_rows(batch_size, many, replicas), many, alike, machine)
         topology = Topology(replicas, tuple(stage for _, stage in stages))
-        found.append((predict(topology, facts, batch_size, many, pipeline, exact=exact).seconds, topology))
+        found.append((predict(topology, facts, batch_size, many, pipeline, machine, exact=exact).seconds, topology))
     limit = AS_NEAR * min(seconds for seconds, _ in found)
     return max((topology for seconds, topology in found if seconds <= limit), key=lambda each: each.replicas)
 

@@ -36,12 +36,14 @@ def simulate(
     """Simulate a step or a window of several: lists per stage, with or without transfers.
 
     `forward` and `backward` are the seconds of one micro-batch in a stage, `transfer` those from a stage to the next or
-    back (one for each boundary), `finish` those of a stage's R. A send does not block its stage; a receive waits for
-    the arrival; N waits for all stages; U takes no time. Raises ScheduleError if the lists deadlock.
+    back (one for each boundary), `finish` those of a stage's R. A send does not block its stage, and what goes the same
+    way travels one after another; a receive waits for the arrival; N waits for all stages; U takes no time. Raises
+    ScheduleError if the lists deadlock.
     """
     count = len(lists)
     f, b, t, r = (_each(c, n) for c, n in ((forward, count), (backward, count), (transfer, count - 1), (finish, count)))
     arrival: dict[Action, float] = {}  # keyed by the F or B that it is for
+    free = {(s, kind): 0.0 for s in range(count) for kind in "FB"}  # when what a stage sent last has arrived
     events: list[list[Interval]] = [[] for _ in lists]
     at = [0] * count
     now = [0.0] * count
@@ -71,9 +73,9 @@ def simulate(
                     end = max(start, there) + {"F": f[s], "B": b[s], "R": r[s]}.get(kind, 0.0)
                     now[s] = end
                 if kind == "F" and s < count - 1:
-                    arrival[Action(s + 1, "F", m)] = end + t[s]
+                    free[s, kind] = arrival[Action(s + 1, "F", m)] = max(end, free[s, kind]) + t[s]
                 if kind == "B" and s > 0:
-                    arrival[Action(s - 1, "B", m)] = end + t[s - 1]
+                    free[s, kind] = arrival[Action(s - 1, "B", m)] = max(end, free[s, kind]) + t[s - 1]
                 events[s].append(Interval(action, start, end))
                 at[s] += 1
                 moved = True

@@ -19,6 +19,7 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates
 from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.memory import Memory
+from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 NAMES = ["conv2d1", "conv2d2", "conv2d3", "conv2d4", "linear1", "linear2"]
@@ -43,6 +44,7 @@ def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) ->
         topology=topology,
         options=SimpleNamespace(micro_batches=4, itemsize=4, device="cpu"),
         layout_line=topology.describe([f.name for f in facts]),
+        machine=Machine(),
     )
 
 
@@ -218,13 +220,13 @@ def test_the_default_layout_stands_beside_auto_and_fewer_ranks() -> None:
     assert rows[0][2] == f"{1e3 * planned.seconds_per_step:.3g} ms"
     assert rows[0][5] == f"{7820 * planned.seconds_per_step:.0f} s"
     assert rows[1][2] == f"{1e3 * cifar(64, 'layout=auto').seconds_per_step:.3g} ms"
-    assert "auto: 1 replica x [conv2d1..linear2 32x2]" in speed
-    assert "layout: auto is predicted to be 5.6 times as fast (--set layout=auto)" in speed
+    assert "auto: 1 replica x [conv2d1..linear2 64x1]" in speed
+    assert "layout: auto is predicted to be 7.4 times as fast (--set layout=auto)" in speed
     assert "100 GFLOP/s" in speed
     assert "no faster than" not in speed
     assert len(planned.warnings) == 1
     assert planned.warnings[0].startswith(
-        "layout: layers is predicted to take 5.6 times as long as auto (94 s, not 17 s"
+        "layout: layers is predicted to take 7.4 times as long as auto (94 s, not 13 s"
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.operands import SharedOperands
 from nettorrent_mpi.plan.blocks import Span
-from nettorrent_mpi.plan.cost import in_parts
+from nettorrent_mpi.plan.sizes import in_parts
 
 DEVICE = make_device()
 

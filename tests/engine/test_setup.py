@@ -10,13 +10,13 @@ import pytest
 
 from nettorrent_mpi.config import reading as config
 from nettorrent_mpi.config.reading import Config
-from nettorrent_mpi.engine.layout import lay_out, micro_batches
+from nettorrent_mpi.engine.layout import lay_out, micro_batches, peering_of
 from nettorrent_mpi.engine.setup import _kernels, set_up
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
-from nettorrent_mpi.plan.cost import auto_layout
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError, ShapeError
 from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.search import auto_layout
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 
@@ -68,8 +68,15 @@ def test_layout_auto_counts_a_common_sum_only_where_replicas_are_alike() -> None
         made = load("layout=auto", change)
         assert made.exact == exact
         assert lay_out(made, network(made), 12) == auto_layout(
-            network(made).facts, 12, 32, lambda stages: 4 if stages > 1 else 1, "1f1b", exact=exact
+            network(made).facts,
+            12,
+            32,
+            lambda stages: 4 if stages > 1 else 1,
+            "1f1b",
+            exact=exact,
+            peering=peering_of(made, 12),
         )
+        assert change != "exchange=gossip" or lay_out(made, network(made), 12).replicas > 1
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from nettorrent_mpi.plan.cost import Machine, auto_layout, predict
+from nettorrent_mpi.plan.cost import predict
 from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.schedule import PIPELINES
+from nettorrent_mpi.plan.search import auto_layout
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 Networks = dict[str, list[LayerFacts]]

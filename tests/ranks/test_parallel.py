@@ -24,8 +24,8 @@ from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
-from nettorrent_mpi.plan.cost import auto_layout
 from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.search import auto_layout
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 STEPS = 20

