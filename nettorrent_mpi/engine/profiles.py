@@ -11,7 +11,6 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,8 @@ class Profiles:
 
     def machine(self, config: Config, network: Network) -> Machine:
         """Return what this network's times are to be predicted by: its profile, if there is one, else constants."""
-        found, itemsize = self.machines.get(key_of(config, network), Machine()), 8 if config.dtype == "float64" else 4
+        itemsize = 8 if config.dtype == "float64" else 4
+        found = self.machines.get(key_of(config, network), Machine()) if self.machines else Machine()
         alone = found.alone and replace(found.alone, itemsize=itemsize)
         return replace(found, itemsize=itemsize, alone=alone)
 
@@ -53,6 +53,8 @@ def key_of(config: Config, network: Network) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that times depend on."""
+    from importlib.metadata import PackageNotFoundError, version  # a hundredth of a second
+
     found = {"nettorrent_mpi": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -65,7 +67,12 @@ def versions() -> dict[str, str]:
 def own_file() -> Path:
     """Return the file of this host and these versions. Raises RuntimeError where the home folder is unknown."""
     digest = hashlib.sha256(json.dumps(versions()).encode()).hexdigest()[:8]
-    return choices_folder() / "profiles" / f"{platform.node() or 'host'}-{digest}.json"
+    return folder() / f"{platform.node() or 'host'}-{digest}.json"
+
+
+def folder() -> Path:
+    """Return the folder of the files of all hosts. Raises RuntimeError where the home folder is unknown."""
+    return choices_folder() / "profiles"
 
 
 def read_profiles(path: str | None = None) -> Profiles:
@@ -74,8 +81,12 @@ def read_profiles(path: str | None = None) -> Profiles:
     constants."""
     if path == NONE:
         return Profiles()
+    file = Path(path or "")
     try:
-        file = own_file() if path is None else Path(path)
+        if path is None:
+            if not folder().is_dir():  # as nearly everywhere: nothing else is looked for
+                return Profiles()
+            file = own_file()
         text = file.read_bytes()
         told = parsed(text)
         return Profiles({key: _machine(each) for key, each in told["networks"].items()}, str(file))

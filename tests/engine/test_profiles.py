@@ -91,9 +91,9 @@ def test_figures_of_a_profile_are_checked(machine: Machine, tmp_path: Path) -> N
 
 
 def test_an_unreadable_cache_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="Not a directory; times are predicted by constants"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    own_file().mkdir(parents=True)
+    with pytest.warns(UserWarning, match="Is a directory; times are predicted by constants"):
         assert read_profiles() == Profiles()
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
