@@ -37,8 +37,8 @@ COPIES = 1e-9  # seconds per byte that MPI and the kernel spend on a message, bo
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A Trial is a training that is measured to learn one figure of the machine."""
+class CostTrial:
+    """A CostTrial is a training that is measured to learn one figure of the machine."""
 
     name: str  # of the figure
     config: Config
@@ -83,17 +83,17 @@ def own_costs(machine: Machine, network: Network, measured: Mapping[Config, floa
     return replace(machine, call=found[0], row=found[1], step=found[2])
 
 
-def trials(config: Config, network: Network) -> list[Trial]:
+def trials(config: Config, network: Network) -> list[CostTrial]:
     """Return trainings on two ranks of a node that tell what each kind of message costs, one after the other."""
     layers, found = network.weight_layers, []
     if config.train.batch_size >= 2:
-        found.append(Trial("fence", changed(config, network, rows=2)))
+        found.append(CostTrial("fence", changed(config, network, rows=2)))
     if min(facts.units for facts in network.facts) >= 2:
-        found.append(Trial("collective", changed(config, network, cols=2)))
+        found.append(CostTrial("collective", changed(config, network, cols=2)))
     if layers >= 2:
-        found.append(Trial("latency", changed(config, network, stages=2)))
+        found.append(CostTrial("latency", changed(config, network, stages=2)))
     if config.train.batch_size >= 2:
-        found.append(Trial("round", replace(changed(config, network, replicas=2), exchange=Gossip())))
+        found.append(CostTrial("round", replace(changed(config, network, replicas=2), exchange=Gossip())))
     return found
 
 
