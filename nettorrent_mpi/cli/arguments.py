@@ -117,15 +117,11 @@ The ending of the file's name says for which programs:
     nettorrent export runs/cifar cifar.pt
     nettorrent export runs/cifar cifar.onnx
     nettorrent export runs/cifar/checkpoints/step-0000000400 cifar.h5
-    nettorrent export runs/cifar --to tensorboard
 
 .npz is for NumPy and .h5 for HDF5, with the arrays as in model.h5; images are (row, height, width, channel) there. .pt
 is for PyTorch, whose own torch.load reads it, and nettorrent_mpi.torch.load_run makes a module of it; it needs PyTorch.
 .onnx is for onnxruntime and others, the scaling of the inputs included; it needs the package onnx. Both have images as
-(row, channel, height, width), and weights to match.
-
---to tensorboard writes the metrics of the run instead, also while it goes on, on any machine that sees its folder:
-`tensorboard --logdir runs` then shows the runs together. It needs the package tensorboardX."""
+(row, channel, height, width), and weights to match."""
 
 
 INIT = """\
@@ -169,6 +165,15 @@ would run the training, in the job script, too:
 
 Without mpirun it checks one process, and whether mpirun can start two. Each check has a limit of time: what hangs or
 crashes is named, and so is a rank that does not answer. The exit code is 2 if there is a fault, else 0."""
+
+
+IMPORT = """\
+Writes a data set that configurations name by `data: {name: hdf5, root: FILE.h5}`:
+
+    nettorrent data import photos/ photos.h5 --size 32x32
+    nettorrent data import iris.csv iris.h5 --label species
+    nettorrent data import m.csv m.h5 --label 1 --size 28x28 --test m_test.csv
+    nettorrent data import arrays.npz arrays.h5"""
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -270,12 +275,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write the network of a run for other programs", description=EXPORT)
     export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
-    export.add_argument("target", nargs="?", metavar="FILE", help="the file to create: .h5, .npz, .pt or .onnx")
-    export.add_argument(
-        "--to", choices=("tensorboard",), metavar="PROGRAM",
-        help="write the metrics instead of the network, for this program: tensorboard; FILE is a folder then (default: "
-        "tensorboard/ in the run's folder)",
-    )  # fmt: skip
+    export.add_argument("target", metavar="FILE", help="the file to create: .h5, .npz, .pt or .onnx")
     export.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     init = commands.add_parser("init", help="write a commented configuration to begin with", description=INIT)
@@ -324,23 +324,44 @@ def make_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="write everything as JSON")
 
-    data = commands.add_parser("data", help="download published data sets, import folders of images")
+    data = commands.add_parser("data", help="download published data sets, import images, tables and arrays")
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     fetch = kinds.add_parser("fetch", help="download a data set from its publisher and verify its checksums")
-    fetch.add_argument("name", metavar="NAME", help="mnist, fashion_mnist, letters or cifar10")
+    fetch.add_argument(
+        "name", metavar="NAME",
+        help="mnist, fashion_mnist, letters, emnist_balanced, emnist_byclass, emnist_bymerge, emnist_digits, "
+        "emnist_mnist, cifar10 or cifar100",
+    )  # fmt: skip
     fetch.add_argument("--root", default="data", metavar="DIR", help="the target folder (default: data)")
-    images = kinds.add_parser("import", help="convert a folder of images, one sub-folder per class, to an HDF5 file")
-    images.add_argument("folder", metavar="DIR", help="the folder with one sub-folder per class")
-    images.add_argument("target", metavar="FILE.h5", help="the file to write")
-    images.add_argument("--size", metavar="HxW", help="resize all images, e.g. to 32x32")
-    images.add_argument(
-        "--test",
-        type=float,
-        metavar="PART",
-        help="fraction of each class held out as the test set (default: 0.2; folders train/ and test/ with the classes "
-        "in them are taken as they are)",
+    importing = kinds.add_parser(
+        "import", help="make a data set (HDF5) of a folder of images, a table or arrays", description=IMPORT
     )
-    images.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    importing.add_argument(
+        "source", metavar="SOURCE",
+        help="a folder with one sub-folder of images per class, or with train/ and test/ that have these; a table "
+        "(.csv, .tsv, .txt); or arrays (.npz: x, y, x_test, y_test)",
+    )  # fmt: skip
+    importing.add_argument("target", metavar="FILE.h5", help="the file to write")
+    importing.add_argument(
+        "--size",
+        metavar="HxW",
+        help="resize all images, e.g. to 32x32; or the shape of the image in a row, also 32x32x3",
+    )
+    importing.add_argument(
+        "--test", metavar="PART",
+        help="fraction of each class held out as the test set (default: 0.2; test rows that are there are taken as "
+        "they are); of a table also another one, with the test rows",
+    )  # fmt: skip
+    importing.add_argument(
+        "--label", metavar="COLUMN",
+        help="of a table: the column of the label, by its name or its number from 1 on (-1: the last one); default: "
+        "the one called label, class, target or y",
+    )  # fmt: skip
+    importing.add_argument(
+        "--header", choices=("yes", "no"),
+        help="of a table: whether its first line names the columns (default: if no word of it is a number)",
+    )  # fmt: skip
+    importing.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser
 
 
@@ -452,6 +473,6 @@ def _hint(word: str, following: str, args: argparse.Namespace) -> str:
             return "write the configuration's file without an option before it"
     if not word.startswith("-"):
         return ""
-    others = {"config", "search", "run", "places", "path", "target", "folder", "name", "command", "action", "shell"}
+    others = {"config", "search", "run", "places", "path", "target", "source", "name", "command", "action", "shell"}
     options = [f"--{each.replace('_', '-').replace('changes', 'set')}" for each in vars(args) if each not in others]
     return nearest(f"--{name}", options, listed=False)

@@ -8,12 +8,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.first import is_first
 from nettorrent_mpi.engine.signals import Signals
-from nettorrent_mpi.plan.errors import ConfigError, NetTorrentWarning, UserError, readable
+from nettorrent_mpi.plan.errors import ConfigError, DataError, NetTorrentWarning, UserError, readable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nettorrent_mpi.data.importing import Imported
 
 
 def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
@@ -81,14 +86,8 @@ def _run_alone(arguments: Sequence[str], chosen: str) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from nettorrent_mpi.cli.export import export, export_metrics
+    from nettorrent_mpi.cli.export import export
 
-    if args.to is not None:
-        folder = export_metrics(args.run, args.target, overwrite=args.overwrite)
-        sys.stdout.write(f"{folder}: written; `tensorboard --logdir {folder.parent}` shows it\n")
-        return
-    if args.target is None:
-        raise UserError("export: name the file to create after the run, or write --to tensorboard for its metrics")
     export(args.run, args.target, overwrite=args.overwrite)
 
 
@@ -178,23 +177,65 @@ def _data(args: argparse.Namespace) -> None:
         folder = fetch(args.name, Path(args.root), _tell_bytes)
         sys.stdout.write(f"{args.name} is complete in {folder}\n")
         return
-    from nettorrent_mpi.data.folder import import_folder
-
-    size = None
-    if args.size:
-        height, _, width = args.size.partition("x")
-        if not (height.isdigit() and width.isdigit()):
-            raise ConfigError(f"--size {args.size}: write height x width, as 32x32")
-        size = (int(height), int(width))
-    made = import_folder(
-        Path(args.folder), Path(args.target), size, test=args.test, overwrite=args.overwrite, progress=_tell_images
-    )
+    made = _import(args, Path(args.source), Path(args.target))
+    kinds = ""
+    if made.classes:
+        shown = readable(", ".join(made.classes[:10]))
+        kinds = f" in {len(made.classes):,} classes: {shown}{', ...' if len(made.classes) > 10 else ''}"
     sys.stdout.write(
-        f"{args.target}: {made.rows} training rows and {made.test_rows} test rows of shape {made.shape} in "
-        f"{len(made.classes):,} classes: {readable(', '.join(made.classes[:10]))}"
-        f"{', ...' if len(made.classes) > 10 else ''}\n"
+        f"{args.target}: {made.rows} training rows and {made.test_rows} test rows of shape {made.shape}{kinds}\n"
     )
     sys.stdout.writelines(f"  {readable(note)}\n" for note in made.notes)
+
+
+def _import(args: argparse.Namespace, source: Path, target: Path) -> Imported:
+    from pathlib import Path
+
+    from nettorrent_mpi.data.csv_file import ENDINGS, import_csv
+    from nettorrent_mpi.data.folder import import_folder
+    from nettorrent_mpi.data.npz_file import import_npz
+
+    kind, size = source.suffix.lower(), _size(args.size)
+    table = kind in ENDINGS and not source.is_dir()
+    for option, given in (("--label", args.label), ("--header", args.header)):
+        if given is not None and not table:
+            raise ConfigError(f"{option} is for tables ({', '.join(ENDINGS)}), and {source} is none")
+    test = _test(args.test, table)
+    if table:
+        header = None if args.header is None else args.header == "yes"
+        return import_csv(source, target, size, test=test, label=args.label, header=header, overwrite=args.overwrite)
+    assert not isinstance(test, Path)
+    if kind == ".npz" and not source.is_dir():
+        return import_npz(source, target, size, test=test, overwrite=args.overwrite)
+    if source.is_file():
+        raise DataError(f"is no folder of images, no table ({', '.join(ENDINGS)}) and no .npz", file=str(source))
+    if size is not None and len(size) > 2:
+        raise ConfigError(
+            f"--size {args.size}: images have the channels that they have: write height x width, as 32x32"
+        )
+    both = None if size is None else (size[0], size[1])
+    return import_folder(source, target, both, test=test, overwrite=args.overwrite, progress=_tell_images)
+
+
+def _size(text: str | None) -> tuple[int, ...] | None:
+    words = [] if text is None else text.split("x")
+    if text is not None and (len(words) not in (2, 3) or not all(word.isdecimal() for word in words)):
+        raise ConfigError(f"--size {text}: write height x width, as 32x32, or height x width x channels")
+    return tuple(map(int, words)) or None
+
+
+def _test(text: str | None, table: bool) -> float | Path | None:
+    """Read --test: a fraction, or, for a table, another one with the test rows."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        if table:
+            from pathlib import Path
+
+            return Path(text)
+    raise ConfigError(f"--test {text}: a fraction of at least 0 and below 1, as 0.2")
 
 
 def _tell_bytes(name: str, done: int, total: int | None) -> None:

@@ -125,7 +125,7 @@ class Data(Section):
     partition: Literal["shared", "disjoint"] = "shared"  # disjoint: each replica trains on its own part of the rows
     mean: float | tuple[float, ...] | None = None  # subtracted from the pixels, one for all or one per channel
     std: float | tuple[float, ...] | None = None  # the pixels are divided by it
-    transposed: bool = False  # the letters are stored column by column, as EMNIST publishes them
+    transposed: bool = False  # the images are stored column by column, as EMNIST publishes them
     rows: Count | None = None  # training rows of synthetic data
     test_rows: Annotated[int, Bounds(ge=0, le=MOST)] | None = None  # test rows of synthetic data
     shape: Annotated[tuple[Count, ...], Bounds(min_length=1)] | None = None  # of a row of synthetic data

@@ -85,12 +85,14 @@ _DTYPES = _table(
 )
 _DATA = _table(
     ("cifar", "cifar10"),
-    ("emnist emnistletters", "letters"),
+    ("emnistletters", "letters"),
+    ("emnist", "there are letters, emnist_balanced, emnist_byclass, emnist_bymerge, emnist_digits and emnist_mnist"),
+    ("cifar100fine", "cifar100"),
     ("fashion fmnist", "fashion_mnist"),
     ("h5 hdf h5py", "hdf5"),
     ("random fake dummy fakedata", "synthetic"),
     ("imagefolder images folder", "write hdf5, with a file that `nettorrent data import` makes of the folder"),
-    ("csv npz npy numpy", "write hdf5, with a file of x and y"),
+    ("csv npz npy numpy", "write hdf5, with a file that `nettorrent data import` makes of a .csv or .npz"),
 )
 _EXCHANGES = _table(
     ("ddp dataparallel sync synchronous average", "allreduce"),

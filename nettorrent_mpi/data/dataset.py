@@ -2,7 +2,11 @@
 
     mnist, fashion_mnist   ROOT/mnist, ROOT/fashion_mnist: IDX files, 28 x 28 x 1, 10 classes
     letters                ROOT/letters: EMNIST letters, IDX files, 28 x 28 x 1, 26 classes (stored as 1..26)
+    emnist_balanced, emnist_byclass, emnist_bymerge, emnist_digits, emnist_mnist
+                           ROOT/emnist: IDX files, 28 x 28 x 1; 47, 62, 47, 10 and 10 classes
     cifar10                ROOT/cifar-10-batches-bin: binary version, 32 x 32 x 3, 10 classes
+    cifar100, cifar100_coarse
+                           ROOT/cifar-100-binary: binary version, 32 x 32 x 3, 100 classes in 20 superclasses
     digits                 in the package (see digits/README.md): 8 x 8 x 1, 10 classes
     hdf5                   ROOT is the file: see hdf5.py
     synthetic              generated from a seed: see synthetic.py
@@ -21,14 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from nettorrent_mpi.data.cifar import CLASSES as CIFAR_CLASSES
-from nettorrent_mpi.data.cifar import SHAPE as CIFAR_SHAPE
-from nettorrent_mpi.data.cifar import CifarFiles
+from nettorrent_mpi.data import cifar
 from nettorrent_mpi.data.idx import IdxFile, open_idx
 from nettorrent_mpi.data.rows import UNIT, Dataset, Scaling, Split
 from nettorrent_mpi.data.synthetic import SyntheticRows
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.plan.data_specs import DATASETS, OWN_OPTIONS, SYNTHETIC, DatasetSpec
+from nettorrent_mpi.plan.data_specs import DATASETS, EMNIST, OWN_OPTIONS, SYNTHETIC, DatasetSpec
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 _DIGITS, _LETTERS = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -41,8 +43,8 @@ class DataOptions:
 
     mean, std: values x become (x - mean) / std after they were scaled to 0..1 (floating-point data are not scaled):
         one number, or one for each channel.
-    transposed (letters): the images are stored column by column, as in the publisher's EMNIST files; set it to get
-        upright letters. Files that are upright already need it false.
+    transposed (letters, emnist_...): the images are stored column by column, as in the publisher's EMNIST files; set it
+        to get upright letters. Files that are upright already need it false.
     rows, test_rows, shape, classes (synthetic): by default 10,000 and 1,000 rows of shape (28, 28, 1) in 10 classes.
     seed: the run's, for generated data.
     """
@@ -132,6 +134,16 @@ def _open_letters(root: str | None, options: DataOptions) -> Dataset:
     return _open_idx_files(_folder(root, "letters"), prefixes, _LETTERS, 1, UNIT, options, remedy)
 
 
+def _open_emnist(part: str, root: str | None, options: DataOptions) -> Dataset:
+    """Open a part of EMNIST other than the letters (G. Cohen et al., EMNIST: an extension of MNIST to handwritten
+    letters, 2017). Its files have the classes in the order of their characters' ASCII codes, from 0 on."""
+    name, merged = f"emnist_{part}", part in ("balanced", "bymerge")  # c, i, j, ... join their capitals
+    small = "abdefghnqrt" if merged else _LETTERS.lower()
+    names = _DIGITS if part in ("digits", "mnist") else _DIGITS + _LETTERS + small
+    prefixes = (f"emnist-{part}-train", f"emnist-{part}-test")
+    return _open_idx_files(_folder(root, "emnist"), prefixes, names, 0, UNIT, options, _remedy(name, "emnist"))
+
+
 def _folder(root: str | None, name: str) -> Path:
     return _path(root) / name
 
@@ -186,16 +198,34 @@ def _read_images(images: IdxFile, transposed: bool, out: Array) -> None:
 
 
 def _open_cifar10(root: str | None, options: DataOptions) -> Dataset:
-    remedy, folder = _remedy("cifar10", _CIFAR_FOLDER), _folder(root, _CIFAR_FOLDER)
-    scaling = Scaling(CIFAR_SHAPE, UNIT, options.mean, options.std)
+    files = ([f"data_batch_{number}.bin" for number in range(1, 6)], ["test_batch.bin"])
+    return _open_cifar("cifar10", "cifar-10-batches-bin", files, cifar.CLASSES, 1, 0, root, options)
+
+
+def _open_cifar100(name: str, root: str | None, options: DataOptions) -> Dataset:
+    which, names = (0, cifar.COARSE) if name == "cifar100_coarse" else (1, cifar.FINE)
+    return _open_cifar(name, "cifar-100-binary", (["train.bin"], ["test.bin"]), names, 2, which, root, options)
+
+
+def _open_cifar(
+    name: str,
+    inside: str,
+    files: tuple[Sequence[str], Sequence[str]],
+    names: tuple[str, ...],
+    labels_each: int,
+    which: int,
+    root: str | None,
+    options: DataOptions,
+) -> Dataset:
+    remedy, folder = _remedy(name, inside), _folder(root, inside)
+    scaling = Scaling(cifar.SHAPE, UNIT, options.mean, options.std)
 
     def split(file_names: Sequence[str]) -> Split:
-        files = CifarFiles([folder / file_name for file_name in file_names], remedy)
-        return Split.of_bytes(files.rows, CIFAR_SHAPE, scaling, files.images, files.labels)
+        paths = [folder / file_name for file_name in file_names]
+        read = cifar.CifarFiles(paths, remedy, len(names), labels_each, which)
+        return Split.of_bytes(read.rows, cifar.SHAPE, scaling, read.images, read.labels)
 
-    train = split([f"data_batch_{number}.bin" for number in range(1, 6)])
-    test = split(["test_batch.bin"])
-    return Dataset("", CIFAR_SHAPE, len(CIFAR_CLASSES), train, test, class_names=CIFAR_CLASSES)
+    return Dataset("", cifar.SHAPE, len(names), split(files[0]), split(files[1]), class_names=names)
 
 
 def _open_hdf5(root: str | None, options: DataOptions) -> Dataset:
@@ -216,13 +246,14 @@ def _open_synthetic(root: str | None, options: DataOptions) -> Dataset:
     return Dataset("", shape, classes, split("train", rows), split("test", test_rows) if test_rows else None)
 
 
-_CIFAR_FOLDER = "cifar-10-batches-bin"
 _OPENERS: dict[str, Opener] = {
     "digits": _open_digits,
     "mnist": partial(_open_mnist, "mnist"),
     "fashion_mnist": partial(_open_mnist, "fashion_mnist"),
     "letters": _open_letters,
+    **{f"emnist_{part}": partial(_open_emnist, part) for part in EMNIST},
     "cifar10": _open_cifar10,
+    **{name: partial(_open_cifar100, name) for name in ("cifar100", "cifar100_coarse")},
     "hdf5": _open_hdf5,
     "synthetic": _open_synthetic,
 }

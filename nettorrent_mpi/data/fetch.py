@@ -1,7 +1,7 @@
 """Downloads of data sets from their publishers.
 
 Every download is checked against a SHA-256 sum before it gets its name. The sums are those of the files that the
-publishers' MD5 sums (fashion_mnist, letters, cifar10) or the original distribution (mnist) identify. An interrupted
+publishers' MD5 sums (fashion_mnist, EMNIST, CIFAR) or the original distribution (mnist) identify. An interrupted
 download resumes where it stopped (HTTP Range, a file with the suffix .part).
 """
 
@@ -24,6 +24,7 @@ from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.files import opening
 from nettorrent_mpi.data.http_answer import asked
 from nettorrent_mpi.data.storage import create
+from nettorrent_mpi.plan.data_specs import EMNIST
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
@@ -65,6 +66,28 @@ def _idx(folder: str, bases: tuple[str, ...], sums: tuple[str, str, str, str]) -
     return Recipe(folder, tuple(downloads))
 
 
+def _emnist(folder: str, part: str) -> Recipe:
+    """Return how to get a part of EMNIST, all of which are in one archive."""
+    archive = Download(
+        "emnist-gzip.zip",
+        ("https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",),
+        "fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
+        1 << 30,
+    )
+    members = (
+        f"gzip/emnist-{part}-{split}-{kind}-ubyte.gz"
+        for split in ("train", "test")
+        for kind in ("images-idx3", "labels-idx1")
+    )
+    return Recipe(folder, (archive,), tuple(members))
+
+
+def _cifar(name: str, folder: str, files: tuple[str, ...], sha256: str) -> Recipe:
+    archive = f"{name}-binary.tar.gz"
+    download = Download(archive, (f"https://www.cs.toronto.edu/~kriz/{archive}",), sha256, 1 << 28)
+    return Recipe(folder, (download,), tuple(f"{folder}/{file}" for file in files))
+
+
 RECIPES: Mapping[str, Recipe] = {
     "mnist": _idx(
         "mnist",
@@ -89,35 +112,21 @@ RECIPES: Mapping[str, Recipe] = {
             "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
         ),
     ),
-    "letters": Recipe(
-        "letters",
-        (
-            Download(
-                "emnist-gzip.zip",
-                ("https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",),
-                "fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
-                1 << 30,
-            ),
-        ),
-        tuple(
-            f"gzip/emnist-letters-{part}-{kind}-ubyte.gz"
-            for part in ("train", "test")
-            for kind in ("images-idx3", "labels-idx1")
-        ),
-    ),
-    "cifar10": Recipe(
+    "letters": _emnist("letters", "letters"),
+    **{f"emnist_{part}": _emnist("emnist", part) for part in EMNIST},
+    "cifar10": _cifar(
+        "cifar-10",
         "cifar-10-batches-bin",
-        (
-            Download(
-                "cifar-10-binary.tar.gz",
-                ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
-                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-                1 << 28,
-            ),
-        ),
-        tuple(
-            f"cifar-10-batches-bin/{file}"
-            for file in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin", "batches.meta.txt")
+        (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin", "batches.meta.txt"),
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    ),
+    **dict.fromkeys(
+        ("cifar100", "cifar100_coarse"),
+        _cifar(
+            "cifar-100",
+            "cifar-100-binary",
+            ("train.bin", "test.bin", "coarse_label_names.txt", "fine_label_names.txt"),
+            "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         ),
     ),
 }
@@ -127,7 +136,7 @@ def fetch(name: str, root: Path, progress: Progress | None = None, *, recipes: M
     """Make data set `name` available under the folder `root`, and return its folder.
 
     Existing readable files are kept; damaged ones are replaced, each atomically and only by a complete download with
-    the right sum. An archive (letters, cifar10) is removed after extraction. EMNIST's own images are transposed: see
+    the right sum. An archive (of EMNIST or CIFAR) is removed after extraction. EMNIST's own images are transposed: see
     dataset.DataOptions.transposed.
 
     Raises ConfigError for an unknown name, and DataError if nothing can be reached (the message says which files to put

@@ -10,23 +10,11 @@ import h5py
 import numpy as np
 
 from nettorrent_mpi.data.images import ImageReader
-from nettorrent_mpi.data.storage import new_hdf5
-from nettorrent_mpi.device.random import generator
-from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError, listed
+from nettorrent_mpi.data.importing import TEST, Imported, check_import, held_out, new_data_file
+from nettorrent_mpi.plan.errors import DataError, listed
 
-TEST = 0.2  # the fraction of each class that is held out, unless told
 _TRAINING, _TESTING, _VALIDATION = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS leave in folders
-
-
-class Imported(NamedTuple):
-    """The result of `import_folder`; `notes` say in a line each what is not as one would take it to be."""
-
-    rows: int
-    test_rows: int
-    shape: tuple[int, int, int]
-    classes: tuple[str, ...]
-    notes: tuple[str, ...]
 
 
 class _Image(NamedTuple):
@@ -73,12 +61,7 @@ def import_folder(
     The file appears complete or not at all: it is written under another name first. Raises DataError (folder or image
     unusable), ConfigError (an argument out of range), OutputError (target exists, cannot be written, Pillow missing).
     """
-    if test is not None and not 0.0 <= test < 1.0:
-        raise ConfigError(f"the fraction of test images is at least 0 and below 1, not {test}")
-    if size is not None and min(size) < 1:
-        raise ConfigError(f"the size of the images is at least 1 x 1, not {size[0]} x {size[1]}")
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists; give another name or allow it to be overwritten")
+    check_import(target, test, size, overwrite=overwrite)
     reader, notes = ImageReader(), _Notes()
     classes, train, held = _divided(directory, test, notes)
     if len(classes) == 1:
@@ -96,14 +79,10 @@ def import_folder(
         if progress is not None:
             progress(done, total)
 
-    try:
-        with new_hdf5(target) as file:  # whose format has room for the names of thousands of classes
-            file.attrs["classes"] = np.array([name.encode() for name in classes])  # of fixed length: with a checksum
-            for images, suffix in ((train, ""), (held, "_test")):
-                if images:
-                    _write(reader, file, images, suffix, shape, step, notes)
-    except (OSError, RuntimeError) as error:
-        raise OutputError(f"cannot write {target} ({error}); free space or choose another place") from error
+    with new_data_file(target, classes) as file:
+        for images, suffix in ((train, ""), (held, "_test")):
+            if images:
+                _write(reader, file, images, suffix, shape, step, notes)
     return Imported(len(train), len(held), shape, tuple(classes), notes.lines())
 
 
@@ -141,8 +120,7 @@ def _drawn(classes: Sequence[str], by_class: Sequence[list[Path]], test: float) 
     train: list[_Image] = []
     held: list[_Image] = []
     for label, (name, paths) in enumerate(zip(classes, by_class, strict=True)):
-        order = generator(0, "import", name).permutation(len(paths))
-        chosen = set(order[: round(len(paths) * test)].tolist())
+        chosen = held_out(name, len(paths), test)
         for index, path in enumerate(paths):
             (held if index in chosen else train).append(_Image(path, label))
     return train, held

@@ -39,6 +39,15 @@ SYNTHETIC: dict[str, Any] = {"rows": 10_000, "test_rows": 1_000, "shape": (28, 2
 OWN_OPTIONS = ("transposed", "rows", "test_rows", "shape", "classes")  # not every data set takes these
 
 _MNIST = Published(60_000, 10_000, (28, 28, 1), 10)
+# Parts of EMNIST besides the letters: rows for training and test, classes.
+EMNIST: Mapping[str, tuple[int, int, int]] = {
+    "balanced": (112_800, 18_800, 47),
+    "byclass": (697_932, 116_323, 62),
+    "bymerge": (697_932, 116_323, 47),
+    "digits": (240_000, 40_000, 10),
+    "mnist": (60_000, 10_000, 10),
+}
+_CIFAR100 = "the folder that holds cifar-100-binary/"
 DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(needs_root=False),
     "mnist": DatasetSpec("the folder that holds mnist/", published=_MNIST),
@@ -46,9 +55,19 @@ DATASETS: dict[str, DatasetSpec] = {
     "letters": DatasetSpec(
         "the folder that holds letters/", options=("transposed",), published=Published(124_800, 20_800, (28, 28, 1), 26)
     ),
+    **{
+        f"emnist_{part}": DatasetSpec(
+            "the folder that holds emnist/",
+            options=("transposed",),
+            published=Published(rows, test_rows, (28, 28, 1), classes),
+        )
+        for part, (rows, test_rows, classes) in EMNIST.items()
+    },
     "cifar10": DatasetSpec(
         "the folder that holds cifar-10-batches-bin/", published=Published(50_000, 10_000, (32, 32, 3), 10)
     ),
+    "cifar100": DatasetSpec(_CIFAR100, published=Published(50_000, 10_000, (32, 32, 3), 100)),
+    "cifar100_coarse": DatasetSpec(_CIFAR100, published=Published(50_000, 10_000, (32, 32, 3), 20)),
     "hdf5": DatasetSpec("the file (an HDF5 file with x and y)"),
     "synthetic": DatasetSpec(needs_root=False, options=("rows", "test_rows", "shape", "classes")),
 }

@@ -116,6 +116,53 @@ def test_cifar_planes_become_channels(root: Path) -> None:
         assert values[row, y, x, channel] == pytest.approx(records[row, 1 + channel * 1024 + y * 32 + x] / 255.0)
 
 
+def test_cifar_100_has_fine_and_coarse_labels(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    records = np.random.default_rng(3).integers(0, 256, (6, 3074), np.uint8)
+    records[:, 0], records[:, 1] = [0, 19, 5, 7, 3, 1], [99, 0, 42, 53, 7, 1]
+    for name in ("train.bin", "test.bin"):
+        (folder / name).write_bytes(records.tobytes())
+    fine, coarse = (open_dataset(name, str(tmp_path)) for name in ("cifar100", "cifar100_coarse"))
+    assert (fine.classes, coarse.classes) == (100, 20)
+    assert fine.class_names is not None
+    assert coarse.class_names is not None
+    np.testing.assert_array_equal(fine.train.targets(), records[:, 1])
+    np.testing.assert_array_equal(coarse.train.targets(), records[:, 0])
+    assert [fine.class_names[label] for label in (0, 42, 53, 99)] == ["apple", "leopard", "orange", "worm"]
+    assert [coarse.class_names[label] for label in (0, 7, 19)] == ["aquatic_mammals", "insects", "vehicles_2"]
+    value = gather(fine, [5])[0, 3, 4, 2]
+    assert value == pytest.approx(records[5, 2 + 2048 + 3 * 32 + 4] / 255.0)
+    (folder / "train.bin").write_bytes(records.tobytes()[:3073])
+    with pytest.raises(DataError, match="not a whole number of records of 3074 bytes; run `nettorrent data fetch"):
+        open_dataset("cifar100", str(tmp_path))
+    records[2, 1] = 100
+    (folder / "train.bin").write_bytes(records.tobytes())
+    with pytest.raises(DataError, match=r"label 100 of record 2 is not in 0\.\.99"):
+        open_dataset("cifar100", str(tmp_path)).train.targets()
+
+
+@pytest.mark.parametrize(
+    ("part", "classes", "last"),
+    [("balanced", 47, "t"), ("bymerge", 47, "t"), ("byclass", 62, "z"), ("digits", 10, "9"), ("mnist", 10, "9")],
+)
+def test_parts_of_emnist_count_from_zero(tmp_path: Path, part: str, classes: int, last: str) -> None:
+    folder = tmp_path / "emnist"
+    folder.mkdir()
+    labels = np.arange(classes, dtype=np.uint8)
+    for split in ("train", "test"):
+        (folder / f"emnist-{part}-{split}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(idx(images(classes, 28, 28)))
+        )
+        (folder / f"emnist-{part}-{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    dataset = open_dataset(f"emnist_{part}", str(tmp_path), options=DataOptions(transposed=True))
+    assert dataset.class_names is not None
+    assert (dataset.classes, dataset.class_names[-1], dataset.class_names[9]) == (classes, last, "9")
+    np.testing.assert_array_equal(dataset.train.targets(), np.arange(classes))
+    turned = gather(dataset, range(classes))[..., 0]
+    np.testing.assert_allclose(turned, images(classes, 28, 28).transpose(0, 2, 1) / 255.0, rtol=2e-7)
+
+
 def test_digits_ship_with_the_package() -> None:
     dataset = open_dataset("digits", None)
     assert dataset.test is not None

@@ -215,6 +215,25 @@ def test_tar_archive(server: Server, tmp_path: Path) -> None:
     assert open_dataset("cifar10", str(tmp_path)).train.rows == 15
 
 
+def test_cifar_100_is_fetched_for_both_kinds_of_labels(server: Server, tmp_path: Path) -> None:
+    recipe = RECIPES["cifar100"]
+    assert recipe == RECIPES["cifar100_coarse"]
+    records = np.random.default_rng(0).integers(0, 20, (3, 3074), np.uint8).tobytes()
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for member in recipe.members:
+            entry = tarfile.TarInfo(member)
+            entry.size = len(records)
+            tar.addfile(entry, io.BytesIO(records))
+    server.files["cifar-100-binary.tar.gz"] = packed.getvalue()
+    served = Recipe(recipe.folder, (server.download("cifar-100-binary.tar.gz"),), recipe.members)
+    fetch("cifar100", tmp_path, recipes={"cifar100": served})
+    asked = len(server.asked)
+    fetch("cifar100_coarse", tmp_path, recipes={"cifar100_coarse": served})
+    assert len(server.asked) == asked  # the same files
+    assert open_dataset("cifar100_coarse", str(tmp_path)).train.rows == 3
+
+
 def test_an_archive_put_there_by_hand_is_enough(server: Server, tmp_path: Path) -> None:
     recipes = offer_cifar(server)
     (tmp_path / "cifar-10-batches-bin").mkdir()
@@ -243,6 +262,12 @@ def test_zip_archive(server: Server, tmp_path: Path) -> None:
     fetch("letters", tmp_path, recipes=recipes)
     assert len(contents(tmp_path / "letters")) == 4
     np.testing.assert_array_equal(open_dataset("letters", str(tmp_path)).train.targets(), np.arange(26))
+
+    recipes = {
+        "emnist_digits": Recipe("emnist", (server.download("emnist-gzip.zip"),), RECIPES["emnist_digits"].members)
+    }
+    with pytest.raises(DataError, match="There is no item named 'gzip/emnist-digits-train-labels"):
+        fetch("emnist_digits", tmp_path, recipes=recipes)
 
     server.files["emnist-gzip.zip"] = server.files["emnist-gzip.zip"][:-50]
     recipes = {"letters": Recipe("letters", (server.download("emnist-gzip.zip"),), RECIPES["letters"].members)}

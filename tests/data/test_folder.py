@@ -102,7 +102,7 @@ def test_folders_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         import_folder(folder, target)
     (folder / "dog" / "deep.png").unlink()
     (folder / "dog").rmdir()
-    with pytest.raises(ConfigError, match="fraction of test images"):
+    with pytest.raises(ConfigError, match="fraction of test rows"):
         import_folder(folder, target, test=1.0)
     with pytest.raises(ConfigError, match="at least 1 x 1"):
         import_folder(folder, target, size=(0, 4))

@@ -154,16 +154,6 @@ def config_files(random: Random, seeds: Seeds) -> Files:
     return {"c.yaml": config_cases.configurations(random, [seed["c.yaml"].decode() for seed in seeds])}
 
 
-def dpwa_seeds(folder: Path) -> Seeds:
-    """Files of dpwa, as a list and as a mapping."""
-    return Seeds([{"d.yaml": text.encode()} for text in config_cases.DPWA])
-
-
-def dpwa_files(random: Random, seeds: Seeds) -> Files:
-    """Make a file of dpwa."""
-    return {"d.yaml": config_cases.configurations(random, [seed["d.yaml"].decode() for seed in seeds])}
-
-
 def image_seeds(folder: Path) -> Seeds:
     """Small pictures in every format that is read, and some that are not."""
     numbers = np.random.default_rng(0)
@@ -221,6 +211,20 @@ def rows_seeds(folder: Path) -> Seeds:
     second = io.BytesIO()
     np.lib.format.write_array(second, x, version=(2, 0))
     return Seeds([*seeds, {"x.npy": second.getvalue()}])
+
+
+def tables_seeds(folder: Path) -> Seeds:
+    """Tables, with and without a header, and archives."""
+    x, y = np.random.default_rng(0).integers(0, 256, (24, 6)), np.arange(24) % 3
+    lines = [",".join(map(str, [*row, label])) for row, label in zip(x.tolist(), y.tolist(), strict=True)]
+    texts = ["\n".join(lines), "a,b,c,d,e,f,label\n" + "\n".join(lines), "\n".join(lines).replace(",", ";")]
+    seeds = Seeds([{"x.csv": text.encode()} for text in texts])
+    for save in (np.savez, np.savez_compressed):
+        made = io.BytesIO()
+        images = x.astype(np.uint8).reshape(24, 2, 3)
+        save(made, x=images, y=y, x_test=images[:5], y_test=y[:5])
+        seeds.append({"x.npz": made.getvalue()})
+    return seeds
 
 
 def model_seeds(folder: Path) -> Seeds:
@@ -325,9 +329,9 @@ SEEDS: dict[str, Callable[[Path], Seeds]] = {
     "hdf5": hdf5_seeds,
     "strange_hdf5": hdf5_strange_seeds,
     "config": config_seeds,
-    "dpwa": dpwa_seeds,
     "images": image_seeds,
     "rows": rows_seeds,
+    "tables": tables_seeds,
     "model": model_seeds,
     "checkpoint": checkpoint_seeds,
     "sealed_checkpoint": checkpoint_seeds,
@@ -340,9 +344,9 @@ CASES: dict[str, Callable[[Random, Seeds], Files]] = {
     "hdf5": damaged,
     "strange_hdf5": hdf5_strange,
     "config": config_files,
-    "dpwa": dpwa_files,
     "images": image_files,
     "rows": damaged,
+    "tables": damaged,
     "model": damaged,
     "strange_model": model_strange,
     "checkpoint": damaged,

@@ -19,11 +19,11 @@ from nettorrent_mpi.api import Trainer
 from nettorrent_mpi.cli.export import export
 from nettorrent_mpi.cli.inspect import inspect
 from nettorrent_mpi.cli.run_folder import RunFolder
-from nettorrent_mpi.config.dpwa_file import read_dpwa
-from nettorrent_mpi.config.reading import exchange_of
 from nettorrent_mpi.config.writing import to_yaml
+from nettorrent_mpi.data.csv_file import import_csv
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.folder import import_folder
+from nettorrent_mpi.data.npz_file import import_npz
 from nettorrent_mpi.data.row_files import open_row_file
 from nettorrent_mpi.data.rows import Dataset, Split
 from nettorrent_mpi.plan.errors import NetTorrentWarning, UserError, in_one_line
@@ -131,14 +131,6 @@ def config(case: Path) -> str:
     return read.data.name
 
 
-def dpwa(case: Path) -> str:
-    """A file of dpwa is read as an exchange that a configuration can have."""
-    found = read_dpwa(str(case / "d.yaml"))
-    assert exchange_of(found.exchange) == found.exchange
-    assert found.nodes is None or found.nodes >= 0
-    return found.exchange.kind
-
-
 def images(case: Path) -> str:
     """Pictures become a data set."""
     target = case / "data.h5"
@@ -159,6 +151,16 @@ def rows(case: Path) -> str:
         wanted = np.lib.npyio.NpzFile(file)[found.name] if found.name else np.lib.format.read_array(file)
     np.testing.assert_array_equal(np.concatenate(blocks) if blocks else wanted[:0], wanted)
     return f"{found.rows} rows"
+
+
+def tables(case: Path) -> str:
+    """A table in text and an archive of arrays become a data set that has their rows, or are refused."""
+    (path,) = (each for each in case.iterdir() if each.suffix in (".csv", ".npz"))
+    target = case / "made.h5"
+    made = import_npz(path, target) if path.suffix == ".npz" else import_csv(path, target, label="-1")
+    read = _read(open_dataset("hdf5", str(target)))
+    assert [rows for rows, _, _ in read] == [rows for rows in (made.rows, made.test_rows) if rows]
+    return f"{made.rows} rows"
 
 
 def _made(output: Path | None = None) -> Trainer:
