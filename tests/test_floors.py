@@ -112,6 +112,7 @@ ONLY = {
     "numba": ["device.cpu.loop"],
     "torch": ["torch", "speedup.torch_training", "speedup.torch_peer", "speedup.torch_rows"],
     "onnx": ["engine.onnx_file"],
+    "tensorboardX": ["cli.runs.event_files"],
     "matplotlib": ["speedup.plots", "tune.pictures"],
     "optuna": ["tune.samplers"],
 }

@@ -130,7 +130,7 @@ def run_script(script: str, folder: Path) -> str:
 
 
 def test_the_script_runs(tmp_path: Path) -> None:
-    script, _ = blocks("python")
+    script, *_ = blocks("python")
     told = run_script(f"{ARRAYS}{script}print(classes.shape, flush=True)", tmp_path)
     assert told.splitlines()[-1] == "(7,)"
     assert (tmp_path / "model.h5").exists()
@@ -146,10 +146,18 @@ AnyModule = lambda: torch.nn.Linear(5, 3)
 
 def test_the_script_of_pytorch_runs(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    _, script = blocks("python")
+    _, script, _ = blocks("python")
     told = run_script(f"{OF_TORCH}{script}", tmp_path)
     assert "epoch 10  step 30  loss" in told
     assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"weight", "bias"}
+
+
+def test_the_script_of_dpwa_runs(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "dpwa.yaml").write_text("- interpolation: clock\n- timeout_ms: 2500\n")
+    given = "import torch\nnet, training_samples, loss = torch.nn.Linear(5, 3), [1.5, 0.5], 2.0\ntrain_batch = float\n"
+    _, _, script = blocks("python")
+    assert run_script(f"{given}{script}print(loss, conn.size)", tmp_path) == "0.5 1\n"
 
 
 # -- the quick start ---------------------------------------------------------------------------------------------------

@@ -117,11 +117,15 @@ The ending of the file's name says for which programs:
     nettorrent export runs/cifar cifar.pt
     nettorrent export runs/cifar cifar.onnx
     nettorrent export runs/cifar/checkpoints/step-0000000400 cifar.h5
+    nettorrent export runs/cifar --to tensorboard
 
 .npz is for NumPy and .h5 for HDF5, with the arrays as in model.h5; images are (row, height, width, channel) there. .pt
 is for PyTorch, whose own torch.load reads it, and nettorrent_mpi.torch.load_run makes a module of it; it needs PyTorch.
 .onnx is for onnxruntime and others, the scaling of the inputs included; it needs the package onnx. Both have images as
-(row, channel, height, width), and weights to match."""
+(row, channel, height, width), and weights to match.
+
+--to tensorboard writes the metrics of the run instead, also while it goes on, on any machine that sees its folder:
+`tensorboard --logdir runs` then shows the runs together. It needs the package tensorboardX."""
 
 
 INIT = """\
@@ -275,7 +279,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write the network of a run for other programs", description=EXPORT)
     export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
-    export.add_argument("target", metavar="FILE", help="the file to create: .h5, .npz, .pt or .onnx")
+    export.add_argument("target", nargs="?", metavar="FILE", help="the file to create: .h5, .npz, .pt or .onnx")
+    export.add_argument(
+        "--to", choices=("tensorboard",), metavar="PROGRAM",
+        help="write the metrics instead of the network, for this program: tensorboard; FILE is a folder then (default: "
+        "tensorboard/ in the run's folder)",
+    )  # fmt: skip
     export.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     init = commands.add_parser("init", help="write a commented configuration to begin with", description=INIT)

@@ -86,8 +86,14 @@ def _run_alone(arguments: Sequence[str], chosen: str) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from nettorrent_mpi.cli.export import export
+    from nettorrent_mpi.cli.export import export, export_metrics
 
+    if args.to is not None:
+        folder = export_metrics(args.run, args.target, overwrite=args.overwrite)
+        sys.stdout.write(f"{folder}: written; `tensorboard --logdir {folder.parent}` shows it\n")
+        return
+    if args.target is None:
+        raise UserError("export: name the file to create after the run, or write --to tensorboard for its metrics")
     export(args.run, args.target, overwrite=args.overwrite)
 
 

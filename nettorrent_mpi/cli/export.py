@@ -1,4 +1,4 @@
-"""The command `nettorrent export`: the network of a run as a file for other programs."""
+"""The command `nettorrent export`: the network of a run, or its metrics, as a file for other programs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from types import ModuleType
 
 import numpy as np
 
+from nettorrent_mpi.cli.runs.run_data import read_run
 from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
+from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.saved_network import SavedArrays, SavedNetwork
-from nettorrent_mpi.plan.errors import DataError, OutputError, UserError
+from nettorrent_mpi.plan.errors import DataError, OutputError, UserError, warn
 
 CONVENTIONS = """\
 Images are (row, height, width, channel). Weights are (inputs, outputs) of linear layers and (height, width, \
@@ -36,6 +38,22 @@ def export(run: str, target: str, *, overwrite: bool = False) -> None:
         write(saved, path, module)
     except OSError as error:
         raise OutputError(f"{target} could not be written: {error.strerror or error}") from error
+
+
+def export_metrics(run: str, target: str | None, *, overwrite: bool = False) -> Path:
+    """Write the metrics of RUN, a run folder, for TensorBoard, and return the folder to name to it: `target`, or
+    tensorboard/ in the run's. Raises UserErrors."""
+    module = _loaded("nettorrent_mpi.cli.runs.event_files", "tensorboardX", "tensorboard")
+    data = read_run(Path(run))
+    for line in data.damage:
+        warn(line, alone=True)
+    folder = data.path / "tensorboard" if target is None else Path(target)
+    path = folder / module.NAME
+    if target is not None and path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; choose another folder, or replace it with --overwrite")
+    with written(path):
+        module.write_events(data, folder)
+    return folder
 
 
 def _loaded(module: str, package: str, extra: str) -> ModuleType:

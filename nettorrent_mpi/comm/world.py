@@ -251,7 +251,7 @@ def abort_after_error() -> None:
     rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     if size > 1:
         sys.stderr.write(f"rank {rank} of {size} has failed, which ends all ranks\n")
-        end_all(1)
+        end_all(getattr(sys.last_value, "exit_code", 1))
 
 
 def check_launch(size: int, environment: Any) -> None:

@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path as FilePath
@@ -124,15 +124,15 @@ def from_plain(data: dict[str, Any]) -> Config:
     return check(Document(data))
 
 
-def exchange_of(value: Any, document: Document | None = None) -> Spec:
-    """Check how replicas agree, as a configuration says it: a name, a name with options, or a spec. Raises ConfigError,
-    which names the place in `document`, at the key `exchange`, if it was read there."""
-    document = Document({"exchange": value}) if document is None else document
+def exchange_of(value: Any, error: Callable[[str, Path], ConfigError] | None = None) -> Spec:
+    """Check how replicas agree, as a configuration says it: a name, a name with options, or a spec. Raises ConfigError;
+    `error` makes one of a text and a path that begins with "exchange", where the value was read from a file."""
+    error = Document({"exchange": value}).error if error is None else error
     try:
         return parse(value, choices.EXCHANGES, "exchange")
-    except (Mistake, Mistakes) as error:
-        found = explain(error, {"exchange": value}, _KNOWN, ("exchange",))
-        raise ConfigError.several([document.error(each.text, each.path) for each in found]) from None
+    except (Mistake, Mistakes) as mistakes:
+        found = explain(mistakes, {"exchange": value}, _KNOWN, ("exchange",))
+        raise ConfigError.several([error(each.text, each.path) for each in found]) from None
 
 
 def watchdog_of(value: Any) -> WatchdogTimes | None:

@@ -64,7 +64,7 @@ class GossipExchange(Exchange):
         super().__init__(shards, peers, device, channel)
         self._spec, self._optimizer, self._report_every = spec, optimizer, report_every
         self.waits_for_peers = spec.deadline == "none"
-        self.wants_loss = isinstance(spec.mix, LossMix | LossDivergenceMix)
+        self.wants_loss = isinstance(spec.mix, LossMix | LossDivergenceMix) or spec.divergence_threshold > 0
         self.pairing = make_pairing(spec.pairing, peers.size, seed)
         memories = list(shards.optimizer.values()) if "optimizer" in spec.average else ()
         vector = Vector(device, shards.parameters, memories, shards.gaps)
@@ -110,8 +110,11 @@ class GossipExchange(Exchange):
 
     def open_round(self, step: int, loss: float) -> None:
         """Send the present values, this replica's age and its loss: for loops that call `close_round` after the
-        optimizer's step, instead of `before_update` and `after_update`. Nothing may be withheld."""
+        optimizer's step, instead of `before_update` and `after_update`. A round that is still open is closed. Nothing
+        may be withheld."""
         assert not self._withhold
+        if self.rounds.is_open:
+            self.rounds.close(wait=True)
         self.mixer.clock += 1
         self.tell_loss(loss)
         self.rounds.open(step - 1)

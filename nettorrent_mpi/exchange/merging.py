@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import Literal, NamedTuple
 
-from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.plan.exchange_specs import ClockMix, ConstantMix, LinearMix, LossDivergenceMix, LossMix
 from nettorrent_mpi.plan.pairing import HIGHEST_SCORE, LOWEST_SCORE
 from nettorrent_mpi.plan.specs import Spec
@@ -35,9 +35,14 @@ class Standing(NamedTuple):
 
 
 def told_loss(loss: float | None) -> float:
-    """Convert a loss for a `Standing`: None (unknown) becomes nan; a non-finite one, nan included, inf."""
+    """Convert a loss for a `Standing`: None (unknown) becomes nan; a non-finite one, nan included, inf. Raises
+    UserError for a loss below 0."""
     if loss is None:
         return math.nan
+    if -math.inf < loss < 0.0:
+        raise UserError(
+            f"the loss is {loss:g}, and replicas compare losses of at least 0: add a constant to all of them"
+        )
     return loss if math.isfinite(loss) else math.inf
 
 

@@ -1,8 +1,22 @@
 """A stand-in for dpwa's PyTorch adapter: pair-wise averaging, with its configuration file, over MPI.
 
 dpwa: github.com/loudinthecloud/dpwa, after Jin et al. 2016, "How to scale distributed deep learning?" (arXiv
-1611.04581). Unlike there, a merge moves the parameters by a fraction of the difference at the time of sending, so that
-no part of the step in between is lost; and buffers are averaged with `average`.
+1611.04581). The factor f, its methods and the age of a model are dpwa's (dpwa/interpolation.py, of the linear and
+loss_divergence methods before its commit 0242459; dpwa/dpwa.py, DpwaConnection). These are not, with the reason:
+
+- All begin with rank 0's parameters; there each node has its own, and averages of networks that have nothing in common
+  are worth nothing.
+- A merge is x += f * (theirs - own when it was sent). dpwa/adapters/pytorch.py has x = f * theirs + (1 - f) * x, with x
+  after the step, which loses the part f of every step.
+- A rank sends to one that it draws, instead of asking one: nobody needs a thread that answers. With two ranks it is the
+  same, except that both of a pair exchange or none, if fetch_probability is below 1. With more, a round brings one
+  message on average; several share f equally.
+- After `timeout_ms` from update_send, less for ranks that were late before (in proportion to dpwa's score), the loop
+  goes on; dpwa asks another peer, or waits on. What comes late is merged in a later round, with f / (1 + rounds late).
+  A rank that is behind gets the messages of its own rounds, not the latest.
+- 0 / 0 counts as 1/2, and of a loss that is inf or nan the model takes the other's parameters (f = 1) and the other
+  nothing: dpwa would divide by 0, or spread nan. Losses below 0, whose factors are no parts, are refused.
+- Buffers, which dpwa leaves apart, are averaged with `average`.
 """
 
 from __future__ import annotations
@@ -26,7 +40,8 @@ class Dpwa:
         ...                         # forward, backward, optimizer.step()
         dpwa.update_wait(loss)      # merges what has come from another rank
 
-    All ranks make one, after rank 0's parameters were given to all, and call `close` or end together.
+    All ranks make one, which gives rank 0's parameters to all, and call `close` or end together. The methods raise
+    UserError for a loss below 0, and for parameters that were replaced instead of changed in place.
     """
 
     def __init__(self, model: torch.nn.Module, config: str | Path, *, seed: int = 1, comm: Any = None):
@@ -37,7 +52,7 @@ class Dpwa:
             warn(f"{config} names {found.nodes} nodes, and MPI has started {world.size} ranks: the ranks count")
         optimizer = torch.optim.SGD(model.parameters(), 0.0)  # the script's own is not needed
         self._run = ParallelRun(
-            world, None, model, optimizer, batch_size=None, exchange=found.gossip, replica_size=None, shuffle=False,
+            world, None, model, optimizer, batch_size=None, exchange=found.exchange, replica_size=None, shuffle=False,
             seed=seed, loading={},
         )  # fmt: skip
 
@@ -53,11 +68,11 @@ class Dpwa:
 
     def update_send(self, loss: Any) -> None:
         """Send this rank's parameters, age and loss to a peer, with the configured probability. Does not wait."""
-        self._run.open_round(float(loss))
+        self._run.open_round(loss)
 
     def update_wait(self, loss: Any) -> None:
         """Merge the parameters of a peer that has sent its own, after at most `timeout_ms`."""
-        self._run.close_round(float(loss))
+        self._run.close_round(loss)
 
     def average(self) -> None:
         """Give all ranks the average of their parameters and buffers."""

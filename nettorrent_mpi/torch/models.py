@@ -95,3 +95,8 @@ def broadcast(group: Group, tensor: torch.Tensor, source: int) -> None:
     group.broadcast(whole.reshape(-1).view(torch.uint8).numpy(), source)
     if whole.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(whole)
+
+
+def number_of(value: Any) -> float:
+    """Return the number that a tensor of one element, or anything else that is a number, has."""
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)

@@ -27,7 +27,7 @@ from nettorrent_mpi.plan.scores import Scores, best_of
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.torch.batching import RankPlace, ServedRows, check_batch_size, check_options
 from nettorrent_mpi.torch.gradients import GradientAverage
-from nettorrent_mpi.torch.models import broadcast, check_model, innermost, ranks_of_replica, world_of
+from nettorrent_mpi.torch.models import broadcast, check_model, innermost, number_of, ranks_of_replica, world_of
 from nettorrent_mpi.torch.position import EpochLoader, Position
 from nettorrent_mpi.torch.slots import carrier
 from nettorrent_mpi.torch.split_layers import split_parameters
@@ -374,7 +374,7 @@ class ParallelRun:
     @NOW.during("a mean over ranks")
     def mean(self, value: Any) -> float:
         """Return the mean of a number over all ranks, weighed like the latest mini-batch."""
-        number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+        number = number_of(value)
         self._catch_up()
         weight = self._position.weight
         numbers = np.array([number * weight if weight else 0.0, weight])
@@ -402,18 +402,19 @@ class ParallelRun:
     def tell_loss(self, loss: Any) -> None:
         """Tell exchanges whose `mix` weighs replicas by their loss this one's latest; `report` does it, too."""
         if self._replicas is not None and self._replicas.wants_loss:
-            self._replicas.tell_loss(float(loss))
+            self._replicas.tell_loss(number_of(loss))
 
-    def open_round(self, loss: float) -> None:
+    def open_round(self, loss: Any) -> None:
         """Send this replica's parameters, age and loss to a peer: for loops that exchange apart from the optimizer's
         step."""
+        self._check_parameters()
         if self._replicas is not None:
-            self._replicas.open_round(loss)
+            self._replicas.open_round(number_of(loss))
 
-    def close_round(self, loss: float) -> None:
+    def close_round(self, loss: Any) -> None:
         """Merge what a peer has sent since `open_round`; this replica's loss now is `loss`."""
         if self._replicas is not None:
-            self._replicas.close_round(loss)
+            self._replicas.close_round(number_of(loss))
 
     @NOW.during("comparing replicas")
     def judge(self, value: Any) -> int | None:
@@ -427,7 +428,7 @@ class ParallelRun:
         if self._batches is not None and self._position.samples - self._judged < self._spec.every_samples:
             return None
         self._judged = self._position.samples
-        mine = self._holders.gather_objects(float(value))
+        mine = self._holders.gather_objects(number_of(value))
         score = sum(mine) / len(mine)
         accuracy = self._spec.metric == "validation_accuracy"
         own = Scores(0.0 if accuracy and np.isfinite(score) else score, score if accuracy else None)

@@ -154,6 +154,16 @@ def config_files(random: Random, seeds: Seeds) -> Files:
     return {"c.yaml": config_cases.configurations(random, [seed["c.yaml"].decode() for seed in seeds])}
 
 
+def dpwa_seeds(folder: Path) -> Seeds:
+    """Files of dpwa, as a list and as a mapping."""
+    return Seeds([{"d.yaml": text.encode()} for text in config_cases.DPWA])
+
+
+def dpwa_files(random: Random, seeds: Seeds) -> Files:
+    """Make a file of dpwa."""
+    return {"d.yaml": config_cases.configurations(random, [seed["d.yaml"].decode() for seed in seeds])}
+
+
 def image_seeds(folder: Path) -> Seeds:
     """Small pictures in every format that is read, and some that are not."""
     numbers = np.random.default_rng(0)
@@ -329,6 +339,7 @@ SEEDS: dict[str, Callable[[Path], Seeds]] = {
     "hdf5": hdf5_seeds,
     "strange_hdf5": hdf5_strange_seeds,
     "config": config_seeds,
+    "dpwa": dpwa_seeds,
     "images": image_seeds,
     "rows": rows_seeds,
     "tables": tables_seeds,
@@ -344,6 +355,7 @@ CASES: dict[str, Callable[[Random, Seeds], Files]] = {
     "hdf5": damaged,
     "strange_hdf5": hdf5_strange,
     "config": config_files,
+    "dpwa": dpwa_files,
     "images": image_files,
     "rows": damaged,
     "tables": damaged,

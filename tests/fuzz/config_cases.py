@@ -20,6 +20,18 @@ _WORDS = [
 ]  # fmt: skip
 _LAYERS = ["relu", "flatten", "linear: 7", "dropout: 0.5", "batch_norm", "layer_norm", "max_pool2d: 1", "conv2d: 3"]
 
+_NODES = "[{name: a, host: localhost, port: 4001}, {name: b, host: localhost, port: 4002}]"
+_METHODS = [
+    "constant: {value: 0.25}", "clock: 0", "loss: 0", "linear: {start: 0.6, end: 0.1, target: 300}",
+    "loss_divergence: {target_divergence_loss: 0.4}",
+]  # fmt: skip
+_LINES = [f"nodes: {_NODES}", "fetch_probability: 0.5", "timeout_ms: 1500", "divergence_threshold: 0.3", *_METHODS]
+DPWA = [
+    "".join(f"{dash}{line}\n" for line in (*_LINES, f"interpolation: {method.partition(':')[0]}"))
+    for dash in ("- ", "")
+    for method in _METHODS
+]
+
 
 def _laughs(depth: int, width: int) -> str:
     lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, depth)]

@@ -19,6 +19,8 @@ from nettorrent_mpi.api import Trainer
 from nettorrent_mpi.cli.export import export
 from nettorrent_mpi.cli.inspect import inspect
 from nettorrent_mpi.cli.run_folder import RunFolder
+from nettorrent_mpi.config.dpwa_file import read_dpwa
+from nettorrent_mpi.config.reading import exchange_of
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.data.csv_file import import_csv
 from nettorrent_mpi.data.dataset import open_dataset
@@ -129,6 +131,14 @@ def config(case: Path) -> str:
     assert load_config(again) == read
     assert described
     return read.data.name
+
+
+def dpwa(case: Path) -> str:
+    """A file of dpwa is read as an exchange that a configuration can have."""
+    found = read_dpwa(str(case / "d.yaml"))
+    assert exchange_of(found.exchange) == found.exchange
+    assert found.nodes is None or found.nodes >= 0
+    return found.exchange.kind
 
 
 def images(case: Path) -> str:

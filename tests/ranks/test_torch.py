@@ -313,34 +313,6 @@ def test_a_layer_that_is_replaced_is_told() -> None:
     run.close()
 
 
-DPWA = """
-- nodes:
-  - {name: w1, host: localhost, port: 45000}
-- fetch_probability: 1
-- timeout_ms: 5000
-- interpolation: loss
-- loss: 0
-"""
-
-
-@pytest.mark.ranks(2)
-def test_dpwa_merges_by_its_own_formulas(shared_path: Any) -> None:
-    """f = l / (l + pl), by hand: losses 1 and 3, parameters 10 and 20."""
-    (shared_path / "dpwa.yaml").write_text(DPWA)
-    model = torch.nn.Linear(2, 1, bias=False)
-    adapter = nt.Dpwa(model, shared_path / "dpwa.yaml")
-    with torch.no_grad():
-        model.weight.fill_(10.0 * (rank + 1))
-    loss = (1.0, 3.0)[rank]
-    adapter.update_send(loss)
-    adapter.update_wait(loss)
-    expected = (10 + 1 / 4 * 10, 20 - 3 / 4 * 10)[rank]
-    torch.testing.assert_close(model.weight.detach(), torch.full((1, 2), expected))
-    adapter.average()
-    torch.testing.assert_close(model.weight.detach(), torch.full((1, 2), 12.5))
-    adapter.close()
-
-
 EXCHANGES: dict[str, Any] = {
     "allreduce": "allreduce",
     "gossip": {"gossip": {"deadline": "none", "part": 0.5}},
