@@ -20,13 +20,19 @@ def world_of(comm: Any) -> World:
     """Return the world of a communicator of mpi4py, or itself if it is one; None: of all ranks of the program. Raises a
     UserError in a process that a rank has started: MPI would take it for the rank."""
     if comm is None:
-        if multiprocessing.parent_process() is not None and env.launched(os.environ):
+        if _in_worker() and env.launched(os.environ):
             raise UserError(
                 "a worker process runs the whole script again, as those do that spawn or forkserver start: put the "
                 'training under if __name__ == "__main__":, which workers leave out'
             )
         env.prepare()
     return comm if isinstance(comm, World) else World(comm)
+
+
+def _in_worker() -> bool:
+    """Whether multiprocessing has started this process, which may still be reading the script, without a parent."""
+    reading = getattr(multiprocessing.current_process(), "_inheriting", False)
+    return reading or multiprocessing.parent_process() is not None
 
 
 def ranks_of_replica(asked: int | None, ranks: int, *, exact: bool) -> int:
