@@ -19,7 +19,7 @@ import atexit
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
@@ -44,7 +44,7 @@ from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation, Part
 from nettorrent_mpi.engine.failover import Failure, Recovery
 from nettorrent_mpi.engine.failure import agreed, end_all
-from nettorrent_mpi.engine.profiles import read_profiles
+from nettorrent_mpi.engine.profiles import most_on_node, read_profiles
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.setup import Setup, set_up
@@ -154,6 +154,7 @@ class Trainer:
         shape = None if dataset is None else (dataset.train.rows, dataset.test and dataset.test.rows, dataset.shape)
         world.same("data set or settings", f"{shape} {sorted(settings)}")
         config, known = world.once(lambda: (configured(network, data, dataset, settings), read_profiles()))
+        known = replace(known, node=most_on_node(world.nodes))
         watched(world, config)
         device = choose_device(world, config.device)
         with world.agreement():

@@ -74,12 +74,38 @@ def plan(
 
 
 def plan_run(
-    config: Config, ranks: int, device: DeviceKind | None, known: Profiles | None = None, *, data_needed: bool
+    config: Config,
+    ranks: int,
+    device: DeviceKind | None,
+    known: Profiles | None = None,
+    *,
+    data_needed: bool,
+    memory: float | None = None,
 ) -> PlannedRun:
-    """Plan a run of the command line, on the `device` and by the profiles that its ranks have agreed on; see `plan`."""
-    planned = PlannedRun(set_up(config, ranks, planning=not data_needed, device=device, known=known), has_length=True)
+    """Plan a run of the command line, on the `device` and by the profiles that its ranks have agreed on; see `plan`.
+    Raises LayoutError where a node would need more than `memory` bytes."""
+
+    def lacks(setup: Setup) -> str | None:
+        return None if memory is None else too_much(setup, memory)
+
+    setup = set_up(config, ranks, planning=not data_needed, device=device, known=known, lacks=lacks)
+    planned = PlannedRun(setup, has_length=True)
     planned.warn()
     return planned
+
+
+def too_much(setup: Setup, memory: float) -> str | None:
+    """Say by how much a node's ranks need more than its `memory`, in bytes; None where they do not."""
+    from nettorrent_mpi.engine.memory_estimate import Libraries, estimate, of_node
+
+    process = peak_memory()
+    needed = of_node(setup.topology, estimate(setup, Libraries(process, process)), setup.machine.node)
+    if needed <= memory:
+        return None
+    return (
+        f"{setup.layout_line} needs {needed / 1e9:,.1f} GB on a node, which has {memory / 1e9:,.1f} GB: use more "
+        "nodes, lower train.batch_size, raise train.micro_batches, or divide the network over more ranks"
+    )
 
 
 class PlannedRun:

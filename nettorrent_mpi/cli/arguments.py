@@ -81,6 +81,18 @@ neurons, the optimizer, and what ranks send each other. Start it on one rank, or
 with any mini-batch and number of ranks. The machine should have nothing else to do meanwhile."""
 
 
+SIMULATE = """\
+Predicts a training step of the network that CONFIG describes in many layouts: on as many ranks and on such nodes and
+links as you like, without any of them. Needs neither MPI nor the files of a published data set:
+
+    nettorrent simulate configs/mnist_wide.yaml --ranks 8
+    nettorrent simulate configs/cifar.yaml --nodes 64x48 --link 100Gbit,2us --memory 256GB
+    nettorrent simulate configs/cifar.yaml --ranks 100000 --trace steps.json
+
+Each rank computes as one of this machine does, if `nettorrent profile` has measured it with this network, or else as a
+core of 100 GFLOP/s."""
+
+
 CHAOS = """\
 Trains the network that CONFIG describes twice: undisturbed, and while random ranks are killed at random times. The
 training has to survive that, and to end as well. Reports what was killed, how fast the run recovered, how many steps
@@ -239,8 +251,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks instead of those of this run"
     )
-
-    _add_profile(train)
+    _add_elsewhere(train, "with --dry-run: ")
 
     profile = commands.add_parser("profile", help="measure this machine, for predictions", description=PROFILE)
     profile.add_argument(
@@ -318,6 +329,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_set(tune, "the search's base")
     tune.add_argument("--output", metavar="DIR", help="the study's folder (default: the search's `output`)")
+    simulate = commands.add_parser(
+        "simulate", help="predict steps in many layouts, on machines of any size", description=SIMULATE
+    )
+    simulate.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a YAML file; examples are in configs/ (default: the digits)"
+    )
+    _add_set(simulate)
+    simulate.add_argument("--ranks", type=int, metavar="N", help="how many (default: one on each core of the nodes)")
+    _add_elsewhere(simulate)
+    simulate.add_argument(
+        "--trace", metavar="FILE", help="write predicted steps in the configured layout, for chrome://tracing"
+    )
+
     _add_speedup(commands)
     _add_chaos(commands)
 
@@ -440,7 +464,16 @@ def _add_chaos(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the content of chaos.json in place of tables")
 
 
-def _add_profile(parser: argparse.ArgumentParser) -> None:
+def _add_elsewhere(parser: argparse.ArgumentParser, when: str = "") -> None:
+    parser.add_argument("--nodes", metavar="NxC", help=f"{when}on N nodes of C cores, with a rank on each, e.g. 64x48")
+    parser.add_argument(
+        "--link", metavar="RATE,TIME",
+        help=f"{when}the link of each node to the others, and how long a short message takes, e.g. 100Gbit,2us "
+        "(default: as measured between nodes, or 10Gbit,20us)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory", metavar="SIZE", help=f"{when}a node's memory, e.g. 256GB: layouts that need more are refused"
+    )
     parser.add_argument(
         "--profile", metavar="FILE",
         help="predict times by the measurements in FILE, which `nettorrent profile --to` wrote (default: this host's, "

@@ -168,6 +168,12 @@ def _speedup(args: argparse.Namespace) -> None:
     speedup(args)
 
 
+def _simulate(args: argparse.Namespace) -> None:
+    from nettorrent_mpi.cli.simulate import simulate
+
+    simulate(args)
+
+
 def _chaos(args: argparse.Namespace) -> None:
     from nettorrent_mpi.cli.chaos import chaos
 
@@ -267,5 +273,6 @@ _LOCAL: dict[str, Callable[[argparse.Namespace], int | None]] = {  # they return
     "watch": _watch,
     "speedup": _speedup,
     "chaos": _chaos,
+    "simulate": _simulate,
     "data": _data,
 }

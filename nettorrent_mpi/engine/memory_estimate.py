@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from nettorrent_mpi.plan.memory import Memory, memory
 from nettorrent_mpi.plan.pairing import Pairing, make_pairing
 from nettorrent_mpi.plan.recovery import PLACES, buddies
 from nettorrent_mpi.plan.sizes import in_parts, most_rows, parameters_of, rows_shared, sharers_of
+from nettorrent_mpi.plan.topology import Topology
 
 FILES = 15_000_000  # bytes that h5py takes when it is loaded (12 MB) and HDF5 when it writes (3 MB): measured with 3.16
 MPI = 14_000_000  # bytes that it takes when it is loaded: 13 MB of Open MPI 5.0.11, 15 MB of MPICH 5.0.2
@@ -75,6 +77,19 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
             )
         )
     return result
+
+
+def of_node(topology: Topology, found: Sequence[Memory], node: int | None) -> int:
+    """Return the bytes that the ranks of a node hold, of the node with most, where it has `node` of them (None: all).
+    The rows of the data set lie there once."""
+    each = topology.size // topology.replicas
+    node = min(topology.size, node or topology.size)
+    own = [memory.total - memory.rows for memory in found]
+    rows = max(memory.rows for memory in found)
+    if node >= each:
+        sizes = [stage.size for stage in topology.stages]
+        return rows + -(-node * sum(size * mine for size, mine in zip(sizes, own, strict=True)) // each)
+    return rows + node * max(own)
 
 
 def copies_of(setup: Setup) -> list[int]:

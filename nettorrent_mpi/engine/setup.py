@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,13 +23,14 @@ from nettorrent_mpi.engine.checks import (
     unjudged,
 )
 from nettorrent_mpi.engine.devices import planned_device
-from nettorrent_mpi.engine.layout import lay_out, micro_batches, micro_batches_of
+from nettorrent_mpi.engine.layout import layouts, micro_batches, micro_batches_of
 from nettorrent_mpi.engine.profiles import Profiles
 from nettorrent_mpi.engine.run_plan import DeviceKind, Options, Plan
 from nettorrent_mpi.nn.fit import check_end, check_fit, unusual_labels
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates, extremes
-from nettorrent_mpi.plan.errors import ConfigError, ShapeError, keyed
+from nettorrent_mpi.plan.errors import ConfigError, LayoutError, ShapeError, keyed
+from nettorrent_mpi.plan.layouts import layout_of
 from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.recovery import layout_of_survivors
 from nettorrent_mpi.plan.topology import Topology
@@ -105,12 +107,14 @@ def set_up(
     planning: bool = False,
     device: DeviceKind | None = None,
     known: Profiles | None = None,
+    lacks: Callable[[Setup], str | None] | None = None,
 ) -> Setup:
     """Open the data (unless given), build the network and lay it out over `ranks`. `planning` needs no files of data
     whose size is known (`open_dataset`). `device` is what the ranks have agreed on; None: what this process alone can
-    say. `known` has what was measured of the machine; without, layouts and times are predicted by constants. Raises
-    every kind of UserError."""
-    data, train = config.data, config.train
+    say. `known` has what was measured of the machine; without, layouts and times are predicted by constants. `lacks`
+    says what a layout has not got: of the layouts that `auto` may take it is then the fastest that lacks nothing.
+    Raises every kind of UserError."""
+    known = known or Profiles()
     device = device or planned_device(config.device)
     if device == "cpu" and config.dtype in ON_GPU:
         raise ConfigError(f"{config.dtype} needs a GPU, and there is none here: write float32, or use one", key="dtype")
@@ -127,8 +131,26 @@ def set_up(
         if dataset.classes is not None:  # other targets are checked when they are read
             check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
     with keyed("layout"):
-        machine = (known or Profiles()).machine(config, network)
-        topology = lay_out(config, network, ranks, machine)
+        machine = known.machine(config, network)
+        kept = known.layout and layout_of(known.layout, network.facts, ranks)
+        topologies = [kept] if kept else layouts(config, network, ranks, machine)
+    lacking: str | None = None
+    for topology in topologies:
+        setup = _laid_out(config, network, dataset, topology, machine, device)
+        lack = None if lacks is None else lacks(setup)
+        if lack is None:
+            warnings = [*dataset.notes, *unjudged(dataset, setup.sampler), *([doubt] if doubt else []), *_doubts(setup)]
+            return replace(setup, warnings=tuple(warnings))
+        lacking = lacking or lack
+    with keyed("layout"):
+        raise LayoutError(lacking or "there is none")
+
+
+def _laid_out(
+    config: Config, network: Network, dataset: Dataset, topology: Topology, machine: Machine, device: DeviceKind
+) -> Setup:
+    """Return the setup of a run in this layout, without warnings."""
+    data, train = config.data, config.train
     pieces = micro_batches(config, network, topology)
     sampler = Sampler(
         dataset.train.rows,
@@ -157,16 +179,21 @@ def set_up(
         seed=config.seed,
         augment=data.augment,
         trace=config.trace,
-        kernels=_kernels(config, network, ranks, sampler.steps_per_epoch),
+        kernels=_kernels(config, network, topology.size, sampler.steps_per_epoch),
     )
-    setup = Setup(config, dataset, sampler, network, topology, options, machine)
-    labels = unusual_labels(config.model.loss, network.output_shape[-1], dataset.classes)
-    warnings = [*dataset.notes, *unjudged(dataset, sampler), *filter(None, [doubt, labels])]
-    warnings += doubts(config, sampler, topology, pieces, setup.steps)
-    warnings += slow(config, network, topology, setup.steps, machine)
-    if device == "gpu" and config.kernels != "auto":
-        warnings.append(f"kernels: {config.kernels} is for CPU cores: a GPU has kernels of its own")
-    return replace(setup, warnings=tuple(warnings))
+    return Setup(config, dataset, sampler, network, topology, options, machine)
+
+
+def _doubts(setup: Setup) -> Iterator[str]:
+    """Yield what is doubtful about a run, but may be meant."""
+    config, network, topology, pieces = setup.config, setup.network, setup.topology, setup.options.micro_batches
+    labels = unusual_labels(config.model.loss, network.output_shape[-1], setup.dataset.classes)
+    if labels:
+        yield labels
+    yield from doubts(config, setup.sampler, topology, pieces, setup.steps)
+    yield from slow(config, network, topology, setup.steps, setup.machine)
+    if setup.options.device == "gpu" and config.kernels != "auto":
+        yield f"kernels: {config.kernels} is for CPU cores: a GPU has kernels of its own"
 
 
 def of_survivors(setup: Setup, ranks: int, live: int | None) -> Setup:

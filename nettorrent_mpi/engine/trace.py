@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,15 +57,38 @@ class Trace:
             return None
         found = [spans, *(np.empty((count, FIELDS), np.int64) for count, _, _ in gathered[1:])]
         world.trade([], [(theirs, rank) for rank, theirs in enumerate(found) if rank], TAG)
-        events: list[dict[str, object]] = []
-        for rank, (theirs, (_, names, _)) in enumerate(zip(found, gathered, strict=True)):
-            name = {"name": f"rank {rank}: {places[rank]}"}
-            events.append({"ph": "M", "pid": rank, "name": "process_name", "args": name})
-            events += [
-                {
-                    "ph": "X", "pid": rank, "tid": 0, "name": names[number], "cat": names[number].strip("0123456789"),
-                    "ts": (begin - origin) / 1000, "dur": (end - begin) / 1000, "args": {"step": step},
-                }
-                for step, number, begin, end in theirs.tolist()
-            ]  # fmt: skip
-        return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+        return as_chrome(
+            (
+                rank,
+                places[rank],
+                [
+                    TracedAction(step, names[number], begin - origin, end - begin)
+                    for step, number, begin, end in theirs.tolist()
+                ],
+            )
+            for rank, (theirs, (_, names, _)) in enumerate(zip(found, gathered, strict=True))
+        )
+
+
+class TracedAction(NamedTuple):
+    """A TracedAction is an action of a step: its name, its begin and its length in nanoseconds."""
+
+    step: int
+    name: str
+    begin: int
+    length: int
+
+
+def as_chrome(ranks: Iterable[tuple[int, str, Sequence[TracedAction]]]) -> str:
+    """Write the spans of ranks, each with its number and place, as a Chrome trace (JSON)."""
+    events: list[dict[str, object]] = []
+    for rank, place, spans in ranks:
+        events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}: {place}"}})
+        events += [
+            {
+                "ph": "X", "pid": rank, "tid": 0, "name": name, "cat": name.strip("0123456789"),
+                "ts": begin / 1000, "dur": length / 1000, "args": {"step": step},
+            }
+            for step, name, begin, length in spans
+        ]  # fmt: skip
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})

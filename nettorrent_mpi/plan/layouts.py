@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
@@ -174,6 +175,27 @@ def _mend(quotas: Sequence[float], ranks: int, limits: Sequence[tuple[int, int]]
         if width > ranks:
             return _round(quotas, ranks)
         width *= 2
+
+
+def layout_of(line: str, facts: Sequence[LayerFacts], ranks: int) -> Topology | None:
+    """Return the topology that `Topology.describe` has put into a line; None if it is not one of these layers on so
+    many ranks."""
+    found = re.fullmatch(r"(\d+) replicas? x \[(.*)\]", line, re.ASCII)
+    names = [layer.name for layer in facts]
+    stages: list[Stage] = []
+    for part in found[2].split(" | ") if found else ():
+        name, _, grid = part.rpartition(" ")
+        sizes = re.fullmatch(r"(\d+)x(\d+)", grid, re.ASCII)
+        first = stages[-1].stop if stages else 0
+        ends = [n for n in range(first, len(names)) if name in (names[first], f"{names[first]}..{names[n]}")]
+        if sizes is None or not ends or 0 in (int(sizes[1]), int(sizes[2])):
+            return None
+        stages.append(Stage(first, ends[0] + 1, int(sizes[1]), int(sizes[2])))
+    if found is None or int(found[1]) < 1 or not stages or stages[-1].stop != len(names):
+        return None
+    topology = Topology(int(found[1]), tuple(stages))
+    wide = any(stage.cols > min(layer.units for layer in facts[stage.first : stage.stop]) for stage in stages)
+    return None if wide or topology.size != ranks else topology
 
 
 def given_layout(

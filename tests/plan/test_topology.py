@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.errors import LayoutError
-from nettorrent_mpi.plan.layouts import factor, given_layout, layers_layout, partition
+from nettorrent_mpi.plan.layouts import factor, given_layout, layers_layout, layout_of, partition
 from nettorrent_mpi.plan.topology import LayerFacts, Place, Stage, Topology
 
 Networks = dict[str, list[LayerFacts]]
@@ -218,3 +218,19 @@ def test_the_layout_that_an_error_proposes_is_one(topology: Topology, ranks: int
     numbers = [int(word.strip("[]{},")) for word in proposed.split() if word.strip("[]{},").isdigit()]
     again = list(zip(numbers[1::3], numbers[2::3], numbers[3::3], strict=True))
     assert given_layout(numbers[0], again, facts, ranks).size == ranks
+
+
+def test_a_layout_is_read_from_its_line(networks: dict[str, list[LayerFacts]]) -> None:
+    facts = networks["cnn"]
+    names = [layer.name for layer in facts]
+    for ranks in (1, 2, 5, 6, 24, 64):
+        topology = layers_layout(facts, ranks, 32)
+        topology = Topology(3, topology.stages)
+        assert layout_of(topology.describe(names), facts, 3 * ranks) == topology
+        assert layout_of(topology.describe(names), facts, 3 * ranks + 1) is None
+    line = Topology(1, (Stage(0, 6, 1, 2),)).describe(names)
+    assert layout_of(line, facts, 2) is not None
+    for other in ("", line[:-1], line.replace("conv2d1", "conv2d9"), line.replace("1x2", "2x0"), "1 replica x []"):
+        assert layout_of(other, facts, 2) is None
+    assert layout_of(line, facts[:-1], 2) is None
+    assert layout_of(line.replace("1x2", "1x20"), facts, 20) is None, "more cols than the last layer has units"
