@@ -120,7 +120,8 @@ class Attempt:
             self.epochs = record.epoch
             if not record.evaluated or record.validation_accuracy is None:
                 continue
-            self.accuracies.append((record.epoch, record.validation_accuracy))
+            before = [each for each in self.accuracies if each[0] < record.epoch]  # after a loss steps come again
+            self.accuracies = [*before, (record.epoch, record.validation_accuracy)]
             if record.step < steps and world.once(lambda: self.ends_early(self.accuracies)):
                 records.close()  # as any caller of train() leaves it: all ranks stay at rest after this step
                 return True

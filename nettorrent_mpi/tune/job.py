@@ -23,7 +23,7 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.errors import ConfigError, DataError, LaunchError, UserError
+from nettorrent_mpi.plan.errors import ConfigError, DataError, LaunchError, UserError, warn
 from nettorrent_mpi.tune import findings, samplers
 from nettorrent_mpi.tune.attempt import Attempt, in_words
 from nettorrent_mpi.tune.study import Claimant, Study
@@ -123,20 +123,40 @@ class TuneJob:
         return SIGNALLED if stopped else 0 if all(world.gather_objects(complete)) else 1
 
     def _work(self) -> None:
-        """Train trials until there are none, or a signal stops this group."""
-        group, study = self._group, self._study
-        while not any(group.gather_objects(self._signals.asked)):
-            with NOW.during(OUTSIDE):  # it may wait for the sign of life of another job
-                trial = group.once(lambda: study.claim(self._me))
-            if trial is None:
+        """Train trials until there are none, or a signal stops this group: also where the group loses ranks, which the
+        training itself survives, and here what is around it."""
+        group = self._group
+        while True:
+            try:
+                while not any(group.gather_objects(self._signals.asked)) and self._next():
+                    group.agree()
+                group.agree()
                 return
-            ended = self._train(trial)
-            with group.agreement():
-                if group.rank == 0 and ended.done:
-                    study.end(ended)
-                    self._tell_of(ended)
-                elif group.rank == 0:
-                    study.release()
+            except Exception as error:
+                if not lost(error, group):
+                    raise
+                self._abandon()
+                group.revoke()
+                gone = group.shrink()
+                self._me = replace(self._me, ranks=group.size)
+                if group.rank == 0:
+                    warn(f"without rank {', '.join(map(str, gone))}, its group begins its trial again", alone=True)
+
+    def _next(self) -> bool:
+        """Train the next trial; False: there is none."""
+        group, study = self._group, self._study
+        with NOW.during(OUTSIDE):  # it may wait for the sign of life of another job
+            trial = group.once(lambda: study.claim(self._me))
+        if trial is None:
+            return False
+        ended = self._train(trial)
+        with group.agreement():
+            if group.rank == 0 and ended.done:
+                study.end(ended)
+                self._tell_of(ended)
+            elif group.rank == 0:
+                study.release()
+        return True
 
     def _train(self, trial: Trial) -> Trial:
         """Train a trial; return what came of it, with the state RUNNING if a signal has stopped it."""
@@ -212,8 +232,9 @@ class TuneJob:
         self._study.release()
 
     def _abandon(self) -> None:
-        if self._attempt is not None:
-            self._attempt.abandon()
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.abandon()
         self._study.release()
 
 
