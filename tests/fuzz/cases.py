@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from nettorrent_mpi.plan.topology import Stage, Topology
 from tests.fuzz import config_cases
 from tests.fuzz.hdf5_cases import NAMES, SECRET, strange
 from tests.fuzz.mutations import mutated, mutations
@@ -333,6 +334,51 @@ def metrics_files(random: Random, seeds: Seeds) -> Files:
     return files
 
 
+def run_folder_seeds(folder: Path) -> Seeds:
+    """Folders of a run, one of few ranks with a trace, one of many."""
+    from tests.cli.runs.made import TWO, make, records, trace
+
+    shutil.rmtree(folder, ignore_errors=True)
+    many = Topology(1, (Stage(0, 1, 300, 1), Stage(1, 2, 4, 2)))
+    few = make(folder / "few", metrics=records(TWO, 4))
+    (few / "trace.json").write_text(trace(TWO, steps=2))
+    return Seeds([read(few), read(make(folder / "many", many, metrics=records(many, 4, slowest=7)))])
+
+
+_ODD_VALUES = [
+    None, True, -1, 0, 1e308, 1e-320, 10**40, "", "x" * 600,
+    "\x1b[2J\n", "<script>alert(1)</script><img src=x>", [], {},
+    [[]], {"a": {}},
+]  # fmt: skip
+
+
+def run_folder_files(random: Random, seeds: Seeds) -> Files:
+    """Damage the bytes of a run's files, or values and keys in them."""
+    files = damaged(random, seeds) if random.random() < 0.3 else dict(random.choice(seeds))
+    for name in random.sample(sorted(files), random.randint(1, 3)):
+        lines = files[name].split(b"\n") if name == "metrics.jsonl" else [files[name]]
+        number = random.randrange(len(lines))
+        try:
+            told = json.loads(lines[number])
+        except ValueError:
+            continue
+        for _ in range(random.randint(1, 4)):
+            _spoil(told, random)
+        lines[number] = json.dumps(told).encode()
+        files[name] = b"\n".join(lines)
+    return files
+
+
+def _spoil(told: Any, random: Random) -> None:
+    """Put an odd value somewhere into a value of JSON."""
+    while isinstance(told, dict | list) and told:
+        key: Any = random.choice([*told]) if isinstance(told, dict) else random.randrange(len(told))
+        if not isinstance(told[key], dict | list) or not told[key] or random.random() < 0.4:
+            told[key] = copy.deepcopy(random.choice(_ODD_VALUES))
+            return
+        told = told[key]
+
+
 SEEDS: dict[str, Callable[[Path], Seeds]] = {
     "idx": idx_seeds,
     "cifar": cifar_seeds,
@@ -348,6 +394,7 @@ SEEDS: dict[str, Callable[[Path], Seeds]] = {
     "sealed_checkpoint": checkpoint_seeds,
     "strange_model": hdf5_strange_seeds,
     "metrics": metrics_seeds,
+    "run_folder": run_folder_seeds,
 }
 CASES: dict[str, Callable[[Random, Seeds], Files]] = {
     "idx": damaged,
@@ -364,4 +411,5 @@ CASES: dict[str, Callable[[Random, Seeds], Files]] = {
     "checkpoint": damaged,
     "sealed_checkpoint": sealed,
     "metrics": metrics_files,
+    "run_folder": run_folder_files,
 }

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import io
 import json
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -14,11 +15,17 @@ from typing import Any
 
 import h5py
 import numpy as np
+from rich.console import Console
 
 from nettorrent_mpi.api import Trainer
 from nettorrent_mpi.cli.export import export
 from nettorrent_mpi.cli.inspect import inspect
 from nettorrent_mpi.cli.run_folder import RunFolder
+from nettorrent_mpi.cli.runs.event_files import write_events
+from nettorrent_mpi.cli.runs.listing import runs
+from nettorrent_mpi.cli.runs.page import page
+from nettorrent_mpi.cli.runs.run_data import read_run
+from nettorrent_mpi.cli.runs.terminal_view import frame
 from nettorrent_mpi.config.dpwa_file import read_dpwa
 from nettorrent_mpi.config.reading import exchange_of
 from nettorrent_mpi.config.writing import to_yaml
@@ -279,3 +286,19 @@ def metrics(case: Path) -> str:
         assert line in before
         assert json.loads(line)["step"] <= 20
     return f"{len(kept)} lines"
+
+
+def run_folder(case: Path) -> str:
+    """A run folder is listed, watched and reported, whatever its files hold: as text that a terminal shows, and as a
+    page with no script but its own."""
+    run = read_run(case)
+    assert all(line.isprintable() for line in run.damage)
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        runs([str(case)], sort="accuracy", as_json=False)
+        Console(width=100).print(frame(run, 100))
+    assert all(line.isprintable() for line in shown.getvalue().split("\n"))
+    text = page(run)
+    assert len(re.findall("<script", text)) == 1
+    assert "<img" not in text
+    write_events(run, case / "events")
+    return f"{len(run.points)} records, {len(run.damage)} files damaged"

@@ -28,6 +28,7 @@ FIGURES = (
     "epoch", "samples", "time", "train_loss", "learning_rate", "samples_per_second", "consensus_distance",
     "test_loss", "test_accuracy", "validation_loss", "validation_accuracy",
 )  # fmt: skip
+LARGEST = 1e100  # figures beyond it are damage
 MOST_RANKS, MOST_BYTES, MOST_TRACE = 1_000_000, 1 << 30, 200 << 20  # larger files and numbers are damage
 
 
@@ -284,7 +285,7 @@ def _points(path: Path, damage: list[str], *, growing: bool) -> list[Point]:
     if damaged:
         many = "1 line could not be read, and is" if damaged == 1 else f"{damaged} lines could not be read, and are"
         damage.append(f"{path}: {many} left out")
-    return [_point(record) for _, record in lines]
+    return sorted((_point(record) for _, record in lines), key=lambda point: point.step)
 
 
 def _point(record: Mapping[str, Any]) -> Point:
@@ -305,14 +306,14 @@ def _rank_seconds(told: Any) -> RankSeconds | None:
             values, fits = each, each.ndim == 2 and len(each) > told["slowest"]
     except (ValueError, TypeError, KeyError):
         return None
-    if not fits or values.dtype.kind not in "if" or not (np.isfinite(values).all() and (values >= 0).all()):
+    if not fits or values.dtype.kind not in "if" or not ((values >= 0) & (values < LARGEST)).all():
         return None
     return RankSeconds(told["slowest"], each, swarms)
 
 
 def number(value: Any) -> float | None:
     """Return a value of a file as a finite number; None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         return None
     return float(value)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from nettorrent_mpi.cli.runs.charts import Bar, rows
 from nettorrent_mpi.engine.traced_run import TracedRun, TracedSpan
 
-MOST_ROWS = 64  # ranks that are drawn
+MOST_ROWS = 32  # ranks that are drawn
 COLOURS = {
     "L": "load", "F": "forward", "B": "backward", "M": "update", "U": "update",
     "RA": "waits", "RG": "waits", "R": "reduce", "N": "reduce", "G": "reduce", "X": "exchange", "Y": "exchange",

@@ -73,3 +73,17 @@ def make(
         summary = {"world_size": topology.size, "steps": 100, "stopped_by": "epochs", "exchange": {"kind": "allreduce"}}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def trace(topology: Topology, steps: int = 5, scale: float = 1.0) -> str:
+    """A trace.json in which every rank goes forward, backward, updates and gathers in each step."""
+    events: list[dict[str, object]] = []
+    for rank in range(topology.size):
+        at = topology.place(rank)
+        where = f"replica {at.replica}, stage {at.stage} (linear), row {at.row}, col {at.col}"
+        events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}: {where}"}})
+        for step in range(steps):
+            for n, kind in enumerate(("F0", "B0", "R", "U", "G")):
+                span = {"ph": "X", "pid": rank, "tid": 0, "name": f"{at.stage}{kind}", "args": {"step": step}}
+                events.append(span | {"ts": scale * (1000 * step + 150 * n), "dur": scale * 140})
+    return json.dumps({"traceEvents": events})

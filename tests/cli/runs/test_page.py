@@ -17,23 +17,9 @@ from nettorrent_mpi.cli.runs.page import page
 from nettorrent_mpi.cli.runs.run_data import read_run
 from nettorrent_mpi.plan.topology import Stage, Topology
 from tests.browser import browser_page
-from tests.cli.runs.made import TWO, make, records
+from tests.cli.runs.made import TWO, make, records, trace
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
-
-
-def trace(topology: Topology, steps: int = 5, scale: float = 1.0) -> str:
-    """A trace.json in which every rank goes forward, backward, updates and gathers in each step."""
-    events: list[dict[str, object]] = []
-    for rank in range(topology.size):
-        at = topology.place(rank)
-        where = f"replica {at.replica}, stage {at.stage} (linear), row {at.row}, col {at.col}"
-        events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}: {where}"}})
-        for step in range(steps):
-            for n, kind in enumerate(("F0", "B0", "R", "U", "G")):
-                span = {"ph": "X", "pid": rank, "tid": 0, "name": f"{at.stage}{kind}", "args": {"step": step}}
-                events.append(span | {"ts": scale * (1000 * step + 150 * n), "dur": scale * 140})
-    return json.dumps({"traceEvents": events})
 
 
 class Tags(HTMLParser):
