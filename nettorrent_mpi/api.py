@@ -214,7 +214,8 @@ class Trainer:
 
     @property
     def stopped_by(self) -> str | None:
-        """The reason why the latest `train` ended early: "accuracy", "signal", or None if it ran to its end."""
+        """The reason why the latest `train` ended early: "accuracy", "patience" or "signal"; None if it ran to its
+        end."""
         return self._loop.stopped_by
 
     @property
@@ -360,6 +361,16 @@ class Trainer:
         """
         self._at_rest("resume")
         self.planned.setup = self._files.read_checkpoint(Path(path))
+
+    def take_best(self) -> int | None:
+        """Make the network the best one of a training with patience (`stop_at`) and an output folder, for good; return
+        the step after which it was evaluated, None where there is none. Training does not go on from there: resume."""
+        self._at_rest("take_best")
+        loop, before = self._loop, self._loop.step
+        step = self._files.read_best()
+        if step is not None and step != before:
+            loop.evaluation, loop.evaluator.unified = None, True
+        return step
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the training as in summary.json. Replicas that differ become one network, for good."""

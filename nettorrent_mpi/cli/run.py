@@ -34,7 +34,7 @@ from nettorrent_mpi.engine.profiles import Profiles, most_on_node
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.setup import Setup, of_survivors
 from nettorrent_mpi.engine.signals import Signals
-from nettorrent_mpi.engine.trainer import ACCURACY, SIGNAL
+from nettorrent_mpi.engine.trainer import ACCURACY, PATIENCE, SIGNAL
 from nettorrent_mpi.engine.usage import faster, peak_memory
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError, NetTorrentError, UserError
 from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan_run
@@ -206,7 +206,7 @@ class Run:
             return False
         if self._world.rank == 0:
             if step < steps:
-                whole, more = "the accuracy of train.stop_at", "train.stop_at.accuracy"
+                whole, more = "train.stop_at", f"train.stop_at.{self.trainer.stopped_by or PATIENCE}"
             else:
                 whole = f"all {steps} steps" if step == steps else f"{steps} steps are asked for"
                 more = "train.epochs or train.steps"
@@ -352,8 +352,8 @@ class Run:
         scored = setup.dataset.test is not None or len(setup.sampler.validation_rows) > 0
         evaluate = f"nettorrent evaluate {folder} scores it; " if scored else ""
         more = "more epochs" if setup.config.train.steps is None else "more steps"
-        if self.trainer.stopped_by == ACCURACY:
-            more = "a higher train.stop_at.accuracy"
+        if self.trainer.stopped_by in (ACCURACY, PATIENCE):
+            more = f"a higher train.stop_at.{self.trainer.stopped_by}"
         self._reporter.message(f"model: {self._folder.path / 'model.h5'}")
         self._reporter.message(
             f"next: {evaluate}nettorrent export {folder} weights.npz writes its weights; "
@@ -363,7 +363,10 @@ class Run:
     def _write_results(self) -> None:
         """Write model.h5, trace.json and summary.json."""
         world, trainer = self._world, self.trainer
-        summary = trainer.summary()
+        best = None if trainer.diverged else trainer.take_best()
+        summary = trainer.summary() | ({} if best is None else {"best_step": best})
+        if best is not None and self._reporter is not None:
+            self._reporter.message(f"the best network, after step {best}, is kept as model.h5")
         trainer.save(self._folder.path / "model.h5")
         trace = trainer.trace()
         with world.agreement():

@@ -20,10 +20,11 @@ from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, remove_check
 from nettorrent_mpi.engine.record import read_lines
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.run_lock import RunLock
+from nettorrent_mpi.engine.training_files import BEST
 from nettorrent_mpi.plan.errors import OutputError, warn
 
 AUTO = "auto"  # the value of --resume that continues if there is something to continue, and begins else
-OURS = ("config.yaml", "run.json", "metrics.jsonl", "summary.json", "model.h5", "trace.json", "report.html")
+OURS = ("config.yaml", "run.json", "metrics.jsonl", "summary.json", "model.h5", BEST, "trace.json", "report.html")
 # What `nettorrent evaluate RUN --confusion` writes about the network.
 EVALUATION = ("confusion.csv", "confusion.svg", "classes.csv", "predictions.csv", "mistakes.svg")
 

@@ -191,9 +191,19 @@ class Model(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StopAt(Section):
-    """StopAt ends a training before its last epoch."""
+    """StopAt ends a training before its last epoch: when an accuracy is reached, or when nothing has improved for a
+    while, and then the best network is kept. Both are measured on the validation rows, or the test rows where there are
+    none."""
 
-    accuracy: Annotated[float, Bounds(gt=0, le=1)]  # on the validation rows, or the test rows where there are none
+    accuracy: Annotated[float, Bounds(gt=0, le=1)] | None = None  # that is enough
+    patience: Count | None = None  # evaluations one after another without improvement
+    metric: Literal["accuracy", "loss"] = "accuracy"  # what has to improve
+
+    def _mistakes(self) -> Iterator[Mistake]:
+        if self.accuracy is None and self.patience is None:
+            yield Mistake("give accuracy, patience or both", "accuracy")
+        if self.metric != "accuracy" and self.patience is None:
+            yield Mistake("is what has to improve within patience: give that, too", "metric")
 
 
 @dataclass(frozen=True, kw_only=True)

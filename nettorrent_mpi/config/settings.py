@@ -26,7 +26,7 @@ class Settings(TypedDict, total=False):
     epochs: int  # the length of the run, which the learning-rate schedule spans; or `steps`
     steps: int
     clip_norm: float  # the longest gradient of the whole network
-    stop_at: float  # the accuracy (a fraction) that ends the training
+    stop_at: float | Mapping[str, Any]  # the accuracy (a fraction) that ends it; {"patience": 3, "metric": "loss"}
     report_every: int  # steps from one record to the next: 50
     evaluate_every: int  # epochs from one evaluation to the next: 1
     checkpoint: Mapping[str, Any]  # {"every_seconds": 600, "every_epochs": 1, "keep": 2}, where there is an output
@@ -92,7 +92,7 @@ def configure(
             raise ConfigError(f"unknown setting {name}; {_correction(name)}")
         section = _SECTIONS.get(name)
         place = asked if section is None else asked.setdefault(section, {})
-        place[name] = {"accuracy": value} if name == "stop_at" else plain(value)
+        place[name] = {"accuracy": value} if name == "stop_at" and isinstance(value, int | float) else plain(value)
         if name in _EITHER:
             place.pop(_EITHER[name], None)
     config = reading.from_plain(asked)

@@ -45,8 +45,8 @@ def doubts(config: Config, sampler: Sampler, topology: Topology, pieces: int, st
     elite = isinstance(exchange, Elite)
     if train.stop_at is not None and not elite and train.evaluate_every * sampler.steps_per_epoch >= steps > 0:
         found.append(
-            f"train.stop_at: the accuracy is measured every {train.evaluate_every} epochs (evaluate_every), and so at "
-            "the end of the run alone: it stops nothing"
+            f"train.stop_at: the {train.stop_at.metric} is measured every {train.evaluate_every} epochs "
+            "(evaluate_every), and so at the end of the run alone: it stops nothing"
         )
     if isinstance(exchange, Elite) and exchange.every_samples > steps * batch_size > 0:
         found.append(
@@ -110,17 +110,20 @@ def check_judged(config: Config, network: Network, dataset: Dataset, sampler: Sa
         )
     if config.train.stop_at is None:
         return
-    key = "train.stop_at.accuracy"
+    stop = config.train.stop_at
+    key = "train.stop_at.accuracy" if stop.accuracy is not None else "train.stop_at.patience"
     if dataset.test is None and not validation:
         raise ConfigError(
             "is never measured: there are neither test rows nor validation rows; add data.validation: 0.1", key=key
         )
     loss, units = config.model.loss, network.output_shape[-1]
+    if stop.accuracy is None and stop.metric == "loss":
+        return
     if not has_accuracy(loss, units, dataset.classes):
         targets = "numbers" if dataset.classes is None else "labels"
         raise ConfigError(
             f"is never measured: {loss.kind} of {units} output{'s' if units > 1 else ''} and {targets} has none; leave "
-            "stop_at out",
+            "it out, or write train.stop_at: {patience: 3, metric: loss}",
             key=key,
         )
 

@@ -194,6 +194,7 @@ class Recovery:
         else:
             where = BEGINNING
         loop.resume(step, setup.sampler.samples(step), loop.time, loop.loss, None)
+        files.check_best()
         if loop.guard is not None:
             loop.guard.refresh(step)
         return where, left_out, len(found.replicas) if isinstance(found, LiveReplicas) else 0

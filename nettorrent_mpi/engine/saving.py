@@ -17,6 +17,9 @@ class StateFiles(Protocol):
     def write(self, *, needed: bool) -> None:
         """Begin to write a checkpoint, and wait for it if it is `needed`. All ranks call, at rest."""
 
+    def keep_best(self, step: int) -> None:
+        """Write the network after this step, the best so far. All ranks call, at rest."""
+
     def poll(self) -> None:
         """Go on with the one that is being written, without waiting. Called after every step."""
 
@@ -63,6 +66,11 @@ class Saving:
         if self.files is not None:
             self.files.write(needed=needed)
         self.begin()
+
+    def keep_best(self, step: int) -> None:
+        """Write the network after this step, the best so far. All ranks call, at rest."""
+        if self.files is not None:
+            self.files.keep_best(step)
 
     def poll(self) -> None:
         """Go on with the checkpoint that is being written: after every step."""

@@ -12,6 +12,7 @@ from nettorrent_mpi.config.sections import Train
 from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluation, Evaluator
+from nettorrent_mpi.engine.patience import Patience
 from nettorrent_mpi.engine.rank_seconds import line
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.reports import Report, Reports
@@ -25,7 +26,7 @@ from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.plan.errors import NetTorrentError, UserError
 from nettorrent_mpi.plan.scores import Scores
 
-SIGNAL, ACCURACY = "signal", "accuracy"
+SIGNAL, ACCURACY, PATIENCE = "signal", "accuracy", "patience"
 
 
 class TrainingLoop:
@@ -49,8 +50,12 @@ class TrainingLoop:
         self.step = self.samples = 0  # so far, those before a resume included
         self.loss: float | None = None  # the latest mean training loss
         self.accuracy: float | None = None  # the one that has ended the training
+        stop = settings.stop_at
+        self.patience: Patience | None = None
+        if stop is not None and stop.patience is not None:
+            self.patience = Patience(stop.patience, by_loss=stop.metric == "loss")
         self.evaluation: Evaluation | None  # the latest one
-        self.stopped_by: str | None = None  # SIGNAL or ACCURACY where one of them ended the last training
+        self.stopped_by: str | None = None  # SIGNAL, ACCURACY or PATIENCE where one of them ended the last training
         self.at_rest = True
         self.abandoned = False  # an error has ended it: no further communication
         self.missed: NetTorrentError | None = None  # raised on all ranks after this one's caller had left the loop
@@ -155,12 +160,19 @@ class TrainingLoop:
                 if report.left:
                     break
                 known = reached
-                if report.rest or last or reached or saving.due(done):  # first, because an evaluation may fail
+                due = report.rest or last or reached or saving.due(done)
+                evaluates = record and (last or reached or (epochs and epochs % settings.evaluate_every == 0))
+                judges = evaluates and self.patience is not None  # which a checkpoint has to know of
+                if due and not judges:  # first, because an evaluation may fail
                     saving.save(needed=report.stop and not last)
-                if record and (last or reached or (epochs and epochs % settings.evaluate_every == 0)):
+                if record and evaluates:
                     self.evaluation = found = self.evaluator.evaluate()
                     record = replace(record, evaluated=True, best_replica=found.best_replica, **found.figures())
                     reached = reached or self._reached(found.deciding)
+                    reached = self._judge(found.deciding) or reached
+                if judges and (due or reached):
+                    saving.save(needed=report.stop and not last)
+                    known = True
                 if record and (last or reached or tells):
                     try:
                         yield replace(record, at_rest=True)
@@ -171,7 +183,7 @@ class TrainingLoop:
                 if reached and not known:
                     saving.save(needed=False)
                 if reached or (report.stop and not last):
-                    self.stopped_by = SIGNAL if report.stop and not last else ACCURACY
+                    self.stopped_by = SIGNAL if report.stop and not last else self._reason()
                     break
                 if stopping.pace(clock.seconds_per_step, left=self.left):
                     break
@@ -191,6 +203,8 @@ class TrainingLoop:
         """Continue from the steps, samples and seconds of an earlier training, with its latest training loss and the
         accuracy that has ended it, if any."""
         self.step, self.samples, self.loss, self.accuracy = step, samples, loss, accuracy
+        if self.patience is not None:
+            self.patience.forget_after(step)
         self.stopped_by = None if accuracy is None else ACCURACY
         self._began = min(self._began, time.perf_counter() - seconds)
 
@@ -198,7 +212,9 @@ class TrainingLoop:
         """Whether nothing is left to train: `until` steps are complete, or the accuracy that ends the training is
         reached."""
         stop = self._settings.stop_at
-        return self.step >= until or (stop is not None and (self.accuracy or 0.0) >= stop.accuracy)
+        if self.step >= until or (self.patience is not None and self.patience.exhausted):
+            return True
+        return stop is not None and stop.accuracy is not None and (self.accuracy or 0.0) >= stop.accuracy
 
     def close(self) -> None:
         """Free the communicators. All ranks call, at rest."""
@@ -273,7 +289,19 @@ class TrainingLoop:
     def _reached(self, scores: Scores | None) -> bool:
         """Whether the accuracy that ends the training is reached."""
         stop = self._settings.stop_at
-        if stop is None or scores is None or (scores.accuracy or 0.0) < stop.accuracy:
+        if stop is None or stop.accuracy is None or scores is None or (scores.accuracy or 0.0) < stop.accuracy:
             return False
         self.accuracy = scores.accuracy
         return True
+
+    def _judge(self, scores: Scores | None) -> bool:
+        """Have the network kept if it is the best so far; return whether the patience is exhausted."""
+        if self.patience is None or scores is None:
+            return False
+        if self.patience.see(self.step, scores):
+            self._saving.keep_best(self.step)
+        return self.patience.exhausted
+
+    def _reason(self) -> str:
+        """Say why a training ends before its last step, if no signal has stopped it."""
+        return ACCURACY if self.accuracy is not None or self.patience is None else PATIENCE

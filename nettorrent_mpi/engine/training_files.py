@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -13,13 +14,14 @@ from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.writing import model_json, to_plain
+from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.engine import checkpoint
 from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, newest, tidy
 from nettorrent_mpi.engine.checkpoint_writer import CheckpointWriter
 from nettorrent_mpi.engine.emergency import EmergencyCheckpoint
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.failure import agreed
-from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, write_arrays
+from nettorrent_mpi.engine.model_file import PARAMETERS, Attribute, opened, read_attributes, verify, write_arrays
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.engine.saving import Saving
@@ -27,6 +29,9 @@ from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.engine.trained_on import ATTRIBUTE, TrainedOn, fit
 from nettorrent_mpi.engine.trainer import TrainingLoop
 from nettorrent_mpi.plan.errors import DataError, NetTorrentError, OutputError, warn
+
+BEST = "best.h5"  # of a training with patience: its best network so far, like model.h5
+JUDGED = "judged"  # an attribute of checkpoints: what a Patience has seen
 
 
 class TrainingFiles:
@@ -112,12 +117,50 @@ class TrainingFiles:
     @NOW.during("writing the network")
     def write_network(self, path: Path) -> None:
         """Write the whole network as one file. Raises OutputError."""
+        self._write(path, {})
+
+    def _write(self, path: Path, more: Mapping[str, Attribute]) -> None:
         with self._loop.evaluator.network():
             arrays = self._engine.parameters()
         with self._world.agreement():
             if self._world.rank == 0:
                 with written(path):
-                    write_arrays(path, {PARAMETERS: arrays}, _about(self.setup))
+                    write_arrays(path, {PARAMETERS: arrays}, {**_about(self.setup), **more})
+
+    def keep_best(self, step: int) -> None:
+        """Write the network, the best so far, to BEST. Raises OutputError."""
+        assert self._checkpoints is not None
+        self._write(self._checkpoints.parent / BEST, {"step": step})
+
+    def read_best(self) -> int | None:
+        """Load the best network of a training with patience, unless it is the present one; return its step, None where
+        there is none. All ranks call, at rest."""
+        patience = self._loop.patience
+        if self._checkpoints is None or patience is None or patience.step is None:
+            return None
+        if patience.step != self._loop.step:
+            self.read_network(self._checkpoints.parent / BEST)
+        return patience.step
+
+    def check_best(self, beside: Path | None = None) -> None:
+        """See that BEST is the network that was judged the best when the training was where it goes on; where it is
+        not, as when a checkpoint before it is resumed from, the best one is looked for anew. `beside`: the folder
+        of another run that is continued, whose file is taken over. All ranks call."""
+        patience, world = self._loop.patience, self._world
+        if patience is None or patience.step is None or self._checkpoints is None:
+            return
+        step, own = patience.step, self._checkpoints.parent / BEST
+
+        def fits() -> bool:
+            if _step_of(own) != step and beside is not None and _step_of(beside / BEST) == step:
+                with written(own), replacing(own) as part:
+                    shutil.copyfile(beside / BEST, part)
+            return _step_of(own) == step
+
+        if not world.once(fits):
+            patience.forget()
+            if world.rank == 0:
+                warn(f"{own} is not the network after step {step}, which was the best: it is looked for anew")
 
     @NOW.during("reading the network")
     def read_network(self, path: Path) -> Setup:
@@ -147,7 +190,13 @@ class TrainingFiles:
             self._continues = True
         step, samples, seconds = int(attributes["step"]), int(attributes["samples"]), float(attributes["time"])
         loss, accuracy = (float(attributes[name]) if name in attributes else None for name in checkpoint.MEASURED)
+        if self._loop.patience is not None:
+            try:
+                self._loop.patience.read(str(attributes.get(JUDGED, "[]")))
+            except ValueError:
+                self._loop.patience.forget()
         self._loop.resume(step, samples, seconds, loss, accuracy)
+        self.check_best(found.absolute().parent.parent)
         self.resumed_from = found
         return setup
 
@@ -186,11 +235,24 @@ class TrainingFiles:
     def _figures(self, step: int) -> dict[str, Attribute]:
         loop = self._loop
         figures = {"time": loop.time, "loss": loop.loss, "accuracy": loop.accuracy}
-        told = {name: float(figure) for name, figure in figures.items() if figure is not None}
+        told: dict[str, Attribute] = {name: float(each) for name, each in figures.items() if each is not None}
+        if loop.patience is not None:
+            told[JUDGED] = loop.patience.text()
         return {"step": step, "samples": self._engine.sampler.samples(step), **told}
 
     def _attributes_after(self, step: int) -> dict[str, Attribute]:
         return _attributes(self.setup, self._world, self._figures(step))
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step of a BEST; None where there is none that is whole."""
+    try:
+        verify(path)
+        with opened(path) as file:
+            step = read_attributes(file).get("step")
+        return None if step is None else int(step)
+    except (OSError, ValueError, DataError):
+        return None
 
 
 def _about(setup: Setup) -> dict[str, str]:
