@@ -224,6 +224,10 @@ def _in_words(
             for each in shares
         ]
         lines.append(aligned(["parameter", "share of variance", "best", "mean there"], rows, ["parameter", "best"]))
+        if search.sections.sampler == "tpe" and len(shares) > 1:
+            lines.append(
+                "tpe tries good values of several parameters together, so shares overlap; random keeps them apart"
+            )
         test = "" if first.test_accuracy is None else f", {_percent(first.test_accuracy)} on the test set"
         lines += ["", f"best: trial {first.number}, {_percent(first.accuracy)} on the validation rows{test}"]
         lines.append(f"train it anew: nettorrent train {folder / 'best.yaml'}")

@@ -15,7 +15,8 @@ import pytest
 from nettorrent_mpi.config.search_file import Search, read_search
 from nettorrent_mpi.engine import run_lock
 from nettorrent_mpi.engine.run_lock import LOCK, RunLock, in_use
-from nettorrent_mpi.plan.errors import InUseError, OutputError
+from nettorrent_mpi.plan.errors import ConfigError, InUseError, OutputError
+from nettorrent_mpi.tune.samplers import check
 from nettorrent_mpi.tune.study import TRIAL, Claimant, Study
 from nettorrent_mpi.tune.trials import COMPLETE, FAILED, RUNNING, Trial
 
@@ -192,3 +193,10 @@ def test_tpe_learns_from_the_trials_so_far(tmp_path: Path) -> None:
     low, high = tried.values()
     assert low[:10] == high[:10]
     assert sum(map(math.log, high[15:])) / 15 > sum(map(math.log, low[15:])) / 15 + 1
+
+
+def test_tpe_without_optuna_is_told_before_any_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    check(search(tmp_path))
+    with pytest.raises(ConfigError, match=r"sampler: tpe needs Optuna: pip install 'nettorrent_mpi\[tune\]'"):
+        check(search(tmp_path, "trials: 4\nsampler: tpe\n"))
