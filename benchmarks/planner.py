@@ -41,6 +41,7 @@ NETWORKS = {
 }
 MODES = ("rows", "cols", "gpipe", "1f1b", "async", "gossip", "elite", "layers", "auto")
 OVER_LINKS = ("rows", "1f1b", "gossip")
+BURST = 256e3  # bytes of the token buckets of benchmarks/hosts
 LATENCY = 5e-5  # seconds of a message between namespaces
 STEPS = (20, 4000)  # timed steps, at least and at most
 
@@ -102,7 +103,7 @@ def of_network(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         if candidate.config is None:
             continue
         made = set_up(candidate.config, candidate.ranks)
-        link = None if rate is None else Link(LATENCY, rate_of(rate))
+        link = None if rate is None else Link(LATENCY, rate_of(rate), BURST)
         case: dict[str, Any] = {"network": name, "mode": candidate.mode, "ranks": candidate.ranks, "link": rate}
         case |= {"layout": candidate.layout, "measured": []}
         case |= {"predicted": prediction(made, known, link), "by_constants": prediction(made, Profiles(), link)}

@@ -467,8 +467,9 @@ def _add_chaos(commands: Any) -> None:
 def _add_elsewhere(parser: argparse.ArgumentParser, when: str = "") -> None:
     parser.add_argument("--nodes", metavar="NxC", help=f"{when}on N nodes of C cores, with a rank on each, e.g. 64x48")
     parser.add_argument(
-        "--link", metavar="RATE,TIME",
+        "--link", metavar="RATE,TIME[,BURST]",
         help=f"{when}the link of each node to the others, and how long a short message takes, e.g. 100Gbit,2us "
+        "(and what it takes at once when it was idle, e.g. 1Gbit,50us,256kB: a token bucket's burst) "
         "(default: as measured between nodes, or 10Gbit,20us)",
     )  # fmt: skip
     parser.add_argument(

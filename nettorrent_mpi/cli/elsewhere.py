@@ -13,7 +13,7 @@ from nettorrent_mpi.plan.performance import Link
 
 BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
 TIMES = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
-BYTES = {"mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+BYTES = {"kb": 1e3, "kib": 2**10, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 MOST_RANKS = 10_000_000
 
 
@@ -52,9 +52,13 @@ def elsewhere(args: argparse.Namespace) -> Elsewhere:
 
 
 def _linked(text: str) -> Link:
-    rate, comma, latency = text.partition(",")
-    link = Link(_number(latency, TIMES) if comma else Link.latency, _number(rate.removesuffix("/s"), BITS) / 8)
-    if not (0 < link.bandwidth < inf and 0 <= link.latency < inf):
+    rate, latency, burst, *more = [*text.split(","), "", ""] if text.count(",") < 2 else text.split(",")
+    link = Link(
+        _number(latency, TIMES) if latency else Link.latency,
+        _number(rate.removesuffix("/s"), BITS) / 8,
+        _number(burst, BYTES) if burst else Link.burst,
+    )
+    if any(more) or not (0 < link.bandwidth < inf and 0 <= link.latency < inf and 0 <= link.burst < inf):
         raise ConfigError(f"--link {text}: write the rate of a node's link and the latency, as 100Gbit,2us")
     return link
 

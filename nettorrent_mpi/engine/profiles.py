@@ -136,7 +136,7 @@ def _machine(told: Mapping[str, Any]) -> Machine:
         if each.name == "layers":
             value = {name: _times(times) for name, times in value.items()}
         elif each.name == "link":
-            value = Link(_number(value["latency"]), _number(value["bandwidth"]))
+            value = Link(*(_number(value[each.name]) for each in fields(Link)))
         elif each.name == "alone":
             value = None if value is None else _machine(value)
         elif each.name == "source":

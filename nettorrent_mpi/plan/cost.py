@@ -54,14 +54,14 @@ def predict(
     updates each rank's part.
     """
     machine = (machine or Machine()).of(topology.size)
-    steps, transfers = _steps(topology, facts, batch_size, micro_batches, machine, exact, peering)
+    steps, transfers, carried = _steps(topology, facts, batch_size, micro_batches, machine, exact, peering)
     count, stages = micro_batches, len(steps)
     forward, backward, finish = _costs(steps)
     if pipeline in STREAMS:
         seconds = steady_seconds(stages, count, forward, backward, transfers, finish)
     else:
         seconds = _flushed(steps, transfers, count, pipeline).makespan
-    seconds += machine.step
+    seconds = max(seconds + machine.step, carried)
     if peering is not None and topology.replicas > 1:
         seconds = max(seconds, *(t.travels for t in steps))
     compute = tuple(count * (t.forward + t.backward) + t.update for t in steps)
@@ -85,7 +85,7 @@ def timeline(
     """Return the predicted timeline of a step, or, where the pipeline does not flush, of all mini-batches up to a
     drain."""
     machine = machine.of(topology.size)
-    steps, transfers = _steps(topology, facts, batch_size, micro_batches, machine, exact, peering)
+    steps, transfers, _ = _steps(topology, facts, batch_size, micro_batches, machine, exact, peering)
     return _flushed(steps, transfers, micro_batches, pipeline)
 
 
@@ -109,14 +109,15 @@ def _steps(
     machine: Machine,
     exact: bool,
     peering: Peering | None,
-) -> tuple[list[StageStep], list[float]]:
-    """Return the seconds of each stage, and those of a micro-batch's messages from each stage to the next."""
+) -> tuple[list[StageStep], list[float], float]:
+    """Return the seconds of each stage, those of a micro-batch's messages from each stage to the next, and the most
+    that a link between nodes needs to carry all of a step's in one direction."""
     alike = topology.replicas if exact else 1
     rows = most_rows(batch_size, micro_batches, topology.replicas)
     shared = rows_shared(topology, batch_size, exact)
     last = len(topology.stages) - 1
     each = topology.size // topology.replicas  # ranks of a replica
-    steps, transfers, first = [], [], 0
+    steps, transfers, first, carried = [], [], 0, 0.0
     for s, stage in enumerate(topology.stages):
         held = facts[stage.first : stage.stop]
         before = topology.stages[s - 1] if s > 0 else None
@@ -140,7 +141,11 @@ def _steps(
                 assert machine.node is not None
                 elements = -(-rows // stage.rows) * held[-1].outputs * part_of(held[-1].units, stage.cols) * after.cols
                 sending = min(machine.node, stage.size)
-                wire = machine.link.latency + sending * elements * machine.itemsize / machine.link.bandwidth
+                size = sending * elements * machine.itemsize
+                wire = machine.link.latency
+                if micro_batches * size > machine.link.burst:
+                    wire += size / machine.link.bandwidth
+                carried = max(carried, micro_batches * size / machine.link.bandwidth)
             transfers.append(wire)
         first += stage.size
-    return steps, transfers
+    return steps, transfers, carried

@@ -36,11 +36,12 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class Link:
-    """The link of a node to the others: seconds per message, and bytes per second in each direction, for all of its
-    ranks together."""
+    """The link of a node to the others: seconds per message, bytes per second in each direction, for all of its ranks
+    together, and the bytes that it takes at once where it was idle (a token bucket's)."""
 
     latency: float = 2e-5
     bandwidth: float = 1.25e9
+    burst: float = 0.0
 
     def __str__(self) -> str:
         bits = 8 * self.bandwidth

@@ -15,6 +15,7 @@ from nettorrent_mpi.cli.simulate import simulate
 from nettorrent_mpi.engine.profiles import Profiles
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError
 from nettorrent_mpi.plan.performance import Link
+from nettorrent_mpi.plan.stage_cost import RATE
 from nettorrent_mpi.planning import load_config, plan_run
 
 
@@ -36,6 +37,7 @@ def test_other_machines_are_read() -> None:
     assert asked("--ranks", "7") == Elsewhere(7)
     assert asked("--nodes", "64x48", "--link", "100Gbit,2us") == Elsewhere(3072, 48, Link(2e-6, 12.5e9))
     assert asked("--nodes", "4x2", "--ranks", "7", "--link", "200mbit/s,0.5ms") == Elsewhere(7, 2, Link(5e-4, 25e6))
+    assert asked("--nodes", "2x1", "--link", "1Gbit,1us,256kB").link == Link(1e-6, 125e6, 256e3)
     assert asked("--nodes", "2x1", "--link", "1Gbit").link == Link(Link.latency, 125e6)
     assert asked("--memory", "1.5GB").memory == 1.5e9
     assert asked("--memory", "2 GiB").memory == 2**31
@@ -80,7 +82,7 @@ def test_slow_links_cost_time(capsys: pytest.CaptureFixture[str]) -> None:
     steps = [float(table["rows"][1].split()[0]) for table in (here, fast, slow)]
     assert steps[0] < steps[1] < steps[2]
     # 36,000 weights of 4 bytes: 3/4 of them there and back over 6.25 MB/s
-    assert steps[2] == pytest.approx(1e3 * 2 * 0.75 * 35_914 * 4 / 6.25e6, rel=0.1)
+    assert steps[2] == pytest.approx(1e3 * 2 * 0.75 * 35_914 * 4 / (RATE * 6.25e6), rel=0.1)
     assert "on 2 nodes of 2 ranks, each joined to the others by 100 Gbit/s with 2 us" in " ".join(text.split())
     assert float(slow["auto"][1].split()[0]) < steps[2] / 2, "auto avoids what the link makes slow"
 
