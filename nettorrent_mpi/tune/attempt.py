@@ -50,6 +50,7 @@ class Attempt:
     arguments: Sequence[str]  # the command line
     state: str = RUNNING
     reason: str | None = None
+    accuracy: float | None = None  # of the network in model.h5, on the validation rows
     test_accuracy: float | None = None
     epochs: float = 0.0
 
@@ -104,7 +105,13 @@ class Attempt:
             folder.close()
         if trainer.stopped_by == SIGNAL:
             return RUNNING
-        self.test_accuracy = world.once(lambda: parsed((self.folder / "summary.json").read_bytes())["test_accuracy"])
+        summary = world.once(lambda: parsed((self.folder / "summary.json").read_bytes()))
+        self.test_accuracy = summary["test_accuracy"]
+        if "best_step" in summary:  # the network of model.h5, in a training with patience
+            epoch = round(summary["best_step"] / planned.setup.sampler.steps_per_epoch, 4)
+            self.accuracy = dict(self.accuracies).get(epoch)
+        elif self.accuracies:
+            self.accuracy = self.accuracies[-1][1]
         if trainer.diverged:
             self.reason = "the loss has grown without bounds"
         return DIVERGED if trainer.diverged else COMPLETE

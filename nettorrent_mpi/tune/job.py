@@ -167,14 +167,12 @@ class TuneJob:
         self._attempt = attempt = Attempt(group, folder, self._signals, self._ends_early, self._arguments)
         attempt.train(config)
         self._attempt = None
-        accuracies = tuple(attempt.accuracies)
-        complete = attempt.state == COMPLETE and accuracies
         return replace(
             trial,
             state=attempt.state,
-            accuracy=accuracies[-1][1] if complete else None,
+            accuracy=attempt.accuracy if attempt.state == COMPLETE else None,
             test_accuracy=attempt.test_accuracy,
-            accuracies=accuracies,
+            accuracies=tuple(attempt.accuracies),
             epochs=attempt.epochs,
             reason=attempt.reason,
             ended=None if attempt.state == RUNNING else time.time(),

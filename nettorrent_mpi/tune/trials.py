@@ -21,7 +21,8 @@ Accuracies = Sequence[tuple[float, float]]  # (epoch, validation accuracy) of ea
 
 @dataclass(frozen=True)
 class Trial:
-    """A Trial as its file trial.json has it. `accuracy` is that of the validation rows at its end."""
+    """A Trial as its file trial.json has it. `accuracy` is that of its network, model.h5, on the validation
+    rows."""
 
     number: int
     point: Mapping[str, Label]

@@ -242,6 +242,32 @@ def test_trials_below_the_median_are_ended_early_on_all_ranks_of_their_group(mpi
     assert not (study / "trial-0002" / "checkpoints").exists()
 
 
+PATIENT = """\
+base:
+  data: {name: digits, validation: 0.2}
+  model: {layers: [flatten, {linear: {units: 16, activation: relu}}, {linear: 10}]}
+  train: {epochs: 12, batch_size: 32, stop_at: {patience: 1}}
+parameters:
+  train.optimizer.adam.lr: [0.05, 0.1]
+sampler: grid
+"""
+
+
+def test_a_trial_with_patience_counts_by_its_best_network(mpirun: Mpirun, tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(PATIENT)
+    study = tmp_path / "study"
+    done = mpirun(2, ["-m", "nettorrent_mpi", "tune", tmp_path / "search.yaml", "--output", study], timeout=60)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    for trial in trials(study):
+        values = [accuracy for _, accuracy in trial["accuracies"]]
+        assert trial["accuracy"] in values
+        assert len(values) < 12
+        assert values[-1] < trial["accuracy"]
+        summary = json.loads((study / f"trial-{trial['number']:04}" / "summary.json").read_text())
+        best = round(summary["best_step"] / 36) - 1
+        assert trial["accuracy"] == values[best]
+
+
 @long
 @pytest.mark.parametrize(("mpi", "groups"), [("openmpi", "2"), ("openmpi", "1"), ("mpich", "2")])
 def test_two_hundred_trials_do_not_grow(mpirun: Mpirun, tmp_path: Path, mpi: str, groups: str) -> None:
