@@ -19,15 +19,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.rows import MNIST
 from nettorrent_mpi.config import reading as configuration
-from nettorrent_mpi.config.sections import Config
+from nettorrent_mpi.config.sections import Config, Layout, Swarm
 from nettorrent_mpi.config.writing import to_yaml
-from nettorrent_mpi.engine.layout import predicted
+from nettorrent_mpi.engine.layout import lay_out, predicted
 from nettorrent_mpi.engine.profiles import Profiles, read_profiles
 from nettorrent_mpi.engine.setup import Setup, set_up
+from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.performance import Link
 from nettorrent_mpi.speedup import modes, runs
 from nettorrent_mpi.speedup.machine import Launcher, describe_host
@@ -39,10 +40,11 @@ NETWORKS = {
     "mnist": ("configs/mnist.yaml", [f"data={MNIST}"]),
     "wide": ("configs/mnist_wide.yaml", [f"data={MNIST}"]),
 }
-MODES = ("rows", "cols", "gpipe", "1f1b", "async", "gossip", "elite", "layers", "auto")
+MODES = ("rows", "cols", "gpipe", "1f1b", "async", "gossip", "elite")
+EXACT = ("rows", "cols", "gpipe", "1f1b", "layers", "auto")
 OVER_LINKS = ("rows", "1f1b", "gossip")
 BURST = 256e3  # bytes of the token buckets of benchmarks/hosts
-LATENCY = 5e-5  # seconds of a message between namespaces
+LATENCY = 1e-4  # seconds of a message between namespaces, which share the cores of this machine
 STEPS = (20, 4000)  # timed steps, at least and at most
 
 
@@ -85,6 +87,15 @@ def rate_of(text: str) -> float:
     return float(number) * {"m": 1e6, "g": 1e9}[unit] / 8
 
 
+def chosen(layout: Literal["layers", "auto"], shared: Config, network: Network, known: Profiles) -> modes.Candidate:
+    """Return what `layout: layers` or `auto` is on two ranks by a profile."""
+    config = replace(shared, layout=layout)
+    topology = lay_out(config, network, 2, known.machine(config, network))
+    swarms = tuple(Swarm(layers=stage.layers, rows=stage.rows, cols=stage.cols) for stage in topology.stages)
+    config = replace(shared, layout=Layout(replicas=topology.replicas, swarms=swarms))
+    return modes.Candidate(layout, 2, config, topology.describe([facts.name for facts in network.facts]))
+
+
 def of_network(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and predict all modes of a network."""
     path, changes = NETWORKS[name]
@@ -96,6 +107,10 @@ def of_network(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     facts = setup.network.facts
     cases: list[tuple[modes.Candidate, str | None]] = [(one, None)]
     cases += [(each, None) for each in modes.plans(MODES, config, shared, facts, 2)]
+    cases += [
+        (chosen("layers", shared, setup.network, known), None),
+        (chosen("auto", shared, setup.network, known), None),
+    ]
     cases += [(modes.plan(mode, config, shared, facts, 2), rate) for rate in options.links for mode in OVER_LINKS]
     found: list[dict[str, Any]] = []
     started: list[tuple[Config, Launcher]] = []
@@ -133,6 +148,14 @@ def summary(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ):
         if some:
             found[name] = {"median": median(some), "worst": max(some), "cases": len(some)}
+    for network in dict.fromkeys(each["network"] for each in cases):
+        times = {
+            each["mode"]: median(each["measured"])
+            for each in cases
+            if each["network"] == network and each["link"] is None and each["mode"] in EXACT
+        }
+        best = min(times, key=lambda mode: times[mode])
+        found.setdefault("auto", {})[network] = {"best": best, "auto_over_best": times["auto"] / times[best]}
     return found
 
 

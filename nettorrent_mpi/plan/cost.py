@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from nettorrent_mpi.plan.actions import Action
 from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS
-from nettorrent_mpi.plan.sizes import most_rows, part_of, rows_shared
+from nettorrent_mpi.plan.sizes import most_rows, parameters_of, part_of, rows_shared
 from nettorrent_mpi.plan.stage_cost import Peering, StageStep, around_nodes, gossiping, stage_step, wait_of_cols
 from nettorrent_mpi.plan.timeline import Timeline, simulate, steady_seconds
 from nettorrent_mpi.plan.topology import LayerFacts, Topology
@@ -132,6 +132,8 @@ def _steps(
             step = replace(step, arrives=step.arrives + wait, leaves=step.leaves + wait)
         if not near:
             step = replace(step, sum=around_nodes(step, stage, held, sharers, each, topology.size, machine))
+            size = parameters_of(held, stage.cols) * machine.itemsize
+            carried = max(carried, 2 * (sharers - 1) / sharers * size / machine.link.bandwidth)
         if peering is not None and topology.replicas > 1:
             step = gossiping(step, stage, held, micro_batches, topology, peering, machine)
         steps.append(step)

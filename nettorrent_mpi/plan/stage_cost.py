@@ -149,6 +149,8 @@ def around_nodes(
     else:
         weights = size * min(stage.cols, machine.node)
     part = (sharers - 1) / sharers
+    if 2 * part * weights <= machine.link.burst:
+        weights = 0.0
     lap = part * weights / (RATE * machine.link.bandwidth)
     copies = part * size / machine.bandwidth
     nodes = min(machine.nodes(ranks), sharers)
@@ -171,16 +173,17 @@ def gossiping(
 ) -> StageStep:
     """Return the step of a rank that exchanges its shard with those of other replicas."""
     size = peering.sent * parameters_of(held, stage.cols) / stage.rows
-    works, travels = machine.mix * size, 0.0
+    works, travels, calls = machine.mix * size, 0.0, machine.round
     if not machine.inside(topology, 0, topology.size):
         assert machine.node is not None
         sending = min(machine.node, topology.size // topology.replicas * max(machine.node // topology.size, 1))
         travels = machine.link.latency + sending * size / machine.link.bandwidth
+        calls += machine.link.latency  # which the cores feel, too
     if peering.fitting:
         compute = step.whole(micro_batches)
         parts = max(round(max(travels / (TRAVEL * compute), works / (WORK * compute))), 1) if compute else 1
         works, travels = works / parts, travels / parts
-    works, travels = (works + machine.round) / peering.every, travels / peering.every
+    works, travels = (works + calls) / peering.every, travels / peering.every
     waits = 0.0 if peering.hidden else travels
     return replace(step, update=step.update + works + waits, travels=travels if peering.hidden else 0.0)
 
