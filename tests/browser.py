@@ -22,7 +22,7 @@ class Seen:
 @contextmanager
 def browser_page(**options: Any) -> Iterator[tuple[Any, Seen]]:
     """Give a Playwright page with these options, and what it sees; the browser ends with the block."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install '.[browser]'")
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs a browser: apt-get install chromium")

@@ -54,6 +54,20 @@ that the network is most sure of and wrong about. It looks at the test set; at t
 none."""
 
 
+DRAW = """\
+Shows a page on which you draw a letter or a digit, with mouse or finger, and the network of RUN reads it:
+
+    nettorrent draw runs/letters
+    nettorrent draw runs/digits --port 8800
+    nettorrent draw runs/own --like mnist
+
+The page is for this machine alone, at an address with a secret. To use it from another one, type the line `ssh ...`
+that the command shows there first (for a compute node with -J LOGIN-NODE). Drawings, and pictures of handwriting, dark
+on light or light on dark, are prepared as those of the data set that the network was trained on: mnist, letters (as
+EMNIST, upright or transposed) or digits. For other networks --like says what their pictures resemble; where their
+values are floating-point numbers, paper is 0 and ink is 1."""
+
+
 PREDICT = """\
 Shows what the network of RUN takes pictures, or rows of numbers, to be. It needs neither MPI nor the data that the
 network was trained on:
@@ -287,6 +301,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--array", metavar="NAME", help="the array of rows in files that have several (default: x_test, or else x)"
     )
     predict.add_argument("--json", action="store_true", help="write a list of JSON, with one element for each row")
+
+    draw = commands.add_parser("draw", help="draw a letter or digit, and let a network read it", description=DRAW)
+    draw.add_argument("run", metavar="RUN", help="the run's folder, one of its checkpoints, or its model.h5")
+    draw.add_argument("--like", metavar="NAME", help="prepare drawings as for mnist, letters or digits")
+    draw.add_argument("--port", type=int, default=0, metavar="N", help="the port of the page (default: a free one)")
 
     export = commands.add_parser("export", help="write the network of a run for other programs", description=EXPORT)
     export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")

@@ -97,6 +97,12 @@ def _export(args: argparse.Namespace) -> None:
     export(args.run, args.target, overwrite=args.overwrite)
 
 
+def _draw(args: argparse.Namespace) -> None:
+    from nettorrent_mpi.cli.draw import draw
+
+    draw(args.run, like=args.like, port=args.port)
+
+
 def _predict(args: argparse.Namespace) -> int:
     from nettorrent_mpi.cli.predict import predict
 
@@ -262,6 +268,7 @@ def _tell_images(done: int, total: int) -> None:
 
 
 _LOCAL: dict[str, Callable[[argparse.Namespace], int | None]] = {  # they return the exit code, if it is not 0
+    "draw": _draw,
     "predict": _predict,
     "export": _export,
     "inspect": _inspect,

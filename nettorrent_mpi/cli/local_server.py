@@ -7,7 +7,10 @@ reaches it by a name of its own (DNS rebinding).
 
 from __future__ import annotations
 
+import getpass
+import platform
 import secrets
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,14 +40,16 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """An Response is sent back with its media type."""
+    """A Response is sent back with its media type."""
 
     body: bytes
     kind: str = "text/html; charset=utf-8"
     status: int = HTTPStatus.OK
 
 
-NOT_FOUND = Response(b"not found\n", "text/plain; charset=utf-8", HTTPStatus.NOT_FOUND)
+TEXT = "text/plain; charset=utf-8"
+NOT_FOUND = Response(b"not found\n", TEXT, HTTPStatus.NOT_FOUND)
+FORBIDDEN = Response(b"forbidden: use the address that the command has shown\n", TEXT, HTTPStatus.FORBIDDEN)
 
 
 class LocalServer:
@@ -57,7 +62,7 @@ class LocalServer:
         self._token = secrets.token_urlsafe(24)
         handler = type("_BoundHandler", (_Handler,), {"answer": staticmethod(answer), "prefix": f"/{self._token}/"})
         try:
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+            self._server = _Server(("127.0.0.1", port), handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
@@ -70,8 +75,14 @@ class LocalServer:
         """The address of the page, token included."""
         return f"http://127.0.0.1:{self._server.server_port}/{self._token}/"
 
+    @property
+    def tunnel(self) -> str:
+        """The command on another machine by which its browser can use the same address."""
+        port = self._server.server_port
+        return f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{platform.node()}"
+
     def serve(self) -> None:
-        """Response until `close`, or an exception in this thread, such as KeyboardInterrupt."""
+        """Answer until `close`, or an exception in this thread, such as KeyboardInterrupt."""
         try:
             self._server.serve_forever(poll_interval=0.2)
         finally:
@@ -80,6 +91,14 @@ class LocalServer:
     def close(self) -> None:
         """End `serve`, which runs in another thread."""
         self._server.shutdown()
+
+
+class _Server(ThreadingHTTPServer):
+    """Says nothing of browsers that leave before they are answered."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -100,9 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "0")
         known = secrets.compare_digest(path[: len(self.prefix)].encode(), self.prefix.encode())
         if host not in _OWN_NAMES or not known:
-            found = NOT_FOUND
+            found = FORBIDDEN
         elif not length.isdecimal() or int(length[:12]) > MOST_BYTES:
-            found = Response(b"too large\n", "text/plain; charset=utf-8", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            found = Response(b"too large\n", TEXT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         else:
             body = self.rfile.read(int(length))
             found = type(self).answer(Request(self.command, path[len(self.prefix) :], body))

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from nettorrent_mpi.__main__ import main
-from nettorrent_mpi.cli.local_server import MOST_BYTES, LocalServer, Request, Response
+from nettorrent_mpi.cli.local_server import FORBIDDEN, MOST_BYTES, LocalServer, Request, Response
 from nettorrent_mpi.cli.runs import watching
 from nettorrent_mpi.cli.runs.terminal_view import plot
 from nettorrent_mpi.engine.run_lock import RunLock
@@ -151,7 +151,7 @@ def test_the_server_answers_those_who_know_its_address() -> None:
         assert asked(server.url, Host="localhost:4321")[0] == 200, "through a tunnel"
         for path, host in (("/", "127.0.0.1"), (parts.path[:-2] + "/", "127.0.0.1"), (parts.path, "evil.example:80"),
                            (parts.path, ""), ("/../" + parts.path, "localhost")):  # fmt: skip
-            assert asked(server.url, path, Host=host)[:2] == (404, b"not found\n"), (path, host)
+            assert asked(server.url, path, Host=host)[:2] == (403, FORBIDDEN.body), (path, host)
         assert asked(server.url, method="POST", **{"Content-Length": str(MOST_BYTES + 1)})[0] == 413
         assert asked(server.url, method="POST", **{"Content-Length": "-1"})[0] == 413
         with pytest.raises(Exception, match=f"--port {parts.port}: cannot be listened on"):
