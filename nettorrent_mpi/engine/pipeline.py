@@ -13,7 +13,7 @@ from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.divergence import Divergence
 from nettorrent_mpi.engine.metrics import LOSS, Metrics
-from nettorrent_mpi.engine.rank_seconds import COMMUNICATION, COMPUTE, COMPUTING, WAITING, Spent
+from nettorrent_mpi.engine.rank_seconds import COMPUTING, Spent
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.trace import Trace
@@ -134,24 +134,25 @@ class Pipeline:
         self.begin(work)
         step = work.step
         trace, methods, progress, now = self.trace, self._methods, self._progress, NOW
-        clock, spent = time.perf_counter_ns, [0, 0, 0]
-        before, waited = clock(), now.waited
+        clock, compute = time.perf_counter_ns, 0
+        start, waited = clock(), now.waited
         with quiet():  # non-finite values are located once
             for action in work.actions:
                 now.action, now.step = action, step + 1
                 now.count += 1
                 began = trace.now() if trace else 0
-                methods[action.kind](action.micro_batch or 0)
+                if action.kind in COMPUTING:
+                    before, idle = clock(), now.waited
+                    methods[action.kind](action.micro_batch or 0)
+                    compute += clock() - before - (now.waited - idle)
+                else:
+                    methods[action.kind](action.micro_batch or 0)
                 if trace:
                     trace.add(step, action, began)
                 if progress:
                     progress()
-                at, idle = clock(), now.waited - waited
-                spent[COMPUTE if action.kind in COMPUTING else COMMUNICATION] += at - before - idle
-                spent[WAITING] += idle
-                before, waited = at, now.waited
         if work.training:
-            self.spent.add(spent)
+            self.spent.add(clock() - start, compute, now.waited - waited)
         self._base += work.pieces
 
     def drain(self) -> None:

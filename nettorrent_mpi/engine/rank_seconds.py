@@ -1,7 +1,7 @@
 """The seconds that each rank spends on compute, on communication and on waiting, between two reports.
 
     compute         loading, forward, backward, gradients in parts, update (L, F, B, M, U), without what they wait
-    communication   all other actions of the schedule without what they wait: packing, sending, merging, copying
+    communication   all the rest of a step without what it waits: packing, sending, merging, copying
     waiting         in calls that return when others have sent, received or come, wherever these stand: inside layers,
                     too. A message's own travel is part of it; only a trace (`speedup/shares.py`) can tell them apart
 
@@ -10,7 +10,6 @@ A rank for which the others wait is the one that waits least. On a GPU the host 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from nettorrent_mpi.plan.topology import Topology
 
 PARTS = ("compute", "communication", "waiting")
-COMPUTE, COMMUNICATION, WAITING = range(3)
+COMPUTE, WAITING = PARTS.index("compute"), PARTS.index("waiting")
 COMPUTING = frozenset({"L", "F", "B", "M", "U"})  # kinds of actions
 MOST_RANKS = 256  # that are told one by one
 
@@ -27,17 +26,19 @@ class Spent:
     """The time of one rank since it was last taken, in nanoseconds."""
 
     def __init__(self) -> None:
-        self._sums = [0, 0, 0]
+        self._whole = self._compute = self._waiting = 0
 
-    def add(self, spent: Sequence[int]) -> None:
-        """Add the nanoseconds of a step, in the order of PARTS."""
-        for part, more in enumerate(spent):
-            self._sums[part] += more
+    def add(self, whole: int, compute: int, waiting: int) -> None:
+        """Add the nanoseconds of a step, and those of compute and of waiting among them."""
+        self._whole += whole
+        self._compute += compute
+        self._waiting += waiting
 
     def take(self) -> list[float]:
-        """Return the seconds, and begin anew."""
-        taken, self._sums = [each / 1e9 for each in self._sums], [0, 0, 0]
-        return taken
+        """Return the seconds, in the order of PARTS, and begin anew."""
+        parts = self._compute, self._whole - self._compute - self._waiting, self._waiting
+        self._whole = self._compute = self._waiting = 0
+        return [each / 1e9 for each in parts]
 
 
 def line(seconds: np.ndarray, topology: Topology) -> dict[str, Any] | None:

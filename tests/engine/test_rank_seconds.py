@@ -12,8 +12,8 @@ from nettorrent_mpi.plan.topology import Stage, Topology
 
 def test_what_is_taken_begins_anew() -> None:
     spent = Spent()
-    spent.add([1_000_000, 2_000_000, 3_000_000])
-    spent.add([1_000_000, 0, 0])
+    spent.add(6_000_000, 1_000_000, 3_000_000)
+    spent.add(1_000_000, 1_000_000, 0)
     assert spent.take() == [0.002, 0.002, 0.003]
     assert spent.take() == [0.0, 0.0, 0.0]
 
