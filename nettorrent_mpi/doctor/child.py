@@ -44,6 +44,7 @@ def main() -> None:
 class _Checks:
     def __init__(self, place: Any, findings: list[Any], line: TextIO):
         self._place, self._findings, self._line = place, findings, line
+        self._met = False  # whether the ranks have met
 
     def run(self, done: list[str]) -> None:
         for name in names_of(self._place.first):
@@ -53,7 +54,7 @@ class _Checks:
                     self._tell(each, name)
         if self._place.launched or not {START, TRAINING} <= set(done):
             self._together(done)
-        self._say(end=True)
+        self._say(end=True, met=self._met)
 
     def _together(self, done: list[str]) -> None:
         from nettorrent_mpi.comm.launcher import flush
@@ -71,6 +72,7 @@ class _Checks:
         self._tell(found, START)
         self._begin(ROLL)
         everyone = together.roll_call(world, self._findings)
+        self._met = True
         if world.rank == 0:
             self._say(everyone=[(each.host, each.findings) for each in everyone])
             for name, each in together.compare(world, everyone):

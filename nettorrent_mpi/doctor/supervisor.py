@@ -37,6 +37,7 @@ class Supervisor:
         self._check, self._began = "the start", time.monotonic()
         self._everyone: list[tuple[str, list[Finding]]] | None = None
         self._ended = False  # the checks, all of them
+        self._met = False  # whether the ranks have met in them
         self._stopped = False  # by a signal
         self._child: subprocess.Popen[bytes] | None = None
         self._last = b""  # of what the child has written
@@ -46,8 +47,8 @@ class Supervisor:
 
     @property
     def complete(self) -> bool:
-        """Whether rank 0 knows what all ranks have found; on other ranks, whether all was checked."""
-        return self._ended and (self._everyone is not None or self._place.rank > 0 or not self._place.launched)
+        """Whether all was checked, and rank 0 knows what all ranks have found."""
+        return self._ended and (self._met or not self._place.launched)
 
     @property
     def told(self) -> dict[int, Sequence[Finding]]:
@@ -179,7 +180,7 @@ class Supervisor:
         elif "everyone" in said:
             self._everyone = [(host, [Finding(*each) for each in findings]) for host, findings in said["everyone"]]
         else:
-            self._ended = True
+            self._ended, self._met = True, bool(said["met"])
 
     def _found(self, finding: Finding) -> None:
         self._findings.append(finding._replace(check=self._check))

@@ -230,6 +230,23 @@ def test_a_rank_that_does_not_answer_is_named(mpirun: Any, mpi: str, rank: int) 
 
 
 @slow
+def test_a_rank_that_finds_no_library_is_named(mpirun: Any) -> None:
+    program = (
+        "import os, sys\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
+        "    os.environ['MPI4PY_LIBMPI'] = '/missing/libmpi.so'\n"
+        "from nettorrent_mpi.__main__ import main\n"
+        "sys.exit(main(['doctor', '--json', '--checks', 'libraries', '--limit', '3']))"
+    )
+    done = mpirun(2, ["-c", program])
+    assert done.returncode != 0
+    found = by_check(done.stdout)
+    assert ["MPI4PY_LIBMPI names" in each["text"] for each in found["libraries"] if each["ranks"] == [1]] == [True]
+    assert any("MPI cannot be loaded" in each["text"] and each["ranks"] == [1] for each in found["MPI"])
+    assert any("no answer within 3 s" in each["text"] and each["ranks"] == [0] for each in found["MPI"])
+
+
+@slow
 def test_ranks_that_share_a_core_are_told(mpirun: Any, installed_mpi: Any) -> None:
     launcher, settings = installed_mpi("openmpi")
     command = ["taskset", "-c", "0", *launcher, "-n", "3", sys.executable, *START, "--json", "--checks", "cores"]
