@@ -192,7 +192,7 @@ START = ["-m", "nettorrent_mpi", "doctor"]
 @pytest.mark.parametrize("mpi", ["openmpi", pytest.param("mpich", marks=slow), pytest.param("ulfm", marks=slow)])
 def test_ranks_check_together(mpirun: Any, mpi: str, tmp_path: Path) -> None:
     some = ["--checks", "cores,messages,pinning,training"] if mpi == "openmpi" else []
-    done = mpirun(3, [*START, "--json", "--output", tmp_path, *some], mpi=mpi)
+    done = mpirun(3, [*START, "--json", "--output", tmp_path, "--limit", "15", *some], mpi=mpi, timeout=100)
     assert done.returncode == 0, done.stderr
     found = by_check(done.stdout)
     assert "3 ranks, threads: multiple" in only(found, "MPI", "ok")
