@@ -24,6 +24,9 @@ class LayerCost:
         """Return the seconds for so many rows and this part of the neurons or filters."""
         return self.call + rows * (self.row + self.product * part) + self.weight * part
 
+    def scaled(self, factor: float) -> LayerCost:
+        return LayerCost(self.call * factor, self.row * factor, self.product * factor, self.weight * factor)
+
 
 @dataclass(frozen=True)
 class LayerTimes:
@@ -82,6 +85,14 @@ class Machine:
             self.alone, latency=self.latency, bandwidth=self.bandwidth, collective=self.collective, fence=self.fence,
             mix=self.mix, round=self.round, node=self.node, link=self.link,
         )  # fmt: skip
+
+    def scaled(self, factor: float) -> Machine:
+        """Return the machine whose layers and optimizer take so many times as long."""
+        layers = {
+            name: LayerTimes(each.forward.scaled(factor), each.backward.scaled(factor), each.accumulate * factor)
+            for name, each in self.layers.items()
+        }
+        return replace(self, layers=layers, update=self.update * factor)
 
     def times(self, layer: LayerFacts) -> LayerTimes:
         """Return a weight layer's costs: as measured, or by its operations, of which a third are of the forward

@@ -114,6 +114,9 @@ def test_costs_that_made_the_times_are_found(config: Config, network: Network, m
     assert len(measured) == 3
     found = own_costs(bare, network, measured)
     assert (found.call, found.row, found.step) == pytest.approx((1e-5, 1e-6, 3e-5))
+    half = {each: seconds(each, 1, bare) / 2 for each in measured}
+    quick = own_costs(bare, network, half)
+    assert [seconds(each, 1, quick) for each in half] == pytest.approx(list(half.values())), "layers were disturbed"
     right = replace(right, fence=2e-5, collective=3e-5, latency=4e-5, round=1e-4)
     for trial in trials(config, network):
         found = solved(found, trial.name, trial.config, network, seconds(trial.config, 2, right))
