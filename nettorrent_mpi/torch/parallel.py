@@ -6,7 +6,7 @@ import atexit
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.reading import exchange_of, watchdog_of
 from nettorrent_mpi.config.sections import WatchdogTimes
 from nettorrent_mpi.data.storage import replacing
-from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.errors import UserError
@@ -27,9 +26,10 @@ from nettorrent_mpi.plan.scores import Scores, best_of
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.torch.batching import RankPlace, ServedRows, check_batch_size, check_options
 from nettorrent_mpi.torch.gradients import GradientAverage
-from nettorrent_mpi.torch.models import broadcast, check_model, innermost, number_of, ranks_of_replica, world_of
+from nettorrent_mpi.torch.models import check_model, innermost, number_of, ranks_of_replica, world_of
+from nettorrent_mpi.torch.optimizer_hooks import OptimizerHooks
 from nettorrent_mpi.torch.position import EpochLoader, Position
-from nettorrent_mpi.torch.slots import carrier
+from nettorrent_mpi.torch.shared_model import SharedModel
 from nettorrent_mpi.torch.split_layers import split_parameters
 from nettorrent_mpi.torch.step_exchange import StepExchange
 from nettorrent_mpi.torch.training_state import TrainingState
@@ -166,23 +166,19 @@ class ParallelRun:
         if self._batches is not None:
             world.same("number of rows in its data", str(self._batches.rows))
         self._position = Position(world, self.place, self._batches)
-        self.step = 0  # optimizer steps so far; fewer than on other ranks where this replica alone skips some
         self._judged = 0  # samples at the latest comparison
         self._told = time.perf_counter(), 0  # at the latest report: time and samples
-        self._share()
-        self._hooks: list[Any] = []
+        self._shared = SharedModel(world, model, self._parameters)
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._average = GradientAverage(world, self._holders, trained, may_join=self._peers.size == 1)
         self._replicas: StepExchange | None = None
         if self._peers.size > 1:
-            self._replicas = StepExchange(
-                self._spec, trained, self._statistics(), optimizer, self._peers, self._holders, seed=seed
+            self._replicas = self._shared.replicas = StepExchange(
+                self._spec, trained, self._shared.statistics(), optimizer, self._peers, self._holders, seed=seed
             )
-            self._hooks += [p.register_post_accumulate_grad_hook(self._progress) for p in trained.values()]
-        self._where = {id(p): (p.data_ptr(), p.dtype) for p in self._parameters.values()}
-        self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
-        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
-        self._factors: list[float] | None = None
+        self._hooks = OptimizerHooks(
+            model, self._parameters, optimizer, self._average, self._replicas, self._position.done
+        )
         self._quiet = False  # the present mini-batch has passes without messages, for a later step
 
     # -- where this rank is -----------------------------------------------------------------------------------------
@@ -208,25 +204,14 @@ class ParallelRun:
         return self._position.batch
 
     @property
+    def step(self) -> int:
+        """The optimizer's steps so far; fewer than on other ranks where this replica alone skips some."""
+        return self._hooks.step
+
+    @property
     def replicas(self) -> int:
         """The number of replicas that have weights of their own."""
         return self._peers.size
-
-    # -- set-up -----------------------------------------------------------------------------------------------------
-
-    def _share(self) -> None:
-        """Give all ranks rank 0's parameters and buffers."""
-        with torch.no_grad():
-            for tensor in {**self._parameters, **dict(self.model.named_buffers())}.values():
-                broadcast(self._world, tensor, 0)
-
-    def _statistics(self) -> list[Array]:
-        """The buffers that a mean is defined for, as arrays: running means and variances."""
-        return [
-            buffer.detach().numpy()
-            for buffer in self.model.buffers()
-            if buffer.is_floating_point() and buffer.dim() and carrier(buffer.dtype) == str(buffer.dtype)[6:]
-        ]
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -288,86 +273,8 @@ class ParallelRun:
         steps = self._holders.gather_objects(self.step)
         if len(set(steps)) == 1:
             return
-        source = steps.index(max(steps))
-        states = [self.optimizer.state.get(p, {}) for p in self._parameters.values()]
-        with torch.no_grad():
-            for tensor in (*self._parameters.values(), *self.model.buffers()):
-                broadcast(self._holders, tensor, source)
-            for state in states:
-                for value in state.values():
-                    if isinstance(value, torch.Tensor):
-                        broadcast(self._holders, value, source)
-        self.step = self._average.steps = max(steps)
-
-    # -- around the optimizer's step --------------------------------------------------------------------------------
-
-    def _progress(self, _: torch.Tensor) -> None:
-        assert self._replicas is not None
-        self._replicas.progress()
-
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Meet the others before the optimizer updates: if its step has a closure, once that has made gradients."""
-        self._check_parameters()
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._before_update(optimizer)
-            return None
-        evaluations = 0
-
-        def evaluated() -> Any:
-            nonlocal evaluations
-            loss, evaluations = closure(), evaluations + 1
-            if isinstance(optimizer, torch.optim.LBFGS):  # which compares the losses of several evaluations
-                loss = self._average.mean(float(torch.as_tensor(loss).detach()))
-            if evaluations == 1:
-                self._before_update(optimizer)
-            return loss
-
-        if "closure" in kwargs:
-            return args, kwargs | {"closure": evaluated}
-        return (args[0], evaluated, *args[2:]), kwargs
-
-    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        self._average.before_step()
-        if self._replicas is None:
-            return
-        self._replicas.done = self._position.done(self._replicas.step)
-        factor = self._replicas.before_step()
-        if factor != 1:
-            self._factors = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * factor
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._replicas is not None:
-            self._replicas.after_step()
-        if self._factors is not None:
-            for group, rate in zip(optimizer.param_groups, self._factors, strict=True):
-                group["lr"] = rate
-            self._factors = None
-        self.step += 1
-
-    def _check_parameters(self) -> None:
-        """Raise an error if parameters are no longer those that were parallelized: they would train apart."""
-        found = list(self.model.parameters())
-        if len(found) != len(self._where) or any(id(p) not in self._where for p in found):
-            names = [name for name, p in self.model.named_parameters() if id(p) not in self._where]
-            gone = [name for name in self._parameters if name not in dict(self.model.named_parameters())]
-            told = f"{names[0]} is new in the model" if names else f"{gone[0]} is gone from the model"
-            raise UserError(f"{told} since parallelize: call parallelize after the model is complete and on its device")
-        for name, parameter in self._parameters.items():
-            address, kind = self._where[id(parameter)]
-            if parameter.dtype != kind:
-                raise UserError(
-                    f"{name} was {kind} at parallelize and is {parameter.dtype}: convert the model before parallelize"
-                )
-            if self._replicas is not None and parameter.data_ptr() != address:
-                raise UserError(
-                    f"{name} has got other memory since parallelize, which replicas would not exchange: change "
-                    "parameters in place (p.copy_(...) under torch.no_grad()), or replace them before parallelize"
-                )
+        self._shared.adopt(self.optimizer, self._holders, steps.index(max(steps)))
+        self._hooks.step = self._average.steps = max(steps)
 
     # -- what ranks tell each other -----------------------------------------------------------------------------------
 
@@ -407,7 +314,7 @@ class ParallelRun:
     def open_round(self, loss: Any) -> None:
         """Send this replica's parameters, age and loss to a peer: for loops that exchange apart from the optimizer's
         step."""
-        self._check_parameters()
+        self._hooks.check_parameters()
         if self._replicas is not None:
             self._replicas.open_round(number_of(loss))
 
@@ -436,34 +343,18 @@ class ParallelRun:
         self._replicas.judge(found)
         return best_of(found, self._spec.metric)
 
-    @NOW.during("the replicas' average")
     def average(self) -> None:
         """Give all ranks the average of the replicas' parameters and of all ranks' buffers, for good."""
         self._catch_up()
-        if self._replicas is not None:
-            self._replicas.become()
-        self._mean_buffers()
+        self._shared.average()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Give all ranks the average inside the `with` block, to evaluate or save it, and their own weights again
         afterwards."""
         self._catch_up()
-        with ExitStack() as stack:
-            if self._replicas is not None:
-                stack.enter_context(self._replicas.shown())
-            kept = [buffer.clone() for buffer in self.model.buffers()]
-            self._mean_buffers()
+        with self._shared.averaged():
             yield
-            with torch.no_grad():
-                for buffer, copy in zip(self.model.buffers(), kept, strict=True):
-                    buffer.copy_(copy)
-
-    @NOW.during("the replicas' average")
-    def _mean_buffers(self) -> None:
-        if self.size > 1:
-            for array in self._statistics():
-                self._world.mean(array)
 
     @NOW.during("writing the model")
     def save(self, path: str | Path) -> None:
@@ -498,7 +389,7 @@ class ParallelRun:
             return False
         about = state.restore(Path(folder), others)
         self._position.take(about)
-        self.step, self._judged = about["step"], about["judged"]
+        self._hooks.step, self._judged = about["step"], about["judged"]
         self._told = (time.perf_counter(), self._position.samples)
         self._average.steps = self.step
         return True
@@ -511,9 +402,7 @@ class ParallelRun:
     @NOW.during("the end")
     def close(self) -> None:
         """Let the model and optimizer go: they are plain PyTorch again. At the script's end this is not needed."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.remove()
         if self._replicas is not None:
             self._replicas.catch_up()
             self._replicas.close()
