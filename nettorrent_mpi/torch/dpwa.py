@@ -53,7 +53,7 @@ class Dpwa:
         optimizer = torch.optim.SGD(model.parameters(), 0.0)  # the script's own is not needed
         self._run = ParallelRun(
             world, None, model, optimizer, batch_size=None, exchange=found.exchange, replica_size=None, shuffle=False,
-            seed=seed, loading={},
+            seed=seed, loading={}, by_hand=True,
         )  # fmt: skip
 
     @property

@@ -93,8 +93,10 @@ class ParallelRun:
         seed: int,
         loading: dict[str, Any],
         watchdog: str | Mapping[str, Any] | WatchdogTimes = TIMES,
+        by_hand: bool = False,
     ):
-        self._world, self.model = world, model
+        """`by_hand`: replicas exchange by `open_round` and `close_round`, and not with the optimizer's steps."""
+        self._world, self.model, self._by_hand = world, model, by_hand
         NOW.enter(STARTING)
         try:
             self._watch(watchdog)
@@ -174,7 +176,14 @@ class ParallelRun:
         self._replicas: StepExchange | None = None
         if self._peers.size > 1:
             self._replicas = self._shared.replicas = StepExchange(
-                self._spec, trained, self._shared.statistics(), optimizer, self._peers, self._holders, seed=seed
+                self._spec,
+                trained,
+                self._shared.statistics(),
+                optimizer,
+                self._peers,
+                self._holders,
+                seed=seed,
+                by_hand=self._by_hand,
             )
         self._hooks = OptimizerHooks(
             model, self._parameters, optimizer, self._average, self._replicas, self._position.done
@@ -312,8 +321,8 @@ class ParallelRun:
             self._replicas.tell_loss(number_of(loss))
 
     def open_round(self, loss: Any) -> None:
-        """Send this replica's parameters, age and loss to a peer: for loops that exchange apart from the optimizer's
-        step."""
+        """Send this replica's parameters, age and loss to a peer, in a run whose rounds are opened by hand."""
+        assert self._by_hand
         self._hooks.check_parameters()
         if self._replicas is not None:
             self._replicas.open_round(number_of(loss))

@@ -36,7 +36,7 @@ class StepExchange:
 
     `parameters` have the types float32 and float64; `statistics` are other arrays that belong to the weights. `step`
     counts the steps of the optimizer, and those that it has skipped; `done` is the completed part of the run, from 0 to
-    1, for rules that depend on it.
+    1, for rules that depend on it. `by_hand`: rounds are opened apart from steps, by each rank as it likes.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class StepExchange:
         holders: Group,
         *,
         seed: int,
+        by_hand: bool = False,
     ):
         self.spec, self.step, self.done = spec, 0, 0.0
         self._optimizer, self._peers, self._holders = optimizer, peers, holders
@@ -64,7 +65,7 @@ class StepExchange:
         self._groups: list[Group] = []
         self.exchanges: list[Exchange] = []
         self._seed, self._judged = seed, 0
-        self._by_hand = False  # rounds are opened apart from steps, and their numbers are the script's affair
+        self._by_hand = by_hand
         # Whether steps exchange the optimizer's state, which there is after the first one.
         self._with_state = isinstance(spec, Gossip) and "optimizer" in spec.average
         if not self._with_state:
@@ -181,7 +182,6 @@ class StepExchange:
     def open_round(self, loss: float) -> None:
         """Send what the next round exchanges, apart from the optimizer's step."""
         self.step += 1
-        self._by_hand = True
         for exchange in self.exchanges:
             if isinstance(exchange, GossipExchange):
                 exchange.open_round(self.step, loss)
