@@ -73,7 +73,7 @@ launcher() {
 #
 # It runs in the background, because bash handles no signal while it waits for a command in the foreground. A signal to
 # this shell is passed on as USR1, which every launcher hands to the ranks: they stop with a checkpoint and exit code 75.
-# At other signals some launchers kill the ranks (README.md has the table). `signalled` is the last signal.
+# At other signals some launchers kill the ranks (docs/guide/stopping.md has the table). `signalled` is the last signal.
 signalled=
 launch() {
   local job code=0 signal

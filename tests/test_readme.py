@@ -35,7 +35,12 @@ PARTS = ("...", "X", "PATH", "P", "R", "S")  # words that stand for something
 
 def blocks(language: str) -> list[str]:
     """The code blocks of README in this language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return code_of(README, language)
+
+
+def code_of(text: str, language: str) -> list[str]:
+    """The code blocks of a text in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -86,6 +91,7 @@ def test_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = commands()
     assert len([name for name, _ in found if name == "README.md"]) > 25
+    assert len([name for name, _ in found if name.startswith("docs/")]) > 50
     for name, words in found:
         try:
             check(words)
@@ -146,7 +152,7 @@ AnyModule = lambda: torch.nn.Linear(5, 3)
 
 def test_the_script_of_pytorch_runs(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    _, script, _ = blocks("python")
+    _, script = blocks("python")
     told = run_script(f"{OF_TORCH}{script}", tmp_path)
     assert "epoch 10  step 30  loss" in told
     assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"weight", "bias"}
@@ -156,7 +162,7 @@ def test_the_script_of_dpwa_runs(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     (tmp_path / "dpwa.yaml").write_text("- interpolation: clock\n- timeout_ms: 2500\n")
     given = "import torch\nnet, training_samples, loss = torch.nn.Linear(5, 3), [1.5, 0.5], 2.0\ntrain_batch = float\n"
-    _, _, script = blocks("python")
+    script = next(code for code in code_of(TEXTS["docs/guide/pytorch.md"], "python") if "dpwa" in code)
     assert run_script(f"{given}{script}print(loss, conn.size)", tmp_path) == "0.5 1\n"
 
 
