@@ -23,11 +23,12 @@ from nettorrent_mpi.config.search_file import read_search
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+COMMANDS = next(action.choices for action in arguments.make_parser()._actions if action.dest == "command")
 TEXTS = {
     "README.md": README,
     "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(),
     **{str(page.relative_to(ROOT)): page.read_text() for page in sorted((ROOT / "docs").rglob("*.md"))},
-    **{f"{name} --help": text for name, text in vars(arguments).items() if name.isupper() and isinstance(text, str)},
+    **{f"{name} --help": parser.description or "" for name, parser in COMMANDS.items()},
 }
 PROGRAMS = ["make", "mpirun", "nettorrent", "pip", "python", "python3", "sbatch"]
 PARTS = ("...", "X", "PATH", "P", "R", "S")  # words that stand for something
