@@ -89,8 +89,13 @@ def _export(args: argparse.Namespace) -> None:
     from nettorrent_mpi.cli.export import export, export_metrics
 
     if args.to is not None:
-        folder = export_metrics(args.run, args.target, overwrite=args.overwrite)
-        sys.stdout.write(f"{folder}: written; `tensorboard --logdir {folder.parent}` shows it\n")
+        folder = export_metrics(args.run, args.target, args.to, overwrite=args.overwrite)
+        shown = {
+            "tensorboard": f"`tensorboard --logdir {folder.parent}` shows it",
+            "wandb": f"`wandb sync {folder}/offline-run-*` uploads it",
+            "mlflow": f"`MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {folder}` shows it",
+        }
+        sys.stdout.write(f"{folder}: written; {shown[args.to]}\n")
         return
     if args.target is None:
         raise UserError("export: name the file to create after the run, or write --to tensorboard for its metrics")

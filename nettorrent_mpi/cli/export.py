@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,12 @@ from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.saved_network import SavedArrays, SavedNetwork
 from nettorrent_mpi.plan.errors import DataError, OutputError, UserError, warn
 
+# The module that writes for a program, the package that it needs, and the extra that has it.
+PROGRAMS = {
+    "tensorboard": ("nettorrent_mpi.cli.runs.event_files", "tensorboardX", "tensorboard"),
+    "wandb": ("nettorrent_mpi.cli.runs.wandb_runs", "wandb", "wandb"),
+    "mlflow": ("nettorrent_mpi.cli.runs.mlflow_runs", "mlflow", "mlflow"),
+}
 CONVENTIONS = """\
 Images are (row, height, width, channel). Weights are (inputs, outputs) of linear layers and (height, width, \
 channels, filters) of convolutions. A flatten is in the order (height, width, channel). Inputs are x * unit for bytes, \
@@ -40,20 +47,22 @@ def export(run: str, target: str, *, overwrite: bool = False) -> None:
         raise OutputError(f"{target} could not be written: {error.strerror or error}") from error
 
 
-def export_metrics(run: str, target: str | None, *, overwrite: bool = False) -> Path:
-    """Write the metrics of RUN, a run folder, for TensorBoard, and return the folder to name to it: `target`, or
-    tensorboard/ in the run's. Raises UserErrors."""
-    module = _loaded("nettorrent_mpi.cli.runs.event_files", "tensorboardX", "tensorboard")
+def export_metrics(run: str, target: str | None, program: str, *, overwrite: bool = False) -> Path:
+    """Write the metrics of RUN, a run folder, for one of PROGRAMS, and return the folder to name to it. They go into
+    the folder `target`, or into one in the run's own, which is made anew each time. Raises UserErrors."""
+    module = _loaded(*PROGRAMS[program])
     data = read_run(Path(run))
     for line in data.damage:
         warn(line, alone=True)
-    folder = data.path / "tensorboard" if target is None else Path(target)
+    folder = data.path / program if target is None else Path(target)
     path = folder / module.NAME
-    if target is not None and path.exists() and not overwrite:
+    if target is not None and path.is_file() and not overwrite:
         raise OutputError(f"{path} exists; choose another folder, or replace it with --overwrite")
     with written(path):
-        module.write_events(data, folder)
-    return folder
+        if target is None and path.is_dir():
+            shutil.rmtree(path)
+        made: Path = module.write_events(data, folder)
+    return folder if made.is_file() else made
 
 
 def _loaded(module: str, package: str, extra: str) -> ModuleType:

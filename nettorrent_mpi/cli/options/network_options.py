@@ -63,8 +63,9 @@ is for PyTorch, whose own torch.load reads it, and nettorrent_mpi.torch.load_run
 .onnx is for onnxruntime and others, the scaling of the inputs included; it needs the package onnx. Both have images as
 (row, channel, height, width), and weights to match.
 
---to tensorboard writes the metrics of the run instead, also while it goes on, on any machine that sees its folder:
-`tensorboard --logdir runs` then shows the runs together. It needs the package tensorboardX."""
+--to writes the metrics of the run instead, also while it goes on, on any machine that sees its folder: for TensorBoard
+(`tensorboard --logdir runs` then shows the runs together; it needs the package tensorboardX), as an offline run of
+Weights & Biases (wandb), or as a run of MLflow (mlflow)."""
 
 
 def add_network_commands(commands: Any) -> None:
@@ -103,9 +104,9 @@ def add_network_commands(commands: Any) -> None:
     export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
     export.add_argument("target", nargs="?", metavar="FILE", help="the file to create: .h5, .npz, .pt or .onnx")
     export.add_argument(
-        "--to", choices=("tensorboard",), metavar="PROGRAM",
-        help="write the metrics instead of the network, for this program: tensorboard; FILE is a folder then (default: "
-        "tensorboard/ in the run's folder)",
+        "--to", choices=("tensorboard", "wandb", "mlflow"), metavar="PROGRAM",
+        help="write the metrics instead of the network, for tensorboard, wandb or mlflow; FILE is a folder then "
+        "(default: one of the program's name in the run's folder)",
     )  # fmt: skip
     export.add_argument("--overwrite", action="store_true", help="replace an existing file")
 

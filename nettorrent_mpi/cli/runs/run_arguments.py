@@ -24,8 +24,8 @@ each rank computes, communicates and waits, and which rank is the slowest:
     nettorrent watch runs/cifar --web
 
 It reads the run's folder and nothing else, so it works on a login node while the job runs elsewhere. --web serves the
-page of `nettorrent report RUN` at an address of this machine that others cannot guess, until Ctrl-C. From your own machine,
-reach it by `ssh -L PORT:127.0.0.1:PORT login-node`."""
+page of `nettorrent report RUN` at an address of this machine that others cannot guess, until Ctrl-C. From your own
+machine, reach it by `ssh -L PORT:127.0.0.1:PORT login-node`."""
 
 REPORT = """\
 Writes a run as one HTML file that opens anywhere, without network: curves, the layout with ranks and hosts, the time
