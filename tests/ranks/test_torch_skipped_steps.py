@@ -112,7 +112,7 @@ def test_loops_without_batches_catch_up(kind: str, uneven: bool) -> None:
             if not uneven and batch % 4 == 3:
                 run.mean(1.0)
     assert run.step == done
-    assert rounds(run)[0] >= max(everywhere(done))
+    assert run.replicas == 1 or rounds(run)[0] >= max(everywhere(done))
     run.average()
     assert all(np.array_equal(each, weights(run.model)) for each in everywhere(weights(run.model)))
     run.close()
