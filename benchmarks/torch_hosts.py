@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "torch_hosts.json"
 WIDTHS = (784, 1024, 1024, 1024)
 ROWS = 128  # of a rank in a step
 WARM_UP = 10
-STEPS = {"gossip": {LIMITED: 200, UNLIMITED: 200}, "exact": {LIMITED: 30, UNLIMITED: 80}}
+STEPS = {"gossip": {LIMITED: 120, UNLIMITED: 120}, "exact": {LIMITED: 15, UNLIMITED: 50}}
 STEPS["ddp"] = STEPS["exact"]
 EXCHANGES = {"gossip": "gossip", "exact": "allreduce"}
 
