@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from nettorrent_mpi import __version__
-from nettorrent_mpi.cli.run_folder import commit
 from nettorrent_mpi.cores import processor
 from nettorrent_mpi.engine.setup import Setup
 
@@ -43,5 +42,4 @@ def about_run(setup: Setup, arguments: Sequence[str], hosts: Sequence[str], mpi:
         "numpy": np.__version__,
         "mpi": mpi,
         "version": __version__,
-        "commit": commit(),
     }

@@ -17,7 +17,7 @@ from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.elsewhere import Elsewhere, elsewhere
 from nettorrent_mpi.cli.progress import Quiet, Reporter, open_reporter
 from nettorrent_mpi.cli.ranks import Ranks
-from nettorrent_mpi.cli.run_folder import AUTO, RunFolder
+from nettorrent_mpi.cli.run_folder import AUTO, RunFolder, commit
 from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.world import World
@@ -380,7 +380,7 @@ class Run:
                 more: dict[str, Any] = {
                     "peak_memory_mb": round(peak / 1e6, 1),
                     "memory_estimate_mb": round(predicted / 1e6, 1),
-                    "commit": self._about["commit"],
+                    "commit": commit(),
                     "version": __version__,
                 }
                 rate = summary["samples_per_second"]
