@@ -18,6 +18,7 @@ from nettorrent_mpi.engine.setup import Setup
 def about_run(setup: Setup, arguments: Sequence[str], hosts: Sequence[str], mpi: str) -> dict[str, Any]:
     """Describe a run that begins or goes on: what does not change before it ends. `hosts` are those of the ranks."""
     topology, names = setup.topology, [facts.name for facts in setup.network.facts]
+    system = os.uname()  # platform.platform() starts a process
     return {
         "arguments": list(arguments),
         "folder": os.getcwd(),
@@ -37,7 +38,7 @@ def about_run(setup: Setup, arguments: Sequence[str], hosts: Sequence[str], mpi:
         "pipeline": setup.config.pipeline.kind,
         "device": setup.options.device,
         "processor": processor(),
-        "system": platform.platform(),
+        "system": f"{system.sysname} {system.release} {system.machine}",
         "python": platform.python_version(),
         "numpy": np.__version__,
         "mpi": mpi,
