@@ -103,6 +103,8 @@ CASES: dict[str, dict[str, Any]] = {
     "warm-up and cosine": case(MLP, schedule={"cosine": {"final": 0.2, "warmup_steps": 6}}),
     # losses
     "label smoothing": case(MLP, loss={"cross_entropy": 0.2}),
+    "class weights": case(MLP, loss={"cross_entropy": {"label_smoothing": 0.2, "class_weights": [1, 0, 0.3, 4]}}),
+    "balanced classes": case(MLP, loss={"cross_entropy": {"class_weights": "balanced"}}),
     "binary, one logit": case([{"linear": 1}], targets="two classes", loss="binary_cross_entropy"),
     "binary, one number": case([{"linear": 1}], targets="number", loss="binary_cross_entropy"),
     "binary, numbers": case(MLP, targets="numbers", loss="binary_cross_entropy"),

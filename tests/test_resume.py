@@ -34,6 +34,7 @@ model:
     - linear: {units: 12, activation: relu}
     - layer_norm
     - linear: {units: 4}
+  loss: {cross_entropy: {class_weights: balanced}}
 train: {epochs: 3, batch_size: 32, micro_batches: 3, optimizer: OPTIMIZER, report_every: 4}
 """
 OPTIMIZERS = ["{adam: {lr: 0.002}}", "{sgd: {lr: 0.05, momentum: 0.9}}", "{rmsprop: {lr: 0.001, centered: true}}"]

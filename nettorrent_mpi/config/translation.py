@@ -130,6 +130,7 @@ _KEYS = _table(
     ("tmax", "leave it out: cosine spans the whole run"),
     ("etamin minlr", "write final, a fraction of lr"),
     ("warmup warmupepochs numwarmupsteps warmupratio", "warmup_steps"),
+    ("classweight", "class_weights|model.loss.cross_entropy.class_weights"),
     ("labelsmoothing", "label_smoothing|model.loss.cross_entropy.label_smoothing"),
     # sections
     ("numepochs nepochs maxepochs epoch", "epochs|train.epochs"),

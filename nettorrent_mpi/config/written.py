@@ -74,7 +74,9 @@ _FRACTION = Range("between 0 and 1", ge=0, le=1)
 _RANGES: dict[str | tuple[str, str], Range] = {
     **dict.fromkeys(("units", "filters", "kernel", "stride", "size", "every", "every_epochs", "every_steps"), _COUNT),
     **dict.fromkeys(("lr", "eps", "factor", "factor_per_epoch"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "lr_decay", "initial_accumulator", "warmup_steps"), _NOT_NEGATIVE),
+    **dict.fromkeys(
+        ("weight_decay", "lr_decay", "initial_accumulator", "warmup_steps", "class_weights"), _NOT_NEGATIVE
+    ),
     **dict.fromkeys(("rate", "label_smoothing", "betas", "alpha", "momentum"), _BELOW_ONE),
     **dict.fromkeys(("dampening", "final", "slope", ("batch_norm", "momentum")), _FRACTION),
     # exchanges
@@ -122,6 +124,8 @@ def _mistakes(spec: Spec) -> Iterator[Mistake]:
         yield Mistake("needs a momentum above 0 and no dampening", "nesterov")
     if isinstance(spec, specs.Step) and (spec.every_epochs is None) == (spec.every_steps is None):
         yield Mistake("give one of every_epochs and every_steps: after how many the learning rate drops")
+    if isinstance(spec, specs.CrossEntropy) and isinstance(spec.class_weights, tuple) and not any(spec.class_weights):
+        yield Mistake("needs a number above 0: rows that weigh 0 teach nothing", "class_weights")
     if isinstance(spec, specs.Residual) and not any(i.weighted for i in (*spec.layers, *spec.shortcut)):
         yield Mistake("has no layer with weights; add a linear or conv2d layer", "layers")
     if isinstance(spec, LayerSpec) and spec.name is not None and not NAME.match(spec.name):

@@ -15,6 +15,7 @@ engine/pipeline.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from math import inf
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -31,12 +32,17 @@ CheckTargets: TypeAlias = Callable[[Array], None]
 
 
 class RowsOfMicroBatch(NamedTuple):
-    """A RowsOfMicroBatch gives the rows of one micro-batch: this rank's, as positions in the mini-batch; how many of
-    them belong to this replica; over how many batch statistics are taken."""
+    """A RowsOfMicroBatch gives the rows of one micro-batch: this rank's and this replica's, as positions in the
+    mini-batch; over how many batch statistics are taken."""
 
     mine: Span
-    whole: int
+    replica: Span
     sharing: int
+
+    @property
+    def whole(self) -> int:
+        """How many rows belong to this replica."""
+        return self.replica.size
 
 
 class Batches:
@@ -61,6 +67,7 @@ class Batches:
         self._split, self._wiring, self._sampler, self._augment = split, wiring, sampler, augment
         self._inputs = split.inputs(allocate, wiring.has_room) if wiring.is_first else None
         self._targets: Array | None = None
+        self._weights: Array | None = None  # of all rows
         self._taken: dict[int, Array] = {}
         self._known: dict[tuple[int, int], RowsOfMicroBatch] = {}
         self._given: Array | None = None
@@ -74,6 +81,10 @@ class Batches:
         if self._wiring.is_last and self._split.read_targets is not None:
             self._targets = self._split.targets()
             check(self._targets)
+
+    def weigh(self, weights: Array | None) -> None:
+        """Give each row of the split a weight (float64) in the loss; None: each weighs 1. For the last stage."""
+        self._weights = weights
 
     # -- which mini-batch ---------------------------------------------------------------------------------------------
 
@@ -124,15 +135,21 @@ class Batches:
         replica = Span(0, whole.size) if self._alone else span(whole.size, topology.replicas, place.replica)
         mine = span(replica.size, topology.stages[place.stage].rows, place.row)
         start = whole.start + replica.start + mine.start
-        return RowsOfMicroBatch(Span(start, start + mine.size), replica.size, whole.size if exact else replica.size)
+        part = Span(whole.start + replica.start, whole.start + replica.stop)
+        return RowsOfMicroBatch(Span(start, start + mine.size), part, whole.size if exact else replica.size)
 
-    def size(self, m: int) -> int:
-        """Return the number of rows that the loss is averaged over: the mini-batch's, or this replica's part where
-        replicas differ."""
+    def weight(self, m: int) -> float:
+        """Return the weight of the rows that the loss is averaged over, infinite if it would be 0: they are the
+        mini-batch's, or this replica's part where replicas differ (last stage)."""
         if self._wiring.exact:
-            return self.batch_size(m)
-        first = m - m % self._micro_batches
-        return max(sum(self.rows(n).whole for n in range(first, first + self._micro_batches)), 1)
+            parts = [Span(0, self.batch_size(m))]
+        else:
+            first = m - m % self._micro_batches
+            parts = [self.rows(n).replica for n in range(first, first + self._micro_batches)]
+        if self._weights is None:
+            return max(sum(part.size for part in parts), 1)
+        weights = self._weights[self._numbers(m)]
+        return sum(float(weights[slice(*part)].sum()) for part in parts) or inf
 
     def load(self, m: int) -> None:
         """Gather the inputs of a later training micro-batch ahead of its turn (first stage)."""

@@ -15,6 +15,7 @@ from nettorrent_mpi.data.rows import Allocate, Dataset, Split
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.engine.batches import Batches
+from nettorrent_mpi.engine.class_weights import class_weights, weightless
 from nettorrent_mpi.engine.device_batches import open_batches
 from nettorrent_mpi.engine.device_pipeline import DevicePipeline
 from nettorrent_mpi.engine.devices import open_device
@@ -295,13 +296,29 @@ class Engine:
         self.dataset = dataset
         replica, _, row, col = self.wiring.place
         told = replica == row == col == 0  # the one rank of its stage that warns
-        self.train.read_targets(lambda targets: self._check_targets("y", targets, told=told), dataset.train)
+        self.train.read_targets(lambda targets: self._begin_loss(targets, told=told), dataset.train)
         if self.test is not None:
             self.test.read_targets(lambda targets: self._check_targets("y_test", targets), dataset.test)
 
-    def _check_targets(self, name: str, targets: Array, told: bool = False) -> None:
-        """Raise ShapeError or DataError if these targets do not fit the loss and the network's outputs; if `told`, warn
-        of those that an activation cannot reach."""
+    def _begin_loss(self, targets: Array, *, told: bool) -> None:
+        """Check the targets of the training split, and make the loss whose classes have the weights of its rows; if
+        `told`, warn of targets that an activation cannot reach, and of classes that cannot be weighed."""
+        self._check_targets("y", targets)
+        loss, network = self.plan.options.loss, self.plan.network
+        outputs = network.output_shape[-1]
+        weights = class_weights(loss, targets[self.sampler.training_rows], outputs)
+        self.train.weigh(None if weights is None else weights[targets])
+        self.pipeline.loss = make_loss(loss, None if weights is None else weights.astype(self.state.dtype))
+        if not told or not targets.size:
+            return
+        self.loss_of_zeros = self.pipeline.loss.of_zeros(targets, outputs)
+        if self.dataset.classes is None:
+            self._doubt(out_of_reach(loss, network.expanded, targets.min(), targets.max()))
+        if weights is not None:
+            self._doubt(weightless(loss, weights, self.dataset.class_names))
+
+    def _check_targets(self, name: str, targets: Array) -> None:
+        """Raise ShapeError or DataError if these targets do not fit the loss and the network's outputs."""
         loss, network = self.plan.options.loss, self.plan.network
         shape = network.output_shape
         check_fit(loss, network.output_name, shape, targets.shape[1:], targets.dtype, self.dataset.classes)
@@ -309,10 +326,6 @@ class Engine:
             make_loss(loss).check_targets(targets, shape, float(np.finfo(self.state.weights_dtype).max))
         except DataError as error:
             raise DataError(f"{name}: {error}", file=self.dataset.file) from None
-        if told and targets.size:
-            self.loss_of_zeros = make_loss(loss).of_zeros(targets, shape[-1])
-            if self.dataset.classes is None:
-                self._doubt(out_of_reach(loss, network.expanded, targets.min(), targets.max()))
 
     def _doubt(self, text: str | None) -> None:
         if text is not None:

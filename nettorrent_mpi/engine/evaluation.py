@@ -15,6 +15,7 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.metrics import SUMS
 from nettorrent_mpi.plan.errors import warn
 from nettorrent_mpi.plan.scores import Scores, best_of, mean_scores
 
@@ -165,7 +166,7 @@ class Evaluator:
         before = metrics.sums()
         metrics.take()
         engine.forward(batches, rows, alone=alone)
-        sums = np.zeros((engine.topology.replicas, 4))
+        sums = np.zeros((engine.topology.replicas, SUMS))
         sums[engine.place.replica if alone else 0] = metrics.take()
         engine.wiring.everyone.all_reduce(sums)
         metrics.restore(before)

@@ -72,7 +72,7 @@ class Pipeline:
         """`progress` lets messages move; it is called between actions and between layers. Forward passes run up to
         `ahead` mini-batches ahead."""
         self._wiring, self._device, self._layers, self._state = wiring, device, layers, state
-        self._end, self._loss, self._metrics = update, make_loss(plan.options.loss), metrics
+        self._end, self.loss, self._metrics = update, make_loss(plan.options.loss), metrics
         self.trace = Trace() if plan.options.trace else None
         self.spent = Spent()
         self._progress = progress
@@ -201,9 +201,9 @@ class Pipeline:
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """Add the loss of this micro-batch to the metrics, and keep its gradient for the backward pass."""
         training = self._ctx.training
-        targets, size = self._batches.targets(m), self._batches.size(m) if training else 1
+        targets, weight = self._batches.targets(m), self._batches.weight(m) if training else 1
         metrics = self._metrics.values if self._wiring.place.col == 0 else self._metrics.ignored
-        self._dy[slot] = self._loss.forward(y, targets, size, self._ctx, metrics, training)
+        self._dy[slot] = self.loss.forward(y, targets, weight, self._ctx, metrics, training)
         step = self._step + m // self._micro_batches
         self.divergence.look(x, metrics[LOSS : LOSS + 1], metrics, self._ctx, step)
 

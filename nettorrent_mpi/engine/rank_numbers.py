@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.engine.metrics import ROWS, Metrics
+from nettorrent_mpi.engine.metrics import ROWS, SUMS, Metrics
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.exchange.base import Exchange
 from nettorrent_mpi.plan.blocks import Span
@@ -14,7 +14,7 @@ from nettorrent_mpi.plan.moves import Holding
 from nettorrent_mpi.plan.topology import Topology
 
 NUMBERS = "numbers"  # the first part of the array's name
-_SUMS = 8  # of the metrics
+_SUMS = 2 * SUMS  # of the metrics
 
 
 class RankNumbers:

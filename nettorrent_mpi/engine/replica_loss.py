@@ -25,7 +25,8 @@ class ReplicaLoss:
             self._sum()
 
     def take(self) -> tuple[float, float]:
-        """Return (loss, rows) of this replica, as last begun; zeros if nothing was. All of its ranks call, and wait."""
+        """Return (loss, weight of the rows) of this replica, as last begun; zeros if nothing was. All of its ranks
+        call, and wait."""
         found, self._known = self.look(), (0.0, 0.0)
         return found
 
@@ -33,13 +34,13 @@ class ReplicaLoss:
         """Return what `take` will return."""
         self._sum()
         if self._sums is not None:
-            loss, rows = self._sums.sums()
-            self._known, self._sums = (float(loss), float(rows)), None
+            loss, weight = self._sums.sums()
+            self._known, self._sums = (float(loss), float(weight)), None
         return self._known
 
-    def restore(self, loss: float, rows: float) -> None:
+    def restore(self, loss: float, weight: float) -> None:
         """Let `take` return this next."""
-        self._known = loss, rows
+        self._known = loss, weight
 
     def _sum(self) -> None:
         if self._read:

@@ -16,6 +16,7 @@ import numpy as np
 from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.mail import Pending
 from nettorrent_mpi.engine.engine import Engine
+from nettorrent_mpi.engine.metrics import EXTRA, ROWS, SUMS
 from nettorrent_mpi.engine.rank_seconds import PARTS
 from nettorrent_mpi.plan.errors import LostRanksError
 from nettorrent_mpi.plan.scores import Scores, mean_scores
@@ -24,7 +25,7 @@ MOST = 128  # reports in flight at once; beyond that the oldest is waited for
 SAMPLE = 4096  # parameters of a replica that are sampled for the consensus distance
 ROUNDING = 1e-14  # relative rounding error of the difference where all replicas are equal
 
-# Positions in a report; four figures of each replica follow, three of each rank, and the sample.
+# Positions in a report; the sums of each replica follow, three of each rank, and the sample.
 REST, STOP, LEFT, DIVERGED, SQUARES, HEAD = range(6)
 
 Tag = TypeVar("Tag")
@@ -60,7 +61,7 @@ class Reports(Generic[Tag]):
         self._shards = [bucket.weights for bucket in engine.state.buckets]
         count = sum(shard.size for shard in self._shards)
         self._stride = max(1, count // each) if each else 1
-        head = HEAD + 4 * self._replicas
+        head = HEAD + SUMS * self._replicas
         self._metrics, self._seconds = slice(HEAD, head), slice(head, head + len(PARTS) * topology.size)
         head = self._seconds.stop
         self._sample = slice(head + inside * each, head + (inside + 1) * each)
@@ -84,9 +85,9 @@ class Reports(Generic[Tag]):
         values[...] = 0
         values[REST], values[STOP], values[LEFT] = rest, stop, left
         if figures:
-            place = HEAD + 4 * self._engine.place.replica
+            place = HEAD + SUMS * self._engine.place.replica
             wait = self._engine.may_wait
-            values[place : place + 4] = self._engine.metrics.take(wait=wait)
+            values[place : place + SUMS] = self._engine.metrics.take(wait=wait)
             self._own_seconds[:] = self._engine.pipeline.spent.take()
             if self._apart and wait:
                 self._add_sample(values)
@@ -135,7 +136,7 @@ class Reports(Generic[Tag]):
             raise LostRanksError("ranks of other replicas are lost")
 
     def _read(self, tag: Tag, sums: np.ndarray) -> Report[Tag]:
-        metrics = sums[self._metrics].reshape(self._replicas, 4)
+        metrics = sums[self._metrics].reshape(self._replicas, SUMS)
         seconds = sums[self._seconds].reshape(-1, len(PARTS))
         distance = None
         if self._each and not math.isnan(sums[SQUARES]):
@@ -143,10 +144,10 @@ class Reports(Generic[Tag]):
             norm = float(np.dot(mean, mean))
             spread = float(sums[SQUARES]) / self._replicas - norm
             distance = 0.0 if norm == 0 or spread <= ROUNDING * norm else math.sqrt(spread / norm)
-        losses = [mean_scores(*each).loss if each[2] else math.nan for each in metrics]
+        losses = [mean_scores(*each).loss if each[ROWS] + each[EXTRA] else math.nan for each in metrics]
         rest, stop, left, diverged = (bool(sums[place] > 0) for place in (REST, STOP, LEFT, DIVERGED))
         total = metrics.sum(axis=0)
-        self._training = mean_scores(*total) if total[2] else self._training
+        self._training = mean_scores(*total) if total[ROWS] + total[EXTRA] else self._training
         return Report(tag, rest, stop, left, diverged, self._training, losses, seconds, distance)
 
     def abandon(self) -> None:

@@ -26,7 +26,7 @@ from nettorrent_mpi.engine.devices import planned_device
 from nettorrent_mpi.engine.layout import layouts, micro_batches, micro_batches_of
 from nettorrent_mpi.engine.profiles import Profiles
 from nettorrent_mpi.engine.run_plan import DeviceKind, Options, Plan
-from nettorrent_mpi.nn.fit import check_end, check_fit, unusual_labels
+from nettorrent_mpi.nn.fit import check_class_weights, check_end, check_fit, unusual_labels
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates, extremes
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError, ShapeError, keyed
@@ -130,6 +130,8 @@ def set_up(
         check_end(config.model.loss, network.expanded, network.output_shape[-1], dataset.classes)
         if dataset.classes is not None:  # other targets are checked when they are read
             check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
+    with keyed("model.loss.cross_entropy.class_weights"):
+        check_class_weights(config.model.loss, network.output_shape[-1], device)
     with keyed("layout"):
         machine = known.machine(config, network)
         kept = known.layout and layout_of(known.layout, network.facts, ranks)

@@ -105,9 +105,9 @@ class Update:
         """Merge into this rank's shards the messages of its peers."""
         self.whole = None
         if self.loss is not None:
-            loss, rows = self.loss.take()  # in the step before
-            if rows:
-                self._exchange.tell_loss(loss / rows)
+            loss, weight = self.loss.take()  # in the step before
+            if weight:
+                self._exchange.tell_loss(loss / weight)
             self.loss.begin()
         self._exchange.before_update(step)
 

@@ -57,6 +57,20 @@ def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DTyp
         )
 
 
+def check_class_weights(spec: Spec, units: int, device: str) -> None:
+    """Raise ConfigError if class weights are not one for each of the network's outputs, or are for a GPU."""
+    if not isinstance(spec, CrossEntropy) or spec.class_weights is None:
+        return
+    if device == "gpu":
+        raise ConfigError("class weights are computed with on CPU cores only: add device: cpu, or leave them out")
+    if spec.class_weights != "balanced" and len(spec.class_weights) != units:
+        count = len(spec.class_weights)
+        raise ConfigError(
+            f"has {count} number{'s' if count != 1 else ''}, but the last layer has {units} units: give one for each "
+            "class, in the order of their labels, or write balanced"
+        )
+
+
 def has_accuracy(spec: Spec, units: int, classes: int | None) -> bool:
     """Whether this loss counts correct rows, for so many outputs; `classes` is None if the targets are no labels."""
     if isinstance(spec, BinaryCrossEntropy) and units == 1:

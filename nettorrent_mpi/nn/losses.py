@@ -25,14 +25,15 @@ class Loss(ABC):
     """
 
     def forward(
-        self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, gradient: bool = True
+        self, outputs_bO: Array, targets: Array, total: float, ctx: Context, metrics: Array, gradient: bool = True
     ) -> Array | None:
         """Return the gradient of these rows' loss with respect to outputs_bO, which stays unchanged; None without
         `gradient`.
 
-        It is the gradient of the mean over the `total` rows of the whole mini-batch, over all ranks, in memory of
-        ctx.workspace that is valid until this slot is used again. Adds to `metrics` (float64, on the device): [0] the
-        sum of the rows' losses, [1] the number of correct rows, [2] the rows, [3] 1 where correctness is not defined.
+        It is the gradient of the mean over the `total` rows of the whole mini-batch, over all ranks (with class weights
+        `total` is the sum of these rows' weights), in memory of ctx.workspace that is valid until this slot is used
+        again. Adds to `metrics` (float64, on the device): [0] the sum of the rows' losses, [1] the number of correct
+        rows, [2] the rows, [3] 1 where correctness is not defined, [4] the sum of the rows' weights less their number.
         Targets must have passed `check_targets`. Allocates nothing after the first call.
         """
         dy = ctx.workspace.keep("gradient of the loss", outputs_bO.shape) if gradient else None
@@ -42,9 +43,9 @@ class Loss(ABC):
 
     @abstractmethod
     def compare(
-        self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
+        self, outputs_bO: Array, targets: Array, total: float, ctx: Context, metrics: Array, dy: Array | None
     ) -> None:
-        """Add to metrics [0], [1] and [3], and write dy where there is one."""
+        """Add to metrics [0], [1], [3] and [4], and write dy where there is one."""
 
     @abstractmethod
     def check_targets(self, targets: Array, outputs: Shape, most: float = sys.float_info.max) -> None:
@@ -59,10 +60,11 @@ class Loss(ABC):
         """Return the mean loss of a network whose `units` outputs are all 0. Targets have passed `check_targets`."""
 
 
-def make_loss(spec: Spec) -> Loss:
-    """Make the loss that `spec` (one of specs.LOSSES) describes."""
+def make_loss(spec: Spec, weights_O: Array | None = None) -> Loss:
+    """Make the loss that `spec` (one of specs.LOSSES) describes. The weights of the classes, in the type of the
+    outputs, are what its `class_weights` come to for the rows of a data set (None: each weighs 1)."""
     if isinstance(spec, CrossEntropy):
-        return _CrossEntropy(spec.label_smoothing)
+        return _CrossEntropy(spec.label_smoothing, weights_O)
     if isinstance(spec, BinaryCrossEntropy):
         return _BinaryCrossEntropy()
     assert isinstance(spec, MeanSquaredError), spec
@@ -71,15 +73,16 @@ def make_loss(spec: Spec) -> Loss:
 
 class _CrossEntropy(Loss):
     """Softmax and the negative log likelihood of the label: (1 - e) * -log p_label + e / O * sum(-log p), where e =
-    label_smoothing is spread over all O outputs. Rows are shifted by their largest output, so exp cannot overflow."""
+    label_smoothing is spread over all O outputs, and each log p is multiplied by the weight of its class. Rows are
+    shifted by their largest output, so exp cannot overflow."""
 
-    def __init__(self, label_smoothing: float):
-        self._smoothing = label_smoothing
+    def __init__(self, label_smoothing: float, weights_O: Array | None):
+        self._smoothing, self._weights_O = label_smoothing, weights_O
 
     def compare(
-        self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
+        self, outputs_bO: Array, targets: Array, total: float, ctx: Context, metrics: Array, dy: Array | None
     ) -> None:
-        ctx.ops.cross_entropy(outputs_bO, targets, self._smoothing, total, dy, metrics)
+        ctx.ops.cross_entropy(outputs_bO, targets, self._smoothing, total, dy, metrics, self._weights_O)
 
     def check_targets(self, targets: Array, outputs: Shape, most: float = sys.float_info.max) -> None:
         if not are_labels(targets.dtype, targets.ndim):
@@ -89,7 +92,10 @@ class _CrossEntropy(Loss):
         _check_labels(targets, outputs[-1])
 
     def of_zeros(self, targets: Array, units: int) -> float:
-        return log(units)
+        if self._weights_O is None:
+            return log(units)
+        shared, rows = float(self._weights_O.mean()), float(self._weights_O[targets].mean())
+        return log(units) * (1 - self._smoothing + self._smoothing * shared / (rows or inf))
 
 
 class _Elementwise(Loss):
@@ -101,7 +107,7 @@ class _Elementwise(Loss):
     _most: float
 
     def compare(
-        self, outputs_bO: Array, targets: Array, total: int, ctx: Context, metrics: Array, dy: Array | None
+        self, outputs_bO: Array, targets: Array, total: float, ctx: Context, metrics: Array, dy: Array | None
     ) -> None:
         wanted_bO = ctx.workspace.scratch("wanted outputs", outputs_bO.shape)
         if outputs_bO.shape[1] > 1 and are_labels(targets.dtype, targets.ndim):
@@ -128,7 +134,7 @@ class _Elementwise(Loss):
             )
 
     @abstractmethod
-    def _operation(self, ops: Ops) -> Callable[[Array, Array, int, Array | None, Array], None]:
+    def _operation(self, ops: Ops) -> Callable[[Array, Array, float, Array | None, Array], None]:
         """Return what adds the loss to the metrics and writes the gradient, from (outputs, wanted, total, dy,
         metrics)."""
 
@@ -150,7 +156,7 @@ class _BinaryCrossEntropy(_Elementwise):
     def of_zeros(self, targets: Array, units: int) -> float:
         return log(2)
 
-    def _operation(self, ops: Ops) -> Callable[[Array, Array, int, Array | None, Array], None]:
+    def _operation(self, ops: Ops) -> Callable[[Array, Array, float, Array | None, Array], None]:
         return ops.binary_cross_entropy
 
     def _count(self, outputs_bO: Array, wanted_bO: Array, ctx: Context, metrics: Array) -> None:
@@ -172,7 +178,7 @@ class _MeanSquaredError(_Elementwise):
             return 1 / units
         return float((targets.astype("float64") ** 2).mean())
 
-    def _operation(self, ops: Ops) -> Callable[[Array, Array, int, Array | None, Array], None]:
+    def _operation(self, ops: Ops) -> Callable[[Array, Array, float, Array | None, Array], None]:
         return ops.squared_error
 
 

@@ -14,10 +14,10 @@ class Scores(NamedTuple):
     accuracy: float | None
 
 
-def mean_scores(loss: float, correct: float, rows: float, unknown: float) -> Scores:
+def mean_scores(loss: float, correct: float, rows: float, unknown: float, extra: float) -> Scores:
     """Return the scores of `rows` rows with these sums of losses and correct answers; `unknown` counts how often
-    correctness was not defined."""
-    return Scores(float(loss) / max(rows, 1), None if unknown else float(correct) / max(rows, 1))
+    correctness was not defined; the rows weigh `extra` more in the loss than 1 each."""
+    return Scores(float(loss) / ((rows + extra) or 1), None if unknown else float(correct) / max(rows, 1))
 
 
 def best_of(found: Sequence[Scores], metric: str) -> int:

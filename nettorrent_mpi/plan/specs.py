@@ -225,6 +225,10 @@ class CrossEntropy(Spec):
 
     kind = "cross_entropy"
     label_smoothing: float = 0.0  # the part of a label's weight that all classes share
+    # the weight of each class's rows in the loss: a list of numbers, one for each class, or balanced, by which classes
+    # weigh alike however many training rows they have; a mean loss is then the sum of weighted losses over the sum of
+    # the rows' weights, in evaluations too, and accuracies are not weighted
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
 
 
 @dataclass(frozen=True)

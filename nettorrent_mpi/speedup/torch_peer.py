@@ -26,6 +26,7 @@ from torch.multiprocessing.spawn import spawn
 # isort: split
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.data.augment import Augment
+from nettorrent_mpi.engine.class_weights import class_weights
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.nn.initial import initial_value
 from nettorrent_mpi.nn.rates import make_rate
@@ -53,6 +54,12 @@ class Peer:
         self._device = torch.device(options.device)
         augment = Augment(config.data.augment, setup.dataset.shape) if config.data.augment else None
         self._train_rows = Rows(setup.dataset.train, self._dtype, augment, options.channels_last, self._device)
+        self._row_weights, self._classes = None, None
+        labels = self._train_rows.targets.cpu().numpy()
+        weights = class_weights(self._loss, labels[setup.sampler.training_rows], network.output_shape[-1])
+        if weights is not None:
+            self._row_weights = torch.from_numpy(weights[labels]).to(self._device)
+            self._classes = torch.from_numpy(weights).to(self._device, self._dtype)
         self.network = TorchNetwork(network).to(self._dtype)
         self.network.load(initial_weights(setup))
         self.network = self.network.to(self._device)
@@ -86,12 +93,19 @@ class Peer:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
                 outputs = self._model(x)
                 # DistributedDataParallel averages over the processes; the fraction of the rows makes it the mean.
-                share = len(mine) * self._size / len(rows)
-                loss = loss_of(self._loss, outputs, targets) * share if len(mine) else outputs.sum() * 0
+                share = self._weight(mine) * self._size / (self._weight(rows) or 1.0)
+                loss = loss_of(self._loss, outputs, targets, self._classes) * share if share else outputs.sum() * 0
             loss.backward()
         if self._clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
         self._optimizer.step()
+
+    def _weight(self, rows: np.ndarray[Any, Any] | Tensor) -> float:
+        """Return the weight of these rows in the loss: their number, unless classes have weights."""
+        if self._row_weights is None:
+            return len(rows)
+        chosen = rows if isinstance(rows, Tensor) else torch.tensor(rows)
+        return float(self._row_weights[chosen].sum())
 
     def _rows(self, n: int) -> np.ndarray[Any, Any] | Tensor:
         """Return the rows of a step. Their numbers are brought to a GPU once for an epoch."""

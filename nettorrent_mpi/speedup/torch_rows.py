@@ -36,7 +36,7 @@ class Rows:
         self._format = torch.channels_last if channels_last and self._images else torch.contiguous_format
         first = self._images and not self._last
         self._rows = torch.from_numpy(np.ascontiguousarray(np.moveaxis(rows, -1, 1)) if first else rows).to(device)
-        self._targets = torch.from_numpy(np.ascontiguousarray(split.targets())).to(device)
+        self.targets = torch.from_numpy(np.ascontiguousarray(split.targets())).to(device)
         self._dtype, self._augment = dtype, augment
         channels = (1, -1, 1, 1) if self._images else (1, *[1] * (len(split.shape) - 1), -1)
         factor, offset = (
@@ -64,7 +64,7 @@ class Rows:
             x = x.mul_(self._factor)
         if self._offset is not None:
             x = x.sub_(self._offset)
-        return x, self._targets.index_select(0, chosen)
+        return x, self.targets.index_select(0, chosen)
 
 
 def augmented_on_host(rows: Tensor, chosen: Tensor, key: int, augment: Augment) -> Tensor:

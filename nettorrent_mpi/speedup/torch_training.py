@@ -28,10 +28,11 @@ def make_optimizer(spec: specs.Spec, parameters: Sequence[Tensor]) -> Any:
     return _OPTIMIZERS[spec.kind](parameters, **options)
 
 
-def loss_of(spec: specs.Spec, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss of these rows, a scalar. `targets` are from `Split.targets`."""
+def loss_of(spec: specs.Spec, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean loss of these rows, a scalar; with weights of the classes, the weighted one. `targets` are from
+    `Split.targets`."""
     if isinstance(spec, specs.CrossEntropy):
-        return functional.cross_entropy(outputs, targets, label_smoothing=spec.label_smoothing)
+        return functional.cross_entropy(outputs, targets, weights, label_smoothing=spec.label_smoothing)
     if targets.dim() == 1:
         classes = outputs.shape[1]
         targets = functional.one_hot(targets, classes) if classes > 1 else targets.reshape(-1, 1)

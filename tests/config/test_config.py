@@ -159,6 +159,10 @@ MISTAKES = [
     ("linear: 10", "linear: 0", 8, "model.layers[3].linear", ["at least 1"]),
     ("linear: 10", "linear: {units: 10, name: a/b}", 8, "model.layers[3].linear.name", ["begin with a letter"]),
     ("loss: cross_entropy", "loss: {cross_entropy: 1.0}", 9, "model.loss.cross_entropy", ["less than 1"]),
+    *(("loss: cross_entropy", f"loss: {{cross_entropy: {{class_weights: {value}}}}}", 9,
+       "model.loss.cross_entropy.class_weights", [text]) for value, text in (
+        ("[1, -2, 1]", "must be at least 0, not -2"), ("[0, 0, 0]", "above 0"),
+        ("[]", "above 0"), ("balance", "balanced"), ("3", "a list"))),
     ("optimizer: adam", "optimizer: {adam: {lr: 0}}", 12, "train.optimizer.adam.lr", ["more than 0"]),
     ("optimizer: adam", "optimizer: {adam: {betas: [0.9, 1]}}", 12, "train.optimizer.adam.betas", ["less than 1"]),
     ("optimizer: adam", "optimizer: {sgd: {nesterov: true}}", 12, "train.optimizer.sgd.nesterov", ["momentum"]),

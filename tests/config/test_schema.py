@@ -32,6 +32,8 @@ RIGHT = [
     BASE + "layout: {replicas: 2, swarms: [{layers: 2, rows: 1, cols: 2}]}\nwatchdog: none\n",
     BASE + "watchdog: {end: null}\nredundancy: {buddy: {every_steps: 5}}\npipeline: async\n",
     BASE.replace("{linear: 10}", "{residual: {layers: [{linear: 32}, relu], shortcut: []}}, {linear: 10}"),
+    BASE.replace("cross_entropy}", "{cross_entropy: {label_smoothing: 0.1, class_weights: balanced}}}"),
+    BASE.replace("cross_entropy}", "{cross_entropy: {class_weights: [1, 0, 2.5, 1, 1, 1, 1, 1, 1, 1]}}}"),
     BASE.replace("{linear: 10}", "{dropout: 0.25}, dropout, batch_norm: , {linear: {units: 10, name: out}}").replace(
         "batch_norm: ", "{batch_norm: }"
     ),
@@ -44,6 +46,8 @@ WRONG = [
     BASE.replace("units: 32", "unit: 32"),
     BASE.replace("relu", "swish"),
     BASE.replace("cross_entropy", "crossentropy"),
+    BASE.replace("cross_entropy}", "{cross_entropy: {class_weights: even}}}"),
+    BASE.replace("cross_entropy}", "{cross_entropy: {class_weights: [1, -1]}}}"),
     BASE.replace("{linear: 10}", "linear"),
     BASE.replace("{linear: 10}", "{linear: 10, dropout: 0.1}"),
     BASE.replace("{linear: 10}", "{dropout: 1.5}, {linear: 10}"),

@@ -100,12 +100,14 @@ def test_sigmoid_of_float32() -> None:
     assert y[-2] == 1
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("outputs", [2, 10])
-def test_cross_entropy_is_alike_with_numpy_alone(smoothing: float, outputs: int) -> None:
+def test_cross_entropy_is_alike_with_numpy_alone(smoothing: float, outputs: int, weighted: bool) -> None:
     pytest.importorskip("numba", reason="Numba is not installed: NumPy is alone anyway")
     rng = np.random.default_rng(1)
     y, labels = 9 * rng.standard_normal((33, outputs)), rng.integers(0, outputs, 33)
+    weights = np.arange(outputs) / 2.0 if weighted else None
     y[4] = 1.5  # all the same: the first counts
     y[5, 1] = y[5, 0] = 20
     found = []
@@ -113,12 +115,14 @@ def test_cross_entropy_is_alike_with_numpy_alone(smoothing: float, outputs: int)
         ops = make_device("cpu", kernels).ops
         for number, gradient in ((0.5, True), (0.5, False), (np.nan, True)):
             y[7, 1] = number
-            metrics, dy = np.zeros(2), np.zeros_like(y) if gradient else None
-            ops.cross_entropy(y, labels, smoothing, 50, dy, metrics)
+            metrics, dy = np.zeros(5), np.zeros_like(y) if gradient else None
+            ops.cross_entropy(y, labels, smoothing, 50, dy, metrics, weights)
             found.append((metrics, dy))
     for (one, one_dy), (other, other_dy) in zip(found[:3], found[3:], strict=True):
         np.testing.assert_allclose(one[0], other[0], rtol=1e-12)
         assert one[1] == other[1]
+        assert one[4] == other[4]
+        assert bool(one[4]) == weighted
         if one_dy is not None:
             np.testing.assert_allclose(one_dy, other_dy, rtol=1e-10, atol=1e-15)
 

@@ -67,7 +67,16 @@ def test_all_ranks_read_the_whole_mini_batch_once(exact: bool) -> None:
         size = sampler.size(step)
         assert read == sampler.rows(step).tolist()
         assert [batches.batch_size(0) for batches in ranks] == [size] * 4
-        assert sum(batches.size(0) for batches in ranks[::2]) == (2 * size if exact else size)
+        assert sum(batches.weight(0) for batches in ranks[::2]) == (2 * size if exact else size)
+        for batches in ranks:
+            batches.weigh(2.0 ** np.arange(ROWS))
+        weight = (2.0 ** sampler.rows(step)).sum()
+        assert [batches.weight(2) for batches in ranks[:2]] == [ranks[0].weight(0)] * 2
+        assert sum(batches.weight(1) for batches in ranks[::2]) == (2 * weight if exact else weight)
+        for batches in ranks:
+            batches.weigh(np.zeros(ROWS))
+            assert batches.weight(0) == np.inf, "nothing is divided by 0"
+            batches.weigh(None)
     assert size == BATCH
     assert ranks[0].rows(0).mine == Span(0, 1)
 

@@ -124,6 +124,35 @@ def test_equals_pytorch(spec: Spec, outputs: int, kind: str, scale: float) -> No
     np.testing.assert_allclose(result.dy, tensor.grad.numpy(), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("outputs", [5, 100])  # a compiled loop, and NumPy
+def test_class_weights_are_pytorchs(outputs: int, smoothing: float, scale: float) -> None:
+    """Of a mini-batch that is cut in two: the sum of weights is the whole one's."""
+    torch = pytest.importorskip("torch", reason="PyTorch, the reference, is not installed")
+    x, targets = make_outputs(ROWS, outputs) * scale, make_targets("labels", ROWS, outputs)
+    weights = np.random.default_rng(3).uniform(0, 3, outputs)
+    weights[targets[2]] = 0
+    tensor = torch.tensor(x, requires_grad=True)
+    module = torch.nn.CrossEntropyLoss(torch.tensor(weights), label_smoothing=smoothing)
+    expected = module(tensor, torch.tensor(targets.astype(np.int64)))
+    expected.backward()
+    loss, total = make_loss(CrossEntropy(smoothing), weights), float(weights[targets].sum())
+    metrics, parts = np.zeros(5), []
+    for part in (slice(0, 3), slice(3, 3), slice(3, ROWS)):
+        parts.append(loss.forward(x[part], targets[part], total, context(), metrics))
+        assert loss.forward(x[part], targets[part], 1, context(), np.zeros(5), gradient=False) is None
+    assert metrics[2] + metrics[4] == pytest.approx(total, rel=1e-14)
+    assert metrics[0] / total == pytest.approx(expected.item(), rel=1e-12)
+    np.testing.assert_allclose(np.concatenate(parts), tensor.grad.numpy(), rtol=1e-11, atol=1e-15)
+    nothing = loss.forward(x, targets, np.inf, context(), np.zeros(5))
+    assert nothing is not None
+    assert not nothing.any(), "of a mini-batch whose rows weigh nothing"
+    metrics[:] = 0
+    loss.forward(x * 0, targets, 1, context(), metrics, gradient=False)
+    assert loss.of_zeros(targets, outputs) == pytest.approx(metrics[0] / total, rel=1e-12)
+
+
 @pytest.mark.parametrize(("spec", "outputs", "kind"), CASES)
 def test_parts_add_up_and_outputs_stay(spec: Spec, outputs: int, kind: str) -> None:
     loss = make_loss(spec)

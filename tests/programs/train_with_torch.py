@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.engine.class_weights import class_weights
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.speedup.torch_training import loss_of, make_optimizer
@@ -88,10 +89,12 @@ def train(path: Path, initial: dict[str, np.ndarray]) -> dict[str, Any]:
     optimizer = optimizer_of(told["optimizer"], parsed.train.optimizer, list(net.parameters()))
     schedule = schedule_of(told.get("schedule", "constant"), optimizer, one(told["optimizer"])[1]["lr"], told["steps"])
     losses, rates = [], []
+    found = class_weights(parsed.model.loss, y, parsed.model.layers[-1].units)  # type: ignore[attr-defined]
+    weights = None if found is None else torch.from_numpy(found)
     for _ in range(told["steps"]):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.zero_grad()
-        loss = loss_of(parsed.model.loss, net(inputs), targets)
+        loss = loss_of(parsed.model.loss, net(inputs), targets, weights)
         loss.backward()
         if told.get("clip_norm"):
             nn.utils.clip_grad_norm_(net.parameters(), told["clip_norm"])

@@ -40,6 +40,7 @@ DEVICE = make_device()
 SIZE = MPI.COMM_WORLD.size
 WINDOWS = (1, 5, 2, 3, 9)  # mini-batches from one drain to the next
 SHAPE, CLASSES, SEED, BATCH = (7, 6, 2), 5, 5, 37
+WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0, 3.5])
 
 MLP = (
     specs.Flatten(),
@@ -125,7 +126,7 @@ def train(case: Case, lefts: Sequence[int], pipeline: specs.Spec | None = None) 
     """A training on all ranks, which run apart between drains. The arrays are there on rank 0."""
     network = Network(NETWORKS[case.network], SHAPE)
     options = Options(
-        loss=specs.CrossEntropy(0.1),
+        loss=specs.CrossEntropy(0.1, tuple(WEIGHTS)),
         optimizer=OPTIMIZERS[case.network],
         batch_size=BATCH,
         micro_batches=case.micro_batches,
@@ -141,7 +142,7 @@ def train(case: Case, lefts: Sequence[int], pipeline: specs.Spec | None = None) 
     if engine.schedule.asynchronous:
         held = versions(len(case.grids), case.micro_batches, engine.place.stage)
         assert len(engine.state.versions) == held - 1
-    sums, scores = np.zeros((len(lefts), 4)), []
+    sums, scores = np.zeros((len(lefts), 5)), []
     for n, left in enumerate(lefts):
         engine.step(n, RATES[case.network] / (1 + n // 7), left)
         sums[n] = engine.metrics.take()
@@ -152,7 +153,7 @@ def train(case: Case, lefts: Sequence[int], pipeline: specs.Spec | None = None) 
     engine.world.all_reduce(sums)
     arrays = engine.parameters()
     engine.close()
-    return Result((sums[:, 0] / sums[:, 2]).tolist(), scores, arrays)
+    return Result((sums[:, 0] / (sums[:, 2] + sums[:, 4])).tolist(), scores, arrays)
 
 
 class Emulated:
@@ -172,7 +173,10 @@ class Emulated:
         self.grads = [
             {key: np.zeros(p.shape) for key, p in stage.parameters if p.trainable} for stage in self.stages
         ]  # fmt: skip
-        self.optimizer, self.loss = make_optimizer(OPTIMIZERS[case.network]), make_loss(specs.CrossEntropy(0.1))
+        self.optimizer, self.loss = (
+            make_optimizer(OPTIMIZERS[case.network]),
+            make_loss(specs.CrossEntropy(0.1), WEIGHTS),
+        )
         self.memory = [
             {key: self.optimizer.init(DEVICE, g.size, "float64") for key, g in grads.items()} for grads in self.grads
         ]
@@ -195,7 +199,7 @@ class Emulated:
         rows = self.sampler.rows(step)
         x = np.empty((len(rows), *SHAPE))
         self.inputs.batch(rows, x, self.flip, self.sampler.augment_key(step))
-        total = 0.0
+        total, weight = 0.0, float(WEIGHTS[self.targets[rows]].sum())
         for m in range(count):
             span = micro_batch(len(rows), BATCH, count, m)
             if span.size:
@@ -211,11 +215,11 @@ class Emulated:
                     usual=BATCH // count,
                 )
                 x_m, targets = x[slice(*span)], self.targets[rows[slice(*span)]]
-                total += self.micro_batch(step * count + m, x_m, targets, len(rows), told)
-        self.losses.append(total / len(rows))
+                total += self.micro_batch(step * count + m, x_m, targets, weight, told)
+        self.losses.append(total / weight)
         self.update(step)
 
-    def micro_batch(self, g: int, x: np.ndarray, targets: np.ndarray, rows: int, told: Context) -> float:
+    def micro_batch(self, g: int, x: np.ndarray, targets: np.ndarray, weight: float, told: Context) -> float:
         """Adds to the gradients; gives the sum of the losses."""
         depth, flow, done = len(self.stages), x, []
         for s, stage in enumerate(self.stages):
@@ -223,8 +227,8 @@ class Emulated:
             told.workspace = Workspace("float64")
             flow, saved = stage.forward(version, flow.copy(), told)
             done.append((version, saved, told.workspace))
-        metrics = np.zeros(4)
-        back = self.loss.forward(flow, targets, rows, told, metrics)
+        metrics = np.zeros(5)
+        back = self.loss.forward(flow, targets, weight, told, metrics)
         for s in reversed(range(depth)):
             version, saved, told.workspace = done[s]
             assert back is not None
@@ -253,9 +257,9 @@ class Emulated:
         for stage, of_stage in zip(self.stages, self.versions, strict=True):
             told = Context(DEVICE.ops, Workspace("float64"), training=False)
             x, _ = stage.forward(of_stage[-1], x.copy(), told)
-        metrics = np.zeros(4)
+        metrics = np.zeros(5)
         self.loss.forward(x, targets[rows], 1, told, metrics, gradient=False)
-        self.scores += (metrics[:2] / len(rows)).tolist()
+        self.scores += [metrics[0] / WEIGHTS[targets[rows]].sum(), metrics[1] / len(rows)]
 
 
 def compare(mine: Result, reference: Result) -> None:

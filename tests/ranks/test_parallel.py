@@ -25,6 +25,7 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.scores import mean_scores
 from nettorrent_mpi.plan.search import auto_layout
 from nettorrent_mpi.plan.topology import Stage, Topology
 
@@ -150,15 +151,19 @@ class Trained:
         )
         sampler = Sampler(dataset.train.rows, seed=3, validation=0.1, batch_size=37)
         network = Network(NETWORKS[name], SHAPE)
-        arguments = {"optimizer": OPTIMIZERS[name], "dtype": "float64", "clip_norm": 1.5, "augment": ("flip",)}
+        arguments = {
+            "loss": specs.CrossEntropy(0.1),
+            "optimizer": OPTIMIZERS[name],
+            "dtype": "float64",
+            "clip_norm": 1.5,
+            "augment": ("flip",),
+        }
         engine = Engine(
             world,
             Plan(
                 network,
                 topology,
-                Options(
-                    loss=specs.CrossEntropy(0.1), batch_size=37, seed=5, **({"micro_batches": 3} | arguments | options)
-                ),
+                Options(batch_size=37, seed=5, **({"micro_batches": 3} | arguments | options)),
             ),
         )
         engine.open_data(dataset, sampler)
@@ -179,8 +184,7 @@ def loss_of(engine: Engine) -> float:
     """The mean loss of the rows trained on since the last call."""
     sums = np.array(engine.metrics.take())
     engine.world.all_reduce(sums)
-    loss, _, rows, _ = map(float, sums)
-    return loss / rows
+    return mean_scores(*sums).loss
 
 
 SERIAL: dict[Any, Trained] = {}
@@ -209,6 +213,22 @@ def test_any_layout_gives_the_serial_weights(network: str, topology: Topology, p
     mine = Trained(World(), network, topology, pipeline=choices.PIPELINES[pipeline]())
     if MPI.COMM_WORLD.rank == 0:
         compare(mine, serial(network), 1e-10)
+
+
+WEIGHTS: dict[str, Any] = {"balanced": "balanced", "given": (0.2, 3.0, 1.0, 0.0, 7.5)}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_class_weights_give_the_serial_weights(weights: str) -> None:
+    """The loss is divided by the weights of the whole mini-batch, wherever its rows are."""
+    options = {"loss": specs.CrossEntropy(0.1, WEIGHTS[weights]), "optimizer": OPTIMIZERS["cnn"], "rate": 0.02}
+    for number, topology in enumerate(dict.fromkeys(layouts(MPI.COMM_WORLD.size, Network(MLP, SHAPE)))):
+        mine = Trained(World(), "mlp", topology, pipeline=choices.PIPELINES[("gpipe", "1f1b")[number % 2]](), **options)
+        if MPI.COMM_WORLD.rank == 0:
+            compare(mine, serial("mlp", **options), 1e-12)
+    if MPI.COMM_WORLD.rank == 0:
+        plain = serial("mlp", **options | {"loss": specs.CrossEntropy(0.1)})
+        assert not np.allclose(plain.losses, serial("mlp", **options).losses, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("rows", "network"), [(83, "mlp"), pytest.param(84, "cnn", marks=pytest.mark.slow)])

@@ -59,7 +59,8 @@ NETWORKS = {
 }
 OPTIMIZER = specs.Sgd(momentum=0.9, weight_decay=0.01)
 RATE = 0.05
-LOSS = specs.CrossEntropy(0.1)
+WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0, 3.5])
+LOSS = specs.CrossEntropy(0.1, tuple(WEIGHTS))
 
 
 def topology(replicas: int, *grids: tuple[int, int]) -> Topology:
@@ -135,7 +136,7 @@ class Serial:
         optimizer = make_optimizer(OPTIMIZER)
         states = {key: optimizer.init(DEVICE, grad.size, np.float64) for key, grad in grads.items()}
         inputs, targets = self.dataset.train.inputs(), self.dataset.train.targets()
-        flip, loss = Augment(("flip",), SHAPE), make_loss(LOSS)
+        flip, loss = Augment(("flip",), SHAPE), make_loss(LOSS, WEIGHTS)
         self.losses: list[tuple[float, int]] = []  # sum and rows of each step
         self.rows_seen: set[int] = set()
         usual = BATCH // PIECES // replicas
@@ -147,16 +148,17 @@ class Serial:
                 part = span(cut.size, replicas, replica)
                 pieces.append(Span(cut.start + part.start, cut.start + part.stop))
             count, total = sum(piece.size for piece in pieces), 0.0
+            weight = sum(WEIGHTS[targets[rows[slice(*piece)]]].sum() for piece in pieces) or np.inf
             for m, piece in enumerate(pieces):
                 mine = rows[slice(*piece)]
                 self.rows_seen |= set(mine.tolist())
                 ctx = Context(
                     DEVICE.ops, Workspace(np.float64), True, m > 0, SEED, np.array([float(n)]), piece, piece.size, usual
                 )
-                x, metrics = np.empty((piece.size, *SHAPE)), np.zeros(4)
+                x, metrics = np.empty((piece.size, *SHAPE)), np.zeros(5)
                 inputs.batch(mine, x, flip, sampler.augment_key(n))
                 y, saved = self.layers.forward(self.params, x, ctx)
-                dy = loss.forward(y, targets[mine], max(count, 1), ctx, metrics)
+                dy = loss.forward(y, targets[mine], weight, ctx, metrics)
                 assert dy is not None
                 self.layers.backward(self.params, grads, saved, dy, ctx)
                 total += float(metrics[0])
@@ -172,10 +174,11 @@ class Serial:
         """Loss and accuracy."""
         x = np.empty((len(rows), *SHAPE))
         split.inputs().batch(rows, x)
-        ctx, metrics = Context(DEVICE.ops, Workspace(np.float64), training=False, count=len(rows)), np.zeros(4)
+        ctx, metrics = Context(DEVICE.ops, Workspace(np.float64), training=False, count=len(rows)), np.zeros(5)
         y, _ = self.layers.forward(params, x, ctx)
-        make_loss(LOSS).forward(y, split.targets()[rows], 1, ctx, metrics, gradient=False)
-        return metrics[0] / len(rows), metrics[1] / len(rows)
+        targets = split.targets()[rows]
+        make_loss(LOSS, WEIGHTS).forward(y, targets, 1, ctx, metrics, gradient=False)
+        return metrics[0] / WEIGHTS[targets].sum(), metrics[1] / len(rows)
 
     def validation(self, params: dict[str, Array]) -> tuple[float, float]:
         return self.loss(params, self.dataset.train, self.validation_rows)

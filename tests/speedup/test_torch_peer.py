@@ -40,6 +40,7 @@ model:
     - max_pool2d: 2
     - flatten
     - linear: 4
+  loss: {cross_entropy: {label_smoothing: 0.1, class_weights: [1, 0.2, 3, 0.5]}}
 train: {steps: 8, batch_size: 32, micro_batches: 3, clip_norm: 0.5, schedule: cosine, optimizer: {adamw: {lr: 0.01}}}
 """
 

@@ -23,16 +23,25 @@ class CriterionOperations(Operations):
         self._starts: dict[int, Array] = {}  # number of outputs -> start of each row in the flat outputs
 
     def cross_entropy(
-        self, y_bO: Array, labels_b: Array, smoothing: float, total: int, dy_bO: Array | None, metrics: Array
-    ) -> None:
+        self, y_bO: Array, labels_b: Array, smoothing: float, total: float, dy_bO: Array | None, metrics: Array,
+        weights_O: Array | None = None,
+    ) -> None:  # fmt: skip
         (b, outputs), dtype, memory = y_bO.shape, y_bO.dtype, self.memory(y_bO.dtype)
         exp_bO = memory.scratch("exponentials", (b, outputs)) if dy_bO is None else dy_bO
-        smooth, picked_share = smoothing / outputs, 1.0 - smoothing
+        smooth, share = smoothing / outputs, 1.0 - smoothing
+        label_b = memory.scratch("index", (b,), np.intp)
+        np.copyto(label_b, labels_b, casting="unsafe")
+        share_b = memory.scratch("label shares", (b,))  # of the label's log likelihood in the loss of a row
+        if weights_O is None:
+            share_b.fill(share)
+        else:
+            np.take(weights_O, label_b, out=share_b, mode="clip")
+            metrics[4] += float(np.sum(share_b, dtype=np.float64)) - b
+            share_b *= share
         if outputs <= FEW and self._tuning.compiled:
-            index_b = memory.scratch("index", (b,), np.intp)
-            np.copyto(index_b, labels_b, casting="unsafe")
-            numbers = [dtype.type(x) for x in (1.0 / total, smooth, picked_share)]
-            loss, right = cross_entropy(y_bO, index_b, *numbers, exp_bO, dy_bO is not None)
+            weights = memory.keep("no weights", (0,)) if weights_O is None else weights_O
+            numbers = dtype.type(1.0 / total), dtype.type(smooth)
+            loss, right = cross_entropy(y_bO, label_b, share_b, *numbers, weights, exp_bO, dy_bO is not None)
             metrics[0] += float(loss)
             metrics[1] += int(right)
             return
@@ -43,29 +52,40 @@ class CriterionOperations(Operations):
         np.max(y_bO, axis=1, keepdims=True, out=shift_b1)
         np.subtract(y_bO, shift_b1, out=exp_bO)
         np.take(exp_bO.reshape(-1), index_b, out=picked_b, mode="clip")
+        picked_b *= share_b
         if smoothing:
-            picked_b *= picked_share
-            np.sum(exp_bO, axis=1, out=sum_b)
+            if weights_O is None:
+                np.sum(exp_bO, axis=1, out=sum_b)
+            else:
+                np.matmul(exp_bO, weights_O, out=sum_b)
             sum_b *= smooth
             picked_b += sum_b
         np.exp(exp_bO, out=exp_bO)
         np.sum(exp_bO, axis=1, out=sum_b)
         np.log(sum_b, out=loss_b)
+        if weights_O is not None:
+            whole_b = memory.scratch("whole shares", (b,))  # of all log likelihoods
+            np.add(share_b, smooth * np.sum(weights_O), out=whole_b)
+            loss_b *= whole_b
         loss_b -= picked_b
         metrics[0] += float(np.sum(loss_b))
         if dy_bO is None:
             return
         sum_b *= total
         exp_bO /= sum_b.reshape(b, 1)
+        if weights_O is not None:
+            exp_bO *= whole_b.reshape(b, 1)
         if smoothing:
-            exp_bO -= smooth / total
+            part = smooth / total
+            exp_bO -= part if weights_O is None else weights_O * part
         flat = exp_bO.reshape(-1)
         np.take(flat, index_b, out=picked_b, mode="clip")
-        picked_b -= picked_share / total
+        share_b /= total
+        picked_b -= share_b
         np.put(flat, index_b, picked_b, mode="clip")
 
     def binary_cross_entropy(
-        self, y_bO: Array, wanted_bO: Array, total: int, dy_bO: Array | None, metrics: Array
+        self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array
     ) -> None:
         memory = self.memory(y_bO.dtype)
         loss_bO, work_bO = (memory.scratch(name, y_bO.shape) for name in ("row losses", "loss work"))
@@ -86,7 +106,7 @@ class CriterionOperations(Operations):
         loss_bO -= work_bO
         metrics[0] += float(np.sum(loss_bO)) / y_bO.shape[1]
 
-    def squared_error(self, y_bO: Array, wanted_bO: Array, total: int, dy_bO: Array | None, metrics: Array) -> None:
+    def squared_error(self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array) -> None:
         error_bO = self.memory(y_bO.dtype).scratch("row losses", y_bO.shape) if dy_bO is None else dy_bO
         np.subtract(y_bO, wanted_bO, out=error_bO)
         flat = error_bO.reshape(-1)
@@ -128,15 +148,18 @@ class CriterionOperations(Operations):
 
 @Loop
 def cross_entropy(
-    y_bo: Array, labels_b: Array, scale: float, smooth: float, share: float, dy_bo: Array, gradient: bool
-) -> tuple[float, int]:
+    y_bo: Array, labels_b: Array, share_b: Array, scale: float, smooth: float, weights_o: Array, dy_bo: Array,
+    gradient: bool,
+) -> tuple[float, int]:  # fmt: skip
     """Return (sum of the losses, correct rows); dy <- scale times the gradient. Rounding differs from NumPy's.
 
-    The loss of a row is -share * log p[label] - smooth * sum(log p).
+    The loss of a row is -share * log p[label] - smooth * sum(w * log p); without weights all w are 1, and so is share +
+    smooth * sum(w).
     """
-    total, right = 0.0, 0
+    total, right, weighted, weight = 0.0, 0, weights_o.size > 0, weights_o.sum()
     for b in range(y_bo.shape[0]):
-        y, dy, label = y_bo[b], dy_bo[b], labels_b[b]
+        y, dy, label, share = y_bo[b], dy_bo[b], labels_b[b], share_b[b]
+        whole = share + smooth * weight if weighted else y.dtype.type(1)
         largest = 0
         for o in range(1, y.size):
             if y[o] > y[largest] or (np.isnan(y[o]) and not np.isnan(y[largest])):
@@ -145,12 +168,13 @@ def cross_entropy(
         exps, sums = y.dtype.type(0), y.dtype.type(0)
         for o in range(y.size):
             moved = y[o] - y[largest]
-            sums += moved
+            sums += weights_o[o] * moved if weighted else moved
             dy[o] = np.exp(moved)
             exps += dy[o]
-        total += np.log(exps) - share * (y[label] - y[largest]) - smooth * sums
+        total += whole * np.log(exps) - share * (y[label] - y[largest]) - smooth * sums
         if gradient:
+            factor, part = whole * scale, smooth * scale
             for o in range(y.size):
-                dy[o] = dy[o] / exps * scale - smooth * scale
+                dy[o] = dy[o] / exps * factor - (weights_o[o] * part if weighted else part)
             dy[label] -= share * scale
     return total, right

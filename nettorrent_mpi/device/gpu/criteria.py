@@ -20,8 +20,10 @@ class GpuCriterionOperations(KernelOperations):
     """Losses: see device.ops."""
 
     def cross_entropy(
-        self, y_bO: Array, labels_b: Array, smoothing: float, total: int, dy_bO: Array | None, metrics: Array
-    ) -> None:
+        self, y_bO: Array, labels_b: Array, smoothing: float, total: float, dy_bO: Array | None, metrics: Array,
+        weights_O: Array | None = None,
+    ) -> None:  # fmt: skip
+        assert weights_O is None, "a run with class weights on a GPU is refused (nn.fit.check_class_weights)"
         assert dy_bO is None or contiguous(dy_bO)
         smooth, share = smoothing / y_bO.shape[1], 1.0 - smoothing
         self._rows(
@@ -29,11 +31,11 @@ class GpuCriterionOperations(KernelOperations):
         )
 
     def binary_cross_entropy(
-        self, y_bO: Array, wanted_bO: Array, total: int, dy_bO: Array | None, metrics: Array
+        self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array
     ) -> None:
         self._elements("binary_cross_entropy", 1.0, y_bO, wanted_bO, total, dy_bO, metrics)
 
-    def squared_error(self, y_bO: Array, wanted_bO: Array, total: int, dy_bO: Array | None, metrics: Array) -> None:
+    def squared_error(self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array) -> None:
         self._elements("squared_error", 2.0, y_bO, wanted_bO, total, dy_bO, metrics)
 
     def one_hot(self, labels_b: Array, out_bO: Array) -> None:
@@ -55,7 +57,14 @@ class GpuCriterionOperations(KernelOperations):
         self.launch(kernel, y_bO.dtype, grid, 32 * ROWS, y_bO, labels_b, type_code(labels_b), *more)
 
     def _elements(
-        self, kernel: str, factor: float, y_bO: Array, wanted_bO: Array, total: int, dy_bO: Array | None, metrics: Array
+        self,
+        kernel: str,
+        factor: float,
+        y_bO: Array,
+        wanted_bO: Array,
+        total: float,
+        dy_bO: Array | None,
+        metrics: Array,
     ) -> None:
         count = flat(y_bO, wanted_bO) if dy_bO is None else flat(y_bO, wanted_bO, dy_bO)
         outputs = y_bO.shape[1]
