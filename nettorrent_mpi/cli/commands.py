@@ -100,6 +100,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.target is None:
         raise UserError("export: name the file to create after the run, or write --to tensorboard for its metrics")
     export(args.run, args.target, overwrite=args.overwrite)
+    sys.stdout.write(f"{args.target} is written\n")
 
 
 def _draw(args: argparse.Namespace) -> None:
@@ -151,7 +152,7 @@ def _schema(args: argparse.Namespace) -> None:
     from nettorrent_mpi.engine.run_files import written
 
     path = Path(args.output)
-    with written(path), replacing(path) as part:
+    with written(path, "--output FILE"), replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

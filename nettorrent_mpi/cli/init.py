@@ -68,7 +68,7 @@ def init(args: argparse.Namespace) -> None:
         raise OutputError(f"{path} exists: choose another name, or replace it with --overwrite")
     text = made(args.data, args.root, path)
     loads(text, str(path))  # it has no mistake
-    with written(path), replacing(path) as part:
+    with written(path, "CONFIG.yaml"), replacing(path) as part:
         part.write_text(text, encoding="utf-8")
     sys.stdout.write(f"{path} is written; look at it, then: mpirun -n 4 nettorrent train {path}\n")
 

@@ -69,7 +69,7 @@ def add_data_commands(commands: Any) -> None:
     fetch.add_argument(
         "name", metavar="NAME",
         help="mnist, fashion_mnist, letters, emnist_balanced, emnist_byclass, emnist_bymerge, emnist_digits, "
-        "emnist_mnist, cifar10 or cifar100",
+        "emnist_mnist, cifar10 or cifar100 (which cifar100_coarse reads, too)",
     )  # fmt: skip
     fetch.add_argument("--root", default="data", metavar="DIR", help="the target folder (default: data)")
     importing = kinds.add_parser(

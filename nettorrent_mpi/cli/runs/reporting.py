@@ -19,7 +19,7 @@ def report(place: str, output: str | None, *, overwrite: bool) -> int:
     path = run.path / "report.html" if output is None else Path(output)
     if output is not None and path.exists() and not overwrite:
         raise OutputError(f"{path} exists; choose another name, or replace it with --overwrite")
-    with written(path):
+    with written(path, "--output FILE"):
         write_whole(path, page(run))
     sys.stdout.write(f"{path}: open it in a browser\n")
     return 0
