@@ -51,7 +51,7 @@ def commands() -> list[tuple[str, list[str]]]:
         lines = re.findall(r"^    (\S.*)$", text, re.MULTILINE) + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
         lines += [line for block in re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S) for line in block.splitlines()]
         for line in lines:
-            words = re.sub(r"\s[#>].*", "", line).removesuffix("\\").split()
+            words = re.sub(r"\s[#>&].*", "", line).removesuffix("\\").split()
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 del words[0]
             if words[1:] and words[0].removeprefix(".venv/bin/") in PROGRAMS and not set(PARTS) & set(words):
