@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nettorrent_mpi.data.handwriting import HANDS
 from nettorrent_mpi.data.images import ImageReader
 from nettorrent_mpi.data.row_files import ENDINGS, open_row_file
 from nettorrent_mpi.data.rows import UNIT
@@ -64,6 +65,7 @@ def _blocks(network: TrainedNetwork, files: Sequence[str], array: str | None) ->
     reader: ImageReader | None = None
     pictures: list[tuple[str, Array]] = []
     stretched: list[str] = []
+    on_paper: list[str] = []  # mostly light, where the network knows light characters on black
 
     def waiting() -> Iterator[_Block]:
         if pictures:
@@ -80,6 +82,8 @@ def _blocks(network: TrainedNetwork, files: Sequence[str], array: str | None) ->
                 pixels, stretches = picture(network, reader, Path(name))
                 pictures.append((name, pixels))
                 stretched += [name] if stretches else []
+                light = np.median(pixels) * (network.trained_on.unit or 0.0) > 0.5
+                on_paper += [name] if light and network.trained_on.name in HANDS else []
                 if len(pictures) == BLOCK:
                     yield from waiting()
         except DataError as error:
@@ -89,6 +93,11 @@ def _blocks(network: TrainedNetwork, files: Sequence[str], array: str | None) ->
     if stretched:
         height, width, _ = network.shape
         warn(f"pictures stretched to {height} x {width} from another shape: {listed(stretched)}")
+    if on_paper:
+        warn(
+            f"pictures on light paper, while {network.trained_on.name} has light characters on black: "
+            f"{listed(on_paper)}; the page of `nettorrent draw` prepares such pictures"
+        )
 
 
 def _rows(network: TrainedNetwork, name: str, array: str | None) -> Iterator[_Block]:

@@ -166,3 +166,12 @@ def test_the_values_of_pictures_are_those_of_the_data_set(tmp_path: Path, capfd:
     assert main(["predict", str(tmp_path / "run"), *pictures, "--json"]) == 0
     found = [answer["probability"] for answer in json.loads(capfd.readouterr().out)]
     assert found == nt.load(tmp_path / "run").probabilities(counts).max(axis=1).tolist()
+    paper = np.full((8, 8), 255, np.uint8)
+    paper[2:6, 3:5] = 0
+    for name, pixels in (("paper.png", paper), ("black.png", 255 - paper)):
+        Image.fromarray(pixels).save(tmp_path / name)
+    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "paper.png"), str(tmp_path / "black.png")]) == 0
+    told = capfd.readouterr().err
+    assert "pictures on light paper, while digits has light characters on black" in told
+    assert "paper.png" in told
+    assert "black.png" not in told

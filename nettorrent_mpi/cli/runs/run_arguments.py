@@ -14,7 +14,8 @@ speed. Of two or more named runs, it shows the results and the settings in which
     nettorrent runs runs/ --sort accuracy
     nettorrent runs runs/a runs/b
 
-A run that is not over and whose processes are gone has failed; the exit code stays 0."""
+The accuracy is the best one so far, the loss the latest of the training. A run that is not over and whose processes are
+gone has failed; the exit code stays 0."""
 
 WATCH = """\
 Shows a run while it goes on, and ends when it ends: curves of loss and accuracy, step, speed and time left, how long
