@@ -354,4 +354,5 @@ def test_nothing_grows(engine: Engine, shared_path: Path) -> None:
         writer.begin(step, lambda: ABOUT)
         writer.finish()
         counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
-    assert len(set(counts[1:])) == 1, counts
+    files, threads = counts[1]  # a thread of an earlier test may end meanwhile
+    assert all(each[0] <= files and each[1] <= threads for each in counts[2:]), counts
