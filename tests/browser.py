@@ -13,7 +13,7 @@ import pytest
 
 @dataclass
 class Seen:
-    """What a page has asked for and complained of."""
+    """A record of the requests and complaints of a page."""
 
     requests: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # of its scripts, and what its console has warned of

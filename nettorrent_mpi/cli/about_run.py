@@ -1,4 +1,4 @@
-"""What run.json says of a run from its beginning on: the command, the layout, the hosts, the versions."""
+"""This module describes a run from its beginning on, for run.json: the command, the layout, the hosts, the versions."""
 
 from __future__ import annotations
 

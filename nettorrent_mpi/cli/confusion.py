@@ -1,4 +1,4 @@
-"""What `nettorrent evaluate RUN --confusion` tells: which classes a network takes for which, and its worst mistakes."""
+"""`nettorrent evaluate RUN --confusion` tells which classes a network takes for which, and shows its worst mistakes."""
 
 from __future__ import annotations
 

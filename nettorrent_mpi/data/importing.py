@@ -1,4 +1,4 @@
-"""What imports of folders, tables and arrays share: the division into training and test rows, classes, the file."""
+"""Imports of folders, tables and arrays share the division into training and test rows, the classes and the file."""
 
 from __future__ import annotations
 

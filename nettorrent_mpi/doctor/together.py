@@ -35,7 +35,7 @@ _SEEN = 5.0  # seconds in which a file has to appear on another node
 
 
 class Told(NamedTuple):
-    """What a rank tells the others of itself."""
+    """A rank tells the others this of itself."""
 
     host: str
     cpus: frozenset[int]  # that it may run on

@@ -41,7 +41,7 @@ class RowsOfMicroBatch(NamedTuple):
 
     @property
     def whole(self) -> int:
-        """How many rows belong to this replica."""
+        """The number of rows that belong to this replica."""
         return self.replica.size
 
 

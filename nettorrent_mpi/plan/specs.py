@@ -128,7 +128,7 @@ class Flatten(LayerSpec):
 
 @dataclass(frozen=True)
 class Dropout(LayerSpec):
-    """In training a part of the values is set to 0, and the others are scaled up, so that the mean stays."""
+    """Dropout sets a part of the values to 0 in training, and scales the others up, so that the mean stays."""
 
     kind = "dropout"
     rate: float = 0.5  # the part of the values

@@ -46,7 +46,7 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """From its latest begin to its end."""
+        """The seconds from its latest begin to its end."""
         return (self.ended or self.began) - self.began
 
     def text(self) -> str:

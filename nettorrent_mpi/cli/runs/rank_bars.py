@@ -1,4 +1,4 @@
-"""Where each rank's time went, and which rank the others wait for."""
+"""Bars show where each rank's time went, and which rank the others wait for."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class RunData:
 
     @property
     def exchange(self) -> str:
-        """How replicas agree."""
+        """The kind of the exchange by which replicas agree."""
         told = self.summary.get("exchange")
         return text(self.about.get("exchange")) or text(told.get("kind") if isinstance(told, dict) else None)
 

@@ -14,7 +14,7 @@ accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_ac
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
-    """What TensorBoard reads in a folder: (step, value, wall time) by tag."""
+    """Return what TensorBoard reads in a folder: (step, value, wall time) by tag."""
     found = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
     found.Reload()
     return {tag: [(e.step, e.value, e.wall_time) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}

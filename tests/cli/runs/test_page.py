@@ -140,7 +140,7 @@ def test_another_file_is_replaced_only_if_asked(tmp_path: Path, capfd: pytest.Ca
 
 
 def test_a_thousand_ranks_are_drawn_in_seconds(tmp_path: Path) -> None:
-    """Of 3,000 records; the page stays small."""
+    """The page of 3,000 records stays small."""
     topology = Topology(10, (Stage(0, 1, 10, 8), Stage(1, 2, 10, 1), Stage(2, 3, 5, 2)))
     assert topology.size == 1000
     run = make(tmp_path / "run", topology, metrics=records(topology, 3000, 3000, slowest=777))
