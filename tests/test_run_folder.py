@@ -263,7 +263,7 @@ def test_export(done: Done, on_one: dict[str, list[Told]]) -> None:
     folder = Path(on_one["root"][0][1], "export")
     target = folder / "model.npz"
     first, second, third, fourth = on_one["export"]
-    assert first == (0, "", "")
+    assert first == (0, f"{target} is written\n", "")
     with np.load(target, allow_pickle=False) as exported:
         arrays = done.arrays()
         assert set(exported.files) == {*arrays, "model", "data", "conventions"}
