@@ -119,7 +119,7 @@ class TrainingLoop:
                 engine.pipeline.run(work)
                 done = self.step = n + 1
                 self.samples += work.rows
-                clock.step(work.rows)
+                clock.step(work.rows, measuring=exchange.measuring)
                 saving.poll()
                 if guard is not None:
                     guard.after(done)

@@ -32,6 +32,7 @@ class Clock:
         self._steps = 0
         self._warm_seconds = 0.0
         self._rows = self._warm_rows = 0
+        self._measuring = False
 
     def go_on(self) -> None:
         """Start, or continue after `stop`; does nothing while it runs."""
@@ -47,12 +48,14 @@ class Clock:
         """Seconds of training so far."""
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
-    def step(self, rows: int) -> None:
-        """Count a step of this many rows."""
+    def step(self, rows: int, *, measuring: bool = False) -> None:
+        """Count a step of this many rows; `measuring`: the exchange still measures in the next one, so that the warm-up
+        goes on."""
         assert self._since is not None
         self._steps += 1
         self._rows += rows
-        if self._steps == WARM_UP:
+        over, self._measuring = self._measuring and not measuring, measuring
+        if self._steps == WARM_UP or over:
             self.settle()
             self._warm_seconds = self.seconds
             self._warm_rows = self._rows

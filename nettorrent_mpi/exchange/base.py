@@ -37,6 +37,11 @@ class Exchange(Replicas):
         """Whether peers are lost, so that steps exchange nothing any more."""
         return False
 
+    @property
+    def measuring(self) -> bool:
+        """Whether it measures the links and the steps to choose what it sends, which takes time of the first steps."""
+        return False
+
     def rate_scale(self, done: float, decay: float) -> float:
         """Return the factor on the learning rate. `done` is the completed part of the run, from 0 to 1; `decay` what
         the schedule has made of the learning rate, from 1 to 0."""

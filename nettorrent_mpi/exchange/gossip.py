@@ -89,6 +89,10 @@ class GossipExchange(Exchange):
     def rate_scale(self, done: float, decay: float) -> float:
         return rate_factor(self._spec, self._optimizer, self.count, done, decay)
 
+    @property
+    def measuring(self) -> bool:
+        return self._warming > 0
+
     def next_rest(self, step: int) -> int | None:
         return None if self._spec.consensus is None else next_multiple(step, self._report_every)
 

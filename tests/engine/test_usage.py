@@ -51,6 +51,17 @@ def test_the_rate_leaves_the_first_steps_out(now: list[float], steps: int, rate:
     assert clock.samples_per_second == rate
 
 
+@pytest.mark.parametrize("slow", [2, WARM_UP + 3])
+def test_the_rate_leaves_out_what_the_exchange_measures(now: list[float], slow: int) -> None:
+    clock = Clock()
+    clock.go_on()
+    first = max(slow, WARM_UP)
+    for step in range(first + 4):
+        now[0] += 1.0 if step < first else 0.5
+        clock.step(10, measuring=step < slow - 1)
+    assert clock.samples_per_second == 20.0
+
+
 def test_steps_that_have_only_begun_are_waited_for(now: list[float]) -> None:
     """On a GPU the host counts steps that take no time, and waits for them later."""
     begun = [0]
