@@ -19,7 +19,7 @@ from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS
 from nettorrent_mpi.plan.sizes import most_rows, parameters_of, part_of, rows_shared
 from nettorrent_mpi.plan.stage_cost import Peering, StageStep, around_nodes, gossiping, stage_step, wait_of_cols
-from nettorrent_mpi.plan.timeline import Timeline, simulate, steady_seconds
+from nettorrent_mpi.plan.timeline import Timeline, Wire, simulate, steady_seconds
 from nettorrent_mpi.plan.topology import LayerFacts, Topology
 
 
@@ -89,7 +89,7 @@ def timeline(
     return _flushed(steps, transfers, micro_batches, pipeline)
 
 
-def _flushed(steps: Sequence[StageStep], transfers: Sequence[float], count: int, pipeline: str) -> Timeline:
+def _flushed(steps: Sequence[StageStep], transfers: Sequence[Wire], count: int, pipeline: str) -> Timeline:
     forward, backward, finish = _costs(steps)
     lists = [[*a, Action(s, "R")] for s, a in enumerate(PIPELINES[pipeline](len(steps), count))]
     return simulate(lists, forward, backward, transfers, finish)
@@ -109,7 +109,7 @@ def _steps(
     machine: Machine,
     exact: bool,
     peering: Peering | None,
-) -> tuple[list[StageStep], list[float], float]:
+) -> tuple[list[StageStep], list[Wire], float]:
     """Return the seconds of each stage, those of a micro-batch's messages from each stage to the next, and the most
     that a link between nodes needs to carry all of a step's in one direction."""
     alike = topology.replicas if exact else 1
@@ -117,7 +117,9 @@ def _steps(
     shared = rows_shared(topology, batch_size, exact)
     last = len(topology.stages) - 1
     each = topology.size // topology.replicas  # ranks of a replica
-    steps, transfers, first, carried = [], [], 0, 0.0
+    steps: list[StageStep] = []
+    transfers: list[Wire] = []
+    first, carried = 0, 0.0
     for s, stage in enumerate(topology.stages):
         held = facts[stage.first : stage.stop]
         before = topology.stages[s - 1] if s > 0 else None
@@ -138,16 +140,14 @@ def _steps(
             step = gossiping(step, stage, held, micro_batches, topology, peering, machine)
         steps.append(step)
         if after is not None:
-            wire = machine.latency
+            wire, link = Wire(machine.latency), machine.link
             if not machine.inside(topology, first, stage.size + after.size):
                 assert machine.node is not None
                 elements = -(-rows // stage.rows) * held[-1].outputs * part_of(held[-1].units, stage.cols) * after.cols
                 sending = min(machine.node, stage.size)
                 size = sending * elements * machine.itemsize
-                wire = machine.link.latency
-                if micro_batches * size > machine.link.burst:
-                    wire += size / machine.link.bandwidth
-                carried = max(carried, micro_batches * size / machine.link.bandwidth)
+                wire = Wire(size / link.bandwidth, link.latency, link.burst / link.bandwidth)
+                carried = max(carried, micro_batches * size / link.bandwidth)
             transfers.append(wire)
         first += stage.size
     return steps, transfers, carried

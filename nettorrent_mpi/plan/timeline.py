@@ -13,6 +13,15 @@ from nettorrent_mpi.plan.stream import staleness_bound, stream
 Costs = float | Sequence[float]  # seconds: the same for all stages, or one for each
 
 
+class Wire(NamedTuple):
+    """The seconds for which a message occupies the link between two stages, those that it takes to arrive besides, and
+    for how much of such work an idle link takes at once (a token bucket's burst)."""
+
+    occupied: float
+    latency: float = 0.0
+    burst: float = 0.0
+
+
 class Interval(NamedTuple):
     """An action and when it starts and ends, in seconds from the start of the step."""
 
@@ -31,19 +40,20 @@ class Timeline:
 
 
 def simulate(
-    lists: Sequence[Actions], forward: Costs, backward: Costs, transfer: Costs, finish: Costs = 0.0
+    lists: Sequence[Actions], forward: Costs, backward: Costs, transfer: Costs | Sequence[Wire], finish: Costs = 0.0
 ) -> Timeline:
     """Simulate a step or a window of several: lists per stage, with or without transfers.
 
     `forward` and `backward` are the seconds of one micro-batch in a stage, `transfer` those from a stage to the next or
-    back (one for each boundary), `finish` those of a stage's R. A send does not block its stage, and what goes the same
-    way travels one after another; a receive waits for the arrival; N waits for all stages; U takes no time. Raises
-    ScheduleError if the lists deadlock.
+    back (one, or a Wire, for each boundary), `finish` those of a stage's R. A send does not block its stage, and what
+    goes the same way travels one after another; a receive waits for the arrival; N waits for all stages; U takes no
+    time. Raises ScheduleError if the lists deadlock.
     """
     count = len(lists)
-    f, b, t, r = (_each(c, n) for c, n in ((forward, count), (backward, count), (transfer, count - 1), (finish, count)))
+    f, b, r = (_each(cost, count) for cost in (forward, backward, finish))
+    wires = _wires(transfer, count - 1)
     arrival: dict[Action, float] = {}  # keyed by the F or B that it is for
-    free = {(s, kind): 0.0 for s in range(count) for kind in "FB"}  # when what a stage sent last has arrived
+    free = {(s, kind): 0.0 for s in range(count) for kind in "FB"}  # when the link has carried what a stage sent last
     events: list[list[Interval]] = [[] for _ in lists]
     at = [0] * count
     now = [0.0] * count
@@ -66,16 +76,17 @@ def simulate(
                         break
                     there = arrival[wanted]
                 if kind in ("SA", "SG"):
-                    end = start + (t[s] if kind == "SA" else t[s - 1])
+                    wire = wires[s if kind == "SA" else s - 1]
+                    end = start + wire.occupied + wire.latency
                 else:
                     if kind in ("F", "B"):  # where the lists have no transfers, the wait is not part of the compute
                         start = max(start, there)
                     end = max(start, there) + {"F": f[s], "B": b[s], "R": r[s]}.get(kind, 0.0)
                     now[s] = end
-                if kind == "F" and s < count - 1:
-                    free[s, kind] = arrival[Action(s + 1, "F", m)] = max(end, free[s, kind]) + t[s]
-                if kind == "B" and s > 0:
-                    free[s, kind] = arrival[Action(s - 1, "B", m)] = max(end, free[s, kind]) + t[s - 1]
+                if (kind == "F" and s < count - 1) or (kind == "B" and s > 0):
+                    wire, to = (wires[s], s + 1) if kind == "F" else (wires[s - 1], s - 1)
+                    free[s, kind] = max(end - wire.burst, free[s, kind]) + wire.occupied
+                    arrival[Action(to, kind, m)] = max(end, free[s, kind]) + wire.latency
                 events[s].append(Interval(action, start, end))
                 at[s] += 1
                 moved = True
@@ -104,7 +115,12 @@ def steady_bubble(line: Timeline) -> float:
 
 
 def steady_seconds(
-    stages: int, micro_batches: int, forward: Costs, backward: Costs, transfer: Costs, finish: Costs = 0.0
+    stages: int,
+    micro_batches: int,
+    forward: Costs,
+    backward: Costs,
+    transfer: Costs | Sequence[Wire],
+    finish: Costs = 0.0,
 ) -> float:
     """Return the seconds that one more mini-batch takes in the middle of a stream; costs as in `simulate`.
 
@@ -122,6 +138,12 @@ def steady_seconds(
     line = simulate(stream(stages, micro_batches, end + late + 1, transfers=False), f, b, transfer, r)
     times = {e.action.micro_batch: e.end for e in line.stages[slowest] if e.action.kind == "R"}
     return (times[end] - times[begin]) / (end - begin)
+
+
+def _wires(transfer: Costs | Sequence[Wire], count: int) -> list[Wire]:
+    each = transfer if isinstance(transfer, Sequence) else [transfer] * count
+    assert len(each) == count, f"{len(each)} transfers for {count}"
+    return [cost if isinstance(cost, Wire) else Wire(cost) for cost in each]
 
 
 def _each(cost: Costs, count: int) -> list[float]:

@@ -14,7 +14,7 @@ from nettorrent_mpi.plan.actions import ONCE, Action, Actions, Kind, buffers, pa
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.schedule import PIPELINES, build, evaluation, forward_only, gpipe, one_f_one_b
-from nettorrent_mpi.plan.timeline import simulate, table
+from nettorrent_mpi.plan.timeline import Wire, simulate, table
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 pipelines = st.sampled_from(sorted(PIPELINES))
@@ -457,6 +457,19 @@ def test_simulate_reports_lists_that_wait_for_ever() -> None:
         simulate([words("0B0 0F0"), words("1F0 1B0")], 1, 1, 0)
     with pytest.raises(ScheduleError, match="deadlocks at 0N"):
         simulate([words("0F0 0B0 0N"), words("1F0 1B0")], 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("burst", "starts"), [(0.0, [3.5, 5.5, 7.5, 9.5]), (3.0, [1.5, 2.5, 4.5, 6.5]), (100.0, [1.5, 2.5, 3.5, 4.5])]
+)
+def test_an_idle_link_takes_a_burst_at_once(burst: float, starts: list[float]) -> None:
+    """Messages of 2 seconds leave after each second; a link that was idle carries the first `burst` seconds at once.
+
+    With a burst of 3, the first message leaves the link busy until second 0, the second until 2, the third until 4.
+    """
+    lists = [[Action(0, "F", m) for m in range(4)], [Action(1, "F", m) for m in range(4)]]
+    line = simulate(lists, 1.0, 1.0, [Wire(2.0, 0.5, burst)])
+    assert [each.start for each in line.stages[1]] == starts
 
 
 def test_table() -> None:
