@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 from nettorrent_mpi.plan.actions import Action, Actions
@@ -53,7 +54,7 @@ def simulate(
     f, b, r = (_each(cost, count) for cost in (forward, backward, finish))
     wires = _wires(transfer, count - 1)
     arrival: dict[Action, float] = {}  # keyed by the F or B that it is for
-    free = {(s, kind): 0.0 for s in range(count) for kind in "FB"}  # when the link has carried what a stage sent last
+    free = {(s, kind): -inf for s in range(count) for kind in "FB"}  # when the link has carried what a stage sent last
     events: list[list[Interval]] = [[] for _ in lists]
     at = [0] * count
     now = [0.0] * count
