@@ -235,26 +235,27 @@ class LayerOps(Protocol):
 class CriterionOps(Protocol):
     """Operations of losses. They add to `metrics`: [0] the sum of the rows' losses, [1] the number of correct rows.
 
-    If dy_bO is given, it gets the gradient of the sum of losses over `total`: the number of rows makes it the mean.
+    If dy_bO is given, it gets the gradient of the sum of losses over `total_1`, a number (float64) on the device: the
+    number of rows makes it the mean.
     """
 
     def cross_entropy(
-        self, y_bO: Array, labels_b: Array, smoothing: float, total: float, dy_bO: Array | None, metrics: Array,
+        self, y_bO: Array, labels_b: Array, smoothing: float, total_1: Array, dy_bO: Array | None, metrics: Array,
         weights_O: Array | None = None,
     ) -> None:  # fmt: skip
         """Compute the negative log likelihood of the labels after softmax, with `smoothing` spread over all outputs.
 
-        With weights of the classes, in the type of y_bO, every class's log likelihood is multiplied by its weight, and
-        metrics[4] is increased by the sum of (weight of the label - 1).
+        With weights of the classes (float32, or float64 where y_bO is), every class's log likelihood is multiplied by
+        its weight, and metrics[4] is increased by the sum of (weight of the label - 1).
         """
 
     def binary_cross_entropy(
-        self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array
+        self, y_bO: Array, wanted_bO: Array, total_1: Array, dy_bO: Array | None, metrics: Array
     ) -> None:
         """Compute the mean of each row of -t log s(y) - (1 - t) log(1 - s(y)), s being the sigmoid and t the wanted
         value."""
 
-    def squared_error(self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array) -> None:
+    def squared_error(self, y_bO: Array, wanted_bO: Array, total_1: Array, dy_bO: Array | None, metrics: Array) -> None:
         """Compute the mean of each row of (y - wanted)^2."""
 
     def one_hot(self, labels_b: Array, out_bO: Array) -> None:

@@ -111,6 +111,7 @@ class Engine:
             self._progress(),
             self.schedule.ahead,
         )
+        self._class_weights: Array | None = None  # in the loss, on the device
         self._left = 0  # steps planned until the ranks come to rest; 0: they are at rest
         self.steps = 0  # done so far
         if blocks is not None:
@@ -307,11 +308,15 @@ class Engine:
         loss, network = self.plan.options.loss, self.plan.network
         outputs = network.output_shape[-1]
         weights = class_weights(loss, targets[self.sampler.training_rows], outputs)
-        self.train.weigh(None if weights is None else weights[targets])
-        self.pipeline.loss = make_loss(loss, None if weights is None else weights.astype(self.state.dtype))
+        if weights is not None:
+            self.train.weigh(weights[targets])
+            if self._class_weights is None:  # a recorded step keeps the array, whatever targets are read later
+                self._class_weights = self.device.empty(weights.shape, self.state.weights_dtype)
+                self.pipeline.loss = make_loss(loss, self._class_weights)
+            self.device.upload(self._class_weights, weights.astype(self.state.weights_dtype))
         if not told or not targets.size:
             return
-        self.loss_of_zeros = self.pipeline.loss.of_zeros(targets, outputs)
+        self.loss_of_zeros = make_loss(loss, weights).of_zeros(targets, outputs)
         if self.dataset.classes is None:
             self._doubt(out_of_reach(loss, network.expanded, targets.min(), targets.max()))
         if weights is not None:

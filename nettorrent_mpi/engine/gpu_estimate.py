@@ -65,12 +65,14 @@ def arrays(plan: Plan, labels: bool = True) -> list[Memory]:
         # that are updated, where they are of a longer type.
         each = (kinds + 1 + (1 / sharers if sharers > 1 else 0)) * size + (wide / sharers if rounded else 0)
         own, shared = layers(stage.first, stage.stop, stage.cols, here)
+        loss = options.loss if s == len(topology.stages) - 1 else None
+        weights = wide * plan.network.output_shape[-1] if getattr(loss, "class_weights", None) is not None else 0
         links = _links(plan, s, slots) * here * size
         found.append(
             Memory(
                 parameters=round(each * parameters),
                 optimizer=round(states * parameters / sharers * wide),
-                layers=slots * own + shared,
+                layers=slots * own + shared + weights,
                 links=round(links),
                 exchange=sum(exchange_bytes(plan, round(parameters / stage.rows), states)),
             )

@@ -14,6 +14,7 @@ import numpy as np
 from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.arrays import Array, as_dtype, quiet
 from nettorrent_mpi.device.device import make_device
+from nettorrent_mpi.engine.metrics import SUMS
 from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.nn.layer import Alone, Context
 from nettorrent_mpi.nn.losses import make_loss
@@ -94,7 +95,7 @@ class LayerTrial:
         targets = np.zeros((rows,), np.int64)
         # Numbers suit every loss but cross entropy, whose targets are labels.
         self._targets = targets if options.loss.kind == "cross_entropy" else np.zeros_like(self._y)
-        self._metrics = device.zeros((4,), "float64")
+        self._metrics, self._total = np.zeros(SUMS), np.array([float(rows)])
         shared = device.workspace(dtype)
         self._contexts = [
             Context(
@@ -117,7 +118,7 @@ class LayerTrial:
             forward.append(clock() - began)
             saved.append((y, kept))
         began = clock()
-        self._loss.forward(self._y, self._targets, self.rows, self._contexts[-1], self._metrics)
+        self._loss.forward(self._y, self._targets, self._total, self._contexts[-1], self._metrics)
         loss = clock() - began
         for i in reversed(range(len(self._stages))):
             ctx, (y, kept) = self._contexts[i], saved[i]

@@ -87,9 +87,10 @@ class Pipeline:
         self._params: list[Params | None] = [None] * slots  # the version that the slot's forward used, until backward
         self._sending_y: list[Transfer | None] = [None] * slots
         self._sending_dx: list[Transfer | None] = [None] * wiring.buffers.dx
-        # The numbers of the present step and of those that forward passes run ahead to, for operations.
-        self._steps = device.numbers(1 + ahead)
-        self._step_of = [self._steps.array[i : i + 1] for i in range(1 + ahead)]
+        # For operations: the numbers of the present step and of those that forward passes run ahead to, and the weight
+        # of the rows that the loss of the present mini-batch is averaged over; the last stage is never ahead.
+        self._numbers = device.numbers(2 + ahead)
+        *self._step_of, self._total = (self._numbers.array[i : i + 1] for i in range(2 + ahead))
         self._exact, self._filled = plan.exact, [0] * slots
         if state.versions:
             stages, micro_batches = len(plan.topology.stages), plan.options.micro_batches
@@ -122,7 +123,8 @@ class Pipeline:
         """Make this the work that actions belong to, and tell the device what is new in it."""
         self._batches, self._micro_batches, self._step, self._rate = work.batches, work.pieces, work.step, work.rate
         self._ctx.training, self._outputs = work.training, work.outputs
-        self._steps.set(range(work.step, work.step + len(self._step_of)))
+        total = work.batches.weight(0) if work.training and self._wiring.is_last else 1
+        self._numbers.set([*range(work.step, work.step + len(self._step_of)), total])
         work.batches.prepare(work.actions, self._step_of)
         if work.training:
             self._end.begin(work.rate, work.step + 1)
@@ -200,10 +202,9 @@ class Pipeline:
 
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """Add the loss of this micro-batch to the metrics, and keep its gradient for the backward pass."""
-        training = self._ctx.training
-        targets, weight = self._batches.targets(m), self._batches.weight(m) if training else 1
         metrics = self._metrics.values if self._wiring.place.col == 0 else self._metrics.ignored
-        self._dy[slot] = self.loss.forward(y, targets, weight, self._ctx, metrics, training)
+        targets, training = self._batches.targets(m), self._ctx.training
+        self._dy[slot] = self.loss.forward(y, targets, self._total, self._ctx, metrics, training)
         step = self._step + m // self._micro_batches
         self.divergence.look(x, metrics[LOSS : LOSS + 1], metrics, self._ctx, step)
 

@@ -131,7 +131,7 @@ def set_up(
         if dataset.classes is not None:  # other targets are checked when they are read
             check_fit(config.model.loss, network.output_name, network.output_shape, (), np.int64, dataset.classes)
     with keyed("model.loss.cross_entropy.class_weights"):
-        check_class_weights(config.model.loss, network.output_shape[-1], device)
+        check_class_weights(config.model.loss, network.output_shape[-1])
     with keyed("layout"):
         machine = known.machine(config, network)
         kept = known.layout and layout_of(known.layout, network.facts, ranks)

@@ -57,12 +57,10 @@ def check_fit(spec: Spec, layer: str, outputs: Shape, target: Shape, dtype: DTyp
         )
 
 
-def check_class_weights(spec: Spec, units: int, device: str) -> None:
-    """Raise ConfigError if class weights are not one for each of the network's outputs, or are for a GPU."""
+def check_class_weights(spec: Spec, units: int) -> None:
+    """Raise ConfigError if class weights are not one for each of the network's outputs."""
     if not isinstance(spec, CrossEntropy) or spec.class_weights is None:
         return
-    if device == "gpu":
-        raise ConfigError("class weights are computed with on CPU cores only: add device: cpu, or leave them out")
     if spec.class_weights != "balanced" and len(spec.class_weights) != units:
         count = len(spec.class_weights)
         raise ConfigError(

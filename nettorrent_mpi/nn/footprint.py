@@ -90,12 +90,13 @@ def footprint(
         device = make_device("cpu", "numpy")
         shared = device.workspace(dtype)
         own = device.workspace(dtype, shared)
-        step = device.numbers(1).array
+        step, total = device.numbers(1).array, device.numbers(1)
+        total.set([1])
         ctx = Context(device.ops, own, step=step, rows=Span(0, count), count=count, team=_Absent(device.ops, cols))
         y, saved = layers.forward(params, device.zeros((count, *layers.inputs.local), dtype), ctx)
         if loss is not None:
             targets = device.zeros((count,), "int64") if labels else device.zeros(y.shape, dtype)
-            loss.forward(y, targets, max(count, 1), ctx, device.zeros((4,), "float64"))
+            loss.forward(y, targets, total.array, ctx, device.zeros((5,), "float64"))
         for ctx.accumulate in (False, accumulate):  # twice: while scratch grows, no dy overlaps it
             layers.backward(params, grads, saved, device.zeros(y.shape, dtype), ctx)
         return Footprint(own.bytes, shared.bytes + device.working_bytes)
@@ -137,7 +138,7 @@ def footprint_on(
     grads = {key: block(parameter) for key, parameter in layers.parameters if parameter.trainable}
     x, step = device.empty((rows, *layers.inputs.local), dtype), device.numbers(1).array
     targets = device.empty((rows,), "int64") if labels else device.empty((rows, *layers.outputs.shape), dtype)
-    metrics = device.zeros((4,), "float64")
+    metrics, total = device.zeros((5,), "float64"), device.numbers(1).array
     shared = device.workspace(dtype)
     before, held, dy = device.held_bytes, [], None
     for _ in range(2):  # slots: what the second one adds is kept for a micro-batch
@@ -145,7 +146,7 @@ def footprint_on(
         ctx.team = _Absent(device.ops, cols)
         y, saved = layers.forward(params, x, ctx)
         if loss is not None:
-            loss.forward(y, targets, max(rows, 1), ctx, metrics)
+            loss.forward(y, targets, total, ctx, metrics)
         if dy is None:
             unit = device.held_bytes
             dy = device.empty(y.shape, dtype)

@@ -25,25 +25,26 @@ class Loss(ABC):
     """
 
     def forward(
-        self, outputs_bO: Array, targets: Array, total: float, ctx: Context, metrics: Array, gradient: bool = True
+        self, outputs_bO: Array, targets: Array, total_1: Array, ctx: Context, metrics: Array, gradient: bool = True
     ) -> Array | None:
         """Return the gradient of these rows' loss with respect to outputs_bO, which stays unchanged; None without
         `gradient`.
 
-        It is the gradient of the mean over the `total` rows of the whole mini-batch, over all ranks (with class weights
-        `total` is the sum of these rows' weights), in memory of ctx.workspace that is valid until this slot is used
-        again. Adds to `metrics` (float64, on the device): [0] the sum of the rows' losses, [1] the number of correct
-        rows, [2] the rows, [3] 1 where correctness is not defined, [4] the sum of the rows' weights less their number.
-        Targets must have passed `check_targets`. Allocates nothing after the first call.
+        It is the gradient of the sum of the rows' losses over `total_1` (float64, on the device): the number of rows of
+        the whole mini-batch, over all ranks, or with class weights the sum of these rows' weights. It lies in memory of
+        ctx.workspace that is valid until this slot is used again. Adds to `metrics` (float64, on the device): [0] the
+        sum of the rows' losses, [1] the number of correct rows, [2] the rows, [3] 1 where correctness is not defined,
+        [4] the sum of the rows' weights less their number. Targets must have passed `check_targets`. Allocates nothing
+        after the first call.
         """
         dy = ctx.workspace.keep("gradient of the loss", outputs_bO.shape) if gradient else None
-        self.compare(outputs_bO, targets, total, ctx, metrics, dy)
+        self.compare(outputs_bO, targets, total_1, ctx, metrics, dy)
         ctx.ops.increase(metrics[2:], len(targets))
         return dy
 
     @abstractmethod
     def compare(
-        self, outputs_bO: Array, targets: Array, total: float, ctx: Context, metrics: Array, dy: Array | None
+        self, outputs_bO: Array, targets: Array, total_1: Array, ctx: Context, metrics: Array, dy: Array | None
     ) -> None:
         """Add to metrics [0], [1], [3] and [4], and write dy where there is one."""
 
@@ -57,12 +58,14 @@ class Loss(ABC):
 
     @abstractmethod
     def of_zeros(self, targets: Array, units: int) -> float:
-        """Return the mean loss of a network whose `units` outputs are all 0. Targets have passed `check_targets`."""
+        """Return the mean loss of a network whose `units` outputs are all 0, where the host can read the weights of
+        classes. Targets have passed `check_targets`."""
 
 
 def make_loss(spec: Spec, weights_O: Array | None = None) -> Loss:
-    """Make the loss that `spec` (one of specs.LOSSES) describes. The weights of the classes, in the type of the
-    outputs, are what its `class_weights` come to for the rows of a data set (None: each weighs 1)."""
+    """Make the loss that `spec` (one of specs.LOSSES) describes. The weights of the classes are what its
+    `class_weights` come to for the rows of a data set (None: each weighs 1): on the device, float32, or float64 where
+    outputs are."""
     if isinstance(spec, CrossEntropy):
         return _CrossEntropy(spec.label_smoothing, weights_O)
     if isinstance(spec, BinaryCrossEntropy):
@@ -80,9 +83,9 @@ class _CrossEntropy(Loss):
         self._smoothing, self._weights_O = label_smoothing, weights_O
 
     def compare(
-        self, outputs_bO: Array, targets: Array, total: float, ctx: Context, metrics: Array, dy: Array | None
+        self, outputs_bO: Array, targets: Array, total_1: Array, ctx: Context, metrics: Array, dy: Array | None
     ) -> None:
-        ctx.ops.cross_entropy(outputs_bO, targets, self._smoothing, total, dy, metrics, self._weights_O)
+        ctx.ops.cross_entropy(outputs_bO, targets, self._smoothing, total_1, dy, metrics, self._weights_O)
 
     def check_targets(self, targets: Array, outputs: Shape, most: float = sys.float_info.max) -> None:
         if not are_labels(targets.dtype, targets.ndim):
@@ -107,7 +110,7 @@ class _Elementwise(Loss):
     _most: float
 
     def compare(
-        self, outputs_bO: Array, targets: Array, total: float, ctx: Context, metrics: Array, dy: Array | None
+        self, outputs_bO: Array, targets: Array, total_1: Array, ctx: Context, metrics: Array, dy: Array | None
     ) -> None:
         wanted_bO = ctx.workspace.scratch("wanted outputs", outputs_bO.shape)
         if outputs_bO.shape[1] > 1 and are_labels(targets.dtype, targets.ndim):
@@ -116,7 +119,7 @@ class _Elementwise(Loss):
         else:
             ctx.ops.copy(wanted_bO, targets.reshape(outputs_bO.shape))
             self._count(outputs_bO, wanted_bO, ctx, metrics)
-        self._operation(ctx.ops)(outputs_bO, wanted_bO, total, dy, metrics)
+        self._operation(ctx.ops)(outputs_bO, wanted_bO, total_1, dy, metrics)
 
     def check_targets(self, targets: Array, outputs: Shape, most: float = sys.float_info.max) -> None:
         if outputs[-1] > 1 and are_labels(targets.dtype, targets.ndim):
@@ -134,8 +137,8 @@ class _Elementwise(Loss):
             )
 
     @abstractmethod
-    def _operation(self, ops: Ops) -> Callable[[Array, Array, float, Array | None, Array], None]:
-        """Return what adds the loss to the metrics and writes the gradient, from (outputs, wanted, total, dy,
+    def _operation(self, ops: Ops) -> Callable[[Array, Array, Array, Array | None, Array], None]:
+        """Return what adds the loss to the metrics and writes the gradient, from (outputs, wanted, total_1, dy,
         metrics)."""
 
     def _count(self, outputs_bO: Array, wanted_bO: Array, ctx: Context, metrics: Array) -> None:
@@ -156,7 +159,7 @@ class _BinaryCrossEntropy(_Elementwise):
     def of_zeros(self, targets: Array, units: int) -> float:
         return log(2)
 
-    def _operation(self, ops: Ops) -> Callable[[Array, Array, float, Array | None, Array], None]:
+    def _operation(self, ops: Ops) -> Callable[[Array, Array, Array, Array | None, Array], None]:
         return ops.binary_cross_entropy
 
     def _count(self, outputs_bO: Array, wanted_bO: Array, ctx: Context, metrics: Array) -> None:
@@ -178,7 +181,7 @@ class _MeanSquaredError(_Elementwise):
             return 1 / units
         return float((targets.astype("float64") ** 2).mean())
 
-    def _operation(self, ops: Ops) -> Callable[[Array, Array, float, Array | None, Array], None]:
+    def _operation(self, ops: Ops) -> Callable[[Array, Array, Array, Array | None, Array], None]:
         return ops.squared_error
 
 

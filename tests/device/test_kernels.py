@@ -116,7 +116,7 @@ def test_cross_entropy_is_alike_with_numpy_alone(smoothing: float, outputs: int,
         for number, gradient in ((0.5, True), (0.5, False), (np.nan, True)):
             y[7, 1] = number
             metrics, dy = np.zeros(5), np.zeros_like(y) if gradient else None
-            ops.cross_entropy(y, labels, smoothing, 50, dy, metrics, weights)
+            ops.cross_entropy(y, labels, smoothing, np.array([50.0]), dy, metrics, weights)
             found.append((metrics, dy))
     for (one, one_dy), (other, other_dy) in zip(found[:3], found[3:], strict=True):
         np.testing.assert_allclose(one[0], other[0], rtol=1e-12)

@@ -13,6 +13,8 @@ from nettorrent_mpi.device.arrays import Array
 from tests.gpu.compared import CPU, NAMES, SPECIAL, HostOps, dtype_of, on_both, some
 from tests.gpu.host import build
 
+TOTAL = np.array([40.0])  # that a sum is divided by
+
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
 
 
@@ -56,9 +58,13 @@ def test_gelu(host_ops: HostOps, name: str) -> None:
 @pytest.mark.parametrize(
     "shape", [(0, 10), (9, 2), (33, 10), (5, 100), (1, 1000), pytest.param((4100, 3), marks=pytest.mark.long)]
 )
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy(host_ops: HostOps, name: str, shape: tuple[int, int], smoothing: float) -> None:
+def test_cross_entropy(host_ops: HostOps, name: str, shape: tuple[int, int], smoothing: float, weighted: bool) -> None:
     rng = np.random.default_rng(4)
+    work = np.float64 if name == "float64" else np.float32
+    weights = np.where(np.arange(shape[1]) == 1, 0, rng.uniform(0, 3, shape[1])).astype(work) if weighted else None
+    wide_weights = None if weights is None else weights.astype(np.float64)
     y = (rng.standard_normal(shape) * 5).astype(dtype_of(name))
     labels = rng.integers(0, shape[1], shape[0])
     if len(y) > 3:
@@ -72,12 +78,13 @@ def test_cross_entropy(host_ops: HostOps, name: str, shape: tuple[int, int], smo
         if bad is not None and len(y) > 5:
             y[5, -1] = wide[5, -1] = bad
         for with_gradient in (True, False):
-            metrics, dy = np.array([0.25, 3.0]), np.zeros_like(wide) if with_gradient else None
-            found = host_ops.up(metrics)
+            metrics, dy = np.array([0.25, 3.0, 0, 0, 0.5]), np.zeros_like(wide) if with_gradient else None
+            found, on_device = host_ops.up(metrics), None if weights is None else host_ops.up(weights)
             own = host_ops.up(np.full_like(y, np.nan)) if with_gradient else None
             with np.errstate(all="ignore"):
-                CPU.cross_entropy(wide, labels, smoothing, 40, dy, metrics)
-            host_ops.cross_entropy(host_ops.up(y), host_ops.up(labels.astype(kind)), smoothing, 40, own, found)
+                CPU.cross_entropy(wide, labels, smoothing, TOTAL, dy, metrics, wide_weights)
+            of_rows = host_ops.up(y), host_ops.up(labels.astype(kind))
+            host_ops.cross_entropy(*of_rows, smoothing, host_ops.up(TOTAL), own, found, on_device)
             np.testing.assert_allclose(host_ops.down(found), metrics, rtol=1e-12 if name == "float64" else 1e-6)
             if own is not None and dy is not None:
                 near = {"float32": 2e-8, "float64": 1e-16, "bfloat16": 1e-4}[name]
@@ -105,18 +112,18 @@ def test_losses_of_elements(host_ops: HostOps, name: str, shape: tuple[int, int]
         metrics, dy = np.array([0.25, 3.0]), np.zeros_like(wide) if gradient else None
         found, own = host_ops.up(metrics), host_ops.up(np.full_like(y, np.nan)) if gradient else None
         with np.errstate(all="ignore"):
-            getattr(CPU, loss)(wide, wanted.astype(np.float64), 40, dy, metrics)
-        getattr(host_ops, loss)(host_ops.up(y), host_ops.up(wanted), 40, own, found)
+            getattr(CPU, loss)(wide, wanted.astype(np.float64), TOTAL, dy, metrics)
+        getattr(host_ops, loss)(host_ops.up(y), host_ops.up(wanted), host_ops.up(TOTAL), own, found)
         np.testing.assert_allclose(host_ops.down(found), metrics, rtol=1e-12 if name == "float64" else 2e-6)
         if own is not None and dy is not None:
             near = {"float32": 3e-8, "float64": 1e-16, "bfloat16": 1e-4}[name]
             np.testing.assert_allclose(host_ops.down(own).astype(np.float64), dy, rtol=2**-8, atol=near)
     on_both(host_ops, lambda ops, y, t, metrics: ops.count_same_side(y, t, metrics), y, wanted, np.array([0.25, 3.0]))
-    on_both(host_ops, lambda ops, y, t, dy: ops.squared_error(y, t, 40, dy, metrics_of(ops, host_ops)), y, wanted, y)
 
+    def squared_error(ops: Any, y: Array, wanted: Array, dy: Array, total: Array) -> None:
+        ops.squared_error(y, wanted, total, dy, host_ops.up(np.zeros(2)) if ops is host_ops else np.zeros(2))
 
-def metrics_of(ops: Any, host_ops: HostOps) -> Array:
-    return host_ops.up(np.zeros(2)) if ops is host_ops else np.zeros(2)
+    on_both(host_ops, squared_error, y, wanted, y, TOTAL)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,9 +31,11 @@ FAULTS = {  # what is wrong -> (expression for what is replaced at its first pla
         r"    \}\n    __syncthreads\(\);\n    return last;",
         "    }\n    return last;",
     ),
-    "every block takes itself for the last": (r"gridDim.x - 1;\n", "threadIdx.x;\n"),
+    "every block takes itself for the last": (r"== blocks - 1;", "== 0 * blocks;"),
     "a counter that is not cleared": (r"if \(last\) \*done = 0;", ""),
     "blocks write over each other's sums": (r"partial\[blockIdx.x\] = v", "partial[blockIdx.x / 2] = v"),
+    "blocks write over each other's several sums": (r"partial\[N \* blockIdx.x", "partial[blockIdx.x"),
+    "a weight of another class": (r"weights\[place\] \*", "weights[0] *"),
     "a loop that goes too far": (r"i < \(n\); i \+=", "i <= (n); i +="),
     "a loop that misses the first": (r"\(i64\)blockIdx.x \* blockDim.x \+ threadIdx.x;", "1 + \\g<0>"),
     "a pack too many": (r"\? n / PACK : 0", "? (n + PACK - 1) / PACK : 0"),
@@ -103,13 +105,16 @@ class Trial:
         y[4, 7] = y[4, 40] = 9
         labels[3], labels[4] = 0, 7
         y[5, 9], labels[5] = np.nan, 9
-        metrics, wanted = self.array(np.zeros(2)), np.zeros(2)
+        weights, total = self.array(self.rng.uniform(0, 2, 50).astype(np.float32)), self.array(np.array([40.0]))
+        metrics, wanted = self.array(np.zeros(5)), np.zeros(5)
         with np.errstate(all="ignore"):
             CPU.count_right(y, labels, wanted)
-            CPU.cross_entropy(y[6:].astype(np.float64), labels[6:], 0.1, 40, None, wanted)
-        partial, done = self.array(np.zeros(6)), self.array(np.zeros(1, np.uint32))
+            CPU.cross_entropy(
+                y[6:].astype(np.float64), labels[6:], 0.1, total, None, wanted, weights.astype(np.float64)
+            )
+        partial, done = self.array(np.zeros(9)), self.array(np.zeros(1, np.uint32))
         self.launch("count_right", 3, 96, y, labels, 10, metrics, partial, done, 33, 50)
-        rest = y[6:], labels[6:], 10, None, metrics, partial, done, 0.002, 0.9, 40, 27, 50
+        rest = y[6:], labels[6:], 10, None, metrics, weights, total, partial, done, 0.002, 0.9, 27, 50
         self.launch("cross_entropy", 3, 96, *rest)
         return bool(np.allclose(metrics, wanted, rtol=1e-5))
 

@@ -67,7 +67,7 @@ def score(
     loss: Loss, outputs: Array, targets: Array, total: int, ctx: Context | None = None, gradient: bool = True
 ) -> Found:
     metrics = np.zeros(5)
-    dy = loss.forward(outputs, targets, total, ctx or context(), metrics, gradient)
+    dy = loss.forward(outputs, targets, np.array([float(total)]), ctx or context(), metrics, gradient)
     assert metrics[4] == 0
     return Found(*metrics[:4].tolist(), dy)
 
@@ -137,20 +137,20 @@ def test_class_weights_are_pytorchs(outputs: int, smoothing: float, scale: float
     module = torch.nn.CrossEntropyLoss(torch.tensor(weights), label_smoothing=smoothing)
     expected = module(tensor, torch.tensor(targets.astype(np.int64)))
     expected.backward()
-    loss, total = make_loss(CrossEntropy(smoothing), weights), float(weights[targets].sum())
+    loss, total = make_loss(CrossEntropy(smoothing), weights), weights[targets].sum(keepdims=True)
     metrics, parts = np.zeros(5), []
     for part in (slice(0, 3), slice(3, 3), slice(3, ROWS)):
         parts.append(loss.forward(x[part], targets[part], total, context(), metrics))
-        assert loss.forward(x[part], targets[part], 1, context(), np.zeros(5), gradient=False) is None
-    assert metrics[2] + metrics[4] == pytest.approx(total, rel=1e-14)
-    assert metrics[0] / total == pytest.approx(expected.item(), rel=1e-12)
+        assert loss.forward(x[part], targets[part], np.ones(1), context(), np.zeros(5), gradient=False) is None
+    assert metrics[2] + metrics[4] == pytest.approx(total[0], rel=1e-14)
+    assert metrics[0] / total[0] == pytest.approx(expected.item(), rel=1e-12)
     np.testing.assert_allclose(np.concatenate(parts), tensor.grad.numpy(), rtol=1e-11, atol=1e-15)
-    nothing = loss.forward(x, targets, np.inf, context(), np.zeros(5))
+    nothing = loss.forward(x, targets, np.full(1, np.inf), context(), np.zeros(5))
     assert nothing is not None
     assert not nothing.any(), "of a mini-batch whose rows weigh nothing"
     metrics[:] = 0
-    loss.forward(x * 0, targets, 1, context(), metrics, gradient=False)
-    assert loss.of_zeros(targets, outputs) == pytest.approx(metrics[0] / total, rel=1e-12)
+    loss.forward(x * 0, targets, np.ones(1), context(), metrics, gradient=False)
+    assert loss.of_zeros(targets, outputs) == pytest.approx(metrics[0] / total[0], rel=1e-12)
 
 
 @pytest.mark.parametrize(("spec", "outputs", "kind"), CASES)

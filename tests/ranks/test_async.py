@@ -228,7 +228,7 @@ class Emulated:
             flow, saved = stage.forward(version, flow.copy(), told)
             done.append((version, saved, told.workspace))
         metrics = np.zeros(5)
-        back = self.loss.forward(flow, targets, weight, told, metrics)
+        back = self.loss.forward(flow, targets, np.array([weight]), told, metrics)
         for s in reversed(range(depth)):
             version, saved, told.workspace = done[s]
             assert back is not None
@@ -258,7 +258,7 @@ class Emulated:
             told = Context(DEVICE.ops, Workspace("float64"), training=False)
             x, _ = stage.forward(of_stage[-1], x.copy(), told)
         metrics = np.zeros(5)
-        self.loss.forward(x, targets[rows], 1, told, metrics, gradient=False)
+        self.loss.forward(x, targets[rows], np.ones(1), told, metrics, gradient=False)
         self.scores += [metrics[0] / WEIGHTS[targets[rows]].sum(), metrics[1] / len(rows)]
 
 

@@ -30,7 +30,7 @@ from nettorrent_mpi.plan.moves import Holding
 from nettorrent_mpi.plan.topology import Stage, Topology
 from tests.gpu.host.main import install
 from tests.gpu.host.runtime import HostRuntime
-from tests.ranks.test_parallel import CASES, CLASSES, NETWORKS, SHAPE, Trained, compare, serial
+from tests.ranks.test_parallel import CASES, CLASSES, NETWORKS, OPTIMIZERS, SHAPE, WEIGHTS, Trained, compare, serial
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the host device needs g++"),
@@ -71,6 +71,16 @@ def test_float32(network: str) -> None:
     options = {"dtype": "float32", "optimizer": specs.Sgd(momentum=0.9), "clip_norm": None, "rate": 0.005}
     topology = layers_layout(Network(NETWORKS[network], SHAPE).facts, MPI.COMM_WORLD.size, 13)
     check(on_gpus(1, network, topology, **options), network, 1e-4, **options)
+
+
+@pytest.mark.parametrize("weights", ["given", pytest.param("balanced", marks=pytest.mark.slow)])
+def test_class_weights(weights: str) -> None:
+    """Steps are captured once, though the weights of a mini-batch's rows, which the loss is divided by, are others in
+    every step."""
+    options = {"loss": specs.CrossEntropy(0.1, WEIGHTS[weights]), "optimizer": OPTIMIZERS["cnn"], "rate": 0.02}
+    size, facts = MPI.COMM_WORLD.size, Network(NETWORKS["mlp"], SHAPE).facts
+    for topology in dict.fromkeys((layers_layout(facts, size, 13), Topology(size, (Stage(0, len(facts), 1, 1),)))):
+        check(on_gpus(1, "mlp", topology, **options), "mlp", 1e-12, **options)
 
 
 @pytest.mark.ranks(2, 4)

@@ -158,7 +158,7 @@ class Serial:
                 x, metrics = np.empty((piece.size, *SHAPE)), np.zeros(5)
                 inputs.batch(mine, x, flip, sampler.augment_key(n))
                 y, saved = self.layers.forward(self.params, x, ctx)
-                dy = loss.forward(y, targets[mine], weight, ctx, metrics)
+                dy = loss.forward(y, targets[mine], np.array([weight]), ctx, metrics)
                 assert dy is not None
                 self.layers.backward(self.params, grads, saved, dy, ctx)
                 total += float(metrics[0])
@@ -177,7 +177,7 @@ class Serial:
         ctx, metrics = Context(DEVICE.ops, Workspace(np.float64), training=False, count=len(rows)), np.zeros(5)
         y, _ = self.layers.forward(params, x, ctx)
         targets = split.targets()[rows]
-        make_loss(LOSS, WEIGHTS).forward(y, targets, 1, ctx, metrics, gradient=False)
+        make_loss(LOSS, WEIGHTS).forward(y, targets, np.ones(1), ctx, metrics, gradient=False)
         return metrics[0] / WEIGHTS[targets].sum(), metrics[1] / len(rows)
 
     def validation(self, params: dict[str, Array]) -> tuple[float, float]:

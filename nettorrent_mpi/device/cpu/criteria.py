@@ -23,12 +23,12 @@ class CriterionOperations(Operations):
         self._starts: dict[int, Array] = {}  # number of outputs -> start of each row in the flat outputs
 
     def cross_entropy(
-        self, y_bO: Array, labels_b: Array, smoothing: float, total: float, dy_bO: Array | None, metrics: Array,
+        self, y_bO: Array, labels_b: Array, smoothing: float, total_1: Array, dy_bO: Array | None, metrics: Array,
         weights_O: Array | None = None,
     ) -> None:  # fmt: skip
         (b, outputs), dtype, memory = y_bO.shape, y_bO.dtype, self.memory(y_bO.dtype)
         exp_bO = memory.scratch("exponentials", (b, outputs)) if dy_bO is None else dy_bO
-        smooth, share = smoothing / outputs, 1.0 - smoothing
+        smooth, share, total = smoothing / outputs, 1.0 - smoothing, float(total_1[0])
         label_b = memory.scratch("index", (b,), np.intp)
         np.copyto(label_b, labels_b, casting="unsafe")
         share_b = memory.scratch("label shares", (b,))  # of the label's log likelihood in the loss of a row
@@ -85,7 +85,7 @@ class CriterionOperations(Operations):
         np.put(flat, index_b, picked_b, mode="clip")
 
     def binary_cross_entropy(
-        self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array
+        self, y_bO: Array, wanted_bO: Array, total_1: Array, dy_bO: Array | None, metrics: Array
     ) -> None:
         memory = self.memory(y_bO.dtype)
         loss_bO, work_bO = (memory.scratch(name, y_bO.shape) for name in ("row losses", "loss work"))
@@ -98,7 +98,7 @@ class CriterionOperations(Operations):
             np.add(work_bO, 1, out=loss_bO)
             dy_bO /= loss_bO
             dy_bO -= wanted_bO
-            dy_bO *= 1.0 / (y_bO.shape[1] * total)
+            dy_bO *= 1.0 / (y_bO.shape[1] * float(total_1[0]))
         np.log1p(work_bO, out=loss_bO)
         np.maximum(y_bO, 0, out=work_bO)
         loss_bO += work_bO
@@ -106,13 +106,13 @@ class CriterionOperations(Operations):
         loss_bO -= work_bO
         metrics[0] += float(np.sum(loss_bO)) / y_bO.shape[1]
 
-    def squared_error(self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array) -> None:
+    def squared_error(self, y_bO: Array, wanted_bO: Array, total_1: Array, dy_bO: Array | None, metrics: Array) -> None:
         error_bO = self.memory(y_bO.dtype).scratch("row losses", y_bO.shape) if dy_bO is None else dy_bO
         np.subtract(y_bO, wanted_bO, out=error_bO)
         flat = error_bO.reshape(-1)
         metrics[0] += float(np.dot(flat, flat)) / y_bO.shape[1]
         if dy_bO is not None:
-            dy_bO *= 2.0 / (y_bO.shape[1] * total)
+            dy_bO *= 2.0 / (y_bO.shape[1] * float(total_1[0]))
 
     def one_hot(self, labels_b: Array, out_bO: Array) -> None:
         out_bO.fill(0)

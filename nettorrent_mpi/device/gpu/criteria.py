@@ -20,23 +20,20 @@ class GpuCriterionOperations(KernelOperations):
     """Losses: see device.ops."""
 
     def cross_entropy(
-        self, y_bO: Array, labels_b: Array, smoothing: float, total: float, dy_bO: Array | None, metrics: Array,
+        self, y_bO: Array, labels_b: Array, smoothing: float, total_1: Array, dy_bO: Array | None, metrics: Array,
         weights_O: Array | None = None,
     ) -> None:  # fmt: skip
-        assert weights_O is None, "a run with class weights on a GPU is refused (nn.fit.check_class_weights)"
         assert dy_bO is None or contiguous(dy_bO)
-        smooth, share = smoothing / y_bO.shape[1], 1.0 - smoothing
-        self._rows(
-            "cross_entropy", y_bO, labels_b, dy_bO, metrics, *self.partial_sums(), smooth, share, total, *y_bO.shape
-        )
+        memory = dy_bO, metrics, weights_O, total_1, *self.partial_sums()
+        self._rows("cross_entropy", y_bO, labels_b, *memory, smoothing / y_bO.shape[1], 1.0 - smoothing, *y_bO.shape)
 
     def binary_cross_entropy(
-        self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array
+        self, y_bO: Array, wanted_bO: Array, total_1: Array, dy_bO: Array | None, metrics: Array
     ) -> None:
-        self._elements("binary_cross_entropy", 1.0, y_bO, wanted_bO, total, dy_bO, metrics)
+        self._elements("binary_cross_entropy", 1.0, y_bO, wanted_bO, total_1, dy_bO, metrics)
 
-    def squared_error(self, y_bO: Array, wanted_bO: Array, total: float, dy_bO: Array | None, metrics: Array) -> None:
-        self._elements("squared_error", 2.0, y_bO, wanted_bO, total, dy_bO, metrics)
+    def squared_error(self, y_bO: Array, wanted_bO: Array, total_1: Array, dy_bO: Array | None, metrics: Array) -> None:
+        self._elements("squared_error", 2.0, y_bO, wanted_bO, total_1, dy_bO, metrics)
 
     def one_hot(self, labels_b: Array, out_bO: Array) -> None:
         assert contiguous(labels_b)
@@ -62,13 +59,10 @@ class GpuCriterionOperations(KernelOperations):
         factor: float,
         y_bO: Array,
         wanted_bO: Array,
-        total: float,
+        total_1: Array,
         dy_bO: Array | None,
         metrics: Array,
     ) -> None:
         count = flat(y_bO, wanted_bO) if dy_bO is None else flat(y_bO, wanted_bO, dy_bO)
-        outputs = y_bO.shape[1]
-        share = factor / (outputs * total)
-        self.sum(
-            kernel, y_bO.dtype, count, y_bO, wanted_bO, dy_bO, metrics, *self.partial_sums(), share, count, outputs
-        )
+        memory = y_bO, wanted_bO, dy_bO, metrics, total_1, *self.partial_sums()
+        self.sum(kernel, y_bO.dtype, count, *memory, factor, count, y_bO.shape[1])

@@ -144,17 +144,18 @@ __device__ inline bool grid_sum(double& v, double* partial, u32* done) {
     return true;
 }
 
-// The same for two numbers; `partial` has room for two of each block.
-__device__ inline bool grid_sums(double& v, double& w, double* partial, u32* done) {
-    if (threadIdx.x == 0) { partial[2 * blockIdx.x] = v; partial[2 * blockIdx.x + 1] = w; }
+// The same for N numbers; `partial` has room for N of each block.
+template <int N> __device__ inline bool grid_sums(double (&v)[N], double* partial, u32* done) {
+    if (threadIdx.x == 0)
+#pragma unroll
+        for (int j = 0; j < N; j++) partial[N * blockIdx.x + j] = v[j];
     if (!last_block(done)) return false;
-    v = w = 0;
-    for (u32 k = threadIdx.x; k < gridDim.x; k += blockDim.x) {
-        v += __ldcg(partial + 2 * k);
-        w += __ldcg(partial + 2 * k + 1);
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        v[j] = 0;
+        for (u32 k = threadIdx.x; k < gridDim.x; k += blockDim.x) v[j] += __ldcg(partial + N * k + j);
+        v[j] = block_sum(v[j]);
     }
-    v = block_sum(v);
-    w = block_sum(w);
     return true;
 }
 
@@ -379,13 +380,19 @@ __device__ inline i64 warp_argmax(const REAL* x, i64 count, WORK& most) {
     for (i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < (rows); \
          row += (i64)gridDim.x * (blockDim.x / 32))
 
+// The loss of a row is -own * log p[label] - smooth * sum(w * log p), where own = share * w[label] and w are the weights
+// of the classes; without them all w are 1, and so is own + smooth * sum(w).
 extern "C" __global__ void cross_entropy(const REAL* y, const void* labels, int label_type, REAL* dy, double* metrics,
-                                         double* partial, u32* done, double smooth, double share, double total,
-                                         i64 rows, i64 outputs) {
+                                         const WORK* weights, const double* total, double* partial, u32* done,
+                                         double smooth, double share, i64 rows, i64 outputs) {
     int lane = threadIdx.x % 32;
-    double loss = 0, right = 0;
-    WORK shared_part = (WORK)share, smooth_part = (WORK)smooth, count = (WORK)total;
-    WORK smooth_move = (WORK)(smooth / total), label_move = (WORK)(share / total);
+    double sums[3] = {0, 0, 0};  // losses, correct rows, weights of the labels less 1
+    WORK smooth_part = (WORK)smooth, count = (WORK)total[0], smooth_move = (WORK)(smooth / total[0]);
+    double weight = 0;
+    if (weights) {
+        for (i64 o = lane; o < outputs; o += 32) weight += (double)weights[o];
+        weight = warp_sum(weight);
+    }
     WARP_ROWS(row, rows) {
         const REAL* x = y + row * outputs;
         i64 label = number_at(labels, label_type, row).i;
@@ -393,25 +400,33 @@ extern "C" __global__ void cross_entropy(const REAL* y, const void* labels, int 
         i64 where = warp_argmax(x, outputs, most);
         for (i64 o = lane; o < outputs; o += 32) {
             WORK moved = get(x, o) - most;
-            moves += moved;
+            moves += weights ? weights[o] * moved : moved;
             exps += exp(moved);
         }
         exps = warp_sum(exps);
         moves = warp_sum(moves);
         i64 place = label < 0 ? 0 : label < outputs ? label : outputs - 1;
+        WORK own = weights ? weights[place] * (WORK)share : (WORK)share;
+        WORK whole = weights ? own + (WORK)(smooth * weight) : WORK(1);
         if (lane == 0) {
-            loss += log(exps) - (shared_part * (get(x, place) - most) + smooth_part * moves);
-            right += where == label;
+            sums[0] += whole * log(exps) - (own * (get(x, place) - most) + smooth_part * moves);
+            sums[1] += where == label;
+            sums[2] += weights ? (double)weights[place] - 1 : 0;
         }
         if (dy)
             for (i64 o = lane; o < outputs; o += 32) {
-                WORK move = exp(get(x, o) - most) / (exps * count) - smooth_move;
-                put(dy + row * outputs, o, o == place ? move - label_move : move);
+                WORK move = exp(get(x, o) - most) / (exps * count) * whole;
+                move = move - (weights ? weights[o] * smooth_move : smooth_move);
+                put(dy + row * outputs, o, o == place ? move - own / count : move);
             }
     }
-    loss = block_sum(loss);
-    right = block_sum(right);
-    if (grid_sums(loss, right, partial, done) && threadIdx.x == 0) { metrics[0] += loss; metrics[1] += right; }
+#pragma unroll
+    for (int j = 0; j < 3; j++) sums[j] = block_sum(sums[j]);
+    if (grid_sums(sums, partial, done) && threadIdx.x == 0) {
+        metrics[0] += sums[0];
+        metrics[1] += sums[1];
+        if (weights) metrics[4] += sums[2];
+    }
 }
 extern "C" __global__ void count_right(const REAL* y, const void* labels, int label_type, double* metrics,
                                        double* partial, u32* done, i64 rows, i64 outputs) {
@@ -425,9 +440,10 @@ extern "C" __global__ void count_right(const REAL* y, const void* labels, int la
     if (grid_sum(right, partial, done) && threadIdx.x == 0) metrics[1] += right;
 }
 extern "C" __global__ void binary_cross_entropy(const REAL* y, const REAL* wanted, REAL* dy, double* metrics,
-                                                double* partial, u32* done, double share, i64 n, i64 outputs) {
+                                                const double* total, double* partial, u32* done, double share, i64 n,
+                                                i64 outputs) {
     double loss = 0;
-    each_element(n, [&, factor = (WORK)share](WORK v, WORK t, WORK& d) {
+    each_element(n, [&, factor = (WORK)(share / (outputs * total[0]))](WORK v, WORK t, WORK& d) {
         WORK e = exp(v < 0 ? v : -v);  // exp(-|v|)
         WORK below = v >= 0 ? WORK(0) : v;  // min(v, 0), NaN for NaN: sigmoid(v) = exp(min(v, 0)) / (1 + exp(-|v|))
         if (dy) d = (exp(below) / (e + 1) - t) * factor;
@@ -436,10 +452,11 @@ extern "C" __global__ void binary_cross_entropy(const REAL* y, const REAL* wante
     loss = block_sum(loss);
     if (grid_sum(loss, partial, done) && threadIdx.x == 0) metrics[0] += loss / outputs;
 }
-extern "C" __global__ void squared_error(const REAL* y, const REAL* wanted, REAL* dy, double* metrics, double* partial,
-                                         u32* done, double share, i64 n, i64 outputs) {
+extern "C" __global__ void squared_error(const REAL* y, const REAL* wanted, REAL* dy, double* metrics,
+                                         const double* total, double* partial, u32* done, double share, i64 n,
+                                         i64 outputs) {
     double loss = 0;
-    each_element(n, [&, factor = (WORK)share](WORK v, WORK t, WORK& d) {
+    each_element(n, [&, factor = (WORK)(share / (outputs * total[0]))](WORK v, WORK t, WORK& d) {
         WORK error = v - t;
         loss += (double)error * (double)error;
         d = error * factor;

@@ -71,8 +71,8 @@ class KernelOperations:
         self.launch(kernel, real, min(-(-count // (BLOCK * EACH)), SUM_BLOCKS), BLOCK, *arguments)
 
     def partial_sums(self) -> tuple[Array, Array]:
-        """Return memory for two sums of each of SUM_BLOCKS blocks, and a counter of the blocks that are done."""
-        return self.scratch("partial sums", (2 * SUM_BLOCKS,), np.float64), self.counters(1)
+        """Return memory for three sums of each of SUM_BLOCKS blocks, and a counter of the blocks that are done."""
+        return self.scratch("partial sums", (3 * SUM_BLOCKS,), np.float64), self.counters(1)
 
     def counters(self, count: int, name: str = "counters") -> Array:
         """Return so many numbers (uint32) that are 0 between launches on the present stream."""
