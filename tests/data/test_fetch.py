@@ -21,8 +21,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from nettorrent_mpi.data.dataset import open_dataset
+from nettorrent_mpi.data.cifar import COARSE, FINE
+from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.fetch import RECIPES, Download, Recipe, fetch
+from nettorrent_mpi.plan.data_specs import EMNIST
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 
@@ -216,22 +218,53 @@ def test_tar_archive(server: Server, tmp_path: Path) -> None:
 
 
 def test_cifar_100_is_fetched_for_both_kinds_of_labels(server: Server, tmp_path: Path) -> None:
+    """In the publisher's layout: a folder with four files; a record is the coarse label, the fine label, and the red,
+    green and blue plane. The connection breaks once in the middle."""
     recipe = RECIPES["cifar100"]
     assert recipe == RECIPES["cifar100_coarse"]
-    records = np.random.default_rng(0).integers(0, 20, (3, 3074), np.uint8).tobytes()
+    records = np.random.default_rng(0).integers(0, 256, (7, 3074), np.uint8)
+    records[:, 0], records[:, 1] = np.arange(7) + 13, np.arange(7) + 93
+    records[2, 2:] = np.repeat([10, 20, 30], 1024)
+    records[2, 2 + 33] = 11  # red, second row, second column
+    texts = {
+        "train.bin": records.tobytes(),
+        "test.bin": records[:2].tobytes(),
+        "coarse_label_names.txt": "\n".join(COARSE).encode(),
+        "fine_label_names.txt": "\n".join(FINE).encode(),
+    }
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for member in recipe.members:
-            entry = tarfile.TarInfo(member)
-            entry.size = len(records)
-            tar.addfile(entry, io.BytesIO(records))
+        inside = tarfile.TarInfo("cifar-100-binary")
+        inside.type = tarfile.DIRTYPE
+        tar.addfile(inside)
+        for name, text in texts.items():
+            entry = tarfile.TarInfo(f"cifar-100-binary/{name}")
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text))
     server.files["cifar-100-binary.tar.gz"] = packed.getvalue()
     served = Recipe(recipe.folder, (server.download("cifar-100-binary.tar.gz"),), recipe.members)
+    server.hang_up_after = 9000
+    with pytest.raises(DataError, match="9000 bytes are kept"):
+        fetch("cifar100", tmp_path, recipes={"cifar100": served})
+    server.hang_up_after = None
     fetch("cifar100", tmp_path, recipes={"cifar100": served})
-    asked = len(server.asked)
+    assert [wanted for _, wanted in server.asked] == [None, "bytes=9000-"]
     fetch("cifar100_coarse", tmp_path, recipes={"cifar100_coarse": served})
-    assert len(server.asked) == asked  # the same files
-    assert open_dataset("cifar100_coarse", str(tmp_path)).train.rows == 3
+    assert len(server.asked) == 2  # the same files
+    assert contents(tmp_path / "cifar-100-binary") == texts
+    fine, coarse = (open_dataset(name, str(tmp_path)) for name in ("cifar100", "cifar100_coarse"))
+    for dataset, column, classes in ((fine, 1, 100), (coarse, 0, 20)):
+        assert (dataset.classes, dataset.train.rows) == (classes, 7)
+        assert dataset.test is not None
+        assert dataset.test.rows == 2
+        np.testing.assert_array_equal(dataset.train.targets(), records[:, column])
+    assert fine.class_names is not None
+    assert coarse.class_names is not None
+    assert (fine.class_names[93], coarse.class_names[13]) == ("turtle", "non-insect_invertebrates")
+    pixels = np.empty((1, 32, 32, 3), np.float32)
+    fine.train.inputs().batch(np.array([2]), pixels)
+    np.testing.assert_allclose(pixels[0, 5, 7] * 255, [10, 20, 30], rtol=1e-6)
+    np.testing.assert_allclose(pixels[0, 1, 1] * 255, [11, 20, 30], rtol=1e-6)
 
 
 def test_an_archive_put_there_by_hand_is_enough(server: Server, tmp_path: Path) -> None:
@@ -273,6 +306,54 @@ def test_zip_archive(server: Server, tmp_path: Path) -> None:
     recipes = {"letters": Recipe("letters", (server.download("emnist-gzip.zip"),), RECIPES["letters"].members)}
     with pytest.raises(DataError, match="cannot be unpacked"):
         fetch("letters", tmp_path / "other", recipes=recipes)
+
+
+def test_every_part_of_emnist_comes_from_the_one_archive(server: Server, tmp_path: Path) -> None:
+    """In the publisher's layout: gzip/ with four IDX files and a mapping of each part. The connection breaks once in
+    the middle; an archive with another sum leaves nothing behind."""
+    parts = {part: classes for part, (_, _, classes) in EMNIST.items()} | {"letters": 26}
+    packed, stored = io.BytesIO(), {}
+    with zipfile.ZipFile(packed, "w") as bundle:
+        bundle.writestr("gzip/", b"")
+        for number, (part, classes) in enumerate(parts.items()):
+            labels = np.arange(classes, dtype=np.uint8) + (part == "letters")
+            images = np.random.default_rng(number).integers(0, 256, (classes, 28, 28), np.uint8)
+            stored[part] = images
+            bundle.writestr(f"gzip/emnist-{part}-mapping.txt", "".join(f"{c} {48 + c}\n" for c in labels))
+            for split, rows in (("train", slice(None)), ("test", slice(0, 5))):
+                bundle.writestr(f"gzip/emnist-{part}-{split}-images-idx3-ubyte.gz", idx(images[rows]))
+                bundle.writestr(f"gzip/emnist-{part}-{split}-labels-idx1-ubyte.gz", idx(labels[rows]))
+    name = "emnist-gzip.zip"
+    server.files[name] = packed.getvalue()
+    whole = server.download(name)
+    for part, classes in parts.items():
+        dataset = part if part == "letters" else f"emnist_{part}"
+        recipe = RECIPES[dataset]
+        (real,) = recipe.downloads
+        assert (real.name, real.urls[0].rpartition("/")[2]) == (name, "gzip.zip")
+        recipes = {dataset: Recipe(recipe.folder, (whole,), recipe.members)}
+        server.asked.clear()
+        server.hang_up_after = 20_000
+        with pytest.raises(DataError, match="20000 bytes are kept"):
+            fetch(dataset, tmp_path, recipes=recipes)
+        server.hang_up_after = None
+        fetch(dataset, tmp_path, recipes=recipes)
+        assert [wanted for _, wanted in server.asked] == [None, "bytes=20000-"]
+        opened = open_dataset(dataset, str(tmp_path), options=DataOptions(transposed=True))
+        assert opened.test is not None
+        assert (opened.classes, opened.train.rows, opened.test.rows) == (classes, classes, 5)
+        np.testing.assert_array_equal(opened.train.targets(), np.arange(classes))
+        pixels = np.empty((1, 28, 28, 1), np.float32)
+        opened.train.inputs().batch(np.array([3]), pixels)
+        np.testing.assert_allclose(pixels[0, :, :, 0] * 255, stored[part][3].T, rtol=1e-6)
+    assert len(contents(tmp_path / "emnist")) == 4 * len(EMNIST)  # no archive and no .part
+
+    server.files[name] = server.files[name][:-1] + b"!"
+    with pytest.raises(DataError, match="the download has SHA-256"):
+        fetch(
+            "emnist_digits", tmp_path / "other", recipes={"emnist_digits": Recipe("emnist", (whole,), recipe.members)}
+        )
+    assert contents(tmp_path / "other" / "emnist") == {}
 
 
 def test_a_disk_that_takes_nothing(server: Server, tmp_path: Path) -> None:
