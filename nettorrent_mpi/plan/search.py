@@ -36,21 +36,6 @@ def weighed(facts: Sequence[LayerFacts], machine: Machine, rows: int) -> list[La
     return found
 
 
-def auto_layout(
-    facts: Sequence[LayerFacts],
-    ranks: int,
-    batch_size: int,
-    pieces: Callable[[int], int],
-    pipeline: str,
-    machine: Machine | None = None,
-    *,
-    exact: bool = True,
-    peering: Peering | None = None,
-) -> Topology:
-    """Choose `layout: auto`: the first of `fast_layouts`."""
-    return fast_layouts(facts, ranks, batch_size, pieces, pipeline, machine, exact=exact, peering=peering)[0]
-
-
 def fast_layouts(
     facts: Sequence[LayerFacts],
     ranks: int,

@@ -10,7 +10,7 @@ from nettorrent_mpi.plan.cost import predict
 from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.schedule import PIPELINES
-from nettorrent_mpi.plan.search import auto_layout
+from nettorrent_mpi.plan.search import fast_layouts
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 Networks = dict[str, list[LayerFacts]]
@@ -100,7 +100,7 @@ def test_auto_layout_uses_all_ranks_and_is_never_behind(networks: Networks, name
     facts = networks[name]
     for ranks in [*range(1, 34), 48, 64, 97, 128, 199, 200]:
         for pipeline, micro_batches in (("1f1b", 4), ("gpipe", 1)):
-            chosen = auto_layout(facts, ranks, 128, always(micro_batches), pipeline)
+            chosen = fast_layouts(facts, ranks, 128, always(micro_batches), pipeline)[0]
             assert chosen.size == ranks
             assert chosen.stages[-1].stop == len(facts)
             for stage in chosen.stages:
@@ -116,7 +116,7 @@ def test_auto_layout_uses_all_ranks_and_is_never_behind(networks: Networks, name
 def test_auto_layout_of_other_pipelines_and_exchanges(networks: Networks, exact: bool) -> None:
     for name, ranks in itertools.product(("mlp", "cnn"), (1, 5, 12, 64)):
         facts = networks[name]
-        chosen = auto_layout(facts, ranks, 128, always(4), "async", exact=exact)
+        chosen = fast_layouts(facts, ranks, 128, always(4), "async", exact=exact)[0]
         assert chosen.size == ranks
         seconds = predict(chosen, facts, 128, 4, "async", exact=exact).seconds
         others = [layers_layout(facts, ranks, 32)]
@@ -128,7 +128,7 @@ def test_auto_layout_of_other_pipelines_and_exchanges(networks: Networks, exact:
 @pytest.mark.parametrize(("ranks", "pipeline"), [(840, "1f1b"), (997, "1f1b"), (1000, "1f1b"), (840, "async")])
 def test_auto_layout_is_quick(networks: Networks, ranks: int, pipeline: str) -> None:
     start = time.process_time()
-    assert auto_layout(networks["resnet"], ranks, 128, always(8), pipeline).size == ranks
+    assert fast_layouts(networks["resnet"], ranks, 128, always(8), pipeline)[0].size == ranks
     assert time.process_time() - start < 3
 
 
@@ -136,17 +136,19 @@ def test_auto_layout_finds_the_obvious() -> None:
     # communication is free and nothing divides the rows but rows: 8 rows on 8 ranks, without a bubble
     # Calls cost as much as the work: one stage, whose mini-batch is in one piece, wins where a pipeline's is in four.
     dear = Machine(flops=1.0, bandwidth=1e30, reduction=1e30, latency=0.0, overhead=90.0, update=0.0)
-    assert auto_layout(TWO, 2, 8, always(4), "1f1b", dear).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
-    assert auto_layout(TWO, 2, 8, lambda stages: 4 if stages > 1 else 1, "1f1b", dear).stages == (Stage(0, 2, 2, 1),)
-    assert auto_layout(TWO, 8, 8, always(1), "1f1b", PLAIN).stages == (Stage(0, 2, 8, 1),)
+    assert fast_layouts(TWO, 2, 8, always(4), "1f1b", dear)[0].stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
+    assert fast_layouts(TWO, 2, 8, lambda stages: 4 if stages > 1 else 1, "1f1b", dear)[0].stages == (
+        Stage(0, 2, 2, 1),
+    )
+    assert fast_layouts(TWO, 8, 8, always(1), "1f1b", PLAIN)[0].stages == (Stage(0, 2, 8, 1),)
     # one row: only cols and stages can help, and the stages of one micro-batch never work at once
-    assert auto_layout(TWO, 2, 1, always(1), "1f1b", PLAIN).stages == (Stage(0, 2, 1, 2),)
+    assert fast_layouts(TWO, 2, 1, always(1), "1f1b", PLAIN)[0].stages == (Stage(0, 2, 1, 2),)
     # many micro-batches, and sums of gradients that cost more than a link
     heavy = [LayerFacts(w.name, 45.0, 10**6, 1, 1, 1) for w in TWO]
     linked = Machine(flops=1.0, bandwidth=4e4, reduction=4e4, latency=0.0, overhead=0.0, update=0.0)
-    assert auto_layout(heavy, 2, 8, always(8), "1f1b", linked).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
+    assert fast_layouts(heavy, 2, 8, always(8), "1f1b", linked)[0].stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
     # where replicas need not be alike, they have no sums to wait for
-    assert auto_layout(heavy, 2, 16, always(8), "1f1b", linked, exact=False) == Topology(2, (Stage(0, 2, 1, 1),))
+    assert fast_layouts(heavy, 2, 16, always(8), "1f1b", linked, exact=False)[0] == Topology(2, (Stage(0, 2, 1, 1),))
     # one micro-batch fills two stages only where the pipeline does not flush
-    assert auto_layout(heavy, 2, 8, always(1), "1f1b", linked).stages == (Stage(0, 2, 2, 1),)
-    assert auto_layout(heavy, 2, 8, always(1), "async", linked).stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))
+    assert fast_layouts(heavy, 2, 8, always(1), "1f1b", linked)[0].stages == (Stage(0, 2, 2, 1),)
+    assert fast_layouts(heavy, 2, 8, always(1), "async", linked)[0].stages == (Stage(0, 1, 1, 1), Stage(1, 2, 1, 1))

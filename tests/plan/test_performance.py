@@ -6,7 +6,7 @@ import pytest
 
 from nettorrent_mpi.plan.cost import predict
 from nettorrent_mpi.plan.performance import LayerCost, LayerTimes, Link, Machine
-from nettorrent_mpi.plan.search import auto_layout, weighed
+from nettorrent_mpi.plan.search import fast_layouts, weighed
 from nettorrent_mpi.plan.stage_cost import Peering
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
@@ -110,7 +110,7 @@ def test_groups_inside_a_node(node: int | None, first: int, count: int, steps: t
 def test_a_slow_link_keeps_weights_inside_nodes() -> None:
     heavy = [LayerFacts(name, 1e6, 10**6, 64, 64, 64) for name in "ab"]
     slow = Machine(node=4, link=Link(1e-3, 1e6))
-    found = auto_layout(heavy, 8, 64, lambda stages: 4, "1f1b", slow)
+    found = fast_layouts(heavy, 8, 64, lambda stages: 4, "1f1b", slow)[0]
     assert all(stage.rows == 1 or stage.size <= 4 for stage in found.stages), "weights do not travel"
     rows = Topology(1, (Stage(0, 2, 8, 1),))
     best, other = (predict(t, heavy, 64, 4, "1f1b", slow).seconds for t in (found, rows))

@@ -26,7 +26,7 @@ from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.scores import mean_scores
-from nettorrent_mpi.plan.search import auto_layout
+from nettorrent_mpi.plan.search import fast_layouts
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 STEPS = 20
@@ -94,7 +94,7 @@ def layouts(ranks: int, network: Network) -> Iterator[Topology]:
     if ranks > 1:
         yield Topology(ranks, (Stage(0, count, 1, 1),))
         yield layers_layout(network.facts, ranks, 13)
-        yield auto_layout(network.facts, ranks, 37, lambda stages: 3, "1f1b")
+        yield fast_layouts(network.facts, ranks, 37, lambda stages: 3, "1f1b")[0]
     given: dict[int, list[tuple[int, list[tuple[int, int]]]]] = {  # replicas, (rows, cols) of each stage
         3: [(1, [(2, 1), (1, 1)]), (1, [(1, 1), (1, 2)])],
         4: [(1, [(2, 2)]), (2, [(1, 1), (1, 1)]), (1, [(1, 2), (2, 1)]), (1, [(1, 1), (1, 1), (2, 1)])],
