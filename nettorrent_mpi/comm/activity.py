@@ -16,6 +16,20 @@ from nettorrent_mpi.plan.actions import Action
 STARTING, TRAINING, OUTSIDE = "start-up", "training", "the script's own code"
 
 
+class Waiting:
+    """A context manager around calls that return when others have sent, received or come: `nanoseconds` is the time
+    spent in them so far. Entering it makes no object."""
+
+    def __init__(self) -> None:
+        self.nanoseconds = 0
+
+    def __enter__(self) -> None:
+        self.nanoseconds -= time.perf_counter_ns()
+
+    def __exit__(self, *error: object) -> None:
+        self.nanoseconds += time.perf_counter_ns()
+
+
 class Activity:
     """The present activity: the phase of the run, and the latest action of a schedule with its step (from 1). `count`
     grows whenever something begins: as long as it grows, this rank advances."""
@@ -26,16 +40,12 @@ class Activity:
         self.action: Action | None = None
         self.count = 0
         self.thread = threading.main_thread().ident  # the one that trains
-        self.waited = 0  # nanoseconds so far in calls that return when others have sent, received or come
+        self.waiting = Waiting()
 
     def enter(self, phase: str) -> None:
         """Begin another phase."""
         self.phase, self.count = phase, self.count + 1
         self.thread = threading.get_ident()
-
-    def blocked(self, began: int) -> None:
-        """Count the time since `began` (time.perf_counter_ns()) as spent in a call that waits for others."""
-        self.waited += time.perf_counter_ns() - began
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

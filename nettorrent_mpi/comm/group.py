@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -16,19 +15,6 @@ from nettorrent_mpi.device.arrays import Array
 
 T = TypeVar("T")
 DOZE = 0.002  # seconds from look to look
-P = ParamSpec("P")
-
-
-def _waits(operation: Callable[P, None]) -> Callable[P, None]:
-    """Count the time of an operation that ends when the other members have come as waiting."""
-
-    @wraps(operation)
-    def timed(*args: P.args, **kwargs: P.kwargs) -> None:
-        began = time.perf_counter_ns()
-        operation(*args, **kwargs)
-        NOW.blocked(began)
-
-    return timed
 
 
 class Group:
@@ -110,11 +96,11 @@ class Group:
 
     # -- collective operations --------------------------------------------------------------------------------------
 
-    @_waits
     def barrier(self) -> None:
         """Wait for all members."""
         if self.size > 1:
-            self.comm.Barrier()
+            with NOW.waiting:
+                self.comm.Barrier()
 
     def doze(self) -> None:
         """Wait for all members without keeping a core busy: for those that others have to leave alone for long."""
@@ -123,11 +109,11 @@ class Group:
             while not request.Test():
                 time.sleep(DOZE)
 
-    @_waits
     def all_reduce(self, values: Array) -> None:
         """All-reduce a contiguous array to its sum, in place; every member gets bitwise the same sums."""
         if self.size > 1:
-            self.comm.Allreduce(MPI.IN_PLACE, values)
+            with NOW.waiting:
+                self.comm.Allreduce(MPI.IN_PLACE, values)
 
     def mean(self, values: Array) -> None:
         """All-reduce to the mean, in place; every member gets bitwise the same values."""
@@ -135,38 +121,38 @@ class Group:
             self.all_reduce(values)
             np.multiply(values, 1 / self.size, out=values)
 
-    @_waits
     def maximum(self, values: Array) -> None:
         """All-reduce to the element-wise maximum, in place."""
         if self.size > 1:
-            self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.MAX)
+            with NOW.waiting:
+                self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.MAX)
 
-    @_waits
     def reduce_scatter(self, values: Array, part: Array, counts: Sequence[int]) -> None:
         """Reduce-scatter: part <- this member's part of the sum of everyone's `values` (flat; member i's part has
         counts[i])."""
         if self.size > 1:
-            self.comm.Reduce_scatter(values, part, counts)
+            with NOW.waiting:
+                self.comm.Reduce_scatter(values, part, counts)
         else:
             np.copyto(part, values)
 
-    @_waits
     def all_gather(self, part: Array, whole: Array, counts: Sequence[int]) -> None:
         """All-gather: whole (flat) <- everyone's parts one after another. `part` may be this member's section of
         `whole`."""
         if self.size > 1:
             mine = whole[sum(counts[: self.index]) :][: counts[self.index]]
             own: Any = MPI.IN_PLACE if mine.ctypes.data == part.ctypes.data else part
-            self.comm.Allgatherv(own, [whole, counts])
+            with NOW.waiting:
+                self.comm.Allgatherv(own, [whole, counts])
         elif whole.ctypes.data != part.ctypes.data:
             np.copyto(whole, part)
 
-    @_waits
     def broadcast(self, values: Array, source: int) -> None:
         """Broadcast `values` from member `source`, in place."""
         if self.size > 1:
-            for chunk in chunks(values):
-                self.comm.Bcast(chunk, root=source)
+            with NOW.waiting:
+                for chunk in chunks(values):
+                    self.comm.Bcast(chunk, root=source)
 
     def gather_objects(self, value: T) -> list[T]:
         """Return everyone's value to everyone, pickled: not for use in steps."""
@@ -174,11 +160,11 @@ class Group:
 
     # -- point to point ---------------------------------------------------------------------------------------------
 
-    @_waits
     def pass_on(self, values: Array, into: Array) -> None:
         """Send `values` to the next member and receive those of the previous one; all members call."""
         to, source = (self.index + 1) % self.size, (self.index - 1) % self.size
-        self.comm.Sendrecv(values, to, recvbuf=into, source=source)
+        with NOW.waiting:
+            self.comm.Sendrecv(values, to, recvbuf=into, source=source)
 
     def trade(self, sends: Sequence[tuple[Array, int]], receives: Sequence[tuple[Array, int]], tag: int) -> None:
         """Exchange contiguous arrays: sends are (array, to), receives (array, source). Waits for all of them.

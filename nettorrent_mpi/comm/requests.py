@@ -30,12 +30,11 @@ class Requests(Generic[Kind]):
     def wait(self) -> None:
         """Wait for all, or until one fails."""
         if self.each:
-            began = time.perf_counter_ns()
             try:
-                MPI.Request.Waitall(self.each, self._statuses)
+                with NOW.waiting:
+                    MPI.Request.Waitall(self.each, self._statuses)
             except MPI.Exception as error:
                 raise self._failure(error) from None
-            NOW.blocked(began)
 
     def test(self) -> bool:
         """Whether all are complete. Does not wait."""

@@ -13,7 +13,6 @@ MPI's collective operations, and the order of summation is known: that of the ri
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -186,9 +185,8 @@ class Rings:
         """Wait until this lap is complete."""
         while lap.under_way:
             others = [each for each in self._laps if each.under_way]
-            began = time.perf_counter_ns()
-            came = MPI.Request.Waitany([each.awaited for each in others])
-            NOW.blocked(began)
+            with NOW.waiting:
+                came = MPI.Request.Waitany([each.awaited for each in others])
             others[came].go_on()
 
     def abandon(self) -> None:

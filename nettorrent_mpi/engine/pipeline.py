@@ -135,18 +135,18 @@ class Pipeline:
         """Execute a list of actions."""
         self.begin(work)
         step = work.step
-        trace, methods, progress, now = self.trace, self._methods, self._progress, NOW
+        trace, methods, progress, now, waiting = self.trace, self._methods, self._progress, NOW, NOW.waiting
         clock, compute = time.perf_counter_ns, 0
-        start, waited = clock(), now.waited
+        start, waited = clock(), waiting.nanoseconds
         with quiet():  # non-finite values are located once
             for action in work.actions:
                 now.action, now.step = action, step + 1
                 now.count += 1
                 began = trace.now() if trace else 0
                 if action.kind in COMPUTING:
-                    before, idle = clock(), now.waited
+                    before, idle = clock(), waiting.nanoseconds
                     methods[action.kind](action.micro_batch or 0)
-                    compute += clock() - before - (now.waited - idle)
+                    compute += clock() - before - (waiting.nanoseconds - idle)
                 else:
                     methods[action.kind](action.micro_batch or 0)
                 if trace:
@@ -154,7 +154,7 @@ class Pipeline:
                 if progress:
                     progress()
         if work.training:
-            self.spent.add(clock() - start, compute, now.waited - waited)
+            self.spent.add(clock() - start, compute, waiting.nanoseconds - waited)
         self._base += work.pieces
 
     def drain(self) -> None:

@@ -349,7 +349,7 @@ class GossipExchange(Exchange):
         """Return rounds, parts, messages merged in time and late, peers skipped, sends held back, waiting and bytes."""
         c, parts, steps = self.rounds.counts, self.mixer.parts, max(self._steps, 1)
         sent = (c.bytes + self.rounds.mail.bytes) / steps
-        counts = np.array([c.rounds, parts, c.merged, c.late, c.skipped, c.held_back, c.waited, sent], np.float64)
+        counts = np.array([c.rounds, parts, c.merged, c.late, c.skipped, c.held_back, c.waited / 1e9, sent], np.float64)
         ranks.mean(counts)
         rounds, parts, merged, late, skipped, held_back, waited, sent = counts.tolist()
         return {

@@ -33,14 +33,14 @@ FIRST_DEADLINE = 5.0  # seconds, before there are enough rounds for an automatic
 @dataclass
 class Counts:
     """Counts of this rank's rounds since the start: rounds, messages merged in time and late, partners that were late
-    (skipped), sends omitted because the previous one was not yet received, seconds spent waiting, bytes sent."""
+    (skipped), sends omitted because the previous one was not yet received, nanoseconds spent waiting, bytes sent."""
 
     rounds: int = 0
     merged: int = 0
     late: int = 0
     skipped: int = 0
     held_back: int = 0
-    waited: float = 0.0
+    waited: int = 0
     bytes: int = 0
 
 
@@ -197,23 +197,24 @@ class Rounds:
 
     def close(self, *, wait: bool) -> None:
         """Merge what has arrived; with `wait`, first wait until the deadline for the rest."""
-        began = time.perf_counter_ns()
-        while True:
-            self._sort(self.mail.take())
-            this = self._round
-            if this is None:
-                break
-            missing = [source for source in this.expected if self._may_come(source, this)]
-            if not missing or self.mail.broken or (wait and self._too_late(this, missing)):
-                self._finish(this)
-                break
-            if not wait:
-                break
-            os.sched_yield()
-        if wait and self._patient:
-            self.mail.see_off()
-        NOW.blocked(began)
-        self.counts.waited += (time.perf_counter_ns() - began) / 1e9
+        waiting = NOW.waiting
+        before = waiting.nanoseconds
+        with waiting:
+            while True:
+                self._sort(self.mail.take())
+                this = self._round
+                if this is None:
+                    break
+                missing = [source for source in this.expected if self._may_come(source, this)]
+                if not missing or self.mail.broken or (wait and self._too_late(this, missing)):
+                    self._finish(this)
+                    break
+                if not wait:
+                    break
+                os.sched_yield()
+            if wait and self._patient:
+                self.mail.see_off()
+        self.counts.waited += waiting.nanoseconds - before
 
     def _may_come(self, source: int, this: Round) -> bool:
         """Whether to wait for a source's message of this round.
