@@ -151,15 +151,24 @@ class ServedRows:
             yield Served(self._collate(whole[slice(*share)]), self._place.weight(len(whole)))
 
 
-def check_batch_size(batch_size: Any, *, needed: bool) -> None:
-    """Raise a UserError unless the number of rows of a mini-batch is one."""
-    if batch_size is None and needed:
+def serve(
+    data: Any, batch_size: Any, place: RankPlace, *, seed: int, shuffle: bool, options: dict[str, Any]
+) -> ServedRows | None:
+    """Return the data that are to be divided over the ranks, served to this one; None where there are none. Raises
+    UserErrors for them, for `batch_size` and for `options`."""
+    _check_options(options)
+    if batch_size is None and data is not None:
         raise UserError("batch_size is missing: the rows of a mini-batch, of all ranks together")
     if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
         raise UserError(f"batch_size is {batch_size!r}, but has to be a whole number of at least 1")
+    if data is not None:
+        return ServedRows(data, int(batch_size), place, seed=seed, shuffle=shuffle, options=options)
+    if options:
+        raise UserError(f"{next(iter(options))} is for data that parallelize divides, and there are none")
+    return None
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, Any]) -> None:
     """Raise a UserError for an option that DataLoader does not know, or that is not the script's to choose."""
     known = list(inspect.signature(DataLoader.__init__).parameters)[2:]
     for name in options:

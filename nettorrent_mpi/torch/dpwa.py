@@ -26,10 +26,12 @@ from typing import Any
 
 import torch
 
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.config.dpwa_file import DpwaFile, read_dpwa
 from nettorrent_mpi.plan.errors import warn
-from nettorrent_mpi.torch.models import world_of
-from nettorrent_mpi.torch.parallel import ParallelRun
+from nettorrent_mpi.torch.models import number_of
+from nettorrent_mpi.torch.run_ranks import RunRanks, world_of
+from nettorrent_mpi.torch.shared_model import SharedModel
 
 
 class Dpwa:
@@ -51,33 +53,33 @@ class Dpwa:
         if world.rank == 0 and found.nodes not in (None, world.size):
             warn(f"{config} names {found.nodes} nodes, and MPI has started {world.size} ranks: the ranks count")
         optimizer = torch.optim.SGD(model.parameters(), 0.0)  # the script's own is not needed
-        self._run = ParallelRun(
-            world, None, model, optimizer, batch_size=None, exchange=found.exchange, replica_size=None, shuffle=False,
-            seed=seed, loading={}, by_hand=True,
-        )  # fmt: skip
+        with RunRanks.starting(world, found.exchange) as self._ranks:
+            self._shared = SharedModel(self._ranks, model, optimizer, lambda step: 0.0, seed=seed, by_hand=True)
 
     @property
     def rank(self) -> int:
         """This rank's number."""
-        return self._run.rank
+        return self._ranks.world.rank
 
     @property
     def size(self) -> int:
         """The number of ranks."""
-        return self._run.size
+        return self._ranks.world.size
 
     def update_send(self, loss: Any) -> None:
         """Send this rank's parameters, age and loss to a peer, with the configured probability. Does not wait."""
-        self._run.open_round(loss)
+        self._shared.open_round(number_of(loss))
 
     def update_wait(self, loss: Any) -> None:
         """Merge the parameters of a peer that has sent its own, after at most `timeout_ms`."""
-        self._run.close_round(loss)
+        self._shared.close_round(number_of(loss))
 
     def average(self) -> None:
         """Give all ranks the average of their parameters and buffers."""
-        self._run.average()
+        self._shared.average()
 
+    @NOW.during("the end")
     def close(self) -> None:
         """Let the model go. All ranks call."""
-        self._run.close()
+        self._shared.close()
+        self._ranks.close()

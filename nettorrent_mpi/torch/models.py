@@ -1,51 +1,15 @@
-"""The start of a training on several ranks: their world, checks of the model, and the values that all start with."""
+"""A model and its optimizer: checks of them, and values that all ranks of a group get from one."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from nettorrent_mpi import env
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.plan.errors import LayoutError, UserError
+from nettorrent_mpi.plan.errors import UserError
 from nettorrent_mpi.torch.slots import carrier
-
-
-def world_of(comm: Any) -> World:
-    """Return the world of a communicator of mpi4py, or itself if it is one; None: of all ranks of the program. Raises a
-    UserError in a process that a rank has started: MPI would take it for the rank."""
-    if comm is None:
-        if _in_worker() and env.launched(os.environ):
-            raise UserError(
-                "a worker process runs the whole script again, as those do that spawn or forkserver start: put the "
-                'training under if __name__ == "__main__":, which workers leave out'
-            )
-        env.prepare()
-    return comm if isinstance(comm, World) else World(comm)
-
-
-def _in_worker() -> bool:
-    """Whether multiprocessing has started this process, which may still be reading the script, without a parent."""
-    reading = getattr(multiprocessing.current_process(), "_inheriting", False)
-    return reading or multiprocessing.parent_process() is not None
-
-
-def ranks_of_replica(asked: int | None, ranks: int, *, exact: bool) -> int:
-    """Return how many of the ranks have one replica, where so many are asked for. Raises LayoutError."""
-    if exact and asked not in (None, ranks):
-        raise LayoutError(
-            f'replica_size is {asked}, but exchange="allreduce" averages over all {ranks} ranks: leave it out, or '
-            'choose "gossip" for the exchange between replicas'
-        )
-    each = ranks if exact else asked or 1
-    if each < 1 or ranks % each:
-        raise LayoutError(f"replica_size is {each}, which does not divide {ranks} ranks into equal replicas")
-    return each
 
 
 def check_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,28 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from nettorrent_mpi.comm.activity import NOW, OUTSIDE, STARTING
-from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.config.reading import exchange_of, watchdog_of
+from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.config.sections import WatchdogTimes
 from nettorrent_mpi.data.storage import replacing
 from nettorrent_mpi.engine.run_files import written
-from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.errors import UserError
-from nettorrent_mpi.plan.exchange_specs import Allreduce, Elite
-from nettorrent_mpi.plan.scores import Scores, best_of
+from nettorrent_mpi.plan.exchange_specs import Elite
 from nettorrent_mpi.plan.specs import Spec
-from nettorrent_mpi.torch.batching import RankPlace, ServedRows, check_batch_size, check_options
-from nettorrent_mpi.torch.gradients import GradientAverage
-from nettorrent_mpi.torch.models import check_model, innermost, number_of, ranks_of_replica, world_of
-from nettorrent_mpi.torch.optimizer_hooks import OptimizerHooks
+from nettorrent_mpi.torch.batching import serve
+from nettorrent_mpi.torch.models import number_of
 from nettorrent_mpi.torch.position import EpochLoader, Position
+from nettorrent_mpi.torch.run_ranks import TIMES, RunRanks, world_of
 from nettorrent_mpi.torch.shared_model import SharedModel
-from nettorrent_mpi.torch.split_layers import split_parameters
-from nettorrent_mpi.torch.step_exchange import StepExchange
 from nettorrent_mpi.torch.training_state import TrainingState
-
-TIMES = WatchdogTimes()
 
 
 def parallelize(
@@ -70,137 +60,34 @@ def parallelize(
 
     Raises UserErrors on all ranks alike.
     """
-    return ParallelRun(
-        world_of(comm), data, model, optimizer, batch_size=batch_size, exchange=exchange, replica_size=replica_size,
-        shuffle=shuffle, seed=seed, watchdog=watchdog, loading=loading,
-    )  # fmt: skip
+    with RunRanks.starting(world_of(comm), exchange, replica_size, watchdog) as ranks:
+        with ranks.world.agreement():
+            batches = serve(data, batch_size, ranks.place, seed=seed, shuffle=shuffle, options=loading)
+        position = Position(ranks.world, ranks.place, batches)
+        return ParallelRun(ranks, position, SharedModel(ranks, model, optimizer, position.done, seed=seed))
 
 
 class ParallelRun:
     """A ParallelRun is a training that `parallelize` has spread over the ranks. All of them call its methods alike."""
 
-    def __init__(
-        self,
-        world: World,
-        data: Any,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        batch_size: int | None,
-        exchange: str | Mapping[str, Any] | Spec,
-        replica_size: int | None,
-        shuffle: bool,
-        seed: int,
-        loading: dict[str, Any],
-        watchdog: str | Mapping[str, Any] | WatchdogTimes = TIMES,
-        by_hand: bool = False,
-    ):
-        """`by_hand`: replicas exchange by `open_round` and `close_round`, and not with the optimizer's steps."""
-        self._world, self.model, self._by_hand = world, model, by_hand
-        NOW.enter(STARTING)
-        try:
-            self._watch(watchdog)
-            self._set_up(
-                optimizer, data, batch_size, exchange, replica_size, shuffle=shuffle, seed=seed, loading=loading
-            )
-        except BaseException:
-            self._unwatch()
-            raise
-        finally:
-            NOW.enter(OUTSIDE)
-
-    def _watch(self, watchdog: str | Mapping[str, Any] | WatchdogTimes) -> None:
-        """Let a watchdog look after the ranks until this run's end, unless one does so already."""
-        self._watches = False
-        with self._world.agreement():
-            times = watchdog_of(watchdog)
-        if times is not None and self._world.watchdog is None:
-            self._watches = True
-            self._world.watch(times.report, times.end)
-            atexit.register(self._world.unwatch)
-
-    def _unwatch(self) -> None:
-        if self._watches:
-            atexit.unregister(self._world.unwatch)
-            self._world.unwatch()
-
-    def _set_up(
-        self,
-        optimizer: torch.optim.Optimizer,
-        data: Any,
-        batch_size: int | None,
-        exchange: str | Mapping[str, Any] | Spec,
-        replica_size: int | None,
-        *,
-        shuffle: bool,
-        seed: int,
-        loading: dict[str, Any],
-    ) -> None:
-        world, model = self._world, self.model
-        with world.agreement():
-            self.optimizer = optimizer = innermost(optimizer)
-            check_options(loading)
-            self._spec = exchange_of(exchange)
-            each = ranks_of_replica(replica_size, world.size, exact=isinstance(self._spec, Allreduce))
-            check_batch_size(batch_size, needed=data is not None)
-            self._parameters = dict(model.named_parameters())
-            check_model(model, self._parameters, optimizer, exchanged=world.size > each)
-        # Averages of different parts of a layer would mean nothing.
-        parts = [(name, d.total, d.ranks.size, d.ranks.index) for name, d in split_parameters(model).items()]
-        world.same("part of the split layers", str(parts))
-        world.same("model", "; ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()))
-        replica, place = divmod(world.rank, each)
-        self._made = [
-            world.subgroup(range(replica * each, (replica + 1) * each)),
-            world.subgroup(range(place, world.size, each)),
-        ]
-        self._holders, self._peers = self._made
-        self._replica = replica
-        self.place = RankPlace(world.rank, world.size, Span(replica * each, (replica + 1) * each))
-        with world.agreement():
-            self._batches = (
-                None
-                if data is None
-                else ServedRows(data, batch_size or 1, self.place, seed=seed, shuffle=shuffle, options=loading)
-            )
-            if data is None and loading:
-                raise UserError(f"{next(iter(loading))} is for data that parallelize divides, and there are none")
-        if self._batches is not None:
-            world.same("number of rows in its data", str(self._batches.rows))
-        self._position = Position(world, self.place, self._batches)
+    def __init__(self, ranks: RunRanks, position: Position, shared: SharedModel):
+        self._ranks, self._position, self._shared = ranks, position, shared
+        self.model, self.optimizer, self.place = shared.model, shared.optimizer, ranks.place
+        self._quiet = False  # the present mini-batch has passes without messages, for a later step
         self._judged = 0  # samples at the latest comparison
         self._told = time.perf_counter(), 0  # at the latest report: time and samples
-        self._shared = SharedModel(world, model, self._parameters)
-        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._average = GradientAverage(world, self._holders, trained, may_join=self._peers.size == 1)
-        self._replicas: StepExchange | None = None
-        if self._peers.size > 1:
-            self._replicas = self._shared.replicas = StepExchange(
-                self._spec,
-                trained,
-                self._shared.statistics(),
-                optimizer,
-                self._peers,
-                self._holders,
-                seed=seed,
-                by_hand=self._by_hand,
-            )
-        self._hooks = OptimizerHooks(
-            model, self._parameters, optimizer, self._average, self._replicas, self._position.done
-        )
-        self._quiet = False  # the present mini-batch has passes without messages, for a later step
 
     # -- where this rank is -----------------------------------------------------------------------------------------
 
     @property
     def rank(self) -> int:
         """This rank's number."""
-        return self._world.rank
+        return self._ranks.world.rank
 
     @property
     def size(self) -> int:
         """The number of ranks."""
-        return self._world.size
+        return self._ranks.world.size
 
     @property
     def epoch(self) -> int:
@@ -215,12 +102,12 @@ class ParallelRun:
     @property
     def step(self) -> int:
         """The optimizer's steps so far; fewer than on other ranks where this replica alone skips some."""
-        return self._hooks.step
+        return self._shared.step
 
     @property
     def replicas(self) -> int:
         """The number of replicas that have weights of their own."""
-        return self._peers.size
+        return self._ranks.peers.size
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -231,7 +118,7 @@ class ParallelRun:
         while self.epoch < count:
             yield self.epoch
             self._position.next_epoch()
-            self._end_of_epoch()
+            self._shared.end_epoch()
 
     def batches(self, loader: Iterable[Any] | None = None) -> Iterator[Any]:
         """Yield this rank's mini-batches of the present epoch: those of the data, or of `loader`, this rank's own.
@@ -243,15 +130,16 @@ class ParallelRun:
         Where replicas exchange, each mini-batch has an exchange, also one without an optimizer step, as where a
         gradient scaler skips it on some ranks; not one whose passes are inside `no_sync`.
         """
+        gradients, replicas = self._shared.gradients, self._shared.replicas
         try:
             for served in self._position.served(loader):
-                self._average.weight, self._quiet = served.weight, False
-                before = 0 if self._replicas is None else self._replicas.step
+                gradients.weight, self._quiet = served.weight, False
+                before = 0 if replicas is None else replicas.step
                 yield served.batch
-                if self._replicas is not None and self._replicas.step == before and not self._quiet:
-                    self._replicas.skip_step()
+                if replicas is not None and replicas.step == before and not self._quiet:
+                    replicas.skip_step()
         finally:
-            self._average.weight = 1.0
+            gradients.weight = 1.0
 
     def loader(self, loader: Iterable[Any] | None = None) -> EpochLoader:
         """Return the mini-batches of `batches` as a loader for a loop that is not the script's own, as Lightning's:
@@ -263,27 +151,8 @@ class ParallelRun:
         """Add up gradients of backward passes inside the `with` block on each rank; the next backward pass after it
         averages the sums. It saves messages where several passes make one optimizer step."""
         self._quiet = True
-        with self._average.paused():
+        with self._shared.gradients.paused():
             yield
-
-    @NOW.during("the end of an epoch")
-    def _end_of_epoch(self) -> None:
-        self._average.join()
-        self._adopt_furthest()
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        """Let replicas that have done fewer steps than others make up for the exchanges. All ranks call."""
-        if self._replicas is not None:
-            self._replicas.catch_up()
-
-    def _adopt_furthest(self) -> None:
-        """Give the ranks of a replica the weights and the optimizer's state of the one that has done the most steps."""
-        steps = self._holders.gather_objects(self.step)
-        if len(set(steps)) == 1:
-            return
-        self._shared.adopt(self.optimizer, self._holders, steps.index(max(steps)))
-        self._hooks.step = self._average.steps = max(steps)
 
     # -- what ranks tell each other -----------------------------------------------------------------------------------
 
@@ -291,10 +160,10 @@ class ParallelRun:
     def mean(self, value: Any) -> float:
         """Return the mean of a number over all ranks, weighed like the latest mini-batch."""
         number = number_of(value)
-        self._catch_up()
+        self._shared.catch_up()
         weight = self._position.weight
         numbers = np.array([number * weight if weight else 0.0, weight])
-        self._world.all_reduce(numbers)
+        self._ranks.world.all_reduce(numbers)
         return float(numbers[0] / numbers[1]) if numbers[1] else float("nan")
 
     def report(self, loss: Any, **figures: Any) -> float:
@@ -317,51 +186,33 @@ class ParallelRun:
 
     def tell_loss(self, loss: Any) -> None:
         """Tell exchanges whose `mix` weighs replicas by their loss this one's latest; `report` does it, too."""
-        if self._replicas is not None and self._replicas.wants_loss:
-            self._replicas.tell_loss(number_of(loss))
-
-    def open_round(self, loss: Any) -> None:
-        """Send this replica's parameters, age and loss to a peer, in a run whose rounds are opened by hand."""
-        assert self._by_hand
-        self._hooks.check_parameters()
-        if self._replicas is not None:
-            self._replicas.open_round(number_of(loss))
-
-    def close_round(self, loss: Any) -> None:
-        """Merge what a peer has sent since `open_round`; this replica's loss now is `loss`."""
-        if self._replicas is not None:
-            self._replicas.close_round(number_of(loss))
+        replicas = self._shared.replicas
+        if replicas is not None and replicas.wants_loss:
+            replicas.tell_loss(number_of(loss))
 
     @NOW.during("comparing replicas")
     def judge(self, value: Any) -> int | None:
         """Compare the replicas by `value`, this one's validation loss, or its accuracy if the exchange's `metric` is
         validation_accuracy; losers take over the weights of winners. Return the best replica's number; None where the
         replicas have not yet trained on `every_samples` rows since the last comparison."""
-        if not isinstance(self._spec, Elite):
-            raise UserError(f'judge is for exchange="elite", and this is {self._spec.kind}')
-        if self._replicas is None:
+        spec, samples = self._ranks.spec, self._position.samples
+        if not isinstance(spec, Elite):
+            raise UserError(f'judge is for exchange="elite", and this is {spec.kind}')
+        if self._shared.replicas is None:
             return 0
-        if self._batches is not None and self._position.samples - self._judged < self._spec.every_samples:
+        if self._position.counts_rows and samples - self._judged < spec.every_samples:
             return None
-        self._judged = self._position.samples
-        mine = self._holders.gather_objects(number_of(value))
-        score = sum(mine) / len(mine)
-        accuracy = self._spec.metric == "validation_accuracy"
-        own = Scores(0.0 if accuracy and np.isfinite(score) else score, score if accuracy else None)
-        found = self._peers.gather_objects(own)
-        self._replicas.judge(found)
-        return best_of(found, self._spec.metric)
+        self._judged = samples
+        return self._shared.judge(number_of(value))
 
     def average(self) -> None:
         """Give all ranks the average of the replicas' parameters and of all ranks' buffers, for good."""
-        self._catch_up()
         self._shared.average()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Give all ranks the average inside the `with` block, to evaluate or save it, and their own weights again
         afterwards."""
-        self._catch_up()
         with self._shared.averaged():
             yield
 
@@ -372,7 +223,7 @@ class ParallelRun:
         path = Path(path)
         with self.averaged():
             state = self.model.state_dict()
-            with self._world.agreement():
+            with self._ranks.world.agreement():
                 if self.rank == 0:
                     with written(path), replacing(path) as part:
                         torch.save(state, part)
@@ -382,9 +233,9 @@ class ParallelRun:
         """Write the whole training state into a folder step-N in `folder`, where the `keep` newest stay: every replica,
         the optimizer, the exchange, the position in the data and the random states of each rank. `others` are objects
         with a state_dict, as a scheduler. Call it after an optimizer step. Raises OutputError."""
-        self._catch_up()
-        step = max(self._world.gather_objects(self.step))
-        rounds = step if self._replicas is None else self._replicas.step
+        self._shared.catch_up()
+        step = max(self._ranks.world.gather_objects(self.step))
+        rounds = step if self._shared.replicas is None else self._shared.replicas.step
         about = {"step": step, "rounds": rounds, "judged": self._judged, **self._position.told()}
         return self._state().save(Path(folder), step, about, others, keep)
 
@@ -398,25 +249,18 @@ class ParallelRun:
             return False
         about = state.restore(Path(folder), others)
         self._position.take(about)
-        self._hooks.step, self._judged = about["step"], about["judged"]
+        self._shared.step, self._judged = about["step"], about["judged"]
         self._told = (time.perf_counter(), self._position.samples)
-        self._average.steps = self.step
         return True
 
     def _state(self) -> TrainingState:
+        ranks, shared = self._ranks, self._shared
         return TrainingState(
-            self._world, self.model, self.optimizer, self._replicas, replica=self._replica, replicas=self.replicas
+            ranks.world, self.model, self.optimizer, shared.replicas, replica=ranks.replica, replicas=self.replicas
         )
 
     @NOW.during("the end")
     def close(self) -> None:
         """Let the model and optimizer go: they are plain PyTorch again. At the script's end this is not needed."""
-        self._hooks.remove()
-        if self._replicas is not None:
-            self._replicas.catch_up()
-            self._replicas.close()
-        self._average.close()
-        self._unwatch()
-        for group in self._made:
-            group.free()
-        self._made.clear()
+        self._shared.close()
+        self._ranks.close()

@@ -19,10 +19,18 @@ class Position:
     """
 
     def __init__(self, world: World, place: RankPlace, batches: ServedRows | None):
+        """All ranks make one, with as many rows in their data. Raises a LaunchError on all of them otherwise."""
+        if batches is not None:
+            world.same("number of rows in its data", str(batches.rows))
         self._world, self._place, self._batches = world, place, batches
         self.epoch = self.batch = self.samples = 0
         self.weight = 1.0
         self._steps = self._epochs = 0  # of the run; 0: unknown
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether `samples` are known: whether there are data that are divided."""
+        return self._batches is not None
 
     def plan(self, epochs: int) -> None:
         """Take note of the length of the run."""

@@ -49,7 +49,8 @@ class Adapter(nt.Dpwa):
 
     def meet(self, world: Any) -> None:
         """Wait for the other one of two ranks, and until it has received what was sent: then this rank sends again."""
-        (exchange,) = self._run._replicas.exchanges
+        assert self._shared.replicas is not None
+        (exchange,) = self._shared.replicas.exchanges
         while not exchange.rounds.mail.can_send(1 - rank):
             time.sleep(0.001)
         world.barrier()

@@ -42,7 +42,7 @@ def everywhere(value: Any) -> list[Any]:
 
 
 def rounds(run: Any) -> list[int]:
-    return everywhere(0 if run._replicas is None else run._replicas.step)
+    return everywhere(0 if run._shared.replicas is None else run._shared.replicas.step)
 
 
 def step(run: Any, scaler: Any, x: Any, *, overflow: bool) -> None:

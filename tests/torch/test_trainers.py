@@ -47,11 +47,11 @@ def close_to(ours, theirs):
 def counted(run):
     \"\"\"The number of averages, one for each backward pass, and of steps.\"\"\"
     numbers = {"averages": 0, "steps": 0}
-    inside = run._average.average
+    inside = run._shared.gradients.average
     def average():
         numbers["averages"] += 1
         inside()
-    run._average.average = average
+    run._shared.gradients.average = average
     run.optimizer.register_step_post_hook(lambda *_: numbers.update(steps=numbers["steps"] + 1))
     return numbers
 """
