@@ -31,8 +31,9 @@ if "mpi4py.MPI" not in sys.modules:
 
 from nettorrent_mpi.comm.activity import NOW, OUTSIDE, STARTING
 from nettorrent_mpi.comm.failures import lost, survivable
+from nettorrent_mpi.comm.script_errors import abort_after_error
 from nettorrent_mpi.comm.watchdog import Watchdog
-from nettorrent_mpi.comm.world import World, abort_after_error
+from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.data.from_arrays import unlabelled

@@ -88,7 +88,7 @@ class Ranks:
             if self.world.rank == 0:
                 sys.stderr.write(f"nettorrent: error: {error}\n")
         elif error is not None:
-            self.code = end_all(self.world, error, shown=False)
+            self.code = end_all(self.world, error, in_script=False)
             while self._open:  # of a process that is alone
                 self._open.pop()[1]()
             return
@@ -103,4 +103,4 @@ class Ranks:
             if lost(failure, self.world):  # the command is complete all the same
                 self._abandon()
             else:
-                self.code = end_all(self.world, failure, shown=False)
+                self.code = end_all(self.world, failure, in_script=False)

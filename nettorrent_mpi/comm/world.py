@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import platform
 import secrets
@@ -19,11 +18,14 @@ from nettorrent_mpi.comm.launcher import LAUNCHER, shared_files, unname
 from nettorrent_mpi.comm.leaving import end_all
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.comm.processes import this_process
+from nettorrent_mpi.comm.script_errors import look_after_script
 from nettorrent_mpi.comm.starting import StartWatch
 from nettorrent_mpi.comm.watchdog import Watchdog
 from nettorrent_mpi.plan.errors import LaunchError, LostRanksError, NetTorrentError, RemoteError, in_one_line
 
 T = TypeVar("T")
+
+look_after_script()
 
 
 class World(Group):
@@ -239,19 +241,6 @@ class World(Group):
 def _foreign(error: Exception) -> RemoteError:
     """Return the error that other ranks raise where one has failed by an error that is not the package's."""
     return RemoteError(f"{type(error).__name__}: {error}")
-
-
-@atexit.register
-def abort_after_error() -> None:
-    """End all ranks if this one's script has failed, when the interpreter exits. Without it MPI would wait in its own
-    end for ranks that wait for this one."""
-    failed = getattr(sys, "last_type", None) is not None  # set by an error that nobody caught
-    if not failed or not library.loaded() or MPI.Is_finalized():
-        return
-    rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
-    if size > 1:
-        sys.stderr.write(f"rank {rank} of {size} has failed, which ends all ranks\n")
-        end_all(getattr(sys.last_value, "exit_code", 1))
 
 
 def check_launch(size: int, environment: Any) -> None:

@@ -6,9 +6,10 @@ import sys
 import time
 import traceback
 
+from nettorrent_mpi.comm.script_errors import line_of
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.engine.signals import INTERRUPTED
-from nettorrent_mpi.plan.errors import NetTorrentError, RemoteError, in_one_line
+from nettorrent_mpi.plan.errors import NetTorrentError, RemoteError, UserError, in_one_line
 
 PATIENCE = 1.5  # seconds in which a failed rank reports its own error and ends all; later another rank does it
 
@@ -18,11 +19,12 @@ def agreed(error: BaseException, world: World) -> bool:
     return isinstance(error, NetTorrentError) and world.members <= error.agreed
 
 
-def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
+def end_all(world: World, error: BaseException, *, in_script: bool = True) -> int:
     """Print an error that this rank raised alone, and end all ranks of the program, which would wait for this one
     forever.
 
-    Returns the exit code. With `shown` a user's mistake gets a traceback, too, instead of one line.
+    Returns the exit code. With `in_script` a user's mistake is told with its place in the script, and an error that is
+    not the package's has a traceback.
     """
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) and error.code else 1
@@ -36,7 +38,10 @@ def end_all(world: World, error: BaseException, *, shown: bool = True) -> int:
         time.sleep(PATIENCE)
         code = error.exit_code
         sys.stderr.write(f"rank {world.rank} of {world.size} ends, because another one failed: {error}\n")
-    elif not shown and isinstance(error, Exception) and (told := in_one_line(error)) is not None:
+    elif in_script and isinstance(error, UserError):
+        code = error.exit_code
+        sys.stderr.write(line_of(error, error.__traceback__))
+    elif not in_script and isinstance(error, Exception) and (told := in_one_line(error)) is not None:
         code = told.exit_code
         sys.stderr.write(f"nettorrent: error: {told}\n")
     else:

@@ -157,15 +157,20 @@ def serve(
     """Return the data that are to be divided over the ranks, served to this one; None where there are none. Raises
     UserErrors for them, for `batch_size` and for `options`."""
     _check_options(options)
-    if batch_size is None and data is not None:
-        raise UserError("batch_size is missing: the rows of a mini-batch, of all ranks together")
-    if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
-        raise UserError(f"batch_size is {batch_size!r}, but has to be a whole number of at least 1")
+    _check_batch_size(batch_size, needed=data is not None)
     if data is not None:
-        return ServedRows(data, int(batch_size), place, seed=seed, shuffle=shuffle, options=options)
+        return ServedRows(data, batch_size, place, seed=seed, shuffle=shuffle, options=options)
     if options:
         raise UserError(f"{next(iter(options))} is for data that parallelize divides, and there are none")
     return None
+
+
+def _check_batch_size(batch_size: Any, *, needed: bool) -> None:
+    """Raise a UserError unless the number of rows of a mini-batch is one."""
+    if batch_size is None and needed:
+        raise UserError("batch_size is missing: the rows of a mini-batch, of all ranks together")
+    if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
+        raise UserError(f"batch_size is {batch_size!r}, but has to be a whole number of at least 1")
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
