@@ -12,7 +12,8 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.comm.shared import SharedMemory
 from nettorrent_mpi.device.arrays import Array, as_dtype
 from nettorrent_mpi.device.device import Device
-from nettorrent_mpi.engine.buckets import Bucket, BucketMaker, Flat, Statistics
+from nettorrent_mpi.engine.bucket_maker import BucketMaker
+from nettorrent_mpi.engine.buckets import Bucket, Flat, Statistics
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.exchange import Shards

@@ -24,7 +24,7 @@ from nettorrent_mpi.comm.ring import Rings, can_carry
 from nettorrent_mpi.comm.shared import Ask, SharedMemory, share
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.device.arrays import Array
-from nettorrent_mpi.engine.buckets import FULL, LEAST_SHARD, cut
+from nettorrent_mpi.engine.bucket_maker import FULL, LEAST_SHARD, cut
 from nettorrent_mpi.plan.errors import NetTorrentError, UserError
 from nettorrent_mpi.torch.slots import carrier, length, slots
 

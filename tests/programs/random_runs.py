@@ -315,16 +315,16 @@ def train(comm: Any, folder: Path, run: Run, what: str) -> str | None:
     from nettorrent_mpi.__main__ import main as nettorrent
     from nettorrent_mpi.cli import ranks
     from nettorrent_mpi.comm.world import World
-    from nettorrent_mpi.engine import buckets
+    from nettorrent_mpi.engine import bucket_maker
 
-    ORIGINALS.setdefault("buckets", (buckets.FULL, buckets.LEAST_SHARD))
+    ORIGINALS.setdefault("buckets", (bucket_maker.FULL, bucket_maker.LEAST_SHARD))
     config, told = folder / "config.yaml", io.StringIO()
     if comm.rank == 0:
         config.write_text(json.dumps(run.config))
     comm.Barrier()
     world, memories = World(comm), shared_memories()
     world.nodes = tuple(run.nodes)
-    buckets.FULL, buckets.LEAST_SHARD = (500, 100) if len(set(run.nodes)) > 1 else ORIGINALS["buckets"]
+    bucket_maker.FULL, bucket_maker.LEAST_SHARD = (500, 100) if len(set(run.nodes)) > 1 else ORIGINALS["buckets"]
 
     def abort(code: int) -> None:  # also after what is told in one line
         sys.stderr.write(f"ENDED BY RANK {comm.rank}: {what}\n")

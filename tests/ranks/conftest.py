@@ -120,12 +120,12 @@ def between_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     def apart(around: bool) -> None:
         from nettorrent_mpi.comm import reducers, shared
-        from nettorrent_mpi.engine import buckets
+        from nettorrent_mpi.engine import bucket_maker
 
         monkeypatch.setattr(shared, "room", lambda: 0)
-        monkeypatch.setattr(buckets, "FULL", 1000)
+        monkeypatch.setattr(bucket_maker, "FULL", 1000)
         monkeypatch.setattr(reducers, "PIECE", 600)
-        monkeypatch.setattr(buckets, "LEAST_SHARD", 100 if around else 1 << 40)
+        monkeypatch.setattr(bucket_maker, "LEAST_SHARD", 100 if around else 1 << 40)
 
     return apart
 

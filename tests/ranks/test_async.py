@@ -21,7 +21,7 @@ from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.device.device import make_device
-from nettorrent_mpi.engine import buckets
+from nettorrent_mpi.engine import bucket_maker
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
@@ -332,7 +332,7 @@ def test_any_layout_gives_what_the_definition_says(case: Case, between_nodes: Ca
 @pytest.mark.parametrize("case", [case for case in CASES.get(SIZE, []) if case.shared and case.divides_rows], ids=str)
 def test_gradients_in_parts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a mini-batch are kept until its gradients are computed, and no later ones come among them."""
-    monkeypatch.setattr(buckets, "in_parts", lambda rows, sharers, *_: sharers > 1)
+    monkeypatch.setattr(bucket_maker, "in_parts", lambda rows, sharers, *_: sharers > 1)
     mine = train(case, counting_down(WINDOWS))
     if MPI.COMM_WORLD.rank == 0:
         compare(mine, Emulated(case, WINDOWS).result)

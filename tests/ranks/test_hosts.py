@@ -17,7 +17,7 @@ from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import buckets
+from nettorrent_mpi.engine import bucket_maker
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
@@ -91,8 +91,8 @@ Found = dict[str, Any]
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets of a network of any size are many, and go around rings, where memory is not shared."""
-    monkeypatch.setattr(buckets, "FULL", 1000)
-    monkeypatch.setattr(buckets, "LEAST_SHARD", 100)
+    monkeypatch.setattr(bucket_maker, "FULL", 1000)
+    monkeypatch.setattr(bucket_maker, "LEAST_SHARD", 100)
     monkeypatch.setattr(reducers, "PIECE", 600)
 
 

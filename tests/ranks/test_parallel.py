@@ -17,7 +17,7 @@ from mpi4py import MPI
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import buckets
+from nettorrent_mpi.engine import bucket_maker
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.evaluation import Evaluator
 from nettorrent_mpi.engine.run_plan import Options, Plan
@@ -262,7 +262,7 @@ def test_float32(network: str) -> None:
 )
 def test_gradients_in_parts(network: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every linear layer, however much larger its rows are than its weights."""
-    monkeypatch.setattr(buckets, "in_parts", lambda rows, sharers, *_: sharers > 1)
+    monkeypatch.setattr(bucket_maker, "in_parts", lambda rows, sharers, *_: sharers > 1)
     some = False
     options = {"micro_batches": micro_batches}
     for topology in dict.fromkeys(layouts(MPI.COMM_WORLD.size, Network(NETWORKS[network], SHAPE))):

@@ -19,7 +19,7 @@ from nettorrent_mpi.comm.ring import Lap, Ring, Rings, can_carry
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.sampler import Sampler
-from nettorrent_mpi.engine import buckets
+from nettorrent_mpi.engine import bucket_maker
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.layers.linear import LinearLayer
@@ -126,10 +126,10 @@ def test_short_and_huge_shards_are_left_to_mpi() -> None:
 @pytest.mark.ranks(1)
 def test_blocks_are_cut_in_the_order_in_which_backward_completes_them() -> None:
     sizes = {"a/w": 4, "a/b": 1, "b/w": 60, "c/w": 3, "d/in/w": 40, "d/b": 1, "e/w": 1, "e/b": 40}
-    assert buckets.cut(sizes, 40, 0) == [["e/w", "e/b"], ["d/in/w", "d/b"], ["b/w", "c/w"], ["a/w", "a/b"]]
-    assert buckets.cut(sizes, 40, 6)[2:] == [["a/w", "a/b", "b/w", "c/w"]]
-    assert buckets.cut(sizes, 1000, 6) == [list(sizes)]
-    assert buckets.cut({"a/w": 1}, 40, 6) == [["a/w"]]
+    assert bucket_maker.cut(sizes, 40, 0) == [["e/w", "e/b"], ["d/in/w", "d/b"], ["b/w", "c/w"], ["a/w", "a/b"]]
+    assert bucket_maker.cut(sizes, 40, 6)[2:] == [["a/w", "a/b", "b/w", "c/w"]]
+    assert bucket_maker.cut(sizes, 1000, 6) == [list(sizes)]
+    assert bucket_maker.cut({"a/w": 1}, 40, 6) == [["a/w"]]
 
 
 # -- a training -------------------------------------------------------------------------------------------------------
