@@ -149,7 +149,7 @@ def restore_parameters(engine: Engine, path: Path, accept: Accept) -> None:
         with engine.world.agreement():
             accept(manifest.attributes)
             check_network(manifest, folder, engine)
-        engine.load(lambda wanted: _read(engine, folder, manifest, "", wanted))
+        engine.blocks.load(lambda wanted: _read(engine, folder, manifest, "", wanted))
         return
     engine.world.once(lambda: verify(path))
     shapes = engine.shapes()
@@ -163,7 +163,7 @@ def restore_parameters(engine: Engine, path: Path, accept: Accept) -> None:
             for (name, box), array in wanted.items():
                 read_box(file, name, box, array)
 
-    engine.load(read)
+    engine.blocks.load(read)
 
 
 def restore(engine: Engine, folder: Path, manifest: Manifest, accept: Accept) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,11 @@ from nettorrent_mpi.engine.devices import open_device
 from nettorrent_mpi.engine.metrics import Metrics
 from nettorrent_mpi.engine.pipeline import Pipeline, Work
 from nettorrent_mpi.engine.rank_numbers import RankNumbers
-from nettorrent_mpi.engine.resharding import Blocks, move, of_replica, takes
+from nettorrent_mpi.engine.resharding import Blocks, move
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.stage_schedule import StageSchedule
 from nettorrent_mpi.engine.state import PARAMETERS, State
+from nettorrent_mpi.engine.state_blocks import ReadBlocks, StateBlocks
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.exchange import make_exchange
@@ -100,6 +100,7 @@ class Engine:
         clip_norm = options.clip_norm
         self.update = Update(wiring, self.device, state, self.optimizer, self.exchange, self.metrics, clip_norm)
         self.numbers = RankNumbers(topology, world.rank, self.metrics, self.update, self.exchange)
+        self.blocks = StateBlocks(wiring, self.device, state, self.exchange, self.update, self.numbers)
         self.pipeline = (Pipeline if self.device.kind == "cpu" else DevicePipeline)(
             plan,
             wiring,
@@ -125,97 +126,14 @@ class Engine:
 
         Afterwards the engine is attached again or closed.
         """
-        arrays = {holding: np.array(array) for holding, array in self.blocks().items()}
+        arrays = {holding: np.array(array) for holding, array in self.blocks.held().items()}
         self.close()
         return Blocks(self.world, arrays, self.exchange.count, self.steps)
 
-    def owned_blocks(self) -> dict[Holding, Array]:
-        """Return all that this rank owns of its replica's training state after the present step: views of the live
-        arrays (`State.owned_blocks`), and its numbers. Disjoint over the ranks of a replica, and complete. All ranks of
-        a replica call, after the same step."""
-        return self.state.owned_blocks(self.exchange.memories()) | self.numbers.now()
-
-    def live_blocks(self) -> dict[Holding, Array]:
-        """Return what this rank owns of its replica, where others are lost: in host memory. Of the exchange's memories
-        it has those that all replicas have in common. Not collective.
-
-        The others begin anew with the replicas that are left, because they are about peers, and what was under way
-        between them is lost (see `GossipExchange.memories`).
-        """
-        self.exchange.release()
-        own = self.state.owned_blocks(self.exchange.common())
-        return {holding: self.device.on_host(array) for holding, array in own.items()}
-
-    def blocks(self) -> dict[Holding, Array]:
-        """Return the blocks that this rank holds, in host memory. Collective over all ranks, at rest.
-
-        Where all replicas are equal they may be views of the live arrays; where replicas differ, a copy of their
-        average and each one's own besides (`resharding.Blocks` describes the names).
-        """
-        on_host = self.device.on_host
-        with self.exchange.paused():
-            average: dict[Holding, Array] = {}
-            if self.exchange.count > 1:
-                with self.exchange.shown():
-                    average = {holding: np.array(on_host(block)) for holding, block in self.state.blocks().items()}
-                for holding, shard in self.state.shards(self.exchange.common()).items():
-                    average[holding] = np.array(on_host(shard))
-                    self.wiring.peers.all_reduce(average[holding])
-                    np.divide(average[holding], self.exchange.count, out=average[holding])
-        own = self.state.blocks() | self.state.version_blocks() | self.state.shards(self.exchange.memories())
-        own |= self.numbers.now()
-        own = {holding: on_host(array) for holding, array in own.items()}
-        if self.exchange.count == 1:
-            return own
-        mine = {Holding(of_replica(self.place.replica, h.name), h.box): array for h, array in own.items()}
-        return average | mine
-
-    def restore(self, read: Callable[[str, Mapping[Holding, Array]], None], steps: int, replicas: int) -> None:
-        """Continue after `steps` steps of a training in which `replicas` replicas differed (1: none did). All ranks
-        call.
-
-        `read(prefix, wanted)` fills the wanted arrays with those whose names begin with `prefix`; it is called READS
-        times for each prefix. Replicas that differ first become their average; if there are as many as before, each
-        then takes its own weights.
-        """
-        own = f"{of_replica(self.place.replica, '')}"
-        self.update.restore(None)
-        for prefix in ("", own)[: takes(replicas, self.exchange.count)]:
-            numbers = self.numbers.wanted()
-            read(prefix, numbers)
-            self.numbers.restore(numbers)
-            memories = self.exchange.memories() if prefix or self.exchange.count == 1 else self.exchange.common()
-            for bucket, *shards in zip(self.state.buckets, *memories.values(), strict=True):
-                for shard in shards:
-                    bucket.clear_gaps(shard)  # `read` leaves them as they are, and a mass is a part's largest
-            self.fill(partial(read, prefix), self.state.blocks())
-            if not prefix:
-                self.exchange.averaged()  # before its memories are known: it begins them anew
-            self.fill(partial(read, prefix), self.state.shards(memories))
-            self.state.forget_versions()
-            self.fill(partial(read, prefix), self.state.version_blocks())
-        self.exchange.recall(steps)
-        self.update.restore(steps)
+    def restore(self, read: ReadBlocks, steps: int, replicas: int) -> None:
+        """Continue after `steps` steps of a training: see `StateBlocks.restore`. All ranks call, at rest."""
+        self.blocks.restore(read, steps, replicas)
         self.steps = steps
-
-    def load(self, read: Callable[[Mapping[Holding, Array]], None]) -> None:
-        """Let `read` write new values into host memory of all blocks of parameters. All ranks call, at rest."""
-        self.update.restore(None)
-        self.fill(read, self.state.blocks())
-        self.state.forget_versions()
-        self.update.restore(self.steps)
-
-    def fill(self, read: Callable[[Mapping[Holding, Array]], None], arrays: Mapping[Holding, Array]) -> None:
-        """Let `read` write new values into host memory of these arrays of this state. All ranks call, at rest."""
-        self.state.fence()
-        wanted = {holding: self.device.on_host(array) for holding, array in arrays.items()}
-        read(wanted)
-        for holding, array in arrays.items():
-            if wanted[holding] is not array:
-                self.device.upload(array, wanted[holding])
-        if any(bucket.rounded for bucket in self.state.buckets):
-            self.state.gather()
-        self.state.fence()
 
     @property
     def whole(self) -> int | None:

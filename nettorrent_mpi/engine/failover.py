@@ -150,7 +150,7 @@ class Recovery:
         engine.abandon()
         if guard is not None and fresh:
             guard.abandon()
-            self._held.append(Held(guard, step, {} if step is None else engine.live_blocks()))
+            self._held.append(Held(guard, step, {} if step is None else engine.blocks.live()))
 
     def _restore(self, told: Sequence[Sequence[Survivor]]) -> tuple[str, list[int], int] | None:
         """Attach the engine to the survivors and give it the newest state that there is. Returns where it comes from,

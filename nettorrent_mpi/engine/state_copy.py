@@ -56,7 +56,7 @@ class StateCopy:
                     engine.wiring.peers.all_reduce(average)
                     np.divide(average, exchange.count, out=average)
                     self._add_part(engine, name, box, average)
-        for (name, box), block in engine.owned_blocks().items():
+        for (name, box), block in engine.blocks.owned().items():
             holding = Holding(of_replica(replica, name) if exchange.count > 1 else name, box)
             out = self._room_for(holding, block)
             if engine.device.kind == "cpu" and block.flags.c_contiguous:

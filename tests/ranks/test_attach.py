@@ -228,7 +228,7 @@ def test_another_number_of_replicas_begins_with_the_average(kind: str) -> None:
     train(engine, 0, 5)
     assert kind in ("none", "late") or engine.exchange.rounds.is_open  # type: ignore[attr-defined]
     with engine.exchange.paused():
-        own = {holding.name: np.array(array) for holding, array in engine.owned_blocks().items()}
+        own = {holding.name: np.array(array) for holding, array in engine.blocks.owned().items()}
     expected: dict[str, Array] = {}
     for key in engine.shapes():
         mass = own.get(f"exchange/mass/{key}", 1.0)
@@ -250,7 +250,7 @@ def test_survivors_keep_what_the_replicas_have_in_common() -> None:
     world = World()
     engine = start(world, plan(inner(SIZE, [(1, 1)]), **options))
     train(engine, 0, 7)
-    live = {holding: np.array(array) for holding, array in engine.live_blocks().items()}
+    live = {holding: np.array(array) for holding, array in engine.blocks.live().items()}
     guard: Any = SimpleNamespace(topology=engine.topology, rank=RANK, copies=None)
     engine.close()
     memories = [holding for holding in live if holding.name.startswith("exchange/slow_momentum/")]
@@ -266,7 +266,7 @@ def test_survivors_keep_what_the_replicas_have_in_common() -> None:
         blocks = failover._brought(fewer, failover.Held(guard, 7, live), survivors, LiveReplicas(replicas, 7))
         engine.attach(fewer, plan(inner(SIZE - 1, [(1, 1)]), **options), blocks)
         with engine.exchange.paused():
-            found = engine.live_blocks()
+            found = engine.blocks.live()
         assert found.keys() == live.keys()
         for holding, array in live.items():
             common = holding.name.startswith("exchange/")

@@ -137,7 +137,7 @@ def test_the_same_layout_goes_on_bit_for_bit(chosen: int, shared_path: Path) -> 
                         engine.close()
                         engine = start(world, made)
                         restore(engine, folder)
-                found.append({holding: np.array(array) for holding, array in engine.blocks().items()})
+                found.append({holding: np.array(array) for holding, array in engine.blocks.held().items()})
                 engine.close()
             whole, parts = found
             different = [each.name for each in whole.keys() ^ parts.keys()]

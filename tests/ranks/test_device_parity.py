@@ -112,7 +112,7 @@ def test_weights_that_are_nan_are_found(keeps_nan: bool, monkeypatch: pytest.Mon
         engine.open_data(dataset, Sampler(dataset.train.rows, seed=3, validation=0.1, batch_size=37))
         for step in range(5):
             if step == 3:
-                engine.load(spoil)
+                engine.blocks.load(spoil)
             engine.step(step, 0.01)
         at = engine.pipeline.divergence.found()
         found.append(MPI.COMM_WORLD.allgather(None if at is None else at[0]))

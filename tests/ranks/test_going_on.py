@@ -46,7 +46,7 @@ def train(rests: tuple[int, ...], *, again: bool, **options: Any) -> Found:
             engine.attach(world, made, engine.detach())
         elif n + 1 in rests:
             Evaluator(engine).test()
-    arrays = {holding: np.array(array) for holding, array in engine.blocks().items()}
+    arrays = {holding: np.array(array) for holding, array in engine.blocks.held().items()}
     with engine.exchange.shown():
         scores = Evaluator(engine).test()
     engine.close()

@@ -105,7 +105,7 @@ def trained(layout: Topology, exchange: Any, device: Any, pipeline: Any) -> tupl
             reports.close()
             engine.attach(world, plan, engine.detach())
             reports = Reports(engine)
-    found = {f"{holding}": np.array(array) for holding, array in engine.blocks().items()}
+    found = {f"{holding}": np.array(array) for holding, array in engine.blocks.held().items()}
     reports.close()
     engine.close()
     return found, told
