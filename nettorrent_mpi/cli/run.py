@@ -11,12 +11,12 @@ from typing import Any
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.api import Trainer
-from nettorrent_mpi.cli.about_run import about_run
+from nettorrent_mpi.cli.about_run import about_results, about_run
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.progress import Quiet, Reporter, open_reporter
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.cli.requested import plan_requested, read
-from nettorrent_mpi.cli.run_folder import RunFolder, commit
+from nettorrent_mpi.cli.run_folder import RunFolder
 from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.world import World
@@ -305,23 +305,5 @@ class Run:
         peak, on_gpu = (max(each) for each in zip(*peaks, strict=True))
         with world.agreement():
             if world.rank == 0:
-                predicted = max(each.total for each in self._planned.memory)
-                more: dict[str, Any] = {
-                    "peak_memory_mb": round(peak / 1e6, 1),
-                    "memory_estimate_mb": round(predicted / 1e6, 1),
-                    "commit": commit(),
-                    "version": __version__,
-                }
-                rate = summary["samples_per_second"]
-                if rate:
-                    setup = self._planned.setup
-                    more["seconds_per_step"] = setup.config.train.batch_size / rate
-                    if setup.machine.source and setup.options.device == "cpu":
-                        more["seconds_per_step_predicted"] = self._planned.seconds_per_step
-                if on_gpu:
-                    predicted = max(each.total - each.libraries for each in self._planned.gpu_memory)
-                    more |= {
-                        "gpu_arrays_mb": round(on_gpu / 1e6, 1),
-                        "gpu_arrays_estimate_mb": round(predicted / 1e6, 1),
-                    }
+                more = about_results(self._planned, summary["samples_per_second"], peak, on_gpu)
                 self._folder.summary(summary | more)
