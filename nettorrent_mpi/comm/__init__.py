@@ -1,1 +1,1 @@
-"""Floor 1: bytes between ranks. The only folder that imports mpi4py; it knows nothing of learning."""
+"""Floor 1 moves bytes between ranks. It is the only folder that imports mpi4py, and knows nothing of learning."""

@@ -17,8 +17,8 @@ STARTING, TRAINING, OUTSIDE = "start-up", "training", "the script's own code"
 
 
 class Waiting:
-    """A context manager around calls that return when others have sent, received or come: `nanoseconds` is the time
-    spent in them so far. Entering it makes no object."""
+    """A Waiting counts the `nanoseconds` spent in calls that return when others have sent, received or come: it is a
+    context manager around each. Entering it makes no object."""
 
     def __init__(self) -> None:
         self.nanoseconds = 0
@@ -31,8 +31,8 @@ class Waiting:
 
 
 class Activity:
-    """The present activity: the phase of the run, and the latest action of a schedule with its step (from 1). `count`
-    grows whenever something begins: as long as it grows, this rank advances."""
+    """An Activity has the phase of the run, and the latest action of a schedule with its step (from 1). `count` grows
+    whenever something begins: as long as it grows, this rank advances."""
 
     def __init__(self) -> None:
         self.phase = STARTING

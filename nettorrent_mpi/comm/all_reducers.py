@@ -19,7 +19,8 @@ CHUNK = 1 << 15  # elements that are added up together: what several ranks wrote
 
 
 class AllReducer:
-    """The all-reducer of a rank that is alone, and the interface of all: `array` is what it adds up.
+    """An AllReducer adds up `array` over a group. This class is the interface of all, and suffices where a rank is
+    alone.
 
     Each time all members call `begin` when their numbers are complete, and then `finish`, which waits, with the same
     factor on the sum. Nobody touches the array in between.
@@ -32,7 +33,7 @@ class AllReducer:
         """Start to send, where numbers travel in messages."""
 
     def finish(self, factor: float) -> None:
-        """array <- factor * the sum of everyone's array."""
+        """Compute array <- factor * the sum of everyone's array."""
         if factor != 1:
             np.multiply(self.array, factor, out=self.array)
 
@@ -41,7 +42,7 @@ class AllReducer:
 
 
 class MpiAllReducer(AllReducer):
-    """Reduces by MPI's collective operation."""
+    """An MpiAllReducer reduces by MPI's collective operation."""
 
     def __init__(self, group: Group, array: Array):
         super().__init__(array)
@@ -53,7 +54,7 @@ class MpiAllReducer(AllReducer):
 
 
 class RingAllReducer(AllReducer):
-    """Reduces around rings, in messages that travel while the ranks compute (comm/ring.py)."""
+    """A RingAllReducer reduces around rings, in messages that travel while the ranks compute (comm/ring.py)."""
 
     def __init__(self, rings: Rings, group: Group, first_tag: int, array: Array):
         """All members pass the same tag; reducers.PIECES tags from it on must be free."""
@@ -88,8 +89,8 @@ class RingAllReducer(AllReducer):
 
 
 class SharedAllReducer(AllReducer):
-    """Reduces in memory that the ranks of one node share: each adds up its part of everyone's arrays, and writes the
-    sum to all of them.
+    """A SharedAllReducer reduces in memory that the ranks of one node share: each adds up its part of everyone's
+    arrays, and writes the sum to all of them.
 
     Reading and writing everyone's arrays where they are moves the fewest bytes: no copy of the sum is made.
     """

@@ -1,4 +1,5 @@
-"""Short messages between ranks that need no MPI: datagrams (UDP), signed with a key that only these ranks know.
+"""Beats are short messages between ranks that need no MPI: datagrams (UDP), signed with a key that only these ranks
+know.
 
 They work while MPI is stuck. They may be lost, so what matters is sent again.
 """
@@ -35,7 +36,7 @@ class Member(NamedTuple):
 
 
 class Beats:
-    """The sockets of one rank's beats. All ranks of `world` make it together, over MPI."""
+    """A Beats object sends and receives one rank's beats. All ranks of `world` make it together, over MPI."""
 
     def __init__(self, world: Group, host: str):
         self.rank = world.index

@@ -1,4 +1,4 @@
-"""The team of a stage, as its layers see it, over channels."""
+"""A ChannelTeam is the team of a stage, as its layers see it, over channels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from nettorrent_mpi.plan.blocks import Span, span
 
 
 class ChannelTeam:
-    """Implements nn.layer.Team: the collective operations of layers among the ranks of a stage, on any device.
+    """A ChannelTeam implements nn.layer.Team: the collective operations of layers among the ranks of a stage, on any
+    device.
 
     `holders` connects all ranks that hold other rows of the micro-batch: of the team, and of all replicas where they
     are exact; `cols` those that hold other neurons of the same rows.

@@ -26,7 +26,7 @@ class Carrier(Protocol):
 
     @property
     def ops(self) -> Ops:
-        """The operations, by name."""
+        """Return the operations, by name."""
 
 
 class Message(NamedTuple):
@@ -129,7 +129,8 @@ def launch(messages: Sequence[Message]) -> None:
 
 
 class MpiChannel(Channel):
-    """Arrays in the host's memory: MPI works on them in place, and has completed when an operation returns."""
+    """An MpiChannel carries arrays in the host's memory: MPI works on them in place, and has completed when an
+    operation returns."""
 
     equal_parts = False
 
@@ -151,7 +152,7 @@ class MpiChannel(Channel):
 
 
 class NcclChannel(Channel):
-    """Arrays of GPUs: NCCL's operations are work of the device's present stream."""
+    """An NcclChannel carries arrays of GPUs: NCCL's operations are work of the device's present stream."""
 
     capturable = True
 

@@ -1,4 +1,4 @@
-"""Ranks that are lost: whether a run can survive that, how it is seen, and how to leave what waits for them.
+"""This module says whether a run can survive the loss of ranks, and whether an error tells of one.
 
 Open MPI tells of dead ranks where its fault tolerance (ULFM, User-Level Failure Mitigation) is on: an operation that
 needs one raises an error instead of waiting for ever. A rank that sees one revokes every communicator that it is in, so

@@ -1,4 +1,4 @@
-"""Groups of ranks with collective operations on arrays. Operations used in a step pickle nothing."""
+"""A Group of ranks has collective operations on arrays. Those that are used in a step pickle nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ DOZE = 0.002  # seconds from look to look
 
 
 class Group:
-    """An ordered group of ranks: a communicator. `index` is this rank's position in it; `nodes` gives for each member
-    its node, as the number of the first member there.
+    """A Group is an ordered group of ranks: a communicator. `index` is this rank's position in it; `nodes` gives for
+    each member its node, as the number of the first member there.
 
     Operations on a group of one make no MPI calls (at most a copy), so that callers need no special case, and a process
     that is alone needs no MPI: its groups have no communicator. Whoever makes a group, or has one made, frees it.

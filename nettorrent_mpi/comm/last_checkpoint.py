@@ -1,4 +1,4 @@
-"""The last checkpoint of a run that stands still: the ranks that answer make it before they end, without MPI.
+"""The ranks that answer make the last checkpoint of a run that stands still, before they end, without MPI.
 
 the rank that speaks    sees from all signs whether the state is whole, and orders to save it
 each rank that answers  writes its blocks, and tells so in its signs

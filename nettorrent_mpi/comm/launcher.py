@@ -1,4 +1,4 @@
-"""The launcher of this rank: if it is gone, the rank ends, because nobody else would end it.
+"""A rank ends when its launcher is gone, because nobody else would end it.
 
 Launchers end their ranks, but not if they are killed themselves (kill -9, a machine out of memory): under MPICH, ranks
 whose hydra_pmi_proxy was killed wait for each other for ever, and under Open MPI so do those of a daemon whose launcher
@@ -40,9 +40,10 @@ GRACE = 2  # ticks in which other ranks of this machine may clean up before they
 
 
 class LauncherWatch:
-    """The watch over this rank's launcher. `siblings` are the processes of the other ranks on this machine, as far as
-    known: those that cannot end themselves, because they are stopped, are killed by those that do. `tells` is called
-    with what has gone, so that ranks end whose own launchers notice nothing, as those of other nodes under srun."""
+    """A LauncherWatch looks after this rank's launcher. `siblings` are the processes of the other ranks on this
+    machine, as far as known: those that cannot end themselves, because they are stopped, are killed by those that do.
+    `tells` is called with what has gone, so that ranks end whose own launchers notice nothing, as those of other nodes
+    under srun."""
 
     def __init__(self, line: Iterable[Process]):
         self.processes = belonging(list(line))
@@ -54,7 +55,7 @@ class LauncherWatch:
 
     @property
     def head(self) -> Process | None:
-        """The launcher itself, where it runs on this machine."""
+        """Return the launcher itself, where it runs on this machine."""
         return next((each for each in reversed(self.processes) if each.name in _HEADS), None)
 
     def started(self) -> list[Process]:
@@ -74,7 +75,7 @@ class LauncherWatch:
 
     @property
     def gone(self) -> bool:
-        """Whether it is, so that this rank ends."""
+        """Whether the launcher is gone, so that this rank ends."""
         return self._left is not None
 
     def _look(self) -> None:

@@ -1,4 +1,4 @@
-"""The end of a rank whose MPI may be stuck: nothing here waits for it."""
+"""A rank whose MPI may be stuck ends itself, or all ranks: nothing here waits for MPI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MPI library. It loads when it is first used, so that a process that is alone needs none."""
+"""The MPI library loads when it is first used, so that a process that is alone needs none."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _limited(seconds: float) -> Iterator[None]:
 
 
 class _Library:
-    """Stands for the module mpi4py.MPI and loads it when a name in it is first used."""
+    """A _Library stands for the module mpi4py.MPI and loads it when a name in it is first used."""
 
     def __getattr__(self, name: str) -> Any:
         value = self.__dict__[name] = getattr(_load(), name)

@@ -19,7 +19,8 @@ from nettorrent_mpi.plan.blocks import Span
 
 
 class Part(NamedTuple):
-    """One message of a transfer: rows and features (of the last axis), local to the array, and the other rank."""
+    """A Part is one message of a transfer: rows and features (of the last axis), local to the array, and the other
+    rank."""
 
     peer: int
     rows: Span
@@ -28,7 +29,8 @@ class Part(NamedTuple):
 
 
 class Transfer:
-    """All messages of one array, on one side. `start` and `finish` are called in turn; neither allocates arrays."""
+    """A Transfer has all messages of one array, on one side. `start` and `finish` are called in turn; neither allocates
+    arrays."""
 
     def __init__(self, group: Group, array: Array, parts: Sequence[Part], tag: int, *, sending: bool):
         self.array = array

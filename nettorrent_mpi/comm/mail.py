@@ -30,7 +30,7 @@ _HEAD = 8 * HEADER  # bytes
 
 
 class Letter:
-    """A buffer for one message: `head`, HEADER numbers, and `body`, the bytes after them, on the device."""
+    """A Letter is a buffer for one message: `head`, HEADER numbers, and `body`, the bytes after them, on the device."""
 
     def __init__(self, envelope: Envelope, size: int):
         self.envelope = envelope
@@ -41,12 +41,12 @@ class Letter:
 
     @property
     def body(self) -> Array:
-        """The body, for operations of the device that are called from now on."""
+        """Return the body, for operations of the device that are called from now on."""
         return self.envelope.body
 
 
 class Arrived(NamedTuple):
-    """A received message and its sender. Return the letter with `Mail.release`."""
+    """An Arrived is a received message and its sender. Return the letter with `Mail.release`."""
 
     source: int
     letter: Letter
@@ -54,8 +54,8 @@ class Arrived(NamedTuple):
 
 
 class Mail:
-    """The mailbox of one member, for bodies on its device. `size` is the largest body in bytes; `receives` messages can
-    arrive before one is read."""
+    """A Mail is the mailbox of one member, for bodies on its device. `size` is the largest body in bytes; `receives`
+    messages can arrive before one is read."""
 
     def __init__(self, group: Group, device: Device, size: int, receives: int, tag: int):
         assert _HEAD + size < 1 << 31, "larger messages than MPI counts; send parts"
@@ -257,7 +257,8 @@ class Mail:
 
 
 class Pending:
-    """A nonblocking all-reduce (Iallreduce): started by all members in the same order, waited for later."""
+    """A Pending is a nonblocking all-reduce (Iallreduce): all members start it in the same order, and wait for it
+    later."""
 
     def __init__(self, group: Group, values: Sequence[float] | Array):
         self._sums = np.array(values, np.float64)

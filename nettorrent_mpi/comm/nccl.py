@@ -1,7 +1,7 @@
-"""NCCL (NVIDIA's collective communication library), through CuPy's binding.
+"""This is the only module that knows NCCL, NVIDIA's collective communication library, through CuPy's binding.
 
-This is the only module that knows it. CuPy's binding suffices: its communicators are blocking, and can be aborted.
-Those of nccl4py, which are made without blocking and can shrink, are for surviving lost ranks, which no run does.
+CuPy's binding suffices: its communicators are blocking, and can be aborted. Those of nccl4py, which are made without
+blocking and can shrink, are for surviving lost ranks, which no run does.
 
 NCCL wants all ranks to launch in one order over all communicators, because a GPU may run one launch at a time and each
 waits for its partners: `plan/launches.py` proves that order, and NCCL_LAUNCH_ORDER_IMPLICIT makes GPUs keep to the
@@ -113,21 +113,21 @@ class Communicator:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._nccl))
 
     def all_reduce(self, values: Array, stream: int) -> None:
-        """values <- the sum of everyone's."""
+        """Compute values <- the sum of everyone's."""
         at = self._address(values)
         self._nccl.allReduce(at, at, values.size, self._type(values), self._sum, stream)
 
     def reduce_scatter(self, values: Array, part: Array, stream: int) -> None:
-        """part <- this member's part of the sum of everyone's values; it may be that section of `values`."""
+        """Compute part <- this member's part of the sum of everyone's values; it may be that section of `values`."""
         kind = self._type(values)
         self._nccl.reduceScatter(self._address(values), self._address(part), part.size, kind, self._sum, stream)
 
     def all_gather(self, part: Array, whole: Array, stream: int) -> None:
-        """whole <- everyone's parts; the own one may be its section of `whole`."""
+        """Gather whole <- everyone's parts; the own one may be its section of `whole`."""
         self._nccl.allGather(self._address(part), self._address(whole), part.size, self._type(part), stream)
 
     def broadcast(self, values: Array, source: int, stream: int) -> None:
-        """values <- those of member `source`."""
+        """Broadcast values <- those of member `source`."""
         at = self._address(values)
         self._nccl.broadcast(at, at, values.size, self._type(values), source, stream)
 

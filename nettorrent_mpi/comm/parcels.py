@@ -46,13 +46,13 @@ class Parcel:
             self.messages.append(Message(channel, sending, message, part.peer))
 
     def pack(self) -> None:
-        """Before the launch: copy the array's present contents into the messages."""
+        """Copy the array's present contents into the messages, before the launch."""
         if self.sending:
             for view, staging, _ in self._staged:
                 self._ops.copy(staging, view)
 
     def unpack(self) -> None:
-        """After the launch: copy the messages into the array, or add them to it."""
+        """Copy the messages into the array, or add them to it, after the launch."""
         if not self.sending:
             for view, staging, add in self._staged:
                 if add:

@@ -1,5 +1,5 @@
-"""Processes of this machine, as Linux tells of them in /proc. A process is known by its number and the time of its
-start, because numbers are used again."""
+"""Linux tells of the processes of this machine in /proc. A process is known by its number and the time of its start,
+because numbers are used again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Process(NamedTuple):
-    """A process: its number, when it started (ticks since the machine did), and its program's name."""
+    """A Process is told by its number, when it started (ticks since the machine did), and its program's name."""
 
     pid: int
     started: str
@@ -24,7 +24,7 @@ class Process(NamedTuple):
 
     @property
     def state(self) -> str:
-        """The letter of its state (R runs, S sleeps, D waits for a disk, T is stopped), GONE if it has ended."""
+        """Return the letter of its state (R runs, S sleeps, D waits for a disk, T is stopped), GONE if it has ended."""
         found = _stat(self.pid)
         if found is None or found.started != self.started or found.state in "ZX":
             return GONE

@@ -25,7 +25,8 @@ def pieces_of(counts: Sequence[int], itemsize: int) -> int:
 
 
 class Reducer:
-    """The reducer of a single holder, which has nothing to do, and the interface of all.
+    """A Reducer is one holder's part in reducing a bucket. This class is the interface of all, and a single holder's,
+    which has nothing to do.
 
     A step calls `begin_reduce` when the gradients are written, `reduce` before it reads the sums, `expect_gather` when
     the others' shards of the parameters may change, `begin_gather` when the own shard is updated, and `gather`, after
@@ -37,7 +38,7 @@ class Reducer:
         """Start to send the gradients, where they travel in messages."""
 
     def reduce(self) -> None:
-        """sums <- this shard of the sum of everyone's gradients."""
+        """Compute sums <- this shard of the sum of everyone's gradients."""
 
     def multiply(self, rows: int) -> None:
         """Compute, after `reduce`, the gradients in parts, from a mini-batch of `rows` rows."""
@@ -49,11 +50,11 @@ class Reducer:
         """Start to send this rank's shard of the parameters, where it travels in messages."""
 
     def gather(self) -> None:
-        """params <- everyone's shards."""
+        """Gather params <- everyone's shards."""
 
 
 class ChannelReducer(Reducer):
-    """Reduces and gathers by a channel's collective operations; all shards have the same size."""
+    """A ChannelReducer reduces and gathers by a channel's collective operations; all shards have the same size."""
 
     def __init__(self, channel: Channel, params: Array, grads: Array, sums: Array):
         size, more = divmod(params.size, channel.group.size)
@@ -69,8 +70,8 @@ class ChannelReducer(Reducer):
 
 
 class RingReducer(Reducer):
-    """Reduces and gathers around rings while the ranks compute: in pieces, so that the link carries some while others
-    wait to be added."""
+    """A RingReducer reduces and gathers around rings while the ranks compute: in pieces, so that the link carries some
+    while others wait to be added."""
 
     def __init__(
         self,
@@ -120,8 +121,8 @@ class RingReducer(Reducer):
 
 
 class SharedReducer(Reducer):
-    """Reduces gradients in place, in memory that the holders of a node share, which also has the only copy of the
-    parameters: nothing is sent or copied."""
+    """A SharedReducer reduces gradients in place, in memory that the holders of a node share, which also has the only
+    copy of the parameters: nothing is sent or copied."""
 
     def __init__(self, device: Device, shards: Sequence[Array], sums: Array):
         """`shards` are everyone's gradients of this rank's shard, in the order in which they are added up."""

@@ -1,4 +1,4 @@
-"""Requests that are waited for together, and those that are given up because their communicator was revoked."""
+"""Requests are waited for together, or given up because their communicator was revoked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reduce-scatter and all-gather around a ring of ranks, in messages that travel while the ranks compute.
+"""A Ring of ranks reduce-scatters and all-gathers an array, in messages that travel while the ranks compute.
 
 Every member of a group owns a shard of a flat array. In the first lap, the sum for shard o starts at the member after
 o; every member adds its own numbers and passes it on, until o has the total. In the second lap o's result goes around
@@ -31,7 +31,7 @@ def can_carry(counts: Sequence[int], itemsize: int, least: int) -> bool:
 
 
 class Lap:
-    """One lap around the ring. Each arriving piece is taken in and then passed on."""
+    """A Lap goes once around the ring. Each arriving piece is taken in and then passed on."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Lap:
 
     @property
     def awaited(self) -> MPI.Prequest:
-        """The request of the next piece."""
+        """Return the request of the next piece."""
         return self._receives[self._at]
 
     def go_on(self) -> None:
@@ -102,7 +102,7 @@ class Lap:
 
 
 class Ring:
-    """The two laps of one array: `reduce` and `gather`."""
+    """A Ring has the two laps of one array: `reduce` and `gather`."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Ring:
 
 
 class Rings:
-    """The rings of a rank: while it waits for one, the others progress."""
+    """Rings are all those of a rank: while it waits for one, the others progress."""
 
     def __init__(self) -> None:
         self._rings: list[Ring] = []

@@ -1,4 +1,4 @@
-"""Memory shared by the ranks of one node."""
+"""The ranks of one node share memory."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Ask(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """The bytes of all members."""
+        """Return the bytes of all members."""
         return (self.group.size * self.own + self.common) * int(np.dtype(self.dtype).itemsize)
 
 

@@ -1,4 +1,4 @@
-"""A look at what another thread of this process is doing, and at what the process moves, from outside.
+"""A Spy looks at what another thread of this process is doing, and at what the process moves, from outside.
 
 It costs the observed thread nothing: Python's frames and the kernel's counters are read only where it does not advance.
 """

@@ -16,7 +16,8 @@ from nettorrent_mpi.device.arrays import Array, DType
 
 
 class PinnedMemory:
-    """Pinned host memory through which the staged channels of a device copy its arrays. It grows to the largest launch.
+    """A PinnedMemory is host memory through which the staged channels of a device copy its arrays. It grows to the
+    largest launch.
 
     The stream may still read it when an operation returns: the host may write to it only after `wait`.
     """
@@ -46,7 +47,8 @@ class PinnedMemory:
 
 
 class StagedChannel(Channel):
-    """Arrays of GPUs, copied to pinned memory and back; MPI carries them in between, at most `largest` bytes at once.
+    """A StagedChannel copies arrays of GPUs to pinned memory and back; MPI carries them in between, at most `largest`
+    bytes at once.
 
     bfloat16, which MPI has not got, is summed in float32 and rounded once.
     """

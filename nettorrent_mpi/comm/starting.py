@@ -1,4 +1,5 @@
-"""The watch over the start of MPI, where the launcher lets other ranks live when one dies (`mpirun --with-ft ulfm`).
+"""A StartWatch looks after the ranks while MPI starts, where the launcher lets other ranks live when one dies (`mpirun
+--with-ft ulfm`).
 
 MPI tells of dead ranks only once it has started: until then the others would wait for one for ever, inside MPI_Init,
 which keeps Python's lock. So a process of its own watches, for each rank, and ends the run.

@@ -1,4 +1,4 @@
-"""A thread of this process that ticks about once a second, for whoever looks after ranks while MPI may be stuck.
+"""A thread of this process ticks about once a second, for whoever looks after ranks while MPI may be stuck.
 
 It is one daemon thread, made when somebody first asks, that needs Python's lock for some microseconds per second. Time
 in which the process is suspended has no ticks.

@@ -1,5 +1,5 @@
-"""The watch of one rank over a world: once a second it tells the listeners what the rank does, by messages that need no
-MPI, and a listener keeps what all ranks have told."""
+"""A Watch tells the listeners once a second what its rank does, by messages that need no MPI, and a listener's keeps
+what all ranks have told."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Emergency(Protocol):
         """Return the step after which this rank's state is whole; None in the middle of an update."""
 
     def obstacle(self, wholes: dict[int, int | None]) -> str | None:
-        """Return why the ranks that answer, with these steps, can make no checkpoint; "" if it is there already."""
+        """Return why the ranks that answer, with these steps, can make no checkpoint; "" if it is there already; None
+        if they can."""
 
     def write(self, step: int, silent: Sequence[int]) -> None:
         """Write this rank's part of the checkpoint of this step; some ranks are silent. Raises what goes wrong."""
@@ -43,7 +44,7 @@ class Emergency(Protocol):
 
 
 class Watch:
-    """The watch of one rank. All ranks of a world make it together; each may close it at any time.
+    """A Watch is one rank's. All ranks of a world make it together; each may close it at any time.
 
     `signs` has what is known of all ranks, on listeners; `speaks` says whether this one is the first listener that
     lives, and `judge` is called on it once a second. `told` says whether the present incident has been told of, by

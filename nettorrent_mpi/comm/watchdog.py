@@ -1,4 +1,4 @@
-"""The watchdog: no run hangs without a word, and none for ever.
+"""The watchdog lets no run hang without a word, and none for ever.
 
 Once a second a thread of each rank looks whether the rank has advanced, and tells a few others, the listeners (watch).
 A rank that is stopped is named at once. When one has not advanced for `report` seconds, one table shows what every rank
@@ -38,7 +38,7 @@ def print_error(text: str) -> None:
 
 
 class Watchdog:
-    """The watchdog of a world. All ranks make it together; from then on it needs no MPI.
+    """A Watchdog looks after a world. All ranks make it together; from then on it needs no MPI.
 
     `report` and `end` are in seconds; None: never. `say` shows a line (default: on standard error), `places` describes
     the ranks' positions, `emergency` makes a checkpoint when the run ends, and `farewell` returns what is to be said
@@ -70,7 +70,7 @@ class Watchdog:
 
 
 class Judge:
-    """The judge of what the ranks of a world tell, on the one that speaks."""
+    """A Judge decides about what the ranks of a world tell, on the one that speaks."""
 
     def __init__(self, watchdog: Watchdog):
         self._dog = watchdog

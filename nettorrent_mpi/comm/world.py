@@ -1,4 +1,4 @@
-"""The world of a run: starting MPI, and errors that all ranks agree on."""
+"""A World starts MPI for a run, and makes errors of one rank errors that all agree on."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ class World(Group):
 
     @property
     def rank(self) -> int:
-        """This rank's number."""
+        """Return this rank's number."""
         return self.index
 
     @property
     def is_broken(self) -> bool:
-        """The same as of every group, of those that were left out, too."""
+        """Whether this rank knows of a lost member, also among those that were left out, or the world was revoked."""
         return super().is_broken or (self._whole is not None and self._whole.is_broken)
 
     def _count(self) -> None:
@@ -165,7 +165,8 @@ class World(Group):
             self._whole = None
 
     def _agreed(self, error: NetTorrentError, where: str = "") -> NetTorrentError:
-        """The error as all ranks of this world raise it; one of the package's faults ends the program all the same."""
+        """Return the error as all ranks of this world raise it; one of the package's faults ends the program all the
+        same."""
         error.args = (f"{error}{where}",)
         error.agreed = self.members if not isinstance(error, RemoteError) else frozenset()
         return error

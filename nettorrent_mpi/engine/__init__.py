@@ -1,1 +1,1 @@
-"""Floor 3: a topology and a network become wiring, state and steps."""
+"""Floor 3 makes wiring, state and steps of a topology and a network."""

@@ -1,4 +1,4 @@
-"""The meaning of a network's outputs: labels, and probabilities of classes."""
+"""Answers say what a network's outputs mean: labels, and probabilities of classes."""
 
 from __future__ import annotations
 

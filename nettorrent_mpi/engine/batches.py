@@ -41,7 +41,7 @@ class RowsOfMicroBatch(NamedTuple):
 
     @property
     def whole(self) -> int:
-        """The number of rows that belong to this replica."""
+        """Return the number of rows that belong to this replica."""
         return self.replica.size
 
 

@@ -1,4 +1,4 @@
-"""Finding out what is to blame for a value that is not finite: the data, or the training."""
+"""A value that is not finite is blamed on the data, or on the training."""
 
 from __future__ import annotations
 

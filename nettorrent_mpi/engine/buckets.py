@@ -43,7 +43,7 @@ def divisible(size: int, members: int) -> int:
 
 
 class Flat:
-    """A flat array `params` of blocks that all members of `group` hold alike, one after another.
+    """A Flat has an array `params` of blocks that all members of `group` hold alike, one after another.
 
     `counts` gives the elements that each member owns, which are equal: GPUs reduce equal parts only. `shard` are this
     rank's, and `weights` their values; `places` gives the position of each block "<layer>/<name>".
@@ -115,7 +115,8 @@ def _view(flat: Array, shape: Sequence[int], axes: tuple[int, ...]) -> Array:
 
 
 class Statistics(Flat):
-    """Running statistics of batch norm: no optimizer updates them, and every holder computes the same values."""
+    """Statistics are the running ones of batch norm: no optimizer updates them, and every holder computes the same
+    values."""
 
     def __init__(self, device: Device, channel: Channel, blocks: Mapping[str, Parameter], dtype: Any):
         group = channel.group
@@ -128,7 +129,7 @@ class Statistics(Flat):
 
 
 class Bucket(Flat):
-    """A bucket of trainable blocks: `params`, their gradients `grads`, the shard's reduced gradients (`reduced`) and
+    """A Bucket has trainable blocks: `params`, their gradients `grads`, the shard's reduced gradients (`reduced`) and
     optimizer state. `versions` has room for earlier versions of `params`. The optimizer changes `weights`: the shard of
     `params`, or, where layers compute in a shorter type, what the shard is rounded from (`round`).
 

@@ -1,4 +1,4 @@
-"""A network as PyTorch and ONNX have it: channels first.
+"""This module gives a network as PyTorch and ONNX have it: channels first.
 
                         here                                   there
     images              (row, height, width, channel)          (row, channel, height, width)
@@ -53,7 +53,7 @@ class Placed:
 
     @property
     def geometry(self) -> Geometry:
-        """The geometry of a convolution."""
+        """Return the geometry of a convolution."""
         spec = self.spec
         assert isinstance(spec, specs.Conv2d)
         height, width, channels = self.inputs

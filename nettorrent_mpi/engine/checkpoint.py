@@ -1,5 +1,5 @@
 """Checkpoints hold the whole training state in global coordinates, so that any layout and rank count can resume from
-it: reading them. (engine/checkpoint_writer.py writes them.)
+it. This module reads them; engine/checkpoint_writer.py writes them.
 
 Random numbers are functions of the step, so only the step number is saved for them. Replicas that differ are all saved,
 besides their average, from which a run with another number of replicas starts. Besides blocks of arrays there are

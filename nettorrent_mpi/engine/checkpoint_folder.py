@@ -1,4 +1,4 @@
-"""The folder `checkpoints/`: how a checkpoint comes into it, whole or not at all, and which ones are there.
+"""A checkpoint comes into the folder `checkpoints/` whole or not at all; this module also says which ones are there.
 
 step-N.tmp    a checkpoint that is being written; one with a manifest is complete and lacks only its name
 step-N        a checkpoint

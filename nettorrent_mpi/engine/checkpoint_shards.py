@@ -1,4 +1,4 @@
-"""The files of a checkpoint that have arrays: a shard from each rank with the blocks that it owned, and the index.
+"""These files of a checkpoint have arrays: a shard from each rank with the blocks that it owned, and the index.
 
     shard-R.h5: /parameters/<layer>/<name>/0-5x0-3     rows 0..4 and columns 0..2 of that array
     index.h5:   /parameters/<layer>/<name>             the whole array, made of the shards' blocks

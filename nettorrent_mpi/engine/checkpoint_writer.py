@@ -1,4 +1,4 @@
-"""Writing checkpoints while training goes on: each rank writes the blocks that it owns, from a copy, by a thread.
+"""Checkpoints are written while training goes on: each rank writes the blocks that it owns, from a copy, by a thread.
 
     main thread, at rest        copies this rank's blocks, and starts a thread
     thread                      writes them into step-N.tmp/, with a note of their checksum
@@ -90,7 +90,7 @@ class CheckpointWriter:
 
     @property
     def in_flight(self) -> int | None:
-        """The step of the checkpoint in flight."""
+        """Return the step of the checkpoint in flight."""
         return self._step
 
     def stand_still(self) -> None:
@@ -161,7 +161,7 @@ def _look(trains: threading.Thread, unwanted: threading.Event) -> None:
 
 
 class _Writing(threading.Thread):
-    """A thread that writes. Its error is kept until it is asked for.
+    """A _Writing is a thread that writes. Its error is kept until it is asked for.
 
     It is no daemon: Python would end in the middle of HDF5, which fails.
     """

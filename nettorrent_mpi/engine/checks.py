@@ -1,4 +1,4 @@
-"""Checks of a whole setup: what cannot be meant is refused, what is doubtful gets a warning of one line."""
+"""A whole setup is checked: what cannot be meant is refused, what is doubtful gets a warning of one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights of the classes in the loss, as numbers."""
+"""Classes may weigh in the loss: these functions give their weights as numbers."""
 
 from __future__ import annotations
 

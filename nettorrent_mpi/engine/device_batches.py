@@ -1,4 +1,4 @@
-"""Mini-batches gathered on a GPU, from rows that lie there or are uploaded ahead.
+"""Mini-batches are gathered on a GPU, from rows that lie there or are uploaded ahead.
 
 What lies where, for a split of R rows and mini-batches of B rows in M micro-batches:
 

@@ -1,4 +1,4 @@
-"""The pipeline of a GPU: the host launches a list of actions and goes on, while the GPU executes them.
+"""A GPU's host launches a list of actions and goes on, while the GPU executes them.
 
 plan/launches.py turns the list into launches on two streams, and says which waits for which. A run of compute is
 executed once, so that all memory is allocated and all algorithms are chosen; then it is captured as a graph, which is
@@ -31,7 +31,7 @@ from nettorrent_mpi.plan.launches import BEFORE, Compute, Item, OnHost, Transfer
 
 
 class _Recorded(NamedTuple):
-    """A run of compute that is recorded, and what its actions left behind on the host."""
+    """A _Recorded is a run of compute that is recorded, and what its actions left behind on the host."""
 
     run: Callable[[], None]
     effects: list[Any]

@@ -1,4 +1,4 @@
-"""Rows of a data set in a device's memory, all of them or those that are computed with next; and their numbers."""
+"""A device's memory holds rows of a data set, all of them or those that are computed with next, and their numbers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The device of a run: `device: auto` is resolved, and every rank of a run on GPUs has one, before anything else is
-made."""
+"""The device of a run is chosen before anything else is made: `device: auto` is resolved, and every rank of a run on
+GPUs has one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Wanted = Literal["auto", "cpu", "gpu"]
 
 
 class ChosenDevice(NamedTuple):
-    """What all ranks of a run compute on."""
+    """A ChosenDevice is what all ranks of a run compute on."""
 
     kind: DeviceKind
     line: str = ""  # says it to the user, where that is not what he wrote

@@ -1,4 +1,4 @@
-"""Divergence: which step and which layer first made a value that is not finite."""
+"""A Divergence knows which step and which layer first made a value that is not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emergency checkpoint of a training that stands still: it is made without MPI, from the live arrays.
+"""The emergency checkpoint of a training that stands still is made without MPI, from the live arrays.
 
 Ranks that wait for a rank that hangs stand in a later step and have not updated anything in it, so their arrays are the
 state after the last whole step; only forward passes have changed the running statistics and the metrics, which were

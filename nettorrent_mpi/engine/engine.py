@@ -137,7 +137,8 @@ class Engine:
 
     @property
     def whole(self) -> int | None:
-        """The step after which this rank's own state is whole; None in the middle of an update or an exchange."""
+        """Return the step after which this rank's own state is whole; None in the middle of an update or an
+        exchange."""
         return None if self.exchange.torn and self.wiring.replica.size > 1 else self.update.whole
 
     def abandon(self) -> None:
@@ -159,7 +160,7 @@ class Engine:
 
     @property
     def bound(self) -> Group:
-        """The group of ranks that wait for each other inside a step."""
+        """Return the group of ranks that wait for each other inside a step."""
         return self.wiring.everyone if self.exchange.waits_for_peers else self.wiring.replica
 
     @property

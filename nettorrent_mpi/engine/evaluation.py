@@ -1,4 +1,4 @@
-"""The evaluation of one network, or of replicas that differ: loss and accuracy on test and validation rows."""
+"""An Evaluator evaluates one network, or replicas that differ: loss and accuracy on test and validation rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Evaluation:
 
     @property
     def deciding(self) -> Scores | None:
-        """The scores that decide when training stops: those on the validation rows, where there are any."""
+        """Return the scores that decide when training stops: those on the validation rows, where there are any."""
         return self.validation or self.test
 
     def figures(self) -> dict[str, Any]:

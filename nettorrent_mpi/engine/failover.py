@@ -1,4 +1,4 @@
-"""The recovery of a training from the loss of ranks.
+"""A training recovers from the loss of ranks.
 
 Every survivor leaves what it waits for, because the world is revoked (comm/failures.py). The world shrinks to the
 survivors; they tell each other what they hold; a layout for them is chosen; the engine is attached to the new world,

@@ -1,4 +1,4 @@
-"""The consequences that an error of one rank has for the others."""
+"""An error that one rank raises alone ends the others, too; one that all raise alike ends their present operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory estimate of a run on GPUs: what each rank holds in its GPU's memory. No GPU is needed."""
+"""This module estimates what each rank of a run holds in its GPU's memory. No GPU is needed."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SIZES = 4  # numbers of rows: the mini-batch, and its halves
 
 
 class Company:
-    """The company in which a rank measures: none, unless a group is given, whose members do the same at the same
+    """A Company is what a rank measures in: none, unless a group is given, whose members do the same at the same
     time."""
 
     def __init__(self, group: Group | None = None):
@@ -62,7 +62,7 @@ class Sample(NamedTuple):
 
 
 class _NoTeam(Alone):
-    """A team whose other cols are absent: what they would send is not waited for."""
+    """A _NoTeam is a team whose other cols are absent: what they would send is not waited for."""
 
     def __init__(self, cols: int):
         self.cols = cols

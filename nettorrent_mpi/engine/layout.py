@@ -1,4 +1,4 @@
-"""The layout that a configuration has on a number of ranks, and the step that the cost model predicts for it."""
+"""A configuration has a layout on a number of ranks, and the cost model predicts a step of it."""
 
 from __future__ import annotations
 

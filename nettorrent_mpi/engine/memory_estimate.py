@@ -1,4 +1,5 @@
-"""The memory estimate of a run: a dry run predicts it, and a run's summary compares it with the measured peak."""
+"""The memory that a run takes is estimated: a dry run tells it, and a run's summary compares it with the measured
+peak."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ _INDEX = 8  # bytes of a row's number, and of a label
 
 
 class Libraries(NamedTuple):
-    """Bytes that a process uses before it holds anything of the run: rank 0's, which has read and checked the
-    configuration, and the other ranks'."""
+    """Libraries are the bytes that a process uses before it holds anything of the run: rank 0's, which has read and
+    checked the configuration, and the other ranks'."""
 
     first: int
     others: int

@@ -21,9 +21,9 @@ _NOTHING: Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class Metrics:
-    """The metrics of one rank. `values` holds the sum of the losses, the number of correct answers, the number of rows,
-    how often an answer could not be judged, what the rows weigh in the loss beyond 1 each, the number of micro-batches
-    whose outputs were not finite, and the step (from 0) of the first of these.
+    """A Metrics object has one rank's sums. `values` holds the sum of the losses, the number of correct answers, the
+    number of rows, how often an answer could not be judged, what the rows weigh in the loss beyond 1 each, the number
+    of micro-batches whose outputs were not finite, and the step (from 0) of the first of these.
 
     Only ranks of the last stage count rows, and of a team's cols only the first, so that sums over all ranks are right;
     the losses of the other cols go to `ignored`.

@@ -1,4 +1,4 @@
-"""Files of whole arrays, independent of the layout that wrote them: model.h5, and the index of a checkpoint.
+"""These files have whole arrays, independent of the layout that wrote them: model.h5, and the index of a checkpoint.
 
     /parameters/<layer>/<name>             linear weight (in, out), conv weight (kh, kw, in, out), ...
     /optimizer/<state>/<layer>/<name>      checkpoints only: the optimizer state of that array

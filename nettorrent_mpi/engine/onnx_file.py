@@ -1,4 +1,5 @@
-"""Writes a network as a .onnx file, which onnxruntime, TensorRT, OpenVINO, a browser and others run. Needs no PyTorch.
+"""This module writes a network as a .onnx file, which onnxruntime, TensorRT, OpenVINO, a browser and others run. Needs
+no PyTorch.
 
     input   (batch, channels, height, width) of images, other rows as they are; uint8, as they are stored, where the
             data set has bytes, else float32
@@ -168,7 +169,7 @@ class _Graph:
         return self._node("Add", [self._node("Mul", [y, weight], f"{name}.scaled"), bias], name)
 
     def _gelu(self, name: str, x: str) -> str:
-        """x * (1 + erf(x / sqrt 2)) / 2, in the form that runtimes recognize."""
+        """Compute x * (1 + erf(x / sqrt 2)) / 2, in the form that runtimes recognize."""
         constants = {"root": sqrt(2.0), "one": 1.0, "half": 0.5}
         root, one, half = (self._array(f"{_dotted(name)}.{key}", np.asarray(v)) for key, v in constants.items())
         error = self._node("Erf", [self._node("Div", [x, root], f"{name}.divided")], f"{name}.erf")

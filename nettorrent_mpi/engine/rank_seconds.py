@@ -1,4 +1,4 @@
-"""The seconds that each rank spends on compute, on communication and on waiting, between two reports.
+"""Each rank counts the seconds that it spends on compute, on communication and on waiting, between two reports.
 
     compute         loading, forward, backward, gradients in parts, update (L, F, B, M, U), without what they wait
     communication   all the rest of a step without what it waits: packing, sending, merging, copying
@@ -23,7 +23,7 @@ MOST_RANKS = 256  # that are told one by one
 
 
 class Spent:
-    """The time of one rank since it was last taken, in nanoseconds."""
+    """A Spent has the time of one rank since it was last taken, in nanoseconds."""
 
     def __init__(self) -> None:
         self._whole = self._compute = self._waiting = 0

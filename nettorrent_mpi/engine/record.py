@@ -1,4 +1,4 @@
-"""The records of a training's progress, and the lines of metrics.jsonl that hold them."""
+"""Records tell of a training's progress; the lines of metrics.jsonl hold them."""
 
 from __future__ import annotations
 

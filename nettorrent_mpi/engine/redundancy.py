@@ -1,5 +1,4 @@
-"""Redundancy: each rank keeps a recent copy of what it owns, and its buddy another one, so that nothing is lost with a
-rank.
+"""Each rank keeps a recent copy of what it owns, and its buddy another one, so that nothing is lost with a rank.
 
 Every few steps a rank copies its blocks into memory of its own and begins to send them to its buddy (plan/recovery.py),
 on another node where there is one. The messages travel while the next step computes; at its end all ranks wait until
@@ -78,12 +77,12 @@ class Redundancy:
 
     @property
     def whole(self) -> int | None:
-        """The last step of which this rank knows that all ranks have their copies."""
+        """Return the last step of which this rank knows that all ranks have their copies."""
         return self._copies.whole
 
     @property
     def bytes(self) -> int:
-        """The bytes of all copies on this rank."""
+        """Return the bytes of all copies on this rank."""
         return sum(array.nbytes for arrays in self._memory for array in arrays)
 
     def after(self, step: int) -> None:

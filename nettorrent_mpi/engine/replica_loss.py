@@ -1,4 +1,4 @@
-"""The loss of one replica in a step, for exchanges that compare replicas."""
+"""A ReplicaLoss gives the loss of one replica in a step to exchanges that compare replicas."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Report(NamedTuple, Generic[Tag]):
 
 
 class Reports(Generic[Tag]):
-    """The reports of a run. All ranks start the same ones in the same order, each at its own time."""
+    """Reports are those of one run. All ranks start the same ones in the same order, each at its own time."""
 
     def __init__(self, engine: Engine):
         self._engine = engine

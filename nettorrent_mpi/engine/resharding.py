@@ -31,7 +31,7 @@ def of_replica(replica: int, name: str) -> str:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks that one rank holds of a training at rest after `steps` steps.
+    """Blocks are what one rank holds of a training at rest after `steps` steps.
 
     An array is named "parameters/<layer>/<name>", "optimizer/<state>/<layer>/<name>", "exchange/...", "versions/..." or
     "numbers/...". Where

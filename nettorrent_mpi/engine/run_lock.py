@@ -1,4 +1,4 @@
-"""A lock on a folder, so that no two runs write to it. It works on network file systems, which may lack locks of their
+"""A RunLock on a folder lets no two runs write to it. It works on network file systems, which may lack locks of their
 own, and does not outlive its owner: it is a file that its owner makes, refreshes and removes.
 
 A lock whose owner was killed is taken over: at once where the owner ran on this machine (its process is gone), was a

@@ -20,7 +20,7 @@ DeviceKind: TypeAlias = Literal["cpu", "gpu"]
 
 @dataclass(frozen=True)
 class Options:
-    """The training options that the engine needs."""
+    """Options are the training options that the engine needs."""
 
     loss: Spec
     optimizer: Spec
@@ -40,7 +40,7 @@ class Options:
 
     @property
     def itemsize(self) -> int:
-        """The bytes of an element of the arrays. NumPy knows bfloat16 only where ml_dtypes is loaded."""
+        """Return the bytes of an element of the arrays. NumPy knows bfloat16 only where ml_dtypes is loaded."""
         return 2 if str(self.dtype) == "bfloat16" else int(np.dtype(self.dtype).itemsize)
 
 
@@ -59,12 +59,12 @@ class Plan:
 
     @property
     def weights_dtype(self) -> DType:
-        """The type of the weights that are updated, evaluated alike and written to files. Layers compute in
+        """Return the type of the weights that are updated, evaluated alike and written to files. Layers compute in
         `options.dtype`: with bfloat16, in copies of float32 weights that are rounded once per step."""
         dtype = as_dtype(self.options.dtype)
         return as_dtype("float32") if dtype.name == "bfloat16" else dtype
 
     @property
     def statistics_rows(self) -> int:
-        """The rows over which batch statistics are taken, at least, in mini-batches of the usual size."""
+        """Return the rows over which batch statistics are taken, at least, in mini-batches of the usual size."""
         return self.options.batch_size // self.options.micro_batches // (1 if self.exact else self.topology.replicas)

@@ -1,4 +1,4 @@
-"""The safeguard of a training that may lose ranks: what is done in every step so that the others can go on.
+"""A Safeguard does in every step what lets the others go on where a training loses ranks.
 
 Ranks keep copies of each other's state (engine/redundancy.py). Where replicas differ, one whose ranks all live loses
 not one step: its exchange does nothing any more once peers are lost, and its ranks leave the training after the same

@@ -1,4 +1,4 @@
-"""A network as files have it, for other programs: its layers, its arrays, and what it was trained on.
+"""A SavedNetwork is a network as files have it, for other programs: its layers, its arrays, and what it was trained on.
 
 The same texts of JSON stand in all files of a network: `model` has the layers and the loss as in a configuration,
 `data` what the inputs and the labels mean (engine/trained_on.py).

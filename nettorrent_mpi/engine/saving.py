@@ -1,4 +1,4 @@
-"""When the training state is saved: by steps, by epochs and by seconds."""
+"""A Saving decides after which steps the training state is saved: by steps, by epochs and by seconds."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Setup:
 
     @property
     def layout_line(self) -> str:
-        """The layout in one line."""
+        """Return the layout in one line."""
         return self.topology.describe([facts.name for facts in self.network.facts])
 
     @property

@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop."""
+"""Signals ask a run to stop."""
 
 from __future__ import annotations
 

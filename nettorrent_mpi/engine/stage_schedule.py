@@ -1,4 +1,4 @@
-"""The schedule of one stage of a plan: its lists of actions, proved and built once."""
+"""A StageSchedule has the lists of actions of one stage of a plan, proved and built once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nettorrent_mpi.plan.topology import Topology
 
 
 class StageSchedule:
-    """The lists of actions of one stage, proved together with those of all other stages. Raises ScheduleError if they
-    would deadlock.
+    """A StageSchedule has one stage's lists of actions, proved together with those of all other stages. Raises
+    ScheduleError if they would deadlock.
 
     `slots` is the number of micro-batches that the stage holds between forward and backward. In a pipeline without
     flush (`asynchronous`) `late` is the largest number of updates between the weights that a forward pass uses and

@@ -27,7 +27,7 @@ PARAMETERS, OPTIMIZER, EXCHANGE, VERSIONS = "parameters", "optimizer", "exchange
 
 
 class State:
-    """Parameters, gradients, running statistics and optimizer state of one rank's stage.
+    """A State has parameters, gradients, running statistics and optimizer state of one rank's stage.
 
     `params` maps "<layer>/<name>" to this rank's blocks, views of the flat arrays; `grads` likewise to the arrays
     into which the backward pass writes gradients (running statistics have none), and `versions[i]` to the blocks of

@@ -1,5 +1,5 @@
-"""A copy of the training state that a rank owns, in host memory of its own, from which a checkpoint is written while
-training goes on."""
+"""A StateCopy holds the training state that a rank owns, in host memory of its own: a checkpoint is written from it
+while training goes on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Coming to rest at an unplanned step: a request on one rank brings all ranks to rest after the same step, to stop the
-training or to save its state."""
+"""A request on one rank brings all ranks to rest after the same step, to stop the training or to save its state."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ PATIENCE = 2.0  # seconds between two reports that carry the ranks' requests to 
 
 
 class Stopping:
-    """The agreement of all ranks on the step after which they come to rest because one of them wants it.
+    """A Stopping lets all ranks agree on the step after which they come to rest because one of them wants it.
 
     `asked` is this rank's request to stop, made by a signal, which reports carry to the others like other requests for
     a rest; `due` says after which steps additional reports have to be started for them, about every PATIENCE seconds.
@@ -25,7 +24,7 @@ class Stopping:
     """
 
     def __init__(self, world: World, bound: Group, signals: Signals | None, *, apart: bool):
-        """`apart`: replicas differ."""
+        """`apart` says that replicas differ."""
         self._world, self._bound, self._apart = world, bound, apart
         self._signals = signals
         self.heard = False

@@ -1,4 +1,4 @@
-"""The trace.json of a run, read again: when each rank began and ended each action."""
+"""A TracedRun is the trace.json of a run, read again: it says when each rank began and ended each action."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TracedSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class TracedRun:
-    """The spans of a run in the order of each rank, and the ranks' positions."""
+    """A TracedRun has the spans of a run in the order of each rank, and the ranks' positions."""
 
     places: list[Place]
     spans: list[TracedSpan]

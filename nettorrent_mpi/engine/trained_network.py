@@ -1,4 +1,4 @@
-"""A network that was trained, in one process: what it answers for new rows.
+"""A TrainedNetwork answers for new rows, in one process.
 
 import nettorrent_mpi as nt
 

@@ -86,7 +86,7 @@ class TrainingLoop:
 
     @property
     def time(self) -> float:
-        """Seconds since the training began, those before a resume included."""
+        """Return the seconds since the training began, those before a resume included."""
         return time.perf_counter() - self._began
 
     def train(self, until: int, horizon: int) -> Iterator[Record]:

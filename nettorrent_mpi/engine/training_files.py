@@ -1,4 +1,4 @@
-"""The files of a training: its checkpoints, and its network as one file."""
+"""TrainingFiles are a training's checkpoints, and its network as one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a step: gradients are reduced over the holders of each block, and every holder updates its shard.
+"""An Update ends a step: gradients are reduced over the holders of each block, and every holder updates its shard.
 
 Gradients are reduce-scattered, each holder updates its shard of the parameters, and the shards are all-gathered: the
 bytes of one all-reduce, while the optimizer's work and state are divided among the holders. On one node the shards are
@@ -23,7 +23,7 @@ from nettorrent_mpi.nn.optimizers import Optimizer
 
 
 class Update:
-    """Reduces gradients, updates this rank's shards, exchanges them with peers, and all-gathers them.
+    """An Update reduces gradients, updates this rank's shards, exchanges them with peers, and all-gathers them.
 
     The methods are the actions R, M, N, X, U, Y, G of a schedule (plan/actions.py), in this order; only `reduce`,
     `norm`, `before`, `after` and `gather` wait. Steps count from 1.

@@ -1,4 +1,4 @@
-"""The resources that a run uses: training time and memory."""
+"""This module measures what a run uses: training time and memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far."""
+        """Return the seconds of training so far."""
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def step(self, rows: int, *, measuring: bool = False) -> None:
@@ -62,12 +62,12 @@ class Clock:
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean seconds per step."""
+        """Return the mean seconds per step."""
         return self.seconds / max(self._steps, 1)
 
     @property
     def samples_per_second(self) -> float:
-        """Rows per second without the warm-up; over all steps if there are no others."""
+        """Return the rows per second without the warm-up; over all steps if there are no others."""
         seconds, rows = self.seconds - self._warm_seconds, self._rows - self._warm_rows
         if rows <= 0:
             seconds, rows = self.seconds, self._rows

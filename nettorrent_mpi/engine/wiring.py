@@ -37,8 +37,8 @@ FORWARD, BACKWARD = 0, 1
 
 
 class Wiring:
-    """The wiring of one rank: its groups, shared memory, links and buffers, all MPI objects that an engine has. It is
-    made for one world and closes everything that it made, in the order of creation.
+    """A Wiring has one rank's groups, shared memory, links and buffers, all MPI objects that an engine has. It is made
+    for one world and closes everything that it made, in the order of creation.
 
     The groups: `everyone` has all ranks of the world; `holders` those that hold the same neurons and keep the same
     weights: the rows of the team, over all replicas where the exchange is exact; `all_holders` the same for blocks that
