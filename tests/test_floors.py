@@ -82,7 +82,7 @@ ORDER: dict[str, list[str]] = {
         "search",
         "memory",
     ],
-    "tune": ["trials", "samplers", "study", "attempt", "pictures", "findings", "job"],
+    "tune": ["trials", "parzen", "samplers", "study", "attempt", "pictures", "findings", "job"],
     "data": [
         "storage",
         "files",
@@ -114,7 +114,7 @@ ONLY = {
     "onnx": ["engine.onnx_file"],
     "tensorboardX": ["cli.runs.event_files"],
     "matplotlib": ["speedup.plots", "tune.pictures"],
-    "optuna": ["tune.samplers"],
+    "optuna": ["tune.parzen"],
 }
 # Packages that these parts do not import: layers, losses and optimizers are formulas over the device's operations.
 NEVER = {"nn": ["numpy"]}

@@ -82,8 +82,8 @@ class Batches:
             self._targets = self._split.targets()
             check(self._targets)
 
-    def weigh(self, weights: Array) -> None:
-        """Give each row of the split a weight (float64) in the loss; before, each weighs 1. For the last stage."""
+    def weigh(self, weights: Array | None) -> None:
+        """Give each row of the split a weight (float64) in the loss; None: each weighs 1. For the last stage."""
         self._weights = weights
 
     # -- which mini-batch ---------------------------------------------------------------------------------------------

@@ -227,8 +227,8 @@ class Engine:
         loss, network = self.plan.options.loss, self.plan.network
         outputs = network.output_shape[-1]
         weights = class_weights(loss, targets[self.sampler.training_rows], outputs)
+        self.train.weigh(None if weights is None else weights[targets])
         if weights is not None:
-            self.train.weigh(weights[targets])
             if self._class_weights is None:  # a recorded step keeps the array, whatever targets are read later
                 self._class_weights = self.device.empty(weights.shape, self.state.weights_dtype)
                 self.pipeline.loss = make_loss(loss, self._class_weights)

@@ -27,6 +27,7 @@ from nettorrent_mpi.config.search_space import Choice, Parameter
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.planning import load_config
+from nettorrent_mpi.tune import parzen
 from nettorrent_mpi.tune.study import Study
 from nettorrent_mpi.tune.trials import COMPLETE, Trial, point_in_words, value_in_words
 
@@ -76,9 +77,9 @@ def _config_of(study: Study, trial: Trial) -> str:
 # ---- importance ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Importance:
-    """An Importance says how much of the variance of the complete trials' accuracies a parameter explains by itself:
-    `share`, from 0 to 1; None where there are too few trials to say. `means` has the mean accuracy at each of its
-    values, or in each quarter of a range."""
+    """An Importance says how much a parameter matters for a trial to be among the better half: `share`, of 1 for all
+    parameters; None where there are too few complete trials to say, or no Optuna. `means` has the mean accuracy at each
+    of its values, or in each quarter of a range."""
 
     parameter: str
     share: float | None
@@ -91,33 +92,22 @@ class Importance:
 
 
 def importances(parameters: Mapping[str, Parameter], trials: Sequence[Trial]) -> list[Importance]:
-    """Return the importance of each parameter, the highest first.
-
-    It is the main effect of an analysis of variance, epsilon squared (Kelley, 1935): the part of the sum of squares
-    that lies between the means of the parameter's values, less what as many values would have by chance:
-    1 - (1 - between / total) (n - 1) / (n - k) of n trials with k values. What two parameters do together only counts
-    for neither.
-    """
+    """Return the importance of each parameter (`parzen.importances`), the highest first."""
     complete = [trial for trial in trials if trial.state == COMPLETE]
-    found = [_importance(name, parameter, complete) for name, parameter in parameters.items()]
-    return sorted(found, key=lambda each: -1.0 if each.share is None else -each.share - 1.0)
+    shares = parzen.importances(parameters, complete) if parzen.tells_importances() else None
+    found = [
+        Importance(name, None if shares is None else shares[name], _means(_parts(name, parameter, complete), complete))
+        for name, parameter in parameters.items()
+    ]
+    return sorted(found, key=lambda each: -(each.share or 0.0))
 
 
-def _importance(name: str, parameter: Parameter, trials: Sequence[Trial]) -> Importance:
-    parts: dict[str, list[float]] = {}
-    names = _parts(name, parameter, trials)
-    for trial, part in zip(trials, names, strict=True):
-        parts.setdefault(part, []).append(trial.accuracy or 0.0)
-    everyone = [accuracy for part in parts.values() for accuracy in part]
-    means = {part: fmean(accuracies) for part, accuracies in parts.items()}
-    n, k = len(everyone), len(parts)
-    share: float | None = None
-    if 1 < k < n:
-        whole = fmean(everyone)
-        total = sum((each - whole) ** 2 for each in everyone)
-        inside = sum((each - means[part]) ** 2 for part, accuracies in parts.items() for each in accuracies)
-        share = max(0.0, 1 - inside / total * (n - 1) / (n - k)) if total > 0 else 0.0
-    return Importance(name, share, means)
+def _means(parts: Sequence[str], trials: Sequence[Trial]) -> dict[str, float]:
+    """Return the mean accuracy of the trials in each part."""
+    found: dict[str, list[float]] = {}
+    for trial, part in zip(trials, parts, strict=True):
+        found.setdefault(part, []).append(trial.accuracy or 0.0)
+    return {part: fmean(accuracies) for part, accuracies in found.items()}
 
 
 def _parts(name: str, parameter: Parameter, trials: Sequence[Trial]) -> list[str]:
@@ -213,21 +203,20 @@ def _in_words(
             for t in complete[:SHOWN]
         ]
         lines += ["", aligned(["trial", "validation", "epochs", "seconds", "parameters"], rows, ["parameters"])]
-        lines += ["", f"what matters, of the accuracies of {len(complete)} complete trials:"]
+        lines += ["", f"what matters for being among the better half of {len(complete)} complete trials:"]
+        unknown = f"needs {parzen.LEAST} trials" if parzen.tells_importances() else "needs Optuna"
         rows = [
             [
                 each.parameter,
-                "too few trials" if each.share is None else f"{100 * each.share:.0f} %",
+                unknown if each.share is None else f"{100 * each.share:.0f} %",
                 each.at_best,
                 _percent(each.means.get(each.at_best)),
             ]
             for each in shares
         ]
-        lines.append(aligned(["parameter", "share of variance", "best", "mean there"], rows, ["parameter", "best"]))
-        if search.sections.sampler == "tpe" and len(shares) > 1:
-            lines.append(
-                "tpe tries good values of several parameters together, so shares overlap; random keeps them apart"
-            )
+        lines.append(aligned(["parameter", "importance", "best", "mean there"], rows, ["parameter", "best"]))
+        if not parzen.tells_importances():
+            lines.append(f"importances are those of Optuna 5: {parzen.INSTALL}")
         test = "" if first.test_accuracy is None else f", {_percent(first.test_accuracy)} on the test set"
         lines += ["", f"best: trial {first.number}, {_percent(first.accuracy)} on the validation rows{test}"]
         lines.append(f"train it anew: nettorrent train {folder / 'best.yaml'}")
