@@ -71,7 +71,7 @@ def profiled(config: Config, folder: Path, launcher: Launcher) -> Profiles:
     """Profile a network on two ranks."""
     path, to = folder / "network.yaml", folder / "profile.json"
     path.write_text(to_yaml(config), encoding="utf-8")
-    runs.run(launcher.command(2, [*runs.PROGRAM, "profile", str(path), "--to", str(to)]))
+    runs.run(launcher.command(2, [*runs.PROGRAM, "profile", str(path), "--output", str(to)]))
     return read_profiles(str(to))
 
 

@@ -97,7 +97,7 @@ requeue() {
   echo "$1; to continue: scontrol requeue $SLURM_JOB_ID"
 }
 
-# train CONFIG [ARG ...]: trains on all tasks of the job, in the folder runs/NAME-ID or that of --output
+# train CONFIG [ARG ...]: trains on all tasks of the job, in the folder runs/NAME-ID or that of --output (-o)
 #
 # It continues what an earlier run of the job has left there. The exit code alone does not tell whether a run came to its
 # end: mpirun ends with 0 after it has lost ranks or a node, too. The last file of a run, summary.json, does.
@@ -106,7 +106,8 @@ train() {
   words=$(launcher "$SLURM_NTASKS")
   words=${words/#mpirun/mpirun${MPIRUN_FLAGS:+ $MPIRUN_FLAGS}}
   for word in "$@"; do
-    if [[ $before == --output ]]; then run=$word; elif [[ $word == --output=* ]]; then run=${word#*=}; fi
+    case $before in -o | --output) run=$word ;; esac
+    case $word in --output=*) run=${word#*=} ;; -o?*) run=${word#-o} ;; esac
     before=$word
   done
   # shellcheck disable=SC2086  # it has several

@@ -231,8 +231,8 @@ def test_a_disk_that_is_read_only(
     commands: list[list[str | Path]] = [
         ["train", config, "--output", folder / "another"],
         ["train", config, "--output", folder / "run", "--resume", "--set", "train.steps=9"],
-        ["export", folder / "run", folder / "model.npz"],
-        ["data", "import", images, folder / "data.h5", "--test", "0"],
+        ["export", folder / "run", "--output", folder / "model.npz"],
+        ["data", "import", images, "--output", folder / "data.h5", "--test", "0"],
     ]
     for told in series(1, tmp_path / "second", commands, on=True):
         told_once(of_series(told), 2, "Read-only file system")

@@ -63,6 +63,6 @@ def test_a_file_of_weights_reads_no_other_file(tmp_path: Path, capfd: pytest.Cap
                 group.create_virtual_dataset("weight", layout)
             else:
                 group["weight"] = h5py.ExternalLink(tmp_path / "other.h5", "weight")
-        told = refusal(capfd, ["export", tmp_path / how, tmp_path / "out.npz"])
+        told = refusal(capfd, ["export", tmp_path / how, "--output", tmp_path / "out.npz"])
         assert ("holds no arrays" if how == "link" else "is not stored in this file") in told
         assert not (tmp_path / "out.npz").exists()

@@ -142,10 +142,15 @@ def on_one(tmp_path_factory: pytest.TempPathFactory, series: Series, done: Done)
     data, model = f"{{name: hdf5, root: {root}/data.h5}}", "{layers: [{linear: 2}]}"
     (root / "config.yaml").write_text(f"data: {data}\nmodel: {model}\ntrain: {{steps: 2, batch_size: 8}}\n")
     (root / "export").mkdir()
-    export = ["export", done.folder]
+    export = ["export", done.folder, "--output"]
     target, other = root / "export" / "model.npz", root / "export" / "model.txt"
     lists: dict[str, list[list[str | Path]]] = {
-        "export": [[*export, target], [*export, target], [*export, other], ["export", root / "export", root / "a.npz"]],
+        "export": [
+            [*export, target],
+            [*export, target],
+            [*export, other],
+            ["export", root / "export", "--output", root / "a.npz"],
+        ],
         "evaluate": [["evaluate", done.folder]],
         "nothing": [["train", root / "config.yaml", "--output", root / "run"], ["evaluate", root / "run"]],
         "help": [[*command.split(), "--help"] for command in HELP],
@@ -271,9 +276,9 @@ def test_export(done: Done, on_one: dict[str, list[Told]]) -> None:
             assert exported[key].dtype == array.dtype
             np.testing.assert_array_equal(exported[key], array)
     assert second[0] == third[0] == fourth[0] == 2
-    assert re.search(r"model\.npz exists; choose another name", second[1])
+    assert re.search(r"model\.npz exists: choose another name", second[1])
     assert re.search(r"model\.txt: .* \.h5, \.npz, \.pt, \.onnx", third[1])
-    assert re.search(r"model\.h5: there is no such file", fourth[1])
+    assert re.search(r"export has none of a run's files: name the folder of a run", fourth[1])
     assert {path.name for path in folder.iterdir()} == {"model.npz"}
 
 
@@ -382,11 +387,11 @@ HELP = {
     "train": "CONFIG",
     "evaluate": "RUN",
     "predict": "FILE",
-    "export": "FILE",
+    "export": "--output FILE",
     "speedup": "CONFIG",
     "data": "ACTION",
     "data fetch": "NAME",
-    "data import": "FILE.h5",
+    "data import": "--output FILE",
 }
 
 

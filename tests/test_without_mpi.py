@@ -22,7 +22,7 @@ commands = (
     ["train", "--output", "run", "--set", "train.steps=4", "--set", "checkpoint.every_epochs=1", "--set", "trace=true"],
     ["train", "--output", "run", "--set", "train.steps=6", "--resume"],
     ["evaluate", "run"],
-    ["export", "run", "run.npz"],
+    ["export", "run", "--output", "run.npz"],
 )
 print("CODES", *[main(command) for command in commands])
 import numpy as np, nettorrent_mpi as nt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -32,6 +33,10 @@ class _Formatter(argparse.HelpFormatter):
         )
 
 
+class _MissingError(UserError):
+    """An argument is missing that a command needs; what else is wrong was not looked at."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises UserErrors for wrong arguments, so that they are shown once and not by every rank. Options cannot be
     abbreviated: an abbreviated --help would not be recognised before MPI starts, and every rank would print it."""
@@ -40,6 +45,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            raise _MissingError(f"{message} (see {self.prog} --help)")
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         hint = nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]), listed=False) if wrong else ""
         raise UserError(f"{message}{f'; {hint}' if hint else ''} (see {self.prog} --help)")
@@ -61,18 +68,46 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line. Raises UserError."""
-    parser = make_parser()
-    args, unknown = parser.parse_known_args(arguments)
+    parser, missing = make_parser(), None
+    try:
+        args, unknown = parser.parse_known_args(arguments)
+    except _MissingError as error:  # a misspelt option comes first: what is missing may follow from it
+        missing = error
+        _need_nothing(parser)
+        args, unknown = parser.parse_known_args(arguments)
     if unknown:
         following = dict(zip(arguments, [*arguments[1:], "-"], strict=True))
-        hints = [hint for hint in (_hint(word, following.get(word, "-"), args) for word in unknown) if hint]
-        command = " ".join([parser.prog, args.command, *([args.action] if hasattr(args, "action") else [])])
+        asked, wrong = _asked(parser, args), [word for word in unknown if word[0] == "-" or "=" in word] or unknown
+        hints = [hint for hint in (_hint(word, following.get(word, "-"), args, asked) for word in wrong) if hint]
         told = "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints])
-        raise UserError(f"{told} (see {command} --help)")
+        raise UserError(f"{told} (see {asked.prog} --help)")
+    if missing is not None:
+        raise missing
     return args
 
 
-def _hint(word: str, following: str, args: argparse.Namespace) -> str:
+def _subparsers(parser: argparse.ArgumentParser) -> list[argparse._SubParsersAction[_Parser]]:
+    return [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+
+
+def _need_nothing(parser: argparse.ArgumentParser) -> None:
+    """Let a command line be read though it lacks arguments."""
+    for action in parser._actions:
+        action.required = False
+    for below in _subparsers(parser):
+        for each in below.choices.values():
+            _need_nothing(each)
+
+
+def _asked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.ArgumentParser:
+    """Return the parser of the command that was asked for."""
+    for below in _subparsers(parser):
+        name = getattr(args, below.dest)
+        return parser if name is None else _asked(below.choices[name], args)
+    return parser
+
+
+def _hint(word: str, following: str, args: argparse.Namespace, asked: argparse.ArgumentParser) -> str:
     """Say what is to be written in place of an argument that the command does not know; `following` is the next one."""
     name, _, value = word.lstrip("-").partition("=")
     if "changes" in args:
@@ -85,7 +120,9 @@ def _hint(word: str, following: str, args: argparse.Namespace) -> str:
         if name in ("config", "config-file", "cfg", "c"):
             return "write the configuration's file without an option before it"
     if not word.startswith("-"):
-        return ""
-    others = {"config", "search", "run", "places", "path", "target", "source", "name", "command", "action", "shell"}
-    options = [f"--{each.replace('_', '-').replace('changes', 'set')}" for each in vars(args) if each not in others]
-    return nearest(f"--{name}", options, listed=False)
+        output = asked._option_string_actions.get("--output")
+        told = f"the file that it writes is named by an option: --output {word}"
+        return told if output is not None and output.metavar == "FILE" else ""
+    options = sorted(each[2:] for each in asked._option_string_actions if each[:2] == "--" and each != "--help")
+    close = difflib.get_close_matches(name, options, n=1)  # without the dashes, which make any two words alike
+    return f"did you mean --{close[0]}?" if close else f"its options are --{', --'.join(options)}"

@@ -86,21 +86,19 @@ def _run_alone(arguments: Sequence[str], chosen: str) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from nettorrent_mpi.cli.export import export, export_metrics
+    from nettorrent_mpi.cli.export import PROGRAMS, export, export_metrics
 
-    if args.to is not None:
-        folder = export_metrics(args.run, args.target, args.to, overwrite=args.overwrite)
+    if args.format in PROGRAMS:
+        folder = export_metrics(args.run, args.output, args.format, overwrite=args.overwrite)
         shown = {
             "tensorboard": f"`tensorboard --logdir {folder.parent}` shows it",
             "wandb": f"`wandb sync {folder}/offline-run-*` uploads it",
             "mlflow": f"`MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {folder}` shows it",
         }
-        sys.stdout.write(f"{folder}: written; {shown[args.to]}\n")
+        sys.stdout.write(f"{folder}: written; {shown[args.format]}\n")
         return
-    if args.target is None:
-        raise UserError("export: name the file to create after the run, or write --to tensorboard for its metrics")
-    export(args.run, args.target, overwrite=args.overwrite)
-    sys.stdout.write(f"{args.target} is written\n")
+    path = export(args.run, args.output, args.format, overwrite=args.overwrite)
+    sys.stdout.write(f"{path} is written\n")
 
 
 def _draw(args: argparse.Namespace) -> None:
@@ -118,7 +116,7 @@ def _predict(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from nettorrent_mpi.cli.inspect import inspect
 
-    return inspect(args.path, as_json=args.json)
+    return inspect(args.path, everything=args.all, as_json=args.json)
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -148,12 +146,13 @@ def _schema(args: argparse.Namespace) -> None:
         return
     from pathlib import Path
 
-    from nettorrent_mpi.data.storage import replacing
-    from nettorrent_mpi.engine.run_files import written
+    from nettorrent_mpi.data.storage import check_file
+    from nettorrent_mpi.engine.run_files import write_whole, written
 
     path = Path(args.output)
-    with written(path, "--output FILE"), replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+    check_file(path, overwrite=args.overwrite)
+    with written(path, "--output FILE"):
+        write_whole(path, text)
 
 
 def _runs(args: argparse.Namespace) -> int:
@@ -201,13 +200,15 @@ def _data(args: argparse.Namespace) -> None:
         folder = fetch(args.name, Path(args.root), _tell_bytes)
         sys.stdout.write(f"{args.name} is complete in {folder}\n")
         return
-    made = _import(args, Path(args.source), Path(args.target))
+    source = Path(args.source)
+    target = Path(args.output or f"{source.stem or source.absolute().stem}.h5")
+    made = _import(args, source, target)
     kinds = ""
     if made.classes:
         shown = readable(", ".join(made.classes[:10]))
         kinds = f" in {len(made.classes):,} classes: {shown}{', ...' if len(made.classes) > 10 else ''}"
     sys.stdout.write(
-        f"{args.target}: {made.rows} training rows and {made.test_rows} test rows of shape {made.shape}{kinds}\n"
+        f"{target}: {made.rows} training rows and {made.test_rows} test rows of shape {made.shape}{kinds}\n"
     )
     sys.stdout.writelines(f"  {readable(note)}\n" for note in made.notes)
 

@@ -145,7 +145,7 @@ class Confusion:
             captions = [self._told(each, self.names, " → ") for each in worst]
             texts["mistakes.svg"] = pictures_drawing(pictures, captions, f"{title}: the most confident mistakes")
         for name in EVALUATION:
-            with written(folder / name, "--to DIR"):
+            with written(folder / name, "--output DIR"):
                 folder.mkdir(parents=True, exist_ok=True)
                 if name in texts:
                     write_whole(folder / name, texts[name])

@@ -15,10 +15,12 @@ from nettorrent_mpi.cli.confusion import Confusion
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import ON_GPU, Config
+from nettorrent_mpi.data.storage import check_folder
 from nettorrent_mpi.engine.answers import Answers
 from nettorrent_mpi.engine.checkpoint import network_of
 from nettorrent_mpi.engine.devices import choose_device
 from nettorrent_mpi.engine.evaluation import Part
+from nettorrent_mpi.engine.run_files import run_of
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.trained_on import TrainedOn
 from nettorrent_mpi.plan import exchange_specs as choices
@@ -33,9 +35,11 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
         world = ranks.world
         with world.agreement():
             args = parse(arguments)
-            if args.to is not None and not args.confusion:
-                raise UserError("--to is the folder for the files of --confusion, which is not given")
+            if args.output is not None and not args.confusion:
+                raise UserError("--output is the folder for the files of --confusion, which is not given")
         file, network = world.once(lambda: _parts(Path(args.run)))
+        if args.confusion:
+            world.once(lambda: check_folder(Path(args.output or file.parent)))
         config = world.once(lambda: _any_ranks(load_config(file, *args.changes), args.changes))
         device = choose_device(world, config.device).kind
         if device == "cpu" and config.dtype in ON_GPU:  # the weights are float32
@@ -65,7 +69,7 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
                 accuracy = "" if scores.accuracy is None else f", accuracy {100 * scores.accuracy:.2f} %"
                 sys.stdout.write(f"{name}: loss {scores.loss:.4f}{accuracy}\n")
         if args.confusion:
-            sys.stdout.write(_confusion(trainer, world, file.parent, args.to))
+            sys.stdout.write(_confusion(trainer, world, file.parent, args.output))
     return ranks.code
 
 
@@ -73,10 +77,10 @@ def _answers(setup: Setup) -> Answers:
     return Answers(TrainedOn.of(setup), setup.config.model.loss, setup.network.output_shape[-1])
 
 
-def _confusion(trainer: Trainer, world: World, run: Path, to: str | None) -> str:
+def _confusion(trainer: Trainer, world: World, run: Path, output: str | None) -> str:
     """Write the files about what is taken for what, on rank 0; return what it tells, elsewhere nothing. All ranks
     call."""
-    setup, folder = trainer.setup, run if to is None else Path(to)
+    setup, folder = trainer.setup, run if output is None else Path(output)
     part: Part = "validation" if setup.dataset.test is None else "test"
     outputs = trainer.outputs(part)
 
@@ -96,8 +100,11 @@ def _confusion(trainer: Trainer, world: World, run: Path, to: str | None) -> str
 def _parts(run: Path) -> tuple[Path, Path]:
     """Return where the configuration and the network of a run are: of a run folder, of its folder of checkpoints, or of
     one of these."""
-    folder = next((each for each in (run, *run.absolute().parents[:2]) if (each / "config.yaml").is_file()), run)
-    return folder / "config.yaml", network_of(run)
+    network, folder = network_of(run), run_of(run)
+    if folder is None or not (folder / "config.yaml").is_file():
+        text = "lies in no run whose config.yaml tells the data: name the folder of a run of `nettorrent train`"
+        raise DataError(text, file=str(run))
+    return folder / "config.yaml", network
 
 
 def _any_ranks(config: Config, changes: Sequence[str]) -> Config:

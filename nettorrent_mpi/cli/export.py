@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 
 from nettorrent_mpi.cli.runs.run_data import read_run
-from nettorrent_mpi.data.storage import replacing
+from nettorrent_mpi.data.storage import check_file, check_folder, replacing
 from nettorrent_mpi.engine.model_file import PARAMETERS, write_arrays
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.engine.saved_network import SavedArrays, SavedNetwork
@@ -30,21 +30,23 @@ where `data` has a unit, then (x - mean) / std. The rows are upright images wher
 transposed."""
 
 
-def export(run: str, target: str, *, overwrite: bool = False) -> None:
-    """Write the network of RUN, a run folder or a checkpoint, into a file, whole or not at all. Raises UserErrors."""
-    path = Path(target)
-    write = _WRITERS.get(path.suffix)
-    if write is None:
-        raise OutputError(f"{target}: the file's name must end in {', '.join(_WRITERS)}")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{target} exists; choose another name, or replace it with --overwrite")
-    needed = _NEEDED.get(path.suffix)
+def export(run: str, target: str | None, kind: str | None = None, *, overwrite: bool = False) -> Path:
+    """Write the network of RUN, a run folder or a checkpoint, into a file, whole or not at all, and return it. Its
+    `kind` is by default told by the ending of `target`; one of both has to be given. Raises UserErrors."""
+    if target is None and kind is None:
+        raise UserError(f"name the file with --output, by the ending one of {', '.join(_WRITERS)}; or give --format")
+    path = Path(target or f"{Path(run).absolute().name}.{kind}")
+    ending = path.suffix if kind is None else f".{kind}"
+    write = _WRITERS.get(ending)
+    if write is None or (path.suffix in _WRITERS and path.suffix != ending):
+        raise OutputError(f"{path}: the file's name must end in {', '.join(_WRITERS) if kind is None else ending}")
+    check_file(path, overwrite=overwrite)
+    needed = _NEEDED.get(ending)
     module = None if needed is None else _loaded(*needed)
     saved = SavedArrays.read(Path(run))
-    try:
+    with written(path, "--output FILE"):
         write(saved, path, module)
-    except OSError as error:
-        raise OutputError(f"{target} could not be written: {error.strerror or error}") from error
+    return path
 
 
 def export_metrics(run: str, target: str | None, program: str, *, overwrite: bool = False) -> Path:
@@ -56,8 +58,9 @@ def export_metrics(run: str, target: str | None, program: str, *, overwrite: boo
         warn(line, alone=True)
     folder = data.path / program if target is None else Path(target)
     path = folder / module.NAME
+    check_folder(folder)
     if target is not None and path.is_file() and not overwrite:
-        raise OutputError(f"{path} exists; choose another folder, or replace it with --overwrite")
+        raise OutputError(f"{path} exists: choose another folder with --output DIR, or replace it with --overwrite")
     with written(path):
         if target is None and path.is_dir():
             shutil.rmtree(path)

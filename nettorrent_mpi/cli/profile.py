@@ -24,7 +24,7 @@ from nettorrent_mpi.engine.measured_machine import (
     solved,
     trials,
 )
-from nettorrent_mpi.engine.profiles import key_of, own_file, write_profile
+from nettorrent_mpi.engine.profiles import check_profile, key_of, own_file, write_profile
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.plan.errors import ConfigError, OutputError, warn
@@ -48,6 +48,8 @@ def profile(arguments: Sequence[str], chosen: str) -> int:
                 raise ConfigError(f"--seconds {args.seconds:g}: more than 0, at most {MOST_SECONDS:g}")
             if world.size > MOST_RANKS:
                 raise ConfigError(f"a profile is measured on 1 or 2 ranks, not on {world.size}: mpirun -n 2")
+        if args.output is not None:
+            world.once(lambda: check_profile(Path(args.output)))
         config = world.once(lambda: _prepared(load_config(args.config, *args.changes)))
         try:
             with world.agreement():
@@ -56,7 +58,7 @@ def profile(arguments: Sequence[str], chosen: str) -> int:
             mistake = error
             raise world.once(lambda: placed(mistake, args.config, *args.changes)) from None
         machine = Profiling(world, setup, args.seconds).machine()
-        world.once(lambda: _keep(args.to, config, setup, machine, world))
+        world.once(lambda: _keep(args.output, config, setup, machine, world))
     return ranks.code
 
 
@@ -73,7 +75,7 @@ def _prepared(config: Config) -> Config:
     )  # fmt: skip
 
 
-def _keep(to: str | None, config: Config, setup: Setup, machine: Machine, world: World) -> None:
+def _keep(output: str | None, config: Config, setup: Setup, machine: Machine, world: World) -> None:
     """Write the profile, and say what was measured."""
     layers = sum(facts.operations for facts in setup.network.facts)
     rows = config.train.batch_size
@@ -84,15 +86,15 @@ def _keep(to: str | None, config: Config, setup: Setup, machine: Machine, world:
     )
     about = {"data": config.data.name, "batch_size": rows, "ranks": world.size, "kernels": config.kernels}
     try:
-        path = own_file() if to is None else Path(to)
+        path = own_file() if output is None else Path(output)
         write_profile(path, key_of(config, setup.network), machine, about)
     except (OSError, RuntimeError) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if to is not None:
-            raise OutputError(f"{to} could not be written ({what}); choose another file with --to FILE") from None
-        warn(f"the profile could not be kept ({what}): give --to FILE, and --profile FILE to train and simulate")
+        if output is not None:
+            raise OutputError(f"{path} could not be written ({what}); choose another with --output FILE") from None
+        warn(f"the profile could not be kept ({what}): give --output FILE, and --profile FILE to train and simulate")
         return
-    use = "" if to is None else f"; --profile {to} of train and simulate uses it"
+    use = "" if output is None else f"; --profile {output} of train and simulate uses it"
     sys.stdout.write(f"kept in {path}{use}\n")
 
 

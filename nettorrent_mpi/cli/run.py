@@ -285,7 +285,7 @@ class Run:
             more = f"a higher train.stop_at.{self.trainer.stopped_by}"
         self._reporter.message(f"model: {self._folder.path / 'model.h5'}")
         self._reporter.message(
-            f"next: {evaluate}nettorrent export {folder} weights.npz writes its weights; "
+            f"next: {evaluate}nettorrent export {folder} --output weights.npz writes its weights; "
             f"the same command with --resume and {more} trains it on"
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.data.files import parsed
-from nettorrent_mpi.data.storage import replacing, retried
+from nettorrent_mpi.data.storage import check_folder, replacing, retried
 from nettorrent_mpi.engine.checkpoint import lies_in, named_checkpoints
 from nettorrent_mpi.engine.checkpoint_folder import checkpoints_in, remove_checkpoints, tidy
 from nettorrent_mpi.engine.record import read_lines
@@ -54,15 +54,16 @@ class RunFolder:
             self._lock = None
 
     def check(self, overwrite: bool, results: Sequence[str] = (*OURS, "checkpoints")) -> None:
-        """Raise an OutputError if the folder holds any of another run's `results`, or is a file."""
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"{self.path} is a file, not a folder; choose another with --output DIR")
+        """Raise an OutputError if the folder holds any of another run's `results`, or cannot be written to."""
+        check_folder(self.path)
         there = [name for name in results if (self.path / name).exists()]
         if there and not overwrite:
-            raise OutputError(
-                f"{self.path} holds another run's results ({', '.join(there)}); "
-                "choose another folder with --output DIR, replace them with --overwrite, or continue it with --resume"
+            text = (
+                f"{self.path} holds another run's results ({', '.join(there)}); choose another folder with --output DIR"
             )
+            if "checkpoints" in results:
+                raise OutputError(f"{text}, replace them with --overwrite, or continue it with --resume")
+            raise OutputError(f"{text}, or replace them with --overwrite")
 
     def has_results(self, step: int) -> bool:
         """Whether it holds the results of a run that has come to its end after this step."""
@@ -89,6 +90,8 @@ class RunFolder:
             self.check(overwrite)
             return None
         place = self.path if resume in ("", AUTO) else Path(resume)
+        if resume == "" and not checkpoints_in(self.path / "checkpoints"):
+            raise OutputError(f"{self.path} holds no checkpoint to resume from; start the run without --resume")
         if not self.holds(named_checkpoints(place)[-1]):
             self.check(overwrite)
         elif overwrite:

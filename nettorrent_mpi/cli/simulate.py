@@ -14,13 +14,14 @@ from nettorrent_mpi.cli.elsewhere import elsewhere
 from nettorrent_mpi.cli.speed_report import of_machine
 from nettorrent_mpi.cli.tables import aligned, shortened, wrapped
 from nettorrent_mpi.config.sections import Config, Layout
+from nettorrent_mpi.data.storage import check_file
 from nettorrent_mpi.engine.layout import lay_out, micro_batches, one_stage, peering_of, predicted
-from nettorrent_mpi.engine.run_files import write_whole
+from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.trace import TracedAction, as_chrome
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.cost import Prediction, timeline
-from nettorrent_mpi.plan.errors import ConfigError, OutputError, UserError
+from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.plan.exchange_specs import Allreduce, Gossip, Nothing
 from nettorrent_mpi.plan.layouts import partition
 from nettorrent_mpi.plan.performance import Machine
@@ -43,6 +44,8 @@ class LaidOut(NamedTuple):
 def simulate(args: argparse.Namespace) -> None:
     """Run `nettorrent simulate`."""
     other = elsewhere(args)
+    if args.output is not None:
+        check_file(Path(args.output), overwrite=args.overwrite)
     config = load_config(args.config, *args.changes)
     config = replace(config, device="cpu") if config.device == "auto" else config
     if config.device == "gpu":
@@ -54,14 +57,11 @@ def simulate(args: argparse.Namespace) -> None:
         raise placed(error, args.config, *args.changes) from None
     sides = _sides(setup, ranks)
     sys.stdout.write(_report(setup, sides, ranks, other.memory) + "\n")
-    if args.trace is not None:
-        own = sides[0]
-        try:
-            write_whole(Path(args.trace), _trace(setup, own))
-        except OSError as error:
-            text = f"{args.trace} could not be written ({error.strerror or error}); choose another file with --trace"
-            raise OutputError(text) from None
-        sys.stdout.write(f"{args.trace}: {TRACED} predicted steps of `{own.name}`, for chrome://tracing\n")
+    if args.output is not None:
+        own, path = sides[0], Path(args.output)
+        with written(path, "--output FILE"):
+            write_whole(path, _trace(setup, own))
+        sys.stdout.write(f"{path}: {TRACED} predicted steps of `{own.name}`, for chrome://tracing\n")
 
 
 def _sides(setup: Setup, ranks: int) -> list[LaidOut]:

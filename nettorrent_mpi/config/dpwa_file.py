@@ -58,7 +58,7 @@ class DpwaFile(NamedTuple):
 
 def read_dpwa(path: str) -> DpwaFile:
     """Read dpwa's configuration file. Raises ConfigError for all mistakes, each with its line and key."""
-    document = _flat(yaml_lines.read(text_of(path), path))
+    document = _flat(yaml_lines.read(text_of(path, ""), path))
     given: dict[str, Any] = document.value
     for key in given:
         if key not in _KEYS:

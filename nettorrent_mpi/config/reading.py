@@ -38,7 +38,7 @@ from nettorrent_mpi.config.sections import (
 from nettorrent_mpi.config.written import options_at, parse, strictly
 from nettorrent_mpi.config.yaml_lines import Document, Path
 from nettorrent_mpi.plan import exchange_specs as choices
-from nettorrent_mpi.plan.errors import ConfigError, UserError
+from nettorrent_mpi.plan.errors import ConfigError, UserError, listed
 from nettorrent_mpi.plan.specs import Spec
 
 # Every key of every section by its path, for the hints after an unknown key; config.written knows those of specs.
@@ -54,6 +54,7 @@ _SECTIONS: dict[Path, Any] = {
     ("layout", "swarms", "*"): Swarm,
     ("exchange", "gossip", "consensus"): choices.Consensus,
 }
+EXAMPLES = "configs"  # the folder of configurations in a checkout
 _MOST_BYTES = 1_000_000  # of a file
 _KNOWN = Known({path: [f.name for f in fields(section)] for path, section in _SECTIONS.items()}, options_at)
 
@@ -79,8 +80,8 @@ def placed(error: UserError, path: str | None, overrides: Sequence[str] = ()) ->
     return made
 
 
-def text_of(path: str) -> str:
-    """Return the text of a file. Raises ConfigError."""
+def text_of(path: str, examples: str = EXAMPLES) -> str:
+    """Return the text of a file; `examples` is the folder with files of its kind in a checkout. Raises ConfigError."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe or a device may never end
@@ -90,7 +91,7 @@ def text_of(path: str) -> str:
             raise ConfigError(text, file=path)
         return FilePath(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(_no_file(path), file=path) from None
+        raise ConfigError(_no_file(path, examples), file=path) from None
     except IsADirectoryError:
         raise ConfigError("is a folder; name the file in it", file=path) from None
     except UnicodeDecodeError as error:
@@ -167,12 +168,21 @@ def check(document: Document, wrong: Sequence[ConfigError] = ()) -> Config:
     return config
 
 
-def _no_file(path: str) -> str:
+def _no_file(path: str, examples: str) -> str:
+    """Say what to name instead of a file that is missing: one of nearly this name beside it or among the examples."""
     if "=" in path:
         return f"there is no such file; to change a value, write --set {path}"
-    beside = FilePath(path).parent
-    near: list[str] = []
-    if beside.is_dir():
-        files = sorted(str(p) for p in beside.iterdir() if p.suffix in (".yaml", ".yml"))
-        near = difflib.get_close_matches(path, files, n=1)
-    return "there is no such file" + (f"; did you mean {near[0]}?" if near else "")
+
+    def files_in(folder: FilePath) -> list[FilePath]:
+        return sorted(each for each in folder.iterdir() if each.suffix in (".yaml", ".yml")) if folder.is_dir() else []
+
+    known = files_in(FilePath(examples)) if examples else []
+    files = {each.stem: each for each in [*known, *files_in(FilePath(path).parent)]}
+    near = difflib.get_close_matches(FilePath(path).stem, files, n=1, cutoff=0.7)
+    told = ["there is no such file"]
+    if near:
+        told.append(f"did you mean {files[near[0]]}?")
+    else:
+        told += [f"{examples}/ holds: {listed([each.name for each in known])}"] if known else []
+        told += ["`nettorrent init` writes one"] if examples == EXAMPLES else []
+    return "; ".join(told)

@@ -234,7 +234,7 @@ class Search:
 def read_search(path: str, changes: Sequence[str] = ()) -> Search:
     """Read a search, with `changes` of its base as `--set` makes them. Raises ConfigError, which names file, line and
     key, before any trial: also for a parameter that is no setting."""
-    document = yaml_lines.read(reading.text_of(path), path)
+    document = yaml_lines.read(reading.text_of(path, "configs/search"), path)
     if document.wrong:
         raise ConfigError.several(document.wrong)
     if not isinstance(document.value, dict):

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from nettorrent_mpi.data.from_arrays import check_arrays
-from nettorrent_mpi.data.storage import new_hdf5
+from nettorrent_mpi.data.storage import check_file, new_hdf5
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.random import generator
 from nettorrent_mpi.plan.errors import ConfigError, DataError, OutputError, listed
@@ -33,13 +33,12 @@ class Imported(NamedTuple):
 
 
 def check_import(target: Path, test: float | None, size: Size | None, *, overwrite: bool) -> None:
-    """Raise ConfigError for an argument out of range, OutputError if the target exists."""
+    """Raise ConfigError for an argument out of range, OutputError if the target cannot be written."""
     if test is not None and not 0.0 <= test < 1.0:
         raise ConfigError(f"the fraction of test rows is at least 0 and below 1, not {test}")
     if size is not None and min(size) < 1:
         raise ConfigError(f"the size of the images is at least 1 x 1, not {' x '.join(map(str, size))}")
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists; give another name or allow it to be overwritten")
+    check_file(target, overwrite=overwrite)
 
 
 def held_out(name: str, rows: int, test: float) -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nettorrent_mpi.plan.errors import DataError
+from nettorrent_mpi.plan.errors import DataError, OutputError
 
 if TYPE_CHECKING:  # loaded only where needed: most ranks of a run never read or write such a file
     import h5py
@@ -69,6 +70,42 @@ def regular(path: Path) -> FileIO:
         os.close(descriptor)
         raise DataError("is not a regular file", file=str(path))
     return FileIO(descriptor)
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Check before the work that a file can be written afterwards. Raises OutputError where its folder is missing or
+    takes no files, where it is a folder, and where it exists and `overwrite` does not allow to replace it."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: name a file with --output FILE")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists: choose another name with --output FILE, or replace it with --overwrite")
+    if not path.parent.exists():
+        text = (
+            f"{path}: there is no folder {path.parent}: make it (mkdir -p {shlex.quote(str(path.parent))}), or choose"
+        )
+        raise OutputError(f"{text} another place with --output FILE")
+    _check_takes_files(path.parent, path, "FILE")
+
+
+def check_folder(path: Path) -> None:
+    """Check before the work that files can be written into a folder, which is made where it is missing. Raises
+    OutputError."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    _check_takes_files(there, path, "DIR")
+
+
+def _check_takes_files(folder: Path, path: Path, what: str) -> None:
+    from tempfile import TemporaryFile
+
+    another = f"choose another place with --output {what}"
+    if not folder.is_dir():
+        where = "" if folder == path else f"{path}: "
+        raise OutputError(f"{where}{folder} is a file, not a folder; {another}")
+    try:
+        with TemporaryFile(dir=folder):  # os.access knows neither of read-only file systems nor what root may not
+            pass
+    except OSError as error:
+        raise OutputError(f"{path}: {folder} cannot be written to ({error.strerror or error}); {another}") from None
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from nettorrent_mpi.engine.model_file import (
     verify,
 )
 from nettorrent_mpi.engine.resharding import REPLICAS
+from nettorrent_mpi.engine.run_files import no_run, run_of
 from nettorrent_mpi.engine.state import EXCHANGE, OPTIMIZER, PARAMETERS, VERSIONS
 from nettorrent_mpi.plan.errors import ConfigError, DataError, LostStateError, OutputError, warn
 from nettorrent_mpi.plan.moves import Holding
@@ -50,13 +51,16 @@ Accept = Callable[[Mapping[str, Attribute]], None]
 
 def named_checkpoints(path: Path) -> list[Path]:
     """Return the checkpoints that a path names, the newest one last: itself, or those in a run folder or a folder of
-    checkpoints. Raises OutputError if there is none, DataError if it is a file."""
-    if path.is_file():
-        text = "holds no training state; resume from a run folder, or from a folder in its folder checkpoints"
+    checkpoints. Raises OutputError if a run has none, DataError if it is no run."""
+    run = run_of(path)
+    if path.is_file() and run is not None:
+        text = f"holds no training state; give the folder of its run, {run}, or one of those in {run / 'checkpoints'}"
         raise DataError(text, file=str(path))
     if (path / MANIFEST).exists():
         return [path]
     found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
+    if not found and run is None:
+        raise no_run(path)
     if not found:
         raise OutputError(f"{path} holds no checkpoint to resume from; start the run without --resume")
     return found
@@ -79,11 +83,21 @@ def find_checkpoint(world: World, path: Path) -> tuple[Path, Manifest]:
         raise DataError("; ".join(damaged))
 
 
-def network_of(run: Path) -> Path:
-    """Return where the network of a run is: itself, or, of a folder without checkpoints, its model.h5."""
-    if run.is_file() or (run / MODEL).is_file() or (run / MANIFEST).is_file() or newest(run) is not None:
-        return run
-    return run / MODEL
+def network_of(path: Path) -> Path:
+    """Return where the network is that a path names: a file of weights, a checkpoint, or a folder with either. Raises
+    DataError where there is none."""
+    if path.is_file():
+        if path.suffix == Path(MODEL).suffix:
+            return path
+    elif (path / MODEL).is_file() or (path / MANIFEST).is_file() or newest(path) is not None:
+        return path
+    run = run_of(path)
+    if run is None:
+        raise no_run(path)
+    if run == path:
+        text = f"holds neither {MODEL} nor a checkpoint yet: has the run come that far? (`nettorrent watch {path}`)"
+        raise DataError(text, file=str(path))
+    return network_of(run)
 
 
 def read_network(path: Path) -> tuple[dict[str, Array], Mapping[str, Attribute]]:

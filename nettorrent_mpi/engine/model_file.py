@@ -187,7 +187,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
         with read_hdf5(path) as file:
             yield file
     except FileNotFoundError:
-        raise DataError("there is no such file; has the run come that far?", file=str(path)) from None
+        raise DataError("there is no such file", file=str(path)) from None
     except UserError:
         raise
     except Exception as error:  # for damaged files HDF5 raises nearly any

@@ -19,10 +19,11 @@ from typing import Any
 from nettorrent_mpi import __version__
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.data.files import parsed
+from nettorrent_mpi.data.storage import check_file
 from nettorrent_mpi.device.choices import choices_folder
 from nettorrent_mpi.engine.run_files import write_whole
 from nettorrent_mpi.nn.model import Network
-from nettorrent_mpi.plan.errors import DataError, warn
+from nettorrent_mpi.plan.errors import DataError, OutputError, warn
 from nettorrent_mpi.plan.performance import LayerCost, LayerTimes, Link, Machine
 
 NONE = "none"  # the name of no profile: constants
@@ -104,15 +105,27 @@ def read_profiles(path: str | None = None) -> Profiles:
     except FileNotFoundError:
         if path is None:
             return Profiles()
-        raise DataError("is missing; `nettorrent profile --to FILE` writes it", file=path) from None
+        raise DataError("is missing; `nettorrent profile --output FILE` writes it", file=path) from None
     except RuntimeError:  # the home folder is unknown
         return Profiles()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else "is no profile"
         if path is not None:
-            raise DataError(f"{what}: write it anew by `nettorrent profile --to FILE`", file=path) from None
+            raise DataError(f"{what}: write it anew by `nettorrent profile --output FILE`", file=path) from None
         warn(f"{file}: {what}; times are predicted by constants. Remove it, or run `nettorrent profile` again")
         return Profiles()
+
+
+def check_profile(path: Path) -> None:
+    """Check before a measurement that a profile can be kept in a file. Raises OutputError, for a file of another kind,
+    too."""
+    check_file(path, overwrite=True)
+    if path.exists():
+        try:
+            read_profiles(str(path))
+        except DataError:
+            text = f"{path} exists and is no profile: choose another name with --output FILE, or remove it"
+            raise OutputError(text) from None
 
 
 def write_profile(path: Path, key: str, machine: Machine, about: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from nettorrent_mpi.data.files import parsed
+from nettorrent_mpi.data.storage import check_folder
 from nettorrent_mpi.engine.run_files import written
 from nettorrent_mpi.plan.errors import InUseError, OutputError, warn
 
@@ -50,13 +51,10 @@ class RunLock:
         self._there = folder.exists()
         self._stop = threading.Event()
         self._lost = False
-        try:
-            with written(self._path):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OutputError:
-            if self._there and not folder.is_dir():
-                raise OutputError(f"{folder} is a file, not a folder; choose another with --output DIR") from None
-            raise
+        if not folder.is_dir():
+            check_folder(folder)
+        with written(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
         with written(self._path):
             self._first = self._acquire()
         if self._first:

@@ -14,6 +14,7 @@ from nettorrent_mpi.cli.launching import stopped_like_interrupted
 from nettorrent_mpi.config import reading as configuration
 from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.config.writing import to_plain
+from nettorrent_mpi.data.storage import check_folder
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.engine.run_plan import DeviceKind
@@ -131,8 +132,7 @@ def _asked_peers(text: str | None, on_gpu: bool = False) -> list[str]:
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file, not a folder; choose another with --output DIR")
+    check_folder(folder)
     if (folder / "results.json").exists() and not overwrite:
         raise OutputError(
             f"{folder} holds another comparison's results.json; choose another folder with --output DIR, or replace "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nettorrent_mpi.config.search_file import Search, differences, read_plain
+from nettorrent_mpi.data.storage import check_folder
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.run_lock import LOCK, RunLock, in_use
 from nettorrent_mpi.plan.errors import ConfigError, InUseError, OutputError
@@ -50,8 +51,7 @@ class Study:
     def open(self) -> None:
         """Make the folder. Raises an OutputError if it holds something else."""
         path = self.folder / SEARCH
-        if self.folder.exists() and not self.folder.is_dir():
-            raise OutputError(f"{self.folder} is a file, not a folder; choose another with --output DIR")
+        check_folder(self.folder)
         with self.alone(), written(path):
             if path.exists():
                 self._compare(path)

@@ -110,7 +110,7 @@ def test_a_run_on_one_rank_and_on_three(tmp_path: Path, mpirun: Mpirun, capfd: p
     assert main(["evaluate", str(run), "--confusion"]) == 0
     told = capfd.readouterr().out
     assert f"written to {run}: confusion.csv" in told
-    done = mpirun(3, ["-m", "nettorrent_mpi", "evaluate", run, "--confusion", "--to", other])
+    done = mpirun(3, ["-m", "nettorrent_mpi", "evaluate", run, "--confusion", "--output", other])
     assert done.returncode == 0, done.stderr
     assert {path.name for path in other.iterdir()} == set(EVALUATION)
     for name in set(EVALUATION) - {"predictions.csv"}:
@@ -188,11 +188,11 @@ def test_refusals_and_rows_that_are_held_back(tmp_path: Path, capfd: pytest.Capt
     assert [row[2] for row in rows] == [("no", "yes")[int(logit > 0)] for logit in logits]
     np.testing.assert_allclose([float(row[3]) for row in rows], 1 / (1 + np.exp(-np.abs(logits))), atol=2e-4)
     for arguments, told in (
-        ([run, "--to", tmp_path], "--to is the folder for the files of --confusion, which is not given"),
+        ([run, "--output", tmp_path], "--output is the folder for the files of --confusion, which is not given"),
         ([tmp_path / "numbers", "--confusion"], "--confusion: the targets of this run are numbers, not classes"),
         (
-            [run, "--confusion", "--to", tmp_path / "data.h5"],
-            "confusion.csv could not be written (File exists); choose",
+            [run, "--confusion", "--output", tmp_path / "data.h5"],
+            "data.h5 is a file, not a folder; choose",
         ),
     ):
         capfd.readouterr()

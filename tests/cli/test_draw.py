@@ -141,7 +141,7 @@ def test_refusals(digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
             [tmp_path / "rows.h5", "--like", "mnist"],
             "reads rows of (6,) and knows 2 classes; handwriting has square grey",
         ),
-        ([tmp_path / "none"], "none/model.h5: there is no such file"),
+        ([tmp_path / "none"], "none does not exist: name the folder of a run"),
     ):
         capfd.readouterr()
         assert main(["draw", *map(str, arguments)]) == 2

@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_npz(run: Run, tmp_path: Path) -> None:
     """NumPy alone computes the network's outputs by what the file says."""
-    assert main(["export", str(run.folder), str(tmp_path / "run.npz")]) == 0
+    assert main(["export", str(run.folder), "-o", str(tmp_path / "run.npz")]) == 0
     with np.load(tmp_path / "run.npz", allow_pickle=False) as file:
         arrays = dict(file)
     data, model = json.loads(str(arrays.pop("data"))), json.loads(str(arrays.pop("model")))
@@ -95,7 +95,7 @@ def test_pt(run: Run, tmp_path: Path, place: str) -> None:
     from nettorrent_mpi.torch import load_run
 
     target = tmp_path / "run.pt"
-    assert main(["export", str(run.folder / place), str(target)]) == 0
+    assert main(["export", str(run.folder / place), "-o", str(target)]) == 0
     for loaded in (load_run(run.folder / place), load_run(target)):
         assert (loaded.class_names, loaded.classes, loaded.input_shape) == (tuple("0123456789"), 10, (1, 8, 8))
         with torch.no_grad():
@@ -119,7 +119,7 @@ def test_onnx(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     target = tmp_path / "run.onnx"
-    assert main(["export", str(run.folder), str(target)]) == 0
+    assert main(["export", str(run.folder), "-o", str(target)]) == 0
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
     run.check(session.run(None, {"input": run.x_first})[0])
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == list("0123456789")
@@ -128,7 +128,7 @@ def test_onnx(run: Run, tmp_path: Path) -> None:
 def test_h5(run: Run, tmp_path: Path) -> None:
     """A checkpoint becomes a file that the package itself reads."""
     target = tmp_path / "run.h5"
-    assert main(["export", str(run.folder / "checkpoints"), str(target)]) == 0
+    assert main(["export", str(run.folder / "checkpoints"), "-o", str(target)]) == 0
     with nt.Trainer(nt.plan(nt.load_config(run.folder / "config.yaml"))) as trainer:
         trainer.load(target)
         run.check(trainer.predict(run.x))
@@ -150,18 +150,18 @@ def refusal(capfd: pytest.CaptureFixture[str], *command: str | Path) -> str:
 def test_refusals(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "run.npz"
     target.write_bytes(b"mine")
-    told = refusal(capfd, "export", run.folder, target)
-    assert "run.npz exists; choose another name, or replace it with --overwrite" in told
+    told = refusal(capfd, "export", run.folder, "-o", target)
+    assert "run.npz exists: choose another name with --output FILE, or replace it with --overwrite" in told
     assert target.read_bytes() == b"mine"
-    assert main(["export", str(run.folder), str(target), "--overwrite"]) == 0
+    assert main(["export", str(run.folder), "-o", str(target), "--overwrite"]) == 0
     assert np.load(target)["linear1/bias"].shape == (10,)
-    told = refusal(capfd, "export", run.folder, tmp_path / "run.txt")
+    told = refusal(capfd, "export", run.folder, "-o", tmp_path / "run.txt")
     assert "the file's name must end in .h5, .npz, .pt, .onnx" in told
     for ending in (".h5", ".npz", *INSTALLED):
-        assert "missing/model.h5: there is no such file" in refusal(
-            capfd, "export", tmp_path / "missing", tmp_path / f"x{ending}"
+        assert "missing does not exist: name the folder of a run" in refusal(
+            capfd, "export", tmp_path / "missing", "-o", tmp_path / f"x{ending}"
         )
-        assert "could not be written: " in refusal(capfd, "export", run.folder, tmp_path / "no" / f"x{ending}")
+        assert "make it (mkdir -p " in refusal(capfd, "export", run.folder, "-o", tmp_path / "no" / f"x{ending}")
     assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]
 
 
@@ -178,7 +178,7 @@ def test_a_missing_package_is_named(
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     monkeypatch.setattr("importlib.import_module", missing)
-    told = refusal(capfd, "export", run.folder, tmp_path / f"run{ending}")
+    told = refusal(capfd, "export", run.folder, "-o", tmp_path / f"run{ending}")
     assert f"needs the package {package}, which is not installed: pip install 'nettorrent_mpi[{package}]'" in told
     assert not [*tmp_path.iterdir()]
 
@@ -190,8 +190,8 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("nettorrent_mpi.data.storage.flush", full)
-    told = refusal(capfd, "export", run.folder, tmp_path / "run.npz")
-    assert "run.npz could not be written: No space left on device" in told
+    told = refusal(capfd, "export", run.folder, "-o", tmp_path / "run.npz")
+    assert "run.npz could not be written: the disk is full" in told
     assert not [*tmp_path.iterdir()]
 
 
@@ -222,9 +222,9 @@ def test_layers_of_somebodys_own(tmp_path: Path, capfd: pytest.CaptureFixture[st
     exec(OWN, scope)
 
     def check() -> None:
-        assert main(["export", str(tmp_path / "own.h5"), str(tmp_path / "own.npz"), "--overwrite"]) == 0
+        assert main(["export", str(tmp_path / "own.h5"), "-o", str(tmp_path / "own.npz"), "--overwrite"]) == 0
         for ending in INSTALLED:
-            told = refusal(capfd, "export", tmp_path / "own.h5", tmp_path / f"own{ending}")
+            told = refusal(capfd, "export", tmp_path / "own.h5", "-o", tmp_path / f"own{ending}")
             assert "own.h5: its layer doubled is not one of the package's" in told
             assert "export the arrays to .npz or .h5" in told
 

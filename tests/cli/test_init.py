@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.cli.arguments import make_parser
+from nettorrent_mpi.cli.init import length
 from nettorrent_mpi.config import reading
 from tests.conftest import ROOT
 
@@ -37,13 +38,20 @@ def photos(path: Path, shape: tuple[int, ...], labels: bool) -> None:
 )
 def test_a_begun_configuration_trains(tmp_path: Path, shape: tuple[int, ...], labels: bool, found: list[str]) -> None:
     photos(tmp_path / "my photos.h5", shape, labels)
-    done = nettorrent("init", "mine.yaml", "--root", "my photos.h5", folder=tmp_path)
+    done = nettorrent("init", "--output", "mine.yaml", "--root", "my photos.h5", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
     assert all(each in text for each in found)
     done = nettorrent("train", "mine.yaml", "--set", "train.epochs=1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "mine" / "model.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "epochs"), [(5, 5, 100), (90, 8, 20), (450, 32, 20), (1294, 128, 20), (50_000, 128, 10)]
+)
+def test_the_length_suits_the_rows(rows: int, batch: int, epochs: int) -> None:
+    assert length(rows) == (batch, epochs)
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
@@ -54,11 +62,11 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         (["a.yaml", "--data", "digits", "--root", "data"], "digits needs no files"),
         (["a.yaml", "--root", "nowhere.h5"], "nowhere.h5"),
     ]:
-        done = nettorrent("init", *words, folder=tmp_path)
+        done = nettorrent("init", "--output", *words, folder=tmp_path)
         assert (done.returncode, told in done.stderr) == (2, True), done.stderr
-    assert nettorrent("init", "a.yaml", folder=tmp_path).returncode == 0
-    assert "a.yaml exists" in nettorrent("init", "a.yaml", folder=tmp_path).stderr
-    assert nettorrent("init", "a.yaml", "--overwrite", folder=tmp_path).returncode == 0
+    assert nettorrent("init", "-o", "a.yaml", folder=tmp_path).returncode == 0
+    assert "a.yaml exists" in nettorrent("init", "-o", "a.yaml", folder=tmp_path).stderr
+    assert nettorrent("init", "-o", "a.yaml", "--overwrite", folder=tmp_path).returncode == 0
 
 
 def test_the_printed_configuration_is_the_one_that_counts(tmp_path: Path) -> None:

@@ -37,13 +37,14 @@ def told(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 
 def test_what_is_whole(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, text, _ = told(capfd, trained)
+    few, found = told(capfd, trained / "checkpoints" / "step-0000000004")[1], ["2: a checkpoint", "4: a checkpoint"]
+    assert [each for each in (*found, "model.h5: a network, whole") if each not in text] == []
     assert code == 0
-    for words in (
-        "step-0000000002: a checkpoint, whole",
-        "step-0000000004: a checkpoint, whole",
-        "model.h5: a network",
-    ):
-        assert words in text
+    assert re.search(r"\n  network +2 layers, 43 parameters: linear 4 relu, linear 3\n", few)
+    assert re.search(r"\n  data +arrays: 32 training rows of 6 in 3 classes\n", few)
+    assert re.search(r"\n  samples +64 training rows\n  time +[0-9.]+ s\n  ", few)
+    assert "optimizer/m/linear1" not in few
+    code, text, _ = told(capfd, trained, "--all")
     assert re.search(r"\n  optimizer/m/linear1/weight +6 x 4 +float32 +24\n", text)
     code, text, _ = told(capfd, trained / "checkpoints", "--json")
     _, found = json.loads(text)
@@ -80,7 +81,8 @@ def test_what_is_damaged_or_missing(trained: Path, tmp_path: Path, capfd: pytest
     code, text, _ = told(capfd, run, "--json")
     assert (code, [bool(each["damage"]) for each in json.loads(text)]) == (2, [True, True, True])
     code, _, error = told(capfd, tmp_path)
-    assert (code, error) == (2, f"nettorrent: error: {tmp_path} has no checkpoint and no model.h5\n")
+    told_of = "has none of a run's files: name the folder of a run, which `nettorrent train` makes"
+    assert (code, error) == (2, f"nettorrent: error: {tmp_path} {told_of}\n")
 
 
 @pytest.mark.parametrize("name", ["file", "allow_pickle", "model", "..", "\x1b[2J", b"caf\xff", "a\nb", "a/.."])
@@ -94,7 +96,7 @@ def test_arrays_of_strange_names(tmp_path: Path, capfd: pytest.CaptureFixture[st
     code, text, _ = told(capfd, tmp_path)
     assert text.replace("\n", "").isprintable()
     assert told(capfd, tmp_path, "--json")[0] == code == (0 if name in ("file", "allow_pickle", "model") else 2)
-    assert main(["export", str(tmp_path), str(tmp_path / "out.npz")]) == (2 if name == "model" else code)
+    assert main(["export", str(tmp_path), "--output", str(tmp_path / "out.npz")]) == (2 if name == "model" else code)
     if name == "model":
         assert "array model is no layer's" in capfd.readouterr().err
     elif code == 0:
@@ -118,7 +120,7 @@ def test_attributes_are_shown_as_text(trained: Path, tmp_path: Path, capfd: pyte
 
 def test_a_checkpoint_is_exported(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for i, place in enumerate((trained, trained / "checkpoints", trained / "checkpoints" / "step-0000000004")):
-        assert main(["export", str(place), str(tmp_path / f"{i}.npz")]) == 0
+        assert main(["export", str(place), "--output", str(tmp_path / f"{i}.npz")]) == 0
     first, *others = (np.load(tmp_path / f"{i}.npz") for i in range(3))
     for other in others:
         assert other.keys() == first.keys()

@@ -39,7 +39,7 @@ class Run:
                     Image.fromarray(pixels).save(path)
                     self.pictures += [str(path)] if part == "test" else []
         (folder / "config.yaml").write_text(CONFIG.replace("pets.h5", str(folder / "pets.h5")))
-        assert main(["data", "import", str(folder / "pets"), str(folder / "pets.h5")]) == 0
+        assert main(["data", "import", str(folder / "pets"), "-o", str(folder / "pets.h5")]) == 0
         assert main(["train", str(folder / "config.yaml"), "--output", str(self.folder)]) == 0
         planned = nt.plan(nt.load_config(self.folder / "config.yaml"))
         with nt.Trainer(planned) as trainer:
@@ -126,7 +126,7 @@ def test_refusals(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert refusal(run.folder, picture, "--top", "0") == "--top 0: it has to be at least 1"
     assert (
         refusal(tmp_path / "no", picture)
-        == f"{tmp_path}/no/model.h5: there is no such file; has the run come that far?"
+        == f"{tmp_path}/no does not exist: name the folder of a run, which `nettorrent train` makes"
     )
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["parameters/layer/weight"] = np.zeros((3, 3))

@@ -58,4 +58,4 @@ def test_a_home_that_cannot_be_written_is_told_in_a_line(mpirun: Mpirun, tmp_pat
     home = {"XDG_CACHE_HOME": str(tmp_path / "file")}
     done = mpirun(1, [*NETTORRENT, "profile", "--seconds", "0.2"], env=home, timeout=60)
     assert done.returncode == 0
-    assert "nettorrent: warning: the profile could not be kept (Not a directory): give --to FILE" in done.stderr
+    assert "nettorrent: warning: the profile could not be kept (Not a directory): give --output FILE" in done.stderr

@@ -89,7 +89,7 @@ def test_slow_links_cost_time(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_hundred_thousand_ranks_are_planned_in_seconds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     began = time.process_time()
-    words = ("--nodes", "2084x48", "--ranks", "100000", "--trace", str(tmp_path / "steps.json"))
+    words = ("--nodes", "2084x48", "--ranks", "100000", "--output", str(tmp_path / "steps.json"))
     table, text = simulated(capsys, *words)
     assert time.process_time() - began < 10
     assert table["rows"][0] == "100,000"

@@ -208,7 +208,7 @@ WRONG = [
     (["tune", "BAD"], "bad.yaml:13: train.optimizer.adam.lrr: unknown key; did you mean lr?"),
     (["tune", "DATA"], "data.root"),
     (["tune", "VALUES"], "has no classes, so there is no accuracy to compare trials by"),
-    (["tune", "GRID", "--output", "GRID"], "is a file, not a folder; choose another with --output DIR"),
+    (["tune", "GRID", "--output", "GRID"], "is a file, not a folder; choose another place with --output DIR"),
 ]
 
 

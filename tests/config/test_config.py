@@ -445,12 +445,18 @@ def test_deep_nesting_and_alias_bombs_are_refused() -> None:
     assert "more than 100000 values" in str(told(bomb))
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"there is no such file; configs/ holds: cifar\.yaml, .*; `nettorrent init`"):
+        config.load("unlike.yaml")
+    with pytest.raises(ConfigError, match=r"there is no such file; did you mean configs/mnist\.yaml\?$"):
+        config.load("mnist.yaml")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "digits.yaml").write_text(BASE)
     (tmp_path / "latin.yaml").write_bytes("seed: 1 # für\n".encode("latin-1"))
     cases = {
         "digitz.yaml": "there is no such file; did you mean",
-        "none/x.yaml": "there is no such file",
+        "none/x.yaml": "there is no such file; `nettorrent init` writes one",
+        "unlike.yaml": "there is no such file; `nettorrent init` writes one",
         ".": "is a folder",
         "latin.yaml": "not a text in UTF-8 (byte 11)",
         "digits.yaml/x": "cannot be read",

@@ -201,11 +201,11 @@ def test_the_command(table: Callable[..., Path], tmp_path: Path) -> None:
         return done.returncode, done.stdout + done.stderr
 
     path, target = table(IRIS), tmp_path / "t.h5"
-    code, told = nettorrent(path, target, "--label", "species", "--test", "0.5")
+    code, told = nettorrent(path, "-o", target, "--label", "species", "--test", "0.5")
     assert (code, told) == (0, f"{target}: 10 training rows and 10 test rows of shape (2,) in 2 classes: iris, rose\n")
-    code, told = nettorrent(path, target, "--size", "2")
+    code, told = nettorrent(path, "-o", target, "--size", "2")
     assert (code, "write height x width, as 32x32" in told) == (2, True)
-    code, told = nettorrent(tmp_path, target, "--label", "1")
+    code, told = nettorrent(tmp_path, "-o", target, "--label", "1")
     assert (code, "--label is for tables" in told) == (2, True)
-    code, told = nettorrent(table("x", "t.dat"), target)
+    code, told = nettorrent(table("x", "t.dat"), "-o", target)
     assert (code, "is no folder of images, no table" in told) == (2, True)

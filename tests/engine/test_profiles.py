@@ -86,7 +86,7 @@ def test_figures_of_a_profile_are_checked(machine: Machine, tmp_path: Path) -> N
         file.write_text(json.dumps(content))
         with pytest.raises(DataError, match="is no profile"):
             read_profiles(str(file))
-    with pytest.raises(DataError, match=r"is missing; `nettorrent profile --to FILE` writes it"):
+    with pytest.raises(DataError, match=r"is missing; `nettorrent profile --output FILE` writes it"):
         read_profiles(str(tmp_path / "none.json"))
 
 

@@ -25,7 +25,7 @@ from nettorrent_mpi.engine.checkpoint_writer import CheckpointWriter
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.plan import exchange_specs as exchanges
-from nettorrent_mpi.plan.errors import DataError, NonFiniteError, OutputError
+from nettorrent_mpi.plan.errors import DataError, NonFiniteError
 from nettorrent_mpi.plan.topology import Topology
 from tests.checkpoints import restore, saved, whole
 from tests.ranks.test_attach import equal, name, plan, serial, start, topologies, train
@@ -310,7 +310,7 @@ def test_damage_that_some_ranks_see(engine: Engine, shared_path: Path) -> None:
         warnings.simplefilter("always")
         assert find_checkpoint(engine.world, shared_path)[0] == made
     assert len(given) == (RANK == 0)
-    with pytest.raises(OutputError, match="holds no checkpoint"):
+    with pytest.raises(DataError, match="nowhere does not exist: name the folder of a run"):
         find_checkpoint(engine.world, shared_path / "nowhere")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nettorrent_mpi.cli.options.shared_options import add_set
+from nettorrent_mpi.cli.options.shared_options import add_output, add_overwrite, add_set
 
 SPEEDUP = """\
 Compares every mode of parallelizing the network that CONFIG describes, on several numbers of ranks, with one rank and
@@ -46,9 +46,8 @@ crashes is named, and so is a rank that does not answer. The exit code is 2 if t
 def add_comparison_commands(commands: Any) -> None:
     """Add the commands to the subparsers."""
     doctor = commands.add_parser("doctor", help="check whether a training would run here", description=DOCTOR)
-    doctor.add_argument(
-        "--output", default="runs", metavar="DIR", help="the folder where results are to be written (default: runs)"
-    )
+    add_output(doctor, "DIR", "the folder where results are to be written (default: runs)")
+    doctor.set_defaults(output="runs")
     doctor.add_argument(
         "--limit", type=float, default=30.0, metavar="SECONDS", help="how long a check may take (default: 30)"
     )
@@ -94,10 +93,8 @@ def _add_speedup(commands: Any) -> None:
         "epochs of the configuration",
     )  # fmt: skip
     add_set(parser)
-    parser.add_argument("--output", metavar="DIR", help="the folder to write (default: runs/speedup-CONFIG)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the results of another comparison in that folder"
-    )
+    add_output(parser, "DIR", "the folder to write (default: runs/speedup-CONFIG)")
+    add_overwrite(parser, "the results of another comparison in that folder")
     parser.add_argument(
         "--launcher", metavar="COMMAND",
         help="the command that starts {ranks} ranks, e.g. 'srun --mpi=pmix --ntasks={ranks}' "
@@ -116,8 +113,8 @@ def _add_chaos(commands: Any) -> None:
     parser.add_argument("--who", metavar="RANK,...", help="ranks that are among those that die, e.g. 0")
     parser.add_argument("--at-once", action="store_true", help="kill all of them at the same time")
     add_set(parser)
-    parser.add_argument("--output", metavar="DIR", help="the folder to write (default: runs/chaos-CONFIG)")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier results in that folder")
+    add_output(parser, "DIR", "the folder to write (default: runs/chaos-CONFIG)")
+    add_overwrite(parser, "earlier results in that folder")
     parser.add_argument(
         "--limit", type=float, default=3600.0, metavar="SECONDS",
         help="end a run that takes longer, and fail (default: 3600; and the disturbed one after two minutes and five "

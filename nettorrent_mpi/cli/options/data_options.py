@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from nettorrent_mpi.cli.options.shared_options import add_output, add_overwrite
 from nettorrent_mpi.plan.data_specs import DATASETS
 
 INIT = """\
 Writes a configuration with the usual options, each explained, and a network that suits the data: a small convolutional
 one for images, a perceptron for other rows.
 
-    nettorrent init letters.yaml --data letters --root data
-    nettorrent init photos.yaml --root photos.h5
-    nettorrent init first.yaml
+    nettorrent init --output first.yaml
+    nettorrent init --data letters --root data
+    nettorrent init --root photos.h5
 
-The last one takes the handwritten digits that ship with the package."""
+The first one takes the handwritten digits that ship with the package. The others write letters.yaml and
+photos.yaml."""
 
 SCHEMA = """\
 Prints the JSON Schema (draft 7) of configurations: every option with its type, range, default and meaning. An editor
@@ -39,33 +41,59 @@ It needs the package shtab: pip install 'nettorrent_mpi[completion]'."""
 IMPORT = """\
 Writes a data set that configurations name by `data: {name: hdf5, root: FILE.h5}`:
 
-    nettorrent data import photos/ photos.h5 --size 32x32
-    nettorrent data import iris.csv iris.h5 --label species
-    nettorrent data import m.csv m.h5 --label 1 --size 28x28 --test m_test.csv
-    nettorrent data import arrays.npz arrays.h5"""
+    nettorrent data import photos/ --size 32x32
+    nettorrent data import iris.csv --label species --output data/iris.h5
+    nettorrent data import m.csv --label 1 --size 28x28 --test m_test.csv
+    nettorrent data import arrays.npz
+
+Without --output they write photos.h5, m.h5 and arrays.h5 here."""
+
+DATA = """\
+Brings data to where configurations find them: downloads a published data set from its publisher, or makes a file (HDF5)
+of your own images, tables or arrays:
+
+    nettorrent data fetch mnist
+    nettorrent data import photos/ --size 32x32
+    nettorrent data import iris.csv --label species
+
+The digits need neither: they ship with the package."""
+
+FETCH = """\
+Downloads a data set from its publisher into the folder that configurations name by `data: {root: DIR}`, and verifies
+its checksums. What is there and whole is not loaded again, and a download that was interrupted goes on:
+
+    nettorrent data fetch cifar10
+    nettorrent data fetch letters --root /scratch/data
+
+Without a network, it says which files to put where."""
 
 
 def add_data_commands(commands: Any) -> None:
     """Add the commands to the subparsers."""
     init = commands.add_parser("init", help="write a commented configuration to begin with", description=INIT)
-    init.add_argument("config", metavar="CONFIG.yaml", help="the file to write")
     init.add_argument("--data", metavar="NAME", help="the data set: " + ", ".join(DATASETS))
     init.add_argument("--root", metavar="PATH", help="the folder of the data sets (default: data), or an HDF5 file")
-    init.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_output(init, "FILE", "the file to write, CONFIG.yaml (default: the name of the data set, .yaml)")
+    add_overwrite(init)
 
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of configurations, for editors", description=SCHEMA
     )
-    schema.add_argument("--output", metavar="FILE", help="the file to write (default: the terminal)")
+    add_output(schema, "FILE", "the file to write (default: the terminal)")
+    add_overwrite(schema)
 
     completion = commands.add_parser(
         "completion", help="print a shell's script that completes commands and options", description=COMPLETION
     )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
 
-    data = commands.add_parser("data", help="download published data sets, import images, tables and arrays")
+    data = commands.add_parser(
+        "data", help="download published data sets, import images, tables and arrays", description=DATA
+    )
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    fetch = kinds.add_parser("fetch", help="download a data set from its publisher and verify its checksums")
+    fetch = kinds.add_parser(
+        "fetch", help="download a data set from its publisher and verify its checksums", description=FETCH
+    )
     fetch.add_argument(
         "name", metavar="NAME",
         help="mnist, fashion_mnist, letters, emnist_balanced, emnist_byclass, emnist_bymerge, emnist_digits, "
@@ -80,7 +108,7 @@ def add_data_commands(commands: Any) -> None:
         help="a folder with one sub-folder of images per class, or with train/ and test/ that have these; a table "
         "(.csv, .tsv, .txt); or arrays (.npz: x, y, x_test, y_test)",
     )  # fmt: skip
-    importing.add_argument("target", metavar="FILE.h5", help="the file to write")
+    add_output(importing, "FILE", "the file to write (default: the name of SOURCE with the ending .h5, here)")
     importing.add_argument(
         "--size",
         metavar="HxW",
@@ -100,4 +128,4 @@ def add_data_commands(commands: Any) -> None:
         "--header", choices=("yes", "no"),
         help="of a table: whether its first line names the columns (default: if no word of it is a number)",
     )  # fmt: skip
-    importing.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_overwrite(importing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nettorrent_mpi.cli.options.shared_options import add_set
+from nettorrent_mpi.cli.options.shared_options import add_output, add_overwrite, add_set
 
 EVALUATE = """\
 Computes loss and accuracy of RUN's network on the test set, and on the rows that the run held back for validation, on
@@ -12,7 +12,7 @@ any number of ranks:
 
     nettorrent evaluate runs/letters
     mpirun -n 4 nettorrent evaluate runs/letters
-    nettorrent evaluate runs/letters --confusion --to report
+    nettorrent evaluate runs/letters --confusion --output report
 
 --confusion also writes confusion.csv and .svg (how many rows of each class are taken to be which), classes.csv (rows,
 precision, recall and F1 of each class), predictions.csv (every row) and, where rows are pictures, mistakes.svg: those
@@ -52,20 +52,31 @@ EXPORT = """\
 Writes the network of RUN into one file: its layers, its weights, the names of the classes and how inputs are prepared.
 The ending of the file's name says for which programs:
 
-    nettorrent export runs/cifar cifar.npz
-    nettorrent export runs/cifar cifar.pt
-    nettorrent export runs/cifar cifar.onnx
-    nettorrent export runs/cifar/checkpoints/step-0000000400 cifar.h5
-    nettorrent export runs/cifar --to tensorboard
+    nettorrent export runs/cifar --output cifar.npz
+    nettorrent export runs/cifar --output cifar.pt
+    nettorrent export runs/cifar --output cifar.onnx
+    nettorrent export runs/cifar/checkpoints/step-0000000400 --output cifar.h5
+    nettorrent export runs/cifar --format tensorboard
 
 .npz is for NumPy and .h5 for HDF5, with the arrays as in model.h5; images are (row, height, width, channel) there. .pt
 is for PyTorch, whose own torch.load reads it, and nettorrent_mpi.torch.load_run makes a module of it; it needs PyTorch.
 .onnx is for onnxruntime and others, the scaling of the inputs included; it needs the package onnx. Both have images as
 (row, channel, height, width), and weights to match.
 
---to writes the metrics of the run instead, also while it goes on, on any machine that sees its folder: for TensorBoard
-(`tensorboard --logdir runs` then shows the runs together; it needs the package tensorboardX), as an offline run of
-Weights & Biases (wandb), or as a run of MLflow (mlflow)."""
+--format tensorboard, wandb or mlflow writes the metrics of the run instead, also while it goes on, on any machine that
+sees its folder: for TensorBoard (`tensorboard --logdir runs` then shows the runs together; it needs the package
+tensorboardX), as an offline run of Weights & Biases, or as a run of MLflow."""
+
+INSPECT = """\
+Shows what a run has: its network, data and layout, how it ended, its best figures, and its files. All weights and
+checkpoints are read, and what is damaged is named; the exit code is 2 then:
+
+    nettorrent inspect runs/letters
+    nettorrent inspect runs/letters --all
+    nettorrent inspect runs/letters/checkpoints/step-0000000400
+    nettorrent inspect cifar.h5 --json"""
+
+FORMATS = ("h5", "npz", "pt", "onnx", "tensorboard", "wandb", "mlflow")
 
 
 def add_network_commands(commands: Any) -> None:
@@ -79,7 +90,7 @@ def add_network_commands(commands: Any) -> None:
         action="store_true",
         help="also tell which classes are taken for which, precision and recall of each, and the worst rows",
     )
-    evaluate.add_argument("--to", metavar="DIR", help="the folder for the files of --confusion (default: the run's)")
+    add_output(evaluate, "DIR", "the folder for the files of --confusion (default: the run's)")
     add_set(evaluate)
 
     predict = commands.add_parser(
@@ -102,16 +113,23 @@ def add_network_commands(commands: Any) -> None:
 
     export = commands.add_parser("export", help="write the network of a run for other programs", description=EXPORT)
     export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
-    export.add_argument("target", nargs="?", metavar="FILE", help="the file to create: .h5, .npz, .pt or .onnx")
-    export.add_argument(
-        "--to", choices=("tensorboard", "wandb", "mlflow"), metavar="PROGRAM",
-        help="write the metrics instead of the network, for tensorboard, wandb or mlflow; FILE is a folder then "
-        "(default: one of the program's name in the run's folder)",
+    add_output(
+        export, "FILE",
+        "the file to write, with one of these endings; of metrics the folder (default: one of FORMAT's name in RUN)",
     )  # fmt: skip
-    export.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    export.add_argument(
+        "--format", choices=FORMATS, metavar="FORMAT",
+        help="h5, npz, pt or onnx: the network (default: by the ending of FILE; FILE is then by default the run's name "
+        "with this ending, here); tensorboard, wandb or mlflow: the metrics",
+    )  # fmt: skip
+    add_overwrite(export)
 
-    inspect = commands.add_parser("inspect", help="show what a checkpoint has, and whether it is whole")
+    inspect = commands.add_parser(
+        "inspect", help="show what a run, a checkpoint or a file of weights has, and whether it is whole",
+        description=INSPECT,
+    )  # fmt: skip
     inspect.add_argument(
-        "path", metavar="CKPT", help="a checkpoint, the folder of them, a run's folder, or a file of weights"
+        "path", metavar="RUN", help="a run's folder, a checkpoint, the folder of them, or a file of weights"
     )
+    inspect.add_argument("--all", action="store_true", help="also show every array, checksums and versions")
     inspect.add_argument("--json", action="store_true", help="write everything as JSON")

@@ -18,9 +18,18 @@ def add_elsewhere(parser: argparse.ArgumentParser, when: str = "") -> None:
     )
     parser.add_argument(
         "--profile", metavar="FILE",
-        help="predict times by the measurements in FILE, which `nettorrent profile --to` wrote (default: this host's, "
-        "if there are any; none: by constants)",
+        help="predict times by the measurements in FILE, which `nettorrent profile --output` wrote (default: this "
+        "host's, if there are any; none: by constants)",
     )  # fmt: skip
+
+
+def add_output(parser: argparse.ArgumentParser, what: str, meaning: str) -> None:
+    """Add --output, which names what a command writes: `what` is FILE or DIR."""
+    parser.add_argument("-o", "--output", metavar=what, help=meaning)
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str = "an existing file") -> None:
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
 def add_set(parser: argparse.ArgumentParser, of: str = "the configuration") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nettorrent_mpi.cli.options.shared_options import add_config, add_elsewhere, add_set
+from nettorrent_mpi.cli.options.shared_options import add_config, add_elsewhere, add_output, add_overwrite, add_set
 
 TRAIN = """\
 Trains the network that CONFIG describes on all ranks of the run, and writes the results to the output folder:
@@ -32,7 +32,7 @@ links as you like, without any of them. Needs neither MPI nor the files of a pub
 
     nettorrent simulate configs/mnist_wide.yaml --ranks 8
     nettorrent simulate configs/cifar.yaml --nodes 64x48 --link 100Gbit,2us --memory 256GB
-    nettorrent simulate configs/cifar.yaml --ranks 100000 --trace steps.json
+    nettorrent simulate configs/cifar.yaml --ranks 100000 --output steps.json
 
 Each rank computes as one of this machine does, if `nettorrent profile` has measured it with this network, or else as a
 core of 100 GFLOP/s."""
@@ -57,8 +57,8 @@ def add_train_commands(commands: Any) -> None:
     """Add the commands to the subparsers."""
     train = commands.add_parser("train", help="train a network", description=TRAIN)
     add_config(train)
-    train.add_argument("--output", metavar="DIR", help="the run's folder (default: the configuration's `output`)")
-    train.add_argument("--overwrite", action="store_true", help="replace the results of another run in that folder")
+    add_output(train, "DIR", "the run's folder (default: the configuration's `output`)")
+    add_overwrite(train, "the results of another run in that folder")
     train.add_argument(
         "--resume", nargs="?", const="", metavar="PATH",
         help="continue from the newest checkpoint in the output folder, or from PATH (a run folder or a checkpoint's, "
@@ -83,7 +83,9 @@ def add_train_commands(commands: Any) -> None:
 
     profile = commands.add_parser("profile", help="measure this machine, for predictions", description=PROFILE)
     add_config(profile)
-    profile.add_argument("--to", metavar="FILE", help="the file to write (default: this host's, in ~/.cache)")
+    add_output(
+        profile, "FILE", "the file to write; profiles of other networks in it stay (default: this host's, in ~/.cache)"
+    )
     profile.add_argument(
         "--seconds", type=float, default=30.0, metavar="S", help="about how long to measure (default: 30; at most 60)"
     )
@@ -94,9 +96,8 @@ def add_train_commands(commands: Any) -> None:
     add_config(simulate)
     simulate.add_argument("--ranks", type=int, metavar="N", help="how many (default: one on each core of the nodes)")
     add_elsewhere(simulate)
-    simulate.add_argument(
-        "--trace", metavar="FILE", help="write predicted steps in the configured layout, for chrome://tracing"
-    )
+    add_output(simulate, "FILE", "also write predicted steps in the configured layout, for chrome://tracing")
+    add_overwrite(simulate)
 
     tune = commands.add_parser("tune", help="search hyperparameters by groups of ranks", description=TUNE)
     tune.add_argument("search", metavar="SEARCH", help="a YAML file; examples are in configs/search/")
@@ -104,4 +105,4 @@ def add_train_commands(commands: Any) -> None:
         "--groups", type=int, metavar="N", help="groups of ranks that train trials side by side (default: one a rank)"
     )
     add_set(tune, "the search's base")
-    tune.add_argument("--output", metavar="DIR", help="the study's folder (default: the search's `output`)")
+    add_output(tune, "DIR", "the study's folder (default: the search's `output`)")

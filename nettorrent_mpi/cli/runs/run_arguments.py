@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nettorrent_mpi.cli.options.shared_options import add_output, add_overwrite
+
 SORTS = ("run", "state", "ranks", "exchange", "epochs", "accuracy", "loss", "seconds", "samples_per_second")
 
 RUNS = """\
@@ -55,5 +57,5 @@ def add_run_commands(commands: Any) -> None:
 
     report = commands.add_parser("report", help="write a run as one HTML file", description=REPORT)
     report.add_argument("run", metavar="RUN", help="the run's folder")
-    report.add_argument("--output", metavar="FILE", help="the file to write (default: report.html in the run's folder)")
-    report.add_argument("--overwrite", action="store_true", help="replace an existing file that --output names")
+    add_output(report, "FILE", "the file to write (default: report.html in the run's folder)")
+    add_overwrite(report, "an existing file that --output names")

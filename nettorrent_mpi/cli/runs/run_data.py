@@ -17,13 +17,13 @@ import numpy as np
 from nettorrent_mpi.data.files import opening, parsed, size_of
 from nettorrent_mpi.engine.rank_seconds import PARTS, WAITING
 from nettorrent_mpi.engine.record import read_lines
+from nettorrent_mpi.engine.run_files import no_run, run_of
 from nettorrent_mpi.engine.run_lock import in_use
 from nettorrent_mpi.engine.traced_run import TracedRun, read_traced
-from nettorrent_mpi.plan.errors import DataError, OutputError, UserError, readable
+from nettorrent_mpi.plan.errors import DataError, UserError, readable
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 RUNNING, DONE, DIVERGED, STOPPED, FAILED = "running", "done", "diverged", "stopped", "failed"
-FILES = ("config.yaml", "run.json", "metrics.jsonl", "summary.json")  # one of them makes a folder a run's
 FIGURES = (
     "epoch", "samples", "time", "train_loss", "learning_rate", "samples_per_second", "consensus_distance",
     "test_loss", "test_accuracy", "validation_loss", "validation_accuracy",
@@ -184,18 +184,11 @@ class RunData:
         return None if content is None else read_traced(content, str(path))
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run."""
-    return any((folder / name).is_file() for name in FILES)
-
-
-def read_run(folder: Path) -> RunData:
-    """Read a run folder. Raises an OutputError where there is none."""
-    if not is_run(folder):
-        what = "is a file" if folder.is_file() else "has none of a run's files" if folder.is_dir() else "does not exist"
-        raise OutputError(
-            f"{readable(str(folder))} {what}: name the folder of a run, which `nettorrent train` has made"
-        )
+def read_run(path: Path) -> RunData:
+    """Read the folder of the run that a path names. Raises DataError where there is none."""
+    folder = run_of(path)
+    if folder is None:
+        raise no_run(path)
     damage: list[str] = []
     about, summary = (_json(folder / name, damage) for name in ("run.json", "summary.json"))
     config, settings = _settings(folder / "config.yaml", damage)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from nettorrent_mpi.cli.local_server import NOT_FOUND, LocalServer, Request, Response
 from nettorrent_mpi.cli.runs.page import page
-from nettorrent_mpi.cli.runs.run_data import FILES, RUNNING, RunData, is_run, one_line, read_run
+from nettorrent_mpi.cli.runs.run_data import RUNNING, RunData, one_line, read_run
 from nettorrent_mpi.cli.terminal import terminal_width
+from nettorrent_mpi.engine.run_files import RUN_FILES, is_run, run_of
 from nettorrent_mpi.engine.run_lock import LOCK, in_use
 from nettorrent_mpi.plan.errors import UserError
 
@@ -25,7 +26,7 @@ def watch(place: str, *, once: bool, web: bool, port: int) -> int:
     """Show the run at `place` until it ends: in the terminal, or by a server. Raises UserErrors."""
     if port and not web:
         raise UserError("--port is for --web: write both, or leave it out")
-    folder = Path(place)
+    folder = run_of(Path(place)) or Path(place)
     try:
         while not once and not is_run(folder) and folder.is_dir() and in_use(folder):
             time.sleep(PAUSE)  # the ranks have just started
@@ -53,7 +54,7 @@ def states(folder: Path) -> Iterator[RunData]:
 def _signature(folder: Path) -> list[tuple[int, int] | None]:
     """Return what changes when any of a run's files does."""
     found: list[tuple[int, int] | None] = []
-    for name in (*FILES, LOCK):
+    for name in (*RUN_FILES, LOCK):
         try:
             status = (folder / name).stat()
             found.append((status.st_mtime_ns if name != LOCK else 0, status.st_size))

@@ -1,4 +1,4 @@
-"""`nettorrent export RUN --to tensorboard`: TensorBoard reads the metrics that the run has written."""
+"""`nettorrent export RUN --format tensorboard`: TensorBoard reads the metrics that the run has written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
 def test_tensorboard_reads_every_figure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path / "run")
     for _ in range(2):  # again, while a run goes on
-        assert main(["export", str(run), "--to", "tensorboard"]) == 0
+        assert main(["export", str(run), "--format", "tensorboard"]) == 0
     assert f"tensorboard --logdir {run}" in capfd.readouterr().out
     found, lines = scalars(run / "tensorboard"), records(TWO)
     assert [step for step, _, _ in found["loss/train"]] == [line["step"] for line in lines]
@@ -40,7 +40,7 @@ def test_tensorboard_reads_every_figure(tmp_path: Path, capfd: pytest.CaptureFix
 def test_many_ranks_and_a_named_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     topology = Topology(1, (Stage(0, 1, 300, 1), Stage(1, 2, 1, 1)))
     run, target = make(tmp_path / "run", topology, metrics=records(topology, slowest=300)), tmp_path / "x" / "y"
-    command = ["export", str(run), str(target), "--to", "tensorboard"]
+    command = ["export", str(run), "-o", str(target), "--format", "tensorboard"]
     assert [main(command), main(command), main([*command, "--overwrite"])] == [0, 2, 0]
     assert "--overwrite" in capfd.readouterr().err
     assert scalars(target)["waiting/1 linear2"][0][1] == pytest.approx(0.05)
@@ -50,10 +50,10 @@ def test_what_cannot_be_exported(tmp_path: Path, capfd: pytest.CaptureFixture[st
     run = make(tmp_path / "run")
     (tmp_path / "file").write_text("")
     for words, arguments in (
-        ("name the file to create", [str(run)]),
-        ("does not exist", [str(tmp_path / "nothing"), "--to", "tensorboard"]),
-        ("could not be written", [str(run), str(tmp_path / "file" / "x"), "--to", "tensorboard"]),
-        ("invalid choice", [str(run), "--to", "tensorbord"]),
+        ("name the file with --output", [str(run)]),
+        ("does not exist", [str(tmp_path / "nothing"), "--format", "tensorboard"]),
+        ("is a file, not a folder", [str(run), "-o", str(tmp_path / "file" / "x"), "--format", "tensorboard"]),
+        ("invalid choice", [str(run), "--format", "tensorbord"]),
     ):
         assert main(["export", *arguments]) == 2
         error = capfd.readouterr().err

@@ -64,6 +64,21 @@ def test_named_runs_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert text.endswith("1 other settings are the same\n")
 
 
+def test_only_what_was_chosen_differs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Options that one run's optimizer has and the other's has not are shown where somebody has set them."""
+    both = {"data": {"name": "digits"}, "model": {"layers": ["flatten", {"linear": 10}]}}
+    sgd = both | {"train": {"epochs": 1, "optimizer": {"sgd": {"lr": 0.5, "momentum": 0.9}}}}
+    a = make(tmp_path / "a", settings=sgd)
+    b = make(tmp_path / "b", settings=both | {"train": {"steps": 5, "optimizer": "adam"}})
+    lines = told(capfd, a, b)[1].splitlines()
+    shown = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("train.")}
+    assert shown == {
+        "train.epochs": ["1", "none"], "train.steps": ["none", "5"], "train.optimizer": ["sgd", "adam"],
+        "train.optimizer.sgd.lr": ["0.5", "-"], "train.optimizer.sgd.momentum": ["0.9", "-"],
+    }  # fmt: skip
+    assert len(lines) < 18
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -1,4 +1,4 @@
-"""`nettorrent export RUN --to wandb` and `--to mlflow`: their own libraries read what was written."""
+"""`nettorrent export RUN --format wandb` and `--format mlflow`: their own libraries read what was written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_wandb_reads_an_offline_run(tmp_path: Path, capfd: pytest.CaptureFixture
 
     run = make(tmp_path / "run")
     for _ in range(2):  # again, while a run goes on
-        assert main(["export", str(run), "--to", "wandb"]) == 0
+        assert main(["export", str(run), "--format", "wandb"]) == 0
     assert "wandb sync" in capfd.readouterr().out
     (file,) = (run / "wandb" / "wandb").glob("offline-run-*/*.wandb")
     history, ids = list[dict[str, Any]](), set()
@@ -62,7 +62,8 @@ def test_mlflow_reads_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], m
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     pytest.importorskip("mlflow")
     run, shared = make(tmp_path / "run"), tmp_path / "all"
-    for words in (["--to", "mlflow"], [str(shared), "--to", "mlflow"]) * 2:  # MLflow keeps what a process knows
+    for more in ([], ["--output", str(shared)]) * 2:  # MLflow keeps what a process knows
+        words = ["--format", "mlflow", *more]
         subprocess.run([sys.executable, "-m", "nettorrent_mpi", "export", str(run), *words], cwd=ROOT, check=True)
     assert "mlflow ui" in capfd.readouterr().out
     from mlflow.tracking import MlflowClient
