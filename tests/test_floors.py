@@ -53,6 +53,7 @@ ORDER: dict[str, list[str]] = {
         "rounds",
         "calibration",
         "slow_momentum",
+        "withheld",
         "gossip",
     ],
     "plan": [

@@ -28,9 +28,10 @@ from nettorrent_mpi.exchange.replicas import Shards
 from nettorrent_mpi.exchange.rounds import Rounds
 from nettorrent_mpi.exchange.slow_momentum import SlowMomentum
 from nettorrent_mpi.exchange.vector import Vector
+from nettorrent_mpi.exchange.withheld import Withheld
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.exchange_specs import Gossip, LossDivergenceMix, LossMix
-from nettorrent_mpi.plan.gossip_rules import rate_factor, withholding
+from nettorrent_mpi.plan.gossip_rules import rate_factor
 from nettorrent_mpi.plan.pairing import make_pairing
 from nettorrent_mpi.plan.scores import Scores
 from nettorrent_mpi.plan.specs import Spec
@@ -42,8 +43,7 @@ SMALL = 1 << 14  # elements in each of these parts
 class GossipExchange(Exchange):
     """One rank's gossip with its peers.
 
-    It may withhold a part of its own latest steps (`withholding`): `before_update` takes a snapshot of the shards, and
-    `after_update` takes that part of the change back, until peers know of it.
+    It may withhold a part of its own latest steps (exchange/withheld.py), until peers know of it.
     """
 
     averages = True
@@ -71,7 +71,8 @@ class GossipExchange(Exchange):
         self.mixer = Mixer(spec, self.pairing, vector)
         parts = -(-vector.size // SMALL) if spec.part == "auto" else round(1 / spec.part)
         self.rounds = Rounds(spec, self.pairing, peers, self.mixer, seed, parts)
-        self._decide_what_to_withhold()
+        self._withheld = Withheld(spec, peers.size, shards.parameters, vector, device)
+        self._withheld.choose(self.mixer.parts)
         self._slow = SlowMomentum(spec.slow_momentum, shards.parameters, device) if spec.slow_momentum else None
         self._masses: Array | None = None  # masses of elements restored from a checkpoint
         self._open: tuple[int, float, float] | None = None  # the round to open again, from a checkpoint
@@ -116,7 +117,7 @@ class GossipExchange(Exchange):
         """Send the present values, this replica's age and its loss: for loops that call `close_round` after the
         optimizer's step, instead of `before_update` and `after_update`. A round that is still open is closed. Nothing
         may be withheld."""
-        assert not self._withhold
+        assert not self._withheld.part
         if self.rounds.is_open:
             self.rounds.close(wait=True)
         self.mixer.clock += 1
@@ -140,15 +141,13 @@ class GossipExchange(Exchange):
             self.device.synchronize()  # the step's compute is measured, not how soon the host has launched it
             self._seconds.append(time.perf_counter() - self._last)
         self.mixer.clock += 1
-        if self._withhold:  # changes that peers know are released before a part of the next step is withheld
+        if self._withheld.part:  # changes that peers know are released before a part of the next step is withheld
             self._merge(step)
-            for shard, before in zip(self.shards.parameters, self._before, strict=True):
-                self.device.ops.copy(before, shard)
+            self._withheld.begin_step()
 
     def after_update(self, rate: float, step: int) -> None:
-        if self._withhold:
-            for shard, before, kept in zip(self.shards.parameters, self._before, self._withheld, strict=True):
-                self.device.ops.withhold(shard, before, kept, self._withhold)
+        if self._withheld.part:
+            self._withheld.end_step()
         else:  # messages may arrive until now
             self._merge(step)
         self._steps += 1
@@ -219,15 +218,7 @@ class GossipExchange(Exchange):
         seconds = sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
         degree = max(len(self.pairing.sends(0, self.peers.index)), 1)
         self.rounds.divide(parts_that_hide(self.peers, self.mixer.vector, seconds * self._spec.every, degree))
-        self._decide_what_to_withhold()
-
-    def _decide_what_to_withhold(self) -> None:
-        """Decide what to withhold with the present number of parts. Settled, so that nothing is withheld."""
-        self._withhold = withholding(self._spec, self.count, self.mixer.parts)
-        arrays = self.shards.parameters if self._withhold else ()
-        self._before = [self.device.empty(array.shape, array.dtype) for array in arrays]
-        self._withheld = [self.device.zeros(array.shape, array.dtype) for array in arrays]
-        self.mixer.vector.withhold(self._withheld)
+        self._withheld.choose(self.mixer.parts)
 
     # -- at rest ----------------------------------------------------------------------------------------------------
 
@@ -237,7 +228,7 @@ class GossipExchange(Exchange):
             self.settle()
             yield
             return
-        arrays = [*self.shards.parameters, *self._withheld] if self._withhold else []
+        arrays = self._withheld.arrays
         with self.rounds.set_aside(), self._copies(arrays) as kept:
             self.settle()
             try:
@@ -273,8 +264,7 @@ class GossipExchange(Exchange):
     def averaged(self) -> None:
         for memories in self.mixer.vector.layers[1:]:
             self.mean(memories)
-        for array in self._withheld:
-            self.device.ops.fill(array, 0)
+        self._withheld.forget()
         self.mixer.averaged()
         self._masses = None
         if self._slow is not None:
@@ -295,8 +285,8 @@ class GossipExchange(Exchange):
         if self.mixer.push_sum:
             self._masses = self.mixer.mass_of_elements()
             found["mass"] = vector.split(self._masses)
-        if self._withhold:
-            found["withheld"] = self._withheld
+        if self._withheld.part:
+            found["withheld"] = self._withheld.changes
         if self.mixer.estimates is not None:
             found |= {name: vector.split(whole) for name, whole in self.mixer.estimates.memories().items()}
         elif self._spec.overlap and self._spec.every > 1:
@@ -319,7 +309,7 @@ class GossipExchange(Exchange):
         parts, warming, clock, loss, number, sent_clock, sent_loss, *peers = numbers.tolist()
         if int(parts) != self.mixer.parts:
             self.rounds.divide(int(parts))
-            self._decide_what_to_withhold()
+            self._withheld.choose(self.mixer.parts)
         self._warming, self.mixer.clock, self.mixer.loss = int(warming), clock, loss
         self.rounds.scores[:] = map(int, peers[: self.count])
         if self.mixer.estimates is not None:

@@ -97,7 +97,7 @@ def exchange(engine: Engine) -> int:
     letters += [arrived.letter for arrived in mail._arrived]
     own = gossip.rounds._round.own if gossip.rounds._round is not None else None
     letters += [own] if own is not None and all(own is not letter for letter in letters) else []
-    arrays = [*gossip._withheld, *gossip._before]
+    arrays = [*gossip._withheld.changes, *gossip._withheld._before]
     estimates = gossip.mixer.estimates
     if estimates is not None:
         arrays += [estimates._reference, estimates._difference, *estimates._sent.values(), *estimates._known.values()]
