@@ -56,7 +56,7 @@ def dry_run(
         f"data      {name}: {rows:,} training rows, {epoch:,} steps per epoch, {total:,} steps in all",
         f"network   {len(facts)} weight layers, {parameters:,} parameters, {millions:,.1f} million operations per row",
         f"step      {train.batch_size} rows in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
-        f"rate      {setup.rates} ({train.schedule.kind})",
+        *wrapped("rate      ", setup.rates_line),
         *_device(setup),
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
         *copies_lines(setup, memory),

@@ -26,7 +26,7 @@ class Record:
     samples: int  # training rows so far
     time: float  # seconds since the training began, those before a resume included
     train_loss: float  # mean over the rows since the record before
-    learning_rate: float
+    learning_rate: float  # of this step, the exchange's factor included; in an asynchronous pipeline, of its last stage
     samples_per_second: float  # training rows over training time, without the first steps
     consensus_distance: float | None = None  # of replicas that differ from their mean, relative to it (r.m.s.)
     # Where there was an evaluation (`evaluated`), and there are such rows; accuracies are fractions.

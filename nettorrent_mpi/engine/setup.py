@@ -28,11 +28,14 @@ from nettorrent_mpi.engine.profiles import Profiles
 from nettorrent_mpi.engine.run_plan import DeviceKind, Options, Plan
 from nettorrent_mpi.nn.fit import check_class_weights, check_end, check_fit, unusual_labels
 from nettorrent_mpi.nn.model import Network
-from nettorrent_mpi.nn.rates import Rates, extremes
-from nettorrent_mpi.plan.errors import ConfigError, LayoutError, ShapeError, keyed
+from nettorrent_mpi.nn.rates import Rates, Scale, extremes
+from nettorrent_mpi.plan.errors import ConfigError, LayoutError, ShapeError, keyed, listed
+from nettorrent_mpi.plan.exchange_specs import Async, Gossip
+from nettorrent_mpi.plan.gossip_rules import rate_factor
 from nettorrent_mpi.plan.layouts import layout_of
 from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.recovery import layout_of_survivors
+from nettorrent_mpi.plan.stream import staleness_factor
 from nettorrent_mpi.plan.topology import Topology
 
 SHORT_RUN = 2e11  # floating-point operations of a rank: two seconds of one core
@@ -65,9 +68,29 @@ class Setup:
 
     @property
     def rates(self) -> Rates:
-        """Return what the learning-rate schedule comes to, without an exchange's factor on it."""
-        train = self.config.train
-        return extremes(train.schedule, train.optimizer.options()["lr"], self.steps, self.sampler.steps_per_epoch)
+        """Return what the learning rate of the steps comes to: in an asynchronous pipeline, of the last stage."""
+        train, lr = self.config.train, self.config.train.optimizer.options()["lr"]
+        return extremes(train.schedule, lr, self.steps, self.sampler.steps_per_epoch, self._rate_scale)
+
+    @property
+    def _rate_scale(self) -> Scale | None:
+        """The factor of the exchange on the schedule; None: it is always 1."""
+        spec, replicas = self.options.exchange, self.topology.replicas
+        if not isinstance(spec, Gossip) or replicas == 1:
+            return None
+        scale = partial(rate_factor, spec, self.options.optimizer, replicas)
+        return scale if scale(1.0, 1.0) != 1.0 else None
+
+    @property
+    def rates_line(self) -> str:
+        """The learning rates of the run in one line."""
+        told, options, stages = [self.config.train.schedule.kind], self.options, len(self.topology.stages)
+        if self._rate_scale is not None:
+            told.append("times gossip's rate factor")
+        if isinstance(options.pipeline, Async) and options.pipeline.staleness_aware and stages > 1:
+            factors = [staleness_factor(stages, options.micro_batches, stage) for stage in range(stages)]
+            told.append(f"in stages 0 to {stages - 1} times {listed([f'{factor:.3g}' for factor in factors])}")
+        return f"{self.rates} ({', '.join(told)})"
 
     @property
     def layout_line(self) -> str:

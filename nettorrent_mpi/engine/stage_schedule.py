@@ -11,7 +11,7 @@ from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.exchange_specs import Async
 from nettorrent_mpi.plan.launches import proved
 from nettorrent_mpi.plan.schedule import build, evaluation
-from nettorrent_mpi.plan.stream import mean_staleness, reach, staleness_bound, stream_step
+from nettorrent_mpi.plan.stream import reach, staleness_bound, staleness_factor, stream_step
 from nettorrent_mpi.plan.topology import Topology
 
 
@@ -39,7 +39,7 @@ class StageSchedule:
             self.late = staleness_bound(stages, self._micro_batches, stage)
             self.ahead = staleness_bound(stages, self._micro_batches, 0)
         if isinstance(options.pipeline, Async) and options.pipeline.staleness_aware and self.asynchronous:
-            self.rate_scale = 1 / (1 + mean_staleness(stages, self._micro_batches, stage))
+            self.rate_scale = staleness_factor(stages, self._micro_batches, stage)
         self._reach = reach(stages, self._micro_batches)
 
     def _end(self, *, parts: bool) -> tuple[Kind, ...]:

@@ -103,8 +103,8 @@ class TrainingLoop:
         settings, engine, clock = self._settings, self._engine, self.clock
         stopping, saving, reports, exchange = self._stopping, self._saving, self._reports, engine.exchange
         guard = self.guard
-        lr, warmup = settings.optimizer.options()["lr"], settings.schedule.options()["warmup_steps"]
-        rates = make_rate(settings.schedule, lr, horizon, self.epoch_steps)
+        lr = settings.optimizer.options()["lr"]
+        rates = make_rate(settings.schedule, lr, horizon, self.epoch_steps, exchange.rate_scale)
         stop: int | None = None
         reported = False
         run = self._begin()
@@ -113,8 +113,7 @@ class TrainingLoop:
                 clock.go_on()
                 self.at_rest, n = False, self.step
                 rest = self._next_rest(n, until) if stop is None else stop
-                decay = rates(n) / lr if n >= warmup and rates(n) else 1.0
-                rate = rates(n) * exchange.rate_scale(n / horizon, decay)
+                rate = rates(n)
                 work = engine.prepare(n, rate, rest - n)
                 engine.pipeline.run(work)
                 done = self.step = n + 1

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.specs import Constant, Cosine, Exponential, Spec, Step
+
+LOOKED_AT = 4096  # steps of a long run, by which the highest of scaled rates is found
+
+Scale: TypeAlias = Callable[[float, float], float]
+"""The factor that an exchange puts on the rate: of the completed part of the run, from 0 to 1, and of the decay, what
+the schedule has made of lr (1 during the warm-up)."""
 
 
 class Rates(NamedTuple):
@@ -23,21 +29,27 @@ class Rates(NamedTuple):
         return f"{self.first:.4g} in the first step, at most {self.highest:.4g}, {self.last:.4g} in the last step"
 
 
-def extremes(spec: Spec, lr: float, total_steps: int, steps_per_epoch: float) -> Rates:
+def extremes(spec: Spec, lr: float, total_steps: int, steps_per_epoch: float, scale: Scale | None = None) -> Rates:
     """Return the first, the highest and the last learning rate of a run."""
-    rate = make_rate(spec, lr, total_steps, steps_per_epoch)
+    rate = make_rate(spec, lr, total_steps, steps_per_epoch, scale)
     last, warm = max(total_steps - 1, 0), spec.options()["warmup_steps"]
     # Beyond the warm-up every schedule only falls, or (factors above 1) only rises.
-    return Rates(rate(0), max(map(rate, {0, min(warm, last), last})), rate(last))
+    looked_at = {0, min(warm, last), last}
+    if scale is not None:
+        looked_at.update(range(0, last, max(1, last // LOOKED_AT)))
+    return Rates(rate(0), max(map(rate, looked_at)), rate(last))
 
 
-def make_rate(spec: Spec, lr: float, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:
+def make_rate(
+    spec: Spec, lr: float, total_steps: int, steps_per_epoch: float, scale: Scale | None = None
+) -> Callable[[int], float]:
     """Return a function from the step's number, counted from 0, to its learning rate. `spec` is one of specs.SCHEDULES.
 
     During the first w = warmup_steps steps, step n has lr * (n + 1) / w. The schedule proper begins after them at lr,
     and its steps k are counted from there: constant lr; step lr * factor^(k // every_steps); exponential lr *
     factor_per_epoch^(k / steps_per_epoch); cosine from lr at k = 0 to final * lr at the last of `total_steps`, where it
-    stays if training goes on (if only one step is left after the warm-up, it has lr).
+    stays if training goes on (if only one step is left after the warm-up, it has lr). What comes of this is multiplied
+    by `scale`.
     """
     assert isinstance(spec, Constant | Step | Exponential | Cosine), spec
     warmup = spec.warmup_steps
@@ -46,7 +58,14 @@ def make_rate(spec: Spec, lr: float, total_steps: int, steps_per_epoch: float) -
     def rate(step: int) -> float:
         return lr * (step + 1) / warmup if step < warmup else lr * factor(step - warmup)
 
-    return rate
+    if scale is None:
+        return rate
+
+    def scaled(step: int) -> float:
+        planned = rate(step)
+        return planned * scale(step / total_steps, planned / lr if step >= warmup and planned else 1.0)
+
+    return scaled
 
 
 def check_rates(spec: Spec, steps: int, steps_per_epoch: int) -> str | None:

@@ -108,6 +108,11 @@ def mean_staleness(stages: int, micro_batches: int, stage: int) -> float:
     return (stages - stage - 1) / micro_batches
 
 
+def staleness_factor(stages: int, micro_batches: int, stage: int) -> float:
+    """Return the factor on a stage's learning rate that is aware of staleness; that of the last stage is 1."""
+    return 1 / (1 + mean_staleness(stages, micro_batches, stage))
+
+
 def versions(stages: int, micro_batches: int, stage: int) -> int:
     """Return the largest number of versions of its weights that a stage holds: the newest, and those still needed by
     its micro-batches in flight."""

@@ -39,7 +39,7 @@ def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) ->
         dataset=SimpleNamespace(train=SimpleNamespace(rows=50_000), missing=None),
         sampler=SimpleNamespace(steps_per_epoch=391),
         steps=15 * 391,
-        rates=Rates(0.00004, 0.004, 0.0),
+        rates_line=f"{Rates(0.00004, 0.004, 0.0)} (cosine)",
         network=SimpleNamespace(facts=facts, has_batch_norm=False, input_shape=(32, 32, 3), whole=WHOLE),
         topology=topology,
         options=SimpleNamespace(micro_batches=4, itemsize=4, device="cpu"),

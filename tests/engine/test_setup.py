@@ -216,6 +216,25 @@ def test_the_engine_and_the_sampler_are_given_what_was_asked_for() -> None:
     np.testing.assert_array_equal(shared.order(0), set_up(load(), 4).sampler.order(0))
 
 
+def test_the_line_about_the_learning_rate_has_what_exchange_and_pipeline_make_of_it() -> None:
+    def line(*changes: str, ranks: int = 8) -> str:
+        rate = ("train.optimizer={adam: 0.01}", "train.schedule=constant", "train.epochs=2")
+        return set_up(load(*rate, *changes), ranks).rates_line
+
+    gossip = ("exchange=gossip", "layout={replicas: 4}")
+    assert line() == "0.01 in all steps (constant)"
+    grown = "0.01 in the first step, at most 0.02, 0.02 in the last step (constant, times gossip's rate factor)"
+    assert line(*gossip) == grown
+    assert line(*gossip, "exchange.gossip.rate_factor=3") == "0.03 in all steps (constant, times gossip's rate factor)"
+    assert line(*gossip, "train.optimizer={sgd: 0.01}") == "0.01 in all steps (constant)"
+    late = line("pipeline={async: true}", "train.micro_batches=2", ranks=4)
+    assert late == "0.01 in all steps (constant, in stages 0 to 3 times 0.4, 0.5, 0.667, 1)"
+    falling = set_up(load(*gossip, "train.optimizer={adam: 0.01}", "train.schedule=cosine"), 4).rates
+    assert falling.first == 0.01
+    assert 0.01 < falling.highest < 0.02
+    assert falling.last == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "steps", "ranks", "expected"),
     [

@@ -52,6 +52,21 @@ def test_extremes(spec: Spec) -> None:
     assert extremes(spec, 2.0, 6, 2) == (rates[0], max(rates), rates[-1])
 
 
+def test_a_scale_is_given_the_part_of_the_run_and_the_decay() -> None:
+    asked: list[tuple[float, float]] = []
+
+    def scale(done: float, decay: float) -> float:
+        asked.append((done, decay))
+        return 1 + 10 * done
+
+    spec = Exponential(0.25, warmup_steps=2)
+    plain = make_rate(spec, 2.0, 6, 2)
+    scaled = [make_rate(spec, 2.0, 6, 2, scale)(step) for step in range(6)]
+    assert scaled == pytest.approx([plain(step) * (1 + 10 * step / 6) for step in range(6)])
+    assert asked == [(step / 6, 1.0 if step < 2 else plain(step) / 2) for step in range(6)]
+    assert extremes(spec, 2.0, 6, 2, scale) == (scaled[0], max(scaled), scaled[-1])
+
+
 def test_extremes_in_words() -> None:
     assert str(extremes(Constant(), 0.001, 100, 10)) == "0.001 in all steps"
     words = str(extremes(Cosine(warmup_steps=10), 0.1, 100, 10))
