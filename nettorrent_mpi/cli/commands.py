@@ -110,7 +110,7 @@ def _draw(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> int:
     from nettorrent_mpi.cli.predict import predict
 
-    return predict(args.run, args.files, top=args.top, array=args.array, as_json=args.json)
+    return predict(args.run, args.files, top=args.top, array=args.array, like=args.like, as_json=args.json)
 
 
 def _inspect(args: argparse.Namespace) -> int:

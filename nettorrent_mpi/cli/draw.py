@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from nettorrent_mpi.cli.characters import Characters
 from nettorrent_mpi.cli.drawings import png
 from nettorrent_mpi.cli.local_server import NOT_FOUND, TEXT, LocalServer, Request, Response
-from nettorrent_mpi.data.handwriting import HANDS, ink_of_picture, prepared
-from nettorrent_mpi.data.strokes import GLYPHS, inked
+from nettorrent_mpi.data.handwriting import LONGEST, ink_of_picture
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.trained_network import TrainedNetwork, load
-from nettorrent_mpi.plan.errors import ConfigError, UserError, readable
+from nettorrent_mpi.plan.errors import readable
 
-LONGEST = 1024  # side of a picture that is read
 SHOWN = 10  # classes that are shown
 
 
@@ -43,50 +42,12 @@ def draw(run: str, *, like: str | None, port: int) -> None:
 
 
 class Reader:
-    """A Reader prepares drawings as the data set of a network did, and tells what the network takes them to be.
-
-    like: the data set whose preparation is meant, one of HANDS; None: that on which the network was trained. Raises
-    UserError for a network that reads no handwriting.
-    """
+    """A Reader prepares drawings as the data set of a network did, and tells what the network takes them to be. `like`
+    and what is raised are as for Characters."""
 
     def __init__(self, network: TrainedNetwork, like: str | None = None):
-        self.network, self.like = network, like or network.trained_on.name
-        if like is not None and like not in HANDS:
-            raise ConfigError(f"--like {like}: there are {', '.join(HANDS)}")
-        if self.like not in HANDS:
-            text = f"was trained on data of the kind {readable(self.like)}, not on {', '.join(HANDS)}"
-            raise UserError(f"{network.file} {text}: say with --like which of these its pictures resemble")
-        shape = network.shape
-        if len(shape) != 3 or shape[0] != shape[1] or shape[2] != 1 or not network.classes:
-            text = f"reads rows of {shape} and knows {len(network.classes)} classes; "
-            raise UserError(f"{network.file} {text}handwriting has square grey pictures and classes")
-        self._hand, self._lock = HANDS[self.like], Lock()
-        self.transposed = self._reads_transposed()
-
-    def _reads_transposed(self) -> bool:
-        """Whether the network knows its characters transposed, as it does where the files of EMNIST were taken as they
-        are: then it reads plain characters better that way."""
-        known = [name for name in self.network.classes if name.upper() in GLYPHS]
-        if not known or self.network.trained_on.transposed:
-            return False
-        found = [
-            prepared(inked(GLYPHS[name.upper()], self._hand.pen), self._hand, self.network.shape[0]) for name in known
-        ]
-        upright = np.stack([each for each in found if each is not None])
-        right = [
-            sum(self.network.classes[i] == name for i, name in zip(labels, known, strict=True))
-            for labels in (self._labels(upright), self._labels(upright.transpose(0, 2, 1)))
-        ]
-        return bool(right[1] > 2 * right[0])
-
-    def _labels(self, values: Array) -> Array:
-        return self.network.predict(self._stored(values))
-
-    def _stored(self, values: Array) -> Array:
-        """Return values of 0 to 1, (rows, side, side), as rows of the network's data set."""
-        unit = self.network.trained_on.unit
-        rows = values[..., np.newaxis]
-        return rows if unit is None else np.rint(rows / unit).astype(np.uint8)
+        self.network, self._characters, self._lock = network, Characters(network, like), Lock()
+        self.like, self.transposed = self._characters.like, self._characters.transposed
 
     def answer(self, request: Request) -> Response:
         """Answer the browser: the page itself, or what a drawing is taken to be, "read/KIND/WIDTH/HEIGHT": a byte for
@@ -109,10 +70,10 @@ class Reader:
     def read(self, ink: Array) -> dict[str, Any]:
         """Return what the network takes the ink (height, width), 0 for paper and 1 for ink, to be: its best classes,
         and the picture that it sees, upright, as a PNG; {"empty": True} where there is none."""
-        found = prepared(ink, self._hand, self.network.shape[0])
+        found = self._characters.prepared(ink)
         if found is None:
             return {"empty": True}
-        rows = self._stored((found.T if self.transposed else found)[np.newaxis])
+        rows = self._characters.row(found)[np.newaxis]
         with self._lock:  # the network's memory is used again by every call
             scores = self.network.answers.scores(self.network.outputs(rows))[0]
         best = np.argsort(-scores, kind="stable")[:SHOWN]
@@ -128,7 +89,7 @@ class Reader:
         about = f"{Path(self.network.file).absolute().name}, trained on {self.network.trained_on.name}"
         filled = {
             "SCRIPT-SUM": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            "PEN-WIDTH": f"{self._hand.pen:g}",
+            "PEN-WIDTH": f"{self._characters.hand.pen:g}",
             "PERCENT": "yes" if self.network.answers.tells_probabilities else "",
             "CHARACTER": "digit" if digits else "letter",
             "ABOUT-RUN": escape(readable(about)),

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.data.handwriting import HANDS
+from nettorrent_mpi.cli.characters import Characters
+from nettorrent_mpi.data.handwriting import HANDS, LONGEST, hand_of, ink_of_picture, on_light_paper
 from nettorrent_mpi.data.images import ImageReader
 from nettorrent_mpi.data.row_files import ENDINGS, open_row_file
 from nettorrent_mpi.data.rows import UNIT
@@ -20,6 +21,7 @@ from nettorrent_mpi.plan.errors import ConfigError, DataError, listed, readable,
 
 BLOCK = 256  # rows, or pictures, that are answered together
 FAILED = DataError.exit_code
+NONE = "none"  # the value of --like for pictures that are taken as they are
 
 
 class _Block(NamedTuple):
@@ -36,13 +38,18 @@ class _Failure(NamedTuple):
     error: DataError
 
 
-def predict(run: str, files: Sequence[str], *, top: int, array: str | None, as_json: bool) -> int:
+def predict(run: str, files: Sequence[str], *, top: int, array: str | None, like: str | None, as_json: bool) -> int:
     """Write what the network of RUN takes each picture, and each row of the other files, to be. Returns the exit code:
-    FAILED if a file could not be read. Raises UserErrors for all else."""
+    FAILED if a file could not be read. Raises UserErrors for all else.
+
+    like: whose preparation pictures get, one of HANDS, or NONE; None: that of the data set that the network was trained
+    on.
+    """
     if top < 1:
         raise ConfigError(f"--top {top}: it has to be at least 1")
     network, code, separator = load(run), 0, "[\n"
-    for block in _blocks(network, files, array):
+    pictures = Pictures(network, like)
+    for block in _blocks(network, pictures, files, array):
         if isinstance(block, _Failure):
             code = FAILED
             sys.stderr.write(f"nettorrent: error: {block.error}\n")
@@ -57,20 +64,76 @@ def predict(run: str, files: Sequence[str], *, top: int, array: str | None, as_j
                 sys.stdout.write(_line(answer) + "\n")
     if as_json:
         sys.stdout.write("\n]\n" if separator != "[\n" else "[]\n")
+    pictures.tell()
     return code
 
 
-def _blocks(network: TrainedNetwork, files: Sequence[str], array: str | None) -> Iterator[_Block | _Failure]:
+class Pictures:
+    """Pictures become rows of a network's data set. `like` is as in `predict`; raises ConfigError and UserError for one
+    that does not fit the network."""
+
+    def __init__(self, network: TrainedNetwork, like: str | None = None):
+        if like is not None and like not in (*HANDS, NONE):
+            raise ConfigError(f"--like {like}: there are {', '.join((*HANDS, NONE))}")
+        self._network = network
+        self._reader: ImageReader | None = None
+        handwriting = like != NONE and (like is not None or hand_of(network.trained_on.name) is not None)
+        self._characters = Characters(network, like) if handwriting else None
+        self._as_they_are = self._prepared = self._inverted = 0
+        self._stretched: list[str] = []
+
+    def row(self, path: Path) -> Array:
+        """Return the pixels of a picture (height, width, channels), bytes as in the data set of the network. Raises
+        DataError."""
+        self._reader = self._reader or ImageReader()
+        if self._characters is None:
+            pixels, stretched = picture(self._network, self._reader, path)
+            self._stretched += [str(path)] if stretched else []
+            return pixels
+        facts, shape = self._reader.facts(path), self._network.shape
+        shrunk = min(1.0, LONGEST / max(facts.height, facts.width))
+        height, width = (max(1, round(shrunk * side)) for side in (facts.height, facts.width))
+        grey = self._reader.pixels(path, (height, width, 1))[0][..., 0]
+        light = on_light_paper(grey)
+        if (height, width) == shape[:2] and not light and self._network.trained_on.unit is not None:
+            self._as_they_are += 1
+            return picture(self._network, self._reader, path)[0]
+        character = self._characters.prepared(ink_of_picture(grey))
+        if character is None:
+            text = f"nothing stands out from its paper; --like {NONE} takes pictures as they are"
+            raise DataError(text, file=str(path))
+        self._prepared += 1
+        self._inverted += light
+        return self._characters.row(character)
+
+    def tell(self) -> None:
+        """Say in one line how the pictures were prepared, and warn of what is doubtful about it."""
+        if self._stretched:
+            height, width, _ = self._network.shape
+            warn(f"pictures stretched to {height} x {width} from another shape: {listed(self._stretched)}")
+        if self._characters is None or not self._prepared + self._as_they_are:
+            return
+        told = []
+        if self._prepared:
+            many = f"{self._prepared:,} picture{'s' * (self._prepared > 1)}"
+            inverted = f", {self._inverted:,} of them dark on light paper: inverted" if self._inverted else ""
+            told.append(f"{many} prepared as those of {self._characters.like}{inverted}")
+        if self._as_they_are:
+            side = self._network.shape[0]
+            told.append(f"{self._as_they_are:,} of {side} x {side}, light on dark, taken as they are")
+        sys.stderr.write(f"nettorrent: {'; '.join(told)} (see --like)\n")
+
+
+def _blocks(
+    network: TrainedNetwork, pictures: Pictures, files: Sequence[str], array: str | None
+) -> Iterator[_Block | _Failure]:
     """Read all files in their order."""
-    reader: ImageReader | None = None
-    pictures: list[tuple[str, Array]] = []
-    stretched: list[str] = []
-    on_paper: list[str] = []  # mostly light, where the network knows light characters on black
+    rows: list[tuple[str, Array]] = []
 
     def waiting() -> Iterator[_Block]:
-        if pictures:
-            yield _Block([{"file": name} for name, _ in pictures], np.stack([pixels for _, pixels in pictures]))
-            pictures.clear()
+        if rows:
+            yield _Block([{"file": name} for name, _ in rows], np.stack([pixels for _, pixels in rows]))
+            rows.clear()
 
     for name in files:
         try:
@@ -78,26 +141,13 @@ def _blocks(network: TrainedNetwork, files: Sequence[str], array: str | None) ->
                 yield from waiting()
                 yield from _rows(network, name, array)
             else:
-                reader = reader or ImageReader()
-                pixels, stretches = picture(network, reader, Path(name))
-                pictures.append((name, pixels))
-                stretched += [name] if stretches else []
-                light = np.median(pixels) * (network.trained_on.unit or 0.0) > 0.5
-                on_paper += [name] if light and network.trained_on.name in HANDS else []
-                if len(pictures) == BLOCK:
+                rows.append((name, pictures.row(Path(name))))
+                if len(rows) == BLOCK:
                     yield from waiting()
         except DataError as error:
             yield from waiting()
             yield _Failure(name, error)
     yield from waiting()
-    if stretched:
-        height, width, _ = network.shape
-        warn(f"pictures stretched to {height} x {width} from another shape: {listed(stretched)}")
-    if on_paper:
-        warn(
-            f"pictures on light paper, while {network.trained_on.name} has light characters on black: "
-            f"{listed(on_paper)}; the page of `nettorrent draw` prepares such pictures"
-        )
 
 
 def _rows(network: TrainedNetwork, name: str, array: str | None) -> Iterator[_Block]:

@@ -2,7 +2,7 @@
 
 mnist     the character fits into a box of 20 pixels and lies in 28 x 28 with its centre of mass in the middle
           (LeCun, Cortes, Burges, The MNIST database)
-letters   blurred, fitted with a border of 2 pixels into the middle of 28 x 28
+emnist    blurred, fitted with a border of 2 pixels into the middle of 28 x 28
           (EMNIST: Cohen, Afshar, Tapson, van Schaik, arXiv:1702.05373, section II-B)
 digits    fitted into 32 x 32, of whose blocks of 4 x 4 each becomes one pixel: the part that is inked
           (Alpaydin and Kaynak, Optical Recognition of Handwritten Digits)
@@ -20,6 +20,7 @@ from nettorrent_mpi.device.arrays import Array
 
 FAINT = 0.2  # less ink, in parts of the darkest, does not belong to the character
 EMPTY = 0.1  # darkest ink of a picture that shows nothing
+LONGEST = 1024  # side of a picture that is read
 _BLUR = 1 / 80  # the standard deviation in parts of the character: one pixel of a scan of 128 x 128
 
 
@@ -41,9 +42,14 @@ class Hand:
 
 HANDS = {
     "mnist": Hand(20 / 28, by_mass=True, blurred=False, pen=0.15),
-    "letters": Hand(24 / 28, by_mass=False, blurred=True, pen=0.11),
+    "emnist": Hand(24 / 28, by_mass=False, blurred=True, pen=0.11),
     "digits": Hand(1.0, by_mass=False, blurred=False, pen=0.15),
 }
+
+
+def hand_of(data: str) -> str | None:
+    """Return the one of HANDS by which a data set of this name was prepared; None: by none of them."""
+    return "emnist" if data == "letters" or data.startswith("emnist_") else data if data in HANDS else None
 
 
 def prepared(ink: Array, hand: Hand, size: int) -> Array | None:
@@ -107,7 +113,7 @@ def ink_of_picture(grey: Array) -> Array:
     """Return the ink in a picture of handwriting (height, width), uint8, dark on light or light on dark: what differs
     from its edges, as far as it stands out."""
     values = grey.astype(np.float64)
-    edges = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+    edges = _edges(values)
     paper = float(np.median(edges))
     noise = 4 * float(np.median(np.abs(edges - paper))) + 10
     sign = 1.0 if abs(values.max() - paper) > abs(values.min() - paper) else -1.0
@@ -115,3 +121,12 @@ def ink_of_picture(grey: Array) -> Array:
     if not differing.any():
         return differing
     return np.asarray(np.clip(differing / np.quantile(differing[differing > 0], 0.9), 0.0, 1.0))
+
+
+def on_light_paper(grey: Array) -> bool:
+    """Whether the edges of a picture (height, width), uint8, are light, so that what is written is dark."""
+    return bool(np.median(_edges(grey)) > 127)
+
+
+def _edges(values: Array) -> Array:
+    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])

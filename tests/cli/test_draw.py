@@ -98,7 +98,7 @@ def test_the_answers_of_the_server(digits: Path) -> None:
 
 def trained_on_strokes(folder: Path, *, transposed: bool) -> Path:
     """Train a network on the letters of strokes, pale and slanted in many ways, upright or transposed as EMNIST's."""
-    random, hand = np.random.default_rng(0), HANDS["letters"]
+    random, hand = np.random.default_rng(0), HANDS["emnist"]
     x, y = [], []
     for label, name in enumerate(LETTERS):
         for _ in range(12):
@@ -119,12 +119,12 @@ def trained_on_strokes(folder: Path, *, transposed: bool) -> Path:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_both_orientations_are_found(tmp_path: Path, transposed: bool) -> None:
     network = nt.load(trained_on_strokes(tmp_path, transposed=transposed))
-    reader = Reader(network, "letters")
+    reader = Reader(network, "emnist")
     assert reader.transposed == transposed
     read = [reader.read(inked(GLYPHS[name], 0.11))["classes"][0]["class"] for name in LETTERS]
     assert sum(a == b for a, b in zip(read, LETTERS, strict=True)) >= 24, read
     with pytest.raises(
-        UserError, match="was trained on data of the kind arrays, not on mnist, letters, digits: say with"
+        UserError, match="was trained on data of the kind arrays, not on mnist, emnist, digits: say with"
     ):
         Reader(network)
 
@@ -135,7 +135,7 @@ def test_refusals(digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
         list(trainer.train())
         trainer.save(tmp_path / "rows.h5")
     for arguments, told in (
-        ([digits, "--like", "faces"], "--like faces: there are mnist, letters, digits"),
+        ([digits, "--like", "faces"], "--like faces: there are mnist, emnist, digits"),
         ([digits, "--port", "70000"], "--port 70000: cannot be listened on"),
         (
             [tmp_path / "rows.h5", "--like", "mnist"],

@@ -13,7 +13,10 @@ from PIL import Image
 
 import nettorrent_mpi as nt
 from nettorrent_mpi.__main__ import main
+from nettorrent_mpi.cli.draw import Reader
+from nettorrent_mpi.data.handwriting import ink_of_picture
 from nettorrent_mpi.data.rows import private, unlimited
+from nettorrent_mpi.data.strokes import GLYPHS, inked
 
 CONFIG = """\
 data: {name: hdf5, root: pets.h5, mean: [0.5, 0.4, 0.3], std: [0.3, 0.2, 0.4]}
@@ -155,23 +158,89 @@ def test_refusals(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     ].tolist()
 
 
-def test_the_values_of_pictures_are_those_of_the_data_set(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The package's digits have bytes from 0 to 16."""
-    assert main(["train", "--output", str(tmp_path / "run"), "--set", "train.steps=30", "--set", "kernels=numpy"]) == 0
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that was trained on the package's digits, whose bytes go from 0 to 16."""
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    assert main(["train", "--output", str(folder), "--set", "kernels=numpy", "--set", "train.epochs=6"]) == 0
+    return folder
+
+
+def test_the_values_of_pictures_are_those_of_the_data_set(
+    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures of the network's own size, light on dark, are taken as they are."""
     counts = np.random.default_rng(0).integers(0, 17, (4, 8, 8), np.uint8)
+    counts[:, [0, -1]] = 0
     pictures = [str(tmp_path / f"{row}.png") for row in range(4)]
     for pixels, path in zip(counts, pictures, strict=True):
         Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8)).save(path)
-    capfd.readouterr()
-    assert main(["predict", str(tmp_path / "run"), *pictures, "--json"]) == 0
-    found = [answer["probability"] for answer in json.loads(capfd.readouterr().out)]
-    assert found == nt.load(tmp_path / "run").probabilities(counts).max(axis=1).tolist()
-    paper = np.full((8, 8), 255, np.uint8)
-    paper[2:6, 3:5] = 0
-    for name, pixels in (("paper.png", paper), ("black.png", 255 - paper)):
-        Image.fromarray(pixels).save(tmp_path / name)
-    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "paper.png"), str(tmp_path / "black.png")]) == 0
-    told = capfd.readouterr().err
-    assert "pictures on light paper, while digits has light characters on black" in told
-    assert "paper.png" in told
-    assert "black.png" not in told
+    wanted = nt.load(digits).probabilities(counts).max(axis=1).tolist()
+    for like in ([], ["--like", "none"]):
+        capfd.readouterr()
+        assert main(["predict", str(digits), *pictures, "--json", *like]) == 0
+        out, err = capfd.readouterr()
+        assert [answer["probability"] for answer in json.loads(out)] == wanted
+        assert err == ("" if like else "nettorrent: 4 of 8 x 8, light on dark, taken as they are (see --like)\n")
+
+
+def written_digits(folder: Path) -> tuple[list[str], list[Any], str]:
+    """Pictures of digits in many hands, small and large, off the centre, on white, grey and black paper: their files,
+    their pixels, and the digits."""
+    random, files, pictures, names = np.random.default_rng(0), list[str](), list[Any](), ""
+    for number in range(60):
+        name = str(number % 10)
+        wide, slant, size = random.uniform(0.7, 1.0), random.uniform(-0.15, 0.15), int(random.integers(40, 260))
+        strokes = [tuple((0.5 + wide * (a - 0.5) + slant * (0.5 - b), b) for a, b in each) for each in GLYPHS[name]]
+        ink = np.zeros((300, 420))
+        y, x = random.integers(0, 300 - size), random.integers(0, 420 - size)
+        ink[y : y + size, x : x + size] = inked(strokes, random.uniform(0.1, 0.18), size)
+        paper, pen = ((255, 0), (225, 60), (20, 240))[number % 3]
+        shown = paper + (pen - paper) * ink + random.normal(0, 2 if number % 3 else 0, ink.shape)
+        pictures.append(shown.clip(0, 255).round().astype(np.uint8))
+        files.append(str(folder / f"{number}.png"))
+        Image.fromarray(pictures[-1]).convert("RGB" if number % 2 else "L").save(files[-1])
+        names += name
+    return files, pictures, names
+
+
+def test_handwriting_is_read_as_the_page_for_drawing_reads_it(
+    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Picture by picture, dark on light or light on dark; as they are, few would be read."""
+    files, pictures, names = written_digits(tmp_path)
+    reader = Reader(nt.load(digits))
+    wanted = [reader.read(ink_of_picture(pixels))["classes"] for pixels in pictures]
+
+    def answers(*options: str) -> tuple[list[dict[str, Any]], str]:
+        capfd.readouterr()
+        assert main(["predict", str(digits), *files, "--json", *options]) == 0
+        out, err = capfd.readouterr()
+        return json.loads(out), err
+
+    found, told = answers()
+    assert [answer["class"] for answer in found] == [each[0]["class"] for each in wanted]
+    shown = [answer["probability"] for answer in found]
+    np.testing.assert_allclose(shown, [each[0]["score"] for each in wanted], rtol=1e-6)
+    inverted = "60 pictures prepared as those of digits, 40 of them dark on light paper: inverted"
+    assert told == f"nettorrent: {inverted} (see --like)\n"
+    right = np.mean([answer["class"] == name for answer, name in zip(found, names, strict=True)])
+    raw, told = answers("--like", "none")
+    assert "pictures stretched to 8 x 8 from another shape" in told
+    assert right > 0.9
+    assert right > 0.4 + np.mean([answer["class"] == name for answer, name in zip(raw, names, strict=True)])
+    assert "as those of mnist" in answers("--like", "mnist")[1]
+    Image.fromarray(np.full((50, 40), 250, np.uint8)).save(tmp_path / "empty.png")
+    assert main(["predict", str(digits), str(tmp_path / "empty.png")]) == 2
+    empty = "nothing stands out from its paper; --like none takes pictures as they are"
+    assert f"{tmp_path}/empty.png: {empty}" in capfd.readouterr().err
+
+
+def test_likenesses_that_do_not_fit(run: Run, digits: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for folder, like, told in (
+        (digits, "faces", "--like faces: there are mnist, emnist, digits, none"),
+        (run.folder, "mnist", "reads rows of (6, 7, 3) and knows 3 classes; handwriting has square grey"),
+    ):
+        capfd.readouterr()
+        assert main(["predict", str(folder), run.pictures[0], "--like", like]) == 2
+        assert told in capfd.readouterr().err

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.data.dataset import open_dataset
-from nettorrent_mpi.data.handwriting import HANDS, ink_of_picture, prepared
+from nettorrent_mpi.data.handwriting import HANDS, hand_of, ink_of_picture, prepared
 from nettorrent_mpi.data.rows import private, unlimited
 from nettorrent_mpi.data.strokes import GLYPHS, inked
 
-SIZES = {"mnist": 28, "letters": 28, "digits": 8}
+SIZES = {"mnist": 28, "emnist": 28, "digits": 8}
 
 
 def extent(found: Any, axis: int) -> tuple[int, int]:
@@ -71,11 +71,11 @@ def test_any_ink_has_a_picture(name: str, shape: tuple[int, int]) -> None:
 def test_pictures_dark_on_light_and_light_on_dark() -> None:
     ink = inked(GLYPHS["R"], 0.11, 128)
     noise = np.random.default_rng(0).normal(0, 2, ink.shape)
-    wanted = prepared(ink, HANDS["letters"], 28)
+    wanted = prepared(ink, HANDS["emnist"], 28)
     assert wanted is not None
     for paper, pen in ((230, 40), (20, 250), (120, 60)):
         picture = (paper + (pen - paper) * ink + noise).clip(0, 255).astype(np.uint8)
-        found = prepared(ink_of_picture(picture), HANDS["letters"], 28)
+        found = prepared(ink_of_picture(picture), HANDS["emnist"], 28)
         assert found is not None
         assert np.abs(found - wanted).mean() < 0.02
 
@@ -94,3 +94,8 @@ def test_pictures_of_mnist_stay_as_they_are() -> None:
         off.append(np.abs(found - pixels).mean())
     assert np.mean(off) < 0.002
     assert np.median(off) < 1e-9
+
+
+def test_data_sets_and_their_hands() -> None:
+    asked = ("mnist", "letters", "emnist_balanced", "digits", "fashion_mnist", "hdf5")
+    assert [hand_of(data) for data in asked] == ["mnist", "emnist", "emnist", "digits", None, None]

@@ -30,6 +30,9 @@ network was trained on:
 
 Pictures (PNG, JPEG, TIFF, WebP and others) become what the network was trained on, as `data import` makes them:
 upright, scaled to its size, grey where it has one channel, over white where transparent. They need the extra `images`.
+For a network of handwriting (mnist, letters and the other parts of EMNIST, digits) they are prepared as by `nettorrent
+draw`, dark on light or light on dark, wherever and however large the character is; a picture of the network's own size,
+light on dark, is taken as it is. --like says whose preparation they get instead.
 Rows, (rows, ...) of .npy, .npz and HDF5 files, are as in the data set: bytes, or floating-point values on the scale to
 which the run brings bytes, 0 to 1.
 
@@ -44,9 +47,9 @@ Shows a page on which you draw a letter or a digit, with mouse or finger, and th
 
 The page is for this machine alone, at an address with a secret. To use it from another one, type the line `ssh ...`
 that the command shows there first (for a compute node with -J LOGIN-NODE). Drawings, and pictures of handwriting, dark
-on light or light on dark, are prepared as those of the data set that the network was trained on: mnist, letters (as
-EMNIST, upright or transposed) or digits. For other networks --like says what their pictures resemble; where their
-values are floating-point numbers, paper is 0 and ink is 1."""
+on light or light on dark, are prepared as those of the data set that the network was trained on: mnist, emnist (letters
+and its other parts, upright or transposed) or digits. For other networks --like says what their pictures resemble;
+where their values are floating-point numbers, paper is 0 and ink is 1."""
 
 EXPORT = """\
 Writes the network of RUN into one file: its layers, its weights, the names of the classes and how inputs are prepared.
@@ -104,11 +107,15 @@ def add_network_commands(commands: Any) -> None:
     predict.add_argument(
         "--array", metavar="NAME", help="the array of rows in files that have several (default: x_test, or else x)"
     )
+    predict.add_argument(
+        "--like", metavar="NAME",
+        help="prepare pictures as mnist, emnist or digits did, or none (default: as the network's data set did)",
+    )  # fmt: skip
     predict.add_argument("--json", action="store_true", help="write a list of JSON, with one element for each row")
 
     draw = commands.add_parser("draw", help="draw a letter or digit, and let a network read it", description=DRAW)
     draw.add_argument("run", metavar="RUN", help="the run's folder, one of its checkpoints, or its model.h5")
-    draw.add_argument("--like", metavar="NAME", help="prepare drawings as for mnist, letters or digits")
+    draw.add_argument("--like", metavar="NAME", help="prepare drawings as mnist, emnist or digits did")
     draw.add_argument("--port", type=int, default=0, metavar="N", help="the port of the page (default: a free one)")
 
     export = commands.add_parser("export", help="write the network of a run for other programs", description=EXPORT)
