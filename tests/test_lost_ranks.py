@@ -108,6 +108,9 @@ def goes_on(ended: Ended, serial: Ended, ranks: int, *lost: list[int]) -> list[d
     text = f"{failures}\n{ended.done.stdout}\n{ended.done.stderr}"
     assert [failure["lost"] for failure in failures] == list(lost), text
     assert failures[-1]["left"] == ended.summary["world_size"] == ranks, text
+    about = json.loads((ended.folder / "run.json").read_text())
+    assert (about["after"], about["ranks"]) == (failures[-1]["resumed_from"], ranks), text
+    assert "lost after step" in about["lost"], text
     assert ended.steps == serial.steps, text
     for name, wanted in serial.weights.items():
         np.testing.assert_allclose(ended.weights[name], wanted, rtol=1e-10, atol=1e-12, err_msg=text)

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 
+from nettorrent_mpi.cli.runs.run_data import read_run
 from nettorrent_mpi.engine.model_file import read_arrays
 from tests.checkpoints import whole
 
@@ -105,6 +106,20 @@ def test_resumed_on_other_ranks(resumed: dict[str, Path], optimizer: str) -> Non
     times = [record["time"] for record in told]
     assert times == sorted(times)
     assert len(list((folder / "parts" / "checkpoints").iterdir())) == 2
+
+
+def test_run_json_has_all_parts(resumed: dict[str, Path]) -> None:
+    run = read_run(resumed[OPTIMIZERS[0]] / "parts")
+    whole, last = run.steps, run.parts[-1].last
+    assert whole == last
+    epoch = run.about["steps_per_epoch"]
+    found = [(part.first, part.last, part.about["ranks"], part.about["ended"]) for part in run.parts]
+    assert found == [(1, epoch, 3, "done"), (epoch + 1, 2 * epoch, 2, "done"), (2 * epoch + 1, whole, 4, "done")]
+    assert [part.settings["train.epochs"] for part in run.parts[:2]] == ["1", "2"]
+    assert run.parts[0].command.startswith("mpirun -n 3 nettorrent train ") or "OPENBLAS" in run.parts[0].command
+    assert "-n 4 nettorrent train" in run.parts[-1].command
+    assert run.parts[1].about["source"].endswith(f"step-{epoch:010}")
+    assert all(part.about["seed"] == int(part.settings["seed"]) for part in run.parts)
 
 
 @pytest.mark.parametrize("mpi", ["openmpi", pytest.param("mpich", marks=slow)])

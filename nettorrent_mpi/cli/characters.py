@@ -1,4 +1,4 @@
-"""Handwritten characters as a network's data set has them, for the commands that show a network what people write."""
+"""Handwritten characters become what the data set of a network has, for commands that show it what people write."""
 
 from __future__ import annotations
 

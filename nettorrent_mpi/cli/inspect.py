@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.cli.progress import clock
-from nettorrent_mpi.cli.runs.run_data import RunData, number, one_line, read_run
+from nettorrent_mpi.cli.runs.run_data import RunData, read_run
+from nettorrent_mpi.cli.runs.values import number, one_line
 from nettorrent_mpi.cli.tables import aligned, wrapped
 from nettorrent_mpi.engine.checkpoint import named_checkpoints, read_manifest
 from nettorrent_mpi.engine.checkpoint_manifest import Manifest
@@ -197,12 +198,19 @@ def _length(run: RunData) -> str:
 
 
 def _best(run: RunData) -> str:
-    kind, accuracy = run.accuracy or ("", 0.0)
-    told = [f"{kind} accuracy {100 * accuracy:.2f} %"] if kind else []
-    for name in ("test_loss", "validation_loss", "train_loss"):
-        values = [value for _, value in run.curve(name)]
-        told += [f"{name.replace('train_', 'training ').replace('_', ' ')} {min(values):.4g}"] if values else []
-    return ", ".join(told)
+    """Write the figures of the evaluation with the best accuracy; without one, the lowest of each loss."""
+    losses = ("test_loss", "validation_loss", "train_loss")
+    if run.best is None:
+        found = {name: min(value for _, value in run.curve(name)) for name in losses if run.curve(name)}
+        return ", ".join(_loss(name, value) for name, value in found.items())
+    figures = run.best.point.figures
+    told = [f"{run.best.kind} accuracy {100 * run.best.accuracy:.2f} %"]
+    told += [_loss(name, figures[name]) for name in losses if name in figures]
+    return ", ".join(told) + (f", after epoch {figures['epoch']:.4g}" if "epoch" in figures else "")
+
+
+def _loss(name: str, value: float) -> str:
+    return f"{name.replace('train_', 'training ').replace('_', ' ')} {value:.4g}"
 
 
 def _head(told: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
 from nettorrent_mpi.cli.terminal import fitted, terminal_width
+from nettorrent_mpi.cli.time_left import TimeLeft
 
 Record = Mapping[str, Any]  # a line of metrics.jsonl
 
@@ -31,18 +32,26 @@ class Reporter(Protocol):
 
 
 def open_reporter(
-    stream: TextIO, *, layout: str, ranks: int, environment: str, output: str, steps: int, steps_per_epoch: int
+    stream: TextIO,
+    *,
+    layout: str,
+    ranks: int,
+    environment: str,
+    output: str,
+    steps: int,
+    steps_per_epoch: int,
+    left: TimeLeft,
 ) -> Reporter:
     """Make the reporter for `stream`. It first shows the layout in one line, the chosen environment and the run folder.
-    `steps` is the number of steps of the run."""
+    `steps` is the number of steps of the run, and `left` estimates how long they take."""
     width = terminal_width(stream)
     where = f"{layout} on {ranks} rank{'s' if ranks > 1 else ''}"
     reporter: Reporter
     if width is None:
-        reporter = Lines(stream, steps, steps_per_epoch)
+        reporter = Lines(stream, steps, steps_per_epoch, left)
         reporter.message(f"layout: {where}")
     else:
-        reporter = Live(stream, steps, steps_per_epoch, width, where)
+        reporter = Live(stream, steps, steps_per_epoch, left, width, where)
     for line in (environment, f"run folder: {output}"):
         if line:
             reporter.message(line)
@@ -64,14 +73,16 @@ class Quiet:
 class Lines:
     """Writes one line per record, at once and without control characters: for batch logs."""
 
-    def __init__(self, stream: TextIO, steps: int, steps_per_epoch: int):
-        self._stream, self._steps, self._per_epoch = stream, steps, steps_per_epoch
+    def __init__(self, stream: TextIO, steps: int, steps_per_epoch: int, left: TimeLeft):
+        self._stream, self._steps, self._per_epoch, self._left = stream, steps, steps_per_epoch, left
 
     def report(self, record: Record) -> None:
-        self._write(f"{self._step(record)}  {figures(record)}  {self._remaining(record)}")
+        self._left.see(record["step"], record, evaluated=False)
+        self._write(f"{self._step(record)}  {figures(record)}  {remaining(self._left)}")
 
     def epoch(self, record: Record) -> None:
-        self._write(f"{self._step(record)}  {figures(record)}  {scores(record)}  {self._remaining(record)}")
+        self._left.see(record["step"], record, evaluated=True)
+        self._write(f"{self._step(record)}  {figures(record)}  {scores(record)}  {remaining(self._left)}")
 
     def message(self, text: str) -> None:
         self._write(text)
@@ -84,10 +95,6 @@ class Lines:
         epochs = self._steps / self._per_epoch
         return f"step {step}/{self._steps}  epoch {record['epoch']:.2f}/{epochs:.4g}"
 
-    def _remaining(self, record: Record) -> str:
-        seconds = remaining(record, self._steps)
-        return f"{clock(seconds)} left" if seconds else ""
-
     def _write(self, line: str) -> None:
         self._stream.write(line.rstrip() + "\n")
         self._stream.flush()
@@ -96,14 +103,14 @@ class Lines:
 class Live:
     """Shows bars for the run and the epoch with the latest figures; a line remains for every evaluation."""
 
-    def __init__(self, stream: TextIO, steps: int, steps_per_epoch: int, width: int, layout: str):
+    def __init__(self, stream: TextIO, steps: int, steps_per_epoch: int, left: TimeLeft, width: int, layout: str):
         from rich.console import Console, Group
         from rich.live import Live as Display
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.text import Text
 
         self._text, self._width = Text, width
-        self._steps, self._per_epoch = steps, steps_per_epoch
+        self._steps, self._per_epoch, self._left = steps, steps_per_epoch, left
         self._console = Console(file=stream, force_terminal=True, width=width, highlight=False, markup=False)
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -125,18 +132,23 @@ class Live:
         self.message(f"layout: {layout}")
 
     def report(self, record: Record) -> None:
-        step, seconds = record["step"], remaining(record, self._steps)
+        self._left.see(record["step"], record, evaluated=False)
+        self._show(record)
+
+    def _show(self, record: Record) -> None:
+        step = record["step"]
         number = -(-step // self._per_epoch)
         inside = step - (number - 1) * self._per_epoch
         epochs = -(-self._steps // self._per_epoch)
         self._bars.update(self._epoch, completed=inside, description=f"epoch {number}/{epochs}")
-        self._bars.update(self._run, completed=step, note=f"{clock(seconds)} left" if seconds else "")
+        self._bars.update(self._run, completed=step, note=remaining(self._left))
         self._now.plain = f"step {step}/{self._steps}  {figures(record)}"
         self._now.style = ""
         self._display.refresh()
 
     def epoch(self, record: Record) -> None:
-        self.report(record)
+        self._left.see(record["step"], record, evaluated=True)
+        self._show(record)
         self.message(
             f"epoch {record['epoch']:<6.4g} step {record['step']}  {figures(record)}  {scores(record)}".rstrip()
         )
@@ -167,9 +179,9 @@ def scores(record: Record) -> str:
     return "  ".join(parts)
 
 
-def remaining(record: Record, steps: int) -> float:
-    """Estimate the seconds until the last step, at the pace so far (evaluations included)."""
-    return float(record["time"] / record["step"] * (steps - record["step"]))
+def remaining(left: TimeLeft) -> str:
+    """Write the time left, if it is known and there is any."""
+    return f"{clock(left.seconds)} left" if left.seconds else ""
 
 
 def clock(seconds: float) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.api import Trainer
-from nettorrent_mpi.cli.about_run import about_results, about_run
+from nettorrent_mpi.cli.about_run import about_results, about_run, parts_before
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.progress import Quiet, Reporter, open_reporter
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.cli.requested import plan_requested, read
 from nettorrent_mpi.cli.run_folder import RunFolder
+from nettorrent_mpi.cli.time_left import TimeLeft
 from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.world import World
@@ -155,7 +156,7 @@ class Run:
         self._begun = True
         if world.rank == 0:
             self._reporter = self._open_reporter()
-            self._reporter.message(f"learning rate: {setup.rates} ({setup.config.train.schedule.kind})")
+            self._reporter.message(f"learning rate: {setup.rates_line}")
             if self.device:
                 self._reporter.message(f"device: {self.device}")
             hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels).missing)
@@ -176,23 +177,36 @@ class Run:
             if checkpoint is not None:
                 self._reporter.message(f"resumes after step {self.trainer.step} of {setup.steps}, from {checkpoint}")
 
-    def _create(self, step: int) -> None:
-        """Create the folder. If it has this run's files, those stay that tell of steps up to this one."""
+    def _create(self, step: int, failure: Failure | None = None) -> None:
+        """Create the folder. If it has this run's files, those stay that tell of steps up to this one. `failure` is the
+        one after which the run goes on."""
         world, folder, checkpoint = self._world, self._folder, self._checkpoint
         continues = any(world.gather_objects(self._created))
         hosts = world.gather_objects(world.host)
         with world.agreement():
             if world.rank == 0:
                 continues = continues or (checkpoint is not None and folder.holds(checkpoint))
+                origin = folder.path if continues or checkpoint is None else checkpoint.absolute().parent.parent
+                earlier = parts_before(origin, step)
                 folder.create(to_yaml(_anywhere(self._planned.setup.config)), step if continues else None)
-                self._about = about_run(self._planned.setup, self._arguments, hosts, world.library)
+                source = None if checkpoint is None else str(checkpoint)
+                self._about = about_run(
+                    self._planned.setup,
+                    self._arguments,
+                    hosts,
+                    world.library,
+                    after=step,
+                    source=source if failure is None else failure.source,
+                    lost=None if failure is None else failure.line,
+                    earlier=earlier,
+                )
                 folder.about(self._about)
         self._created = True
 
     def _open_reporter(self) -> Reporter:
         if self._quiet:
             return Quiet()
-        setup = self._planned.setup
+        setup, per_epoch = self._planned.setup, self._planned.setup.sampler.steps_per_epoch
         return open_reporter(
             sys.stdout,
             layout=setup.layout_line,
@@ -200,7 +214,8 @@ class Run:
             environment=self.environment,
             output=str(self._folder.path),
             steps=setup.steps,
-            steps_per_epoch=setup.sampler.steps_per_epoch,
+            steps_per_epoch=per_epoch,
+            left=TimeLeft(setup.steps, setup.config.train.evaluate_every * per_epoch, after=self.trainer.step),
         )
 
     def go_on(self, failure: Failure) -> None:
@@ -210,7 +225,7 @@ class Run:
         with world.agreement():
             if world.rank == 0:
                 self._folder.lock(self._world.run)
-        self._create(failure.resumed_from)
+        self._create(failure.resumed_from, failure)
         if world.rank == 0:
             ranks = f"{world.size} ranks" if world.size > 1 else "1 rank"
             if self._reporter is None:
@@ -239,13 +254,11 @@ class Run:
     def end(self) -> int:
         """Write the results, unless a signal has stopped the training; return the exit code."""
         stopped, diverged = self.trainer.stopped_by == SIGNAL, self.trainer.diverged
-        if not stopped:
-            self._write_results()
+        traced = False if stopped else self._write_results()
         with self._world.agreement():
             if self._world.rank == 0:
-                self._folder.about(
-                    self._about | {"ended": "stopped" if stopped else "diverged" if diverged else "done"}
-                )
+                ended = "stopped" if stopped else "diverged" if diverged else "done"
+                self._folder.about(self._about | {"ended": ended, "traced": traced})
         self._world.agree()
         if self._reporter is not None:
             if stopped:
@@ -289,8 +302,8 @@ class Run:
             f"the same command with --resume and {more} trains it on"
         )
 
-    def _write_results(self) -> None:
-        """Write model.h5, trace.json and summary.json."""
+    def _write_results(self) -> bool:
+        """Write model.h5, trace.json and summary.json; return on rank 0 whether there is a trace."""
         world, trainer = self._world, self.trainer
         best = None if trainer.diverged else trainer.take_best()
         summary = trainer.summary() | ({} if best is None else {"best_step": best})
@@ -307,3 +320,4 @@ class Run:
             if world.rank == 0:
                 more = about_results(self._planned, summary["samples_per_second"], peak, on_gpu)
                 self._folder.summary(summary | more)
+        return trace is not None

@@ -186,14 +186,35 @@ class RunFolder:
 
 @cache
 def commit(*, dirty: bool = False) -> str | None:
-    """Return the commit of the checkout that this package runs from; None if it runs from elsewhere. With `dirty` it
-    ends in -dirty where files were changed."""
+    """Return the commit of the checkout that this package runs from; None if it runs from elsewhere. With `dirty`, git
+    is asked, and it ends in -dirty where files were changed."""
+    root = Path(__file__).resolve().parents[2]
+    if not dirty:
+        return _head(root)
     import subprocess
 
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
-    command += ["--dirty"] if dirty else []
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", errors="replace", timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def _head(root: Path) -> str | None:
+    """Read which commit is checked out in a folder: ranks that start begin no process for it."""
+    try:
+        git = root / ".git"
+        if git.is_file():  # of a worktree
+            git = root / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref:"):
+            return head
+        name, shared = head.removeprefix("ref:").strip(), git / "commondir"
+        common = git / shared.read_text(encoding="utf-8").strip() if shared.exists() else git
+        if (common / name).exists():
+            return (common / name).read_text(encoding="utf-8").strip()
+        lines = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((line.split()[0] for line in lines if line.endswith(f" {name}")), None)
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -19,6 +19,7 @@ import pytest
 from nettorrent_mpi.cli.progress import Lines, Live, clock, open_reporter
 from nettorrent_mpi.cli.streams import SafeStream
 from nettorrent_mpi.cli.terminal import fitted, terminal_width
+from nettorrent_mpi.cli.time_left import TimeLeft
 
 RECORD: dict[str, Any] = {
     "step": 50,
@@ -44,15 +45,16 @@ class Log(io.StringIO):
 def opened(stream: io.StringIO) -> Any:
     return open_reporter(
         stream, layout="1 replica x [linear1 1x1]", ranks=1, environment="1 BLAS thread", output="runs/x",
-        steps=450, steps_per_epoch=45,
+        steps=450, steps_per_epoch=45, left=TimeLeft(450, 45),
     )  # fmt: skip
 
 
 def test_plain_lines() -> None:
     log = Log()
     reporter = opened(log)
+    reporter.report(RECORD | {"step": 1, "samples": 32, "time": 5.0})
     reporter.report(RECORD)
-    reporter.epoch(RECORD | SCORES)
+    reporter.epoch(RECORD | SCORES | {"step": 60, "time": 12.0})
     reporter.epoch(RECORD | SCORES | {"step": 450, "epoch": 10.0, "validation_accuracy": 0.5, "test_loss": None})
     reporter.close()
     figures = "loss 0.4321  lr 0.00199  3,210 samples/s"
@@ -60,15 +62,16 @@ def test_plain_lines() -> None:
         "layout: 1 replica x [linear1 1x1] on 1 rank",
         "1 BLAS thread",
         "run folder: runs/x",
-        f"step  50/450  epoch 1.11/10  {figures}  1:20 left",
-        f"step  50/450  epoch 1.11/10  {figures}  test loss 0.2500  test accuracy 97.12 %  1:20 left",
+        f"step   1/450  epoch 1.11/10  {figures}",
+        f"step  50/450  epoch 1.11/10  {figures}  0:04 left",
+        f"step  60/450  epoch 1.11/10  {figures}  test loss 0.2500  test accuracy 97.12 %  1:18 left",
         f"step 450/450  epoch 10.00/10  {figures}  test accuracy 97.12 %  validation accuracy 50.00 %",
     ]
 
 
 def test_plain_lines_are_written_at_once_and_without_control_characters() -> None:
     log = Log()
-    reporter = Lines(log, 450, 45)
+    reporter = Lines(log, 450, 45, TimeLeft(450, 45))
     for tell in (reporter.report, reporter.epoch):
         tell(RECORD | SCORES)
         assert log.flushed == len(log.getvalue()) > 0
@@ -79,8 +82,8 @@ def test_plain_lines_are_written_at_once_and_without_control_characters() -> Non
 
 def test_the_live_display_shows_the_figures_and_keeps_a_line_for_every_evaluation() -> None:
     screen = io.StringIO()
-    live = Live(screen, 450, 45, 110, "1 replica x [conv2d1 3x1 | linear1 1x2]  on 5 ranks")
-    live.report(RECORD)
+    live = Live(screen, 450, 45, TimeLeft(450, 45), 110, "1 replica x [conv2d1 3x1 | linear1 1x2]  on 5 ranks")
+    live.report(RECORD | {"step": 40, "time": 8.0})
     live.epoch(RECORD | SCORES)
     live.message("[bold]words[/bold]")
     live.close()
@@ -94,7 +97,9 @@ def test_the_live_display_shows_the_figures_and_keeps_a_line_for_every_evaluatio
 
 def test_the_live_display_fits_a_narrow_terminal() -> None:
     screen = io.StringIO()
-    live = Live(screen, 450, 45, 40, "1 replica x [" + " | ".join(f"conv2d{i} 3x1" for i in range(20)) + "]")
+    live = Live(
+        screen, 450, 45, TimeLeft(450, 45), 40, "1 replica x [" + " | ".join(f"conv2d{i} 3x1" for i in range(20)) + "]"
+    )
     live.report(RECORD)
     live.epoch(RECORD | SCORES)
     live.close()
@@ -117,7 +122,9 @@ def test_text_is_broken_between_words() -> None:
 def test_a_log_loads_no_terminal_library() -> None:
     code = (
         "import sys\nfrom nettorrent_mpi.cli.progress import open_reporter\n"
-        "open_reporter(sys.stdout, layout='', ranks=1, environment='', output='', steps=1, steps_per_epoch=1)\n"
+        "from nettorrent_mpi.cli.time_left import TimeLeft\n"
+        "open_reporter(sys.stdout, layout='', ranks=1, environment='', output='', steps=1, steps_per_epoch=1, "
+        "left=TimeLeft(1, 1))\n"
         "sys.exit('rich' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, timeout=60)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nettorrent_mpi.cli.progress import clock
-from nettorrent_mpi.cli.runs.run_data import RunData, one_line, read_run
+from nettorrent_mpi.cli.runs.run_data import RunData, read_run
+from nettorrent_mpi.cli.runs.values import one_line
 from nettorrent_mpi.cli.tables import aligned, shortened
 from nettorrent_mpi.engine.run_files import is_run, no_run, run_of
 from nettorrent_mpi.plan.errors import UserError, warn
@@ -65,7 +66,9 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def _row(run: RunData) -> dict[str, Any]:
     """Return what the table and --json show of a run: numbers are unrounded, unknown ones None."""
-    kind, accuracy = run.accuracy or (None, None)
+    best, latest = run.best, next((point for point in reversed(run.points) if "train_loss" in point.figures), None)
+    shown = latest if best is None else best.point
+    figures = {} if shown is None else shown.figures
     return {
         "run": one_line(str(run.path)),
         "state": run.state,
@@ -74,9 +77,10 @@ def _row(run: RunData) -> dict[str, Any]:
         "ranks": run.ranks,
         "exchange": run.exchange,
         "epochs": run.last("epoch"),
-        "accuracy": accuracy,
-        "accuracy_on": kind,
-        "loss": run.last("train_loss"),
+        "at_epoch": figures.get("epoch"),
+        "accuracy": best and best.accuracy,
+        "accuracy_on": best and best.kind,
+        "loss": figures.get("train_loss"),
         "seconds": run.last("time"),
         "samples_per_second": run.last("samples_per_second"),
     }
@@ -103,6 +107,7 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ranks": lambda row: "" if row["ranks"] is None else str(row["ranks"]),
     "exchange": lambda row: str(row["exchange"]),
     "epochs": lambda row: "" if row["epochs"] is None else f"{row['epochs']:.4g}",
+    "at epoch": lambda row: "" if row["at_epoch"] is None else f"{row['at_epoch']:.4g}",
     "accuracy": lambda row: _percent(row["accuracy"]),
     "loss": lambda row: "" if row["loss"] is None else f"{row['loss']:.4f}",
     "time": lambda row: "" if row["seconds"] is None else clock(row["seconds"]),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shlex
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -16,8 +15,10 @@ from nettorrent_mpi.cli.progress import clock
 from nettorrent_mpi.cli.runs.charts import Bar, Curve, chart, rows
 from nettorrent_mpi.cli.runs.layout_map import layout_map
 from nettorrent_mpi.cli.runs.rank_bars import rows_of, share, verdict
-from nettorrent_mpi.cli.runs.run_data import RUNNING, RunData, is_count, items, number, text
-from nettorrent_mpi.cli.runs.time_line import time_line
+from nettorrent_mpi.cli.runs.repeating import how_to_repeat
+from nettorrent_mpi.cli.runs.run_data import RUNNING, RunData
+from nettorrent_mpi.cli.runs.time_line import time_line, typical_step
+from nettorrent_mpi.cli.runs.values import is_count, items, number, text
 from nettorrent_mpi.engine.rank_seconds import PARTS
 from nettorrent_mpi.plan.errors import DataError
 
@@ -59,19 +60,29 @@ def _body(run: RunData, traced: bool) -> str:
         sections.append(_section("Layout", drawn))
     if traced:
         sections.append(_trace(run, slowest))
-    sections += [_failures(run), _section("Environment", _environment(run)), _section("How to repeat it", _repeat(run))]
+    sections += [
+        _failures(run),
+        _section("Environment", _environment(run)),
+        _section("How to repeat it", how_to_repeat(run)),
+    ]
     return "\n".join(filter(None, sections))
 
 
 def _head(run: RunData) -> str:
     steps, last = run.steps, run.points[-1] if run.points else None
     tiles = []
-    if run.accuracy is not None:
-        tiles.append((f"{100 * run.accuracy[1]:.2f} %", f"best {run.accuracy[0]} accuracy"))
-    for name, figure, form in (("training loss", "train_loss", ".4g"), ("samples/s", "samples_per_second", ",.0f")):
-        value = run.last(figure)
-        if value is not None:
-            tiles.append((f"{value:{form}}", name))
+    best = run.best
+    if best is not None:
+        after = best.point.figures.get("epoch")
+        when = "" if after is None else f", epoch {after:.4g}"
+        tiles.append((f"{100 * best.accuracy:.2f} %", f"best {best.kind} accuracy{when}"))
+        if "train_loss" in best.point.figures:
+            tiles.append((f"{best.point.figures['train_loss']:.4g}", f"training loss{when}"))
+    elif run.last("train_loss") is not None:
+        tiles.append((f"{run.last('train_loss'):.4g}", "training loss"))
+    speed = run.last("samples_per_second")
+    if speed is not None:
+        tiles.append((f"{speed:,.0f}", "samples/s"))
     if last is not None:
         of = f" of {steps:,}" if steps is not None and steps != last.step else ""
         tiles.append((f"{last.figures.get('epoch', 0):.4g}", f"epochs, {last.step:,}{of} steps"))
@@ -84,6 +95,9 @@ def _head(run: RunData) -> str:
     told = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in tiles)
     damage = "".join(f'<p class="damage">{escape(line)}</p>' for line in run.damage)
     layout = f"<p>{escape(run.layout)}</p>" if run.layout else ""
+    if len(run.parts) > 1:
+        before = "; ".join(f"{part.name}: {part.where}" for part in run.parts[-1 - MOST_LINES : -1])
+        layout += f"<p>since step {run.since + 1:,}; before: {escape(before)}</p>"
     return (
         f'<header><h1>{escape(run.name)} <span class="state {run.state}">{run.state}</span></h1>{layout}{damage}'
         f'<div class="tiles">{told}</div></header>'
@@ -145,9 +159,19 @@ def _trace(run: RunData, slowest: int | None) -> str:
         trace = run.trace()
     except DataError as error:
         return _section("A step", f'<p class="damage">{escape(str(error))}</p>')
-    drawn = "" if trace is None else time_line(trace, slowest)
-    hint = "<p>A run with <code>--set trace=true</code> shows here what each rank did when.</p>"
-    return _section("A step", drawn or hint)
+    part = run.traced_part
+    if trace is None:
+        return _section("A step", "<p>A run with <code>--set trace=true</code> shows here what each rank did when.</p>")
+    if part is None:
+        return _section("A step", "<p>trace.json is of no part of this run, and is left out.</p>")
+    present = part is run.parts[-1]
+    drawn = time_line(trace, slowest if present else None) or "<p>trace.json has no step as a whole.</p>"
+    if len(run.parts) > 1:
+        again = (typical_step(trace) or 0) >= part.last and not present
+        told = f"Of {part.name}, on {part.where}" + ("; the step that is shown was done again later" if again else "")
+        told += "" if present else f". Of part {len(run.parts)}, the latest, there is no trace"
+        drawn = f"<p>{escape(told)}.</p>{drawn}"
+    return _section("A step", drawn)
 
 
 def _failures(run: RunData) -> str:
@@ -186,20 +210,6 @@ def _environment(run: RunData) -> str:
         of = f" ({predicted:,.0f} MB were predicted)" if predicted is not None else ""
         pairs.append(("memory of the largest rank", f"{memory:,.0f} MB{of}"))
     return _table(pairs)
-
-
-def _repeat(run: RunData) -> str:
-    arguments, ranks = run.about.get("arguments"), run.ranks
-    told = ""
-    if isinstance(arguments, list):
-        words = shlex.join(text(word) for word in arguments if isinstance(word, str))
-        start = f"mpirun -n {ranks} " if ranks is not None and ranks > 1 else ""
-        folder = text(run.about.get("folder"))
-        told = f"<p>In <code>{escape(folder)}</code>:</p>" if folder else ""
-        told += f"<pre>{escape(f'{start}nettorrent {words}')}</pre>"
-    if run.config:
-        told += f"<details><summary>config.yaml, complete</summary><pre>{escape(run.config)}</pre></details>"
-    return told or "<p>The folder does not say how the run was started.</p>"
 
 
 def _table(pairs: Iterable[tuple[str, str]]) -> str:

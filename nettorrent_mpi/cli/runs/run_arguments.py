@@ -16,8 +16,9 @@ speed. Of two or more named runs, it shows the results and the settings in which
     nettorrent runs runs/ --sort accuracy
     nettorrent runs runs/a runs/b
 
-The accuracy is the best one so far, the loss the latest of the training. A run that is not over and whose processes are
-gone has failed; the exit code stays 0."""
+The accuracy is the best one so far, on the test rows or, where there are none, on the validation rows; the loss is that
+of the training at the same time, and "at epoch" says when. A run that is not over and whose processes are gone has
+failed; the exit code stays 0."""
 
 WATCH = """\
 Shows a run while it goes on, and ends when it ends: curves of loss and accuracy, step, speed and time left, how long
@@ -32,7 +33,8 @@ machine, reach it by `ssh -L PORT:127.0.0.1:PORT login-node`."""
 
 REPORT = """\
 Writes a run as one HTML file that opens anywhere, without network: curves, the layout with ranks and hosts, the time
-line of a step (of a run with `trace: true`), where each rank's time went, the environment, and how to repeat it:
+line of a step (of a run with `trace: true`), where each rank's time went, the environment, and how to repeat it, with
+every command from the beginning on:
 
     nettorrent report runs/cifar
     nettorrent report runs/cifar --output cifar.html

@@ -6,21 +6,25 @@ told in one line for each file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nettorrent_mpi.cli.runs.run_parts import RunPart, parts_of, settings_of
+from nettorrent_mpi.cli.runs.values import LARGEST, is_count, items, number, one_line, text
+from nettorrent_mpi.cli.time_left import TimeLeft
 from nettorrent_mpi.data.files import opening, parsed, size_of
 from nettorrent_mpi.engine.rank_seconds import PARTS, WAITING
+from nettorrent_mpi.engine.record import FIGURES as SCORES
 from nettorrent_mpi.engine.record import read_lines
 from nettorrent_mpi.engine.run_files import no_run, run_of
 from nettorrent_mpi.engine.run_lock import in_use
 from nettorrent_mpi.engine.traced_run import TracedRun, read_traced
-from nettorrent_mpi.plan.errors import DataError, UserError, readable
+from nettorrent_mpi.plan.errors import DataError, UserError
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 RUNNING, DONE, DIVERGED, STOPPED, FAILED = "running", "done", "diverged", "stopped", "failed"
@@ -28,7 +32,6 @@ FIGURES = (
     "epoch", "samples", "time", "train_loss", "learning_rate", "samples_per_second", "consensus_distance",
     "test_loss", "test_accuracy", "validation_loss", "validation_accuracy",
 )  # fmt: skip
-LARGEST = 1e100  # figures beyond it are damage
 MOST_RANKS, MOST_BYTES, MOST_TRACE = 1_000_000, 1 << 30, 200 << 20  # larger files and numbers are damage
 
 
@@ -48,6 +51,15 @@ class Point:
     step: int
     figures: Mapping[str, float]
     ranks: RankSeconds | None
+
+
+class Best(NamedTuple):
+    """A Best is an evaluation with the best accuracy of its kind, "test" or, where there is no test set, "validation",
+    and the record with the other figures of the same step."""
+
+    kind: str
+    accuracy: float
+    point: Point
 
 
 @dataclass(frozen=True)
@@ -143,25 +155,41 @@ class RunData:
         return next((p.figures[name] for p in reversed(self.points) if name in p.figures), None)
 
     @property
-    def accuracy(self) -> tuple[str, float] | None:
-        """The best accuracy and its kind, "test" or, where there is no test set, "validation"."""
+    def best(self) -> Best | None:
+        """The first evaluation with the best accuracy; None where there is no accuracy."""
         for kind in ("test", "validation"):
-            found = [value for _, value in self.curve(f"{kind}_accuracy")]
+            name = f"{kind}_accuracy"
+            found = [point for point in self.points if name in point.figures]
             if found:
-                return kind, max(found)
+                point = max(found, key=lambda point: point.figures[name])
+                return Best(kind, point.figures[name], point)
         return None
+
+    @cached_property
+    def parts(self) -> list[RunPart]:
+        """The parts of the run in their order, the latest one last."""
+        return parts_of(self.about, self.config, self.points[-1].step if self.points else 0)
+
+    @property
+    def since(self) -> int:
+        """The step after which the latest part began."""
+        return self.parts[-1].first - 1
 
     @property
     def seconds_left(self) -> float | None:
-        """The seconds until the last step at the pace so far."""
-        last = self.points[-1] if self.points else None
-        if last is None or self.steps is None or last.step <= 0 or "time" not in last.figures:
+        """The seconds until the last step at the pace of the latest records; None as long as that is not known."""
+        every = self.about.get("evaluate_every")
+        if self.steps is None:
             return None
-        return last.figures["time"] / last.step * max(self.steps - last.step, 0)
+        left = TimeLeft(self.steps, every if is_count(every) else None, after=self.since)
+        for point in self.points:
+            if point.step > self.since and "time" in point.figures:
+                left.see(point.step, point.figures, evaluated=any(name in point.figures for name in SCORES))
+        return left.seconds
 
     def rank_seconds(self, latest: int | None = None) -> RankSeconds | None:
-        """Return what the `latest` records (None: all) say of the ranks together, of those with the present layout."""
-        told = [point.ranks for point in self.points if point.ranks is not None]
+        """Return what the `latest` records (None: all) of the latest part say of the ranks together."""
+        told = [point.ranks for point in self.points if point.ranks is not None and point.step > self.since]
         told = told if latest is None else told[-latest:]
         if not told:
             return None
@@ -174,6 +202,11 @@ class RunData:
         votes = [t.slowest for t in told]
         swarms = [t.swarms for t in told if t.swarms is not None and t.swarms.shape == last.swarms.shape]
         return RankSeconds(max(set(votes), key=votes.count), None, np.sum(swarms, axis=0))
+
+    @property
+    def traced_part(self) -> RunPart | None:
+        """The part of the run that trace.json is of; None where it is of none that counts."""
+        return next((part for part in reversed(self.parts) if part.about.get("traced") is True), None)
 
     def trace(self) -> TracedRun | None:
         """Read trace.json; None where there is none. Raises a DataError if it is damaged or too large to be read."""
@@ -191,7 +224,7 @@ def read_run(path: Path) -> RunData:
         raise no_run(path)
     damage: list[str] = []
     about, summary = (_json(folder / name, damage) for name in ("run.json", "summary.json"))
-    config, settings = _settings(folder / "config.yaml", damage)
+    config, settings = _config(folder / "config.yaml", damage)
     state = _state(folder, about, summary)
     points = _points(folder / "metrics.jsonl", damage, growing=state == RUNNING)
     return RunData(folder, state, about, settings, config, points, summary, damage)
@@ -238,34 +271,17 @@ def _json(path: Path, damage: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _settings(path: Path, damage: list[str]) -> tuple[str, dict[str, str]]:
-    from nettorrent_mpi.config import yaml_lines
+def _config(path: Path, damage: list[str]) -> tuple[str, dict[str, str]]:
     from nettorrent_mpi.config.reading import text_of
 
     if not path.exists():
         return "", {}
     try:
         content = text_of(str(path))
-        return content, dict(_flat(yaml_lines.read(content, str(path)).value, ()))
+        return content, settings_of(content, str(path))
     except UserError as error:
         damage.append(str(error))
         return "", {}
-
-
-def _flat(value: Any, at: tuple[str | int, ...]) -> Iterator[tuple[str, str]]:
-    """Yield every value of a configuration with its dotted key."""
-    from nettorrent_mpi.config.yaml_lines import dotted
-
-    inner: Iterator[tuple[Any, Any]] = iter(())
-    if isinstance(value, dict) and value:
-        inner = iter(value.items())
-    elif isinstance(value, list) and any(isinstance(each, dict | list) for each in value):
-        inner = iter(enumerate(value))
-    else:
-        yield one_line(dotted(at)), one_line("none" if value is None else str(value))
-        return
-    for key, each in inner:
-        yield from _flat(each, (*at, key if isinstance(key, int) else str(key)))
 
 
 def _points(path: Path, damage: list[str], *, growing: bool) -> list[Point]:
@@ -302,30 +318,3 @@ def _rank_seconds(told: Any) -> RankSeconds | None:
     if not fits or values.dtype.kind not in "if" or not ((values >= 0) & (values < LARGEST)).all():
         return None
     return RankSeconds(told["slowest"], each, swarms)
-
-
-def number(value: Any) -> float | None:
-    """Return a value of a file as a finite number; None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-        return None
-    return float(value)
-
-
-def text(value: Any) -> str:
-    """Return a value of a file as a text that can be shown; empty if it is none."""
-    return one_line(value) if isinstance(value, str) else ""
-
-
-def one_line(told: str) -> str:
-    """Write a text of a file, or its name, so that it can be shown in one line."""
-    return readable(told).replace("\n", "\\n")
-
-
-def items(value: Any) -> list[dict[str, Any]]:
-    """Return a value of a file as a list of objects; empty if it is none."""
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def is_count(value: Any, least: int = 1) -> TypeGuard[int]:
-    """Whether a value of a file is a plausible count or number of ranks, steps or rows."""
-    return type(value) is int and least <= value < 1e15

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 
-from nettorrent_mpi.cli.runs.run_data import Point, RunData, text
+from nettorrent_mpi.cli.runs.run_data import Point, RunData
+from nettorrent_mpi.cli.runs.values import text
 from nettorrent_mpi.engine.rank_seconds import PARTS
 
 TAGS = {
@@ -24,14 +25,15 @@ def tagged(run: RunData, point: Point) -> Iterator[tuple[str, float]]:
     if ranks is None:
         return
     yield "ranks/slowest", float(ranks.slowest)
-    topology = run.topology
+    topology = run.topology if point.step > run.since else None  # of earlier parts it is not known
     if ranks.swarms is not None:
         swarms = [swarm[:, 1] for swarm in ranks.swarms]
     elif ranks.each is not None and topology is not None and topology.size == len(ranks.each):
         swarms = [ranks.each[topology.swarm(stage)].mean(axis=0) for stage in range(len(topology.stages))]
     else:
         return
-    names = run.stage_names if len(run.stage_names) == len(swarms) else [f"stage {n}" for n in range(len(swarms))]
+    named = topology is not None and len(run.stage_names) == len(swarms)
+    names = run.stage_names if named else [f"stage {n}" for n in range(len(swarms))]
     for number, (name, seconds) in enumerate(zip(names, swarms, strict=True)):
         for part, value in zip(PARTS, seconds / (seconds.sum() or 1.0), strict=True):
             yield f"{part}/{number} {name}", float(value)
@@ -40,6 +42,6 @@ def tagged(run: RunData, point: Point) -> Iterator[tuple[str, float]]:
 def beginning(run: RunData) -> float:
     """Return when the training began, in seconds since 1970: 0 if that is not known."""
     try:
-        return datetime.fromisoformat(text(run.about.get("began"))).timestamp()
+        return datetime.fromisoformat(text(run.parts[0].about.get("began"))).timestamp()
     except (ValueError, OverflowError):
         return 0.0

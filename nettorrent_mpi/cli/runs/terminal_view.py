@@ -33,6 +33,9 @@ def frame(run: RunData, width: int, *, plain: bool = False, coloured: bool = Tru
     from rich.text import Text
 
     parts: list[RenderableType] = [_head(run), _bar(run, width, plain)]
+    if len(run.parts) > 1:
+        before, now = run.parts[-2:]
+        parts.append(Text(f"since step {now.first:,} on {now.where}; before on {before.where}", style="dim"))
     plots = Table.grid(padding=(0, 2), expand=True)
     shown = [_plot(run, name, figures, colour, width // 2 - 2, plain) for name, figures, colour in _PLOTS]
     shown = [plot for plot in shown if plot is not None]

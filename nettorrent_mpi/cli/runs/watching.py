@@ -10,7 +10,8 @@ from pathlib import Path
 
 from nettorrent_mpi.cli.local_server import NOT_FOUND, LocalServer, Request, Response
 from nettorrent_mpi.cli.runs.page import page
-from nettorrent_mpi.cli.runs.run_data import RUNNING, RunData, one_line, read_run
+from nettorrent_mpi.cli.runs.run_data import RUNNING, RunData, read_run
+from nettorrent_mpi.cli.runs.values import one_line
 from nettorrent_mpi.cli.terminal import terminal_width
 from nettorrent_mpi.engine.run_files import RUN_FILES, is_run, run_of
 from nettorrent_mpi.engine.run_lock import LOCK, in_use

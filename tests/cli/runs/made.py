@@ -31,8 +31,10 @@ def about(topology: Topology, **more: Any) -> dict[str, Any]:
         "hosts": [f"node{rank // 64}" for rank in range(topology.size)],
         "steps": 100,
         "steps_per_epoch": 50,
+        "evaluate_every": 20,
         "exchange": "allreduce",
         "version": "0.1.0",
+        "traced": True,
     } | more  # fmt: skip
 
 
@@ -73,6 +75,13 @@ def make(
         summary = {"world_size": topology.size, "steps": 100, "stopped_by": "epochs", "exchange": {"kind": "allreduce"}}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def earlier(first: int, last: int, topology: Topology, **more: Any) -> dict[str, Any]:
+    """What run.json says of an earlier part, with these steps."""
+    told = about(topology, after=first - 1, until=last, seed=7, commit="c0ffee", environment={"OMP_NUM_THREADS": "2"})
+    kept = {name: told[name] for name in told if name not in ("stages", "replicas", "traced")}
+    return kept | {"config": '{"seed": 7, "train": {"epochs": 2}}'} | more
 
 
 def trace(topology: Topology, steps: int = 5, scale: float = 1.0) -> str:

@@ -37,7 +37,21 @@ def test_the_states_of_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         "done": "done", "diverged": "diverged", "stopped": "stopped", "lost": "failed", "killed": "failed",
         "alive": "running", "resumed": "running",
     }  # fmt: skip
-    assert rows_of(text)["done"][2:] == ["2x1", "1x1", "3", "allreduce", "2", "95.00", "%", "0.2000", "0:10", "1,010"]
+    row = ["2x1", "1x1", "3", "allreduce", "2", "2", "95.00", "%", "0.2000", "0:10", "1,010"]
+    assert rows_of(text)["done"][2:] == row
+
+
+def test_accuracy_and_loss_are_of_the_same_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The loss at the best accuracy, though it falls on; where there is no accuracy, the latest loss."""
+    lines = records(TWO)
+    for line in lines[6:]:
+        line.pop("test_accuracy", None)
+    make(tmp_path / "overfitted", metrics=[*lines[:6], *(line | {"test_accuracy": 0.5} for line in lines[6:])])
+    make(tmp_path / "unjudged", metrics=[{k: v for k, v in line.items() if "test" not in k} for line in records(TWO)])
+    table = rows_of(told(capfd, tmp_path)[1])
+    assert table["overfitted"][6:11] == ["2", "1.2", "91.67", "%", "0.3333"]
+    assert table["unjudged"][6:9] == ["2", "2", "0.2000"]
+    assert json.loads(told(capfd, tmp_path / "overfitted", "--json")[1])[0]["at_epoch"] == 1.2
 
 
 def test_sorted_by_a_column_the_unknown_last(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from nettorrent_mpi.cli.runs.page import page
 from nettorrent_mpi.cli.runs.run_data import read_run
 from nettorrent_mpi.plan.topology import Stage, Topology
 from tests.browser import browser_page
-from tests.cli.runs.made import TWO, make, records, trace
+from tests.cli.runs.made import TWO, earlier, make, records, trace
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
 
@@ -121,6 +122,74 @@ def test_what_is_damaged_is_named_and_the_rest_is_there(tmp_path: Path, name: st
     assert len(re.findall('class="damage"', text)) == 1
     assert name in re.findall('class="damage">(.*?)</p>', text)[0]
     assert "95.00 %" in text
+
+
+def test_all_parts_of_a_run_are_told_from_the_beginning_on(tmp_path: Path) -> None:
+    """Each with its command, ranks, configuration, seed, versions and environment."""
+    one = Topology(1, (Stage(0, 3, 1, 1),))
+    parts = [
+        earlier(1, 40, one, steps=100, ended="stopped", arguments=["train", "a.yaml"]),
+        earlier(41, 60, TWO, source="runs/a/checkpoints/step-0000000040", config='{"seed": 7, "train": {"epochs": 4}}'),
+    ]
+    line = "rank 2 was lost after step 63: 2 go on after step 60, from memory (0.1 s)"
+    two = Topology(1, (Stage(0, 2, 1, 1), Stage(2, 3, 1, 1)))
+    run = make(tmp_path / "run", two, after=60, earlier=parts, lost=line, traced=False, settings={"seed": 7})
+    text = written(run)
+    assert (
+        text.index("Part 1, steps 1 to 40") < text.index("Part 2, steps 41 to 60") < text.index("Part 3, steps 61 to")
+    )
+    for words in (
+        "OMP_NUM_THREADS=2 nettorrent train a.yaml", "on 1 rank, 1 replica x", "seed 7", "(commit c0ffee)",
+        "It was stopped after step 40 of 100.", "from <code>runs/a/checkpoints/step-0000000040</code>",
+        "OMP_NUM_THREADS=2 mpirun -n 3 nettorrent train configs/digits.yaml --set train.epochs=2",
+        "train.epochs: 4 (before: 2)", line, "stop the part before after step 60",
+        "mpirun -n 2 nettorrent train configs/digits.yaml", "since step 61; before: part 1, steps 1 to 40: 1 rank,",
+    ):  # fmt: skip
+        assert words in text, words
+    assert text.count("complete</summary>") == 3
+    assert "done again" not in text
+
+
+def test_a_trace_is_told_and_drawn_with_the_layout_of_its_own_part(tmp_path: Path) -> None:
+    one = Topology(1, (Stage(0, 3, 1, 1),))
+
+    def step(name: str, *, first: bool, last: bool, steps: int = 5) -> str:
+        part = earlier(1, 60, one) | ({"traced": True} if first else {})
+        run = make(tmp_path / name, after=60, earlier=[part], traced=last)
+        (run / "trace.json").write_text(trace(one if first and not last else TWO, steps))
+        return written(run).partition("<h2>A step</h2>")[2].partition("</section>")[0]
+
+    old = step("old", first=True, last=False)
+    assert (
+        "Of part 1, steps 1 to 60, on 1 rank, 1 replica x [linear1..linear3 1x1]. Of part 2, the latest, there" in old
+    )
+    assert ("rank 0, stage 0" in old, "rank 1" in old, "marked" in old) == (True, False, False)
+    again = step("again", first=True, last=False, steps=200)
+    assert "the step that is shown was done again later" in again
+    new = step("new", first=True, last=True)
+    assert "Of part 2, steps 61 to 100, on 3 ranks" in new
+    assert "rank 2, stage 1" in new
+    none = step("none", first=False, last=False)
+    assert "trace.json is of no part of this run, and is left out" in none
+    assert "<svg" not in none
+
+
+def test_the_ranks_times_are_those_of_the_latest_part(tmp_path: Path) -> None:
+    lines = [*records(TWO, slowest=1)[:6], *records(TWO, slowest=2)[6:]]
+    assert "Slowest: rank 2" in written(make(tmp_path / "run", after=60, earlier=[earlier(1, 60, TWO)], metrics=lines))
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        7, [7], [{"after": "x"}], [{"after": 0, "until": 10**20}], [{"after": 50, "until": 20}],
+        [{"after": 0, "until": 60, "arguments": [1, HOSTILE], "environment": {HOSTILE: [3]}, "config": "a: ["}],
+    ],
+)  # fmt: skip
+def test_parts_that_make_no_sense(tmp_path: Path, strange: Any) -> None:
+    text = written(make(tmp_path / "run", after=60, earlier=strange, source=HOSTILE))
+    assert "How to repeat it" in text
+    assert HOSTILE not in text
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
