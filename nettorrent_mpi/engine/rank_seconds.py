@@ -5,7 +5,8 @@
     waiting         in calls that return when others have sent, received or come, wherever these stand: inside layers,
                     too. A message's own travel is part of it; only a trace (`speedup/shares.py`) can tell them apart
 
-A rank for which the others wait is the one that waits least. On a GPU the host does not know these times.
+A rank for which the others wait is the one that waits least. On a GPU the host does not know these times: it goes on
+while a recorded run computes, reduces and waits by itself.
 """
 
 from __future__ import annotations
