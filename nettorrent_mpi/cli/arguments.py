@@ -19,6 +19,16 @@ from nettorrent_mpi.config.settings import key_of
 from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.plan.errors import UserError
 
+ABOUT = """\
+Trains neural networks over MPI, one swarm of ranks per layer. To begin with:
+
+    nettorrent init --output first.yaml
+    mpirun -n 4 nettorrent train first.yaml
+    nettorrent evaluate runs/first
+    nettorrent inspect runs/first
+
+`nettorrent COMMAND --help` says more of each command."""
+
 
 class _Formatter(argparse.HelpFormatter):
     """Breaks lines between words only, and leaves indented lines, which are commands, as they are."""
@@ -54,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = _Parser(prog="nettorrent", description="Trains neural networks over MPI, one swarm of ranks per layer.")
+    parser = _Parser(prog="nettorrent", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"nettorrent_mpi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 

@@ -9,7 +9,7 @@ from nettorrent_mpi.plan.data_specs import DATASETS
 
 INIT = """\
 Writes a configuration with the usual options, each explained, and a network that suits the data: a small convolutional
-one for images, a perceptron for other rows.
+one for images, a perceptron for other rows. The mini-batch and the number of epochs suit the number of rows.
 
     nettorrent init --output first.yaml
     nettorrent init --data letters --root data

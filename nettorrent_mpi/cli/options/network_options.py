@@ -94,7 +94,7 @@ def add_network_commands(commands: Any) -> None:
         help="also tell which classes are taken for which, precision and recall of each, and the worst rows",
     )
     add_output(evaluate, "DIR", "the folder for the files of --confusion (default: the run's)")
-    add_set(evaluate)
+    add_set(evaluate, "the run's configuration")
 
     predict = commands.add_parser(
         "predict", help="show what a network takes pictures or rows to be", description=PREDICT
@@ -122,12 +122,13 @@ def add_network_commands(commands: Any) -> None:
     export.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
     add_output(
         export, "FILE",
-        "the file to write, with one of these endings; of metrics the folder (default: one of FORMAT's name in RUN)",
+        "the file to write, whose name ends in .h5, .npz, .pt or .onnx; of metrics, the folder (default: one in the "
+        "run's folder)",
     )  # fmt: skip
     export.add_argument(
         "--format", choices=FORMATS, metavar="FORMAT",
-        help="h5, npz, pt or onnx: the network (default: by the ending of FILE; FILE is then by default the run's name "
-        "with this ending, here); tensorboard, wandb or mlflow: the metrics",
+        help="h5, npz, pt or onnx: the network, by default in a file of the run's name with this ending; tensorboard, "
+        "wandb or mlflow: the metrics (default: the network, as the ending of FILE says)",
     )  # fmt: skip
     add_overwrite(export)
 
