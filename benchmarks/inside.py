@@ -68,7 +68,7 @@ def measure(config: str, steps: int) -> dict[str, Any]:
         watch.watch(CpuOperations, method, "products")
     _watch_layers(watch, engine.layers)
     watch.watch(engine.optimizer, "update", "optimizer")
-    watch.watch(engine.pipeline._loss, "forward", "loss")
+    watch.watch(engine.pipeline.loss, "forward", "loss")
     watch.watch(engine.train._inputs, "batch", "rows gathered")
     for n in range(STEPS_BEFORE, STEPS_BEFORE + steps):
         began = time.perf_counter()
