@@ -335,12 +335,12 @@ def metrics_files(random: Random, seeds: Seeds) -> Files:
 
 
 def run_folder_seeds(folder: Path) -> Seeds:
-    """Folders of a run, one of few ranks with a trace, one of many."""
-    from tests.cli.runs.made import TWO, make, records, trace
+    """Folders of a run, one of few ranks with a trace, in two parts, one of many."""
+    from tests.cli.runs.made import TWO, earlier, make, records, trace
 
     shutil.rmtree(folder, ignore_errors=True)
     many = Topology(1, (Stage(0, 1, 300, 1), Stage(1, 2, 4, 2)))
-    few = make(folder / "few", metrics=records(TWO, 4))
+    few = make(folder / "few", metrics=records(TWO, 4), after=50, earlier=[earlier(1, 50, TWO)])
     (few / "trace.json").write_text(trace(TWO, steps=2))
     return Seeds([read(few), read(make(folder / "many", many, metrics=records(many, 4, slowest=7)))])
 

@@ -259,9 +259,9 @@ def sealed_checkpoint(case: Path) -> str:
 
 def _inspected(path: Path) -> None:
     """See that `inspect` shows it, and as nothing but text."""
-    for as_json in (False, True):
+    for everything, as_json in ((False, False), (True, False), (True, True)):
         with contextlib.redirect_stdout(io.StringIO()) as shown:
-            inspect(str(path), as_json=as_json)
+            inspect(str(path), everything=everything, as_json=as_json)
         assert all(line.isprintable() for line in shown.getvalue().split("\n"))
 
 
