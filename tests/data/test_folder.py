@@ -106,7 +106,7 @@ def test_folders_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         import_folder(folder, target, test=1.0)
     with pytest.raises(ConfigError, match="at least 1 x 1"):
         import_folder(folder, target, size=(0, 4))
-    with pytest.raises(OutputError, match="there is no folder .*missing: make it"):
+    with pytest.raises(OutputError, match=r"there is no folder .*missing: make it"):
         import_folder(folder, tmp_path / "missing" / "set.h5")
 
 
