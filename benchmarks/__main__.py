@@ -9,6 +9,7 @@
     reliability   trainings of which random ranks are killed
     torch_speed   nettorrent_mpi.torch against DistributedDataParallel on one machine
     torch_hosts   the same between hosts with slow links, and MNIST there
+    zero_bubble   the pipelines 1f1b and zero_bubble on two ranks
     planner    predicted against measured seconds per step
 
 `NAME --help` lists the options.
@@ -28,6 +29,7 @@ NAMES = (
     "torch_speed",
     "torch_hosts",
     "planner",
+    "zero_bubble",
 )
 
 

@@ -10,12 +10,12 @@ from nettorrent_mpi.plan.schedule import build
 from nettorrent_mpi.plan.stream import stream
 from nettorrent_mpi.plan.timeline import simulate
 
-FORWARD, BACKWARD = 1.0, 2.0  # units of time
+FORWARD, BACKWARD, WEIGHTS = 1.0, 2.0, 1.0  # units of time; those of the weights are part of backward
 
 
 def schedule(pipeline: str, stages: int = 4, pieces: int = 6) -> str:
     """Draw who computes when in one step."""
-    line = simulate(build(pipeline, stages, pieces), FORWARD, BACKWARD, 0.0)
+    line = simulate(build(pipeline, stages, pieces), FORWARD, BACKWARD, 0.0, weights=WEIGHTS)
     return _lines(line.stages) + f"<p>{line.bubble:.0%} of the time stages wait.</p>"
 
 
@@ -26,10 +26,10 @@ def asynchronous(stages: int = 4, pieces: int = 4, steps: int = 3) -> str:
 
 
 def _lines(stages: object) -> str:
-    kinds = {"F": "forward", "B": "backward", "U": "update"}
+    kinds = {"F": "forward", "B": "backward", "I": "backward", "W": "weights"}
     bars = [
         [Bar(i.start, i.end, kinds[i.action.kind], str(i.action), f"{i.action.kind}{i.action.micro_batch}")
-         for i in intervals if i.action.kind in ("F", "B")]
+         for i in intervals if i.action.kind in kinds]
         for intervals in stages  # type: ignore[attr-defined]
     ]  # fmt: skip
     return rows([f"stage {number}" for number in range(len(bars))], bars, unit="time")

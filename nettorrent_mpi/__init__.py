@@ -88,7 +88,7 @@ _WHERE = {
     "Linear MaxPool2d Relu Residual Sigmoid Tanh BinaryCrossEntropy CrossEntropy MeanSquaredError "
     "Adagrad Adam AdamW Rmsprop Sgd Constant Cosine Exponential Step",
     # pipelines; how replicas agree
-    "plan.exchange_specs": "Async Gpipe OneFOneB Allreduce Elite Gossip Nothing",
+    "plan.exchange_specs": "Async Gpipe OneFOneB ZeroBubble Allreduce Elite Gossip Nothing",
     "plan.errors": "ConfigError DataError LayoutError NetTorrentError NetTorrentWarning NonFiniteError OutputError "
     "ShapeError UserError",
 }

@@ -153,7 +153,8 @@ class PlannedRun:
         from nettorrent_mpi.cli.dry_run import schedule_table
 
         options = self.setup.options
-        return schedule_table(options.pipeline.kind, len(self.topology.stages), options.micro_batches)
+        stages, paces = len(self.topology.stages), self.setup.plan.paces
+        return schedule_table(options.pipeline.kind, stages, options.micro_batches, paces)
 
     @property
     def seconds_per_step(self) -> float:

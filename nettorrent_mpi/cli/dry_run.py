@@ -21,10 +21,11 @@ from nettorrent_mpi.plan.actions import peak_stored, step_end
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.memory import Memory
-from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS, build
+from nettorrent_mpi.plan.schedule import STREAMS, build, passes
 from nettorrent_mpi.plan.stream import window_steps
 from nettorrent_mpi.plan.timeline import table
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
+from nettorrent_mpi.plan.zero_bubble import Paces
 
 if TYPE_CHECKING:  # the report needs neither engine nor MPI
     from nettorrent_mpi.engine.setup import Setup
@@ -46,7 +47,8 @@ def dry_run(
     train = config.train
     micro_batches = setup.options.micro_batches
     end = step_end(clip=train.clip_norm is not None, exact=config.exact)
-    lists = build(config.pipeline.kind, len(topology.stages), micro_batches, end=end)
+    paces = setup.plan.paces
+    lists = build(config.pipeline.kind, len(topology.stages), micro_batches, end=end, paces=paces)
     check(topology, lists)
     parameters = sum(layer.parameters for layer in facts)
     rows, epoch = setup.dataset.train.rows, setup.sampler.steps_per_epoch
@@ -60,8 +62,15 @@ def dry_run(
         *_device(setup),
         *wrapped("layout    ", f"{setup.layout_line} = {topology.size} ranks"),
         *copies_lines(setup, memory),
+        *(
+            ["clipping  brings a bubble back: all stages wait for the norm of all gradients before they update"]
+            if setup.plan.split and train.clip_norm is not None
+            else []
+        ),
     ]
     letters = "F forward, B backward"
+    if setup.plan.split:
+        letters = "F forward, I gradients of inputs, W of weights"
     if config.pipeline.kind in STREAMS:
         whole = window_steps(len(topology.stages), micro_batches)
         letters += f", U update; {whole} mini-batches up to a drain" if whole > 1 else ", U update"
@@ -70,7 +79,7 @@ def dry_run(
         "\n".join(head),
         "NETWORK\n" + network_table(setup.network),
         "LAYOUT\n" + layout_table(topology, facts, train.batch_size, micro_batches, hosts),
-        f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline.kind, len(topology.stages), micro_batches),
+        f"SCHEDULE ({proof})\n" + schedule_table(config.pipeline.kind, len(topology.stages), micro_batches, paces),
         "STAGES\n" + stages_table(setup),
         "SPEED (predicted)\n" + speed_block(setup),
         *([] if gpu is None else [gpu_block(gpu_memory, gpu)]),
@@ -192,10 +201,10 @@ class _Shares:
         return span(layer.units, stage.cols, col).size / layer.units
 
 
-def schedule_table(pipeline: str, stages: int, micro_batches: int) -> str:
+def schedule_table(pipeline: str, stages: int, micro_batches: int, paces: Paces = ()) -> str:
     """Return the table of plan/timeline.py, cut into pieces that fit the width; of a very long one only the
     beginning."""
-    lines = table(build(pipeline, stages, micro_batches)).splitlines()
+    lines = table(build(pipeline, stages, micro_batches, paces=paces)).splitlines()
     label = len(f"stage {stages - 1}")
     steps = len(lines[0][label:].split())
     cell = (len(lines[0]) - label) // steps
@@ -223,7 +232,7 @@ def stages_table(setup: Setup) -> str:
     ]  # fmt: skip
     total = sum(layer.operations for layer in facts) or 1.0
     rows = []
-    lists = PIPELINES[config.pipeline.kind](len(topology.stages), micro_batches)
+    lists = passes(config.pipeline.kind, len(topology.stages), micro_batches, setup.plan.paces)
     for s, stage in enumerate(topology.stages[:MOST_LINES]):
         held = facts[stage.first : stage.stop]
         rows.append([

@@ -15,7 +15,7 @@ from nettorrent_mpi.cli.speed_report import of_machine
 from nettorrent_mpi.cli.tables import aligned, shortened, wrapped
 from nettorrent_mpi.config.sections import Config, Layout
 from nettorrent_mpi.data.storage import check_file
-from nettorrent_mpi.engine.layout import lay_out, micro_batches, one_stage, peering_of, predicted
+from nettorrent_mpi.engine.layout import lay_out, micro_batches, one_stage, peering_of, predicted, stored
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.engine.trace import TracedAction, as_chrome
@@ -136,7 +136,7 @@ def _report(setup: Setup, sides: list[LaidOut], ranks: int, memory: float | None
 
 def _fits(setup: Setup, side: LaidOut, memory: float) -> str:
     """Say whether a layout fits the memory of its nodes."""
-    pieces = micro_batches(side.config, setup.network, side.topology)
+    pieces = micro_batches(side.config, setup.network, side.topology, setup.machine)
     options = replace(setup.options, micro_batches=pieces, exchange=side.config.exchange)
     sampler = setup.sampler.divided(side.topology.replicas, pieces)
     made = replace(setup, config=side.config, topology=side.topology, options=options, sampler=sampler)
@@ -146,7 +146,7 @@ def _fits(setup: Setup, side: LaidOut, memory: float) -> str:
 def _trace(setup: Setup, side: LaidOut) -> str:
     """Return the predicted steps as a Chrome trace: the largest rank of each stage, in the first replica."""
     config, network = side.config, setup.network
-    pieces = micro_batches(config, network, side.topology)
+    pieces = micro_batches(config, network, side.topology, setup.machine)
     line = timeline(
         side.topology,
         network.facts,
@@ -156,6 +156,7 @@ def _trace(setup: Setup, side: LaidOut) -> str:
         setup.machine,
         exact=config.exact,
         peering=peering_of(config, side.topology.replicas),
+        stored=stored(config),
     )
     times = 1 if config.pipeline.kind in STREAMS else TRACED
     places = []

@@ -80,7 +80,7 @@ _RANGES: dict[str | tuple[str, str], Range] = {
     **dict.fromkeys(("rate", "label_smoothing", "betas", "alpha", "momentum"), _BELOW_ONE),
     **dict.fromkeys(("dampening", "final", "slope", ("batch_norm", "momentum")), _FRACTION),
     # exchanges
-    **dict.fromkeys(("exact_every", "every_samples", ("linear", "target")), _COUNT),
+    **dict.fromkeys(("stored", "exact_every", "every_samples", ("linear", "target")), _COUNT),
     **dict.fromkeys(("deadline", ("consensus", "max"), ("loss_divergence", "target")), _POSITIVE),
     **dict.fromkeys(("probability", "part", "gamma"), _ABOVE_ZERO),
     "rate_factor": _POSITIVE,

@@ -36,6 +36,7 @@ class Workspace:
         self._shared = shared if shared is not None else self
         self._children: dict[str, Workspace] = {}
         self._reshaped: dict[tuple[int, Shape], tuple[Array, Array]] = {}
+        self.keeps_gradients = False  # of the shared one: whether `passed` gives the slot's own memory
 
     def keep(self, name: str, shape: Shape, dtype: DType = None) -> Array:
         """Return memory of this layer and slot: C-contiguous, of `shape`, by default in the workspace's dtype."""
@@ -50,16 +51,21 @@ class Workspace:
         """Return memory shared by all layers and slots of this rank, valid until another layer runs."""
         return self._shared.keep(name, shape, dtype)
 
+    def passed(self, name: str, shape: Shape) -> Array:
+        """Return memory for a gradient that layers pass to each other: scratch memory, or, where backward passes are
+        split, memory of this layer and slot, in which the gradients of weights find it later."""
+        return (self if self._shared.keeps_gradients else self._shared).keep(name, shape)
+
     def gradient(self, shape: Shape, dy: Array) -> Array:
-        """Return scratch memory for a dx of `shape` that does not overlap dy: two buffers alternate along the layers.
+        """Return `passed` memory for a dx of `shape` that does not overlap dy: two buffers alternate along the layers.
 
         Which one it is does not depend on whether its memory has to grow: otherwise later passes would choose other
         ones than the first, and let these grow in their turn.
         """
-        shared = self._shared
-        memory = shared._memory.get(("dx", shared.dtype))
+        home = self if self._shared.keeps_gradients else self._shared
+        memory = home._memory.get(("dx", home.dtype))
         taken = memory is not None and np.may_share_memory(memory, dy)
-        return self.scratch("other dx" if taken else "dx", shape)
+        return home.keep("other dx" if taken else "dx", shape)
 
     def reshaped(self, array: Array, shape: Shape) -> Array:
         """Return a C-contiguous array in another shape: the same object for the same array."""

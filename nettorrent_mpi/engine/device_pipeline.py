@@ -26,7 +26,7 @@ from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
-from nettorrent_mpi.plan.actions import Action
+from nettorrent_mpi.plan.actions import Action, Kind
 from nettorrent_mpi.plan.launches import BEFORE, Compute, Item, OnHost, Transfers, awaited, launches
 
 
@@ -160,12 +160,18 @@ class DevicePipeline(Pipeline):
 
     def _effects(self, actions: Sequence[Action]) -> list[Any]:
         """Return what these actions have left behind on the host for later ones."""
-        slots = {(self._base + (a.micro_batch or 0)) % self._wiring.slots for a in actions if a.kind == "F"}
+        slots = self._slots_of(actions, "F")
         written = [(slot, self._saved[slot], self._dy[slot], self._y[slot]) for slot in slots]
-        return [written, list(self._params), self._state.kept]
+        left = [(slot, list(self._held[slot])) for slot in self._slots_of(actions, "I")]
+        return [written, left, list(self._params), self._state.kept]
+
+    def _slots_of(self, actions: Sequence[Action], kind: Kind) -> set[int]:
+        return {(self._base + (a.micro_batch or 0)) % self._wiring.slots for a in actions if a.kind == kind}
 
     def _restore(self, effects: list[Any]) -> None:
-        written, self._params[:], self._state.kept = effects
+        written, left, self._params[:], self._state.kept = effects
+        for slot, held in left:
+            self._held[slot][:] = held
         for slot, saved, dy, y in written:
             self._saved[slot], self._dy[slot], self._y[slot] = saved, dy, y
 

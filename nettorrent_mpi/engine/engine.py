@@ -78,7 +78,7 @@ class Engine:
 
             with world.agreement():
                 reserve(self.device, plan, self.place.stage)
-        self.wiring = wiring = Wiring(world, plan, self.device, self.schedule.slots)
+        self.wiring = wiring = Wiring(world, plan, self.device, self.schedule.buffers)
         self.optimizer = make_optimizer(options.optimizer)
         parameters, late = self.layers.parameters, self.schedule.late
         self.state = state = State(plan, wiring, self.device, parameters, self.optimizer, versions=late)

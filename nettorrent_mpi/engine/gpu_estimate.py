@@ -18,7 +18,7 @@ from nettorrent_mpi.engine.stage_schedule import StageSchedule
 from nettorrent_mpi.nn.footprint import Footprint, footprint_on
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.optimizers import make_optimizer
-from nettorrent_mpi.plan.actions import buffers
+from nettorrent_mpi.plan.actions import Buffers
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.schedule import STREAMS
 from nettorrent_mpi.plan.sizes import most_rows, parameters_of, part_of, sharers_of
@@ -53,12 +53,13 @@ def arrays(plan: Plan, labels: bool = True) -> list[Memory]:
             accumulate=options.micro_batches > 1,
             loss=make_loss(options.loss) if stop == plan.network.weight_layers else None,
             labels=labels,
+            split=plan.split,
         )
         return Footprint(found.kept // 2, found.shared) if short else found
 
     found = []
     for s, stage in enumerate(topology.stages):
-        held, here, slots = facts[stage.first : stage.stop], -(-rows // stage.rows), StageSchedule(plan, s).slots
+        held, here, have = facts[stage.first : stage.stop], -(-rows // stage.rows), StageSchedule(plan, s).buffers
         parameters, sharers = parameters_of(held, stage.cols), sharers_of(topology, stage, plan.exact)
         kinds = versions(len(topology.stages), options.micro_batches, s) if options.pipeline.kind in STREAMS else 1
         # All versions and the gradients; of the sum over those that hold the same, the own part, and of the weights
@@ -67,12 +68,12 @@ def arrays(plan: Plan, labels: bool = True) -> list[Memory]:
         own, shared = layers(stage.first, stage.stop, stage.cols, here)
         loss = options.loss if s == len(topology.stages) - 1 else None
         weights = wide * plan.network.output_shape[-1] if getattr(loss, "class_weights", None) is not None else 0
-        links = _links(plan, s, slots) * here * size
+        links = _links(plan, s, have) * here * size
         found.append(
             Memory(
                 parameters=round(each * parameters),
                 optimizer=round(states * parameters / sharers * wide),
-                layers=slots * own + shared + weights,
+                layers=have.slots * own + shared + weights,
                 links=round(links),
                 exchange=sum(exchange_bytes(plan, round(parameters / stage.rows), states)),
             )
@@ -112,12 +113,12 @@ def gpu_estimate(setup: Setup, gpu: VisibleGpu) -> list[Memory]:
     return result
 
 
-def _links(plan: Plan, s: int, slots: int) -> float:
+def _links(plan: Plan, s: int, counts: Buffers) -> float:
     """Return the elements of a stage's link buffers for one row; parts that are not contiguous, or that are added up,
     go through staging arrays."""
     topology, facts = plan.topology, plan.network.facts
     stage, last = topology.stages[s], len(topology.stages) - 1
-    held, counts = facts[stage.first : stage.stop], buffers(s, slots)
+    held = facts[stage.first : stage.stop]
     before = topology.stages[s - 1].cols if s > 0 else 1
     after = topology.stages[s + 1].cols if s < last else 1
     inputs, outputs = held[0].inputs, held[-1].outputs * part_of(held[-1].units, stage.cols)

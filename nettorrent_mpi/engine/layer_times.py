@@ -17,6 +17,7 @@ from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.metrics import SUMS
 from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.nn.layer import Alone, Context
+from nettorrent_mpi.nn.layers.sequence import Held
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.optimizers import make_optimizer
@@ -51,13 +52,14 @@ class Company:
 
 class Sample(NamedTuple):
     """A sample gives the seconds of each weight layer for `rows` rows and one of `cols` cols, in one direction, and of
-    the loss."""
+    the loss; `weights` are those of the second half of a split pass backward."""
 
     rows: int
     cols: int
     forward: list[float]
     backward: list[float]
     accumulated: list[float]  # backward, where gradients are added to others
+    weights: list[float]
     loss: float
 
 
@@ -96,7 +98,7 @@ class LayerTrial:
         # Numbers suit every loss but cross entropy, whose targets are labels.
         self._targets = targets if options.loss.kind == "cross_entropy" else np.zeros_like(self._y)
         self._metrics, self._total = np.zeros(SUMS), np.array([float(rows)])
-        shared = device.workspace(dtype)
+        self._shared = shared = device.workspace(dtype)
         self._contexts = [
             Context(
                 device.ops,
@@ -129,6 +131,26 @@ class LayerTrial:
             backward.append(clock() - began)
         return forward, backward[::-1], loss
 
+    def split(self) -> list[float]:
+        """Run all layers forward and, in two halves, backward; return the seconds of each layer's second half. Stages
+        do their halves in turns, as in a pipeline: what a second half needs has left the caches since the first."""
+        clock, found, left = time.perf_counter, [], []
+        self._shared.keeps_gradients = True
+        for i, (stage, params, x, ctx) in enumerate(
+            zip(self._stages, self._params, self._x, self._contexts, strict=True)
+        ):
+            y, kept = stage.forward(params, x, ctx)
+            held: Held = []
+            ctx.accumulate = False
+            stage.backward(params, self._grads[i], kept, np.full(y.shape, 1e-3, y.dtype), ctx, held=held)
+            left.append((kept, held))
+        for stage, grads, (kept, held), ctx in zip(self._stages, self._grads, left, self._contexts, strict=True):
+            began = clock()
+            stage.backward_weights(grads, kept, held, ctx)
+            found.append(clock() - began)
+        self._shared.keeps_gradients = False
+        return found
+
 
 def measure_layers(
     network: Network, options: Options, company: Company, seconds: float, *, cols: int = 1, rows: int = 1
@@ -147,9 +169,13 @@ def measure_layers(
             for _ in range(count):
                 company.meet()
                 found[accumulate].append(trial.run(accumulate=accumulate))
+        halves = []
+        for _ in range(1 + max(count // 2, LEAST)):
+            company.meet()
+            halves.append(trial.split())
     forward, backward = _medians([each[0] for each in found[0]]), _medians([each[1] for each in found[0]])
     added = _medians([each[1] for each in found[1]])
-    return Sample(rows, cols, forward, backward, added, median(each[2] for each in found[0]))
+    return Sample(rows, cols, forward, backward, added, _medians(halves[1:]), median(each[2] for each in found[0]))
 
 
 def measure_update(network: Network, options: Options, company: Company) -> tuple[float, float]:
@@ -198,7 +224,8 @@ def fitted(network: Network, samples: Sequence[Sample]) -> dict[str, LayerTimes]
         forward = least_errors(rows, [each.forward[i] for each in samples])
         backward = least_errors(rows, [each.backward[i] for each in samples])
         more = [(each.accumulated[i] - each.backward[i]) / part for each, part in zip(samples, parts, strict=True)]
-        found[facts.name] = LayerTimes(LayerCost(*forward), LayerCost(*backward), max(median(more), 0.0))
+        weights = LayerCost(*least_errors(rows, [each.weights[i] for each in samples]))
+        found[facts.name] = LayerTimes(LayerCost(*forward), LayerCost(*backward), max(median(more), 0.0), weights)
     return found
 
 

@@ -11,12 +11,12 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.compression import MessageFormat
 from nettorrent_mpi.plan.cost import Prediction, predict
 from nettorrent_mpi.plan.errors import LayoutError
-from nettorrent_mpi.plan.exchange_specs import Async, Gossip, Whole
-from nettorrent_mpi.plan.layouts import given_layout, layers_layout
+from nettorrent_mpi.plan.exchange_specs import Async, Gossip, Whole, ZeroBubble
+from nettorrent_mpi.plan.layouts import given_layout, layers_layout, partition
 from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.search import fast_layouts, one_team, weighed
 from nettorrent_mpi.plan.stage_cost import Peering
-from nettorrent_mpi.plan.topology import Topology
+from nettorrent_mpi.plan.topology import Stage, Topology
 
 MICRO_BATCHES = 4  # of `micro_batches: auto` in a pipeline
 MANY = 4096  # elements of a message whose length tells that of longer ones
@@ -26,11 +26,29 @@ AS_FAST = 1.02  # layouts whose times differ by less are predicted to be equally
 
 def predicted(config: Config, network: Network, topology: Topology, machine: Machine | None = None) -> Prediction:
     """Return the predicted step of this configuration in this layout on this machine (None: the constants')."""
-    pieces, kind = micro_batches(config, network, topology), config.pipeline.kind
-    peering = peering_of(config, topology.replicas)
+    return _predicted(config, network, topology, micro_batches(config, network, topology, machine), machine)
+
+
+def _predicted(
+    config: Config, network: Network, topology: Topology, pieces: int, machine: Machine | None
+) -> Prediction:
     return predict(
-        topology, network.facts, config.train.batch_size, pieces, kind, machine, exact=config.exact, peering=peering
+        topology,
+        network.facts,
+        config.train.batch_size,
+        pieces,
+        config.pipeline.kind,
+        machine,
+        exact=config.exact,
+        peering=peering_of(config, topology.replicas),
+        stored=stored(config),
+        meets=config.train.clip_norm is not None,
     )
+
+
+def stored(config: Config) -> int | None:
+    """Return the limit of micro-batches that a stage of a zero-bubble pipeline keeps; None: the number of stages."""
+    return config.pipeline.stored if isinstance(config.pipeline, ZeroBubble) else None
 
 
 def peering_of(config: Config, replicas: int) -> Peering | None:
@@ -86,7 +104,7 @@ def layouts(config: Config, network: Network, ranks: int, machine: Machine | Non
         return [given_layout(layout.replicas, swarms, facts, ranks)]
     pieces = _pieces(config, MICRO_BATCHES)
     if layout == "auto":
-        counts = partial(micro_batches_of, config, network)
+        counts = partial(micro_batches_of, config, network, machine=machine)
         peering = peering_of(config, ranks)
         return fast_layouts(
             facts, ranks, train.batch_size, counts, config.pipeline.kind, machine, exact=config.exact, peering=peering
@@ -106,17 +124,20 @@ def layouts(config: Config, network: Network, ranks: int, machine: Machine | Non
     return [Topology(replicas, layers_layout(weights, each, rows).stages)]
 
 
-def micro_batches(config: Config, network: Network, topology: Topology) -> int:
+def micro_batches(config: Config, network: Network, topology: Topology, machine: Machine | None = None) -> int:
     """Return the number of micro-batches of a mini-batch.
 
     With batch norm it never depends on the layout: statistics are taken over one micro-batch, and parallel has to equal
     serial. An asynchronous pipeline wants as many as it has stages, so that two versions of the weights suffice, as
-    long as every replica has a row of each.
+    long as every replica has a row of each. A zero-bubble pipeline has as many as are predicted to be fastest: see
+    `_fastest_pieces`.
     """
-    return micro_batches_of(config, network, len(topology.stages), topology.replicas)
+    return micro_batches_of(config, network, len(topology.stages), topology.replicas, machine)
 
 
-def micro_batches_of(config: Config, network: Network, stages: int, replicas: int = 1) -> int:
+def micro_batches_of(
+    config: Config, network: Network, stages: int, replicas: int = 1, machine: Machine | None = None
+) -> int:
     """Return what `micro_batches` does for a layout with these numbers of stages and replicas."""
     automatic = MICRO_BATCHES
     if not network.has_batch_norm:
@@ -124,7 +145,20 @@ def micro_batches_of(config: Config, network: Network, stages: int, replicas: in
             automatic = 1
         elif isinstance(config.pipeline, Async):
             automatic = max(automatic, min(stages, config.train.batch_size // replicas))
+        elif isinstance(config.pipeline, ZeroBubble) and config.train.micro_batches == "auto":
+            automatic = _fastest_pieces(config, network, stages, replicas, machine)
     return _pieces(config, automatic)
+
+
+def _fastest_pieces(config: Config, network: Network, stages: int, replicas: int, machine: Machine | None) -> int:
+    """Return one to four times as many micro-batches as there are stages: the fewest with which the predicted step is
+    nearly the fastest, in teams of one rank. More shorten the bubble, and each costs calls and messages."""
+    parts = partition([facts.operations for facts in weighed(network.facts, machine or Machine(), 1)], stages)
+    topology = Topology(replicas, tuple(Stage(*part, 1, 1) for part in parts))
+    most = max(config.train.batch_size // replicas, 1)
+    counts = sorted({min(times * stages, most) for times in (1, 2, 3, 4)})
+    seconds = [_predicted(config, network, topology, count, machine).seconds for count in counts]
+    return next(count for count, each in zip(counts, seconds, strict=True) if each <= AS_FAST * min(seconds))
 
 
 def _pieces(config: Config, automatic: int) -> int:

@@ -120,6 +120,7 @@ def _computing(setup: Setup, rows: int, states: int) -> list[Memory]:
         states=states,
         itemsize=options.itemsize,
         exact=config.exact,
+        paces=setup.plan.paces,
     )
     optimizer = make_optimizer(options.optimizer)
     for s, stage in enumerate(topology.stages):
@@ -158,6 +159,7 @@ def _layers(setup: Setup, rows: int) -> list[Footprint]:
             loss=loss,
             labels=setup.dataset.classes is not None,
             elsewhere=elsewhere,
+            split=setup.plan.split,
         )
 
     return [

@@ -20,6 +20,7 @@ from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
 from nettorrent_mpi.nn.layer import Context, Params
+from nettorrent_mpi.nn.layers.sequence import Held
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.losses import make_loss
 from nettorrent_mpi.plan.actions import Action, Kind
@@ -79,10 +80,12 @@ class Pipeline:
         self._progress = progress
         slots = wiring.slots
         shared = device.workspace(state.dtype)
+        shared.keeps_gradients = plan.split
         self._workspaces = [device.workspace(state.dtype, shared) for _ in range(slots)]
         self._ctx = Context(device.ops, shared, seed=plan.options.seed, team=wiring.team, progress=progress)
         self._ctx.usual = plan.statistics_rows
         self._saved: list[Any] = [None] * slots
+        self._held: list[Held] = [[] for _ in range(slots)]  # between both halves of a split backward pass
         self._dy: list[Array | None] = [None] * slots
         self._y: list[Array | None] = [None] * slots
         self._params: list[Params | None] = [None] * slots  # the version that the slot's forward used, until backward
@@ -109,6 +112,8 @@ class Pipeline:
             "PG": self._post_dy,
             "RG": self._receive_dy,
             "B": self._backward,
+            "I": self._backward_inputs,
+            "W": self._backward_weights,
             "WG": self._await_dx,
             "SG": self._send_dx,
             "R": self._reduce,
@@ -231,19 +236,38 @@ class Pipeline:
         return self._wiring.receive_dy(self._base + m, rows.mine.size, rows.whole)
 
     def _backward(self, m: int) -> None:
-        ctx, wiring, g = self._ctx, self._wiring, self._base + m
-        slot, rows = g % wiring.slots, self._batches.rows(m)
+        complete = self._end.complete if m == self._micro_batches - 1 else None  # the last one to add gradients
+        self._differentiate(m, complete=complete)
+
+    def _backward_inputs(self, m: int) -> None:
+        self._differentiate(m, held=self._held[(self._base + m) % self._wiring.slots])
+
+    def _backward_weights(self, m: int) -> None:
+        slot = self._begin_backward(m)
+        complete = self._end.complete if m == self._micro_batches - 1 else None
+        grads, saved = self._state.grads, self._saved[slot]
+        self._layers.backward_weights(grads, saved, self._held[slot], self._ctx, complete)
+
+    def _begin_backward(self, m: int) -> int:
+        """Tell the context of a pass backward, and return its slot."""
+        ctx, slot, rows = self._ctx, (self._base + m) % self._wiring.slots, self._batches.rows(m)
         ctx.rows, ctx.count, ctx.step, ctx.accumulate = rows.mine, rows.sharing, self._step_of[0], m > 0
         ctx.workspace = self._workspaces[slot]
-        dy = self._dy[slot] if wiring.is_last else wiring.dy(g, rows.mine.size)
+        return slot
+
+    def _differentiate(
+        self, m: int, *, complete: Callable[[int], None] | None = None, held: Held | None = None
+    ) -> None:
+        """Run the layers backward; with `held` without the gradients that `_backward_weights` computes."""
+        ctx, wiring, g, slot = self._ctx, self._wiring, self._base + m, self._begin_backward(m)
+        dy = self._dy[slot] if wiring.is_last else wiring.dy(g, ctx.rows.size)
         params, self._params[slot] = self._params[slot], None
         assert dy is not None
         assert params is not None
-        complete = self._end.complete if m == self._micro_batches - 1 else None  # the last one to add gradients
-        dx = self._layers.backward(params, self._state.grads, self._saved[slot], dy, ctx, complete)
+        dx = self._layers.backward(params, self._state.grads, self._saved[slot], dy, ctx, complete, held=held)
         if not wiring.is_first:
             assert dx is not None
-            ctx.ops.copy(wiring.dx(g, rows.mine.size), dx)
+            ctx.ops.copy(wiring.dx(g, ctx.rows.size), dx)
 
     def _await_dx(self, m: int) -> None:
         _finish(self._sending_dx[(self._base + m) % self._wiring.buffers.dx])

@@ -164,7 +164,8 @@ def _times(told: Mapping[str, Any]) -> LayerTimes:
     def cost(way: Mapping[str, Any]) -> LayerCost:
         return LayerCost(*(_number(way[each.name]) for each in fields(LayerCost)))
 
-    return LayerTimes(cost(told["forward"]), cost(told["backward"]), _number(told["accumulate"]))
+    whole = cost(told["forward"]), cost(told["backward"]), _number(told["accumulate"])
+    return LayerTimes(*whole, cost(told["weights"]))
 
 
 def _number(value: Any) -> float:

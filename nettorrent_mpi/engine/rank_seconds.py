@@ -1,6 +1,6 @@
 """Each rank counts the seconds that it spends on compute, on communication and on waiting, between two reports.
 
-    compute         loading, forward, backward, gradients in parts, update (L, F, B, M, U), without what they wait
+    compute         loading, passes, gradients in parts, update (L, F, B, I, W, M, U), without what they wait
     communication   all the rest of a step without what it waits: packing, sending, merging, copying
     waiting         in calls that return when others have sent, received or come, wherever these stand: inside layers,
                     too. A message's own travel is part of it; only a trace (`speedup/shares.py`) can tell them apart
@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from nettorrent_mpi.plan.actions import PASSES
 from nettorrent_mpi.plan.topology import Topology
 
 PARTS = ("compute", "communication", "waiting")
 COMPUTE, WAITING = PARTS.index("compute"), PARTS.index("waiting")
-COMPUTING = frozenset({"L", "F", "B", "M", "U"})  # kinds of actions
+COMPUTING = frozenset({"L", *PASSES, "M", "U"})  # kinds of actions
 MOST_RANKS = 256  # that are told one by one
 
 

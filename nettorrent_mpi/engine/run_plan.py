@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,8 +13,13 @@ import numpy as np
 from nettorrent_mpi.device.arrays import DType, as_dtype
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
+from nettorrent_mpi.plan.cost import paces
+from nettorrent_mpi.plan.exchange_specs import ZeroBubble
+from nettorrent_mpi.plan.performance import Machine
+from nettorrent_mpi.plan.schedule import PACED
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.topology import Topology
+from nettorrent_mpi.plan.zero_bubble import Pace
 
 DeviceKind: TypeAlias = Literal["cpu", "gpu"]
 
@@ -51,6 +57,27 @@ class Plan:
     network: Network
     topology: Topology
     options: Options
+    machine: Machine = field(default_factory=Machine)  # by whose predicted times some schedules are written
+
+    @property
+    def split(self) -> bool:
+        """Whether backward passes are split."""
+        return self.options.pipeline.kind in PACED and len(self.topology.stages) > 1
+
+    @cached_property
+    def paces(self) -> tuple[Pace, ...]:
+        """The stages' paces, where the schedule follows from them. On GPUs they are those of equal stages: the order of
+        NCCL's launches is proved for their lists."""
+        options, pipeline = self.options, self.options.pipeline
+        if not isinstance(pipeline, ZeroBubble):
+            return ()
+        if options.device == "gpu":
+            stages = len(self.topology.stages)
+            return (Pace(stored=min(pipeline.stored or stages, stages)),) * stages
+        pieces, facts = options.micro_batches, self.network.facts
+        return paces(
+            self.topology, facts, options.batch_size, pieces, self.machine, exact=self.exact, stored=pipeline.stored
+        )
 
     @property
     def exact(self) -> bool:

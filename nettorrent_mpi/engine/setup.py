@@ -23,7 +23,7 @@ from nettorrent_mpi.engine.checks import (
     unjudged,
 )
 from nettorrent_mpi.engine.devices import planned_device
-from nettorrent_mpi.engine.layout import layouts, micro_batches, micro_batches_of
+from nettorrent_mpi.engine.layout import layouts, micro_batches, micro_batches_of, stored
 from nettorrent_mpi.engine.profiles import Profiles
 from nettorrent_mpi.engine.run_plan import DeviceKind, Options, Plan
 from nettorrent_mpi.nn.fit import check_class_weights, check_end, check_fit, unusual_labels
@@ -58,7 +58,7 @@ class Setup:
     @property
     def plan(self) -> Plan:
         """Return the engine's plan."""
-        return Plan(self.network, self.topology, self.options)
+        return Plan(self.network, self.topology, self.options, self.machine)
 
     @property
     def steps(self) -> int:
@@ -176,7 +176,7 @@ def _laid_out(
 ) -> Setup:
     """Return the setup of a run in this layout, without warnings."""
     data, train = config.data, config.train
-    pieces = micro_batches(config, network, topology)
+    pieces = micro_batches(config, network, topology, machine)
     sampler = Sampler(
         dataset.train.rows,
         config.seed,
@@ -187,6 +187,12 @@ def _laid_out(
         partition=data.partition,
     )
     check_exchange(config, topology, pieces)
+    if device == "gpu" and (limit := stored(config) or 0) > len(topology.stages):
+        raise ConfigError(
+            f"{limit} micro-batches in a stage: on GPUs at most as many as there are stages, {len(topology.stages)}, "
+            "since the order of NCCL's launches is proved for these lists; leave it out",
+            key="pipeline.zero_bubble.stored",
+        )
     check_batch_norm(config, network, topology, pieces)
     check_judged(config, network, dataset, sampler)
     options = Options(
@@ -231,12 +237,16 @@ def of_survivors(setup: Setup, ranks: int, live: int | None) -> Setup:
         ranks,
         old.replicas if live is None else live,
         config.train.batch_size,
-        partial(micro_batches_of, config, network),
+        partial(micro_batches_of, config, network, machine=setup.machine),
         config.pipeline.kind,
         setup.machine,
         exact=setup.plan.exact,
     )
-    pieces = setup.options.micro_batches if network.has_batch_norm else micro_batches(config, network, topology)
+    pieces = (
+        setup.options.micro_batches
+        if network.has_batch_norm
+        else micro_batches(config, network, topology, setup.machine)
+    )
     sampler = setup.sampler.divided(topology.replicas, pieces)
     options = replace(setup.options, micro_batches=pieces)
     return replace(setup, topology=topology, options=options, sampler=sampler)

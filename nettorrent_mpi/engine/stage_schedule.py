@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from nettorrent_mpi.engine.run_plan import Plan
-from nettorrent_mpi.plan.actions import Actions, Kind, buffers, peak_stored, step_end
+from nettorrent_mpi.plan.actions import Actions, Buffers, Kind, buffers_for, step_end
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.exchange_specs import Async
 from nettorrent_mpi.plan.launches import proved
 from nettorrent_mpi.plan.schedule import build, evaluation
 from nettorrent_mpi.plan.stream import reach, staleness_bound, staleness_factor, stream_step
 from nettorrent_mpi.plan.topology import Topology
+from nettorrent_mpi.plan.zero_bubble import Paces
 
 
 class StageSchedule:
     """A StageSchedule has one stage's lists of actions, proved together with those of all other stages. Raises
     ScheduleError if they would deadlock.
 
-    `slots` is the number of micro-batches that the stage holds between forward and backward. In a pipeline without
+    `buffers` are the stage's, which hold some micro-batches between forward and backward. In a pipeline without
     flush (`asynchronous`) `late` is the largest number of updates between the weights that a forward pass uses and
     those that its gradient is applied to, and `ahead` the number of mini-batches that the first stage begins before the
     present one is complete.
@@ -29,9 +30,10 @@ class StageSchedule:
         options, stages = plan.options, len(plan.topology.stages)
         self._pipeline, self._stages, self._stage = options.pipeline.kind, stages, stage
         self._micro_batches, self._clip, self._exact = options.micro_batches, options.clip_norm is not None, plan.exact
-        launched = options.device == "gpu"
-        self._slots = _proved(plan.topology, self._pipeline, self._micro_batches, self._end(parts=False), launched)
-        self.slots = self._slots[stage]
+        launched, end = options.device == "gpu", self._end(parts=False)
+        self._paces = plan.paces
+        have = _proved(plan.topology, self._pipeline, self._micro_batches, end, self._paces, launched)
+        self.buffers, self._slots = have[stage], tuple(each.slots for each in have)
         self.asynchronous = isinstance(options.pipeline, Async) and stages > 1
         self.late = self.ahead = 0
         self.rate_scale = 1.0
@@ -58,7 +60,7 @@ class StageSchedule:
         end = self._end(parts=parts)
         if self.asynchronous:
             return _stream(self._stages, self._micro_batches, self._stage, first, min(left, self._reach + 1), end)
-        return _flushed(self._pipeline, self._stages, self._micro_batches, end)[self._stage]
+        return _flushed(self._pipeline, self._stages, self._micro_batches, end, self._paces)[self._stage]
 
     def evaluation(self, micro_batches: int) -> Actions:
         """Return the actions of an evaluation with this many micro-batches."""
@@ -67,18 +69,17 @@ class StageSchedule:
 
 @lru_cache(maxsize=64)
 def _proved(
-    topology: Topology, pipeline: str, micro_batches: int, end: Sequence[Kind], launched: bool
-) -> tuple[int, ...]:
+    topology: Topology, pipeline: str, micro_batches: int, end: Sequence[Kind], paces: Paces, launched: bool
+) -> tuple[Buffers, ...]:
     """Prove the lists of all stages, and, where GPUs run them, the order of their launches, in training and in an
-    evaluation; gives how many micro-batches each stage holds between forward and backward."""
-    lists = build(pipeline, len(topology.stages), micro_batches, end=end)
+    evaluation; gives the buffers of each stage."""
+    lists = build(pipeline, len(topology.stages), micro_batches, end=end, paces=paces)
     check(topology, lists)
-    slots = tuple(peak_stored(actions) for actions in lists)
+    have = tuple(buffers_for(stage, actions) for stage, actions in enumerate(lists))
     if launched:
-        have = [buffers(stage, count) for stage, count in enumerate(slots)]
         proved(topology, lists, have)
-        proved(topology, evaluation(slots, micro_batches), have)
-    return slots
+        proved(topology, evaluation([each.slots for each in have], micro_batches), have)
+    return have
 
 
 @lru_cache(maxsize=64)
@@ -87,5 +88,5 @@ def _stream(stages: int, micro_batches: int, stage: int, first: bool, left: int,
 
 
 @lru_cache(maxsize=64)
-def _flushed(pipeline: str, stages: int, micro_batches: int, end: Sequence[Kind]) -> list[Actions]:
-    return build(pipeline, stages, micro_batches, end=end)
+def _flushed(pipeline: str, stages: int, micro_batches: int, end: Sequence[Kind], paces: Paces) -> list[Actions]:
+    return build(pipeline, stages, micro_batches, end=end, paces=paces)

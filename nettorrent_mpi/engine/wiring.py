@@ -29,7 +29,7 @@ from nettorrent_mpi.device.arrays import Array, Shape, as_dtype
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.usage import free_memory
-from nettorrent_mpi.plan.actions import buffers
+from nettorrent_mpi.plan.actions import Buffers
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
 from nettorrent_mpi.plan.errors import warn
 
@@ -46,15 +46,15 @@ class Wiring:
     which the network is held once and every gradient is summed; `readers` the ranks of the first stage on this node,
     which share the data set's inputs.
 
-    `slots` is the number of micro-batches that this rank holds between their forward pass and the end of their backward
-    pass.
+    `have` are its buffers; `slots` is the number of micro-batches that this rank holds between their forward pass and
+    the end of their backward pass.
     """
 
-    def __init__(self, world: World, plan: Plan, device: Device, slots: int):
+    def __init__(self, world: World, plan: Plan, device: Device, have: Buffers):
         topology, options, exact = plan.topology, plan.options, plan.exact
         self.world, self.topology = world, topology
         self.place = topology.place(world.rank)
-        self._device, self.slots, self.exact = device, slots, exact
+        self._device, self.slots, self.exact = device, have.slots, exact
         replica, stage, row, col = self.place
         self.is_first = stage == 0
         self.is_last = stage == len(topology.stages) - 1
@@ -86,7 +86,7 @@ class Wiring:
             self._meet(lower)
         self.team = ChannelTeam(device, self.channels[self.holders], self.channels[self.cols])
         self.rings = Rings()
-        self.buffers = buffers(stage, slots)
+        self.buffers = have
         # A ring one longer than the slots lets the next micro-batch arrive while all slots are in use. On the first
         # stage, where nothing arrives, the last buffer is for the rows that are gathered ahead.
         self.ring = self.buffers.inputs

@@ -7,13 +7,13 @@ forward and backward with a few rows, then with more, and the growth of their wo
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nettorrent_mpi.device.arrays import Array, DType, Workspace, quiet, unwritten
 from nettorrent_mpi.device.device import StreamDevice, make_device
 from nettorrent_mpi.device.ops import Ops
-from nettorrent_mpi.nn.layer import Context, Operands, Parameter
-from nettorrent_mpi.nn.layers.sequence import Sequence
+from nettorrent_mpi.nn.layer import Context, Grads, Operands, Parameter, Params
+from nettorrent_mpi.nn.layers.sequence import Held, Sequence
 from nettorrent_mpi.nn.losses import Loss
 from nettorrent_mpi.nn.optimizers import Optimizer
 from nettorrent_mpi.plan.blocks import Span
@@ -68,12 +68,14 @@ def footprint(
     loss: Loss | None = None,
     labels: bool = True,
     elsewhere: Collection[str] = (),
+    split: bool = False,
 ) -> Footprint:
     """Measure the memory for micro-batches of `rows` rows in training.
 
     The layers' neurons are divided over `cols`; `accumulate` says that a mini-batch has several micro-batches, whose
     gradients are added up; the last stage's layers come with the loss, whose targets are `labels` or as many numbers as
-    there are outputs. The layers do not compute the gradients of the weights `elsewhere` (see `Operands`).
+    there are outputs. The layers do not compute the gradients of the weights `elsewhere` (see `Operands`). Where
+    backward passes are `split`, gradients are kept for their second half.
     """
     device = make_device("cpu", "numpy")
     params = {key: unwritten(parameter.local, dtype) for key, parameter in layers.parameters}
@@ -89,6 +91,7 @@ def footprint(
         # With NumPy alone: nothing is tuned, and the other libraries need no more (a block of a megabyte or two).
         device = make_device("cpu", "numpy")
         shared = device.workspace(dtype)
+        shared.keeps_gradients = split
         own = device.workspace(dtype, shared)
         step, total = device.numbers(1).array, device.numbers(1)
         total.set([1])
@@ -98,7 +101,7 @@ def footprint(
             targets = device.zeros((count,), "int64") if labels else device.zeros(y.shape, dtype)
             loss.forward(y, targets, total.array, ctx, device.zeros((5,), "float64"))
         for ctx.accumulate in (False, accumulate):  # twice: while scratch grows, no dy overlaps it
-            layers.backward(params, grads, saved, device.zeros(y.shape, dtype), ctx)
+            _backward(layers, params, grads, saved, device.zeros(y.shape, dtype), ctx, split=split)
         return Footprint(own.bytes, shared.bytes + device.working_bytes)
 
     with quiet():
@@ -123,6 +126,7 @@ def footprint_on(
     accumulate: bool = False,
     loss: Loss | None = None,
     labels: bool = True,
+    split: bool = False,
 ) -> Footprint:
     """Count the memory for micro-batches of `rows` rows in training on a GPU that only counts (`planned_gpu`): by what
     the device has allocated, since it gives nothing back. See `footprint`."""
@@ -140,6 +144,7 @@ def footprint_on(
     targets = device.empty((rows,), "int64") if labels else device.empty((rows, *layers.outputs.shape), dtype)
     metrics, total = device.zeros((5,), "float64"), device.numbers(1).array
     shared = device.workspace(dtype)
+    shared.keeps_gradients = split
     before, held, dy = device.held_bytes, [], None
     for _ in range(2):  # slots: what the second one adds is kept for a micro-batch
         ctx = Context(device.ops, device.workspace(dtype, shared), step=step, rows=Span(0, rows), count=rows)
@@ -152,9 +157,19 @@ def footprint_on(
             dy = device.empty(y.shape, dtype)
             before += device.held_bytes - unit
         for ctx.accumulate in (False, accumulate):
-            layers.backward(params, grads, saved, dy, ctx)
+            _backward(layers, params, grads, saved, dy, ctx, split=split)
         held.append(device.held_bytes - before)
     return Footprint(held[1] - held[0], 2 * held[0] - held[1])
+
+
+def _backward(
+    layers: Sequence, params: Params, grads: Grads, saved: list[Any], dy: Array, ctx: Context, *, split: bool
+) -> None:
+    """Run layers backward, in two halves if `split`."""
+    held: Held | None = [] if split else None
+    layers.backward(params, grads, saved, dy, ctx, held=held)
+    if held is not None:
+        layers.backward_weights(grads, saved, held, ctx)
 
 
 def update_footprint(optimizer: Optimizer, elements: int, dtype: DType) -> int:

@@ -183,6 +183,9 @@ class Layer(ABC):
     # Whether `forward` computes max(., 0) of its output where `ctx.relu` says so, and `backward` its derivative, which
     # saves a GPU passes. It holds for the class that says so, not for those derived from it.
     takes_relu: ClassVar[bool] = False
+    # Whether backward can be done in two halves: `backward_inputs`, then `backward_weights`. Other layers do all in the
+    # first. It holds for the class that says so, not for those derived from it.
+    splits: ClassVar[bool] = False
 
     def __init__(self, name: str, inputs: Features, outputs: Features, parameters: tuple[Parameter, ...] = ()):
         self.name = name
@@ -203,6 +206,17 @@ class Layer(ABC):
     def backward(self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context) -> Array | None:
         """Return dx, or None if needs_dx is False (a layer without parameters is not called then), and write the
         parameters' gradients (or add them if ctx.accumulate)."""
+
+    def backward_inputs(
+        self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context
+    ) -> tuple[Array | None, Any]:
+        """Return (dx, held), like `backward` without the gradients that `backward_weights` writes later; until then dy
+        and what is `held` stay as they are. For layers that split."""
+        raise NotImplementedError
+
+    def backward_weights(self, grads: Grads, saved: Any, held: Any, ctx: Context) -> None:
+        """Write the gradients (or add them if ctx.accumulate) that `backward_inputs` has left out."""
+        raise NotImplementedError
 
     @property
     def foreign(self) -> bool:

@@ -4,7 +4,9 @@
     PA, PG  post the receive of activations (A), of gradients (G)
     RA, RG  wait until they have arrived
     F, B    forward, backward
-    WA, WG  wait until the buffer that F m, B m writes for a neighbour may be overwritten: its last send is complete
+    I, W    the two halves of B, where a schedule splits it: the gradients of the inputs, those of the weights
+    WA, WG  wait until the buffer that F m, B m (I m) writes for a neighbour may be overwritten: its last send is
+            complete
     SA, SG  begin to send activations, gradients
     R       reduces the gradients: waits until this rank has its shard of their sum
     M       multiplies: this rank's shard of weight gradients from the rows of all holders, where they are not summed
@@ -27,10 +29,13 @@ from typing import Literal, NamedTuple, cast
 
 from nettorrent_mpi.plan.errors import ScheduleError
 
-Kind = Literal["L", "PA", "RA", "F", "WA", "SA", "PG", "RG", "B", "WG", "SG", "R", "M", "N", "X", "U", "Y", "G"]
+Kind = Literal[
+    "L", "PA", "RA", "F", "WA", "SA", "PG", "RG", "B", "I", "W", "WG", "SG", "R", "M", "N", "X", "U", "Y", "G"
+]
+PASSES: frozenset[Kind] = frozenset({"F", "B", "I", "W"})  # the compute of a micro-batch
 ONCE: tuple[Kind, ...] = ("R", "M", "N", "X", "U", "Y", "G")  # once per step, in this order
 
-_FORM = re.compile(rf"(\d+)(?:(L|F|B|[PRWS][AG])(\d+)|([{''.join(ONCE)}])(\d*))")
+_FORM = re.compile(rf"(\d+)(?:(L|F|B|I|W|[PRWS][AG])(\d+)|([{''.join(ONCE)}])(\d*))")
 
 
 class Action(NamedTuple):
@@ -73,7 +78,7 @@ class Buffers(NamedTuple):
 
     An input is in use from its PA (on the first stage: F) until its B (in evaluation: F) has ended; a slot, which holds
     what F saves for B, from F to the end of B; a slot's output and `dx` until the send from there is complete; `dy`
-    from PG to the end of B.
+    from PG to the end of B. Where B is split, it ends with W.
     """
 
     inputs: int
@@ -82,21 +87,32 @@ class Buffers(NamedTuple):
     dx: int = 2
 
 
-def buffers(stage: int, slots: int) -> Buffers:
+def splits(actions: Iterable[Action]) -> bool:
+    """Whether backward passes are split into I and W."""
+    return any(action.kind == "W" for action in actions)
+
+
+def buffers(stage: int, slots: int, *, split: bool = False) -> Buffers:
     """Return the buffers of a stage that holds `slots` micro-batches between F and B. One input more than that lets the
-    next micro-batch arrive while all slots are in use."""
-    return Buffers(slots + 1 if stage else slots, slots)
+    next micro-batch arrive while all slots are in use. Where B is `split`, a slot's W needs its dy."""
+    return Buffers(slots + 1 if stage else slots, slots, slots if split else 2)
+
+
+def buffers_for(stage: int, actions: Sequence[Action]) -> Buffers:
+    """Return the buffers that a stage needs to train with these actions."""
+    return buffers(stage, max(peak_stored(actions), 1), split=splits(actions))
 
 
 def peak_stored(actions: Sequence[Action]) -> int:
-    """Return the largest number of micro-batches between their F and the end of their B, whose saved values are
+    """Return the largest number of micro-batches between their F and the end of their B (W), whose saved values are
     held."""
-    backward = {a.micro_batch for a in actions if a.kind == "B"}
+    last = "W" if splits(actions) else "B"
+    backward = {a.micro_batch for a in actions if a.kind == last}
     held = peak = 0
     for action in actions:
         held += action.kind == "F" and action.micro_batch in backward
         peak = max(peak, held)
-        held -= action.kind == "B"
+        held -= action.kind == last
     return peak
 
 
@@ -118,9 +134,11 @@ def complete(
     for right before its use and sent as soon as the result exists; its buffer is waited for right before it is written
     again.
     """
-    have = buffers(stage, slots)
     compute = list(compute)
-    training = any(kind == "B" for _, kind, _ in compute)
+    split = splits(compute)
+    have = buffers(stage, slots, split=split)
+    training = split or any(kind == "B" for _, kind, _ in compute)
+    last = "W" if split else "B" if training else "F"  # of what reads a micro-batch's input
     reads, writes = stage > 0, stage < stages - 1
     full: Actions = []
 
@@ -138,16 +156,18 @@ def complete(
         if kind == "F":
             add("RA", m, reads)
             add("WA", m, writes)
-        else:
+        elif kind != "W":
             add("RG", m, writes)
             add("WG", m, reads)
         full.append(action)
-        if kind == "B" or not training:
-            add("PA", m + have.inputs, reads and m + have.inputs < until)
-        if kind == "B":
-            add("PG", m + have.dy, writes and m + have.dy < until)
+        if kind == "I":  # others wait for it, and for nothing that follows
             add("SG", m, reads)
-        else:
+        if kind == last:
+            add("PA", m + have.inputs, reads and m + have.inputs < until)
+            add("PG", m + have.dy, training and writes and m + have.dy < until)
+        if kind == "B":
+            add("SG", m, reads)
+        if kind == "F":
             add("SA", m, writes)
     full += [Action(stage, kind) for kind in end]
     return full if reads else _with_loads(full)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, cast
 
-from nettorrent_mpi.plan.actions import ONCE, Action, Actions, Buffers, Kind, buffers, peak_stored
+from nettorrent_mpi.plan.actions import ONCE, PASSES, Action, Actions, Buffers, Kind, buffers, peak_stored, splits
 from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.topology import Topology
 
 Have = Sequence[Buffers]
-COUPLED = frozenset({"F", "B", "R", "X", "Y", "G"})  # actions that need every rank of the swarm at once
+COUPLED = frozenset({*PASSES, "R", "X", "Y", "G"})  # actions that need every rank of the swarm at once
 
 
 def check(topology: Topology, lists: Sequence[Actions], have: Have | None = None) -> None:
@@ -21,9 +21,9 @@ def check(topology: Topology, lists: Sequence[Actions], have: Have | None = None
 
     `have` are the buffers of each stage; by default those needed to train with these lists. The check assumes the
     strictest semantics: a send is complete only when all its receives are posted; a receive needs its message from
-    every rank of the neighbouring team, in the order sent; F, B, R, X, Y and G need every rank of the swarm at the same
-    action (batch norm and cols couple them), N all ranks. An action that can start under these rules can still start
-    later, so the order of play does not matter. No buffer may be written while it is in use (see `Buffers`).
+    every rank of the neighbouring team, in the order sent; passes, R, X, Y and G need every rank of the swarm at the
+    same action (batch norm and cols couple them), N all ranks. An action that can start under these rules can still
+    start later, so the order of play does not matter. No buffer may be written while it is in use (see `Buffers`).
 
     Lists in which R and U have numbers cover several mini-batches of equally many micro-batches, from one drain to the
     next (plan/stream.py). There, too, a mini-batch's backward passes come before its R, that before its U, and the
@@ -38,11 +38,11 @@ def check(topology: Topology, lists: Sequence[Actions], have: Have | None = None
     for actor in actors:
         _check_stage(actor, len(topology.stages))
     if have is None:
-        slots = [max(peak_stored(a.actions) for a in actors if a.stage == s) for s in range(len(topology.stages))]
-        have = [buffers(s, max(most, 1)) for s, most in enumerate(slots)]
+        own = [[a.actions for a in actors if a.stage == s] for s in range(len(topology.stages))]
+        have = [buffers(s, max(1, *map(peak_stored, each)), split=any(map(splits, each))) for s, each in enumerate(own)]
     game = _Game(topology, actors, have)
     game.play()
-    training = any(action.kind in ("B", "R", "U") for actor in actors for action in actor.actions)
+    training = any(action.kind in ("B", "I", "W", "R", "U") for actor in actors for action in actor.actions)
     steps = _mini_batches(actors)
     optional = frozenset(a.kind for actor in actors for a in actor.actions if a.kind in ("N", "X", "Y"))
     for actor in actors:
@@ -237,7 +237,7 @@ def _mini_batches(actors: Sequence[_Actor]) -> list[range] | None:
                 f"{action} of {actor} has no number, and elsewhere R or U has: of which mini-batch is it?"
             )
     steps = 1 + max(n for n in numbers if n is not None)
-    count = 1 + max((a.micro_batch or 0 for a, _ in actions if a.kind in ("F", "B")), default=-1)
+    count = 1 + max((a.micro_batch or 0 for a, _ in actions if a.kind in PASSES), default=-1)
     if count % steps:
         raise ScheduleError(f"{steps} mini-batches cannot have as many micro-batches each: there are {count}")
     each = count // steps
@@ -250,10 +250,11 @@ def _check_order(
     """Check that all actions of a micro-batch and of a step exist, in order of their dependencies. The `optional` ones
     are those that some rank has, so that all have to have them; M is a matter of each stage."""
     s, flying = actor.stage, stages - actor.stage
+    passes: list[Kind] = ["I", "W"] if splits(actor.actions) else ["B"]
     index = {action: i for i, action in enumerate(actor.actions)}
     orders: list[list[Kind]] = [["PA", "RA", "F", "SA"], ["WA", "F"]]
     if training:
-        orders = [["PA", "RA", "F", "SA", "RG", "B", "SG"], ["WA", "F"], ["PG", "RG"], ["WG", "B"]]
+        orders = [["PA", "RA", "F", "SA", "RG", passes[0], "SG"], ["WA", "F"], ["PG", "RG"], ["WG", passes[0]], passes]
     absent = _absent(s, stages)
     orders = [[kind for kind in order if kind not in absent] for order in orders]
     optional |= {action.kind for action in actor.actions if action.kind == "M"}
@@ -265,11 +266,13 @@ def _check_order(
         for m in micro_batches:
             chains += [[Action(s, kind, m) for kind in order] for order in orders]
             if training:
-                chains.append([Action(s, "B", m), Action(s, "R", n)])
+                chains.append([Action(s, passes[-1], m), Action(s, "R", n)])
             if n is not None and m >= flying:
-                chains.append([Action(s, "B", m - flying), Action(s, "F", m)])
+                chains.append([Action(s, passes[-1], m - flying), Action(s, "F", m)])
             if n:
-                chains.append([Action(s, "G", n - 1), Action(s, "B", m)])
+                chains.append([Action(s, "G", n - 1), Action(s, passes[0], m)])
+        if training:  # gradients are added up in the same order by every schedule
+            chains += [[Action(s, kind, m) for m in micro_batches] for kind in passes]
     for chain in chains:
         for action in chain:
             if action not in index:
@@ -280,7 +283,7 @@ def _check_order(
     changing = False
     for action in actor.actions:
         changing = action.kind in ("X", "U", "Y") or (changing and action.kind != "G")
-        if changing and action.kind in ("F", "B"):
+        if changing and action.kind in PASSES:
             raise ScheduleError(f"{action} of {actor} comes between an update and its {s}G")
     end = Action(s, "G", None if steps is None else len(steps) - 1)
     if training and actor.actions[-1] != end:
@@ -289,12 +292,13 @@ def _check_order(
 
 def _check_buffers(actor: _Actor, have: Buffers, training: bool) -> None:
     """Check that no buffer is written while it is in use (see `Buffers`)."""
-    first, done = actor.stage == 0, "B" if training else "F"
+    first, split = actor.stage == 0, splits(actor.actions)
+    last = "W" if split else "B"
     # name, how many, the kind that takes a buffer, the kind after which it is free
-    turns = [("input", have.inputs, "F" if first else "PA", done), ("dy", have.dy, "PG", "B")]
-    turns += [("slot", have.slots, "F", "B")] if training else []
+    turns = [("input", have.inputs, "F" if first else "PA", last if training else "F"), ("dy", have.dy, "PG", last)]
+    turns += [("slot", have.slots, "F", last)] if training else []
     # name, how many, the kinds that write it, send it, and wait until it was sent
-    sends = [("output", have.slots, "F", "SA", "WA"), ("dx", have.dx, "B", "SG", "WG")]
+    sends = [("output", have.slots, "F", "SA", "WA"), ("dx", have.dx, "I" if split else "B", "SG", "WG")]
     kinds = {action.kind for action in actor.actions}
     sends = [entry for entry in sends if entry[3] in kinds]
     changes = {kind for entry in (*turns, *sends) for kind in entry[2:]}

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 
 from nettorrent_mpi.plan.actions import Action
 from nettorrent_mpi.plan.performance import Machine
-from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS
+from nettorrent_mpi.plan.schedule import PACED, STREAMS, passes
 from nettorrent_mpi.plan.sizes import most_rows, parameters_of, part_of, rows_shared
 from nettorrent_mpi.plan.stage_cost import Peering, StageStep, around_nodes, gossiping, stage_step, wait_of_cols
 from nettorrent_mpi.plan.timeline import Timeline, Wire, simulate, steady_seconds
 from nettorrent_mpi.plan.topology import LayerFacts, Topology
+from nettorrent_mpi.plan.zero_bubble import Pace, paces_of
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,12 @@ def predict(
     *,
     exact: bool = True,
     peering: Peering | None = None,
+    stored: int | None = None,
+    meets: bool = False,
 ) -> Prediction:
-    """Predict one training step; where the pipeline does not flush, one more among many.
+    """Predict one training step; where the pipeline does not flush, one more among many. `stored` is the limit of
+    micro-batches where paces decide (plan/zero_bubble.py); `meets` says that all stages wait for each other at the end
+    of a step.
 
     A stage's work on a micro-batch is its compute, the copying of what it receives and sends (both ranks pay: messages
     progress only inside MPI calls), and the all-gathers over cols between its own layers. These times go through the
@@ -56,11 +61,13 @@ def predict(
     machine = (machine or Machine()).of(topology.size)
     steps, transfers, carried = _steps(topology, facts, batch_size, micro_batches, machine, exact, peering)
     count, stages = micro_batches, len(steps)
+    steps = _for(pipeline, steps, machine)
     forward, backward, finish = _costs(steps)
     if pipeline in STREAMS:
         seconds = steady_seconds(stages, count, forward, backward, transfers, finish)
     else:
-        seconds = _flushed(steps, transfers, count, pipeline).makespan
+        line = _flushed(steps, transfers, count, pipeline, stored)
+        seconds = line.period if pipeline in PACED and not meets else line.makespan
     seconds = max(seconds + machine.step, carried)
     if peering is not None and topology.replicas > 1:
         seconds = max(seconds, *(t.travels for t in steps))
@@ -81,18 +88,53 @@ def timeline(
     *,
     exact: bool = True,
     peering: Peering | None = None,
+    stored: int | None = None,
 ) -> Timeline:
     """Return the predicted timeline of a step, or, where the pipeline does not flush, of all mini-batches up to a
     drain."""
     machine = machine.of(topology.size)
     steps, transfers, _ = _steps(topology, facts, batch_size, micro_batches, machine, exact, peering)
-    return _flushed(steps, transfers, micro_batches, pipeline)
+    return _flushed(_for(pipeline, steps, machine), transfers, micro_batches, pipeline, stored)
 
 
-def _flushed(steps: Sequence[StageStep], transfers: Sequence[Wire], count: int, pipeline: str) -> Timeline:
+def paces(
+    topology: Topology,
+    facts: Sequence[LayerFacts],
+    batch_size: int,
+    micro_batches: int,
+    machine: Machine,
+    *,
+    exact: bool = True,
+    stored: int | None = None,
+) -> tuple[Pace, ...]:
+    """Return the predicted paces of the stages, by which the lists of PACED pipelines are written."""
+    machine = machine.of(topology.size)
+    steps, transfers, _ = _steps(topology, facts, batch_size, micro_batches, machine, exact, None)
+    return _paces(_for("zero_bubble", steps, machine), transfers, stored)
+
+
+def _paces(steps: Sequence[StageStep], transfers: Sequence[Wire], stored: int | None) -> tuple[Pace, ...]:
+    forward, backward, _ = _costs(steps)
+    weights = [t.weights for t in steps]
+    inputs = [b - w for b, w in zip(backward, weights, strict=True)]
+    return paces_of(forward, inputs, weights, [wire.occupied + wire.latency for wire in transfers], stored)
+
+
+def _for(pipeline: str, steps: Sequence[StageStep], machine: Machine) -> list[StageStep]:
+    """Return the steps of the stages in this pipeline: one that splits backward passes has one more pass for each
+    micro-batch."""
+    if pipeline not in PACED or len(steps) == 1:
+        return list(steps)
+    return [replace(t, backward=t.backward + machine.call, weights=t.weights + machine.call) for t in steps]
+
+
+def _flushed(
+    steps: Sequence[StageStep], transfers: Sequence[Wire], count: int, pipeline: str, stored: int | None
+) -> Timeline:
     forward, backward, finish = _costs(steps)
-    lists = [[*a, Action(s, "R")] for s, a in enumerate(PIPELINES[pipeline](len(steps), count))]
-    return simulate(lists, forward, backward, transfers, finish)
+    found = passes(pipeline, len(steps), count, _paces(steps, transfers, stored) if pipeline in PACED else ())
+    lists = [[*a, Action(s, "R")] for s, a in enumerate(found)]
+    return simulate(lists, forward, backward, transfers, finish, [t.weights for t in steps])
 
 
 def _costs(steps: Sequence[StageStep]) -> tuple[list[float], list[float], list[float]]:

@@ -19,6 +19,8 @@ _WORDS: dict[Kind, str] = {
     "PG": "POST_B",
     "RG": "RECV_B",
     "B": "B",
+    "I": "I",
+    "W": "W",
     "WG": "AWAIT_B",
     "SG": "SEND_B",
     "R": "REDUCE_GRADIENTS",

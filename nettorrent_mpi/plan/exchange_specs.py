@@ -29,6 +29,15 @@ class OneFOneB(Spec):
 
 
 @dataclass(frozen=True)
+class ZeroBubble(Spec):
+    """1F1B whose backward passes are split: the gradients of the weights are computed where a stage would wait (Qi et
+    al. 2023)."""
+
+    kind = "zero_bubble"
+    stored: int | None = None  # pieces that a stage keeps at most; None: as many as there are stages
+
+
+@dataclass(frozen=True)
 class Async(Spec):
     """Mini-batches run 1F1B without flush: they follow each other without a gap, each stage updates as its gradients
     arrive."""
@@ -215,7 +224,7 @@ class AutoCopies(Spec):
     kind = "auto"
 
 
-PIPELINES: dict[str, type[Spec]] = {c.kind: c for c in (OneFOneB, Gpipe, Async)}
+PIPELINES: dict[str, type[Spec]] = {c.kind: c for c in (OneFOneB, Gpipe, ZeroBubble, Async)}
 MIXES: dict[str, type[Spec]] = {
     c.kind: c for c in (ConstantMix, ClockMix, LossMix, LinearMix, LossDivergenceMix, PushSumMix)
 }

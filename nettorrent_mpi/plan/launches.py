@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nettorrent_mpi.plan.actions import Action, Actions, Buffers, Kind
+from nettorrent_mpi.plan.actions import Action, Actions, Buffers, Kind, splits
 from nettorrent_mpi.plan.checker import COUPLED
 from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.topology import Topology
@@ -59,8 +59,6 @@ class OnHost(NamedTuple):
 Item = Compute | Transfers | OnHost
 
 _TRANSFERS = frozenset({"SA", "RA", "SG", "RG"})
-# what a group waits for: a send for what writes its buffer
-_WRITES: dict[Kind, Kind] = {"SA": "F", "SG": "B"}
 
 
 def launches(actions: Sequence[Action], have: Buffers) -> list[Item]:
@@ -120,6 +118,8 @@ def _cut(actions: Sequence[Action]) -> list[Item]:
 
 def _waits(actions: Sequence[Action], items: Sequence[Item], have: Buffers) -> list[int | None]:
     """Return for each item the item of the other stream that it waits for."""
+    backward: Kind = "I" if splits(actions) else "B"  # reads dy, and writes dx
+    writes: dict[Kind, Kind] = {"SA": "F", "SG": backward}
     place = {action: number for number, item in enumerate(items) for action in item.actions}
     # a receive waits for all compute before its post; what was posted in an earlier list, for that list's
     freed: dict[Action, int] = {}
@@ -133,15 +133,15 @@ def _waits(actions: Sequence[Action], items: Sequence[Item], have: Buffers) -> l
             freed[Action(stage, "RA" if kind == "PA" else "RG", m)] = computed
         elif kind in ("WA", "WG"):
             send: Kind = "SA" if kind == "WA" else "SG"
-            writer = Action(stage, _WRITES[send], m)
+            writer = Action(stage, writes[send], m)
             if writer in place:
                 needs[place[writer]].add(sent.get((send, _turn(send, m, have)), BEFORE))
         elif kind in ("SA", "SG"):
-            needs[number].add(place.get(Action(stage, _WRITES[kind], m), BEFORE))
+            needs[number].add(place.get(Action(stage, writes[kind], m), BEFORE))
             sent[kind, _turn(kind, m, have)] = number
         elif kind in ("RA", "RG"):
             needs[number].add(freed.get(action, BEFORE))
-            reader = Action(stage, "F" if kind == "RA" else "B", m)
+            reader = Action(stage, "F" if kind == "RA" else backward, m)
             if reader in place:
                 needs[place[reader]].add(number)
         elif kind not in ("L", "X", "Y"):
@@ -170,7 +170,7 @@ def _new(items: Sequence[Item], needs: Sequence[set[int]]) -> list[int | None]:
 def check_launches(topology: Topology, lists: Sequence[Sequence[Item]]) -> None:
     """Play the launches of all ranks (one list per stage, or one per rank); return if all run to completion.
 
-    The rule is the strictest: a rank runs one launch at a time, in order. F, B, R, X, Y and G need every rank of the
+    The rule is the strictest: a rank runs one launch at a time, in order. Passes, R, X, Y and G need every rank of the
     swarm at the same action, since they contain collectives of its teams, columns and holders; N all ranks. A
     launch over a link needs, for each of its sends and receives, every rank of the neighbouring team in the launch that
     has the other half. Fewer ranks take part where spans are empty or replicas are not exact, and real streams run side

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from nettorrent_mpi.plan.actions import peak_stored
-from nettorrent_mpi.plan.schedule import PIPELINES, STREAMS
+from nettorrent_mpi.plan.actions import buffers_for
+from nettorrent_mpi.plan.schedule import STREAMS, passes
 from nettorrent_mpi.plan.sizes import in_parts, most_rows, parameters_of, part_of, rows_shared, sharers_of
 from nettorrent_mpi.plan.stream import versions
 from nettorrent_mpi.plan.topology import LayerFacts, Topology
+from nettorrent_mpi.plan.zero_bubble import Paces
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def memory(
     states: int = 0,
     itemsize: int = 4,
     exact: bool = True,
+    paces: Paces = (),
 ) -> list[Memory]:
     """Return the memory of the largest rank of each stage: parameters, optimizer, layers and links.
 
@@ -55,25 +57,28 @@ def memory(
     Parameters are those of the rank's neurons, in all versions, its gradients, and where several ranks hold the same
     neurons the same size again: its part of each one's gradients, which it reads, and of their sum; for matrices whose
     gradients are computed in parts the operands, and its part of the sum. Of the optimizer's `states` arrays each of
-    these ranks has its part. With `exact=False` replicas hold nothing in common.
+    these ranks has its part. With `exact=False` replicas hold nothing in common. `paces` are those by which the lists
+    of some pipelines are written.
     """
     rows = most_rows(batch_size, micro_batches, topology.replicas)
-    kept = slots(topology, micro_batches, pipeline)
+    lists = passes(pipeline, len(topology.stages), micro_batches, paces)
+    have = [buffers_for(s, actions) for s, actions in enumerate(lists)]
     batch_rows = rows_shared(topology, batch_size, exact)
     last = len(topology.stages) - 1
     found = []
     for s, stage in enumerate(topology.stages):
         held, here = facts[stage.first : stage.stop], -(-rows // stage.rows)
         parameters, sharers = parameters_of(held, stage.cols), sharers_of(topology, stage, exact)
-        kinds = versions(len(kept), micro_batches, s) if pipeline in STREAMS else 1
+        kinds = versions(len(have), micro_batches, s) if pipeline in STREAMS else 1
         copies = kinds + (1 if sharers == 1 else 2)
-        # Inputs of all slots, and of one more that is arriving; gradients arrive and leave in two buffers each. Parts
-        # of rows, and partial gradients, go through staging buffers.
+        # Inputs of all slots, and of one more that is arriving; gradients arrive and leave in two buffers each (where
+        # passes are split, they arrive in one for each slot). Parts of rows, and partial gradients, go through staging
+        # buffers.
         before = topology.stages[s - 1].cols if s > 0 else 1
         after = topology.stages[s + 1].cols if s < last else 1
         inputs, outputs = held[0].inputs, held[-1].outputs * part_of(held[-1].units, stage.cols)
-        links: float = (kept[s] + 1) * inputs * (2 if before > 1 else 1)
-        links += 2 * inputs * (2 if before > 1 else 1) * (s > 0) + 2 * outputs * after * (s < last)
+        links: float = (have[s].slots + 1) * inputs * (2 if before > 1 else 1)
+        links += 2 * inputs * (2 if before > 1 else 1) * (s > 0) + have[s].dy * outputs * after * (s < last)
         own, shared = layers[s]
         elements = copies * parameters
         for ins, units in ((layer.matrix[0], layer.matrix[1] * part_of(layer.units, stage.cols)) for layer in held):
@@ -83,13 +88,8 @@ def memory(
             Memory(
                 parameters=round(elements * itemsize),
                 optimizer=round(states * parameters / sharers * itemsize),
-                layers=kept[s] * own + shared,
+                layers=have[s].slots * own + shared,
                 links=round(here * links * itemsize),
             )
         )
     return found
-
-
-def slots(topology: Topology, micro_batches: int, pipeline: str) -> list[int]:
-    """Return the number of micro-batches that each stage holds between their forward and backward passes."""
-    return [peak_stored(actions) for actions in PIPELINES[pipeline](len(topology.stages), micro_batches)]

@@ -30,11 +30,13 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """The costs of a weight layer. `accumulate` are the seconds to add the gradients of all its weights to others."""
+    """The costs of a weight layer. `accumulate` are the seconds to add the gradients of all its weights to others;
+    `weights` the costs that a split backward pass has in W, of those of `backward`."""
 
     forward: LayerCost
     backward: LayerCost
     accumulate: float = 0.0
+    weights: LayerCost = LayerCost(0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,25 @@ class Machine:
     def scaled(self, factor: float) -> Machine:
         """Return the machine whose layers and optimizer take so many times as long."""
         layers = {
-            name: LayerTimes(each.forward.scaled(factor), each.backward.scaled(factor), each.accumulate * factor)
+            name: LayerTimes(
+                each.forward.scaled(factor),
+                each.backward.scaled(factor),
+                each.accumulate * factor,
+                each.weights.scaled(factor),
+            )
             for name, each in self.layers.items()
         }
         return replace(self, layers=layers, update=self.update * factor)
 
     def times(self, layer: LayerFacts) -> LayerTimes:
-        """Return a weight layer's costs: as measured, or by its operations, of which a third are of the forward
-        pass."""
+        """Return a weight layer's costs: as measured, or by its operations, of which a third each are of the forward
+        pass, the gradients of the inputs and those of the weights."""
         found = self.layers.get(layer.name)
         if found is not None:
             return found
         product = layer.operations / 3 / self.flops
-        return LayerTimes(LayerCost(self.overhead, 0.0, product, 0.0), LayerCost(self.overhead, 0.0, 2 * product, 0.0))
+        once, twice = (LayerCost(self.overhead, 0.0, times * product, 0.0) for times in (1, 2))
+        return LayerTimes(once, twice, weights=LayerCost(0.0, 0.0, product, 0.0))
 
     def placed(self, node: int | None, link: Link | None = None) -> Machine:
         """Return the same machine with so many ranks on each node, joined by `link` (None: by its own)."""

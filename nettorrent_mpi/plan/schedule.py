@@ -2,7 +2,8 @@
 
 A schedule function writes the compute only; `complete` (plan/actions.py) adds all other actions, and `check`
 (plan/checker.py) proves the result. All ranks of a stage have the same list. The pipeline without flush is in
-plan/stream.py, the simulation of a schedule in plan/timeline.py.
+plan/stream.py, the one that splits backward passes in plan/zero_bubble.py, the simulation of a schedule in
+plan/timeline.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from nettorrent_mpi.plan.actions import Action, Actions, Kind, complete, peak_stored, step_end
 from nettorrent_mpi.plan.stream import stream, window, window_steps
+from nettorrent_mpi.plan.zero_bubble import Pace, Paces, zero_bubble
 
 
 def gpipe(stages: int, micro_batches: int) -> list[Actions]:
@@ -36,8 +38,22 @@ def forward_only(stages: int, micro_batches: int) -> list[Actions]:
 
 # (stages, micro-batches of a mini-batch) -> compute of each stage from one drain to the next: a step where the pipeline
 # flushes, and of STREAMS, which do not, a window of several
-PIPELINES: dict[str, Callable[[int, int], list[Actions]]] = {"gpipe": gpipe, "1f1b": one_f_one_b, "async": window}
+PIPELINES: dict[str, Callable[[int, int], list[Actions]]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "zero_bubble": lambda stages, micro_batches: zero_bubble([Pace()] * stages, micro_batches),
+    "async": window,
+}
 STREAMS = frozenset({"async"})
+PACED = frozenset({"zero_bubble"})  # those whose lists follow from the stages' paces
+
+
+def passes(pipeline: str, stages: int, micro_batches: int, paces: Paces = ()) -> list[Actions]:
+    """Write the compute of each stage, from one drain to the next; of PACED at these `paces`, by default those of equal
+    stages."""
+    if pipeline in PACED and paces:
+        return zero_bubble(paces, micro_batches)
+    return PIPELINES[pipeline](stages, micro_batches)
 
 
 def _compute(stage: int, micro_batches: int, ahead: int) -> Actions:
@@ -50,15 +66,17 @@ def _compute(stage: int, micro_batches: int, ahead: int) -> Actions:
     return actions
 
 
-def build(pipeline: str, stages: int, micro_batches: int, *, end: Sequence[Kind] = step_end()) -> list[Actions]:
-    """Return the complete training step of each stage.
+def build(
+    pipeline: str, stages: int, micro_batches: int, *, end: Sequence[Kind] = step_end(), paces: Paces = ()
+) -> list[Actions]:
+    """Return the complete training step of each stage; of PACED at these `paces`.
 
     For STREAMS it is the whole window of several mini-batches, for proofs and tables; their single steps are
     `stream_step`'s.
     """
     if pipeline in STREAMS:
         return stream(stages, micro_batches, window_steps(stages, micro_batches), end=end)
-    lists = PIPELINES[pipeline](stages, micro_batches)
+    lists = passes(pipeline, stages, micro_batches, paces)
     return [complete(a, s, stages, peak_stored(a), micro_batches, end=end) for s, a in enumerate(lists)]
 
 

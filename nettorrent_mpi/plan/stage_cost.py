@@ -36,8 +36,8 @@ class Peering(NamedTuple):
 @dataclass(frozen=True)
 class StageStep:
     """Seconds of one rank of a stage: compute and messages of a micro-batch, forward (what arrives) and backward (what
-    leaves again); once per step the reduction of gradients and the update; and for how long its messages to other
-    replicas travel."""
+    leaves again), and the part of `backward` that the gradients of weights take; once per step the reduction of
+    gradients and the update; and for how long its messages to other replicas travel."""
 
     forward: float
     backward: float
@@ -46,6 +46,7 @@ class StageStep:
     sum: float
     update: float
     travels: float = 0.0
+    weights: float = 0.0
 
     def whole(self, count: int) -> float:
         """Return the seconds of all of a mini-batch's micro-batches."""
@@ -68,18 +69,20 @@ def stage_step(
     that those who hold the same weights have between them, if it is all of them (`rows_shared`)."""
     here, cols, sharers = -(-rows // stage.rows), stage.cols, stage.rows * alike
     forward = backward = machine.call
-    summed = 0.0  # parameters
+    weights = summed = 0.0  # seconds; parameters
     again = (micro_batches - 1) / micro_batches  # part of the backward passes that add to gradients
     for layer in held:
         part, times = part_of(layer.units, cols), machine.times(layer)
         forward += times.forward.seconds(here, part)
-        backward += times.backward.seconds(here, part)
         if in_parts(shared, sharers, layer.matrix[0], layer.matrix[1] * part):
-            backward -= times.backward.weight * part * (1 - 1 / sharers)
+            more = -times.backward.weight * part * (1 - 1 / sharers)
             summed += layer.parameters * part - layer.matrix[0] * layer.matrix[1] * part
         else:
-            backward += times.accumulate * part * again
+            more = times.accumulate * part * again
             summed += layer.parameters * part
+        whole = times.backward.seconds(here, part) + more
+        backward += whole
+        weights += min(max(times.weights.seconds(here, part) + more, 0.0), whole)
     arrives = leaves = 0.0
     if before is None:
         forward += here * machine.row
@@ -103,6 +106,7 @@ def stage_step(
         leaves,
         reduced(summed, sharers, machine),
         parameters / sharers * machine.update,
+        weights=weights,
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from nettorrent_mpi.plan.actions import Action, Actions
+from nettorrent_mpi.plan.actions import PASSES, Action, Actions, Kind, splits
 from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.stream import staleness_bound, stream
 
@@ -33,28 +33,39 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """One or several simulated steps. `bubble` is the part of makespan x stages in which no F or B runs."""
+    """One or several simulated steps. `bubble` is the part of makespan x stages in which no pass (F, B, I, W) runs."""
 
     stages: tuple[tuple[Interval, ...], ...]
     makespan: float
     bubble: float
 
+    @property
+    def period(self) -> float:
+        """The time from one step to the next where stages follow each other without waiting for all: each begins the
+        next step as soon as it has ended this one, so that its start is as far from its end for all steps."""
+        return max((events[-1].end - events[0].start for events in self.stages if events), default=0.0)
+
 
 def simulate(
-    lists: Sequence[Actions], forward: Costs, backward: Costs, transfer: Costs | Sequence[Wire], finish: Costs = 0.0
+    lists: Sequence[Actions],
+    forward: Costs,
+    backward: Costs,
+    transfer: Costs | Sequence[Wire],
+    finish: Costs = 0.0,
+    weights: Costs = 0.0,
 ) -> Timeline:
     """Simulate a step or a window of several: lists per stage, with or without transfers.
 
-    `forward` and `backward` are the seconds of one micro-batch in a stage, `transfer` those from a stage to the next or
-    back (one, or a Wire, for each boundary), `finish` those of a stage's R. A send does not block its stage, and what
-    goes the same way travels one after another; a receive waits for the arrival; N waits for all stages; U takes no
-    time. Raises ScheduleError if the lists deadlock.
+    `forward` and `backward` are the seconds of one micro-batch in a stage, `weights` those of `backward` that are W's
+    where it is split; `transfer` those from a stage to the next or back (one, or a Wire, for each boundary), `finish`
+    those of a stage's R. A send does not block its stage, and what goes the same way travels one after another; a
+    receive waits for the arrival; N waits for all stages; U takes no time. Raises ScheduleError if the lists deadlock.
     """
     count = len(lists)
-    f, b, r = (_each(cost, count) for cost in (forward, backward, finish))
+    f, b, r, w = (_each(cost, count) for cost in (forward, backward, finish, weights))
     wires = _wires(transfer, count - 1)
-    arrival: dict[Action, float] = {}  # keyed by the F or B that it is for
-    free = {(s, kind): -inf for s in range(count) for kind in "FB"}  # when the link has carried what a stage sent last
+    arrival: dict[Action, float] = {}  # keyed by the F or B (also where it is split) that it is for
+    free = {(s, way): -inf for s in range(count) for way in "FB"}  # when the link has carried what a stage sent last
     events: list[list[Interval]] = [[] for _ in lists]
     at = [0] * count
     now = [0.0] * count
@@ -71,7 +82,7 @@ def simulate(
                     if m not in norms:
                         break
                     there = norms[m]
-                elif (kind in ("F", "RA") and s > 0) or (kind in ("B", "RG") and s < count - 1):
+                elif (kind in ("F", "RA") and s > 0) or (kind in ("B", "I", "RG") and s < count - 1):
                     wanted = Action(s, "F" if kind in ("F", "RA") else "B", m)
                     if wanted not in arrival:
                         break
@@ -80,14 +91,15 @@ def simulate(
                     wire = wires[s if kind == "SA" else s - 1]
                     end = start + wire.occupied + wire.latency
                 else:
-                    if kind in ("F", "B"):  # where the lists have no transfers, the wait is not part of the compute
+                    if kind in PASSES:  # where the lists have no transfers, the wait is not part of the compute
                         start = max(start, there)
-                    end = max(start, there) + {"F": f[s], "B": b[s], "R": r[s]}.get(kind, 0.0)
+                    took = {"F": f[s], "B": b[s], "I": b[s] - w[s], "W": w[s], "R": r[s]}
+                    end = max(start, there) + took.get(kind, 0.0)
                     now[s] = end
-                if (kind == "F" and s < count - 1) or (kind == "B" and s > 0):
-                    wire, to = (wires[s], s + 1) if kind == "F" else (wires[s - 1], s - 1)
-                    free[s, kind] = max(end - wire.burst, free[s, kind]) + wire.occupied
-                    arrival[Action(to, kind, m)] = max(end, free[s, kind]) + wire.latency
+                if (kind == "F" and s < count - 1) or (kind in ("B", "I") and s > 0):
+                    wire, to, way = (wires[s], s + 1, "F") if kind == "F" else (wires[s - 1], s - 1, "B")
+                    free[s, way] = max(end - wire.burst, free[s, way]) + wire.occupied
+                    arrival[Action(to, cast("Kind", way), m)] = max(end, free[s, way]) + wire.latency
                 events[s].append(Interval(action, start, end))
                 at[s] += 1
                 moved = True
@@ -98,7 +110,7 @@ def simulate(
     if stuck:
         raise ScheduleError(f"the schedule deadlocks at {', '.join(stuck)}")
     makespan = max(now, default=0.0)
-    busy = sum(e.end - e.start for stage in events for e in stage if e.action.kind in ("F", "B"))
+    busy = sum(e.end - e.start for stage in events for e in stage if e.action.kind in PASSES)
     bubble = 1 - busy / (makespan * count) if makespan else 0.0
     return Timeline(tuple(map(tuple, events)), makespan, bubble)
 
@@ -155,7 +167,7 @@ def _each(cost: Costs, count: int) -> list[float]:
 
 
 def table(lists: Sequence[Actions]) -> str:
-    """Return the compute of each stage over time as text: stages down, time steps across, every F and B one step.
+    """Return the compute of each stage over time as text: stages down, time steps across, every pass one step.
 
     In lists of several mini-batches a U follows the action after which the update is made: `B3U`.
     """
@@ -164,12 +176,13 @@ def table(lists: Sequence[Actions]) -> str:
     for actions in lists:
         compute.append([])
         for action in actions:
-            if action.kind in ("F", "B"):
+            if action.kind in PASSES:
                 compute[-1].append(action)
                 names[action] = f"{action.kind}{action.micro_batch}"
             elif action.kind == "U" and action.micro_batch is not None and compute[-1]:
                 names[compute[-1][-1]] += "U"
-    line = simulate(compute, 1.0, 1.0, 0.0)
+    split = float(any(map(splits, compute)))
+    line = simulate(compute, 1.0, 1.0 + split, 0.0, weights=split)
     width = max(map(len, names.values()), default=1)
     label = len(f"stage {max(len(lists) - 1, 0)}")
     rows = [" ".join(["time".ljust(label), *(str(i).rjust(width) for i in range(round(line.makespan)))])]

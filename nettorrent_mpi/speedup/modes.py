@@ -18,7 +18,7 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
 from nettorrent_mpi.plan.layouts import partition
-from nettorrent_mpi.plan.schedule import PIPELINES
+from nettorrent_mpi.plan.schedule import passes
 from nettorrent_mpi.plan.topology import LayerFacts
 
 APART = ("async", "gossip", "elite")  # modes whose weights differ from those of one rank
@@ -205,7 +205,7 @@ def _work(setup: Setup) -> Hashable:
     options, stages = setup.options, len(setup.topology.stages)
     pipeline: Hashable = None
     if stages > 1:
-        compute = PIPELINES[options.pipeline.kind](stages, options.micro_batches)
+        compute = passes(options.pipeline.kind, stages, options.micro_batches, setup.plan.paces)
         pipeline = options.pipeline if isinstance(options.pipeline, Async) else tuple(map(tuple, compute))
     exchange = options.exchange if setup.topology.replicas > 1 else None
     return setup.topology, options.micro_batches, pipeline, exchange

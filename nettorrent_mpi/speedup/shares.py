@@ -1,6 +1,6 @@
 """The shares of each rank's time, computed from the actions in the trace of a run.
 
-    compute         loading, forward, backward, gradients in parts, update (L, F, B, M, U). Collective operations inside
+    compute         loading, passes, gradients in parts, update (L, F, B, I, W, M, U). Collective operations inside
                     layers (cols, batch norm) count here, since they are no actions of their own
     communication   posting receives, sending, waiting for a buffer to be sent; receiving, reducing and gathering (RA,
                     RG, R, N, G) once all required ranks were there; exchanging with peers (X, Y), deadlines included
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from nettorrent_mpi.engine.rank_seconds import COMPUTING
 from nettorrent_mpi.engine.traced_run import TracedRun, TracedSpan
 from nettorrent_mpi.plan.topology import Place
 
@@ -41,7 +42,7 @@ def _of_one(own: Sequence[TracedSpan], whole: float, known: _Known) -> dict[str,
     for span in own:
         length = span.end - span.begin
         kind = span.action.kind
-        if kind in ("L", "F", "B", "M", "U"):
+        if kind in COMPUTING:
             told["compute"] += length
             continue
         idle = min(length, max(0.0, known.ready(span) - span.begin))

@@ -15,6 +15,7 @@ from nettorrent_mpi.cli import dry_run as report
 from nettorrent_mpi.cli.speed_report import _duration, speed_block
 from nettorrent_mpi.comm import library
 from nettorrent_mpi.config import reading as config
+from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates
 from nettorrent_mpi.plan.layouts import layers_layout
@@ -34,15 +35,19 @@ WHOLE = Network([nt.Flatten(), nt.Linear(8, activation="relu"), nt.Linear(10)], 
 
 
 def setup(topology: Topology, *changes: str, facts: list[LayerFacts] = FACTS) -> Any:
+    whole = config.load(None, ["train.batch_size=128", "train.epochs=15", *changes])
+    network: Any = SimpleNamespace(facts=facts, has_batch_norm=False, input_shape=(32, 32, 3), whole=WHOLE)
+    options = Options(whole.model.loss, whole.train.optimizer, 128, pipeline=whole.pipeline, exchange=whole.exchange)
     return SimpleNamespace(
-        config=config.load(None, ["train.batch_size=128", "train.epochs=15", *changes]),
+        config=whole,
+        plan=Plan(network, topology, options),
         dataset=SimpleNamespace(train=SimpleNamespace(rows=50_000), missing=None),
         sampler=SimpleNamespace(steps_per_epoch=391),
         steps=15 * 391,
         rates_line=f"{Rates(0.00004, 0.004, 0.0)} (cosine)",
-        network=SimpleNamespace(facts=facts, has_batch_norm=False, input_shape=(32, 32, 3), whole=WHOLE),
+        network=network,
         topology=topology,
-        options=SimpleNamespace(micro_batches=4, itemsize=4, device="cpu"),
+        options=options,
         layout_line=topology.describe([f.name for f in facts]),
         machine=Machine(),
     )
@@ -116,6 +121,20 @@ def test_a_schedule_that_fits_is_told_whole() -> None:
         "stage 0 F0 F1  .  . B0 B1",
         "stage 1  . F0 F1 B0 B1  .",
     ]
+
+
+def test_a_split_pipeline_shows_its_halves_and_what_clipping_costs() -> None:
+    pipe = Topology(1, (Stage(0, 3, 1, 1), Stage(3, 6, 1, 1)))
+    text = dry_run(setup(pipe, "pipeline=zero_bubble"))
+    assert "SCHEDULE (zero_bubble: F forward, I gradients of inputs, W of weights; checked for all 2 ranks" in text
+    assert re.search(r"^stage 0 F0 F1 .*I0 .*W3$", text, re.MULTILINE)
+    assert "clipping" not in text
+    told = "clipping  brings a bubble back: all stages wait for the norm of all gradients before they update"
+    assert told in dry_run(setup(pipe, "pipeline=zero_bubble", "train.clip_norm=1"))
+    assert told not in dry_run(setup(pipe, "train.clip_norm=1"))
+    alone = dry_run(setup(Topology(1, (Stage(0, 6, 2, 1),)), "pipeline=zero_bubble", "train.clip_norm=1"))
+    assert "F forward, B backward" in alone
+    assert told not in alone
 
 
 def test_a_pipeline_that_does_not_flush_shows_its_updates_up_to_a_drain() -> None:

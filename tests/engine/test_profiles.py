@@ -136,7 +136,10 @@ def test_no_cost_is_negative() -> None:
 def test_layers_are_measured_and_fitted(config: Config, network: Network) -> None:
     options = set_up(config, 1, planning=True).options
     sample = measure_layers(network, options, Company(), 0.01, cols=2, rows=4)
-    assert all(len(times) == 4 and min(times) > 0 for times in (sample.forward, sample.backward, sample.accumulated))
+    assert all(
+        len(times) == 4 and min(times) > 0
+        for times in (sample.forward, sample.backward, sample.accumulated, sample.weights)
+    )
     trial = LayerTrial(network, options, 4, 4)
     assert [len(times) for times in trial.run(accumulate=True)[:2]] == [4, 4]
     # what two costs make is found again
@@ -145,7 +148,9 @@ def test_layers_are_measured_and_fitted(config: Config, network: Network) -> Non
     for rows, cols in sizes:
         forward = [1e-5 + rows * (1e-7 + 2e-6 * part_of(f.units, cols)) for f in network.facts]
         backward = [2e-5 + 3e-6 * part_of(f.units, cols) + rows * 1e-7 for f in network.facts]
-        samples.append(Sample(rows, cols, forward, backward, [s + 1e-6 for s in backward], 0.0))
+        samples.append(
+            Sample(rows, cols, forward, backward, [s + 1e-6 for s in backward], [s / 2 for s in backward], 0.0)
+        )
     found = fitted(network, samples)["conv2d2"]
     assert found.forward.seconds(64, 0.5) == pytest.approx(1e-5 + 64 * (1e-7 + 1e-6))
     assert found.backward.seconds(1, 0.25) == pytest.approx(2e-5 + 0.75e-6 + 1e-7)

@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nettorrent_mpi.plan.actions import Action, Actions, Buffers, Kind, buffers, parse, peak_stored, step_end
+from nettorrent_mpi.plan.actions import (
+    PASSES,
+    Action,
+    Actions,
+    Buffers,
+    Kind,
+    buffers,
+    buffers_for,
+    parse,
+    peak_stored,
+    step_end,
+)
 from nettorrent_mpi.plan.blocks import Grid, redistribute
 from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.launches import (
@@ -48,7 +59,7 @@ def words(text: str) -> tuple[Action, ...]:
 
 
 def rings(lists: Sequence[Actions]) -> list[Buffers]:
-    return [buffers(s, max(peak_stored(actions), 1)) for s, actions in enumerate(lists)]
+    return [buffers_for(s, actions) for s, actions in enumerate(lists)]
 
 
 def written(items: Iterable[Item]) -> list[str]:
@@ -109,7 +120,7 @@ class Rank:
         self.holders = ("holders", s, col, 0 if exact else replica), holders
 
     def launches(self, items: Sequence[Item]) -> list[list[Operation]]:
-        last = max((a.micro_batch or 0 for item in items for a in item.actions if a.kind == "B"), default=0)
+        last = max((a.micro_batch or 0 for item in items for a in item.actions if a.kind in "BW"), default=0)
         return [launch for item in items for launch in self._item(item, last)]
 
     def _item(self, item: Item, last: int) -> Iterable[list[Operation]]:
@@ -126,12 +137,12 @@ class Rank:
     def _collectives(self, action: Action, last: int) -> Iterable[Operation]:
         kind, what = action.kind, action[1:]
         replica, s, row, col = self.place
-        if kind in ("F", "B"):  # two layers with batch norm, each with its columns
+        if kind in PASSES and kind != "W":  # two layers with batch norm, each with its columns
             for layer in range(2):
                 yield "all", *self.cols, (*what, layer)
                 yield "all", *self.holders, (*what, layer)
-        leaves = ("B", last) if self.early else ("R", action.micro_batch)
-        if what == leaves or kind == "G":
+        leaves = [("B", last), ("W", last)] if self.early else [("R", action.micro_batch)]
+        if what in leaves or kind == "G":
             for bucket in range(self.buckets):
                 yield "all", *self.holders, (*what, bucket)
         if kind == "N":
@@ -344,7 +355,7 @@ def unordered(lists: Sequence[tuple[Actions, int, bool]], stage: int, stages: in
     for actions, count, first in lists:
         base = 0 if first else base
         start, before = len(clocks), list(last)
-        training = any(action.kind == "B" for action in actions)
+        training = any(action.kind in "BW" for action in actions)
         for item in launches(actions, have):
             number, stream = len(clocks), int(isinstance(item, Transfers))
             clock = list(clocks[last[stream]]) if last[stream] >= 0 else [-1, -1]
@@ -364,6 +375,7 @@ def unordered(lists: Sequence[tuple[Actions, int, bool]], stage: int, stages: in
                 x, y, dy, dx = ("x", g % have.inputs), ("y", g % have.slots), ("dy", g % have.dy), ("dx", g % have.dx)
                 accesses = {"RA": ["w", x], "SA": ["r", y], "RG": ["w", dy], "SG": ["r", dx]}
                 accesses |= {"F": ["r", x, "w", y], "B": ["r", x, "r", y, "r", dy, "w", dx]} if training else {}
+                accesses |= {"I": ["r", x, "r", y, "r", dy, "w", dx], "W": ["r", x, "r", dy]} if training else {}
                 accesses.setdefault("F", ["r", x, "w", y])
                 todo = accesses.get(kind, [])
                 for how, buffer in zip(todo[::2], todo[1::2], strict=True):
@@ -392,7 +404,7 @@ def several(pipeline: str, stages: int, micro_batches: int, stage: int, end: Seq
             step = stream_step(stages, micro_batches, stage, first=n == 0, left=number - n, end=end)
             steps.append((step, micro_batches, n == 0))
     passes = evaluation(slots, evaluated)[stage]
-    return [*steps, (passes, evaluated, True), *steps], buffers(stage, slots[stage])
+    return [*steps, (passes, evaluated, True), *steps], buffers_for(stage, lists[stage])
 
 
 @settings(max_examples=150, deadline=None)

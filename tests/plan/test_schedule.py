@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nettorrent_mpi.plan.actions import ONCE, Action, Actions, Kind, buffers, parse, peak_stored, step_end
+from nettorrent_mpi.plan.actions import (
+    ONCE,
+    Action,
+    Actions,
+    Kind,
+    buffers,
+    buffers_for,
+    parse,
+    peak_stored,
+    splits,
+    step_end,
+)
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.errors import ScheduleError
 from nettorrent_mpi.plan.schedule import PIPELINES, build, evaluation, forward_only, gpipe, one_f_one_b
@@ -19,7 +30,7 @@ from nettorrent_mpi.plan.topology import Stage, Topology
 
 pipelines = st.sampled_from(sorted(PIPELINES))
 ends = st.builds(step_end, clip=st.booleans(), exact=st.booleans(), parts=st.booleans())
-MANY = ["L", "PA", "RA", "F", "WA", "SA", "PG", "RG", "B", "WG", "SG"]  # of a micro-batch
+MANY = ["L", "PA", "RA", "F", "WA", "SA", "PG", "RG", "B", "I", "W", "WG", "SG"]  # of a micro-batch
 
 
 def teams(replicas: int, *sizes: tuple[int, int]) -> Topology:
@@ -98,20 +109,23 @@ def test_what_ends_a_step() -> None:
 def test_receives_are_posted_as_soon_as_their_buffers_are_free(p: str, stages: int, micro_batches: int) -> None:
     """Right after the backward that frees the buffer, or first of all; and buffers are waited for right before use."""
     for s, actions in enumerate(build(p, stages, micro_batches)):
-        have = buffers(s, peak_stored(actions))
-        count = 1 + max(a.micro_batch or 0 for a in actions if a.kind == "B")
-        for kind, ring, there in (("PA", have.inputs, s > 0), ("PG", 2, s < stages - 1)):
+        have = buffers_for(s, actions)
+        begins, ends = ("I", "W") if splits(actions) else ("B", "B")
+        count = 1 + max(a.micro_batch or 0 for a in actions if a.kind == ends)
+        for kind, ring, there in (("PA", have.inputs, s > 0), ("PG", have.dy, s < stages - 1)):
             if there:
                 first = [a.micro_batch for a in actions[: actions.index(Action(s, "F", 0))] if a.kind == kind]
                 assert first == list(range(min(ring, count)))
                 for m in range(ring, count):
                     i = actions.index(Action(s, kind, m))
-                    assert {a.kind for a in actions[actions.index(Action(s, "B", m - ring)) + 1 : i]} <= {"PA"}
+                    assert {a.kind for a in actions[actions.index(Action(s, ends, m - ring)) + 1 : i]} <= {"PA"}
         for before, action in itertools.pairwise(actions):
             if action.kind == "F" and s < stages - 1:
                 assert before == Action(s, "WA", action.micro_batch)
-            if action.kind == "B" and s > 0:
+            if action.kind == begins and s > 0:
                 assert before == Action(s, "WG", action.micro_batch)
+            if before.kind == "I" and s > 0:
+                assert action == Action(s, "SG", before.micro_batch), "the stage before waits"
 
 
 LOADS = {  # pipeline, stages, micro-batches: what the first stage does, without its transfers
@@ -137,16 +151,18 @@ def test_every_schedule_ends(pipeline: str) -> None:
         lists = build(pipeline, stages, micro_batches, end=step_end(clip=clip, exact=not clip))
         check(topology, lists)
         slots = [peak_stored(actions) for actions in lists]
-        have = [buffers(s, count) for s, count in enumerate(slots)]
+        have = [buffers_for(s, actions) for s, actions in enumerate(lists)]
         check(topology, lists, have)
         for passes in (1, 2 * micro_batches + 3):
             check(topology, evaluation(slots, passes), have)
         for s, actions in enumerate(lists):
             stored = {"gpipe": micro_batches, "1f1b": min(micro_batches, stages - s), "async": stages - s}
+            stored["zero_bubble"] = min(micro_batches, stages)
             assert peak_stored(actions) == stored[pipeline]
             assert peak_stored(PIPELINES[pipeline](stages, micro_batches)[s]) == stored[pipeline]
-            backwards = [a.micro_batch for a in actions if a.kind == "B"]
-            assert backwards == list(range(len(backwards))), "gradients add up in the same order in every pipeline"
+            for kind in ("B", "I", "W"):
+                backwards = [a.micro_batch for a in actions if a.kind == kind]
+                assert backwards == list(range(len(backwards))), "gradients add up in the same order in every pipeline"
 
 
 def test_nothing_is_stored_in_evaluation() -> None:
@@ -195,7 +211,7 @@ def plays(topology: Topology, lists: list[Actions], slots: list[int], order: ran
             if action is None:
                 continue
             group = [rank]
-            if action.kind in ("F", "B", "R", "X", "Y", "G"):
+            if action.kind in ("F", "B", "I", "W", "R", "X", "Y", "G"):
                 group = topology.swarm(place.stage)
             elif action.kind == "N":
                 group = list(range(topology.size))
@@ -234,7 +250,7 @@ def test_check_agrees_with_a_plain_play(
             actions[i], actions[j] = actions[j], actions[i]
     ends = plays(t, lists, slots, order)
     try:
-        check(t, lists, [buffers(s, count) for s, count in enumerate(slots)])
+        check(t, lists, [buffers_for(s, actions) for s, actions in enumerate(whole)])
         stuck = False
     except ScheduleError as error:
         stuck = "no rank can continue" in str(error)
@@ -269,17 +285,17 @@ def test_a_missing_transfer_is_named(t: Topology, pipeline: str, micro_batches: 
 @given(several, pipelines, st.integers(2, 6), st.data())
 def test_a_buffer_too_few_is_found(t: Topology, pipeline: str, micro_batches: int, data: st.DataObject) -> None:
     lists = build(pipeline, len(t.stages), micro_batches)
-    have = [buffers(s, peak_stored(actions)) for s, actions in enumerate(lists)]
+    have = [buffers_for(s, actions) for s, actions in enumerate(lists)]
     check(t, lists, have)
     s = data.draw(st.integers(0, len(lists) - 1))
-    count = 1 + max(a.micro_batch or 0 for a in lists[s] if a.kind == "B")
+    count = 1 + max(a.micro_batch or 0 for a in lists[s] if a.kind in "BW")
     fewer = {}
     if s and have[s].inputs <= count:
-        fewer["inputs"] = r"\dPA\d+ .* takes the input buffer that \dB\d+ still needs"
-    if s < len(lists) - 1:
-        fewer["dy"] = r"\dPG\d+ .* takes the dy buffer that \dB\d+ still needs"
+        fewer["inputs"] = r"\dPA\d+ .* takes the input buffer that \d[BW]\d+ still needs"
+    if s < len(lists) - 1 and have[s].dy <= count:
+        fewer["dy"] = r"\dPG\d+ .* takes the dy buffer that \d[BW]\d+ still needs"
     if have[s].slots > 1:
-        fewer["slots"] = r"\dF\d+ .* (takes the slot buffer that \dB\d+ still needs|writes the output buffer of)"
+        fewer["slots"] = r"\dF\d+ .* (takes the slot buffer that \d[BW]\d+ still needs|writes the output buffer of)"
     name = data.draw(st.sampled_from(sorted(fewer))) if fewer else None
     if name:
         have[s] = have[s]._replace(**{name: getattr(have[s], name) - 1})
@@ -431,20 +447,23 @@ def test_the_timeline_respects_order_and_transfers(
     forward, backward, finish = (data.draw(st.lists(seconds, min_size=stages, max_size=stages)) for _ in range(3))
     transfer = data.draw(st.lists(seconds, min_size=stages - 1, max_size=stages - 1))
     lists = build(pipeline, stages, micro_batches, end=step_end(clip=True))
-    line = simulate(lists, forward, backward, transfer, finish)
+    line = simulate(lists, forward, backward, transfer, finish, [b / 3 for b in backward])
     times = {event.action: event for events in line.stages for event in events}
     for s, (events, actions) in enumerate(zip(line.stages, lists, strict=True)):
         assert [event.action for event in events] == actions
         occupied = [e for e in events if e.action.kind not in ("SA", "SG")]
         assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(occupied)), "one thing at a time"
+        split = splits(actions)
+        sends: Kind = "I" if split else "B"
         for m in {a.micro_batch for a in actions if a.kind == "F"}:
             assert times[Action(s, "F", m)].end - times[Action(s, "F", m)].start == pytest.approx(forward[s])
-            assert times[Action(s, "B", m)].end - times[Action(s, "B", m)].start == pytest.approx(backward[s])
+            took = [times[Action(s, kind, m)] for kind in (("I", "W") if split else ("B",))]  # type: ignore[arg-type]
+            assert sum(each.end - each.start for each in took) == pytest.approx(backward[s])
             if s:
                 arrived = times[Action(s - 1, "F", m)].end + transfer[s - 1]
                 assert times[Action(s, "F", m)].start >= arrived - 1e-9
-                arrived = times[Action(s, "B", m)].end + transfer[s - 1]
-                assert times[Action(s - 1, "B", m)].start >= arrived - 1e-9
+                arrived = times[Action(s, sends, m)].end + transfer[s - 1]
+                assert times[Action(s - 1, sends, m)].start >= arrived - 1e-9
     for reduced in [action for action in lists[0] if action.kind == "R"]:
         n = reduced.micro_batch
         norm = max(times[Action(s, "R", n)].end for s in range(stages))

@@ -33,6 +33,8 @@ PATIENCE = 40.0  # seconds that a run may take on a busy machine; it needs less 
 LARGE = 100.0  # no loss here begins with more than 3
 MICRO_BATCHES = 4  # the most of `micro_batches: auto`, where there are not more stages
 
+PIPELINES = ["gpipe", "1f1b", "zero_bubble", {"zero_bubble": 2}, {"zero_bubble": 7}, "async", {"async": True}]
+
 Plain = dict[str, Any]
 ORIGINALS: dict[str, Any] = {}  # what runs replace
 
@@ -59,7 +61,7 @@ def draw(seed: int, number: int) -> list[Run]:
     dice = random.Random(f"{seed} {number}")
     model, layers = _model(dice)
     replicas, ranks, layout = _layout(dice, layers)
-    exchange, pipeline = _exchange(dice, replicas), dice.choice(["gpipe", "1f1b", "async", {"async": True}])
+    exchange, pipeline = _exchange(dice, replicas), dice.choice(PIPELINES)
     data = {
         "name": "synthetic",
         "rows": dice.randint(40, 160),
@@ -91,7 +93,7 @@ def draw(seed: int, number: int) -> list[Run]:
         "report_every": dice.choice([1, 3, 50]),
         "evaluate_every": dice.randint(1, 2),
     }
-    if pipeline in ("gpipe", "1f1b") and dice.random() < 0.3:
+    if "async" not in pipeline and dice.random() < 0.3:
         train["clip_norm"] = dice.choice([0.5, 5.0])
     if dice.random() < 0.1 and (data["test_rows"] or data["validation"]):
         train["stop_at"] = {"accuracy": 0.4}

@@ -108,7 +108,7 @@ def ways() -> Iterator[tuple[str, Plan]]:
         options: dict[str, dict[str, object]] = {"exact": {}}
         if len(topology.stages) > 1:
             options |= {"async": {"pipeline": exchanges.Async(), "clip_norm": None}}
-            options |= {"gpipe": {"pipeline": exchanges.Gpipe()}}
+            options |= {"gpipe": {"pipeline": exchanges.Gpipe()}, "split": {"pipeline": exchanges.ZeroBubble()}}
         if topology.replicas > 1:
             options |= {kind: {"exchange": exchange, "clip_norm": None} for kind, exchange in APART.items()}
         for kind, chosen in options.items():

@@ -66,6 +66,20 @@ def test_any_order_of_work_gives_the_cpus_weights(network: str, seed: int) -> No
     check(on_gpus(seed, network, layers_layout(facts, MPI.COMM_WORLD.size, 13)), network, 1e-10)
 
 
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize(
+    ("network", "micro_batches"), [("cnn", 5), ("resnet", 3), pytest.param("mlp", 7, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
+def test_split_passes_give_the_cpus_weights(network: str, micro_batches: int, seed: int) -> None:
+    """What the gradients of weights need is kept, whatever the order of work; graphs replay both halves."""
+    options = {"micro_batches": micro_batches}
+    topology = layers_layout(Network(NETWORKS[network], SHAPE).facts, MPI.COMM_WORLD.size, 13)
+    assert len(topology.stages) > 1
+    mine = on_gpus(seed, network, topology, pipeline=choices.ZeroBubble(), **options)
+    check(mine, network, 1e-10, **options)
+
+
 @pytest.mark.parametrize("network", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_float32(network: str) -> None:
     options = {"dtype": "float32", "optimizer": specs.Sgd(momentum=0.9), "clip_norm": None, "rate": 0.005}

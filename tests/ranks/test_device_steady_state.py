@@ -41,6 +41,12 @@ pytestmark = [
         pytest.param(
             layers_layout(NETWORK.facts, SIZE, 64), {"pipeline": choices.Async()}, id="async", marks=pytest.mark.slow
         ),
+        pytest.param(
+            layers_layout(NETWORK.facts, SIZE, 64),
+            {"pipeline": choices.ZeroBubble()},
+            id="split",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_nothing_but_launches(topology: Topology, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

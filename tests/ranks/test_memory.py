@@ -14,7 +14,6 @@ from nettorrent_mpi.config.reading import load
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
 from nettorrent_mpi.engine.redundancy import Redundancy
-from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.setup import Setup, set_up
 from nettorrent_mpi.exchange.gossip import GossipExchange
 from nettorrent_mpi.plan.topology import Stage, Topology
@@ -47,6 +46,7 @@ CASES: dict[int, list[tuple[str, ...]]] = {
         (swarms([(2, 1)]),),
         (swarms([(1, 2)]),),
         (swarms([(1, 1), (1, 1)]), "pipeline=async"),
+        (swarms([(1, 1), (1, 1)]), "pipeline=zero_bubble"),
         ("layout={replicas: 2}", "exchange={gossip: {part: 1.0, deadline: none}}"),
         ("layout={replicas: 2}", "exchange={gossip: {part: 0.5, deadline: none, compress: int8}}"),
         ("layout={replicas: 2}", "exchange={gossip: {part: 0.5, deadline: none, compress: {topk: 0.01}}}"),
@@ -56,6 +56,7 @@ CASES: dict[int, list[tuple[str, ...]]] = {
     4: [
         (swarms([(1, 2), (2, 1)]),),
         (swarms([(2, 1), (1, 2)]), "pipeline=gpipe"),
+        (swarms([(1, 2), (1, 1), (1, 1)]), "pipeline=zero_bubble"),
         (swarms([(1, 1)] * 4),),
         ("layout={replicas: 2, swarms: [{layers: 4, rows: 2}]}", "exchange={gossip: {part: 1.0, deadline: none}}"),
     ],
@@ -126,7 +127,7 @@ def test_the_terms_are_what_is_allocated(number: int, monkeypatch: pytest.Monkey
 
 def trained(setup: Setup) -> list[tuple[int, dict[str, int]]]:
     """(stage, what it holds) of every rank after some steps."""
-    engine = Engine(World(), Plan(setup.network, setup.topology, setup.options))
+    engine = Engine(World(), setup.plan)
     engine.open_data(setup.dataset, setup.sampler)
     for n in range(6):
         engine.step(n, 0.001, 6 - n)

@@ -25,6 +25,7 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.scores import mean_scores
 from nettorrent_mpi.plan.search import fast_layouts
 from nettorrent_mpi.plan.topology import Stage, Topology
@@ -144,7 +145,14 @@ class Trained:
     """The arrays, the loss of each step and the scores of a training of 20 steps."""
 
     def __init__(
-        self, world: World, name: str, topology: Topology, rate: float | None = None, rows: int = 87 + 9, **options: Any
+        self,
+        world: World,
+        name: str,
+        topology: Topology,
+        rate: float | None = None,
+        rows: int = 87 + 9,
+        machine: Machine | None = None,
+        **options: Any,
     ):
         dataset = open_dataset(
             "synthetic", None, options=DataOptions(rows=rows, test_rows=29, shape=SHAPE, classes=CLASSES)
@@ -164,6 +172,7 @@ class Trained:
                 network,
                 topology,
                 Options(batch_size=37, seed=5, **({"micro_batches": 3} | arguments | options)),
+                machine or Machine(),
             ),
         )
         engine.open_data(dataset, sampler)

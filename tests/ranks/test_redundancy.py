@@ -28,6 +28,7 @@ PARAMETERS = dict(NETWORK.stage(0, NETWORK.weight_layers, 1, 0).parameters)
 KINDS: dict[str, dict[str, Any]] = {
     "1f1b": {},
     "gpipe": {"pipeline": exchanges.Gpipe()},
+    "zero_bubble": {"pipeline": exchanges.ZeroBubble()},
     "async": {"pipeline": exchanges.Async(), "clip_norm": None},
 }
 STEPS = 8
@@ -79,6 +80,8 @@ def losses(topology: Topology) -> list[set[int]]:
         pytest.param("1f1b", 5, marks=pytest.mark.slow),
         pytest.param("gpipe", 1, marks=pytest.mark.long),
         pytest.param("gpipe", 5, marks=pytest.mark.long),
+        pytest.param("zero_bubble", 1, marks=pytest.mark.slow),
+        pytest.param("zero_bubble", 5, marks=pytest.mark.long),
         pytest.param("async", 1, marks=pytest.mark.slow),
         pytest.param("async", 5, marks=pytest.mark.long),
     ],

@@ -100,6 +100,19 @@ def test_a_step_without_flush_neither_allocates_nor_pickles(
     steady(Topology(1, stages), left=[6, 5, 4, 3, 2, 1, 3, 2, 1], micro_batches=micro_batches, pipeline=pipeline)
 
 
+@pytest.mark.ranks(*STREAM)
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_step_of_split_passes_neither_allocates_nor_pickles(
+    shared: bool, between_nodes: Callable[[bool], None]
+) -> None:
+    if not shared:
+        between_nodes(True)
+    grids = STREAM[SIZE]
+    cuts = [i * 4 // len(grids) for i in range(len(grids) + 1)]
+    stages = tuple(Stage(*layers, *grid) for layers, grid in zip(pairwise(cuts), grids, strict=True))
+    steady(Topology(1, stages), micro_batches=4, pipeline=choices.ZeroBubble())
+
+
 @pytest.mark.parametrize("number", range(3))
 def test_a_step_neither_allocates_nor_pickles(number: int) -> None:
     if number >= len(layouts()):

@@ -14,6 +14,13 @@ for stages in (2, 4, 8):
             assert abs(found[pipeline] - formula) < 1e-9
         print(f"{stages:6}  {pieces:6}  {found['1f1b']:6.1%}  {found['gpipe']:6.1%}  {formula:6.1%}")
 
+# Backward passes in two halves: of three units of waiting for each stage but one, one is left.
+for stages, pieces in ((2, 4), (4, 4), (4, 16), (8, 16)):
+    lists = build("zero_bubble", stages, pieces)
+    split = simulate(lists, forward=1.0, backward=2.0, transfer=0.0, weights=1.0).bubble
+    assert abs(split - (stages - 1) / (3 * pieces + stages - 1)) < 1e-9
+    print(f"{stages:6}  {pieces:6}  zero_bubble {split:.1%}")
+
 # A stage that takes twice as long holds up all others: more pieces do not help.
 lists = build("1f1b", 4, 16)
 even = simulate(lists, forward=1.0, backward=2.0, transfer=0.0)

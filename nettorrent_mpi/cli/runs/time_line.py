@@ -9,15 +9,17 @@ from nettorrent_mpi.engine.traced_run import TracedRun, TracedSpan
 
 MOST_ROWS = 32  # ranks that are drawn
 COLOURS = {
-    "L": "load", "F": "forward", "B": "backward", "M": "update", "U": "update",
+    "L": "load", "F": "forward", "B": "backward", "I": "backward", "W": "weights", "M": "update", "U": "update",
     "RA": "waits", "RG": "waits", "R": "reduce", "N": "reduce", "G": "reduce", "X": "exchange", "Y": "exchange",
 }  # fmt: skip
 LEGEND = {
-    "load": "load", "forward": "forward", "backward": "backward", "update": "update", "reduce": "reduce, gather",
+    "load": "load", "forward": "forward", "backward": "backward", "weights": "gradients of weights",
+    "update": "update", "reduce": "reduce, gather",
     "exchange": "exchange", "waits": "receive", "sends": "send",
 }  # fmt: skip
 WORDS = {
     "L": "loads micro-batch", "F": "forward of micro-batch", "B": "backward of micro-batch",
+    "I": "gradients of inputs, micro-batch", "W": "gradients of weights, micro-batch",
     "M": "multiplies gradients", "U": "updates",
     "PA": "posts the receive of activations", "PG": "posts the receive of gradients",
     "RA": "waits for activations", "RG": "waits for gradients",

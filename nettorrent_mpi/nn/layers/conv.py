@@ -6,22 +6,22 @@ from math import prod
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.geometry import Geometry
-from nettorrent_mpi.nn.layer import Context, Features, Grads, Layer, Parameter, Params
-from nettorrent_mpi.nn.layers.linear import bias_gradient
+from nettorrent_mpi.nn.layer import Context, Features, Grads, Parameter, Params
+from nettorrent_mpi.nn.layers.linear import ProductLayer
 from nettorrent_mpi.nn.layers.registry import Site, register_layer
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.blocks import span
 
 
 @register_layer(specs.Conv2d)
-class Conv2dLayer(Layer):
+class Conv2dLayer(ProductLayer):
     """A convolution: y[h, w, o] = sum over p, q, i of x[h * stride + p, w * stride + q, i] * weight[p, q, i, o] +
     bias[o].
 
     The filters o are divided over the cols; dx is partial when they are. `same` padding: see device.geometry.places.
     """
 
-    takes_relu = True
+    takes_relu = splits = True
 
     def __init__(self, spec: specs.Conv2d, site: Site):
         image = site.image("conv2d")
@@ -54,14 +54,10 @@ class Conv2dLayer(Layer):
         ctx.ops.convolve(x, params["weight"], params["bias"] if self.bias else None, y, self.geometry, ctx.relu)
         return y, (x, y)
 
-    def backward(
-        self, params: Params, grads: Grads, saved: tuple[Array, Array], dy: Array, ctx: Context
-    ) -> Array | None:
-        x, y = saved
-        bias_gradient(y, dy, grads["bias"] if self.bias else None, ctx)
-        ctx.ops.convolve_grad_w(x, dy, grads["weight"], self.geometry, ctx.accumulate)
-        if not self.needs_dx:
-            return None
+    def backward_weights(self, grads: Grads, saved: tuple[Array, Array], held: Array, ctx: Context) -> None:
+        ctx.ops.convolve_grad_w(saved[0], held, grads["weight"], self.geometry, ctx.accumulate)
+
+    def gradient_x(self, params: Params, x: Array, dy: Array, ctx: Context) -> Array:
         dx = ctx.workspace.gradient(x.shape, dy)
         ctx.ops.convolve_grad_x(params["weight"], dy, dx, self.geometry)
         return dx

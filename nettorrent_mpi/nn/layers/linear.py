@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from math import prod
 
 from nettorrent_mpi.device.arrays import Array
@@ -12,12 +13,36 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ShapeError
 
 
+class ProductLayer(Layer):
+    """A ProductLayer adds a bias to a product of its inputs with its weights. Its backward pass has two products, dx
+    and the gradient of the weights, which do not need each other."""
+
+    bias: bool
+
+    def backward(
+        self, params: Params, grads: Grads, saved: tuple[Array, Array], dy: Array, ctx: Context
+    ) -> Array | None:
+        bias_gradient(saved[1], dy, grads["bias"] if self.bias else None, ctx)
+        self.backward_weights(grads, saved, dy, ctx)
+        return self.gradient_x(params, saved[0], dy, ctx) if self.needs_dx else None
+
+    def backward_inputs(
+        self, params: Params, grads: Grads, saved: tuple[Array, Array], dy: Array, ctx: Context
+    ) -> tuple[Array | None, Array]:
+        bias_gradient(saved[1], dy, grads["bias"] if self.bias else None, ctx)
+        return self.gradient_x(params, saved[0], dy, ctx) if self.needs_dx else None, dy
+
+    @abstractmethod
+    def gradient_x(self, params: Params, x: Array, dy: Array, ctx: Context) -> Array:
+        """Return dx, from the gradient dy of the product."""
+
+
 @register_layer(specs.Linear)
-class LinearLayer(Layer):
+class LinearLayer(ProductLayer):
     """A linear layer: y_bo = x_bI @ weight_Io + bias_o, the neurons o divided over the cols. dx_bI is partial when they
     are."""
 
-    takes_relu = True
+    takes_relu = splits = True
 
     def __init__(self, spec: specs.Linear, site: Site):
         if len(site.inputs.shape) != 1:
@@ -39,18 +64,14 @@ class LinearLayer(Layer):
         ctx.ops.linear(x, params["weight"], params["bias"] if self.bias else None, y, ctx.relu)
         return y, (x, y)
 
-    def backward(
-        self, params: Params, grads: Grads, saved: tuple[Array, Array], dy: Array, ctx: Context
-    ) -> Array | None:
-        x, y = saved
-        bias_gradient(y, dy, grads["bias"] if self.bias else None, ctx)
+    def backward_weights(self, grads: Grads, saved: tuple[Array, Array], held: Array, ctx: Context) -> None:
         dweight = grads["weight"]
         if isinstance(dweight, Operands):
-            dweight.put(x, dy, ctx.rows)
+            dweight.put(saved[0], held, ctx.rows)
         else:
-            ctx.ops.matmul(x, dy, dweight, turn_a=True, accumulate=ctx.accumulate)
-        if not self.needs_dx:
-            return None
+            ctx.ops.matmul(saved[0], held, dweight, turn_a=True, accumulate=ctx.accumulate)
+
+    def gradient_x(self, params: Params, x: Array, dy: Array, ctx: Context) -> Array:
         dx = ctx.workspace.gradient(x.shape, dy)
         ctx.ops.matmul(dy, params["weight"], dx, turn_b=True)
         return dx

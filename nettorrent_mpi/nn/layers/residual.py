@@ -9,7 +9,7 @@ from typing import Any
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.nn.layer import Context, Features, Grads, Layer, Params
 from nettorrent_mpi.nn.layers.registry import Site, register_layer
-from nettorrent_mpi.nn.layers.sequence import Sequence, named
+from nettorrent_mpi.nn.layers.sequence import Held, Sequence, named
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.errors import ShapeError
 
@@ -23,6 +23,8 @@ class ResidualLayer(Layer):
     slice of them, and gets its dy with zeros elsewhere, which is a partial one. So dx is partial, as for any layer with
     weights. Parameters are named "<inner layer>/<name>".
     """
+
+    splits = True
 
     def __init__(self, spec: specs.Residual, site: Site):
         assert site.inputs.is_whole, f"{site.name} stands on divided features"
@@ -51,11 +53,28 @@ class ResidualLayer(Layer):
         return y, (body_saved, shortcut_saved)
 
     def backward(self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context) -> Array | None:
+        return self._backward(params, grads, saved, dy, ctx, None)
+
+    def backward_inputs(
+        self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context
+    ) -> tuple[Array | None, Any]:
+        held: tuple[Held, Held] = ([], [])
+        return self._backward(params, grads, saved, dy, ctx, held), held
+
+    def backward_weights(self, grads: Grads, saved: Any, held: Any, ctx: Context) -> None:
+        self.body.backward_weights(grads, saved[0], held[0], ctx)
+        self.shortcut.backward_weights(grads, saved[1], held[1], ctx)
+
+    def _backward(
+        self, params: Params, grads: Grads, saved: Any, dy: Array, ctx: Context, held: tuple[Held, Held] | None
+    ) -> Array | None:
+        """Return dx, like `backward`; like `backward_inputs` where the layers of both branches have something held."""
+        in_body, in_shortcut = held or (None, None)
         self.body.needs_dx = self.shortcut.needs_dx = self.needs_dx
-        # Scratch memory under this layer's name, which the inner layers do not use.
+        # Memory under this layer's name, which the inner layers do not use.
         dy_shortcut = self._spread(self.shortcut, dy, "shortcut", ctx)
         dy_body = self._spread(self.body, dy, "body", ctx) if self._ends_whole(self.body) else dy
-        dx = self.body.backward(params, grads, saved[0], dy_body, ctx)
+        dx = self.body.backward(params, grads, saved[0], dy_body, ctx, held=in_body)
         if not self.shortcut.layers:
             if dx is not None:
                 ctx.ops.add(dx, dy_shortcut, dx)
@@ -64,7 +83,7 @@ class ResidualLayer(Layer):
         if dx is not None:
             dx_body = ctx.workspace.scratch(f"{self.name} dx", dx.shape)
             ctx.ops.copy(dx_body, dx)
-        dx = self.shortcut.backward(params, grads, saved[1], dy_shortcut, ctx)
+        dx = self.shortcut.backward(params, grads, saved[1], dy_shortcut, ctx, held=in_shortcut)
         if dx is not None and dx_body is not None:
             ctx.ops.add(dx, dx_body, dx)
         return dx
@@ -78,7 +97,7 @@ class ResidualLayer(Layer):
 
     def _spread(self, branch: Sequence, dy: Array, which: str, ctx: Context) -> Array:
         """Return a copy of dy in the shape of the branch's output, with zeros in the other cols' parts."""
-        copy = ctx.workspace.scratch(f"{self.name} dy of {which}", (dy.shape[0], *branch.outputs.local))
+        copy = ctx.workspace.passed(f"{self.name} dy of {which}", (dy.shape[0], *branch.outputs.local))
         if self._ends_whole(branch):
             ctx.ops.fill(copy, 0)
         ctx.ops.copy(self._own(branch, copy), dy)

@@ -16,6 +16,8 @@ from nettorrent_mpi.nn.layers.registry import Site, make
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError
 
+Held = list[Any]  # what each layer of a sequence has left for its `backward_weights`; None: nothing
+
 
 class Sequence:
     """A Sequence holds the layers that `layers` describe, at a site of the network; each spec carries its name.
@@ -34,6 +36,7 @@ class Sequence:
         self.inputs = self.outputs = site.inputs
         self.layers: list[Layer] = []
         self.takes_relu: list[bool] = []  # whether each layer computes the next one, a ReLU, too
+        self._splits: list[bool] = []  # whether each layer's backward pass has two halves
         self.parameters: tuple[tuple[str, Parameter], ...] = ()
         self.previous = site.previous  # after the last layer: what produced the outputs
         self._keys: list[str] = []
@@ -68,6 +71,7 @@ class Sequence:
         if type(layer) is ReluLayer and layer.in_place and vars(type(self.layers[-1])).get("takes_relu"):
             self.takes_relu[-1] = True
         self.takes_relu.append(False)
+        self._splits.append(vars(type(layer)).get("splits", False))
         self.layers.append(layer)
         self._keys.append(key)
         self._firsts.append(len(self.parameters))
@@ -145,12 +149,19 @@ class Sequence:
         dy: Array,
         ctx: Context,
         complete: Callable[[int], None] | None = None,
+        *,
+        held: Held | None = None,
     ) -> Array | None:
         """Return dx like `Layer.backward`; None if needs_dx is False.
 
         After each layer, `complete(first)` says that the gradients of `parameters` from `first` on are written; these
-        parameters are not read any more in this backward pass.
+        parameters are not read any more in this backward pass. With a list `held` layers that can leave the gradients
+        of their weights to `backward_weights`, and fill the list for it; the memory of ctx.workspace has to keep
+        gradients then.
         """
+        if held is not None:
+            held[:] = [None] * len(self.layers)
+        loose = False  # whether the gradient may lie in memory that a later layer writes
         gradient: Array | None = dy
         own, own_grads, workspace = self._shares(params), self._shares(grads), ctx.workspace
         for i in range(len(self.layers) - 1, -1, -1):
@@ -160,13 +171,37 @@ class Sequence:
             if i and self.takes_relu[i - 1]:
                 continue
             ctx.workspace, ctx.relu = workspace.child(self._keys[i]), self.takes_relu[i]
-            gradient = layer.backward(own[i], own_grads[i], saved[i], gradient, ctx)
+            if held is None or not self._splits[i]:
+                gradient = layer.backward(own[i], own_grads[i], saved[i], gradient, ctx)
+                loose |= layer.foreign
+            else:
+                if loose:
+                    mine = ctx.workspace.passed("dy", gradient.shape)
+                    ctx.ops.copy(mine, gradient)
+                    gradient = mine
+                gradient, held[i] = layer.backward_inputs(own[i], own_grads[i], saved[i], gradient, ctx)
+                loose = layer.foreign  # inside a block
             if complete is not None:
                 complete(self._firsts[i])
             if ctx.progress is not None:
                 ctx.progress()
         ctx.workspace, ctx.relu = workspace, False
         return gradient if self._needs_dx else None
+
+    def backward_weights(
+        self, grads: Grads, saved: list[Any], held: Held, ctx: Context, complete: Callable[[int], None] | None = None
+    ) -> None:
+        """Write the gradients that a `backward` with the list `held` has left out; `complete` as there."""
+        own_grads, workspace = self._shares(grads), ctx.workspace
+        for i in range(len(self.layers) - 1, -1, -1):
+            if held[i] is not None:
+                ctx.workspace = workspace.child(self._keys[i])
+                self.layers[i].backward_weights(own_grads[i], saved[i], held[i], ctx)
+            if complete is not None:
+                complete(self._firsts[i])
+            if held[i] is not None and ctx.progress is not None:
+                ctx.progress()
+        ctx.workspace = workspace
 
 
 def named(layers: Seq[specs.LayerSpec], where: str = "model.layers") -> tuple[specs.LayerSpec, ...]:
