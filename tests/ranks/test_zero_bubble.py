@@ -13,7 +13,7 @@ import pytest
 from mpi4py import MPI
 
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.engine import buckets
+from nettorrent_mpi.engine import bucket_maker
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
@@ -90,7 +90,7 @@ def test_between_nodes_and_in_parts(
     topology = Topology(1, (Stage(0, count // 2, max(half, 1), 1), Stage(count // 2, count, SIZE - half, 1)))
     options: dict[str, Any] = {"clip_norm": None}
     with monkeypatch.context() as patched:
-        patched.setattr(buckets, "in_parts", lambda rows, sharers, *_: sharers > 1)
+        patched.setattr(bucket_maker, "in_parts", lambda rows, sharers, *_: sharers > 1)
         parts = Trained(World(), network, topology, pipeline=choices.ZeroBubble(), **options)
         assert MPI.COMM_WORLD.allreduce(parts.in_parts, MPI.LOR) == (SIZE > 2)
     between_nodes(True)
