@@ -9,7 +9,7 @@ from torch.utils import data
 
 torch.manual_seed(0)
 x = torch.rand(4000, 2) * 2 - 1
-y = (torch.sin(6 * x[:, 0]) > x[:, 1]).long()  # above or below a wave?
+y = (x.square().sum(dim=1) < 0.6).long()  # inside a circle?
 train_set = data.TensorDataset(x[:3000], y[:3000])
 
 model = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
