@@ -60,7 +60,7 @@ class StageSchedule:
         end = self._end(parts=parts)
         if self.asynchronous:
             return _stream(self._stages, self._micro_batches, self._stage, first, min(left, self._reach + 1), end)
-        return _flushed(self._pipeline, self._stages, self._micro_batches, end, self._paces)[self._stage]
+        return _flushed(self._pipeline, self._stages, self._micro_batches, self._stage, end, self._paces)
 
     def evaluation(self, micro_batches: int) -> Actions:
         """Return the actions of an evaluation with this many micro-batches."""
@@ -88,5 +88,5 @@ def _stream(stages: int, micro_batches: int, stage: int, first: bool, left: int,
 
 
 @lru_cache(maxsize=64)
-def _flushed(pipeline: str, stages: int, micro_batches: int, end: Sequence[Kind], paces: Paces) -> list[Actions]:
-    return build(pipeline, stages, micro_batches, end=end, paces=paces)
+def _flushed(pipeline: str, stages: int, micro_batches: int, stage: int, end: Sequence[Kind], paces: Paces) -> Actions:
+    return build(pipeline, stages, micro_batches, end=end, paces=paces)[stage]

@@ -32,6 +32,7 @@ from nettorrent_mpi.engine.usage import free_memory
 from nettorrent_mpi.plan.actions import Buffers
 from nettorrent_mpi.plan.blocks import Grid, Span, redistribute, span
 from nettorrent_mpi.plan.errors import warn
+from nettorrent_mpi.plan.topology import compact
 
 FORWARD, BACKWARD = 0, 1
 
@@ -65,18 +66,20 @@ class Wiring:
         self._made: list[Group] = []
         self._memories: list[SharedMemory] = []
         self._unshared: list[tuple[str, int, int, str]] = []  # host, bytes asked for, bytes taken besides, why
-        self._groups: dict[tuple[int, ...], Group] = {}
+        self._groups: dict[Sequence[int], Group] = {}
         self.everyone = self.channel(world)
-        self._groups[tuple(range(world.size))] = self.everyone
+        self._groups[range(world.size)] = self.everyone
         # Groups are made kind by kind on every rank, so that no two ranks wait for each other in different groups.
         holders = topology.exact_group(stage, col) if exact else topology.row_group(replica, stage, col)
         self.holders = self._group(holders)
         self.all_holders = self._group(topology.swarm(stage) if exact else topology.team(replica, stage))
         self.cols = self._group(topology.col_group(replica, stage, row))
         self.replica = self.everyone if exact else self._group(topology.replica(replica))
-        self.peers = self._group([world.rank] if exact else topology.peers(stage, row, col))
-        swarm = topology.swarm(0) if self.is_first else [world.rank]
-        self.readers = self._group([rank for rank in swarm if world.nodes[rank] == world.nodes[world.rank]])
+        alone = range(world.rank, world.rank + 1)
+        self.peers = self._group(alone if exact else topology.peers(stage, row, col))
+        swarm = topology.swarm(0) if self.is_first else alone
+        here = [rank for rank in swarm if world.nodes[rank] == world.nodes[world.rank]]
+        self.readers = self._group(swarm if len(here) == len(swarm) else compact(here))
         links = self._link_groups() if device.kind == "gpu" else {}
         wanted = [self.holders, self.all_holders, self.cols, self.replica, self.peers, *links.values()]
         self._connector = Connector(world, device)
@@ -124,16 +127,15 @@ class Wiring:
             [Message(channel, way, array[i : i + 1], other) for way, array in ways for i, other in enumerate(others)]
         )
 
-    def _link_ranks(self, replica: int, lower: int) -> list[int]:
-        return [*self.topology.team(replica, lower), *self.topology.team(replica, lower + 1)]
+    def _link_ranks(self, replica: int, lower: int) -> range:
+        return range(self.topology.team(replica, lower).start, self.topology.team(replica, lower + 1).stop)
 
     def _group(self, ranks: Sequence[int]) -> Group:
         """Return the group of these ranks of the world. Its members alone call, in the same order of groups."""
-        key = tuple(ranks)
-        if key not in self._groups:
-            self._groups[key] = self.everyone.subgroup(key)
-            self._made.append(self._groups[key])
-        return self._groups[key]
+        if ranks not in self._groups:
+            self._groups[ranks] = self.everyone.subgroup(ranks)
+            self._made.append(self._groups[ranks])
+        return self._groups[ranks]
 
     def channel(self, group: Group) -> Group:
         """Return a duplicate of a group for one purpose, whose messages cannot match any others. All members call."""

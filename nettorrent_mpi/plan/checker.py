@@ -57,7 +57,7 @@ class _Actor:
     kind_of_replica: int
     stage: int
     actions: Actions
-    ranks: list[int]
+    ranks: Sequence[int]
     at: int = 0
     # For activations (A) and gradients (G): the micro-batches sent, and those whose receives were posted, in order;
     sent: dict[str, list[int | None]] = field(default_factory=lambda: {"A": [], "G": []})
@@ -83,18 +83,21 @@ class _Actor:
 def _actors(topology: Topology, lists: Sequence[Actions]) -> list[_Actor]:
     if len(lists) not in (len(topology.stages), topology.size):
         raise ScheduleError(f"{len(lists)} lists for {len(topology.stages)} stages of {topology.size} ranks")
-    per_rank = len(lists) == topology.size
+    if len(lists) == len(topology.stages):  # then all replicas are equivalent
+        return [_Actor(0, s, actions, topology.swarm(s)) for s, actions in enumerate(lists)]
     known: dict[tuple[Action, ...], int] = {}
     numbers = [known.setdefault(tuple(actions), len(known)) for actions in lists]
     kinds: dict[tuple[int, ...], int] = {}
     actors: dict[tuple[int, int, int], _Actor] = {}
+    members: dict[tuple[int, int, int], list[int]] = {}
     for replica in range(topology.replicas):
-        team = [(s, rank, numbers[rank if per_rank else s]) for s in range(len(topology.stages))
-                for rank in topology.team(replica, s)]  # fmt: skip
+        team = [(s, rank, numbers[rank]) for s in range(len(topology.stages)) for rank in topology.team(replica, s)]
         kind = kinds.setdefault(tuple(number for _, _, number in team), len(kinds))
         for s, rank, number in team:
-            actor = actors.setdefault((kind, s, number), _Actor(kind, s, lists[rank if per_rank else s], []))
-            actor.ranks.append(rank)
+            actor = actors.setdefault((kind, s, number), _Actor(kind, s, lists[rank], []))
+            members.setdefault((kind, s, number), []).append(rank)
+    for key, actor in actors.items():
+        actor.ranks = members[key]
     return list(actors.values())
 
 

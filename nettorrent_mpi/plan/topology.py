@@ -4,11 +4,11 @@ layouts."""
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from nettorrent_mpi.plan.blocks import Span, span
 
@@ -56,6 +56,54 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RepeatedRange(Sequence[int]):
+    """A RepeatedRange has the numbers of a range moved by each of several offsets, one after another. Like a range it
+    takes the same memory for any number of ranks, and its hash does not visit them."""
+
+    offsets: range
+    each: range
+
+    def __len__(self) -> int:
+        return len(self.offsets) * len(self.each)
+
+    def __iter__(self) -> Iterator[int]:
+        return (offset + rank for offset in self.offsets for rank in self.each)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        repetition, place = divmod(places, len(self.each))
+        return self.offsets[repetition] + self.each[place]
+
+    def __contains__(self, rank: object) -> bool:
+        return any(rank - offset in self.each for offset in self.offsets) if isinstance(rank, int) else False
+
+
+def repeated(offsets: range, each: range) -> range | RepeatedRange:
+    """Return the numbers of `each` moved by each offset: a range where they are evenly spaced, so that the same ranks
+    are equal however they were found."""
+    if len(offsets) == 1:
+        return range(each.start + offsets[0], each.stop + offsets[0], each.step)
+    if len(each) == 1:
+        return range(each[0] + offsets.start, each[0] + offsets.stop, offsets.step)
+    if offsets.step == each.step * len(each):
+        return range(each.start + offsets[0], each[-1] + offsets[-1] + 1, each.step)
+    return RepeatedRange(offsets, each)
+
+
+def compact(ranks: Sequence[int]) -> Sequence[int]:
+    """Return these ranks as a range where they ascend evenly, else as a tuple."""
+    step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    found = range(ranks[0], ranks[-1] + 1, max(step, 1))
+    return found if list(found) == list(ranks) else tuple(ranks)
+
+
+@dataclass(frozen=True)
 class Topology:
     """The topology of a run: `replicas` copies of the stages.
 
@@ -79,6 +127,11 @@ class Topology:
         return [0, *accumulate(stage.size for stage in self.stages)]
 
     @property
+    def _firsts(self) -> range:
+        """The first rank of each replica."""
+        return range(0, self.size, self._offsets[-1])
+
+    @property
     def size(self) -> int:
         """The ranks of the run."""
         return self.replicas * self._offsets[-1]
@@ -94,36 +147,36 @@ class Topology:
         """Return the rank at a position: the inverse of `place`."""
         return replica * self._offsets[-1] + self._offsets[stage] + row * self.stages[stage].cols + col
 
-    def team(self, replica: int, stage: int) -> list[int]:
+    def team(self, replica: int, stage: int) -> range:
         """Return the ranks of one stage in one replica, in the order row * cols + col."""
         first = self.rank(replica, stage, 0, 0)
-        return list(range(first, first + self.stages[stage].size))
+        return range(first, first + self.stages[stage].size)
 
-    def replica(self, replica: int) -> list[int]:
+    def replica(self, replica: int) -> range:
         """Return all ranks of a replica."""
-        first = self.rank(replica, 0, 0, 0)
-        return list(range(first, first + self._offsets[-1]))
+        return range(replica * self._offsets[-1], (replica + 1) * self._offsets[-1])
 
-    def swarm(self, stage: int) -> list[int]:
+    def swarm(self, stage: int) -> Sequence[int]:
         """Return all ranks of a stage, over all replicas: replicas in order, each team in its order."""
-        return [rank for replica in range(self.replicas) for rank in self.team(replica, stage)]
+        return repeated(self._firsts, self.team(0, stage))
 
-    def peers(self, stage: int, row: int, col: int) -> list[int]:
+    def peers(self, stage: int, row: int, col: int) -> range:
         """Return the ranks at the same position in every replica, among which weights are exchanged."""
-        return [self.rank(replica, stage, row, col) for replica in range(self.replicas)]
+        return range(self.rank(0, stage, row, col), self.size, self._offsets[-1])
 
-    def row_group(self, replica: int, stage: int, col: int) -> list[int]:
+    def row_group(self, replica: int, stage: int, col: int) -> range:
         """Return all rows of a team that hold the same neurons (col)."""
-        return [self.rank(replica, stage, row, col) for row in range(self.stages[stage].rows)]
+        return self.team(replica, stage)[col :: self.stages[stage].cols]
 
-    def col_group(self, replica: int, stage: int, row: int) -> list[int]:
+    def col_group(self, replica: int, stage: int, row: int) -> range:
         """Return all cols of a team that work on the same rows of the mini-batch."""
-        return [self.rank(replica, stage, row, col) for col in range(self.stages[stage].cols)]
+        cols = self.stages[stage].cols
+        return self.team(replica, stage)[row * cols : (row + 1) * cols]
 
-    def exact_group(self, stage: int, col: int) -> list[int]:
+    def exact_group(self, stage: int, col: int) -> Sequence[int]:
         """Return all ranks that hold the same neurons, over replicas, then rows, whose gradients an exact exchange
         reduces."""
-        return [rank for replica in range(self.replicas) for rank in self.row_group(replica, stage, col)]
+        return repeated(self._firsts, self.row_group(0, stage, col))
 
     def batch_rows(self, place: Place, batch_size: int, micro_batches: int, micro_batch: int) -> Span:
         """Return the rows of the mini-batch (0..batch_size-1) that this place has in a micro-batch; may be empty.

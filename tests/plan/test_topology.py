@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.errors import LayoutError
 from nettorrent_mpi.plan.layouts import factor, given_layout, layers_layout, layout_of, partition
-from nettorrent_mpi.plan.topology import LayerFacts, Place, Stage, Topology
+from nettorrent_mpi.plan.topology import LayerFacts, Place, Stage, Topology, compact
 
 Networks = dict[str, list[LayerFacts]]
 
@@ -63,10 +64,44 @@ def test_every_kind_of_group_divides_the_ranks(topology: Topology) -> None:
     for replica, (s, stage) in itertools.product(replicas, numbered):
         team = t.team(replica, s)
         assert [t.place(rank)[2:] for rank in team] == [(i, j) for i in range(stage.rows) for j in range(stage.cols)]
-        assert team == list(range(team[0], team[-1] + 1)), "neighbouring ranks"
+        assert team == range(team[0], team[-1] + 1), "neighbouring ranks"
     for group in kinds["exact_group"]:
         assert len({(t.place(rank).stage, t.place(rank).col) for rank in group}) == 1
         assert [t.place(rank) for rank in group] == sorted(t.place(rank) for rank in group)
+
+
+@settings(max_examples=200, deadline=None)
+@given(topologies())
+def test_groups_are_the_ranks_at_their_places(topology: Topology) -> None:
+    t, found = topology, dict[tuple[int, ...], list[Sequence[int]]]()
+    places = [t.place(rank) for rank in everywhere(t)]
+    for own in places:
+        replica, stage, row, col = own
+        swarm = [rank for rank, p in enumerate(places) if p.stage == stage]
+        groups = [
+            (t.swarm(stage), swarm),
+            (t.exact_group(stage, col), [rank for rank in swarm if places[rank].col == col]),
+            (t.team(replica, stage), [rank for rank in swarm if places[rank].replica == replica]),
+            (t.replica(replica), [rank for rank, p in enumerate(places) if p.replica == replica]),
+            (t.peers(stage, row, col), [rank for rank in swarm if places[rank][2:] == (row, col)]),
+            (t.row_group(replica, stage, col), [t.rank(replica, stage, i, col) for i in range(t.stages[stage].rows)]),
+            (t.col_group(replica, stage, row), [t.rank(replica, stage, row, j) for j in range(t.stages[stage].cols)]),
+        ]
+        for group, expected in groups:
+            assert list(group) == [group[i] for i in range(len(group))] == expected
+            assert [rank in group for rank in everywhere(t)] == [rank in expected for rank in everywhere(t)]
+            assert list(group[1:3]) == expected[1:3]
+            found.setdefault(tuple(expected), []).append(group)
+    for alike in found.values():  # the same ranks are one key, however they were found
+        assert len(set(alike)) == 1
+    assert len({each for alike in found.values() for each in alike}) == len(found)
+
+
+@pytest.mark.parametrize("ranks", [(3,), (0, 1, 2), (1, 4, 7), (0, 1, 3), (5, 2), (0, 2, 1)])
+def test_ranks_that_ascend_evenly_become_a_range(ranks: tuple[int, ...]) -> None:
+    found = compact(ranks)
+    assert tuple(found) == ranks
+    assert isinstance(found, range) == (ranks in [(3,), (0, 1, 2), (1, 4, 7)])
 
 
 @settings(max_examples=300, deadline=None)
