@@ -29,7 +29,7 @@ from nettorrent_mpi import env
 if "mpi4py.MPI" not in sys.modules:
     env.prepare()  # MPI reads its environment when it loads, and so do BLAS threads where NumPy is not loaded yet
 
-from nettorrent_mpi.comm.activity import NOW, OUTSIDE, STARTING
+from nettorrent_mpi.comm.activity import NOW, OUTSIDE, START, STARTING
 from nettorrent_mpi.comm.failures import lost, survivable
 from nettorrent_mpi.comm.script_errors import abort_after_error
 from nettorrent_mpi.comm.watchdog import Watchdog
@@ -96,6 +96,7 @@ class Trainer:
 
         Raises UserErrors, on all ranks alike. Gives NetTorrentWarnings, on rank 0 alone.
         """
+        START.begin("run folder" if isinstance(comm, World) else "imports")
         self._world = world = comm if isinstance(comm, World) else World(comm)
         self._closers: list[Callable[[], None]] = [] if world is comm else [world.free]
         self._runs: list[weakref.ref[Any]] = []
@@ -104,8 +105,10 @@ class Trainer:
             self._closers.append(signals.close)
         atexit.register(self._end_of_script)
         NOW.enter(STARTING)
+        START.reached("MPI")
         try:
             self.planned = self._plan(network, data, settings)
+            START.reached("plan")
             if self.setup.topology.size != world.size:
                 with world.agreement():
                     raise LayoutError(f"the plan is for {self.setup.topology.size} ranks, not for {world.size}")
@@ -114,8 +117,10 @@ class Trainer:
             world.same("data set", self.setup.data_line)
             self._engine = Engine(world, self.setup.plan)
             self._closers.insert(0, self._engine.close)
+            START.reached("engine")
             with world.agreement():
                 self._engine.open_data(self.setup.dataset, self.setup.sampler)
+            START.reached("data")
             self._engine.wiring.warn_of_copies()
             config = self.setup.config
             saving = Saving(config.checkpoint, self._engine.sampler.steps_per_epoch)
@@ -386,6 +391,7 @@ class Trainer:
             "world_size": world.size,
             "layout": self.setup.layout_line,
             "steps": loop.step,
+            "start_seconds": dict(START.seconds),
             "train_seconds": round(loop.clock.seconds, 3),
             "samples_per_second": loop.clock.samples_per_second,
             **{name: final[name] for name in chosen if name in final},

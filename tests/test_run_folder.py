@@ -227,6 +227,10 @@ def test_summary(done: Done) -> None:
     assert summary["test_accuracy"] == last["test_accuracy"]
     assert summary["final_loss"] == last["train_loss"]
     assert 0 < summary["train_seconds"] <= last["time"]
+    started = summary["start_seconds"]
+    assert list(started) == ["imports", "MPI", "plan", "run folder", "engine", "data", "first step"]
+    assert all(seconds >= 0 for seconds in started.values())
+    assert 0.02 < started["imports"] < 60
     assert summary["samples_per_second"] > 0
 
 

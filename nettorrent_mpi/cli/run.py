@@ -18,7 +18,7 @@ from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.cli.requested import plan_requested, read
 from nettorrent_mpi.cli.run_folder import RunFolder
 from nettorrent_mpi.cli.time_left import TimeLeft
-from nettorrent_mpi.comm.activity import NOW
+from nettorrent_mpi.comm.activity import NOW, START
 from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
@@ -40,7 +40,9 @@ DIVERGED = 1  # exit code: the training diverged, though all numbers are finite
 
 def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
     """Run `nettorrent train` on all ranks; returns the exit code."""
+    START.reached("imports")
     with Ranks() as ranks:
+        START.reached("MPI")
         run = ranks.complete(lambda: _start(ranks, arguments, chosen, signals))
         while run is not None:
             try:
@@ -67,6 +69,7 @@ def _start(ranks: Ranks, arguments: Sequence[str], chosen: str, signals: Signals
             sys.stdout.write(text)
         return None
     planned, device = plan_requested(world, args)
+    START.reached("plan")
     if args.dry_run:
         hosts = world.gather_objects(world.host)
         if world.rank == 0:

@@ -6,14 +6,17 @@ Writing is two assignments for each action of a schedule; nothing waits and noth
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nettorrent_mpi.comm.processes import this_process
 from nettorrent_mpi.plan.actions import Action
 
 STARTING, TRAINING, OUTSIDE = "start-up", "training", "the script's own code"
+FIRST_STEP = "first step"
 
 
 class Waiting:
@@ -58,4 +61,35 @@ class Activity:
             self.enter(before)
 
 
-NOW = Activity()
+class StartUp:
+    """A StartUp has the `seconds` of this process's start by phase, in order, up to the end of the first step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter() - _age()
+
+    def begin(self, phase: str) -> None:
+        """End the phase before a trainer is made: `phase` for the first one of this process. Another one starts
+        anew."""
+        if FIRST_STEP in self.seconds:
+            self.seconds, self._since = {}, time.perf_counter()
+        else:
+            self.reached(phase)
+
+    def reached(self, phase: str) -> None:
+        """End a phase, unless the first step is over."""
+        if FIRST_STEP not in self.seconds:
+            now = time.perf_counter()
+            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self._since, 3)
+            self._since = now
+
+
+def _age() -> float:
+    """Return the seconds since this process was started; 0 if unknown."""
+    started = this_process().started
+    if not started:
+        return 0.0
+    return max(time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK"), 0.0)
+
+
+NOW, START = Activity(), StartUp()

@@ -53,9 +53,9 @@ class Beats:
         here = world.nodes[world.index]
         self.local = [rank for rank, node in enumerate(world.nodes) if node == here]
         self._ways = [
-            [*([("127.0.0.1", member.addresses[0][1])] if rank in self.local else []), *member.addresses[1:]]
+            [*([("127.0.0.1", member.addresses[0][1])] if node == here else []), *member.addresses[1:]]
             or member.addresses
-            for rank, member in enumerate(self.members)
+            for node, member in zip(world.nodes, self.members, strict=True)
         ]
         self._known: dict[int, Address] = {}  # where a rank's messages come from
         self._number = 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -29,23 +30,23 @@ class Group:
     def __init__(
         self,
         comm: MPI.Intracomm | None,
-        nodes: Sequence[int] | None = None,
+        nodes: Sequence[int] | Callable[[], Sequence[int]] | None = None,
         kin: set[Group] | None = None,
-        ranks: tuple[int, ...] | None = None,
+        ranks: Callable[[], tuple[int, ...]] | None = None,
     ):
         """Wrap a communicator, None where this process is alone; without `nodes` the members determine them
-        collectively."""
+        collectively. What is callable is called when it is first asked for."""
         self.kin = set() if kin is None else kin
         self.kin.add(self)
-        self._ranks = ranks
+        self._nodes, self._ranks = (0,) if nodes is None else nodes, ranks
         self._alone = comm is None
         self.comm = cast("MPI.Intracomm", comm)
         self.size, self.index = 1, 0
-        self.nodes: tuple[int, ...] = (0,)
         if not self._alone:
             self.comm.Set_errhandler(MPI.ERRORS_RETURN)
             self.size, self.index = self.comm.Get_size(), self.comm.Get_rank()
-            self.nodes = tuple(nodes if nodes is not None else _nodes(self.comm))
+            if nodes is None:
+                self._nodes = _nodes(self.comm)
 
     def free(self) -> None:
         """Free the communicator. All members call."""
@@ -60,10 +61,15 @@ class Group:
             for group in self.kin:
                 group.comm.Revoke()
 
+    @cached_property
+    def nodes(self) -> tuple[int, ...]:
+        """Each member's node, as the number of the first member there."""
+        return tuple(self._nodes() if callable(self._nodes) else self._nodes)
+
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Return the members' numbers in the world that this group was made from, for the watchdog."""
-        return tuple(range(self.size)) if self._ranks is None else self._ranks
+        """The members' numbers in the world that this group was made from, for the watchdog."""
+        return tuple(range(self.size)) if self._ranks is None else self._ranks()
 
     @property
     def is_broken(self) -> bool:
@@ -72,17 +78,26 @@ class Group:
 
     def duplicate(self) -> Group:
         """Return a group of the same members whose messages cannot match those of this one."""
-        return Group(None if self._alone else self.comm.Dup(), self.nodes, self.kin, self.ranks)
+        return Group(None if self._alone else self.comm.Dup(), lambda: self.nodes, self.kin, lambda: self.ranks)
 
     def subgroup(self, members: Sequence[int]) -> Group:
         """Return the group of these members, in this order. Its members alone call, in the same order of groups."""
         if self._alone:
             return Group(None)
-        chosen = self.comm.group.Incl(list(members))
+        everyone = self.comm.group
+        if isinstance(members, range):
+            chosen = everyone.Range_incl([(members[0], members[-1], members.step)])
+        else:
+            chosen = everyone.Incl(list(members))
         comm = self.comm.Create_group(chosen, tag=_tag(members))
         chosen.Free()
-        ranks = tuple(self.ranks[member] for member in members)
-        return Group(comm, [self.nodes[member] for member in members], self.kin, ranks)
+        everyone.Free()
+        return Group(
+            comm,
+            lambda: tuple(map(self.nodes.__getitem__, members)),
+            self.kin,
+            cache(lambda: tuple(map(self.ranks.__getitem__, members))),
+        )
 
     @property
     def on_one_node(self) -> bool:
@@ -92,7 +107,8 @@ class Group:
     @property
     def by_nodes(self) -> list[int]:
         """Return all members, those of a node side by side."""
-        return sorted(range(self.size), key=lambda member: (self.nodes.index(self.nodes[member]), member))
+        firsts = {node: number for number, node in enumerate(dict.fromkeys(self.nodes))}
+        return sorted(range(self.size), key=lambda member: firsts[self.nodes[member]])
 
     # -- collective operations --------------------------------------------------------------------------------------
 
@@ -191,14 +207,18 @@ def trade(messages: Sequence[tuple[Group, Array, int, bool]], tag: int) -> None:
 def _nodes(comm: MPI.Intracomm) -> list[int]:
     """Return for each rank the first one that runs on the same node. All ranks call."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    first = node.bcast(comm.Get_rank())
+    first = np.array([comm.Get_rank()])
+    node.Bcast(first)
     node.Free()
-    return comm.allgather(first)
+    found = np.empty(comm.Get_size(), first.dtype)
+    comm.Allgather(first, found)
+    return [int(each) for each in found]
 
 
 def _tag(members: Sequence[int]) -> int:
     """Return a tag for making this group, so that overlapping groups are not confused."""
-    return sum((i + 1) * (member + 7) for i, member in enumerate(members)) % 30000
+    numbers = np.asarray(members, np.int64)
+    return int((np.arange(1, len(numbers) + 1) * (numbers + 7) % 30000).sum() % 30000)
 
 
 LARGEST_MESSAGE = 1 << 30  # bytes; MPI counts are C ints, and some transports fail at 2 GiB

@@ -63,7 +63,8 @@ class Watch:
         self.signs = {rank: SignOfLife(rank) for rank in range(world.size)}
         self._judge, self._emergency = judge, emergency
         firsts = [rank for rank, node in enumerate(world.nodes) if node == rank]
-        self._listeners = [*firsts, *(rank for rank in range(world.size) if rank not in firsts)][:LISTENERS]
+        near = range(min(world.size, 2 * LISTENERS))  # enough of them where there are fewer nodes than listeners
+        self._listeners = list(dict.fromkeys([*firsts[:LISTENERS], *near]))[:LISTENERS]
         at = self.beats.local.index(world.index)
         self._neighbours = [*self.beats.local[at + 1 :], *self.beats.local[:at]]
         self._spy, self._count = Spy(), -1

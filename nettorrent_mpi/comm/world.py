@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+import numpy as np
+
 from nettorrent_mpi import env
 from nettorrent_mpi.comm import library
 from nettorrent_mpi.comm.failures import lost, survivable
@@ -22,6 +24,7 @@ from nettorrent_mpi.comm.script_errors import look_after_script
 from nettorrent_mpi.comm.starting import StartWatch
 from nettorrent_mpi.comm.watchdog import Watchdog
 from nettorrent_mpi.plan.errors import LaunchError, LostRanksError, NetTorrentError, RemoteError, in_one_line
+from nettorrent_mpi.plan.topology import compact
 
 T = TypeVar("T")
 
@@ -80,10 +83,12 @@ class World(Group):
         }
         self.threads = levels[MPI.Query_thread()]
         if self.size == MPI.COMM_WORLD.Get_size():
-            told = self.gather_objects((this_process(), shared_files()))
-            here = [told[i] for i, node in enumerate(self.nodes) if node == self.nodes[self.index]]
-            LAUNCHER.siblings = [sibling for sibling, _ in here if sibling != this_process()]
-            unname(files for _, files in here)
+            here = [rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.index]]
+            neighbours = self.subgroup(compact(here))
+            told = neighbours.gather_objects((this_process(), shared_files()))
+            neighbours.free()
+            LAUNCHER.siblings = [sibling for sibling, _ in told if sibling != this_process()]
+            unname(files for _, files in told)
 
     @property
     def rank(self) -> int:
@@ -132,8 +137,9 @@ class World(Group):
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.size, self.index = self.comm.Get_size(), self.comm.Get_rank()
         self._count()
-        kept = [nodes[before.index(number)] for number in self.numbers]
-        self.nodes = tuple(kept.index(node) for node in kept)
+        known = dict(zip(before, nodes, strict=True))
+        firsts: dict[int, int] = {}
+        self.nodes = tuple(firsts.setdefault(known[number], i) for i, number in enumerate(self.numbers))
         if self.watchdog is not None:
             self.watchdog.meet(self, self.host)
 
@@ -171,6 +177,12 @@ class World(Group):
         error.agreed = self.members if not isinstance(error, RemoteError) else frozenset()
         return error
 
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. All ranks call."""
+        found = np.array([flag], np.int32)
+        self.maximum(found)
+        return bool(found[0])
+
     @contextmanager
     def agreement(self) -> Iterator[None]:
         """Turn an error of one rank inside the `with` block into an error of all ranks.
@@ -188,6 +200,8 @@ class World(Group):
         if problem is not None and lost(problem, self):
             raise problem  # nobody waits for this rank: all are woken
         ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
+        if not self._any(ours is not None):
+            return
         found = self.gather_objects(ours)
         if problem is not None and not isinstance(problem, NetTorrentError):
             raise problem
@@ -219,6 +233,9 @@ class World(Group):
 
     def same(self, what: str, value: str) -> None:
         """Raise a LaunchError on all ranks unless every rank holds the same value."""
+        first = self.comm.bcast(value) if self.size > 1 else value
+        if not self._any(value != first):
+            return
         values = self.gather_objects(value)
         for rank, other in enumerate(values):
             if other != values[0]:

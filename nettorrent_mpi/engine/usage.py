@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 # isort: split
 from pathlib import Path, PurePosixPath
 
+from nettorrent_mpi.comm.activity import FIRST_STEP, START
 from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.specs import Conv2d, flat
@@ -54,6 +55,7 @@ class Clock:
         assert self._since is not None
         self._steps += 1
         self._rows += rows
+        START.reached(FIRST_STEP)
         over, self._measuring = self._measuring and not measuring, measuring
         if self._steps == WARM_UP or over:
             self.settle()

@@ -8,6 +8,7 @@ only some time later (a barrier that nobody waits for tells them).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -38,7 +39,7 @@ def buddies(nodes: Sequence[int]) -> list[int]:
     size, half = len(nodes), len(nodes) // 2
     if size == 1:
         return [0]
-    counts = {node: list(nodes).count(node) for node in nodes}
+    counts = Counter(nodes)
     order = sorted(range(size), key=lambda rank: (-counts[nodes[rank]], nodes[rank], rank))
     found = [0] * size
     for a, b in ((order[i], order[i + half]) for i in range(half)):

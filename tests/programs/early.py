@@ -38,7 +38,7 @@ if rank in (os.environ.get("OMPI_COMM_WORLD_RANK"), os.environ.get("PMI_RANK")):
         assert MPI.Is_initialized()
         die()
     elif moment == "meet":
-        world.World.gather_objects = die  # type: ignore[method-assign,assignment]
+        world.shared_files = die  # type: ignore[assignment]
     elif moment == "watch":
         world.Watchdog = die  # type: ignore[misc,assignment]
     else:
