@@ -31,7 +31,7 @@ from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.speedup.machine import Launcher, describe_host, in_words
 
 HERE = Path(__file__).resolve().parent
-WIDTH, LAYERS, ROWS, PIECES = 1024, 8, 512, 8
+WIDTH, LAYERS, ROWS, PIECES = 512, 8, 512, 8
 # The first layer needs no gradient of its inputs, and so has half as many inputs more.
 INPUTS = WIDTH * 3 // 2
 PIPELINES: dict[str, str] = {
@@ -129,7 +129,9 @@ def main() -> None:
         return
     inside = ["-c", "from benchmarks import zero_bubble; zero_bubble.main()", "--inside"]
     inside += ["--segments", str(asked.segments), "--steps", str(asked.steps), "--kernels", asked.kernels]
-    environment = {**os.environ, **as_root(), "OPENBLAS_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    environment = {**os.environ, **as_root(), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} | {
+        "OMPI_MCA_mpi_yield_when_idle": "1"
+    }
     run = subprocess.run(
         Launcher().command(2, [sys.executable, *inside]), env=environment, capture_output=True, text=True, check=False
     )
