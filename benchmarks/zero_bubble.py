@@ -31,7 +31,7 @@ from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.speedup.machine import Launcher, describe_host, in_words
 
 HERE = Path(__file__).resolve().parent
-WIDTH, LAYERS, ROWS, PIECES = 512, 8, 512, 8
+WIDTH, LAYERS, ROWS, PIECES = 1024, 8, 512, 8
 # The first layer needs no gradient of its inputs, and so has half as many inputs more.
 INPUTS = WIDTH * 3 // 2
 PIPELINES: dict[str, str] = {
@@ -137,7 +137,8 @@ def main() -> None:
     )
     if run.returncode:
         sys.exit(run.stderr)
-    measured = {k: v for k, v in json.loads(run.stdout.strip().splitlines()[-1]).items() if k != "rank"}
+    line = next(each for each in run.stdout.splitlines() if each.startswith("{"))
+    measured = {key: value for key, value in json.loads(line).items() if key != "rank"}
     print("measured, 2 stages:", measured, flush=True)
     told = predictions(asked.kernels)
     for each in told:

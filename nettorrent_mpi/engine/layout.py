@@ -132,30 +132,38 @@ def micro_batches(config: Config, network: Network, topology: Topology, machine:
     long as every replica has a row of each. A zero-bubble pipeline has as many as are predicted to be fastest: see
     `_fastest_pieces`.
     """
-    return micro_batches_of(config, network, len(topology.stages), topology.replicas, machine)
+    if _chooses(config, network, len(topology.stages)):
+        return _fastest_pieces(config, network, topology, machine)
+    return micro_batches_of(config, network, len(topology.stages), topology.replicas)
 
 
 def micro_batches_of(
     config: Config, network: Network, stages: int, replicas: int = 1, machine: Machine | None = None
 ) -> int:
-    """Return what `micro_batches` does for a layout with these numbers of stages and replicas."""
+    """Return what `micro_batches` does for a layout with these numbers of stages and replicas, of one rank each."""
+    if _chooses(config, network, stages):
+        parts = partition([facts.operations for facts in network.facts], stages)
+        topology = Topology(replicas, tuple(Stage(*part, 1, 1) for part in parts))
+        return _fastest_pieces(config, network, topology, machine)
     automatic = MICRO_BATCHES
     if not network.has_batch_norm:
         if stages == 1:
             automatic = 1
         elif isinstance(config.pipeline, Async):
             automatic = max(automatic, min(stages, config.train.batch_size // replicas))
-        elif isinstance(config.pipeline, ZeroBubble) and config.train.micro_batches == "auto":
-            automatic = _fastest_pieces(config, network, stages, replicas, machine)
     return _pieces(config, automatic)
 
 
-def _fastest_pieces(config: Config, network: Network, stages: int, replicas: int, machine: Machine | None) -> int:
+def _chooses(config: Config, network: Network, stages: int) -> bool:
+    """Whether the number of micro-batches is the one that is predicted to be fastest."""
+    free = config.train.micro_batches == "auto" and not network.has_batch_norm
+    return free and stages > 1 and isinstance(config.pipeline, ZeroBubble)
+
+
+def _fastest_pieces(config: Config, network: Network, topology: Topology, machine: Machine | None) -> int:
     """Return one to four times as many micro-batches as there are stages: the fewest with which the predicted step is
-    nearly the fastest, in teams of one rank. More shorten the bubble, and each costs calls and messages."""
-    parts = partition([facts.operations for facts in weighed(network.facts, machine or Machine(), 1)], stages)
-    topology = Topology(replicas, tuple(Stage(*part, 1, 1) for part in parts))
-    most = max(config.train.batch_size // replicas, 1)
+    nearly the fastest. More shorten the bubble, and each costs calls and messages."""
+    stages, most = len(topology.stages), max(config.train.batch_size // topology.replicas, 1)
     counts = sorted({min(times * stages, most) for times in (1, 2, 3, 4)})
     seconds = [_predicted(config, network, topology, count, machine).seconds for count in counts]
     return next(count for count, each in zip(counts, seconds, strict=True) if each <= AS_FAST * min(seconds))

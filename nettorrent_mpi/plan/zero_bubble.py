@@ -124,12 +124,20 @@ def _simulated(paces: Paces, micro_batches: int, most: Sequence[int]) -> list[Ac
     stages = [_Stage(pace, micro_batches, limit) for pace, limit in zip(paces, most, strict=True)]
     stages[0].forward = [0.0] * micro_batches
     lists: list[Actions] = [[] for _ in stages]
+    ready: dict[int, tuple[float, Kind]] = {}  # what each stage does next
+    changed = range(len(stages))
     while True:
-        ready = [(*found, s) for s, stage in enumerate(stages) if (found := stage.next())]
+        for s in changed:
+            found = stages[s].next()
+            if found:
+                ready[s] = found
+            else:
+                ready.pop(s, None)
         if not ready:
             return lists
-        start, kind, s = min(ready, key=lambda each: (each[0], each[2]))
-        stage, pace = stages[s], paces[s]
+        s = min(ready, key=lambda each: (ready[each][0], each))
+        (start, kind), stage, pace = ready[s], stages[s], paces[s]
+        changed = range(max(s - 1, 0), min(s + 2, len(stages)))
         lists[s].append(Action(s, kind, stage.done[kind]))
         stage.done[kind] += 1
         if kind == "F":
