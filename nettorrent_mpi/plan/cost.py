@@ -125,7 +125,8 @@ def _for(pipeline: str, steps: Sequence[StageStep], machine: Machine) -> list[St
     micro-batch."""
     if pipeline not in PACED or len(steps) == 1:
         return list(steps)
-    return [replace(t, backward=t.backward + machine.call, weights=t.weights + machine.call) for t in steps]
+    more = machine.overhead
+    return [replace(t, backward=t.backward + more, weights=t.weights + more) for t in steps]
 
 
 def _flushed(

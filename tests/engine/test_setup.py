@@ -16,6 +16,7 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError, ShapeError
 from nettorrent_mpi.plan.layouts import layers_layout
+from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.search import fast_layouts
 from nettorrent_mpi.plan.topology import Stage, Topology
 
@@ -97,12 +98,31 @@ def test_layout_auto_counts_a_common_sum_only_where_replicas_are_alike() -> None
         (["pipeline=async", "train.micro_batches=2"], 9, 1, 2),
         (["pipeline=async", "train.batch_size=3"], 9, 1, 3),
         (["pipeline=gpipe"], 9, 1, 4),
+        (["pipeline=zero_bubble"], 1, 1, 1),
+        (["pipeline=zero_bubble", "train.micro_batches=7"], 2, 1, 7),
+        (["pipeline=zero_bubble", "train.batch_size=3"], 4, 1, 3),
     ],
 )
 def test_micro_batches(changes: list[str], stages: int, replicas: int, expected: int) -> None:
     made = load(*changes)
     topology = Topology(replicas, tuple(Stage(s, s + 1, 1, 1) for s in range(stages)))
     assert micro_batches(made, network(made), topology) == expected
+
+
+def test_a_split_pipeline_has_the_micro_batches_that_are_predicted_to_be_fastest() -> None:
+    """As many as pay: fewer where calls cost more, none without a row in each replica."""
+    layers = "[flatten, " + ", ".join(["{linear: 512}"] * 5) + ", {linear: 10}]"
+    made = load("pipeline=zero_bubble", f"model.layers={layers}", "train.batch_size=256")
+    topology = Topology(1, (Stage(0, 3, 1, 1), Stage(3, 6, 1, 1)))
+
+    def found(**figures: float) -> int:
+        return micro_batches(made, network(made), topology, Machine(update=0.0, **figures))
+
+    assert found(overhead=0.0, latency=0.0, flops=1e9) == 6  # 8 would gain 1 %
+    assert found() == 4
+    assert found(overhead=1e-3) == 2
+    apart = Topology(100, topology.stages)
+    assert micro_batches(made, network(made), apart) == 2, "256 rows are 2 for each replica"
 
 
 @pytest.mark.parametrize("stages", [1, 3, 9])

@@ -161,7 +161,7 @@ def test_a_predicted_step() -> None:
     # where all stages wait for each other the last one's late start is part of the step
     assert predict(PIPE, FOUR, 12, 12, "zero_bubble", machine, stored=7, meets=True).seconds == pytest.approx(10 * 39)
     # a split pass is called twice
-    called = predict(PIPE, FOUR, 8, 8, "zero_bubble", Machine(**{**vars(machine), "call": 1.0}))
+    called = predict(PIPE, FOUR, 8, 8, "zero_bubble", Machine(**{**vars(machine), "overhead": 1.0}))
     assert called.compute == pytest.approx((240 + 3 * 8,) * 4)
 
 
