@@ -7,15 +7,17 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from nettorrent_mpi.__main__ import main
+from nettorrent_mpi.cli.runs import time_line
 from nettorrent_mpi.cli.runs.charts import Curve, chart, thinned
 from nettorrent_mpi.cli.runs.page import page
 from nettorrent_mpi.cli.runs.run_data import read_run
+from nettorrent_mpi.plan.actions import Kind
 from nettorrent_mpi.plan.topology import Stage, Topology
 from tests.browser import browser_page
 from tests.cli.runs.made import TWO, earlier, make, records, trace
@@ -196,6 +198,16 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     text = written(make(tmp_path / "run", metrics=[], ended=None))
     assert "No record yet" in text
     assert "stage 1, 1 x 1" in text
+
+
+def test_every_kind_of_action_has_words_and_a_colour() -> None:
+    assert set(time_line.WORDS) == set(get_args(Kind))
+    assert set(time_line.COLOURS) <= set(get_args(Kind))
+    style = (Path(time_line.__file__).parent / "report.css").read_text(encoding="utf-8")
+    for colour in {*time_line.COLOURS.values(), *time_line.LEGEND}:
+        assert colour in time_line.LEGEND
+        assert f".{colour} {{ --c: var(--{colour}); }}" in style
+        assert style.count(f"--{colour}: #") == 2, "on light and on dark paper"
 
 
 def test_another_file_is_replaced_only_if_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
