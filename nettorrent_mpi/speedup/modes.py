@@ -14,6 +14,7 @@ from nettorrent_mpi.config.writing import plain as plain_of
 from nettorrent_mpi.config.writing import to_plain
 from nettorrent_mpi.engine.run_plan import DeviceKind
 from nettorrent_mpi.engine.setup import Setup, set_up
+from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
@@ -82,14 +83,10 @@ def _stages(facts: Sequence[LayerFacts], ranks: int) -> Settings:
 
 def _pipeline(kind: str) -> Callable[[Config, Sequence[LayerFacts], int], Settings]:
     def settings(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
-        return {"layout": _stages(facts, ranks), "pipeline": {kind: {}}}
+        given = config.pipeline if config.pipeline.kind == kind else choices.PIPELINES[kind]()
+        return {"layout": _stages(facts, ranks), "pipeline": plain_of(given)}
 
     return settings
-
-
-def _async(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
-    given = config.pipeline if isinstance(config.pipeline, Async) else Async()
-    return {"layout": _stages(facts, ranks), "pipeline": plain_of(given)}
 
 
 def _replicas(config: Config, facts: Sequence[LayerFacts], ranks: int) -> Settings:
@@ -119,7 +116,8 @@ MODES: dict[str, Mode] = {
     "cols": Mode("neurons and filters divided", _cols),
     "gpipe": Mode("pipeline, GPipe", _pipeline("gpipe")),
     "1f1b": Mode("pipeline, 1F1B", _pipeline("1f1b")),
-    "async": Mode("pipeline without flush", _async),
+    "zero_bubble": Mode("pipeline, zero bubble", _pipeline("zero_bubble")),
+    "async": Mode("pipeline without flush", _pipeline("async")),
     "replicas": Mode("replicas, exact", _replicas),
     "gossip": Mode("replicas that gossip", _gossip),
     "elite": Mode("replicas, the best one wins", _elite),

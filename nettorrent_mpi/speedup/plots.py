@@ -20,7 +20,7 @@ from nettorrent_mpi.speedup.sides import PEERS, in_words, names
 
 # Okabe and Ito's colours, which colour-blind people can distinguish; where they do not suffice, marks differ.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 _PEER_LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _PART_COLOURS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#BBBBBB"), strict=True))
 

@@ -56,7 +56,7 @@ def test_three_ranks(mode: str, wanted: Any) -> None:
     assert grids(plan(mode, 3)) == wanted
 
 
-@pytest.mark.parametrize("mode", ["gpipe", "1f1b", "async"])
+@pytest.mark.parametrize("mode", ["gpipe", "1f1b", "zero_bubble", "async"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_pipelines_merge_neighbours(mode: str, ranks: int) -> None:
     made = plan(mode, ranks)
@@ -109,6 +109,7 @@ def test_what_is_not_possible_is_told(mode: str, ranks: int, changes: list[str],
         (["layers", "rows", "1f1b"], 3, [("layers", ("1f1b",)), ("rows", ())]),
         (["layers", "1f1b"], 5, [("layers", ()), ("1f1b", ())]),  # the latter is impossible
         (["gpipe", "1f1b", "async"], 2, [("gpipe", ()), ("1f1b", ()), ("async", ())]),
+        (["1f1b", "zero_bubble"], 2, [("1f1b", ()), ("zero_bubble", ())]),
         (["rows", "replicas", "gossip", "elite"], 2, [("rows", ()), ("replicas", ()), ("gossip", ()), ("elite", ())]),
     ],
 )

@@ -74,7 +74,8 @@ def _add_speedup(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--modes", metavar="MODE,...",
-        help="a selection of rows, cols, gpipe, 1f1b, async, replicas, gossip, elite, layers, auto (default: all)",
+        help="a selection of rows, cols, gpipe, 1f1b, zero_bubble, async, replicas, gossip, elite, layers, auto "
+        "(default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--peers", metavar="PEER,...",
