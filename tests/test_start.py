@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKS = {"pydantic", "yaml"}  # what rank 0 reads a configuration with
+CHECKS = {"pydantic", "yaml", "importlib.metadata"}  # what rank 0 reads a configuration with
 NEVER = {"rich", "h5py", "matplotlib", "subprocess", "multiprocessing", "asyncio"}  # before there is a use for it
 
 # The training, with each rank telling at the end of its first step which of these it has loaded.

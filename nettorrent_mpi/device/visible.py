@@ -10,7 +10,6 @@ import ctypes
 import re
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -102,6 +101,8 @@ def choose(ranks: Sequence[tuple[str, int | None, Sequence[str]]]) -> list[int]:
 
 def cupy_cuda() -> int:
     """Return the major version of CUDA that the installed CuPy is made for, 0 if unknown."""
+    from importlib.metadata import PackageNotFoundError, version  # a hundredth of a second, on every rank
+
     for major in DRIVERS:
         try:
             version(f"cupy-cuda{major}x")

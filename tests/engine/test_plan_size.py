@@ -1,4 +1,4 @@
-"""The plan of one rank of a hundred thousand takes little time and memory."""
+"""The plan of one rank of a hundred thousand takes little time and memory, and has the lists of the whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ import subprocess
 import sys
 
 import pytest
+
+from nettorrent_mpi.engine.run_plan import Options, Plan
+from nettorrent_mpi.engine.stage_schedule import StageSchedule
+from nettorrent_mpi.nn.model import Network
+from nettorrent_mpi.plan.actions import step_end
+from nettorrent_mpi.plan.exchange_specs import Gpipe, OneFOneB, ZeroBubble
+from nettorrent_mpi.plan.schedule import build
+from nettorrent_mpi.plan.specs import CrossEntropy, Linear, Sgd, Spec
+from nettorrent_mpi.plan.topology import Stage, Topology
 
 RANKS = 100_000
 LAYOUTS = ["layers", "auto", f"{{replicas: {RANKS // 5}}}", f"{{swarms: [{{layers: 5, rows: {RANKS}, cols: 1}}]}}"]
@@ -51,3 +60,15 @@ def test_one_of_a_hundred_thousand_ranks(layout: str, device: str) -> None:
     assert actions > 0
     assert seconds < SECONDS
     assert megabytes < MEGABYTES
+
+
+@pytest.mark.parametrize("pipeline", [Gpipe(), OneFOneB(), ZeroBubble()])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_a_rank_has_the_lists_of_the_whole(pipeline: Spec, stages: int) -> None:
+    network = Network([Linear(8) for _ in range(stages)], (6,))
+    topology = Topology(3, tuple(Stage(i, i + 1, 2, 1) for i in range(stages)))
+    options = Options(loss=CrossEntropy(), optimizer=Sgd(0.1), batch_size=48, micro_batches=4, pipeline=pipeline)
+    plan = Plan(network, topology, options)
+    lists = build(pipeline.kind, stages, 4, end=step_end(exact=plan.exact), paces=plan.paces)
+    for stage, actions in enumerate(lists):
+        assert StageSchedule(plan, stage).step(first=True, left=1, parts=False) == actions
