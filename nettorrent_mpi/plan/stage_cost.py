@@ -16,8 +16,8 @@ from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 
 RING = 16 << 10  # bytes of a shard from which gradients travel around a ring between nodes, while ranks compute
 # Part of a link's rate that rings reach: with Open MPI over TCP 0.66 to 0.71 of 50 Mbit/s, 0.67 to 0.85 of 200 Mbit/s,
-# 0.58 to 0.69 of 1 Gbit/s.
-RATE = 0.7
+# 0.58 to 0.69 of 1 Gbit/s. This is the middle.
+RATE = 0.72
 BUCKET = 1 << 20  # bytes of gradients that leave together between nodes
 TRAVEL = 0.7  # part of a step's compute within which a message of gossip has to arrive, where its length is free
 WORK = 0.07  # part of a step's compute that exchanging it may cost

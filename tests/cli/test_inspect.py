@@ -82,7 +82,8 @@ def test_what_is_damaged_or_missing(trained: Path, tmp_path: Path, capfd: pytest
     assert (code, [bool(each["damage"]) for each in json.loads(text)]) == (2, [True, True, True])
     code, _, error = told(capfd, tmp_path)
     told_of = "has none of a run's files: name the folder of a run, which `nettorrent train` makes"
-    assert (code, error) == (2, f"nettorrent: error: {tmp_path} {told_of}\n")
+    assert code == 2
+    assert error.startswith(f"nettorrent: error: {tmp_path} {told_of}")  # and which runs are near: of other tests, too
 
 
 @pytest.mark.parametrize("name", ["file", "allow_pickle", "model", "..", "\x1b[2J", b"caf\xff", "a\nb", "a/.."])
