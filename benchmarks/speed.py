@@ -247,7 +247,7 @@ def main() -> None:
         )
     launcher = Launcher(options.launcher)
     report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks speed", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks speed", *sys.argv[1:]]).replace(str(options.shallow), "CHECKOUT"),
         "repeats": options.repeats,
         "host": describe_host(),
         "cases": [],
