@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from nettorrent_mpi import env
-from nettorrent_mpi.plan.errors import UserError, in_one_line
+from nettorrent_mpi.plan.errors import INTERRUPTED, UserError, in_one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +16,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from nettorrent_mpi.cli.commands import find, tells_results, warnings_shown
     from nettorrent_mpi.cli.first import is_first
     from nettorrent_mpi.cli.streams import safe_streams
-    from nettorrent_mpi.engine.signals import INTERRUPTED
 
     with safe_streams() as output:
         try:

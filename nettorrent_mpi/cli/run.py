@@ -31,10 +31,9 @@ from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.engine.trainer import ACCURACY, PATIENCE, SIGNAL
 from nettorrent_mpi.engine.usage import faster, peak_memory
-from nettorrent_mpi.plan.errors import NetTorrentError
+from nettorrent_mpi.plan.errors import SIGNALLED, NetTorrentError
 from nettorrent_mpi.planning import PlannedRun
 
-SIGNALLED = 75  # exit code: stopped by a signal, a checkpoint is written (EX_TEMPFAIL of sysexits.h)
 DIVERGED = 1  # exit code: the training diverged, though all numbers are finite
 
 

@@ -12,13 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nettorrent_mpi.comm.launcher import LAUNCHER, depart, flush, tolerant
-from nettorrent_mpi.plan.errors import LaunchError
+from nettorrent_mpi.plan.errors import INTERRUPTED, SIGNALLED, LaunchError
 
 # Seconds that MPI may take to start, and to end after all ranks have met. It keeps Python's lock meanwhile, so only a
 # timer that needs no lock can end what hangs there.
 STARTING, ENDING = 600.0, 60.0
 WITHOUT_LOST = 5  # seconds that its end may take where it may wait for lost ranks, for ever (seen, 5.0.11)
-BY_SIGNAL = (75, 130)  # exit codes: stopped by a signal with a checkpoint, or at once by a second Ctrl-C
 
 __all__ = ["MPI", "loaded"]
 
@@ -32,7 +31,7 @@ def leave_early(code: int) -> None:
     """End this process with this code, without MPI's own end, where that may wait for lost ranks, and without Python's,
     where a signal has ended the work of a process that is alone: a second Ctrl-C may have hit what the end waits for.
     Its work is done."""
-    if tolerant() if loaded() else code in BY_SIGNAL:
+    if tolerant() if loaded() else code in (SIGNALLED, INTERRUPTED):
         flush()
         depart(code)
 

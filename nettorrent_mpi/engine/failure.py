@@ -8,8 +8,7 @@ import traceback
 
 from nettorrent_mpi.comm.script_errors import line_of
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.engine.signals import INTERRUPTED
-from nettorrent_mpi.plan.errors import NetTorrentError, RemoteError, UserError, in_one_line
+from nettorrent_mpi.plan.errors import INTERRUPTED, NetTorrentError, RemoteError, UserError, in_one_line
 
 PATIENCE = 1.5  # seconds in which a failed rank reports its own error and ends all; later another rank does it
 

@@ -8,7 +8,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-INTERRUPTED = 130  # exit code of a run that a second Ctrl-C ends, as shells count: 128 + SIGINT
 EARLY = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm is told to send, and launchers pass on
 TRAINING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

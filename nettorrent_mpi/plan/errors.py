@@ -34,6 +34,10 @@ from contextlib import contextmanager
 
 _MOST = 20  # mistakes of a configuration that are told at once
 
+# Exit codes of runs that a signal has ended: stopped with a checkpoint (EX_TEMPFAIL of sysexits.h), and at once by a
+# second Ctrl-C (as shells count: 128 + SIGINT).
+SIGNALLED, INTERRUPTED = 75, 130
+
 
 class NetTorrentError(Exception):
     """The root of the tree. `exit_code` is the program's exit code if the error is not caught. `agreed` says that all

@@ -12,7 +12,6 @@ from pathlib import Path
 from nettorrent_mpi.api import watched
 from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.ranks import Ranks
-from nettorrent_mpi.cli.run import SIGNALLED
 from nettorrent_mpi.comm.activity import NOW, OUTSIDE
 from nettorrent_mpi.comm.failures import lost
 from nettorrent_mpi.comm.mail import Pending
@@ -23,7 +22,7 @@ from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.plan.blocks import span
-from nettorrent_mpi.plan.errors import ConfigError, DataError, LaunchError, UserError, warn
+from nettorrent_mpi.plan.errors import SIGNALLED, ConfigError, DataError, LaunchError, UserError, warn
 from nettorrent_mpi.tune import findings, samplers
 from nettorrent_mpi.tune.attempt import Attempt, in_words
 from nettorrent_mpi.tune.study import Claimant, Study

@@ -1,4 +1,4 @@
-"""What run.json says of a run: the commit that it runs from, and the parts that lead to a step."""
+"""run.json tells the commit that a run runs from, and the parts that lead to a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What --output names is looked at before the work: what cannot be written is told at once."""
+"""Commands look at the place that --output names before the work, and tell at once what cannot be written."""
 
 from __future__ import annotations
 

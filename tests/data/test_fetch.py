@@ -218,8 +218,8 @@ def test_tar_archive(server: Server, tmp_path: Path) -> None:
 
 
 def test_cifar_100_is_fetched_for_both_kinds_of_labels(server: Server, tmp_path: Path) -> None:
-    """In the publisher's layout: a folder with four files; a record is the coarse label, the fine label, and the red,
-    green and blue plane. The connection breaks once in the middle."""
+    """The archive has the publisher's layout: a folder with four files; a record is the coarse label, the fine label,
+    and the red, green and blue plane. The connection breaks once in the middle."""
     recipe = RECIPES["cifar100"]
     assert recipe == RECIPES["cifar100_coarse"]
     records = np.random.default_rng(0).integers(0, 256, (7, 3074), np.uint8)
@@ -309,8 +309,8 @@ def test_zip_archive(server: Server, tmp_path: Path) -> None:
 
 
 def test_every_part_of_emnist_comes_from_the_one_archive(server: Server, tmp_path: Path) -> None:
-    """In the publisher's layout: gzip/ with four IDX files and a mapping of each part. The connection breaks once in
-    the middle; an archive with another sum leaves nothing behind."""
+    """The archive has the publisher's layout: gzip/ with four IDX files and a mapping of each part. The connection
+    breaks once in the middle; an archive with another sum leaves nothing behind."""
     parts = {part: classes for part, (_, _, classes) in EMNIST.items()} | {"letters": 26}
     packed, stored = io.BytesIO(), {}
     with zipfile.ZipFile(packed, "w") as bundle:

@@ -110,7 +110,7 @@ def test_micro_batches(changes: list[str], stages: int, replicas: int, expected:
 
 
 def test_a_split_pipeline_has_the_micro_batches_that_are_predicted_to_be_fastest() -> None:
-    """As many as pay: fewer where calls cost more, none without a row in each replica."""
+    """There are as many micro-batches as pay: fewer where calls cost more, none without a row in each replica."""
     layers = "[flatten, " + ", ".join(["{linear: 512}"] * 5) + ", {linear: 10}]"
     made = load("pipeline=zero_bubble", f"model.layers={layers}", "train.batch_size=256")
     topology = Topology(1, (Stage(0, 3, 1, 1), Stage(3, 6, 1, 1)))

@@ -128,7 +128,7 @@ def test_equals_pytorch(spec: Spec, outputs: int, kind: str, scale: float) -> No
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("outputs", [5, 100])  # a compiled loop, and NumPy
 def test_class_weights_are_pytorchs(outputs: int, smoothing: float, scale: float) -> None:
-    """Of a mini-batch that is cut in two: the sum of weights is the whole one's."""
+    """A mini-batch that is cut in two divides by the sum of the whole one's weights."""
     torch = pytest.importorskip("torch", reason="PyTorch, the reference, is not installed")
     x, targets = make_outputs(ROWS, outputs) * scale, make_targets("labels", ROWS, outputs)
     weights = np.random.default_rng(3).uniform(0, 3, outputs)

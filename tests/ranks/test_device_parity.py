@@ -72,7 +72,7 @@ def test_any_order_of_work_gives_the_cpus_weights(network: str, seed: int) -> No
 )
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
 def test_split_passes_give_the_cpus_weights(network: str, micro_batches: int, seed: int) -> None:
-    """What the gradients of weights need is kept, whatever the order of work; graphs replay both halves."""
+    """A pass keeps what the gradients of weights need, whatever the order of work; graphs replay both halves."""
     options = {"micro_batches": micro_batches}
     topology = layers_layout(Network(NETWORKS[network], SHAPE).facts, MPI.COMM_WORLD.size, 13)
     assert len(topology.stages) > 1

@@ -72,6 +72,12 @@ def layouts() -> list[Topology]:
     return found
 
 
+def stages_in_line() -> Topology:
+    grids = STREAM[SIZE]
+    cuts = [i * 4 // len(grids) for i in range(len(grids) + 1)]
+    return Topology(1, tuple(Stage(*layers, *grid) for layers, grid in zip(pairwise(cuts), grids, strict=True)))
+
+
 GOSSIP = (
     choices.Gossip(part=0.5, deadline="none"),
     choices.Gossip(pairing="ring", part=0.5, deadline="none", mix=choices.LossMix()),
@@ -93,11 +99,8 @@ def test_a_step_without_flush_neither_allocates_nor_pickles(
     """Whether it fills the pipeline, keeps it full or drains it."""
     if not shared:
         between_nodes(True)
-    grids = STREAM[SIZE]
-    cuts = [i * 4 // len(grids) for i in range(len(grids) + 1)]
-    stages = tuple(Stage(*layers, *grid) for layers, grid in zip(pairwise(cuts), grids, strict=True))
     pipeline = choices.Async()
-    steady(Topology(1, stages), left=[6, 5, 4, 3, 2, 1, 3, 2, 1], micro_batches=micro_batches, pipeline=pipeline)
+    steady(stages_in_line(), left=[6, 5, 4, 3, 2, 1, 3, 2, 1], micro_batches=micro_batches, pipeline=pipeline)
 
 
 @pytest.mark.ranks(*STREAM)
@@ -107,10 +110,7 @@ def test_a_step_of_split_passes_neither_allocates_nor_pickles(
 ) -> None:
     if not shared:
         between_nodes(True)
-    grids = STREAM[SIZE]
-    cuts = [i * 4 // len(grids) for i in range(len(grids) + 1)]
-    stages = tuple(Stage(*layers, *grid) for layers, grid in zip(pairwise(cuts), grids, strict=True))
-    steady(Topology(1, stages), micro_batches=4, pipeline=choices.ZeroBubble())
+    steady(stages_in_line(), micro_batches=4, pipeline=choices.ZeroBubble())
 
 
 @pytest.mark.parametrize("number", range(3))

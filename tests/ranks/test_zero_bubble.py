@@ -67,8 +67,8 @@ CASES = [
 @pytest.mark.ranks(*RANKS)
 @pytest.mark.parametrize(("network", "topology"), CASES)
 def test_it_gives_the_bits_of_1f1b_and_the_serial_weights(network: str, topology: Topology) -> None:
-    """With 5 micro-batches of 8 and 7 rows, and an epoch's last mini-batch of 12 rows; with batch norm, dropout and
-    cols."""
+    """It does with 5 micro-batches of 8 and 7 rows, and an epoch's last mini-batch of 12 rows; with batch norm,
+    dropout and cols."""
     options: dict[str, Any] = {"micro_batches": 5}
     plain = Trained(World(), network, topology, **options)
     for seed, stored in ((1, None), (2, 2)):

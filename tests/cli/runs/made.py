@@ -78,7 +78,7 @@ def make(
 
 
 def earlier(first: int, last: int, topology: Topology, **more: Any) -> dict[str, Any]:
-    """What run.json says of an earlier part, with these steps."""
+    """Return an earlier part with these steps, as run.json has it."""
     told = about(topology, after=first - 1, until=last, seed=7, commit="c0ffee", environment={"OMP_NUM_THREADS": "2"})
     kept = {name: told[name] for name in told if name not in ("stages", "replicas", "traced")}
     return kept | {"config": '{"seed": 7, "train": {"epochs": 2}}'} | more
