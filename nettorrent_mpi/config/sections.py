@@ -215,6 +215,8 @@ class Train(Section):
     batch_size: Count = 128  # rows for one update, whatever the number of ranks
     # Pieces of a mini-batch that follow each other through the pipeline. auto: 4; but 1 where there is a single stage,
     # so nothing to fill, unless batch norm takes its statistics of one piece; with zero_bubble 1 to 4 for each stage.
+    # In a single stage a number of them only saves memory: linear layers whose activations take no more of it than
+    # weights and gradients compute a mini-batch at once.
     micro_batches: Annotated[int | Literal["auto"], Read(_pieces)] = "auto"
     # The rule of an update.
     optimizer: Annotated[Spec, OneOf(specs.OPTIMIZERS, "optimizer")] = field(default_factory=specs.Adam)

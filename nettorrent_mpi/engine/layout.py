@@ -15,6 +15,7 @@ from nettorrent_mpi.plan.exchange_specs import Async, Gossip, Whole, ZeroBubble
 from nettorrent_mpi.plan.layouts import given_layout, layers_layout, partition
 from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.search import fast_layouts, one_team, weighed
+from nettorrent_mpi.plan.sizes import little_kept
 from nettorrent_mpi.plan.stage_cost import Peering
 from nettorrent_mpi.plan.topology import Stage, Topology
 
@@ -130,7 +131,8 @@ def micro_batches(config: Config, network: Network, topology: Topology, machine:
     With batch norm it never depends on the layout: statistics are taken over one micro-batch, and parallel has to equal
     serial. An asynchronous pipeline wants as many as it has stages, so that two versions of the weights suffice, as
     long as every replica has a row of each. A zero-bubble pipeline has as many as are predicted to be fastest: see
-    `_fastest_pieces`.
+    `_fastest_pieces`. Without a pipeline micro-batches only save memory: there is one where there is little to save
+    (`_at_once`).
     """
     if _chooses(config, network, len(topology.stages)):
         return _fastest_pieces(config, network, topology, machine)
@@ -151,7 +153,16 @@ def micro_batches_of(
             automatic = 1
         elif isinstance(config.pipeline, Async):
             automatic = max(automatic, min(stages, config.train.batch_size // replicas))
-    return _pieces(config, automatic)
+    return 1 if stages == 1 and _at_once(config, network, replicas) else _pieces(config, automatic)
+
+
+def _at_once(config: Config, network: Network, replicas: int) -> bool:
+    """Whether a stage without neighbours computes a mini-batch as one micro-batch, however many it is to be cut into:
+    longer products, and fewer calls, give the same result up to rounding. Not where that depends on the micro-batch:
+    batch norm's statistics, what layers from outside the package may do, the rows of replicas that differ."""
+    alike = config.exact or replicas == 1
+    free = alike and not network.has_batch_norm and not network.whole.foreign
+    return free and little_kept(network.facts, config.train.batch_size)
 
 
 def _chooses(config: Config, network: Network, stages: int) -> bool:

@@ -34,6 +34,13 @@ def in_parts(rows: int, sharers: int, inputs: float, units: float) -> bool:
     return PAYS * parts < inputs * units * (2 + 1 / sharers)
 
 
+def little_kept(layers: Sequence[LayerFacts], rows: int) -> bool:
+    """Whether all layers are linear, and what enters and leaves them for this many rows takes at most as much memory as
+    their weights and gradients."""
+    kept = rows * (layers[0].inputs + sum(layer.outputs for layer in layers))
+    return all(all(layer.matrix) for layer in layers) and kept <= 2 * sum(layer.parameters for layer in layers)
+
+
 def parameters_of(held: Sequence[LayerFacts], cols: int) -> float:
     """Return the largest number of parameters of one col of a stage."""
     return sum(layer.parameters * part_of(layer.units, cols) for layer in held)

@@ -30,6 +30,25 @@ def network(made: Config) -> Network:
     return Network(made.model.layers, (8, 8, 1))
 
 
+def test_a_stage_without_neighbours_computes_a_mini_batch_at_once_where_that_takes_little_memory() -> None:
+    layers = ["flatten", "{linear: {units: 100, activation: relu}}", "{linear: {units: 10}}"]  # 7510 parameters
+
+    def pieces(ranks: int, layers: list[str], swarms: str, *changes: str, replicas: int = 1) -> int:
+        layout = f"layout={{replicas: {replicas}, swarms: {swarms}}}"
+        made = load(f"model.layers=[{', '.join(layers)}]", "train.micro_batches=4", layout, *changes)
+        return micro_batches(made, network(made), lay_out(made, network(made), ranks))
+
+    assert pieces(1, layers, "[{layers: 2}]") == 1
+    assert pieces(1, layers, "[{layers: 2}]", "train.batch_size=86") == 1  # (64 + 100 + 10) * 86 < 2 * 7510
+    assert pieces(1, layers, "[{layers: 2}]", "train.batch_size=87") == 4
+    assert pieces(2, layers, "[{layers: 1}, {layers: 1}]") == 4
+    assert pieces(1, [*layers[:2], "batch_norm", layers[2]], "[{layers: 2}]") == 4
+    assert pieces(1, ["{conv2d: {filters: 8}}", *layers], "[{layers: 3}]") == 4
+    assert pieces(2, layers, "[{layers: 2}]", replicas=2) == 1
+    # Which rows a replica trains on depends on the micro-batches.
+    assert pieces(2, layers, "[{layers: 2}]", "exchange=gossip", replicas=2) == 4
+
+
 @pytest.mark.parametrize(("replicas", "ranks"), [(1, 5), (2, 2), (2, 12), (3, 12), (5, 20)])
 def test_each_replica_is_laid_out_like_layout_layers(replicas: int, ranks: int) -> None:
     made = load(f"layout={{replicas: {replicas}}}")
