@@ -34,6 +34,7 @@ redundancy: {buddy: {every_steps: 10}}
 ROWS = "layout={swarms: [{layers: 3, rows: 4}]}"
 COLS = "layout={swarms: [{layers: 2, rows: 1, cols: 2}, {layers: 1, rows: 2}]}"
 STAGES = "layout={swarms: [{layers: 1}, {layers: 1, rows: 2}, {layers: 1}]}"
+SPLIT = "pipeline=zero_bubble"
 FIVE = "layout={swarms: [{layers: 2, rows: 1, cols: 2}, {layers: 1, rows: 3}]}"
 REPLICAS = "layout={replicas: 2, swarms: [{layers: 2}, {layers: 1}]}"
 MEMORY = "memory"
@@ -124,6 +125,10 @@ def goes_on(ended: Ended, serial: Ended, ranks: int, *lost: list[int]) -> list[d
     ("ranks", "deaths", "changes", "left", "lost"),
     [
         pytest.param(4, "0:forward:57", [STAGES], 3, [[0]], id="the first rank, of a pipeline"),
+        pytest.param(4, "3:weights:23", [STAGES, SPLIT], 3, [[3]], id="the last rank, of split passes", marks=slow),
+        pytest.param(
+            4, "0:inputs:1,1:weights:58", [STAGES, SPLIT], 2, [[0], [1]], id="two of split passes", marks=long
+        ),
         pytest.param(4, "3:reduce:17,2:update:33", [ROWS], 2, [[3], [2]], id="two of a team's rows", marks=long),
         pytest.param(4, "1:backward:33", [COLS], 3, [[1]], id="a col", marks=long),
         pytest.param(4, "2:gather:13", [REPLICAS], 3, [[2]], id="of an exact replica", marks=long),
@@ -185,6 +190,7 @@ ALONE = "layout={replicas: 4}"
             "3:exchange:11", [APART, "exchange={gossip: {deadline: none, exact_every: 5}}"], 1, 1, id="patient stages"
         ),
         pytest.param("0:backward:33", [APART, "exchange={gossip: {}}"], 1, 1, id="stages", marks=long),
+        pytest.param("3:inputs:33", [APART, SPLIT, "exchange={gossip: {}}"], 1, 1, id="split passes", marks=long),
         pytest.param("1:calibrate:1", [ALONE, "exchange={gossip: {part: auto}}"], 3, 1, id="calibration", marks=long),
         pytest.param("1:become:1", [ALONE, "exchange={elite: {every_samples: 300}}"], 3, 1, id="elite", marks=long),
         pytest.param("2:compare:1", [APART, "exchange={elite: {every_samples: 300}}"], 1, 1, id="judged", marks=long),

@@ -46,6 +46,8 @@ PHASES: dict[str, tuple[Any, str]] = {
     "step": (Engine, "prepare"),
     "forward": (Pipeline, "_forward"),
     "backward": (Pipeline, "_backward"),
+    "inputs": (Pipeline, "_backward_inputs"),
+    "weights": (Pipeline, "_backward_weights"),
     "reduce": (Update, "reduce"),
     "update": (Update, "update"),
     "gather": (State, "gather"),
