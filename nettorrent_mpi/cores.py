@@ -88,10 +88,11 @@ def _cpus_of_ranks(environ: Mapping[str, str]) -> set[int]:
     Launchers bind each rank to cores of its own, and programs between launcher and rank (taskset, numactl, a script)
     bind it as they like, so one rank's affinity says little. All descend from the launcher's daemon, the first ancestor
     without the launcher's variable; as long as not all can be seen, the daemon's CPUs count: limits of the whole run
-    are its limits, too.
+    are its limits, too. A rank that may run on every CPU looks at no other: each would read what the system tells of
+    all, which took 64 ranks of 2 cores 0.3 s.
     """
     cpus, ranks = _allowed(0), ranks_on_node(environ)
-    if ranks == 1:
+    if ranks == 1 or len(cpus) == os.cpu_count():
         return cpus
     variable = next(name for name in (*_LOCAL_RANKS, _STEP) if name in environ)
     daemon = os.getppid()

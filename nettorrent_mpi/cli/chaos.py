@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.run_lock import RunLock
 from nettorrent_mpi.env import launched
 from nettorrent_mpi.plan.errors import ConfigError, LaunchError, NetTorrentError
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.planning import load_config, plan_run
 
 EARLIEST, LATEST = 0.02, 0.9  # the part of the training in which ranks are killed

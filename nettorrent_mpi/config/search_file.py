@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, cast
 
@@ -45,6 +45,7 @@ from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.config.written import section, strictly
 from nettorrent_mpi.config.yaml_lines import Document, Path
 from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.records import dataclass
 
 MOST_REPEATS = 1_000
 

@@ -6,11 +6,11 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from nettorrent_mpi.config.mistakes import Mistake, Mistakes, shown
 from nettorrent_mpi.config.translation import nearest
+from nettorrent_mpi.plan.records import dataclass
 
 Label = str | int | float | bool | None  # what a trial calls the value that it has drawn
 Point = Mapping[str, Label]  # the labels of all parameters, by their names

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.data_specs import DATASETS, SYNTHETIC, wrong_options
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.specs import MOST, LayerSpec, Residual, Spec
 
 

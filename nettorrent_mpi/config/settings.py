@@ -47,8 +47,8 @@ class Settings(TypedDict, total=False):
 
 _SECTIONS = {
     "loss": "model",
-    **dict.fromkeys((field.name for field in fields(Data)), "data"),
-    **dict.fromkeys((field.name for field in fields(Train)), "train"),
+    **dict.fromkeys(Data.__annotations__, "data"),
+    **dict.fromkeys(Train.__annotations__, "train"),
 }
 _EITHER = {"epochs": "steps", "steps": "epochs"}
 

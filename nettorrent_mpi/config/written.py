@@ -13,7 +13,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
@@ -22,6 +22,7 @@ from nettorrent_mpi.config.mistakes import Mistake, Mistakes, raise_all, shown
 from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.specs import LayerSpec, Spec
 
 S = TypeVar("S", bound=Spec)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeAlias
@@ -32,6 +32,7 @@ from nettorrent_mpi.data.synthetic import SyntheticRows
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.data_specs import DATASETS, EMNIST, OWN_OPTIONS, SYNTHETIC, DatasetSpec
 from nettorrent_mpi.plan.errors import ConfigError, DataError
+from nettorrent_mpi.plan.records import dataclass
 
 _DIGITS, _LETTERS = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

@@ -16,7 +16,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -26,6 +25,7 @@ from nettorrent_mpi.data.http_answer import asked
 from nettorrent_mpi.data.storage import create
 from nettorrent_mpi.plan.data_specs import EMNIST
 from nettorrent_mpi.plan.errors import ConfigError, DataError
+from nettorrent_mpi.plan.records import dataclass
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
 """progress(file name, bytes done, bytes in all or None where the server does not say)."""

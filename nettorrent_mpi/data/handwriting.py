@@ -12,11 +12,10 @@ Ink is (height, width), 0 for paper and 1 for ink.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.plan.records import dataclass
 
 FAINT = 0.2  # less ink, in parts of the darkest, does not belong to the character
 EMPTY = 0.1  # darkest ink of a picture that shows nothing

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from nettorrent_mpi.data.files import GZIP_MAGIC, gunzip, opening, size_of
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError
+from nettorrent_mpi.plan.records import dataclass
 
 
 @dataclass(frozen=True)

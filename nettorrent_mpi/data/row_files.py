@@ -9,7 +9,6 @@ import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +18,7 @@ from nettorrent_mpi.data.files import opening
 from nettorrent_mpi.data.rows import Scaling, Split
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.plan.errors import DataError, UserError, listed
+from nettorrent_mpi.plan.records import dataclass
 
 USUAL = ("x_test", "x")  # the arrays that are taken, unless told
 _HDF5 = (".h5", ".hdf5", ".hdf", ".he5")

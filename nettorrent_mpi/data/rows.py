@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.device.arrays import Array, DType, Shape
 from nettorrent_mpi.plan.errors import ConfigError, DataError
+from nettorrent_mpi.plan.records import dataclass
 
 UNIT = 1.0 / 255.0  # scales bytes to 0..1
 BYTE = np.dtype(np.uint8)

@@ -5,12 +5,11 @@ Every class has a prototype of random bytes; a row is the mean of its class's pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.random import generator
+from nettorrent_mpi.plan.records import dataclass
 
 _BLOCK_BYTES = 1 << 20
 

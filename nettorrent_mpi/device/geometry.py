@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from nettorrent_mpi.plan.records import dataclass
 
 Pair = tuple[int, int]  # (of the height, of the width)
 

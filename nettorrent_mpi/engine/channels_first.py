@@ -15,7 +15,6 @@ end of a network or before a residual block, the flatten itself has to move the 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from nettorrent_mpi.nn.layers.residual import ResidualLayer
 from nettorrent_mpi.nn.layers.sequence import Sequence
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan import specs
+from nettorrent_mpi.plan.records import dataclass
 
 CONVENTIONS = """\
 Images are (row, channel, height, width), where the rows of the data set are (row, height, width, channel). Weights \

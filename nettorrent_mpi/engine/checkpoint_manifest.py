@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from nettorrent_mpi.engine.model_file import Attribute, is_name
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.errors import DataError
 from nettorrent_mpi.plan.moves import Box, Holding, volume
+from nettorrent_mpi.plan.records import dataclass
 
 MANIFEST, INDEX = "manifest.json", "index.h5"
 FORMAT = "nettorrent_mpi checkpoint 1"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,6 +16,7 @@ from nettorrent_mpi.engine.blame import check_finite
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.metrics import SUMS
 from nettorrent_mpi.plan.errors import warn
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.scores import Scores, best_of, mean_scores
 
 Part: TypeAlias = Literal["test", "validation"]

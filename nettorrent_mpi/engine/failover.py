@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from nettorrent_mpi.engine.trainer import TrainingLoop
 from nettorrent_mpi.engine.training_files import TrainingFiles
 from nettorrent_mpi.plan.errors import warn
 from nettorrent_mpi.plan.moves import Holding
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.recovery import Kept, LiveReplicas, Snapshot, Survivor, places_of_survivors, source
 
 MEMORY, BEGINNING = "memory", "the beginning"  # sources of a state

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -30,6 +30,7 @@ from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.exchange_specs import Allreduce, Gossip, OneFOneB
 from nettorrent_mpi.plan.layouts import partition
 from nettorrent_mpi.plan.performance import Link, Machine
+from nettorrent_mpi.plan.records import dataclass
 
 LONG, SHORT = 4 << 20, 1 << 20  # bytes of messages by which a link is measured
 SLOWEST = 1.0  # seconds that a message may cost at most

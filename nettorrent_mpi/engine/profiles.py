@@ -11,7 +11,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from nettorrent_mpi.engine.run_files import write_whole
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.errors import DataError, OutputError, warn
 from nettorrent_mpi.plan.performance import LayerCost, LayerTimes, Link, Machine
+from nettorrent_mpi.plan.records import dataclass
 
 NONE = "none"  # the name of no profile: constants
 NETWORKS = 32  # that a file keeps: the latest

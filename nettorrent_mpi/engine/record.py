@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from nettorrent_mpi.data.files import parsed
+from nettorrent_mpi.plan.records import dataclass
 
 MOST_STEPS = 1e15  # no training has so many: a larger number is damage
 FIGURES = ("test_loss", "test_accuracy", "validation_loss", "validation_accuracy")

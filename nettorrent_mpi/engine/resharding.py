@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -12,6 +11,7 @@ from nettorrent_mpi.comm.group import Group
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.state import PARAMETERS
 from nettorrent_mpi.plan.moves import Holding, moves, within
+from nettorrent_mpi.plan.records import dataclass
 
 REPLICAS = "replicas"
 TAG = 78

@@ -4,7 +4,7 @@ knows no communicator."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -16,6 +16,7 @@ from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan.cost import paces
 from nettorrent_mpi.plan.exchange_specs import ZeroBubble
 from nettorrent_mpi.plan.performance import Machine
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.schedule import PACED
 from nettorrent_mpi.plan.specs import Spec
 from nettorrent_mpi.plan.topology import Topology

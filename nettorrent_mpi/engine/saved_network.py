@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +19,7 @@ from nettorrent_mpi.engine.checkpoint import network_of, read_network
 from nettorrent_mpi.engine.trained_on import ATTRIBUTE, TrainedOn
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.errors import DataError, UserError
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.specs import LAYERS, Spec
 
 MODEL_TEXT, DATA_TEXT = "model", ATTRIBUTE  # the names of the texts

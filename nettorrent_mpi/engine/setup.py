@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 
 import numpy as np
@@ -34,6 +34,7 @@ from nettorrent_mpi.plan.exchange_specs import Async, Gossip
 from nettorrent_mpi.plan.gossip_rules import rate_factor
 from nettorrent_mpi.plan.layouts import layout_of
 from nettorrent_mpi.plan.performance import Machine
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.recovery import layout_of_survivors
 from nettorrent_mpi.plan.stream import staleness_factor
 from nettorrent_mpi.plan.topology import Topology

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.plan.actions import Action, parse
 from nettorrent_mpi.plan.errors import DataError, ScheduleError
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.topology import Place
 
 _PLACE = re.compile(r"rank (\d{1,7}): replica (\d{1,7}), stage (\d{1,7}) \(.*\), row (\d{1,7}), col (\d{1,7})")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from nettorrent_mpi.data.files import parsed
 from nettorrent_mpi.data.rows import BYTE, Dataset
 from nettorrent_mpi.engine.setup import Setup
 from nettorrent_mpi.plan.errors import ConfigError, DataError, listed
+from nettorrent_mpi.plan.records import dataclass
 
 ATTRIBUTE = "data"  # of the files
 

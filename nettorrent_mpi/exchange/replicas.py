@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from nettorrent_mpi.comm.channels import Channel
 from nettorrent_mpi.comm.failures import survivable
@@ -13,6 +13,7 @@ from nettorrent_mpi.comm.placing import channel_of
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.plan.blocks import Span
+from nettorrent_mpi.plan.records import dataclass
 
 
 def nothing() -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar, Protocol
 
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace
 from nettorrent_mpi.device.ops import Ops
 from nettorrent_mpi.plan.blocks import Span, span
 from nettorrent_mpi.plan.moves import Box
+from nettorrent_mpi.plan.records import dataclass
 
 NO_ROWS = Span(0, 0)
 Params = Mapping[str, Array]  # parameter name -> this rank's block

@@ -12,10 +12,11 @@ ranks of a node share, while they compute. plan/search.py finds the layout that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nettorrent_mpi.plan.actions import Action
 from nettorrent_mpi.plan.performance import Machine
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.schedule import PACED, STREAMS, passes
 from nettorrent_mpi.plan.sizes import most_rows, parameters_of, part_of, rows_shared
 from nettorrent_mpi.plan.stage_cost import Peering, StageStep, around_nodes, gossiping, stage_step, wait_of_cols

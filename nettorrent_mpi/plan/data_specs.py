@@ -6,8 +6,9 @@ Opening them is in data/dataset.py. Only names are here, so that a configuration
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from nettorrent_mpi.plan.records import dataclass
 
 
 class Published(NamedTuple):

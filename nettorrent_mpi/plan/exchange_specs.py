@@ -6,9 +6,9 @@ Frozen dataclasses like those of plan/specs.py; the first field may be given alo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.specs import Spec
 
 # -- pipelines -------------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ system does for a process.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from nettorrent_mpi.plan.actions import buffers_for
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.schedule import STREAMS, passes
 from nettorrent_mpi.plan.sizes import in_parts, most_rows, parameters_of, part_of, rows_shared, sharers_of
 from nettorrent_mpi.plan.stream import versions

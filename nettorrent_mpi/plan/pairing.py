@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from typing import NamedTuple
 
 from nettorrent_mpi.plan.errors import ConfigError
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.seeds import key
 
 Shares = list[tuple[int, float]]  # (replica, weight)

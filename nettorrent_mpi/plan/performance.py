@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import gcd
 
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.topology import LayerFacts, Topology
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.cost import predict
 from nettorrent_mpi.plan.layouts import partition
 from nettorrent_mpi.plan.performance import Machine
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.search import divided
 from nettorrent_mpi.plan.sizes import most_rows
 from nettorrent_mpi.plan.topology import LayerFacts, Topology

@@ -8,9 +8,11 @@ the reference show a class's docstring and the comment beside or above each fiel
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from math import inf
 from typing import Any, ClassVar, Literal
+
+from nettorrent_mpi.plan.records import dataclass
 
 Activation = Literal["relu", "leaky_relu", "sigmoid", "tanh", "gelu"]
 Initial = Literal[

@@ -7,10 +7,11 @@ ranks of a node share, while they compute.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from nettorrent_mpi.plan.performance import Machine
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.sizes import in_parts, parameters_of, part_of
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
 

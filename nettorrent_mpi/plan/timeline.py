@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple, cast
 
 from nettorrent_mpi.plan.actions import PASSES, Action, Actions, Kind, splits
 from nettorrent_mpi.plan.errors import ScheduleError
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.stream import staleness_bound, stream
 
 Costs = float | Sequence[float]  # seconds: the same for all stages, or one for each

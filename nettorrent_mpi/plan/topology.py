@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple, overload
 
 from nettorrent_mpi.plan.blocks import Span, span
+from nettorrent_mpi.plan.records import dataclass
 
 
 @dataclass(frozen=True)

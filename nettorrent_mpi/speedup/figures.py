@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.speedup.modes import GPU, SERIAL
 from nettorrent_mpi.speedup.shares import PARTS
 from nettorrent_mpi.speedup.sides import OURS, names

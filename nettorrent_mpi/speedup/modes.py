@@ -4,7 +4,7 @@ impossible."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 # isort: split
@@ -19,6 +19,7 @@ from nettorrent_mpi.plan.blocks import span
 from nettorrent_mpi.plan.errors import ConfigError, UserError
 from nettorrent_mpi.plan.exchange_specs import Async, Elite, Gossip
 from nettorrent_mpi.plan.layouts import partition
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.schedule import passes
 from nettorrent_mpi.plan.topology import LayerFacts
 

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.comm.processes import ending_with_this
 from nettorrent_mpi.plan.errors import ChildError
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.speedup.machine import Launcher, environment
 
 LAST_LINES = 12  # lines of a failed program's output that are shown

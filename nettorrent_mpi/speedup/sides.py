@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 # isort: split
 from nettorrent_mpi.cores import cores_of_node
 from nettorrent_mpi.engine.run_plan import DeviceKind
 from nettorrent_mpi.engine.setup import Setup
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.speedup.machine import nodes_of_job
 from nettorrent_mpi.speedup.modes import GPU, SERIAL, Candidate
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from statistics import mean
 from typing import Literal
 
 # isort: split
 from nettorrent_mpi.cli.progress import clock
+from nettorrent_mpi.plan.records import dataclass
 
 Kind = Literal["turn", "trace", "training"]
 

@@ -14,7 +14,7 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, median
@@ -26,6 +26,7 @@ from nettorrent_mpi.config.search_file import Search
 from nettorrent_mpi.config.search_space import Choice, Parameter
 from nettorrent_mpi.config.writing import to_yaml
 from nettorrent_mpi.engine.run_files import write_whole, written
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.planning import load_config
 from nettorrent_mpi.tune import parzen
 from nettorrent_mpi.tune.study import Study

@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from nettorrent_mpi.config.search_file import Search, differences, read_plain
@@ -20,6 +19,7 @@ from nettorrent_mpi.data.storage import check_folder
 from nettorrent_mpi.engine.run_files import write_whole, written
 from nettorrent_mpi.engine.run_lock import LOCK, RunLock, in_use
 from nettorrent_mpi.plan.errors import ConfigError, InUseError, OutputError
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.tune.samplers import point
 from nettorrent_mpi.tune.trials import Trial
 

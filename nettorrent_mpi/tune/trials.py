@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from statistics import median
 from typing import Any, Self
 
 from nettorrent_mpi.config.search_file import MedianRule
 from nettorrent_mpi.config.search_space import Label, Point
 from nettorrent_mpi.data.files import parsed
+from nettorrent_mpi.plan.records import dataclass
 
 # States: it runs, or was left by a job that has ended; it has its accuracy; the median rule has ended it; its loss was
 # not finite or grew without bounds; its configuration or layout is not possible.

@@ -7,7 +7,7 @@ told in one line for each file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from nettorrent_mpi.engine.run_files import no_run, run_of
 from nettorrent_mpi.engine.run_lock import in_use
 from nettorrent_mpi.engine.traced_run import TracedRun, read_traced
 from nettorrent_mpi.plan.errors import DataError, UserError
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.topology import Stage, Topology
 
 RUNNING, DONE, DIVERGED, STOPPED, FAILED = "running", "done", "diverged", "stopped", "failed"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from nettorrent_mpi.cli.runs.values import is_count, items, one_line, text
 from nettorrent_mpi.plan.errors import UserError
+from nettorrent_mpi.plan.records import dataclass
 
 
 @dataclass(frozen=True)

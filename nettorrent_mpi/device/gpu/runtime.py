@@ -9,12 +9,12 @@ cannot read): code uses its shape, dtype, strides, reshape, view and slices, and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.device.events import Event, Stream
 from nettorrent_mpi.device.geometry import Geometry
+from nettorrent_mpi.plan.records import dataclass
 
 __all__ = ["Event", "Graph", "Matrix", "Product", "Properties", "Runtime", "Stream"]
 

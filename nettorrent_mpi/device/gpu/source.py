@@ -10,12 +10,12 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from nettorrent_mpi.device.arrays import Array, DType, as_dtype
+from nettorrent_mpi.plan.records import dataclass
 
 PATH = Path(__file__).with_name("kernels.cu")
 REALS = {"float32": "float", "float64": "double", "bfloat16": "bf16"}  # name of a dtype -> REAL

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nettorrent_mpi.nn.layer import Features, Layer
 from nettorrent_mpi.plan.errors import ConfigError, ShapeError
+from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.specs import LAYERS, LayerSpec
 
 
