@@ -73,6 +73,7 @@ ORDER: dict[str, list[str]] = {
         "actions",
         "stream",
         "timeline",
+        "list_search",
         "zero_bubble",
         "checker",
         "launches",

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from nettorrent_mpi.cli.exchange_report import exchange_block, stream_block
-from nettorrent_mpi.cli.speed_report import copies_lines, speed_block
+from nettorrent_mpi.cli.speed_report import copies_lines, speed_block, stored_lines
 from nettorrent_mpi.cli.tables import MOST_LINES, WIDTH, aligned, shortened, wrapped
 from nettorrent_mpi.device.visible import VisibleGpu
 from nettorrent_mpi.engine.layout import predicted
@@ -67,6 +67,7 @@ def dry_run(
             if setup.plan.split and train.clip_norm is not None
             else []
         ),
+        *stored_lines(setup),
     ]
     letters = "F forward, B backward"
     if setup.plan.split:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from nettorrent_mpi.cli.tables import aligned, shortened, wrapped
 from nettorrent_mpi.engine.copy_interval import copy_interval, most_owned, part_of_copies
-from nettorrent_mpi.engine.layout import AS_FAST, lay_out, on_fewer_ranks, predicted
+from nettorrent_mpi.engine.layout import AS_FAST, lay_out, micro_batches, on_fewer_ranks, predicted, stored
+from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
 from nettorrent_mpi.plan.cost import Prediction
-from nettorrent_mpi.plan.exchange_specs import AutoCopies
+from nettorrent_mpi.plan.exchange_specs import AutoCopies, ZeroBubble
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.topology import Topology
@@ -107,3 +108,38 @@ def copies_lines(setup: Setup, memory: Sequence[Memory]) -> list[str]:
         f"after {steps} a rank copies what it owns (at most {owned / 1e6:,.1f} MB) and sends it to a buddy: about "
         f"{100 * part:.2g} % of the time; two of its own and two of another rank's take {most / 1e6:,.1f} MB",
     )
+
+
+def stored_lines(setup: Setup) -> list[str]:
+    """Say what the stages of a zero-bubble pipeline would gain if they held more micro-batches, and what that would
+    take: the fewest, of a few numbers up to that where equal stages never wait, with which the predicted step is nearly
+    the fastest."""
+    stages = len(setup.topology.stages)
+    held = stored(setup.config) or stages
+    if not setup.plan.split or setup.options.device == "gpu":
+        return []
+    more = {held + -(-(2 * stages - 1 - held) * quarter // 4) for quarter in (1, 2, 3, 4)}
+    setups = [setup, *(_holding(setup, most) for most in sorted(more) if most > held)]
+    seconds = [predicted(each.config, each.network, each.topology, each.machine).seconds for each in setups]
+    best = next(i for i, step in enumerate(seconds) if step <= AS_FAST * min(seconds))
+    if best == 0:
+        return []
+    most = stored(setups[best].config)
+    before, after = (estimate(each, Libraries(0, 0)) for each in (setup, setups[best]))
+    takes = [b.layers + b.links - a.layers - a.links for a, b in zip(before, after, strict=True)]
+    return wrapped(
+        "stored    ",
+        f"at most {held} micro-batches in a stage. With {most} (--set pipeline='{{zero_bubble: {most}}}') a step is "
+        f"predicted to take {1e3 * seconds[best]:.3g} instead of {1e3 * seconds[0]:.3g} ms, and a rank of stage "
+        f"{takes.index(max(takes))} {max(takes) / 1e6:,.1f} MB more",
+    )
+
+
+def _holding(setup: Setup, most: int) -> Setup:
+    """Return the setup of a zero-bubble pipeline whose stages hold at most so many micro-batches."""
+    pipeline = ZeroBubble(most)
+    config = replace(setup.config, pipeline=pipeline)
+    pieces = micro_batches(config, setup.network, setup.topology, setup.machine)
+    options = replace(setup.options, pipeline=pipeline, micro_batches=pieces)
+    sampler = setup.sampler.divided(setup.topology.replicas, pieces)
+    return replace(setup, config=config, options=options, sampler=sampler)

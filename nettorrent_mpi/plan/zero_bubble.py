@@ -3,7 +3,7 @@
 Qi et al. 2023 (Zero Bubble Pipeline Parallelism, arXiv 2401.10241). A backward pass has two halves: the gradients of
 the inputs (I), for which the stage before waits, and those of the weights (W), for which nobody waits before the end of
 the step. A stage does I at once, and W where it would be idle. Its lists are written from the seconds that the passes
-take (`Pace`), by simulation.
+take (`Pace`), by simulation, and shortened by a search (plan/list_search.py).
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nettorrent_mpi.plan.actions import Action, Actions, Kind
+from nettorrent_mpi.plan.list_search import Times, Word, play, shortened
 from nettorrent_mpi.plan.timeline import Timeline, simulate
 
 UNITS = 48  # of a micro-batch's passes in the slowest stage: smaller differences of seconds do not change the lists
-PATIENCE = 0.5  # part of a W for which a stage waits, rather than let the next I or F wait for the whole W
+PATIENCE = (0.5, 0.0)  # parts of a W for which a stage waits, rather than let the next I or F wait for the whole W
+KINDS: tuple[Kind, ...] = ("F", "I", "W")
 
 
 class Pace(NamedTuple):
@@ -48,7 +50,7 @@ def paces_of(
 
 
 def zero_bubble(paces: Paces, micro_batches: int) -> list[Actions]:
-    """Write the compute of each stage: of several lists those whose steps follow each other fastest.
+    """Write the compute of each stage: lists whose steps follow each other as fast as a short search can find.
 
     A stage holds at most as many micro-batches as there are stages, which is what the first stage of 1f1b has (ZB-H1),
     unless its pace says otherwise: with 2 * stages - 1 equal stages never wait (ZB-H2). With one stage the lists are
@@ -60,10 +62,48 @@ def zero_bubble(paces: Paces, micro_batches: int) -> list[Actions]:
     most = [min(pace.stored or stages, micro_batches) for pace in paces]
     written = [
         [_by_hand(s, stages, micro_batches, most[s], delay=s) for s in range(stages)],
-        _simulated(paces, micro_batches, most),
+        *(_simulated(paces, micro_batches, most, patience) for patience in PATIENCE),
         [_by_hand(s, stages, micro_batches, most[s], delay=0) for s in range(stages)],
     ]
-    return min(written, key=lambda lists: played(lists, paces).period)
+    times = [pace[:4] for pace in paces]
+    best = min(([list(map(_letter, actions)) for actions in lists] for lists in written), key=lambda w: _rank(w, times))
+    if len({pace[:3] for pace in paces}) > 1:  # those of equal stages are as short as they can be
+        best = shortened(best, times, most, least_period(paces, micro_batches))
+    return [_actions(s, word) for s, word in enumerate(best)]
+
+
+def least_period(paces: Paces, micro_batches: int) -> int:
+    """Return a bound that no lists of these paces beat, not always reached: a stage's own work, and what it cannot fill
+    of the two times when it waits for its first and its last micro-batch to come back from the stages after it."""
+    found = 0
+    for s, (f, i, w, _, stored) in enumerate(paces):
+        most = min(stored or len(paces), micro_batches)
+        after = paces[s + 1 :]
+        back = f + sum(p.forward + p.inputs for p in after) + 2 * sum(p.transfer for p in paces[s:-1])
+        first, last = max(back - most * f, 0), max(back - f - (most - 1) * (i + w), 0)
+        waits = first + last if most < micro_batches else max(first, last)
+        found = max(found, micro_batches * (f + i + w) + waits)
+    return found
+
+
+def _letter(action: Action) -> int:
+    return KINDS.index(action.kind)
+
+
+def _rank(words: Sequence[Word], times: Sequence[Times]) -> int:
+    found = play(words, times)
+    assert found is not None
+    return found.rank[0]
+
+
+def _actions(stage: int, word: Word) -> Actions:
+    """Return the actions that a word's letters stand for."""
+    done = [0] * len(KINDS)
+    actions = []
+    for letter in word:
+        actions.append(Action(stage, KINDS[letter], done[letter]))
+        done[letter] += 1
+    return actions
 
 
 def played(lists: Sequence[Actions], paces: Paces) -> Timeline:
@@ -92,8 +132,9 @@ def _by_hand(stage: int, stages: int, micro_batches: int, most: int, *, delay: i
 class _Stage:
     """A stage in the simulation: what it has done, and when it is free."""
 
-    def __init__(self, pace: Pace, micro_batches: int, most: int):
+    def __init__(self, pace: Pace, micro_batches: int, most: int, patience: float):
         self.pace, self._micro_batches, self._most = pace, micro_batches, most
+        self._patience = patience * pace.weights
         self.now = 0.0
         self.forward: list[float] = []  # when the inputs of the next micro-batches have arrived, and
         self.backward: list[float] = []  # the gradients of their outputs
@@ -111,17 +152,17 @@ class _Stage:
             found.append((max(self.forward[f], self.now), 0 if self.latest == "I" else 2, "F"))
         if w < i:
             waits = not full and i < self._micro_batches
-            found.append((self.now + waits * PATIENCE * self.pace.weights, 3, "W"))
+            found.append((self.now + waits * self._patience, 3, "W"))
         if not found:
             return None
         start, _, kind = min(found)
         return (self.now if kind == "W" else start), kind
 
 
-def _simulated(paces: Paces, micro_batches: int, most: Sequence[int]) -> list[Actions]:
+def _simulated(paces: Paces, micro_batches: int, most: Sequence[int], patience: float) -> list[Actions]:
     """Write lists in a simulation: a stage that is free does the I or F that has arrived, in turns, else a W (section
     3.1)."""
-    stages = [_Stage(pace, micro_batches, limit) for pace, limit in zip(paces, most, strict=True)]
+    stages = [_Stage(pace, micro_batches, limit, patience) for pace, limit in zip(paces, most, strict=True)]
     stages[0].forward = [0.0] * micro_batches
     lists: list[Actions] = [[] for _ in stages]
     ready: dict[int, tuple[float, Kind]] = {}  # what each stage does next

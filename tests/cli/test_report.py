@@ -15,6 +15,8 @@ from nettorrent_mpi.cli import dry_run as report
 from nettorrent_mpi.cli.speed_report import _duration, speed_block
 from nettorrent_mpi.comm import library
 from nettorrent_mpi.config import reading as config
+from nettorrent_mpi.engine.layout import predicted
+from nettorrent_mpi.engine.memory_estimate import Libraries, estimate
 from nettorrent_mpi.engine.run_plan import Options, Plan
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.nn.rates import Rates
@@ -22,6 +24,7 @@ from nettorrent_mpi.plan.layouts import layers_layout
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.performance import Machine
 from nettorrent_mpi.plan.topology import LayerFacts, Stage, Topology
+from nettorrent_mpi.planning import PlannedRun
 
 NAMES = ["conv2d1", "conv2d2", "conv2d3", "conv2d4", "linear1", "linear2"]
 OPERATIONS = [5e6, 48e6, 21e6, 36e6, 7e6, 3e4]
@@ -123,18 +126,56 @@ def test_a_schedule_that_fits_is_told_whole() -> None:
     ]
 
 
+def planned(stages: int, *changes: str) -> PlannedRun:
+    """A network of eight linear layers in so many equal stages."""
+    swarms = ", ".join([f"{{layers: {8 // stages}}}"] * stages)
+    layers = ", ".join(["{linear: {units: 40, activation: relu}}"] * 7 + ["{linear: 10}"])
+    given = [f"layout={{swarms: [{swarms}]}}", f"model.layers=[flatten, {layers}]", "train.batch_size=256"]
+    return nt.plan(config.load(None, [*given, "train.micro_batches=8", *changes]), ranks=stages)
+
+
 def test_a_split_pipeline_shows_its_halves_and_what_clipping_costs() -> None:
-    pipe = Topology(1, (Stage(0, 3, 1, 1), Stage(3, 6, 1, 1)))
-    text = dry_run(setup(pipe, "pipeline=zero_bubble"))
+    text = str(planned(2, "pipeline=zero_bubble"))
     assert "SCHEDULE (zero_bubble: F forward, I gradients of inputs, W of weights; checked for all 2 ranks" in text
-    assert re.search(r"^stage 0 F0 F1 .*I0 .*W3$", text, re.MULTILINE)
+    assert re.search(r"^stage 0 F0 F1 .*I0 .*W7$", text, re.MULTILINE)
     assert "clipping" not in text
     told = "clipping  brings a bubble back: all stages wait for the norm of all gradients before they update"
-    assert told in dry_run(setup(pipe, "pipeline=zero_bubble", "train.clip_norm=1"))
-    assert told not in dry_run(setup(pipe, "train.clip_norm=1"))
-    alone = dry_run(setup(Topology(1, (Stage(0, 6, 2, 1),)), "pipeline=zero_bubble", "train.clip_norm=1"))
+    assert told in str(planned(2, "pipeline=zero_bubble", "train.clip_norm=1"))
+    assert told not in str(planned(2, "train.clip_norm=1"))
+    alone = str(planned(1, "pipeline=zero_bubble", "train.clip_norm=1"))
     assert "F forward, B backward" in alone
     assert told not in alone
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["train.batch_size=256"],
+        ["train.micro_batches=auto", "train.batch_size=16384", "data={name: synthetic, rows: 20000, shape: [8, 8, 1]}"],
+    ],
+)
+def test_a_split_pipeline_says_what_more_memory_would_gain(changes: list[str]) -> None:
+    """What it says is what both plans predict."""
+    plain = planned(4, "pipeline=zero_bubble", *changes)
+    found = re.search(
+        r"\nstored    at most 4 micro-batches in a stage\. With (\d) \(--set pipeline='\{zero_bubble: \1\}'\) a step "
+        r"is predicted to take (\S+) instead of (\S+) ms, and a rank of stage (\d) (\S+) MB more",
+        re.sub(r"\n +", " ", str(plain)),
+    )
+    assert found
+    most, after, before, stage, megabytes = found.groups()
+    other = planned(4, f"pipeline={{zero_bubble: {most}}}", *changes)
+    takes = []
+    for made, milliseconds in ((plain, before), (other, after)):
+        setup = made.setup
+        step = predicted(setup.config, setup.network, setup.topology, setup.machine)
+        assert f"{1e3 * step.seconds:.3g}" == milliseconds
+        takes.append([memory.total for memory in estimate(setup, Libraries(0, 0))])
+    more = [b - a for a, b in zip(*takes, strict=True)]
+    assert more[int(stage)] == max(more) > 0
+    assert f"{max(more) / 1e6:,.1f}" == megabytes
+    for enough in ("{zero_bubble: 7}", "1f1b"):
+        assert "\nstored    " not in str(planned(4, f"pipeline={enough}", *changes))
 
 
 def test_a_pipeline_that_does_not_flush_shows_its_updates_up_to_a_drain() -> None:
@@ -221,7 +262,7 @@ def test_a_line_for_each_layer() -> None:
     assert report.network_table(many).endswith("... and 11 more layers")
 
 
-def cifar(ranks: int, *changes: str) -> nt.PlannedRun:
+def cifar(ranks: int, *changes: str) -> PlannedRun:
     """No file of the data set is there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nt.NetTorrentWarning)
