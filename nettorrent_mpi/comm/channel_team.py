@@ -21,12 +21,17 @@ class ChannelTeam:
 
     def __init__(self, device: Device, holders: Channel, cols: Channel):
         self._ops, self._holders, self._cols = device.ops, holders, cols
-        self.cols = cols.group.size
-        self.col = cols.group.index
+        self.cols, self.col = cols.group.size, cols.group.index
+        self.holders, self.holder = holders.group.size, holders.group.index
 
     def sum_over_rows(self, values: Array) -> None:
         """All-reduce over the holders."""
         self._holders.all_reduce(values)
+
+    def gather_over_rows(self, parts: Array) -> None:
+        """All-gather over the holders: everyone gets everyone's row of `parts`."""
+        if self.holders > 1:
+            self._holders.all_gather(parts[self.holder], parts.reshape(-1))
 
     def sum_over_cols(self, values: Array) -> None:
         """All-reduce over the cols."""

@@ -156,10 +156,12 @@ class Group:
         """All-gather: whole (flat) <- everyone's parts one after another. `part` may be this member's section of
         `whole`."""
         if self.size > 1:
-            mine = whole[sum(counts[: self.index]) :][: counts[self.index]]
-            own: Any = MPI.IN_PLACE if mine.ctypes.data == part.ctypes.data else part
+            own: Any = MPI.IN_PLACE if np.may_share_memory(part, whole) else part
             with NOW.waiting:
-                self.comm.Allgatherv(own, [whole, counts])
+                if min(counts) == max(counts):
+                    self.comm.Allgather(own, whole)
+                else:
+                    self.comm.Allgatherv(own, [whole, counts])
         elif whole.ctypes.data != part.ctypes.data:
             np.copyto(whole, part)
 

@@ -174,11 +174,25 @@ class LayerOps(Protocol):
     def inverse_root(self, x: Array, eps: float) -> None:
         """x <- 1 / sqrt(x + eps)."""
 
-    def follow(self, running: Array, value: Array, factor: float, momentum: float) -> None:
-        """running <- running + momentum * (factor * value - running)."""
+    def moments(self, x: Array, part: Array) -> None:
+        """Compute part (1 + 2 c), float64 <- the number of rows and positions of x (b, ..., c), the sum over them for
+        each channel, and the sum of the squared deviations from the mean of these."""
 
-    def squared_deviations(self, x: Array, mean: Array, total: Array) -> None:
-        """total_c (float64) <- the sum of (x - mean_c)^2 over all but the last axis."""
+    def merge_moments(
+        self,
+        parts: Array,
+        mean: Array,
+        scale: Array,
+        running_mean: Array,
+        running_var: Array,
+        momentum: float,
+        eps: float,
+    ) -> None:
+        """Compute mean_c and scale_c = 1 / sqrt(variance + eps), float64, of all rows from the `moments` of parts of
+        them (members, 1 + 2 c): deviations from different means are put together as by Chan, Golub and LeVeque (1983).
+
+        With a momentum, running_mean moves by it towards the mean, running_var towards the unbiased variance.
+        """
 
     def normalize(self, x: Array, mean: Array, scale: Array, weight: Array, bias: Array, y: Array) -> None:
         """y <- (x - mean_c) * weight_c * scale_c + bias_c; mean and scale are float64."""

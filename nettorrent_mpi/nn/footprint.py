@@ -33,10 +33,15 @@ class Footprint(NamedTuple):
 class _Absent:
     """A team of `cols` whose other members are absent: it allocates what they would make it allocate."""
 
+    holders, holder = 1, 0  # more take a few numbers for each channel
+
     def __init__(self, ops: Ops, cols: int):
         self._ops, self.cols, self.col = ops, cols, 0
 
     def sum_over_rows(self, values: Array) -> None:
+        pass
+
+    def gather_over_rows(self, parts: Array) -> None:
         pass
 
     def sum_over_cols(self, values: Array) -> None:

@@ -101,9 +101,14 @@ class Team(Protocol):
 
     cols: int
     col: int
+    holders: int  # ranks that hold rows of the same global micro-batch
+    holder: int
 
     def sum_over_rows(self, values: Array) -> None:
         """All-reduce `values` in place over all ranks that hold other rows of the same global micro-batch."""
+
+    def gather_over_rows(self, parts: Array) -> None:
+        """All-gather over the same ranks: parts (holders, n), in which parts[holder] is this rank's."""
 
     def sum_over_cols(self, values: Array) -> None:
         """All-reduce `values` in place over the cols of the team (the same rows, other neurons)."""
@@ -121,8 +126,13 @@ class Alone:
 
     cols = 1
     col = 0
+    holders = 1
+    holder = 0
 
     def sum_over_rows(self, values: Array) -> None:
+        pass
+
+    def gather_over_rows(self, parts: Array) -> None:
         pass
 
     def sum_over_cols(self, values: Array) -> None:

@@ -84,13 +84,14 @@ def test_the_derivative_of_a_relu_and_the_sums_of_rows(name: str, shape: Shape) 
 
 @typed
 @every
-def test_squared_deviations(name: str, shape: Shape) -> None:
-    bench, x = Bench(GpuNormOperations, seed=2), some(name, *shape)
-    mean = some("float32", shape[-1], seed=3).astype(np.float64)  # what each type rounds alike
-    total, wanted = bench.like(mean), mean.copy()
-    bench.ops.squared_deviations(bench.up(x), bench.up(mean), total)
-    CPU.squared_deviations(x.astype(np.float64), mean, wanted)
-    near(bench.down(total), wanted, name)
+def test_moments(name: str, shape: Shape) -> None:
+    bench, x, c = Bench(GpuNormOperations, seed=2), some(name, *shape, shift=0.5), shape[-1]
+    part, wanted = bench.like(np.empty(1 + 2 * c)), np.empty(1 + 2 * c)
+    bench.ops.moments(bench.up(x), part)
+    CPU.moments(x.astype(np.float64), wanted)
+    if c:  # nothing is launched without channels
+        size = np.concatenate([[0], absolute(x), absolute(x.astype(np.float64) ** 2)])
+        near(bench.down(part), wanted, name, size)
 
 
 @typed
@@ -164,11 +165,17 @@ def test_statistics(name: str, size: int) -> None:
     bench.ops.inverse_root(out, 1e-5)
     CPU.inverse_root(wanted, 1e-5)
     same(bench.down(out), wanted)
-    value = np.random.default_rng(2).standard_normal(size)
-    running, wanted = bench.up(x), x.copy()
-    bench.ops.follow(running, bench.up(value), 1.25, 0.1)
-    CPU.follow(wanted, value, 1.25, 0.1)
-    same(bench.down(running), wanted)
+    for counts in ([7.0], [3.0, 0.0, 5.0]):
+        parts = np.random.default_rng(2).random((len(counts), 1 + 2 * size))
+        parts[:, 0] = counts
+        parts[parts[:, 0] == 0] = 0
+        for momentum in (0.0, 0.1):
+            found = [bench.like(np.empty(size)) for _ in range(2)] + [bench.up(x) for _ in range(2)]
+            statistics = [np.empty(size) for _ in range(2)] + [x.copy() for _ in range(2)]
+            bench.ops.merge_moments(bench.up(parts), *found, momentum, 1e-5)
+            CPU.merge_moments(parts, *statistics, momentum, 1e-5)
+            for one, other in zip(found, statistics, strict=True):
+                same(bench.down(one), other)
 
 
 # -- layer norm -------------------------------------------------------------------------------------------------------

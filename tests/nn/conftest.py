@@ -35,6 +35,18 @@ class ThreadTeam:
         self.shared.barrier.wait()
         return found
 
+    @property
+    def holders(self) -> int:
+        return self.shared.rows
+
+    @property
+    def holder(self) -> int:
+        return self.row
+
+    def gather_over_rows(self, parts: Array) -> None:
+        found = self._all(parts[self.row])
+        parts[...] = [found[row, self.col] for row in range(self.shared.rows)]
+
     def sum_over_rows(self, values: Array) -> None:
         found = self._all(values)
         values[...] = sum(found[row, self.col] for row in range(self.shared.rows))

@@ -7,6 +7,7 @@ import pytest
 
 from nettorrent_mpi.device.arrays import Workspace
 from nettorrent_mpi.device.cpu.elementwise import normal_cdf
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.plan import specs as s
 
 
@@ -125,6 +126,30 @@ def test_batch_norm_keeps_its_digits_far_from_zero(bench):
     exact = (x.astype(float) - x.mean(0, dtype=float)) / np.sqrt(x.astype(float).var(0) + 1e-5)
     scaled = exact * b.params["batch_norm1/weight"] + b.params["batch_norm1/bias"]
     np.testing.assert_allclose(y, scaled, atol=2e-4)
+
+
+@pytest.mark.parametrize("kernels", ["numpy", "fastest"])
+def test_batch_norm_of_parts_far_apart_keeps_its_digits(kernels):
+    """Means far from zero, and far from each other: sums of squares less squares of sums would be noise."""
+    if kernels == "fastest":
+        pytest.importorskip("numba")
+    ops, rng = make_device("cpu", kernels).ops, np.random.default_rng(3)
+    x = rng.standard_normal((40, 2)) + np.repeat([1e6, 1e6 + 1e-3, 0, -1e6], 10)[:, None] * np.array([1, 1e-9])
+    for ends in ([0, 40], [0, 10, 40], [0, 1, 1, 13, 40]):
+        parts = np.empty((len(ends) - 1, 5))
+        for part, start, stop in zip(parts, ends, ends[1:], strict=False):
+            ops.moments(x[start:stop], part)
+        mean, scale, running_mean, running_var = np.empty(2), np.empty(2), np.zeros(2), np.ones(2)
+        ops.merge_moments(parts, mean, scale, running_mean, running_var, 0.5, 1e-5)
+        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-13, atol=1e-9)
+        np.testing.assert_allclose(scale, 1 / np.sqrt(x.var(0) + 1e-5), rtol=1e-13)
+        np.testing.assert_allclose(running_mean, x.mean(0) / 2, rtol=1e-13, atol=1e-9)
+        np.testing.assert_allclose(running_var, (1 + x.var(0, ddof=1)) / 2, rtol=1e-13)
+    near = rng.standard_normal((40, 2)) + 1e6  # about one mean, far from zero
+    for part, start, stop in zip(parts, ends, ends[1:], strict=False):
+        ops.moments(near[start:stop], part)
+    ops.merge_moments(parts, mean, scale, running_mean, running_var, 0.0, 1e-5)
+    np.testing.assert_allclose(scale, 1 / np.sqrt((near - near.mean(0)).var(0) + 1e-5), rtol=1e-9)
 
 
 def test_operations_count_products(bench):

@@ -192,6 +192,11 @@ def test_cols(bench: Bench, ours: World) -> None:
         np.testing.assert_array_equal(bench.get(gathered), whole)
         np.testing.assert_allclose(bench.get(part), whole[..., own] * SUM)
         np.testing.assert_array_equal(bench.get(values), SUM * SIZE)
+        parts = np.zeros((SIZE, features))
+        parts[RANK] = RANK + 1 + np.arange(features)
+        everyones = bench.put(parts)
+        team.gather_over_rows(everyones)
+        np.testing.assert_array_equal(bench.get(everyones), np.arange(features) + np.arange(1.0, SIZE + 1)[:, None])
 
 
 @pytest.mark.ranks(2, 3, 4)

@@ -23,24 +23,25 @@ class NormOperations(Operations):
         np.sqrt(x, out=x)
         np.reciprocal(x, out=x)
 
-    def follow(self, running: Array, value: Array, factor: float, momentum: float) -> None:
-        move = self.memory(value.dtype).scratch("move", value.shape)
-        np.multiply(value, factor, out=move)
-        np.subtract(move, running, out=move)
-        move *= momentum
-        np.add(running, move, out=running, casting="same_kind")
-
     # -- batch norm: statistics of each channel ---------------------------------------------------------------------
 
-    def squared_deviations(self, x: Array, mean: Array, total: Array) -> None:
-        memory = self.memory(x.dtype)
+    def moments(self, x: Array, part: Array) -> None:
         if self._tuning.compiled:
-            squared_deviations(rows_of(x), _single("mean", mean, memory), total)
+            moments(rows_of(x), part)
             return
+        memory, channels, rows = self.memory(x.dtype), x.shape[-1], rows_of(x).shape[0]
+        total, square_sum = part[1 : 1 + channels], part[1 + channels :]
+        part[0] = rows
         repeats = row_repeats(x.shape[1:])
         x_nw = wide_rows(x, repeats)
+        sums = RowSum("of rows", repeats, total, memory)
+        for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
+            sums.add(x_nw[block])
+        sums.finish()
+        mean = memory.scratch("mean", total.shape, np.float64)
+        np.divide(total, max(rows, 1), out=mean)
         mean_w = repeated(mean, repeats, "mean", memory)
-        squares = RowSum("of squares", repeats, total, memory)
+        squares = RowSum("of squares", repeats, square_sum, memory)
         for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
             square = memory.scratch("squares", x_nw[block].shape)
             np.subtract(x_nw[block], mean_w, out=square)
@@ -48,16 +49,43 @@ class NormOperations(Operations):
             squares.add(square)
         squares.finish()
 
-    def normalize(self, x: Array, mean: Array, scale: Array, weight: Array, bias: Array, y: Array) -> None:
-        memory = self.memory(x.dtype)
-        factor = _factor(weight, scale, memory)
+    def merge_moments(
+        self, parts: Array, mean: Array, scale: Array, running_mean: Array, running_var: Array, momentum: float,
+        eps: float,
+    ) -> None:  # fmt: skip
         if self._tuning.compiled:
-            normalize(rows_of(x), _single("mean", mean, memory), _single("factor", factor, memory), bias, rows_of(y))
+            merge_moments(parts, mean, scale, running_mean, running_var, momentum, eps)
             return
+        channels, count = mean.size, parts[:, 0].sum()
+        move = self.memory(mean.dtype).scratch("move", mean.shape)
+        np.add.reduce(parts[:, 1 : 1 + channels], axis=0, out=mean)
+        np.divide(mean, count, out=mean)
+        np.add.reduce(parts[:, 1 + channels :], axis=0, out=scale)
+        for part in parts:
+            if part[0]:
+                np.divide(part[1 : 1 + channels], part[0], out=move)
+                np.subtract(move, mean, out=move)
+                np.multiply(move, move, out=move)
+                np.multiply(move, part[0], out=move)
+                np.add(scale, move, out=scale)
+        np.divide(scale, count, out=scale)
+        if momentum:
+            for running, value, factor in ((running_mean, mean, 1.0), (running_var, scale, count / (count - 1))):
+                np.multiply(value, factor, out=move)
+                np.subtract(move, running, out=move)
+                np.multiply(move, momentum, out=move)
+                np.add(running, move, out=running, casting="same_kind")
+        self.inverse_root(scale, eps)
+
+    def normalize(self, x: Array, mean: Array, scale: Array, weight: Array, bias: Array, y: Array) -> None:
+        if self._tuning.compiled:
+            normalize(rows_of(x), mean, scale, weight, bias, rows_of(y))
+            return
+        memory = self.memory(x.dtype)
         repeats = row_repeats(x.shape[1:])
         x_nw, y_nw = wide_rows(x, repeats), wide_rows(y, repeats)
         mean_w = repeated(mean, repeats, "mean", memory)
-        factor_w = repeated(factor, repeats, "factor", memory)
+        factor_w = repeated(_factor(weight, scale, memory), repeats, "factor", memory)
         bias_w = repeated(bias, repeats, "bias", memory)
         for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
             np.subtract(x_nw[block], mean_w, out=y_nw[block])
@@ -65,43 +93,39 @@ class NormOperations(Operations):
             np.add(y_nw[block], bias_w, out=y_nw[block])
 
     def norm_sums(self, x: Array, dy: Array, mean: Array, scale: Array, sums: Array) -> None:
-        memory = self.memory(x.dtype)
         if self._tuning.compiled:
-            norm_sums(rows_of(x), rows_of(dy), _single("mean", mean, memory), sums[0], sums[1])
-        else:
-            repeats = row_repeats(x.shape[1:])
-            x_nw, dy_nw = wide_rows(x, repeats), wide_rows(dy, repeats)
-            mean_w = repeated(mean, repeats, "mean", memory)
-            weight_sum = RowSum("of dy times x", repeats, sums[0], memory)
-            bias_sum = RowSum("of dy", repeats, sums[1], memory)
-            for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
-                work = memory.scratch("centred", x_nw[block].shape)
-                np.subtract(x_nw[block], mean_w, out=work)
-                np.multiply(work, dy_nw[block], out=work)
-                weight_sum.add(work)
-                bias_sum.add(dy_nw[block])
-            weight_sum.finish()
-            bias_sum.finish()
+            norm_sums(rows_of(x), rows_of(dy), mean, scale, sums)
+            return
+        memory = self.memory(x.dtype)
+        repeats = row_repeats(x.shape[1:])
+        x_nw, dy_nw = wide_rows(x, repeats), wide_rows(dy, repeats)
+        mean_w = repeated(mean, repeats, "mean", memory)
+        weight_sum = RowSum("of dy times x", repeats, sums[0], memory)
+        bias_sum = RowSum("of dy", repeats, sums[1], memory)
+        for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
+            work = memory.scratch("centred", x_nw[block].shape)
+            np.subtract(x_nw[block], mean_w, out=work)
+            np.multiply(work, dy_nw[block], out=work)
+            weight_sum.add(work)
+            bias_sum.add(dy_nw[block])
+        weight_sum.finish()
+        bias_sum.finish()
         sums[0] *= scale
 
     def norm_grad(self, x: Array, dy: Array, mean: Array, scale: Array, weight: Array, sums: Array, count: int) -> None:
-        memory = self.memory(x.dtype)
-        if count:
-            sums *= -1 / count
-            sums[0] *= scale
-        else:  # the statistics were constants
-            sums[...] = 0
-        factor = _factor(weight, scale, memory)
+        part = -1 / count if count else 0.0  # with 0 the statistics were constants
         if self._tuning.compiled:
-            singles = (("mean", mean), ("slope", sums[0]), ("shift", sums[1]), ("factor", factor))
-            norm_grad(rows_of(x), rows_of(dy), *(_single(name, values, memory) for name, values in singles))
+            norm_grad(rows_of(x), rows_of(dy), mean, scale, weight, sums, part)
             return
+        memory = self.memory(x.dtype)
+        sums *= part
+        sums[0] *= scale
         repeats = row_repeats(x.shape[1:])
         x_nw, dy_nw = wide_rows(x, repeats), wide_rows(dy, repeats)
         mean_w = repeated(mean, repeats, "mean", memory)
         slope_w = repeated(sums[0], repeats, "slope", memory)
         shift_w = repeated(sums[1], repeats, "shift", memory)
-        factor_w = repeated(factor, repeats, "factor", memory)
+        factor_w = repeated(_factor(weight, scale, memory), repeats, "factor", memory)
         for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
             work = memory.scratch("centred", x_nw[block].shape)
             np.subtract(x_nw[block], mean_w, out=work)
@@ -159,11 +183,6 @@ class NormOperations(Operations):
             np.multiply(dy_nc[block], scale_n[block, None], out=dy_nc[block])
 
 
-def _single(name: str, values: Array, memory: Workspace) -> Array:
-    """values (channels,) in the memory's type."""
-    return repeated(values, 1, name, memory)
-
-
 def _factor(weight: Array, scale: Array, memory: Workspace) -> Array:
     """weight * scale in float64."""
     factor = memory.scratch("factor", scale.shape, np.float64)
@@ -180,55 +199,114 @@ def _hat(x_nc: Array, mean_n: Array, scale_n: Array, memory: Workspace) -> Array
 
 
 @Loop
-def squared_deviations(x_nc: Array, mean_c: Array, total_c: Array) -> None:
-    """Compute total_c (float64) <- the sum over n of (x - mean)^2; rounding differs from NumPy's."""
-    part_c = np.empty(x_nc.shape[1], x_nc.dtype)
-    total_c[:] = 0
-    for first in range(0, x_nc.shape[0], ROWS):
+def moments(x_nc: Array, part: Array) -> None:
+    """Compute part (float64) <- the number of rows, their sum, and the sum of squared deviations from their mean;
+    rounding differs from NumPy's."""
+    rows, channels = x_nc.shape
+    total_c, squares_c = part[1 : 1 + channels], part[1 + channels :]
+    mean_c, part_c = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
+    part[:] = 0
+    part[0] = rows
+    for first in range(0, rows, ROWS):
         part_c[:] = 0
-        for n in range(first, min(first + ROWS, x_nc.shape[0])):
+        for n in range(first, min(first + ROWS, rows)):
+            x_c = x_nc[n]
+            for c in range(x_c.size):
+                part_c[c] += x_c[c]
+        for c in range(channels):
+            total_c[c] += part_c[c]
+    for c in range(channels):
+        mean_c[c] = total_c[c] / max(rows, 1)
+    for first in range(0, rows, ROWS):
+        part_c[:] = 0
+        for n in range(first, min(first + ROWS, rows)):
             x_c = x_nc[n]
             for c in range(x_c.size):
                 centred = x_c[c] - mean_c[c]
                 part_c[c] += centred * centred
-        for c in range(part_c.size):
-            total_c[c] += part_c[c]
+        for c in range(channels):
+            squares_c[c] += part_c[c]
 
 
 @Loop
-def normalize(x_nc: Array, mean_c: Array, factor_c: Array, bias_c: Array, y_nc: Array) -> None:
-    """y <- (x - mean) * factor + bias."""
+def merge_moments(
+    parts: Array, mean_c: Array, scale_c: Array, running_mean_c: Array, running_var_c: Array, momentum: float,
+    eps: float,
+) -> None:  # fmt: skip
+    """Compute the statistics of all rows from the moments of parts of them."""
+    members, channels = parts.shape[0], mean_c.size
+    count = 0.0
+    for member in range(members):
+        count += parts[member, 0]
+    for c in range(channels):
+        total = square_sum = 0.0
+        for member in range(members):
+            total += parts[member, 1 + c]
+            square_sum += parts[member, 1 + channels + c]
+        mean = total / count
+        for member in range(members):
+            if parts[member, 0] > 0:
+                move = parts[member, 1 + c] / parts[member, 0] - mean
+                square_sum += move * move * parts[member, 0]
+        variance = square_sum / count
+        mean_c[c] = mean
+        if momentum != 0:
+            unbiased = variance * (count / (count - 1))
+            running_mean_c[c] = running_mean_c[c] + (mean - running_mean_c[c]) * momentum
+            running_var_c[c] = running_var_c[c] + (unbiased - running_var_c[c]) * momentum
+        scale_c[c] = 1 / np.sqrt(variance + eps)
+
+
+@Loop
+def normalize(x_nc: Array, mean_c: Array, scale_c: Array, weight_c: Array, bias_c: Array, y_nc: Array) -> None:
+    """y <- (x - mean) * weight * scale + bias."""
+    channels = x_nc.shape[1]
+    mean, factor = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
+    for c in range(channels):
+        mean[c], factor[c] = mean_c[c], weight_c[c] * scale_c[c]
     for n in range(x_nc.shape[0]):
         x_c, y_c = x_nc[n], y_nc[n]
         for c in range(x_c.size):
-            y_c[c] = (x_c[c] - mean_c[c]) * factor_c[c] + bias_c[c]
+            y_c[c] = (x_c[c] - mean[c]) * factor[c] + bias_c[c]
 
 
 @Loop
-def norm_sums(x_nc: Array, dy_nc: Array, mean_c: Array, products_c: Array, sums_c: Array) -> None:
-    """Compute products_c, sums_c (float64) <- the sums over n of (x - mean) * dy and of dy; rounding differs from
+def norm_sums(x_nc: Array, dy_nc: Array, mean_c: Array, scale_c: Array, sums: Array) -> None:
+    """Compute sums (2, c), float64 <- the sums over n of (x - mean) * dy, times scale, and of dy; rounding differs from
     NumPy's."""
-    product_c = np.empty(x_nc.shape[1], x_nc.dtype)
-    part_c = np.empty(x_nc.shape[1], x_nc.dtype)
-    products_c[:] = 0
-    sums_c[:] = 0
-    for first in range(0, x_nc.shape[0], ROWS):
+    rows, channels = x_nc.shape
+    mean, product_c = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
+    part_c = np.empty(channels, x_nc.dtype)
+    for c in range(channels):
+        mean[c] = mean_c[c]
+    sums[:] = 0
+    for first in range(0, rows, ROWS):
         product_c[:] = 0
         part_c[:] = 0
-        for n in range(first, min(first + ROWS, x_nc.shape[0])):
+        for n in range(first, min(first + ROWS, rows)):
             x_c, dy_c = x_nc[n], dy_nc[n]
             for c in range(x_c.size):
-                product_c[c] += (x_c[c] - mean_c[c]) * dy_c[c]
+                product_c[c] += (x_c[c] - mean[c]) * dy_c[c]
                 part_c[c] += dy_c[c]
-        for c in range(part_c.size):
-            products_c[c] += product_c[c]
-            sums_c[c] += part_c[c]
+        for c in range(channels):
+            sums[0, c] += product_c[c]
+            sums[1, c] += part_c[c]
+    for c in range(channels):
+        sums[0, c] *= scale_c[c]
 
 
 @Loop
-def norm_grad(x_nc: Array, dy_nc: Array, mean_c: Array, slope_c: Array, shift_c: Array, factor_c: Array) -> None:
-    """dy <- (dy + (x - mean) * slope + shift) * factor."""
+def norm_grad(
+    x_nc: Array, dy_nc: Array, mean_c: Array, scale_c: Array, weight_c: Array, sums: Array, part: float
+) -> None:
+    """dy <- (dy + (x - mean) * slope + shift) * factor, where slope and shift are `part` of the sums."""
+    channels = x_nc.shape[1]
+    mean, slope = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
+    shift, factor = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
+    for c in range(channels):
+        mean[c], factor[c] = mean_c[c], weight_c[c] * scale_c[c]
+        slope[c], shift[c] = sums[0, c] * part * scale_c[c], sums[1, c] * part
     for n in range(x_nc.shape[0]):
         x_c, dy_c = x_nc[n], dy_nc[n]
         for c in range(x_c.size):
-            dy_c[c] = (dy_c[c] + ((x_c[c] - mean_c[c]) * slope_c[c] + shift_c[c])) * factor_c[c]
+            dy_c[c] = (dy_c[c] + ((x_c[c] - mean[c]) * slope[c] + shift[c])) * factor[c]

@@ -677,17 +677,51 @@ extern "C" __global__ void relu_grad_sum(const REAL* y, REAL* dy, void* out, int
     if (add_chunks<1>(t, c, v, partial, done, shared))
         put_stat(out, bytes, t.column, accumulate ? stat_at(out, bytes, t.column) + v[0] : v[0]);
 }
-extern "C" __global__ void squared_deviations(const REAL* x, const double* mean, double* total, double* partial,
-                                              u32* done, i64 rows, i64 c, int wide) {
+// moments has the number of rows, the sums over them (sum_rows wrote these), and gets the sums of squared deviations.
+extern "C" __global__ void squared_deviations(const REAL* x, double* moments, double* partial, u32* done, i64 rows,
+                                              i64 c, int wide) {
     __shared__ double shared[512];
     Tile t = tile_of(rows, c, wide, blockIdx.y, gridDim.y);
-    WORK m = t.on ? (WORK)mean[t.column] : WORK(0);
+    WORK m = t.on && rows ? (WORK)(moments[1 + t.column] / rows) : WORK(0);
     double v[1];
     add_rows<1>(t, c, v, [=](i64, i64 i, WORK* part) {
         WORK d = get(x, i) - m;
         part[0] += d * d;
     });
-    if (add_chunks<1>(t, c, v, partial, done, shared)) total[t.column] = v[0];
+    if (add_chunks<1>(t, c, v, partial, done, shared)) {
+        moments[1 + c + t.column] = v[0];
+        if (t.column == 0) moments[0] = (double)rows;
+    }
+}
+// The moments of `members` parts of the rows become the statistics of all (merge_moments of device/cpu/norms.py).
+extern "C" __global__ void merge_moments(const double* parts, double* mean, double* scale, REAL* running_mean,
+                                         REAL* running_var, double momentum, double eps, i64 members, i64 c) {
+    i64 each = 1 + 2 * c;
+    GRID_STRIDE(i, c) {
+        double count = 0, total = 0, squares = 0;
+        for (i64 k = 0; k < members; k++) {
+            const double* part = parts + k * each;
+            count += part[0];
+            total += part[1 + i];
+            squares += part[1 + c + i];
+        }
+        double m = total / count;
+        for (i64 k = 0; k < members; k++) {
+            const double* part = parts + k * each;
+            if (part[0] > 0) {
+                double move = part[1 + i] / part[0] - m;
+                squares += move * move * part[0];
+            }
+        }
+        double variance = squares / count;
+        mean[i] = m;
+        scale[i] = 1 / sqrt(variance + eps);
+        if (momentum != 0) {
+            double r = get(running_mean, i), v = get(running_var, i);
+            put(running_mean, i, (WORK)(r + (m - r) * momentum));
+            put(running_var, i, (WORK)(v + (variance * (count / (count - 1)) - v) * momentum));
+        }
+    }
 }
 extern "C" __global__ void norm_sums(const REAL* x, const REAL* dy, const double* mean, const double* scale,
                                      double* sums, double* partial, u32* done, i64 rows, i64 c, int wide) {
@@ -736,12 +770,6 @@ extern "C" __global__ void norm_grad(const REAL* x, REAL* dy, const double* mean
 extern "C" __global__ void inverse_root(REAL* x, double eps, i64 n) {
     WORK e = (WORK)eps;
     GRID_STRIDE(i, n) put(x, i, 1 / sqrt(get(x, i) + e));
-}
-extern "C" __global__ void follow(REAL* running, const double* value, double factor, double momentum, i64 n) {
-    GRID_STRIDE(i, n) {
-        double r = get(running, i);
-        put(running, i, (WORK)(r + (value[i] * factor - r) * momentum));
-    }
 }
 
 // Layer norm: a row is summed up by a team of threads, a warp, or a block where rows are long.

@@ -32,13 +32,19 @@ class GpuNormOperations(KernelOperations):
     def inverse_root(self, x: Array, eps: float) -> None:
         self.each("inverse_root", x.dtype, x.size, x, eps, x.size)
 
-    def follow(self, running: Array, value: Array, factor: float, momentum: float) -> None:
-        self.each("follow", running.dtype, running.size, running, value, factor, momentum, running.size)
-
     # -- batch norm: statistics of each channel ---------------------------------------------------------------------
 
-    def squared_deviations(self, x: Array, mean: Array, total: Array) -> None:
-        self._add_up("squared_deviations", 1, x, x, mean, total)
+    def moments(self, x: Array, part: Array) -> None:
+        self.sum_rows(x, part[1 : 1 + x.shape[-1]])
+        self._add_up("squared_deviations", 1, x, x, part)
+
+    def merge_moments(
+        self, parts: Array, mean: Array, scale: Array, running_mean: Array, running_var: Array, momentum: float,
+        eps: float,
+    ) -> None:  # fmt: skip
+        members, c = len(parts), mean.size
+        running = running_mean, running_var
+        self.each("merge_moments", running_mean.dtype, c, parts, mean, scale, *running, momentum, eps, members, c)
 
     def normalize(self, x: Array, mean: Array, scale: Array, weight: Array, bias: Array, y: Array) -> None:
         matrix(x, y)

@@ -46,10 +46,10 @@ class BatchNormLayer(Norm):
     """Batch norm (Ioffe and Szegedy 2015) uses mean and (biased) variance of each channel over the global micro-batch
     and all positions.
 
-    The sums are reduced by `ctx.team.sum_over_rows` in float64: first for the mean, then the squared deviations, since
-    the difference of two large sums would lose the significant digits. In training the running statistics (in params,
-    not trainable) move by `momentum` towards them, the running variance towards the unbiased one. A rank without rows
-    takes part in the sums.
+    Each rank computes the sum of its rows and the squared deviations from their mean, since the difference of two large
+    sums would lose the significant digits, and all get those of all in one message. In training the running statistics
+    (in params, not trainable) move by `momentum` towards them, the running variance towards the unbiased one. A rank
+    without rows takes part.
 
     The last mini-batch of an epoch may be smaller than the others. The numbers n of a channel in its micro-batches,
     fewer than the usual N, move the running statistics by `momentum` (n - 1) / (N - 1) alone, as is the weight of a
@@ -70,21 +70,17 @@ class BatchNormLayer(Norm):
         scale = workspace.keep("scale", x.shape[-1:], "float64")  # 1 / sqrt(variance + eps)
         count = ctx.count * self._positions if ctx.training else 0
         if count:
-            ops.sum_rows(x, mean)
-            ctx.team.sum_over_rows(mean)
-            ops.divide(mean, count)
-            ops.squared_deviations(x, mean, scale)
-            ctx.team.sum_over_rows(scale)
-            ops.divide(scale, count)
+            parts = workspace.scratch("moments", (ctx.team.holders, 1 + 2 * x.shape[-1]), "float64")
+            ops.moments(x, parts[ctx.team.holder])
+            ctx.team.gather_over_rows(parts)
             usual = max(ctx.usual * self._positions, count)
-            momentum = self.momentum * (count - 1) / (usual - 1) if count < usual else self.momentum
-            if count > 1:
-                ops.follow(params["running_mean"], mean, 1.0, momentum)
-                ops.follow(params["running_var"], scale, count / (count - 1), momentum)
+            momentum = self.momentum if count == usual else self.momentum * (count - 1) / (usual - 1)
+            running = params["running_mean"], params["running_var"]
+            ops.merge_moments(parts, mean, scale, *running, momentum if count > 1 else 0.0, self.eps)
         else:
             ops.copy(mean, params["running_mean"])
             ops.copy(scale, params["running_var"])
-        ops.inverse_root(scale, self.eps)
+            ops.inverse_root(scale, self.eps)
         ops.normalize(x, mean, scale, params["weight"], params["bias"], y)
         return y, (x, mean, scale, count)
 
