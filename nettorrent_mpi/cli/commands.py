@@ -197,8 +197,11 @@ def _data(args: argparse.Namespace) -> None:
     if args.action == "fetch":
         from nettorrent_mpi.data.fetch import fetch
 
-        folder = fetch(args.name, Path(args.root), _tell_bytes)
+        folder, archive = fetch(args.name, Path(args.root), _tell_bytes)
         sys.stdout.write(f"{args.name} is complete in {folder}\n")
+        if archive is not None:
+            size = f"{archive.stat().st_size / 1e6:,.0f} MB"
+            sys.stdout.write(f"{archive} ({size}) stays until all that it has is fetched; you may remove it\n")
         return
     source = Path(args.source)
     target = Path(args.output or f"{source.stem or source.absolute().stem}.h5")

@@ -1,8 +1,7 @@
 """Downloads of data sets from their publishers.
 
-Every download is checked against a SHA-256 sum before it gets its name. The sums are those of the files that the
-publishers' MD5 sums (fashion_mnist, EMNIST, CIFAR) or the original distribution (mnist) identify. An interrupted
-download resumes where it stopped (HTTP Range, a file with the suffix .part).
+Every download is checked against a SHA-256 sum (data/recipes.py) before it gets its name. An interrupted download
+resumes where it stopped (HTTP Range, a file with the suffix .part).
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO, NamedTuple, TypeAlias
 
 from nettorrent_mpi.data.dataset import open_dataset
 from nettorrent_mpi.data.files import opening
 from nettorrent_mpi.data.http_answer import asked
+from nettorrent_mpi.data.recipes import RECIPES, Download, Recipe, extracted
 from nettorrent_mpi.data.storage import create
-from nettorrent_mpi.plan.data_specs import EMNIST
 from nettorrent_mpi.plan.errors import ConfigError, DataError
-from nettorrent_mpi.plan.records import dataclass
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
 """progress(file name, bytes done, bytes in all or None where the server does not say)."""
@@ -35,108 +33,21 @@ _PIECE = 1 << 14  # bytes of an answer at a time: few enough that a slow server 
 _SHOWN = 200  # characters of what a server tells
 
 
-@dataclass(frozen=True)
-class Download:
-    """A Download describes a file: its name, the addresses to try in turn, its sum, and the bytes that it has at most:
-    an answer that goes on beyond them is another file."""
+class Fetched(NamedTuple):
+    """A Fetched data set lies in `folder`; `archive` is kept, if there is one, since it has others, too."""
 
-    name: str
-    urls: tuple[str, ...]
-    sha256: str
-    most: int = 16 << 20
+    folder: Path
+    archive: Path | None = None
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A Recipe describes how to get a data set into ROOT/folder: its files, or one archive and the members to
-    extract."""
-
-    folder: str
-    downloads: tuple[Download, ...]
-    members: tuple[str, ...] = ()
-
-
-def _idx(folder: str, bases: tuple[str, ...], sums: tuple[str, str, str, str]) -> Recipe:
-    kinds = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-    files = [f"{kind}-ubyte.gz" for kind in kinds]
-    downloads = (
-        Download(file, tuple(base + file for base in bases), sha256, 64 << 20)
-        for file, sha256 in zip(files, sums, strict=True)
-    )
-    return Recipe(folder, tuple(downloads))
-
-
-def _emnist(folder: str, part: str) -> Recipe:
-    """Return how to get a part of EMNIST, all of which are in one archive."""
-    archive = Download(
-        "emnist-gzip.zip",
-        ("https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",),
-        "fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
-        1 << 30,
-    )
-    members = (
-        f"gzip/emnist-{part}-{split}-{kind}-ubyte.gz"
-        for split in ("train", "test")
-        for kind in ("images-idx3", "labels-idx1")
-    )
-    return Recipe(folder, (archive,), tuple(members))
-
-
-def _cifar(name: str, folder: str, files: tuple[str, ...], sha256: str) -> Recipe:
-    archive = f"{name}-binary.tar.gz"
-    download = Download(archive, (f"https://www.cs.toronto.edu/~kriz/{archive}",), sha256, 1 << 28)
-    return Recipe(folder, (download,), tuple(f"{folder}/{file}" for file in files))
-
-
-RECIPES: Mapping[str, Recipe] = {
-    "mnist": _idx(
-        "mnist",
-        ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
-        (
-            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-        ),
-    ),
-    "fashion_mnist": _idx(
-        "fashion_mnist",
-        (
-            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        ),
-        (
-            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-        ),
-    ),
-    "letters": _emnist("letters", "letters"),
-    **{f"emnist_{part}": _emnist("emnist", part) for part in EMNIST},
-    "cifar10": _cifar(
-        "cifar-10",
-        "cifar-10-batches-bin",
-        (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin", "batches.meta.txt"),
-        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-    ),
-    **dict.fromkeys(
-        ("cifar100", "cifar100_coarse"),
-        _cifar(
-            "cifar-100",
-            "cifar-100-binary",
-            ("train.bin", "test.bin", "coarse_label_names.txt", "fine_label_names.txt"),
-            "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        ),
-    ),
-}
-
-
-def fetch(name: str, root: Path, progress: Progress | None = None, *, recipes: Mapping[str, Recipe] = RECIPES) -> Path:
-    """Make data set `name` available under the folder `root`, and return its folder.
+def fetch(
+    name: str, root: Path, progress: Progress | None = None, *, recipes: Mapping[str, Recipe] = RECIPES
+) -> Fetched:
+    """Make data set `name` available under the folder `root`.
 
     Existing readable files are kept; damaged ones are replaced, each atomically and only by a complete download with
-    the right sum. An archive (of EMNIST or CIFAR) is removed after extraction. EMNIST's own images are transposed: see
+    the right sum. An archive (of EMNIST or CIFAR) is removed after extraction; where several data sets share it, it
+    stays in `root` until all of them have been extracted. EMNIST's own images are transposed: see
     dataset.DataOptions.transposed.
 
     Raises ConfigError for an unknown name, and DataError if nothing can be reached (the message says which files to put
@@ -147,18 +58,23 @@ def fetch(name: str, root: Path, progress: Progress | None = None, *, recipes: M
         raise ConfigError(f"{name!r} cannot be downloaded; there are {', '.join(recipes)}")
     folder = root / recipe.folder
     if _complete(name, root):
-        return folder
+        return Fetched(folder)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    kept = None
     for download in recipe.downloads:
-        file = folder / download.name
+        file = recipe.place(root, download)
         if not file.is_file() or _sha256(file) != download.sha256:
             _download(download, file, progress, _by_hand(name, root, recipe))
         if recipe.members:
             _unpack(file, folder, recipe.members)
-            with _writing(file):
-                file.unlink()
-    return folder
+            others = [each for each in recipes.values() if recipe.shared and download in each.downloads]
+            if all(each.unpacked(root) for each in others):
+                with _writing(file):
+                    file.unlink()
+            else:
+                kept = file
+    return Fetched(folder, kept)
 
 
 def _complete(name: str, root: Path) -> bool:
@@ -255,7 +171,7 @@ def _unpack(archive: Path, folder: Path, members: tuple[str, ...]) -> None:
     try:
         with _reader(archive) as read:
             for member in members:
-                target = folder / member.rpartition("/")[2]
+                target = folder / extracted(member)
                 part = target.with_name(target.name + ".part")
                 try:
                     with read(member) as source, _creating(part) as output:
@@ -326,7 +242,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _by_hand(name: str, root: Path, recipe: Recipe) -> str:
     """Explain what to do without a network."""
-    files = ", ".join(f"{download.urls[0]} as {root / recipe.folder / download.name}" for download in recipe.downloads)
+    files = ", ".join(f"{download.urls[0]} as {recipe.place(root, download)}" for download in recipe.downloads)
     again = " and run this again (it unpacks them)" if recipe.members else ""
     return (
         f"On a machine without network, run `nettorrent data fetch {name}` on one with network and copy "

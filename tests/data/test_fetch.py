@@ -15,6 +15,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +24,8 @@ import pytest
 
 from nettorrent_mpi.data.cifar import COARSE, FINE
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
-from nettorrent_mpi.data.fetch import RECIPES, Download, Recipe, fetch
+from nettorrent_mpi.data.fetch import fetch
+from nettorrent_mpi.data.recipes import RECIPES, Download, Recipe
 from nettorrent_mpi.plan.data_specs import EMNIST
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
@@ -106,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_full_download_and_nothing_more_to_do(server: Server, tmp_path: Path) -> None:
     recipes = offer_mnist(server)
     calls: list[tuple[str, int, int | None]] = []
-    assert fetch("mnist", tmp_path, lambda *call: calls.append(call), recipes=recipes) == tmp_path / "mnist"
+    assert fetch("mnist", tmp_path, lambda *call: calls.append(call), recipes=recipes) == (tmp_path / "mnist", None)
     assert contents(tmp_path / "mnist") == server.files
     for name, content in server.files.items():
         assert [call for call in calls if call[0] == name][-1] == (name, len(content), len(content))
@@ -326,34 +328,43 @@ def test_every_part_of_emnist_comes_from_the_one_archive(server: Server, tmp_pat
     name = "emnist-gzip.zip"
     server.files[name] = packed.getvalue()
     whole = server.download(name)
-    for part, classes in parts.items():
-        dataset = part if part == "letters" else f"emnist_{part}"
+    names = {part if part == "letters" else f"emnist_{part}": part for part in parts}
+    recipes = {}
+    for dataset in names:
         recipe = RECIPES[dataset]
         (real,) = recipe.downloads
         assert (real.name, real.urls[0].rpartition("/")[2]) == (name, "gzip.zip")
-        recipes = {dataset: Recipe(recipe.folder, (whole,), recipe.members)}
-        server.asked.clear()
-        server.hang_up_after = 20_000
-        with pytest.raises(DataError, match="20000 bytes are kept"):
-            fetch(dataset, tmp_path, recipes=recipes)
-        server.hang_up_after = None
-        fetch(dataset, tmp_path, recipes=recipes)
-        assert [wanted for _, wanted in server.asked] == [None, "bytes=20000-"]
+        recipes[dataset] = replace(recipe, downloads=(whole,))
+    server.hang_up_after = 20_000
+    with pytest.raises(DataError, match="20000 bytes are kept"):
+        fetch("letters", tmp_path, recipes=recipes)
+    server.hang_up_after = None
+    for number, (dataset, part) in enumerate(names.items(), 1):
+        kept = tmp_path / name if number < len(names) else None
+        assert fetch(dataset, tmp_path, recipes=recipes) == (tmp_path / recipes[dataset].folder, kept)
+        assert (tmp_path / name).exists() == (kept is not None)
         opened = open_dataset(dataset, str(tmp_path), options=DataOptions(transposed=True))
         assert opened.test is not None
-        assert (opened.classes, opened.train.rows, opened.test.rows) == (classes, classes, 5)
-        np.testing.assert_array_equal(opened.train.targets(), np.arange(classes))
+        assert (opened.classes, opened.train.rows, opened.test.rows) == (parts[part], parts[part], 5)
+        np.testing.assert_array_equal(opened.train.targets(), np.arange(parts[part]))
         pixels = np.empty((1, 28, 28, 1), np.float32)
         opened.train.inputs().batch(np.array([3]), pixels)
         np.testing.assert_allclose(pixels[0, :, :, 0] * 255, stored[part][3].T, rtol=1e-6)
-    assert len(contents(tmp_path / "emnist")) == 4 * len(EMNIST)  # no archive and no .part
+    assert [wanted for _, wanted in server.asked] == [None, "bytes=20000-"], "it comes once"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["emnist", "letters"]
+    assert len(contents(tmp_path / "emnist")) == 4 * len(EMNIST)  # no .part
+
+    (tmp_path / "emnist" / "emnist-digits-test-labels-idx1-ubyte.gz").unlink()
+    (tmp_path / name).write_bytes(packed.getvalue()[:-100])  # what has another sum is not taken for the archive
+    assert fetch("emnist_digits", tmp_path, recipes=recipes).archive is None
+    assert len(server.asked) == 3
+    assert len(contents(tmp_path / "emnist")) == 4 * len(EMNIST)
 
     server.files[name] = server.files[name][:-1] + b"!"
     with pytest.raises(DataError, match="the download has SHA-256"):
-        fetch(
-            "emnist_digits", tmp_path / "other", recipes={"emnist_digits": Recipe("emnist", (whole,), recipe.members)}
-        )
+        fetch("emnist_digits", tmp_path / "other", recipes=recipes)
     assert contents(tmp_path / "other" / "emnist") == {}
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["emnist"]
 
 
 def test_a_disk_that_takes_nothing(server: Server, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from nettorrent_mpi.data import http_answer
-from nettorrent_mpi.data.fetch import Download, Recipe, fetch
+from nettorrent_mpi.data.fetch import fetch
+from nettorrent_mpi.data.recipes import Download, Recipe
 from nettorrent_mpi.plan.errors import DataError
 
 CONTENT = bytes(range(256)) * 20

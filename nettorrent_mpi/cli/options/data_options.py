@@ -65,6 +65,7 @@ its checksums. What is there and whole is not loaded again, and a download that 
     nettorrent data fetch cifar10
     nettorrent data fetch letters --root /scratch/data
 
+The parts of EMNIST come from one archive, which stays in that folder until all of them are fetched; you may remove it.
 Without a network, it says which files to put where."""
 
 
