@@ -227,8 +227,12 @@ class LayerOps(Protocol):
     def layer_norm_grad(self, x: Array, dy: Array, mean_n: Array, scale_n: Array, sums: Array) -> None:
         """dy <- dx = scale_n * (dy + xhat * sums[0] + sums[1]), dy being what `layer_norm_sums` made of it."""
 
-    def max_pool(self, x: Array, y: Array, winner: Array | None, pooling: Pooling) -> None:
-        """y <- the largest number of each window, NaN if there is one; winner <- its first place in the window."""
+    def max_pool(self, x: Array, y: Array, winner: Array | None, pooling: Pooling, relu: bool = False) -> None:
+        """y <- the largest number of each window, NaN if there is one; winner <- its first place in the window.
+
+        With `relu` that of max(x, 0), and the winner of a window without a number above 0, whose gradient nobody gets,
+        is no place, but the largest number of its type.
+        """
 
     def max_pool_grad(self, dy: Array, winner: Array, dx: Array, pooling: Pooling) -> None:
         """dx <- dy at the winners, elsewhere 0."""

@@ -170,7 +170,7 @@ class Context:
     progress: Callable[[], None] | None = (
         None  # called between layers, so that messages progress while this rank computes
     )
-    relu: bool = False  # whether this layer computes the ReLU that follows it, too (`Layer.takes_relu`)
+    relu: bool = False  # whether this layer computes the ReLU beside it, too (`Layer.takes_relu`, `takes_relu_before`)
 
 
 class Layer(ABC):
@@ -194,6 +194,8 @@ class Layer(ABC):
     # Whether `forward` computes max(., 0) of its output where `ctx.relu` says so, and `backward` its derivative, which
     # saves a GPU passes. It holds for the class that says so, not for those derived from it.
     takes_relu: ClassVar[bool] = False
+    # The same for the ReLU before it, whose input it gets then.
+    takes_relu_before: ClassVar[bool] = False
     # Whether backward can be done in two halves: `backward_inputs`, then `backward_weights`. Other layers do all in the
     # first. It holds for the class that says so, not for those derived from it.
     splits: ClassVar[bool] = False

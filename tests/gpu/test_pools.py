@@ -41,10 +41,11 @@ def inputs(name: str, counts: Pair, image: Pair, kind: str) -> Array:
 
 @typed
 @every
-@pytest.mark.parametrize("kind", ["plain", "ties"])
+@pytest.mark.parametrize(("kind", "relu"), [("plain", False), ("ties", False), ("ties", True)])
 def test_max_pool(
     name: str,
     kind: str,
+    relu: bool,
     counts: Pair,
     image: Pair,
     size: Pair,
@@ -53,15 +54,15 @@ def test_max_pool(
     bench, x = Bench(GpuPoolOperations, seed=1), inputs(name, counts, image, kind)
     pooling = Pooling(image, size, stride)
     shape = (counts[0], *pooling.count, counts[1])
-    winner = np.zeros(shape, np.uint8 if pooling.taps <= 256 else np.uint32)
+    winner = np.zeros(shape, np.uint8 if pooling.taps < 256 else np.uint32)
     wanted = wide(np.empty(shape, x.dtype))
-    CPU.max_pool(wide(x), wanted, winner, pooling)
+    CPU.max_pool(wide(x), wanted, winner, pooling, relu)
     y, won = bench.like(np.empty(shape, x.dtype)), bench.like(winner)
-    bench.ops.max_pool(bench.up(x), y, won, pooling)
+    bench.ops.max_pool(bench.up(x), y, won, pooling, relu)
     same(bench.down(y), wanted)
     same(bench.down(won), winner)
     alone = bench.like(np.empty(shape, x.dtype))
-    bench.ops.max_pool(bench.up(x), alone, None, pooling)
+    bench.ops.max_pool(bench.up(x), alone, None, pooling, relu)
     same(bench.down(alone), wanted)
     dy, dx = some(name, *shape, seed=2), wide(x)
     CPU.max_pool_grad(wide(dy), winner, dx, pooling)
@@ -105,25 +106,30 @@ def test_global_avg_pool(name: str, shape: tuple[int, int, int, int]) -> None:
 
 FAULTS = {
     "the last place of ties": ("if (v > best) winner = p * kw + q;", "if (v >= best) winner = p * kw + q;"),
+    "a gradient below 0": ("relu && !(best > WORK(0)) ? ~0u : 0", "relu && best < WORK(0) ? ~0u : 0"),
+    "a number below 0": ("if (relu && best < WORK(0)) best = 0;", ""),
     "NaN that is forgotten": ("if (v > best || v != v) best = v;", "if (v > best) best = v;"),
     "a window too far": ("if (up < yh && left < yw)", "if (up < yh)"),
     "a tap left out": ("p < kh && p <= h; p += down", "p < kh && p < h; p += down"),
 }
 
 
+RELU_FAULTS = ("a gradient below 0", "a number below 0")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_in_max_pool_are_found(fault: str | None) -> None:
     text = planted("Norms|Pools", *FAULTS[fault]) if fault else None
-    counts, image, pooling = (2, 3), (7, 8), Pooling((7, 8), (3, 3), (2, 2))
+    counts, image, pooling, relu = (2, 3), (7, 8), Pooling((7, 8), (3, 3), (2, 2)), fault in RELU_FAULTS
     bench, x = Bench(GpuPoolOperations, 1, text), inputs("float32", counts, image, "ties")
     shape = (counts[0], *pooling.count, counts[1])
     wanted, winner, dx = np.empty(shape, "f4"), np.zeros(shape, np.uint8), np.empty_like(x)
-    CPU.max_pool(x, wanted, winner, pooling)
+    CPU.max_pool(x, wanted, winner, pooling, relu)
     dy = some("float32", *shape)
     CPU.max_pool_grad(dy, winner, dx, pooling)
     y, won, found = bench.like(wanted), bench.like(winner), bench.like(x)
-    bench.ops.max_pool(bench.up(x), y, won, pooling)
+    bench.ops.max_pool(bench.up(x), y, won, pooling, relu)
     bench.ops.max_pool_grad(bench.up(dy), bench.up(winner), found, pooling)
     right = (
         np.array_equal(bench.down(y), wanted, equal_nan=True),

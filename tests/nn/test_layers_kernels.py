@@ -67,3 +67,30 @@ def test_nan_goes_through_a_pool(bench: Callable[..., Any]) -> None:
         found.append(made.run(x, dy).y)
     np.testing.assert_array_equal(*found)
     assert np.isnan(found[0]).sum() == 3
+
+
+@pytest.mark.parametrize("kernels", EACH)
+@pytest.mark.parametrize(("size", "stride"), [(2, None), ((2, 2), (1, 3)), (3, 2), ((1, 3), None), ((16, 16), None)])
+def test_a_pool_with_the_relu_before_it_gives_what_both_do(
+    size: Any, stride: Any, kernels: Kernels, bench: Callable[..., Any]
+) -> None:
+    """Windows with ties, without a number above 0, and with NaN in any place have the same outputs and gradients."""
+    made = bench([specs.Relu(), specs.MaxPool2d(size, stride)], (17, 16, 5), np.float32)
+    made.device = make_device("cpu", kernels)
+    rng = np.random.default_rng(1)
+    x, dy = made.data(6)
+    x[...] = rng.integers(-3, 3, x.shape)
+    x[rng.random(x.shape) < 0.1] = np.nan
+    x[0] = -1
+    found = []
+    for apart in (False, True):
+        sequence, ctx = made.sequence(), made.context(x)
+        assert sequence.takes_relu == [False, True]
+        if apart:
+            sequence.takes_relu = sequence.passed_over = [False, False]
+        y, saved = sequence.forward({}, x.copy(), ctx)
+        dx = sequence.backward({}, {}, saved, dy.copy(), ctx)
+        found.append((y.copy(), dx.copy(), sequence.forward({}, x.copy(), made.context(x, False))[0].copy()))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (found[0][1] != 0).any()

@@ -16,28 +16,36 @@ from nettorrent_mpi.device.geometry import Pooling
 class PoolOperations(Operations):
     """Pooling and its gradients: see device.ops."""
 
-    def max_pool(self, x: Array, y: Array, winner: Array | None, pooling: Pooling) -> None:
+    def max_pool(self, x: Array, y: Array, winner: Array | None, pooling: Pooling, relu: bool = False) -> None:
         if winner is not None and self._tuning.compiled:
-            max_pool(x, y, winner, *pooling.size, *pooling.stride)
+            if pooling.size[1] == 2:
+                max_pool_of_pairs(x, y, winner, pooling.size[0], *pooling.stride, relu)
+            else:
+                max_pool(x, y, winner, *pooling.size, *pooling.stride, relu)
             return
         memory = self.memory(x.dtype)
         for images in _images(x):
             best = y[images]
             for tap, seen in enumerate(_taps(x[images], pooling)):
-                if tap == 0:
-                    np.copyto(best, seen)
-                    if winner is not None:
-                        winner[images] = 0
-                    continue
                 if winner is not None:
-                    # The numbers of the taps grow, so the last larger one is the largest number. (A product and a
-                    # maximum are several times faster than NumPy's masked copy.)
+                    # The numbers of the taps, from 1 on, grow, so the last larger one is the largest number. (A product
+                    # and a maximum are several times faster than NumPy's masked copy.)
                     larger = memory.scratch("larger", best.shape, np.bool_)
+                    if tap:
+                        np.greater(seen, best, out=larger)
+                    elif relu:
+                        np.greater(seen, 0, out=larger)
+                    else:
+                        larger.fill(True)
                     number = memory.scratch("tap number", best.shape, winner.dtype)
-                    np.greater(seen, best, out=larger)
-                    np.multiply(larger, winner.dtype.type(tap), out=number)
-                    np.maximum(winner[images], number, out=winner[images])
-                np.maximum(best, seen, out=best)
+                    np.multiply(larger, winner.dtype.type(tap + 1), out=number)
+                    np.maximum(winner[images] if tap else 0, number, out=winner[images])
+                if tap == 0:
+                    np.maximum(seen, 0 if relu else seen, out=best)
+                else:
+                    np.maximum(best, seen, out=best)
+        if winner is not None:
+            np.subtract(winner, 1, out=winner)  # none, a 0, becomes the largest number of the type
 
     def max_pool_grad(self, dy: Array, winner: Array, dx: Array, pooling: Pooling) -> None:
         if not pooling.tiles:
@@ -102,30 +110,71 @@ def _taps(x: Array, pooling: Pooling) -> Iterator[Array]:
             yield x[:, p : p + (high - 1) * down + 1 : down, q : q + (wide - 1) * across + 1 : across]
 
 
-@Loop
-def max_pool(x_bhwc: Array, y_bhwc: Array, winner_bhwc: Array, high: int, wide: int, down: int, across: int) -> None:
-    """Compute the largest number of each window of high x wide, `down` and `across` apart, and the number of its tap.
+# Loops go through the rows of the images one after another, and so through memory: that is twice as fast as window by
+# window where images are no longer in the cache. Taps are compared in numbers as wide as float32, and all are written,
+# changed or not: so the loops also vectorize on processors without masked stores of bytes.
 
-    The taps are compared in numbers as wide as float32, and all are written, changed or not: so the loop also
-    vectorizes on processors without masked stores of bytes.
-    """
-    taps = np.empty(x_bhwc.shape[3], np.int32)
+
+@Loop
+def max_pool(
+    x_bhwc: Array, y_bhwc: Array, winner_bhwc: Array, high: int, wide: int, down: int, across: int, relu: bool
+) -> None:
+    """Compute the largest number of each window of high x wide, `down` and `across` apart, and the number of its tap;
+    with `relu` of those above 0, else 0 and the largest number of the winners' type."""
+    zero, first, none = x_bhwc.dtype.type(0), np.int32(0), np.int32(-1)
     for b in range(y_bhwc.shape[0]):
         for h in range(y_bhwc.shape[1]):
-            for w in range(y_bhwc.shape[2]):
-                best, winner, first = y_bhwc[b, h, w], winner_bhwc[b, h, w], x_bhwc[b, h * down, w * across]
-                for c in range(best.size):
-                    best[c] = first[c]
-                    taps[c] = 0
-                for tap in range(1, high * wide):
-                    seen = x_bhwc[b, h * down + tap // wide, w * across + tap % wide]
-                    number = np.int32(tap)
-                    for c in range(best.size):
-                        here, most = seen[c], best[c]
-                        taps[c] = number if here > most else taps[c]
-                        best[c] = here if (here > most) | np.isnan(here) else most
-                for c in range(best.size):
-                    winner[c] = taps[c]
+            for p in range(high):
+                for w in range(y_bhwc.shape[2]):
+                    best, winner = y_bhwc[b, h, w], winner_bhwc[b, h, w]
+                    for q in range(wide):
+                        seen, tap = x_bhwc[b, h * down + p, w * across + q], np.int32(p * wide + q)
+                        if tap > 0:
+                            for c in range(best.size):
+                                here, most = seen[c], best[c]
+                                winner[c] = tap if here > most else np.int32(winner[c])
+                                best[c] = here if (here > most) | np.isnan(here) else most
+                        elif relu:
+                            for c in range(best.size):
+                                here = seen[c]
+                                winner[c] = first if here > 0 else none
+                                best[c] = zero if here < 0 else here  # NaN stays NaN
+                        else:
+                            for c in range(best.size):
+                                winner[c] = first
+                                best[c] = seen[c]
+
+
+@Loop
+def max_pool_of_pairs(
+    x_bhwc: Array, y_bhwc: Array, winner_bhwc: Array, high: int, down: int, across: int, relu: bool
+) -> None:
+    """Compute what `max_pool` does for windows of high x 2, whose usual size is 2 x 2, nearly twice as fast."""
+    zero = x_bhwc.dtype.type(0)
+    for b in range(y_bhwc.shape[0]):
+        for h in range(y_bhwc.shape[1]):
+            for p in range(high):
+                left_tap, right_tap = np.int32(2 * p), np.int32(2 * p + 1)
+                for w in range(y_bhwc.shape[2]):
+                    left, right = x_bhwc[b, h * down + p, w * across], x_bhwc[b, h * down + p, w * across + 1]
+                    best, winner = y_bhwc[b, h, w], winner_bhwc[b, h, w]
+                    if p > 0:
+                        for c in range(best.size):
+                            most, tap, here = best[c], np.int32(winner[c]), left[c]
+                            tap = left_tap if here > most else tap
+                            most = here if (here > most) | np.isnan(here) else most
+                            here = right[c]
+                            winner[c] = right_tap if here > most else tap
+                            best[c] = here if (here > most) | np.isnan(here) else most
+                    else:
+                        for c in range(best.size):
+                            most, tap = left[c], np.int32(0)
+                            if relu:
+                                tap = np.int32(0) if most > 0 else np.int32(-1)
+                                most = zero if most < 0 else most  # NaN stays NaN
+                            here = right[c]
+                            winner[c] = right_tap if here > most else tap
+                            best[c] = here if (here > most) | np.isnan(here) else most
 
 
 @Loop
@@ -135,13 +184,15 @@ def max_pool_grad(
     """Compute dx <- dy at the tap that won, 0 at the others of the window; or, with `add`, dx += these."""
     for b in range(dy_bhwc.shape[0]):
         for h in range(dy_bhwc.shape[1]):
-            for w in range(dy_bhwc.shape[2]):
-                dy, winner = dy_bhwc[b, h, w], winner_bhwc[b, h, w]
-                for tap in range(high * wide):
-                    dx = dx_bhwc[b, h * down + tap // wide, w * across + tap % wide]
-                    if add:
-                        for c in range(dy.size):
-                            dx[c] += dy[c] * (winner[c] == tap)
-                    else:
-                        for c in range(dy.size):
-                            dx[c] = dy[c] * (winner[c] == tap)
+            for p in range(high):
+                for w in range(dy_bhwc.shape[2]):
+                    dy, winner = dy_bhwc[b, h, w], winner_bhwc[b, h, w]
+                    for q in range(wide):
+                        dx = dx_bhwc[b, h * down + p, w * across + q]
+                        tap = np.int32(p * wide + q)
+                        if add:
+                            for c in range(dy.size):
+                                dx[c] += dy[c] * (np.int32(winner[c]) == tap)
+                        else:
+                            for c in range(dy.size):
+                                dx[c] = dy[c] * (np.int32(winner[c]) == tap)

@@ -102,19 +102,27 @@ class ProductOperations(Operations):
             more = self.memory(x.dtype).scratch("row sums", out.shape, out.dtype)
             self.sum_rows(x, more)
             np.add(out, more, out=out)
-        elif self._tuning.compiled:
-            sum_rows(wide_rows(x, 1), out)
+            return
+        repeats = row_repeats(x.shape[1:])
+        x_nw = wide_rows(x, repeats)
+        if self._tuning.compiled:
+            sum_rows(x_nw, out)
         else:
-            repeats = row_repeats(x.shape[1:])
-            x_nw = wide_rows(x, repeats)
             total = RowSum("of rows", repeats, out, self.memory(x.dtype))
             for block in blocks(x_nw.shape[0], row_block(x_nw.shape[1])):
                 total.add(x_nw[block])
             total.finish()
 
     def relu_grad_sum(self, y: Array, dy: Array, total: Array, accumulate: bool = False) -> None:
-        cast("LayerOps", self).relu_grad(y, dy)
-        self.sum_rows(dy, total, accumulate)
+        if not self._tuning.compiled:
+            cast("LayerOps", self).relu_grad(y, dy)
+            self.sum_rows(dy, total, accumulate)
+            return
+        sums = self.memory(dy.dtype).scratch("row sums", total.shape, total.dtype) if accumulate else total
+        repeats = row_repeats(dy.shape[1:])
+        relu_grad_sum(wide_rows(y, repeats), wide_rows(dy, repeats), sums)
+        if accumulate:
+            np.add(total, sums, out=total)
 
 
 def _by(gemm: blas.Gemm, a: Array, b: Array, out: Array, accumulate: bool) -> Run:
@@ -122,15 +130,33 @@ def _by(gemm: blas.Gemm, a: Array, b: Array, out: Array, accumulate: bool) -> Ru
 
 
 @Loop
-def sum_rows(x_nc: Array, total_c: Array) -> None:
-    """Compute total_c <- the sum over n; rounding differs from NumPy's."""
-    part_c = np.empty(x_nc.shape[1], x_nc.dtype)
+def sum_rows(x_nw: Array, total_c: Array) -> None:
+    """Compute total_c <- the sum over n and over the positions in a row; rounding differs from NumPy's."""
+    part_w = np.empty(x_nw.shape[1], x_nw.dtype)
     total_c[:] = 0
-    for first in range(0, x_nc.shape[0], SUMMED):
-        part_c[:] = 0
-        for n in range(first, min(first + SUMMED, x_nc.shape[0])):
-            x_c = x_nc[n]
-            for c in range(x_c.size):
-                part_c[c] += x_c[c]
-        for c in range(part_c.size):
-            total_c[c] += part_c[c]
+    for first in range(0, x_nw.shape[0], SUMMED):
+        part_w[:] = 0
+        for n in range(first, min(first + SUMMED, x_nw.shape[0])):
+            x_w = x_nw[n]
+            for k in range(part_w.size):
+                part_w[k] += x_w[k]
+        for position in range(0, part_w.size, total_c.size):
+            for c in range(total_c.size):
+                total_c[c] += part_w[position + c]
+
+
+@Loop
+def relu_grad_sum(y_nw: Array, dy_nw: Array, total_c: Array) -> None:
+    """dy <- dy where y > 0, elsewhere 0, and total_c <- the sum of that as by `sum_rows`."""
+    part_w = np.empty(dy_nw.shape[1], dy_nw.dtype)
+    total_c[:] = 0
+    for first in range(0, dy_nw.shape[0], SUMMED):
+        part_w[:] = 0
+        for n in range(first, min(first + SUMMED, dy_nw.shape[0])):
+            y_w, dy_w = y_nw[n], dy_nw[n]
+            for k in range(part_w.size):
+                dy_w[k] *= y_w[k] > 0
+                part_w[k] += dy_w[k]
+        for position in range(0, part_w.size, total_c.size):
+            for c in range(total_c.size):
+                total_c[c] += part_w[position + c]

@@ -868,15 +868,17 @@ extern "C" __global__ void layer_norm_grad(const REAL* x, REAL* dy, const void* 
     for (i64 b = blockIdx.y; b < (images); b += gridDim.y) \
         for (u32 e = blockIdx.x * blockDim.x + threadIdx.x; e < (size); e += gridDim.x * blockDim.x)
 
-// The winner is the number of a tap: in winner8 or winner32, or, if both are null, not wanted.
+// The winner is the number of a tap: in winner8 or winner32, or, if both are null, not wanted. With `relu` it is all
+// ones if no number is above 0.
 extern "C" __global__ void max_pool(const REAL* x, REAL* y, u8* winner8, u32* winner32, i64 images, int high, int wide,
-                                    int c, int yh, int yw, int kh, int kw, int down, int across) {
+                                    int c, int yh, int yw, int kh, int kw, int down, int across, bool relu) {
     EACH_OF_IMAGES(b, images, e, (u32)yh * yw * c) {
         u32 place = e / c, h = place / yw, w = place - h * yw;
         i64 from = ((b * high + (i64)h * down) * wide + (i64)w * across) * c + (e - place * c);
         i64 to = b * yh * yw * c + e;
         WORK best = get(x, from);
-        u32 winner = 0;
+        u32 winner = relu && !(best > WORK(0)) ? ~0u : 0;
+        if (relu && best < WORK(0)) best = 0;
         for (int p = 0; p < kh; p++)
             for (int q = p ? 0 : 1; q < kw; q++) {
                 WORK v = get(x, from + ((i64)p * wide + q) * c);

@@ -16,8 +16,8 @@ class GpuPoolOperations(KernelOperations):
     """Pooling and its gradients: see device.ops. A pixel of several windows adds up what they give to it, in the order
     of its places in them."""
 
-    def max_pool(self, x: Array, y: Array, winner: Array | None, pooling: Pooling) -> None:
-        self._of_images("max_pool", y, x, y, *_winner(winner), *_sizes(x, y), *_window(pooling))
+    def max_pool(self, x: Array, y: Array, winner: Array | None, pooling: Pooling, relu: bool = False) -> None:
+        self._of_images("max_pool", y, x, y, *_winner(winner), *_sizes(x, y), *_window(pooling), relu)
 
     def max_pool_grad(self, dy: Array, winner: Array, dx: Array, pooling: Pooling) -> None:
         self._of_images("max_pool_grad", dx, dy, *_winner(winner), dx, *_sizes(dx, dy), *_window(pooling))

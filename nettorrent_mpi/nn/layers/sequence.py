@@ -24,18 +24,19 @@ class Sequence:
 
     `activation:` of a layer becomes a layer of its own, "<layer>.<activation>", in `specs`, too. Where features are
     divided and a layer needs whole ones, a `Gather` is inserted. A layer writes over its input where that is no longer
-    needed. A layer with weights computes the ReLU that follows it directly (`Layer.takes_relu`), which is then passed
-    over. `parameters` are pairs ("<layer>/<name>", parameter); the mappings given to forward and backward have these
-    keys. Of the site, `inputs` are whole; `name` (of a residual block, otherwise empty) goes before the layers' names,
-    not before the keys. `partial` says that, where the last layer's features are whole, each col gets only a part of dy
-    (see `Layer`); `follows` is the kind of the activation after the last layer, `previous` describes what comes before
-    the first.
+    needed. A layer with weights computes the ReLU that follows it directly (`Layer.takes_relu`), or max pooling the one
+    before it, which is then passed over. `parameters` are pairs ("<layer>/<name>", parameter); the mappings given to
+    forward and backward have these keys. Of the site, `inputs` are whole; `name` (of a residual block, otherwise empty)
+    goes before the layers' names, not before the keys. `partial` says that, where the last layer's features are whole,
+    each col gets only a part of dy (see `Layer`); `follows` is the kind of the activation after the last layer,
+    `previous` describes what comes before the first.
     """
 
     def __init__(self, layers: Seq[specs.LayerSpec], site: Site):
         self.inputs = self.outputs = site.inputs
         self.layers: list[Layer] = []
-        self.takes_relu: list[bool] = []  # whether each layer computes the next one, a ReLU, too
+        self.takes_relu: list[bool] = []  # whether each layer computes the ReLU beside it, too
+        self.passed_over: list[bool] = []  # whether each layer is a ReLU that the one before or after computes
         self._splits: list[bool] = []  # whether each layer's backward pass has two halves
         self.parameters: tuple[tuple[str, Parameter], ...] = ()
         self.previous = site.previous  # after the last layer: what produced the outputs
@@ -68,10 +69,18 @@ class Sequence:
         layer.in_place = layer.elementwise and self._free
         same_memory = layer.in_place or layer.passes_on
         self._free = not layer.reads_output and (self._free or not same_memory)
-        if type(layer) is ReluLayer and layer.in_place and vars(type(self.layers[-1])).get("takes_relu"):
+        says = vars(type(layer)).get
+        before = bool(says("takes_relu_before")) and bool(self.layers) and type(self.layers[-1]) is ReluLayer
+        after = type(layer) is ReluLayer and layer.in_place and bool(vars(type(self.layers[-1])).get("takes_relu"))
+        if before:
+            if self.passed_over[-1]:
+                self.takes_relu[-2] = False
+            self.passed_over[-1] = True
+        if after:
             self.takes_relu[-1] = True
-        self.takes_relu.append(False)
-        self._splits.append(vars(type(layer)).get("splits", False))
+        self.takes_relu.append(before)
+        self.passed_over.append(after)
+        self._splits.append(says("splits", False))
         self.layers.append(layer)
         self._keys.append(key)
         self._firsts.append(len(self.parameters))
@@ -128,17 +137,17 @@ class Sequence:
         """Return (y, saved) like `Layer.forward`; each layer has its own part of ctx.workspace."""
         saved: list[Any] = []
         workspace = ctx.workspace
-        for layer, key, own, takes in zip(self.layers, self._keys, self._shares(params), self.takes_relu, strict=True):
-            if ctx.relu:  # computed by the layer before
-                ctx.relu = False
+        shares = self._shares(params)
+        for i, layer in enumerate(self.layers):
+            if self.passed_over[i]:
                 saved.append(None)
                 continue
-            ctx.workspace, ctx.relu = workspace.child(key), takes
-            x, kept = layer.forward(own, x, ctx)
+            ctx.workspace, ctx.relu = workspace.child(self._keys[i]), self.takes_relu[i]
+            x, kept = layer.forward(shares[i], x, ctx)
             saved.append(kept)
             if ctx.progress is not None:
                 ctx.progress()
-        ctx.workspace = workspace
+        ctx.workspace, ctx.relu = workspace, False
         return x, saved
 
     def backward(
@@ -168,7 +177,7 @@ class Sequence:
             layer = self.layers[i]
             if gradient is None or not (layer.needs_dx or layer.parameters):
                 break
-            if i and self.takes_relu[i - 1]:
+            if self.passed_over[i]:
                 continue
             ctx.workspace, ctx.relu = workspace.child(self._keys[i]), self.takes_relu[i]
             if held is None or not self._splits[i]:
