@@ -6,17 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from nettorrent_mpi.cli.progress import clock
+from nettorrent_mpi.cli.runs.comparing import Setting, as_written, differ, settings_given
 from nettorrent_mpi.cli.runs.run_data import RunData, read_run
 from nettorrent_mpi.cli.runs.values import one_line
 from nettorrent_mpi.cli.tables import aligned, shortened
 from nettorrent_mpi.engine.run_files import is_run, no_run, run_of
-from nettorrent_mpi.plan.errors import UserError, warn
-from nettorrent_mpi.plan.specs import Spec
+from nettorrent_mpi.plan.errors import warn
 
 DEPTH = 4  # folders below the named one that are looked into
 BEST_FIRST = ("accuracy", "samples_per_second", "epochs")  # sorted from the largest on
@@ -120,59 +119,14 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return aligned(tuple(_COLUMNS), cells, ("run", "state", "layout", "exchange")) + "\n"
 
 
-class _Setting(NamedTuple):
-    """A value of a configuration, and whether it is what it would be if nobody had set it."""
-
-    text: str
-    usual: bool = False
-
-
-def _settings(run: RunData) -> dict[str, _Setting]:
-    """Return the settings of a run by their dotted keys, the kind of an optimizer, a layer, ... by the key at which it
-    stands; what the file says where it is no configuration of this version."""
-    from nettorrent_mpi.config.reading import loads
-
-    try:
-        config = loads(run.config, str(run.path))
-    except UserError:
-        return {key: _Setting(value) for key, value in run.settings.items()}
-    return dict(_flat(config, ()))
-
-
-def _flat(section: Any, at: tuple[str | int, ...]) -> Iterator[tuple[str, _Setting]]:
-    from nettorrent_mpi.config.yaml_lines import dotted
-
-    if isinstance(section, Spec):
-        yield dotted(at), _Setting(section.kind)
-        at = (*at, section.kind)
-    for each in fields(section):
-        value, here = getattr(section, each.name), (*at, each.name)
-        default = each.default if each.default_factory is MISSING else each.default_factory()
-        if is_dataclass(value):
-            yield from _flat(value, here)
-        elif isinstance(value, tuple) and value and all(map(is_dataclass, value)):
-            for number, inner in enumerate(value):
-                yield from _flat(inner, (*here, number))
-        else:
-            yield dotted(here), _Setting(one_line("none" if value is None else str(value)), value == default)
-
-
-def _differ(values: Sequence[_Setting | None]) -> bool:
-    """Whether runs differ in a setting. One that only some have, as options of their optimizer, counts where it was
-    set."""
-    there = [each for each in values if each is not None]
-    if len(there) < len(values):
-        return not all(each.usual for each in there)
-    return len({each.text for each in there}) > 1
-
-
 def _side_by_side(found: Sequence[RunData]) -> str:
     """Write results, and the settings in which the runs differ, one run in each column."""
-    rows, settings = [_row(run) for run in found], [_settings(run) for run in found]
+    rows = [_row(run) for run in found]
+    settings = [settings_given(run.config, str(run.path)) or as_written(run.settings) for run in found]
     lines = [[name, *(show(row) for row in rows)] for name, show in _COLUMNS.items() if name != "run"]
     keys = list(dict.fromkeys(key for each in settings for key in each if key != "output"))
-    differing = [key for key in keys if _differ([each.get(key) for each in settings])]
-    cells = [[each.get(key, _Setting("-")).text for each in settings] for key in differing]
+    differing = [key for key in keys if differ([each.get(key) for each in settings])]
+    cells = [[each.get(key, Setting("-")).text for each in settings] for key in differing]
     lines += [[key, *map(shortened, row)] for key, row in zip(differing, cells, strict=True)]
     header = ["", *(shortened(run.name) for run in found)]
     told = aligned(header, lines, header) + "\n"

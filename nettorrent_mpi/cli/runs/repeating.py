@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from html import escape
 
+from nettorrent_mpi.cli.runs.comparing import Setting, as_written, differ, settings_given
 from nettorrent_mpi.cli.runs.run_data import RunData
 from nettorrent_mpi.cli.runs.run_parts import RunPart
 from nettorrent_mpi.cli.runs.values import is_count, text
@@ -89,15 +90,17 @@ def _configuration(part: RunPart, before: RunPart | None) -> str:
     """Show the complete configuration, or in what it differs from that of the part before."""
     if not part.config:
         return ""
-    changed = []
+    changed, none = [], Setting("-")
     if before is not None and before.settings:
         if part.settings == before.settings:
             return f"<p>The configuration is that of part {before.number}.</p>"
-        keys = dict.fromkeys([*before.settings, *part.settings])
+        then, now = (settings_given(each.config, f"the configuration of part {each.number}") for each in (before, part))
+        if then is None or now is None:
+            then, now = as_written(before.settings), as_written(part.settings)
         changed = [
-            f"{key}: {part.settings.get(key, '-')} (before: {before.settings.get(key, '-')})"
-            for key in keys
-            if part.settings.get(key) != before.settings.get(key)
+            f"{key}: {now.get(key, none).text} (before: {then.get(key, none).text})"
+            for key in dict.fromkeys([*then, *now])
+            if differ([then.get(key), now.get(key)])
         ]
     told = f"<p>Its configuration differs: {escape('; '.join(changed))}</p>" if changed else ""
     name = "config.yaml" if before is None and part.first == 1 else f"The configuration of part {part.number}"

@@ -17,6 +17,8 @@ from nettorrent_mpi.cli.runs import time_line
 from nettorrent_mpi.cli.runs.charts import Curve, chart, thinned
 from nettorrent_mpi.cli.runs.page import page
 from nettorrent_mpi.cli.runs.run_data import read_run
+from nettorrent_mpi.config.reading import load
+from nettorrent_mpi.config.writing import to_plain
 from nettorrent_mpi.plan.actions import Kind
 from nettorrent_mpi.plan.topology import Stage, Topology
 from tests.browser import browser_page
@@ -150,6 +152,16 @@ def test_all_parts_of_a_run_are_told_from_the_beginning_on(tmp_path: Path) -> No
         assert words in text, words
     assert text.count("complete</summary>") == 3
     assert "done again" not in text
+
+
+def test_a_part_that_has_another_exchange_says_what_was_given(tmp_path: Path) -> None:
+    """A run writes its configuration with all defaults; those of a kind that the part before has not are no change."""
+    whole = json.dumps(to_plain(load(None, ["exchange={gossip: {every: 2}}", "layout={replicas: 2}"])))
+    plain = json.dumps(to_plain(load(None, ["layout={replicas: 2}"])))
+    parts = [earlier(1, 40, TWO, config=plain), earlier(41, 60, TWO, config=whole)]
+    text = written(make(tmp_path / "run", TWO, after=60, earlier=parts, traced=False))
+    told = "exchange: gossip (before: allreduce); exchange.gossip.every: 2 (before: -)"
+    assert f"<p>Its configuration differs: {told}</p>" in text
 
 
 def test_a_trace_is_told_and_drawn_with_the_layout_of_its_own_part(tmp_path: Path) -> None:
