@@ -89,6 +89,11 @@ def launched(environ: Mapping[str, str]) -> bool:
     return positive(environ.get("SLURM_STEP_NUM_TASKS")) > 1 or any(_RANK.search(name) for name in environ)
 
 
+def outnumber_cores(environ: Mapping[str, str]) -> bool:
+    """Whether ranks outnumber cores, so that waiting ranks yield: as `prepare` found, or as the user says."""
+    return any(environ.get(name) == "1" for name in _YIELD)
+
+
 def on_one_node(environ: Mapping[str, str]) -> bool:
     """Whether all ranks of the run are on this node according to the launcher; False if unknown."""
     if "OMPI_COMM_WORLD_SIZE" in environ:

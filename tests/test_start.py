@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from nettorrent_mpi.comm.library import LATE
 
 CHECKS = {"pydantic", "yaml", "importlib.metadata"}  # what rank 0 reads a configuration with
 NEVER = {"rich", "h5py", "matplotlib", "subprocess", "multiprocessing", "asyncio"}  # before there is a use for it
@@ -59,3 +62,28 @@ def loaded(code: str) -> set[str]:
     """The modules that are there after `code`."""
     command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+SLACK = Path("/proc/self/timerslack_ns")
+STARTS_MPI = """
+import sys
+from pathlib import Path
+class Spy:
+    def find_spec(self, name, *others):
+        if name == "mpi4py.MPI":
+            print(Path("/proc/self/timerslack_ns").read_text())
+sys.meta_path.insert(0, Spy())
+from nettorrent_mpi.comm.library import MPI
+MPI.COMM_WORLD
+print(Path("/proc/self/timerslack_ns").read_text())
+"""
+
+
+@pytest.mark.skipif(not SLACK.exists(), reason="Linux tells of it")
+@pytest.mark.parametrize(("yields", "late"), [("1", True), ("0", False)])
+def test_ranks_that_outnumber_cores_sleep_while_mpi_starts(yields: str, late: bool) -> None:
+    usual = int(SLACK.read_text())
+    environment = {**os.environ, "OMPI_MCA_mpi_yield_when_idle": yields, "OMPI_MCA_btl": "^ofi"}
+    command = [sys.executable, "-c", STARTS_MPI]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert [int(word) for word in done.stdout.split()] == [int(LATE * 1e9) if late else usual, usual]

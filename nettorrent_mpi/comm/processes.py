@@ -6,13 +6,13 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 GONE = "gone"
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 1, 29, 30
 
 
 class Process(NamedTuple):
@@ -98,3 +98,18 @@ def ending_with_this() -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return prepare
+
+
+@contextmanager
+def late_timers(seconds: float) -> Iterator[None]:
+    """Let this thread's sleeps end up to so many seconds late in the `with` block: Linux's timer slack."""
+    control = getattr(ctypes.CDLL(None), "prctl", None)
+    if control is None:  # not Linux
+        yield
+        return
+    before = control(_PR_GET_TIMERSLACK)
+    control(_PR_SET_TIMERSLACK, ctypes.c_ulong(int(seconds * 1e9)))
+    try:
+        yield
+    finally:
+        control(_PR_SET_TIMERSLACK, ctypes.c_ulong(before))
