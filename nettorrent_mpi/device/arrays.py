@@ -36,6 +36,7 @@ class Workspace:
         self._shared = shared if shared is not None else self
         self._children: dict[str, Workspace] = {}
         self._reshaped: dict[tuple[int, Shape], tuple[Array, Array]] = {}
+        self.made = 0  # of the shared one: how many arrays it and those that share with it have allocated
         self.keeps_gradients = False  # of the shared one: whether `passed` gives the slot's own memory
 
     def keep(self, name: str, shape: Shape, dtype: DType = None) -> Array:
@@ -96,6 +97,7 @@ class Workspace:
         if memory is None or memory.size < size:
             memory = self._allocate(size, dtype)
             self._memory[(name, dtype)] = memory
+            self._shared.made += 1
             self._views = {k: v for k, v in self._views.items() if k[0] != name}
         return memory[:size].reshape(shape)
 

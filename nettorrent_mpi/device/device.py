@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace
 from nettorrent_mpi.device.events import Stream
@@ -108,6 +108,10 @@ class Device(Protocol):
 
     def on_host(self, x: Array) -> Array:
         """Return x in host memory, once all operations called so far are complete: x itself, or a copy."""
+
+    def prepared(self, operation: str, *arguments: Any, **named: Any) -> list[Callable[[], object]]:
+        """Return calls that together do what the operation of this name does with these arguments, each time that they
+        are made; the arrays stay in place. On a CPU they look nothing up any more where that takes long."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Return what does the same as `run` each time that it is called, with the same arrays and host values: on a

@@ -20,11 +20,12 @@ from nettorrent_mpi.device.arrays import quiet
 from nettorrent_mpi.device.device import Device, StreamDevice
 from nettorrent_mpi.device.events import Event
 from nettorrent_mpi.engine.metrics import Metrics
-from nettorrent_mpi.engine.pipeline import Pipeline, Work
+from nettorrent_mpi.engine.pipeline import Pipeline
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
+from nettorrent_mpi.engine.work import Work
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.plan.actions import Action, Kind
 from nettorrent_mpi.plan.launches import BEFORE, Compute, Item, OnHost, Transfers, awaited, launches

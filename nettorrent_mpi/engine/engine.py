@@ -19,7 +19,7 @@ from nettorrent_mpi.engine.device_batches import open_batches
 from nettorrent_mpi.engine.device_pipeline import DevicePipeline
 from nettorrent_mpi.engine.devices import open_device
 from nettorrent_mpi.engine.metrics import Metrics
-from nettorrent_mpi.engine.pipeline import Pipeline, Work
+from nettorrent_mpi.engine.pipeline import Pipeline
 from nettorrent_mpi.engine.rank_numbers import RankNumbers
 from nettorrent_mpi.engine.resharding import Blocks, move
 from nettorrent_mpi.engine.run_plan import Plan
@@ -28,6 +28,7 @@ from nettorrent_mpi.engine.state import PARAMETERS, State
 from nettorrent_mpi.engine.state_blocks import ReadBlocks, StateBlocks
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
+from nettorrent_mpi.engine.work import Work
 from nettorrent_mpi.exchange import make_exchange
 from nettorrent_mpi.nn.fit import check_fit, out_of_reach
 from nettorrent_mpi.nn.losses import make_loss

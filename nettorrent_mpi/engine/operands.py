@@ -15,7 +15,7 @@ from itertools import pairwise
 from nettorrent_mpi.comm.reducers import Reducer
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import Device
-from nettorrent_mpi.nn.layer import Operands
+from nettorrent_mpi.nn.layer import Context, Operands
 from nettorrent_mpi.plan.blocks import Span
 
 
@@ -28,9 +28,9 @@ class SharedOperands(Operands):
         self._pieces: list[_Piece] = []
         self._views: dict[int, tuple[Array, list[Array]]] = {}
 
-    def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
-        self._device.ops.copy(self._x[slice(*rows)], x_bI)
-        self._device.ops.copy(self._dy[slice(*rows)], dy_bo)
+    def put(self, x_bI: Array, dy_bo: Array, ctx: Context) -> None:
+        ctx.ops.copy(self._x[slice(*ctx.rows)], x_bI)
+        ctx.ops.copy(self._dy[slice(*ctx.rows)], dy_bo)
 
     def own(self, part: Span, out: Array) -> None:
         """Make these elements of the flat matrix this rank's part of the gradient; `multiply` writes it to `out`."""

@@ -3,51 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from nettorrent_mpi.comm.activity import NOW
 from nettorrent_mpi.comm.link import Transfer
 from nettorrent_mpi.device.arrays import Array, quiet
 from nettorrent_mpi.device.device import Device
-from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.divergence import Divergence
 from nettorrent_mpi.engine.metrics import LOSS, Metrics
 from nettorrent_mpi.engine.rank_seconds import COMPUTING, Spent
+from nettorrent_mpi.engine.recorder import Recorder
 from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.engine.state import State
 from nettorrent_mpi.engine.trace import Trace
 from nettorrent_mpi.engine.update import Update
 from nettorrent_mpi.engine.wiring import Wiring
+from nettorrent_mpi.engine.work import Work
 from nettorrent_mpi.nn.layer import Context, Params
 from nettorrent_mpi.nn.layers.sequence import Held
 from nettorrent_mpi.nn.layers.sequence import Sequence as Layers
 from nettorrent_mpi.nn.losses import make_loss
-from nettorrent_mpi.plan.actions import Action, Kind
+from nettorrent_mpi.plan.actions import Kind
 from nettorrent_mpi.plan.stream import age
-
-
-class Work(NamedTuple):
-    """A Work is a list of actions to execute for the present mini-batch of `batches`, cut into `micro_batches`
-    micro-batches.
-
-    `step` counts from 0; `first` says that the pipeline was empty before. With `outputs` nothing is scored: the last
-    stage writes its rows of the network's outputs there.
-    """
-
-    actions: Sequence[Action]
-    batches: Batches
-    pieces: int
-    step: int
-    training: bool = True
-    rate: float = 0.0
-    first: bool = True
-    outputs: Array | None = None
-
-    @property
-    def rows(self) -> int:
-        """Return the rows of the mini-batch, over all replicas."""
-        return self.batches.batch_size(0)
 
 
 class Pipeline:
@@ -82,8 +60,14 @@ class Pipeline:
         shared = device.workspace(state.dtype)
         shared.keeps_gradients = plan.split
         self._workspaces = [device.workspace(state.dtype, shared) for _ in range(slots)]
-        self._ctx = Context(device.ops, shared, seed=plan.options.seed, team=wiring.team, progress=progress)
+        self._ctx = Context(device.ops, shared, seed=plan.options.seed, team=wiring.team)
         self._ctx.usual = plan.statistics_rows
+        self._passes = recorder = Recorder(device, self._ctx)
+        self._ctx.progress = progress and recorder.noting(progress)
+        self._complete = recorder.noting(update.complete)
+        # Layers from outside the package may compute with what changes on the host from step to step. Where versions of
+        # the weights and buffers take turns, a pass comes again after many steps only.
+        self._repeats = device.kind == "cpu" and not layers.foreign and not state.versions
         self._saved: list[Any] = [None] * slots
         self._held: list[Held] = [[] for _ in range(slots)]  # between both halves of a split backward pass
         self._dy: list[Array | None] = [None] * slots
@@ -129,6 +113,7 @@ class Pipeline:
         """Make this the work that actions belong to, and tell the device what is new in it."""
         self._batches, self._micro_batches, self._step, self._rate = work.batches, work.pieces, work.step, work.rate
         self._ctx.training, self._outputs = work.training, work.outputs
+        self._passes.on = self._repeats and work.training
         total = work.batches.weight(0) if work.training and self._wiring.is_last else 1
         self._numbers.set([*range(work.step, work.step + len(self._step_of)), total])
         work.batches.prepare(work.actions, self._step_of)
@@ -196,7 +181,12 @@ class Pipeline:
         # What fills a pipeline without flush again would have run earlier if it had not been drained.
         params = self._state.version(self._filled[m] if m < len(self._filled) and ctx.training else 0)
         self._params[slot] = params if ctx.training else None
-        y, self._saved[slot] = self._layers.forward(params, x, ctx)
+        passes, values = self._passes, ("forward", m // self._micro_batches, ctx.rows, ctx.count)
+        found = passes.repeated(values, params, x, ctx.workspace)
+        if found is None:
+            with passes:
+                found = passes.learned(self._layers.forward(params, x, ctx))
+        y, self._saved[slot] = found
         self._y[slot] = y
         if self._outputs is not None:
             if self._wiring.is_last and self._wiring.place.col == 0:
@@ -209,10 +199,14 @@ class Pipeline:
     def _score(self, x: Array, y: Array, m: int, slot: int) -> None:
         """Add the loss of this micro-batch to the metrics, and keep its gradient for the backward pass."""
         metrics = self._metrics.values if self._wiring.place.col == 0 else self._metrics.ignored
-        targets, training = self._batches.targets(m), self._ctx.training
-        self._dy[slot] = self.loss.forward(y, targets, self._total, self._ctx, metrics, training)
+        ctx, loss, passes, targets = self._ctx, self.loss, self._passes, self._batches.targets(m)
+        dy = passes.repeated("loss", loss, y, targets, metrics, ctx.workspace)
+        if dy is None:
+            with passes:
+                dy = passes.learned(loss.forward(y, targets, self._total, ctx, metrics, ctx.training))
+        self._dy[slot] = dy
         step = self._step + m // self._micro_batches
-        self.divergence.look(x, metrics[LOSS : LOSS + 1], metrics, self._ctx, step)
+        self.divergence.look(x, metrics[LOSS : LOSS + 1], metrics, ctx, step)
 
     def _await_y(self, m: int) -> None:
         _finish(self._sending_y[(self._base + m) % self._wiring.slots])
@@ -236,17 +230,20 @@ class Pipeline:
         return self._wiring.receive_dy(self._base + m, rows.mine.size, rows.whole)
 
     def _backward(self, m: int) -> None:
-        complete = self._end.complete if m == self._micro_batches - 1 else None  # the last one to add gradients
-        self._differentiate(m, complete=complete)
+        self._differentiate(m, split=False)
 
     def _backward_inputs(self, m: int) -> None:
-        self._differentiate(m, held=self._held[(self._base + m) % self._wiring.slots])
+        self._differentiate(m, split=True)
 
     def _backward_weights(self, m: int) -> None:
         slot = self._begin_backward(m)
-        complete = self._end.complete if m == self._micro_batches - 1 else None
-        grads, saved = self._state.grads, self._saved[slot]
-        self._layers.backward_weights(grads, saved, self._held[slot], self._ctx, complete)
+        complete = self._complete if m == self._micro_batches - 1 else None  # the last one to add gradients
+        ctx, passes, saved, held = self._ctx, self._passes, self._saved[slot], self._held[slot]
+        values = "weights", ctx.rows, ctx.accumulate, complete is not None
+        if passes.repeated(values, saved, held, ctx.workspace) is None:
+            with passes:
+                self._layers.backward_weights(self._state.grads, saved, held, ctx, complete)
+                passes.learned(held)
 
     def _begin_backward(self, m: int) -> int:
         """Tell the context of a pass backward, and return its slot."""
@@ -255,19 +252,26 @@ class Pipeline:
         ctx.workspace = self._workspaces[slot]
         return slot
 
-    def _differentiate(
-        self, m: int, *, complete: Callable[[int], None] | None = None, held: Held | None = None
-    ) -> None:
-        """Run the layers backward; with `held` without the gradients that `_backward_weights` computes."""
+    def _differentiate(self, m: int, *, split: bool) -> None:
+        """Run the layers backward; if `split` without the gradients that `_backward_weights` computes."""
         ctx, wiring, g, slot = self._ctx, self._wiring, self._base + m, self._begin_backward(m)
         dy = self._dy[slot] if wiring.is_last else wiring.dy(g, ctx.rows.size)
         params, self._params[slot] = self._params[slot], None
         assert dy is not None
         assert params is not None
-        dx = self._layers.backward(params, self._state.grads, self._saved[slot], dy, ctx, complete, held=held)
-        if not wiring.is_first:
-            assert dx is not None
-            ctx.ops.copy(wiring.dx(g, ctx.rows.size), dx)
+        complete = self._complete if not split and m == self._micro_batches - 1 else None
+        passes, saved, out = self._passes, self._saved[slot], None if wiring.is_first else wiring.dx(g, ctx.rows.size)
+        values = "backward", ctx.rows, ctx.count, ctx.accumulate, complete is not None, split
+        held: Held | None = passes.repeated(values, params, saved, dy, out, ctx.workspace)
+        if held is None:
+            with passes:
+                held, grads = [], self._state.grads
+                dx = self._layers.backward(params, grads, saved, dy, ctx, complete, held=held if split else None)
+                if out is not None:
+                    assert dx is not None
+                    ctx.ops.copy(out, dx)
+                passes.learned(held)
+        self._held[slot] = held
 
     def _await_dx(self, m: int) -> None:
         _finish(self._sending_dx[(self._base + m) % self._wiring.buffers.dx])

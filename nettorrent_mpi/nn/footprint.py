@@ -59,7 +59,7 @@ class _Absent:
 class _Elsewhere(Operands):
     """Operands that other ranks hold, or that a trial leaves out, take no memory here."""
 
-    def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
+    def put(self, x_bI: Array, dy_bo: Array, ctx: Context) -> None:
         pass
 
 

@@ -149,8 +149,9 @@ class Operands(ABC):
     """Operands receive the two matrices whose product is a weight gradient, in place of the product."""
 
     @abstractmethod
-    def put(self, x_bI: Array, dy_bo: Array, rows: Span) -> None:
-        """Take x_bI and dy_bo of the mini-batch's `rows`: x_bI.T @ dy_bo is their part of the weight gradient."""
+    def put(self, x_bI: Array, dy_bo: Array, ctx: Context) -> None:
+        """Take x_bI and dy_bo of the mini-batch's rows `ctx.rows`: x_bI.T @ dy_bo is their part of the weight
+        gradient."""
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.operands import SharedOperands
+from nettorrent_mpi.nn.layer import Context
 from nettorrent_mpi.plan.blocks import Span
 from nettorrent_mpi.plan.sizes import in_parts
 
@@ -31,7 +32,8 @@ def test_parts_of_the_product(inputs: int, units: int, cuts: list[int], count: i
         operands.own(Span(start, stop), sums[start:stop])
         parts.append(operands)
     for first, last in pairwise(sorted({0, count // 2, count})):  # by different ranks
-        parts[0].put(x[first:last], dy[first:last], Span(first, last))
+        ctx = Context(DEVICE.ops, DEVICE.workspace("float64"), rows=Span(first, last))
+        parts[0].put(x[first:last], dy[first:last], ctx)
     for operands in parts:
         for _ in range(2):
             operands.multiply(count)

@@ -26,10 +26,11 @@ from nettorrent_mpi.comm import ticking  # noqa: E402
 from nettorrent_mpi.data.rows import Inputs  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
 from nettorrent_mpi.engine.evaluation import Evaluator  # noqa: E402
-from nettorrent_mpi.engine.pipeline import Pipeline, Work  # noqa: E402
+from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
 from nettorrent_mpi.engine.reports import Reports  # noqa: E402
 from nettorrent_mpi.engine.state_copy import StateCopy  # noqa: E402
 from nettorrent_mpi.engine.update import Update  # noqa: E402
+from nettorrent_mpi.engine.work import Work  # noqa: E402
 from nettorrent_mpi.exchange import gossip  # noqa: E402
 from nettorrent_mpi.exchange.elite import EliteExchange  # noqa: E402
 from nettorrent_mpi.exchange.gossip import GossipExchange  # noqa: E402

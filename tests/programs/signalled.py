@@ -15,7 +15,7 @@ from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.__main__ import main  # noqa: E402
 from nettorrent_mpi.engine.engine import Engine  # noqa: E402
-from nettorrent_mpi.engine.pipeline import Work  # noqa: E402
+from nettorrent_mpi.engine.work import Work  # noqa: E402
 
 at, rank = int(sys.argv[1]), int(sys.argv[2])
 original = Engine.prepare

@@ -15,7 +15,8 @@ env.prepare()
 from mpi4py import MPI  # noqa: E402
 
 from nettorrent_mpi.__main__ import main  # noqa: E402
-from nettorrent_mpi.engine.pipeline import Pipeline, Work  # noqa: E402
+from nettorrent_mpi.engine.pipeline import Pipeline  # noqa: E402
+from nettorrent_mpi.engine.work import Work  # noqa: E402
 from tests.standstill import TimedSteps  # noqa: E402
 
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])

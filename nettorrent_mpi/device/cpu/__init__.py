@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -99,6 +99,9 @@ class Cpu:
 
     def on_host(self, x: Array) -> Array:
         return x
+
+    def prepared(self, operation: str, *arguments: Any, **named: Any) -> list[Callable[[], object]]:
+        return self.ops.prepared(operation, *arguments, **named)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         return run

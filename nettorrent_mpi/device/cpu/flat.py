@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +13,8 @@ from nettorrent_mpi.device.arrays import Array, DType, Workspace
 from nettorrent_mpi.device.cpu.blocking import BLOCK, blocks
 from nettorrent_mpi.device.cpu.loop import Loop
 from nettorrent_mpi.device.cpu.tuning import Tuning
+
+Run = Callable[[], object]
 
 EXACT_BLOCK = 8192  # elements of float64 that are squared together
 
@@ -27,6 +32,12 @@ class Operations:
         if found is None:
             found = self._memory[dtype] = Workspace(dtype)
         return found
+
+    def prepared(self, operation: str, *arguments: Any, **named: Any) -> list[Run]:
+        """Return calls that do the same, one after another, as this operation with these arguments does, each time that
+        they are called; as far as it is known in short ones, which look nothing up any more. The arrays stay in
+        place."""
+        return [partial(getattr(self, operation), *arguments, **named)]
 
     @property
     def working_bytes(self) -> int:

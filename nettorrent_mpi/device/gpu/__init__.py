@@ -6,7 +6,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -169,6 +170,9 @@ class Gpu:
     def has_room(self, size: int) -> bool:
         """Whether data of so many bytes may lie on the GPU: in half of what is free of its memory."""
         return 2 * size <= self.runtime.free_memory()
+
+    def prepared(self, operation: str, *arguments: Any, **named: Any) -> list[Callable[[], object]]:
+        return [partial(getattr(self.ops, operation), *arguments, **named)]
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         return Captured(self, run)

@@ -67,7 +67,7 @@ class LinearLayer(ProductLayer):
     def backward_weights(self, grads: Grads, saved: tuple[Array, Array], held: Array, ctx: Context) -> None:
         dweight = grads["weight"]
         if isinstance(dweight, Operands):
-            dweight.put(saved[0], held, ctx.rows)
+            dweight.put(saved[0], held, ctx)
         else:
             ctx.ops.matmul(saved[0], held, dweight, turn_a=True, accumulate=ctx.accumulate)
 
