@@ -27,7 +27,7 @@ from typing import Any
 # isort: split
 from benchmarks.rows import AUGMENTED, CIFAR, MNIST
 from nettorrent_mpi.config import reading as configuration
-from nettorrent_mpi.config.writing import to_yaml
+from nettorrent_mpi.config.writing import to_plain, to_yaml
 from nettorrent_mpi.engine.usage import WARM_UP
 from nettorrent_mpi.speedup import modes, runs
 from nettorrent_mpi.speedup.machine import Launcher, describe_host, in_words
@@ -66,6 +66,7 @@ class Case:
     batch: int
     data: str
     aims: Mapping[Ratio, float | None]
+    stages: Mapping[str, Any] | None = None  # the settings of a pipeline on two ranks, if it takes part
 
     @property
     def sides(self) -> list[str]:
@@ -95,7 +96,8 @@ CASES = {
         Case("cnn-256", "configs/cifar.yaml", 256, CIFAR, {**IMAGES, **TWICE}),
         Case("resnet20-128", "configs/cifar_resnet.yaml", 128, AUGMENTED, {**IMAGES, **TWICE}),
         Case("shallow-128", "benchmarks/shallow.yaml", 128, MNIST,
-             {(OURS, SHALLOW): 3.5, (OURS_2, SHALLOW_2): 4.0, (STAGES, SHALLOW): 4.0}),
+             {(OURS, SHALLOW): 3.5, (OURS_2, SHALLOW_2): 4.0, (STAGES, SHALLOW): 4.0},
+             {"layout": {"swarms": [{"layers": 2}, {"layers": 5}]}, "pipeline": "zero_bubble"}),
     )
 }  # fmt: skip
 
@@ -115,7 +117,7 @@ def turns(
     ShallowSpeed."""
     shared = settings(case)
     one, setup = modes.serial(shared)
-    two, stages = (modes.plan(mode, shared, shared, setup.network.facts, 2) for mode in ("rows", "1f1b"))
+    two = modes.plan("rows", shared, shared, setup.network.facts, 2)
     assert one.config is not None
     assert two.config is not None
 
@@ -132,8 +134,9 @@ def turns(
     alone = written("one", modes.timed(one.config, steps + WARM_UP))
     both = written("two", modes.timed(two.config, steps + WARM_UP))
     plain = written("numpy", replace(modes.timed(one.config, steps + WARM_UP), kernels="numpy"))
-    if stages.config is not None:
-        written("stages", modes.timed(stages.config, steps + WARM_UP))
+    if case.stages is not None:
+        stages = configuration.from_plain(to_plain(shared) | case.stages)
+        written("stages", modes.timed(stages, steps + WARM_UP))
     program = [sys.executable, "-m", "benchmarks.products", str(alone), "--steps", str(steps)]
     found: dict[str, Callable[[], float]] = {
         OURS: partial(ours, 1, alone),
