@@ -70,6 +70,7 @@ class Batches:
         self._weights: Array | None = None  # of all rows
         self._taken: dict[int, Array] = {}
         self._known: dict[tuple[int, int], RowsOfMicroBatch] = {}
+        self._asked: dict[int, RowsOfMicroBatch] = {}  # of the present mini-batch and those that follow
         self._given: Array | None = None
         self._chosen, self._rows, self._key = -1, np.empty(0, np.int64), 0  # a step, its rows, its augmentation key
         self._loaded = (-1, -1)  # (step, micro-batch) whose inputs were gathered ahead
@@ -91,6 +92,7 @@ class Batches:
     def begin_step(self, step: int, micro_batches: int) -> None:
         """Make the mini-batch of `step` the present one, augmented; those of the following steps come after it."""
         self.step, self._micro_batches, self._given, self._alone = step, micro_batches, None, False
+        self._asked.clear()
 
     def begin_rows(self, rows: Array, micro_batches: int, *, alone: bool = False) -> None:
         """Make `rows` (numbers in the split) the present and only mini-batch, not augmented: for an evaluation.
@@ -98,6 +100,7 @@ class Batches:
         With `alone` this replica takes all of them, otherwise its part.
         """
         self._micro_batches, self._given, self._alone = micro_batches, rows, alone
+        self._asked.clear()
 
     def batch_size(self, m: int) -> int:
         """Return the number of rows, over all replicas, of the mini-batch to which micro-batch m belongs."""
@@ -120,7 +123,12 @@ class Batches:
 
     def rows(self, m: int) -> RowsOfMicroBatch:
         """Return which rows of its mini-batch belong to micro-batch m."""
-        size, piece = self.batch_size(m), m % self._micro_batches
+        found = self._asked.get(m)  # each is asked for several times
+        if found is None:
+            found = self._asked[m] = self._rows_of(self.batch_size(m), m % self._micro_batches)
+        return found
+
+    def _rows_of(self, size: int, piece: int) -> RowsOfMicroBatch:
         if self._given is not None:  # not cached: the number of micro-batches of an evaluation varies
             return self._divide(size, piece)
         known = self._known.get((size, piece))

@@ -65,15 +65,18 @@ class ProductOperations(ElementwiseOperations):
         return known[0]
 
     def linear(self, x: Array, weight: Array, bias: Array | None, y: Array, relu: bool = False) -> None:
-        for run in self._linear(x, weight, bias, y, relu):
+        self.matmul(x, weight, y)
+        for run in self._finished(bias, y, relu):
             run()
 
     def _linear(self, x: Array, weight: Array, bias: Array | None, y: Array, relu: bool = False) -> list[Run]:
-        runs = [self._product(x, weight, y)]
+        return [self._product(x, weight, y), *self._finished(bias, y, relu)]
+
+    def _finished(self, bias: Array | None, y: Array, relu: bool) -> list[Run]:
+        """Return what adds a bias to a product, and computes its ReLU."""
         if bias is not None and self._tuning.compiled:
-            return [*runs, partial(add_bias_relu if relu else add_bias, y, bias)]
-        if bias is not None:
-            runs.append(partial(np.add, y, bias, y))
+            return [partial(add_bias_relu if relu else add_bias, y, bias)]
+        runs: list[Run] = [] if bias is None else [partial(np.add, y, bias, y)]
         return [*runs, partial(self.relu, y, y)] if relu else runs
 
     def _prepare(self, a: Array, b: Array, out: Array, turn_a: bool, turn_b: bool, accumulate: bool) -> Run:
