@@ -97,7 +97,7 @@ CASES = {
         Case("resnet20-128", "configs/cifar_resnet.yaml", 128, AUGMENTED, {**IMAGES, **TWICE}),
         Case("shallow-128", "benchmarks/shallow.yaml", 128, MNIST,
              {(OURS, SHALLOW): 3.5, (OURS_2, SHALLOW_2): 4.0, (STAGES, SHALLOW): 4.0},
-             {"layout": {"swarms": [{"layers": 2}, {"layers": 5}]}, "pipeline": "zero_bubble"}),
+             {"layout": {"swarms": [{"layers": 2}, {"layers": 5}]}, "pipeline": {"zero_bubble": {"stored": 3}}}),
     )
 }  # fmt: skip
 
