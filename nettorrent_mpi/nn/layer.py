@@ -183,7 +183,8 @@ class Layer(ABC):
     returns a partial dx; its parameters' gradients are partial too (`Parameter.replicated_sum`).
 
     `backward` may overwrite dy, and returns memory that is valid until another layer runs. Neither direction allocates
-    after the first step.
+    after the first step. Layers of the package compute by ctx.ops and ctx.team alone, from what lies in arrays: a pass
+    that comes again is repeated by these calls (engine/recorder.py), or by a GPU's graph.
     """
 
     # Whether `forward` may write its output over its input (elementwise layers); the caller decides with `in_place`.
