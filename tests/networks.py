@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nettorrent_mpi.data.rows import UNIT, Scaling, Split
+from nettorrent_mpi.data.rows import Split
+from nettorrent_mpi.data.scaling import UNIT, Scaling
 from nettorrent_mpi.device.arrays import Array, Workspace
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.saved_network import SavedArrays, SavedNetwork

@@ -91,6 +91,7 @@ ORDER: dict[str, list[str]] = {
         "files",
         "augment",
         "sampler",
+        "scaling",
         "rows",
         "from_arrays",
         "idx",

@@ -14,7 +14,7 @@ from nettorrent_mpi.cli.characters import Characters
 from nettorrent_mpi.data.handwriting import HANDS, LONGEST, hand_of, ink_of_picture, on_light_paper
 from nettorrent_mpi.data.images import ImageReader
 from nettorrent_mpi.data.row_files import ENDINGS, open_row_file
-from nettorrent_mpi.data.rows import UNIT
+from nettorrent_mpi.data.scaling import UNIT
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.trained_network import TrainedNetwork, load
 from nettorrent_mpi.plan.errors import ConfigError, DataError, listed, readable, warn

@@ -27,7 +27,8 @@ from typing import NoReturn, TypeAlias
 
 from nettorrent_mpi.data import cifar
 from nettorrent_mpi.data.idx import IdxFile, open_idx
-from nettorrent_mpi.data.rows import UNIT, Dataset, Scaling, Split
+from nettorrent_mpi.data.rows import Dataset, Split
+from nettorrent_mpi.data.scaling import UNIT, Scaling
 from nettorrent_mpi.data.synthetic import SyntheticRows
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.data_specs import DATASETS, EMNIST, OWN_OPTIONS, SYNTHETIC, DatasetSpec

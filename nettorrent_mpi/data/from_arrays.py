@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split
+from nettorrent_mpi.data.rows import BYTE, Dataset, Split
+from nettorrent_mpi.data.scaling import UNIT, Scaling
 from nettorrent_mpi.device.arrays import Array, DType
 from nettorrent_mpi.plan.errors import DataError
 

@@ -15,7 +15,8 @@ from nettorrent_mpi.data.from_arrays import as_targets, check_arrays, classes_of
 from nettorrent_mpi.data.hdf5_attributes import attribute
 from nettorrent_mpi.data.hdf5_chunks import PackedChunks
 from nettorrent_mpi.data.hdf5_rows import find, open_rows, opened, storage_note
-from nettorrent_mpi.data.rows import BYTE, UNIT, Dataset, Scaling, Split
+from nettorrent_mpi.data.rows import BYTE, Dataset, Split
+from nettorrent_mpi.data.scaling import UNIT, Scaling
 from nettorrent_mpi.data.storage import refused, retried
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.plan.errors import DataError

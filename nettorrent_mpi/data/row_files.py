@@ -15,7 +15,8 @@ from typing import IO, Any
 import numpy as np
 
 from nettorrent_mpi.data.files import opening
-from nettorrent_mpi.data.rows import Scaling, Split
+from nettorrent_mpi.data.rows import Split
+from nettorrent_mpi.data.scaling import Scaling
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.plan.errors import DataError, UserError, listed
 from nettorrent_mpi.plan.records import dataclass

@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from nettorrent_mpi import __version__
-from nettorrent_mpi.data.rows import Scaling
+from nettorrent_mpi.data.scaling import Scaling
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.channels_first import CONVENTIONS, Placed, channels_first, placed
 from nettorrent_mpi.engine.saved_network import SavedNetwork

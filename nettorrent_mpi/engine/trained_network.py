@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nettorrent_mpi.data.from_arrays import unlabelled
-from nettorrent_mpi.data.rows import BYTE, Scaling, Split
+from nettorrent_mpi.data.rows import BYTE, Split
+from nettorrent_mpi.data.scaling import Scaling
 from nettorrent_mpi.device.arrays import Array, Shape, Workspace, quiet
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.answers import Answers

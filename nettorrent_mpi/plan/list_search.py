@@ -19,7 +19,7 @@ Place = tuple[int, int]  # (stage, position in its word)
 
 SIMULATED = 60_000  # passes in one search, about 10 ms; of long words at least FEWEST are tried
 FEWEST = 24
-HEAT = 0.01  # part of the period by which a change may be slower at first
+HEAT = 0.02  # part of the period by which a change may be slower at first
 FARTHEST = 6  # places that a pass is moved at most
 
 

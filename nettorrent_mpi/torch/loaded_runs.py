@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nettorrent_mpi.data.files import parsed
-from nettorrent_mpi.data.rows import Scaling
+from nettorrent_mpi.data.scaling import Scaling
 from nettorrent_mpi.device.arrays import Shape
 from nettorrent_mpi.engine.channels_first import CONVENTIONS, channels_first
 from nettorrent_mpi.engine.saved_network import DATA_TEXT, MODEL_TEXT, SavedArrays, SavedNetwork, described_network

@@ -12,6 +12,7 @@ import pytest
 
 import nettorrent_mpi as nt
 from nettorrent_mpi.cli import dry_run as report
+from nettorrent_mpi.cli.layout_report import layout_table
 from nettorrent_mpi.cli.speed_report import _duration, speed_block
 from nettorrent_mpi.comm import library
 from nettorrent_mpi.config import reading as config
@@ -82,7 +83,7 @@ def test_a_dry_run_fits_the_screen_for_any_number_of_ranks(ranks: int) -> None:
 
 def test_few_ranks_have_a_line_each() -> None:
     topology = Topology(2, (Stage(0, 3, 2, 1), Stage(3, 6, 1, 3)))
-    header, *rows = cells(report.layout_table(topology, FACTS, 128, 4, ["a"] * 5 + ["b"] * 5))
+    header, *rows = cells(layout_table(topology, FACTS, 128, 4, ["a"] * 5 + ["b"] * 5))
     assert header == ["rank", "node", "replica", "stage", "layers", "row", "col", "parameters", "share of cost"]
     assert [row[0] for row in rows] == [str(rank) for rank in range(10)]
     assert rows[6] == ["6", "b", "1", "0", "conv2d1..conv2d3", "1", "0", "128,000", "15.81 %"]
@@ -97,7 +98,7 @@ def test_many_ranks_are_folded_and_all_there() -> None:
         (Topology(4, (Stage(0, 3, 8, 4), Stage(3, 6, 16, 4))), 8),  # a line per team
         (Topology(50, (Stage(0, 3, 2, 1), Stage(3, 6, 2, 1))), 2),  # a line per stage
     ]:
-        _, *rows = cells(report.layout_table(topology, FACTS, 12_800, 4))
+        _, *rows = cells(layout_table(topology, FACTS, 12_800, 4))
         assert len(rows) == lines
         share = 0.0
         for row in rows:
@@ -107,15 +108,15 @@ def test_many_ranks_are_folded_and_all_there() -> None:
 
 
 def test_folded_ranges() -> None:
-    _, *rows = cells(report.layout_table(Topology(50, (Stage(0, 3, 2, 1), Stage(3, 6, 2, 1))), FACTS, 12_800, 4))
+    _, *rows = cells(layout_table(Topology(50, (Stage(0, 3, 2, 1), Stage(3, 6, 2, 1))), FACTS, 12_800, 4))
     assert rows[0][:6] == ["0-1,4-5 +48 more", "0-49", "0", "conv2d1..conv2d3", "0-1", "0"]
 
 
 def test_ranks_with_nothing_to_do_are_told() -> None:
-    text = report.layout_table(Topology(1, (Stage(0, 6, 5, 1),)), FACTS, 8, 4)
+    text = layout_table(Topology(1, (Stage(0, 6, 5, 1),)), FACTS, 8, 4)
     assert "3 of the 5 ranks stay idle" in text
     assert "0.00 %" in text
-    assert "nothing to do" not in report.layout_table(Topology(1, (Stage(0, 6, 2, 1),)), FACTS, 8, 4)
+    assert "nothing to do" not in layout_table(Topology(1, (Stage(0, 6, 2, 1),)), FACTS, 8, 4)
 
 
 def test_a_schedule_that_fits_is_told_whole() -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
-from nettorrent_mpi.data.rows import Dataset, Scaling
+from nettorrent_mpi.data.rows import Dataset
+from nettorrent_mpi.data.scaling import Scaling
 from nettorrent_mpi.plan.errors import ConfigError, DataError
 
 Array = np.ndarray[Any, Any]

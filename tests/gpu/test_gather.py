@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from nettorrent_mpi.data.augment import Augment
-from nettorrent_mpi.data.rows import UNIT, Inputs, Scaling, take_from
+from nettorrent_mpi.data.rows import Inputs, take_from
+from nettorrent_mpi.data.scaling import UNIT, Scaling
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.gpu.gather import GpuGatherOperations, work_type
 from tests.gpu.compared import dtype_of
