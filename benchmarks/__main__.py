@@ -1,8 +1,10 @@
 """`python -m benchmarks [NAME] [options]`: what `make bench` runs. Without a name it is speed.
 
     speed      training speed against PyTorch, and of two ranks against one
+    pairs      two ranks against what two cores can do at most
     inside     where the time of a step goes
     accuracy   the shipped configurations on real data
+    reach      time to an accuracy on real data, two ranks against one
     start      time from starting mpirun to the first training step
     exchange   gossip, elite and the pipeline without flush against the exact exchange: accuracy, slow links, bubbles
     checkpoints   what a checkpoint costs the training beside which it is written
@@ -20,8 +22,10 @@ from importlib import import_module
 
 NAMES = (
     "speed",
+    "pairs",
     "inside",
     "accuracy",
+    "reach",
     "start",
     "exchange",
     "checkpoints",
