@@ -39,7 +39,6 @@ class Case(NamedTuple):
 CASES = {
     "digits": Case("configs/digits.yaml", 0.97),
     "mnist": Case("configs/mnist.yaml", 0.97),
-    "mnist-1024": Case("configs/mnist.yaml", 0.97, ("train.batch_size=1024", "train.epochs=20")),
     "mnist_wide-1024": Case("configs/mnist_wide.yaml", 0.97, ("train.batch_size=1024",)),
     "cifar": Case("configs/cifar.yaml", 0.68),
 }

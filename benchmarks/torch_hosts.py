@@ -122,6 +122,9 @@ def train_mnist(way: str, root: str, epochs: int) -> dict[str, float]:
 
 def rank(words: list[str]) -> None:
     """Do a rank's part; rank 0 prints the result."""
+    from nettorrent_mpi import env
+
+    env.prepare()  # before MPI loads, as `parallelize` does in a script that has not loaded it
     import torch
     from mpi4py import MPI
 

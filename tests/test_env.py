@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from nettorrent_mpi import cores, env
+from nettorrent_mpi.comm.reducers import PIECE, PIECES, pieces_of
 
 PREPARE = "import sys; from nettorrent_mpi.env import prepare; sys.stdout.write(prepare() + '\\n')"
 SHOW = "import os; print({k: v for k, v in os.environ.items() if 'NUM_THREADS' in k or 'yield' in k.lower()})"
@@ -155,6 +156,16 @@ def test_one_node_needs_no_network() -> None:
     assert python(show, **alike)[1] == "^ofi"
     assert python(show, **{**alike, "OMPI_COMM_WORLD_SIZE": "4"})[1] == "None"
     assert python(show, **alike, OMPI_MCA_btl="self,tcp")[1] == "self,tcp"
+
+
+def test_pieces_of_gradients_are_sent_between_nodes_without_asking_first() -> None:
+    name = "OMPI_MCA_btl_tcp_eager_limit"
+    show = f"{PREPARE}; import os; print(os.environ.get({name!r}))"
+    alike = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    largest = max(size // pieces_of([size // 4], 4) for size in range(PIECE, PIECES * PIECE + 1, PIECE // 4))
+    assert largest < 2 * PIECE < int(python(show, **alike)[1]) - 64  # MPI's header
+    assert python(show, **{**alike, "OMPI_COMM_WORLD_SIZE": "2"})[1] == "None"
+    assert python(show, **alike, **{name: "4096"})[1] == "4096"
 
 
 @pytest.mark.parametrize("mpi", [pytest.param("openmpi", marks=pytest.mark.slow), "mpich"])

@@ -183,11 +183,18 @@ class Rings:
 
     def finish(self, lap: Lap) -> None:
         """Wait until this lap is complete."""
+        if not lap.under_way:
+            return
+        laps = [each for each in self._laps if each.under_way]
+        awaited = [each.awaited for each in laps]
         while lap.under_way:
-            others = [each for each in self._laps if each.under_way]
             with NOW.waiting:
-                came = MPI.Request.Waitany([each.awaited for each in others])
-            others[came].go_on()
+                came = MPI.Request.Waitany(awaited)
+            laps[came].go_on()
+            if laps[came].under_way:
+                awaited[came] = laps[came].awaited
+            else:
+                del laps[came], awaited[came]
 
     def abandon(self) -> None:
         """Give up the requests; their groups were revoked."""
