@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 from nettorrent_mpi import env
 
@@ -35,7 +35,6 @@ from nettorrent_mpi.comm.script_errors import abort_after_error
 from nettorrent_mpi.comm.watchdog import Watchdog
 from nettorrent_mpi.comm.world import World
 from nettorrent_mpi.config.sections import Config
-from nettorrent_mpi.config.settings import Settings
 from nettorrent_mpi.data.from_arrays import unlabelled
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.device import StreamDevice
@@ -56,6 +55,9 @@ from nettorrent_mpi.engine.training_files import TrainingFiles
 from nettorrent_mpi.nn.rates import check_rates
 from nettorrent_mpi.plan.errors import LayoutError, NetTorrentError, UserError, warn
 from nettorrent_mpi.planning import Architecture, Data, PlannedRun, configured, has_length, opened
+
+if TYPE_CHECKING:
+    from nettorrent_mpi.config.settings import Settings
 
 
 def watched(world: World, config: Config) -> Watchdog | None:

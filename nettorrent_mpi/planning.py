@@ -6,10 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from nettorrent_mpi.config.sections import Config
-from nettorrent_mpi.config.settings import Settings, configure
 from nettorrent_mpi.data.from_arrays import from_arrays
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.device import visible
@@ -25,6 +24,9 @@ from nettorrent_mpi.plan.errors import UserError, warn
 from nettorrent_mpi.plan.memory import Memory
 from nettorrent_mpi.plan.specs import LayerSpec
 from nettorrent_mpi.plan.topology import Topology
+
+if TYPE_CHECKING:
+    from nettorrent_mpi.config.settings import Settings
 
 Architecture: TypeAlias = Config | Network | Sequence[LayerSpec]
 # Training rows and optional test rows: (x, y), (x, y, x_test, y_test), an opened data set, or the data section of
@@ -213,5 +215,7 @@ def configured(
         raise UserError("a network needs data to train on: give arrays (x, y), a data set, or a data section")
     if isinstance(network, Config) and data is None and not settings:
         return network
+    from nettorrent_mpi.config.settings import configure
+
     layers = network.layers if isinstance(network, Network) else network
     return configure(layers, data if isinstance(data, Mapping) else None, settings, given=dataset is not None)

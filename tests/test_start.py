@@ -2,42 +2,105 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nettorrent_mpi.comm.library import LATE
 
-CHECKS = {"pydantic", "yaml", "importlib.metadata"}  # what rank 0 reads a configuration with
+# What rank 0 alone reads a command line and a configuration with, and shows progress with.
+READS = {
+    "pydantic", "yaml", "importlib.metadata", "argparse", "difflib", "statistics",
+    "nettorrent_mpi.cli.arguments", "nettorrent_mpi.cli.progress", "nettorrent_mpi.config.reading",
+    "nettorrent_mpi.config.translation", "nettorrent_mpi.config.written",
+}  # fmt: skip
+CHECKS = {"pydantic", "yaml", "importlib.metadata"}
 NEVER = {"rich", "h5py", "matplotlib", "subprocess", "multiprocessing", "asyncio"}  # before there is a use for it
+# Parts of the package that a training on CPU cores has no use for, unless it is asked for gossip or may lose ranks.
+OTHERS = {
+    "nettorrent_mpi.config.settings", "nettorrent_mpi.device.gpu", "nettorrent_mpi.engine.device_pipeline",
+    "nettorrent_mpi.engine.device_batches", "nettorrent_mpi.plan.launches", "nettorrent_mpi.exchange.gossip",
+    "nettorrent_mpi.engine.safeguard", "nettorrent_mpi.tune", "nettorrent_mpi.doctor", "nettorrent_mpi.speedup",
+    "nettorrent_mpi.torch", "nettorrent_mpi.cli.chaos", "nettorrent_mpi.cli.export", "nettorrent_mpi.config.schema",
+}  # fmt: skip
+MOST_MODULES = 195  # of the package, on a rank other than the first one: there were 212
+MOST_MADE = 40  # frozen dataclasses whose methods a rank has made by the end of its first step: there are 130
 
-# The training, with each rank telling at the end of its first step which of these it has loaded.
-PROGRAM = f"""
+# The training, with each rank telling at the end of its first step what it has loaded and made.
+PROGRAM = """
+import gc
+import json
 import sys
-from nettorrent_mpi import env
-chosen = env.prepare()
-from nettorrent_mpi.cli.commands import find
-from nettorrent_mpi.engine.engine import Engine
-prepare = Engine.prepare
-def told(self, n, *others):
-    if n == 1:
-        print(f"rank {{self.world.rank}}:", *sorted({CHECKS | NEVER!r} & set(sys.modules)), flush=True)
-    return prepare(self, n, *others)
-Engine.prepare = told
-arguments = ["train", "--output", sys.argv[1], "--set", "train.steps=2"]
-sys.exit(find(arguments)(arguments, chosen))
+from nettorrent_mpi import __main__ as entry
+from nettorrent_mpi.plan import records
+made = []
+dataclass = records.dataclasses.dataclass
+def told(n):
+    ours = [name for name in sys.modules if name.startswith("nettorrent_mpi")]
+    return {"modules": list(sys.modules), "ours": len(ours), "made": len(made), "collecting": gc.isenabled(),
+            "searched": sum(each["collections"] for each in gc.get_stats()), "kept": gc.get_freeze_count()}
+class Spy:
+    def find_spec(self, name, *others):
+        if name == "nettorrent_mpi.cli.run":
+            self.collecting = gc.isenabled()
+spy = Spy()
+sys.meta_path.insert(0, spy)
+class Dataclasses:
+    dataclass = staticmethod(lambda **options: lambda cls: (made.append(cls), dataclass(**options)(cls)))
+    def __getattr__(self, name):
+        import dataclasses
+        return getattr(dataclasses, name)
+records.dataclasses = Dataclasses()
+def patched(engine):
+    prepare = engine.prepare
+    def telling(self, n, *others):
+        if n == 1:
+            about = told(n) | {"loading": spy.collecting}
+            with open(f"{sys.argv[1]}.{self.world.rank}", "w") as file:
+                json.dump(about, file)
+        return prepare(self, n, *others)
+    engine.prepare = telling
+class Patch:
+    def find_spec(self, name, *others):
+        if name == "nettorrent_mpi.engine.trainer" and "nettorrent_mpi.engine.engine" not in sys.modules:
+            sys.meta_path.remove(self)
+            from nettorrent_mpi.engine.engine import Engine
+            patched(Engine)
+sys.meta_path.insert(0, Patch())
+sys.exit(entry.main(["train", "--output", sys.argv[1], "--set", "train.steps=2"]))
 """
 
 
-def test_ranks_load_what_they_need(mpirun: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    done = mpirun(4, ["-c", PROGRAM, str(tmp_path / "run")])
+@pytest.fixture(scope="module")
+def starts(mpirun: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: Any) -> list[dict[str, Any]]:
+    """What each of four ranks has loaded and made when its first step is done."""
+    folder = tmp_path_factory.mktemp("start")
+    done = mpirun(4, ["-c", PROGRAM, str(folder / "run")])
     assert done.returncode == 0, done.stderr
-    told = sorted(line.strip() for line in done.stdout.splitlines() if line.startswith("rank "))
-    assert [set(line.partition(":")[2].split()) for line in told] == [CHECKS, set(), set(), set()]
+    return [json.loads((folder / f"run.{rank}").read_text(encoding="utf-8")) for rank in range(4)]
+
+
+def test_ranks_load_what_they_need(starts: list[dict[str, Any]]) -> None:
+    loaded = [set(each["modules"]) for each in starts]
+    assert loaded[0] >= READS
+    assert [modules & READS for modules in loaded[1:]] == [set(), set(), set()]
+    assert [modules & (NEVER | OTHERS) for modules in loaded] == [set(), set(), set(), set()]
+    assert max(each["ours"] for each in starts[1:]) <= MOST_MODULES
+
+
+def test_ranks_make_the_dataclasses_that_they_use(starts: list[dict[str, Any]]) -> None:
+    assert all(0 < each["made"] <= MOST_MADE for each in starts[1:])
+
+
+def test_modules_load_without_a_search_for_garbage(starts: list[dict[str, Any]]) -> None:
+    assert all(not each["loading"] and each["collecting"] for each in starts)
+    assert all(each["kept"] > 50_000 for each in starts)  # objects that no later search looks at
 
 
 def test_a_command_loads_nothing_before_it_is_known() -> None:
@@ -68,6 +131,7 @@ SLACK = Path("/proc/self/timerslack_ns")
 STARTS_MPI = """
 import sys
 from pathlib import Path
+from typing import Any
 class Spy:
     def find_spec(self, name, *others):
         if name == "mpi4py.MPI":

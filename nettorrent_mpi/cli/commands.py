@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.first import is_first
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.plan.errors import ConfigError, DataError, NetTorrentWarning, UserError, readable
 
 if TYPE_CHECKING:
+    import argparse
     from pathlib import Path
 
     from nettorrent_mpi.data.importing import Imported
@@ -25,7 +24,7 @@ def find(arguments: Sequence[str]) -> Callable[[Sequence[str], str], int]:
     """Return the function that carries out a command line. It is called with the command line and with how the
     environment was set, and returns the exit code. If the command runs on all ranks, each of them calls it."""
     command = next((a for a in arguments if not a.startswith("-")), "")
-    if not {"-h", "--help"} & set(arguments):
+    if not {"-h", "--help"} & set(arguments) and "--version" not in arguments[:1]:
         if command == "train":
             signals = Signals()  # already here: a signal to stop may come while MPI loads
             from nettorrent_mpi.cli.run import train
@@ -79,6 +78,8 @@ def warnings_shown() -> Iterator[None]:
 def _run_alone(arguments: Sequence[str], chosen: str) -> int:
     """Run a command that needs no ranks, or show help."""
     if is_first():
+        from nettorrent_mpi.cli.arguments import parse
+
         args = parse(arguments)
         args.command_line = list(arguments)
         return _LOCAL[args.command](args) or 0

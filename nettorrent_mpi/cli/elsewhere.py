@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from dataclasses import replace
 from math import inf, isfinite
+from typing import TYPE_CHECKING
 
 from nettorrent_mpi.engine.profiles import Profiles, read_profiles
 from nettorrent_mpi.plan.errors import ConfigError
 from nettorrent_mpi.plan.performance import Link
 from nettorrent_mpi.plan.records import dataclass
+
+if TYPE_CHECKING:
+    import argparse
 
 BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
 TIMES = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}

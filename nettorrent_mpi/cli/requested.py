@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 from nettorrent_mpi.api import watched
 from nettorrent_mpi.cli.elsewhere import Elsewhere, elsewhere
@@ -19,6 +21,20 @@ from nettorrent_mpi.engine.setup import Setup, of_survivors
 from nettorrent_mpi.engine.usage import peak_memory
 from nettorrent_mpi.plan.errors import ConfigError, LayoutError, UserError
 from nettorrent_mpi.planning import PlannedRun, load_config, placed, plan_run
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def asked(world: World, arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what a command line asks for. Rank 0 parses it, so that the others load no parser. Raises UserError."""
+
+    def parsed() -> SimpleNamespace:
+        from nettorrent_mpi.cli.arguments import parse
+
+        return SimpleNamespace(**vars(parse(arguments)))
+
+    return cast("argparse.Namespace", world.once(parsed))
 
 
 def plan_requested(world: World, args: argparse.Namespace) -> tuple[PlannedRun, str]:

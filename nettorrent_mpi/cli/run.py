@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nettorrent_mpi import __version__
 from nettorrent_mpi.api import Trainer
-from nettorrent_mpi.cli.about_run import about_results, about_run, parts_before
-from nettorrent_mpi.cli.arguments import parse
-from nettorrent_mpi.cli.progress import Quiet, Reporter, open_reporter
 from nettorrent_mpi.cli.ranks import Ranks
-from nettorrent_mpi.cli.requested import plan_requested, read
+from nettorrent_mpi.cli.requested import asked, plan_requested, read
 from nettorrent_mpi.cli.run_folder import RunFolder
-from nettorrent_mpi.cli.time_left import TimeLeft
 from nettorrent_mpi.comm.activity import NOW, START
 from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.comm.world import World
@@ -33,6 +28,9 @@ from nettorrent_mpi.engine.trainer import ACCURACY, PATIENCE, SIGNAL
 from nettorrent_mpi.engine.usage import faster, peak_memory
 from nettorrent_mpi.plan.errors import SIGNALLED, NetTorrentError
 from nettorrent_mpi.planning import PlannedRun
+
+if TYPE_CHECKING:
+    from nettorrent_mpi.cli.progress import Reporter
 
 DIVERGED = 1  # exit code: the training diverged, though all numbers are finite
 
@@ -58,10 +56,9 @@ def train(arguments: Sequence[str], chosen: str, signals: Signals) -> int:
 def _start(ranks: Ranks, arguments: Sequence[str], chosen: str, signals: Signals) -> Run | None:
     """Return the requested run, ready to train; None if there is nothing to train."""
     world = ranks.world
-    with world.agreement():
-        args = parse(arguments)
     world.same("command line", " ".join(arguments))
     world.same("version of nettorrent_mpi", __version__)
+    args = asked(world, arguments)
     if args.print_config:
         text = world.once(lambda: to_yaml(read(args)))
         if world.rank == 0:
@@ -187,6 +184,8 @@ class Run:
         hosts = world.gather_objects(world.host)
         with world.agreement():
             if world.rank == 0:
+                from nettorrent_mpi.cli.about_run import about_run, parts_before
+
                 continues = continues or (checkpoint is not None and folder.holds(checkpoint))
                 origin = folder.path if continues or checkpoint is None else checkpoint.absolute().parent.parent
                 earlier = parts_before(origin, step)
@@ -206,6 +205,9 @@ class Run:
         self._created = True
 
     def _open_reporter(self) -> Reporter:
+        from nettorrent_mpi.cli.progress import Quiet, open_reporter  # on rank 0 only
+        from nettorrent_mpi.cli.time_left import TimeLeft
+
         if self._quiet:
             return Quiet()
         setup, per_epoch = self._planned.setup, self._planned.setup.sampler.steps_per_epoch
@@ -292,6 +294,8 @@ class Run:
     def _tell_what_next(self) -> None:
         """Say where the model lies, and what can be done with it."""
         assert self._reporter is not None
+        import shlex
+
         folder, setup = shlex.quote(str(self._folder.path)), self._planned.setup
         scored = setup.dataset.test is not None or len(setup.sampler.validation_rows) > 0
         evaluate = f"nettorrent evaluate {folder} scores it; " if scored else ""
@@ -320,6 +324,8 @@ class Run:
         peak, on_gpu = (max(each) for each in zip(*peaks, strict=True))
         with world.agreement():
             if world.rank == 0:
+                from nettorrent_mpi.cli.about_run import about_results
+
                 more = about_results(self._planned, summary["samples_per_second"], peak, on_gpu)
                 self._folder.summary(summary | more)
         return trace is not None

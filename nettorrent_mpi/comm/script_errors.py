@@ -10,9 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import sysconfig
 import time
-import traceback
 from pathlib import Path
 from types import TracebackType
 
@@ -22,8 +20,6 @@ from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.plan.errors import UserError
 
 PATIENCE = 1.5  # seconds in which the first of the ranks that raise an error alike tells of it, and ends all
-_FOLDERS = (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")))
-_LIBRARIES = ("<frozen", *(folder + os.sep for folder in _FOLDERS))  # what lies there is not the script
 _python_hook = sys.excepthook
 
 
@@ -47,10 +43,15 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
 def line_of(error: UserError, trace: TracebackType | None) -> str:
     """Return the line that tells of a mistake in a script: the place in the script, the error, and the rank where it is
     one rank's alone."""
+    import sysconfig  # an error is rare, and these take time on every rank
+    import traceback
+
+    folders = (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")))
+    libraries = ("<frozen", *(folder + os.sep for folder in folders))  # what lies there is not the script
     lines = [
         f"{frame.f_code.co_filename}:{line}: "
         for frame, line in traceback.walk_tb(trace)
-        if not frame.f_code.co_filename.startswith(_LIBRARIES)
+        if not frame.f_code.co_filename.startswith(libraries)
     ]
     alone = "" if error.agreed or _size() == 1 else f" (on rank {_place()})"
     return f"nettorrent: error: {''.join(lines[-1:])}{error}{alone}\n"

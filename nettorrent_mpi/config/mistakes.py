@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nettorrent_mpi.config.translation import meant, nearest
-
 if TYPE_CHECKING:  # ranks that receive a checked configuration load neither
     from pydantic import ValidationError
 
@@ -130,6 +128,8 @@ def _collect(error: Exception, data: Any, prefix: Path, known: Known) -> list[Fo
 
 
 def _one(item: Any, data: Any, place: Path, known: Known) -> Found:
+    from nettorrent_mpi.config.translation import nearest
+
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
     path, skipped = _existing(data, place)
     if kind == "missing":
@@ -214,6 +214,8 @@ def _existing(data: Any, place: Path) -> tuple[Path, bool]:
 
 def _hint(path: Path, known: Known) -> str:
     """Suggest what was meant by the unknown key at the end of `path`."""
+    from nettorrent_mpi.config.translation import meant, nearest
+
     word = str(path[-1])
     section = tuple("*" if isinstance(part, int) else part for part in path[:-1])
     here = known.sections.get(section) or known.options(path[:-1])

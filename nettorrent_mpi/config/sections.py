@@ -14,7 +14,6 @@ from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from nettorrent_mpi.config.mistakes import Mistake, raise_all, shown
-from nettorrent_mpi.config.translation import nearest
 from nettorrent_mpi.plan import exchange_specs as choices
 from nettorrent_mpi.plan import specs
 from nettorrent_mpi.plan.data_specs import DATASETS, SYNTHETIC, wrong_options
@@ -60,6 +59,8 @@ class OneOf(Read):
 def _data_set(value: Any) -> str:
     if isinstance(value, str) and value in DATASETS:
         return value
+    from nettorrent_mpi.config.translation import nearest
+
     given = value or "an empty text" if isinstance(value, str) else shown(value)
     hint = nearest(value, DATASETS, "data", listed=False) if isinstance(value, str) else ""
     raise Mistake(f"must be one of {', '.join(DATASETS)}, not {given}" + (f"; {hint}" if hint else ""))

@@ -15,8 +15,6 @@ from nettorrent_mpi.data.sampler import Sampler
 from nettorrent_mpi.device.arrays import Array, Shape
 from nettorrent_mpi.engine.batches import Batches
 from nettorrent_mpi.engine.class_weights import class_weights, weightless
-from nettorrent_mpi.engine.device_batches import open_batches
-from nettorrent_mpi.engine.device_pipeline import DevicePipeline
 from nettorrent_mpi.engine.devices import open_device
 from nettorrent_mpi.engine.metrics import Metrics
 from nettorrent_mpi.engine.pipeline import Pipeline
@@ -102,7 +100,10 @@ class Engine:
         self.update = Update(wiring, self.device, state, self.optimizer, self.exchange, self.metrics, clip_norm)
         self.numbers = RankNumbers(topology, world.rank, self.metrics, self.update, self.exchange)
         self.blocks = StateBlocks(wiring, self.device, state, self.exchange, self.update, self.numbers)
-        self.pipeline = (Pipeline if self.device.kind == "cpu" else DevicePipeline)(
+        pipeline: type[Pipeline] = Pipeline
+        if self.device.kind != "cpu":
+            from nettorrent_mpi.engine.device_pipeline import DevicePipeline as pipeline  # noqa: N813
+        self.pipeline = pipeline(
             plan,
             wiring,
             self.device,
@@ -205,11 +206,24 @@ class Engine:
         self._doubt(self.train.doubt() if replica == row == col == 0 else None)
         self.read_targets(dataset)
 
-    def batches(self, split: Split, allocate: Allocate, **more: Any) -> Batches:
-        """Open the mini-batches of a split for this engine (see `open_batches`)."""
-        options = self.options
+    def batches(
+        self,
+        split: Split,
+        allocate: Allocate,
+        *,
+        sampler: Sampler | None = None,
+        augment: Augment | None = None,
+        **placed: Any,
+    ) -> Batches:
+        """Open the mini-batches of a split for this engine; `placed` says where they lie on a GPU (see
+        `open_batches`)."""
+        if self.device.kind == "cpu":
+            return Batches(split, self.wiring, allocate, sampler=sampler, augment=augment)
+        from nettorrent_mpi.engine.device_batches import open_batches
+
+        sizes = self.options.batch_size, self.options.micro_batches
         return open_batches(
-            split, self.wiring, allocate, self.device, options.batch_size, options.micro_batches, **more
+            split, self.wiring, allocate, self.device, *sizes, sampler=sampler, augment=augment, **placed
         )
 
     def read_targets(self, dataset: Dataset) -> None:

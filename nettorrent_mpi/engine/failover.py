@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.engine.engine import Engine
 from nettorrent_mpi.engine.failure import agreed
 from nettorrent_mpi.engine.resharding import Blocks, move, of_replica
-from nettorrent_mpi.engine.safeguard import Safeguard
 from nettorrent_mpi.engine.setup import Setup, of_survivors
 from nettorrent_mpi.engine.state import EXCHANGE
 from nettorrent_mpi.engine.trainer import TrainingLoop
@@ -32,6 +31,9 @@ from nettorrent_mpi.plan.errors import warn
 from nettorrent_mpi.plan.moves import Holding
 from nettorrent_mpi.plan.records import dataclass
 from nettorrent_mpi.plan.recovery import Kept, LiveReplicas, Snapshot, Survivor, places_of_survivors, source
+
+if TYPE_CHECKING:
+    from nettorrent_mpi.engine.safeguard import Safeguard
 
 MEMORY, BEGINNING = "memory", "the beginning"  # sources of a state
 

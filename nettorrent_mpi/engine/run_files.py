@@ -3,7 +3,6 @@ at all, with errors that name the file and the remedy."""
 
 from __future__ import annotations
 
-import difflib
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +44,8 @@ def no_run(path: Path) -> DataError:
         with suppress(OSError):  # which cannot be read
             runs = sorted(each.name for each in folder.iterdir() if is_run(each))
         if runs:
+            import difflib
+
             close = [] if folder == path else difflib.get_close_matches(path.name, runs, n=1)
             near = f"; did you mean {folder / close[0]}?" if close else f"; {folder}/ holds: {listed(runs)}"
             break

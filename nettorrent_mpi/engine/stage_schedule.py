@@ -9,7 +9,6 @@ from nettorrent_mpi.engine.run_plan import Plan
 from nettorrent_mpi.plan.actions import Actions, Buffers, Kind, buffers_for, step_end
 from nettorrent_mpi.plan.checker import check
 from nettorrent_mpi.plan.exchange_specs import Async
-from nettorrent_mpi.plan.launches import proved
 from nettorrent_mpi.plan.schedule import build, evaluation
 from nettorrent_mpi.plan.stream import reach, staleness_bound, staleness_factor, stream_step
 from nettorrent_mpi.plan.topology import Topology
@@ -77,6 +76,8 @@ def _proved(
     check(topology, lists)
     have = tuple(buffers_for(stage, actions) for stage, actions in enumerate(lists))
     if launched:
+        from nettorrent_mpi.plan.launches import proved  # nothing that a run on CPU cores needs
+
         proved(topology, lists, have)
         proved(topology, evaluation([each.slots for each in have], micro_batches), have)
     return have

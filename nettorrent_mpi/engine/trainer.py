@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from nettorrent_mpi.comm.failures import survivable
 from nettorrent_mpi.config.sections import Train
@@ -16,7 +17,6 @@ from nettorrent_mpi.engine.patience import Patience
 from nettorrent_mpi.engine.rank_seconds import line
 from nettorrent_mpi.engine.record import Record
 from nettorrent_mpi.engine.reports import Report, Reports
-from nettorrent_mpi.engine.safeguard import Safeguard
 from nettorrent_mpi.engine.saving import Saving
 from nettorrent_mpi.engine.signals import Signals
 from nettorrent_mpi.engine.stopping import Stopping
@@ -25,6 +25,9 @@ from nettorrent_mpi.exchange.base import next_multiple
 from nettorrent_mpi.nn.rates import make_rate
 from nettorrent_mpi.plan.errors import NetTorrentError, UserError
 from nettorrent_mpi.plan.scores import Scores
+
+if TYPE_CHECKING:
+    from nettorrent_mpi.engine.safeguard import Safeguard
 
 SIGNAL, ACCURACY, PATIENCE = "signal", "accuracy", "patience"
 
@@ -77,6 +80,8 @@ class TrainingLoop:
         self._reports: Reports[Record | None] = Reports(engine)
         self.guard: Safeguard | None = None
         if survivable():
+            from nettorrent_mpi.engine.safeguard import Safeguard
+
             self.guard = Safeguard(engine, self._copy_every)
 
     def abandon(self) -> None:

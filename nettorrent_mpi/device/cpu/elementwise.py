@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import erf, exp, pi, sqrt
 
 import numpy as np
 
-from nettorrent_mpi.device.arrays import Array, Workspace
+from nettorrent_mpi.device.arrays import Array, DType, Workspace
 from nettorrent_mpi.device.cpu.blocking import blocks
 from nettorrent_mpi.device.cpu.flat import Operations
 from nettorrent_mpi.device.cpu.loop import Loop
@@ -185,11 +186,11 @@ def _taylor_table(terms: int) -> Array:
     return table
 
 
-# With |h| <= 1/64 the first term left out is below 1e-17 (float64) and 2e-9 (float32). One contiguous row per term.
-_TAYLOR = {
-    np.dtype(dtype): np.ascontiguousarray(_taylor_table(terms).T.astype(dtype))
-    for dtype, terms in ((np.float64, 8), (np.float32, 4))
-}
+@cache
+def _taylor(dtype: DType) -> Array:
+    """Return the table in this type, one contiguous row per term. With |h| <= 1/64 the first term left out is below
+    1e-17 (float64) and 2e-9 (float32). It is made in the first step, because few networks need it."""
+    return np.ascontiguousarray(_taylor_table(8 if dtype == np.float64 else 4).T.astype(dtype))
 
 
 def normal_cdf(x: Array, cdf: Array, workspace: Workspace) -> None:
@@ -198,7 +199,7 @@ def normal_cdf(x: Array, cdf: Array, workspace: Workspace) -> None:
     NumPy has no erf. A Taylor series around the nearest point of a table needs no case distinction, so it takes a
     handful of ufuncs over the block.
     """
-    table = _TAYLOR[x.dtype]
+    table = _taylor(x.dtype)
     h = workspace.scratch("cdf h", x.shape)
     term = workspace.scratch("cdf term", x.shape)
     point = workspace.scratch("cdf point", x.shape, np.intp)
