@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TRIAL_STEPS = 20
 
-OURS, OURS_2, NUMPY = "1 rank", "2 ranks, rows", "1 rank, NumPy alone"
+OURS, OURS_2, NUMPY, WIDE = "1 rank", "2 ranks, rows", "1 rank, NumPy alone", "1 rank, float32"
 STAGES = "2 ranks, stages"
 TORCH, COMPILED, LAST = "PyTorch", "PyTorch, compiled", "PyTorch, channels_last"
 DDP, DDP_LAST = "PyTorch DDP, 2 processes", "PyTorch DDP, 2 processes, channels_last"
@@ -67,6 +67,7 @@ class Case:
     data: str
     aims: Mapping[Ratio, float | None]
     stages: Mapping[str, Any] | None = None  # the settings of a pipeline on two ranks, if it takes part
+    dtype: str = "float32"  # PyTorch's bfloat16 is autocast
 
     @property
     def sides(self) -> list[str]:
@@ -75,8 +76,9 @@ class Case:
 
     @property
     def ratios(self) -> dict[Ratio, float | None]:
-        """The reported ratios: two ranks against one, and the targets; or one alone."""
-        return dict(self.aims) if (OURS, NUMPY) in self.aims else {(OURS_2, OURS): None, **self.aims}
+        """The reported ratios: two ranks against one, and the targets; or those of one rank alone."""
+        alone = (OURS, NUMPY) in self.aims or (OURS, WIDE) in self.aims
+        return dict(self.aims) if alone else {(OURS_2, OURS): None, **self.aims}
 
     @property
     def of_kernels(self) -> Case:
@@ -84,6 +86,7 @@ class Case:
         return replace(self, aims={(OURS, NUMPY): None})
 
 
+SHORT = {(OURS, WIDE): None, (OURS, TORCH): LEAST}
 TWICE = {(OURS_2, OURS): 1.85}
 CASES = {
     case.name: case
@@ -98,6 +101,11 @@ CASES = {
         Case("shallow-128", "benchmarks/shallow.yaml", 128, MNIST,
              {(OURS, SHALLOW): 3.5, (OURS_2, SHALLOW_2): 4.0, (STAGES, SHALLOW): 4.0},
              {"layout": {"swarms": [{"layers": 2}, {"layers": 5}]}, "pipeline": {"zero_bubble": {"stored": 3}}}),
+        Case("mnist_wide-128-bfloat16", "configs/mnist_wide.yaml", 128, MNIST, SHORT, dtype="bfloat16"),
+        Case("mnist_wide-1024-bfloat16", "configs/mnist_wide.yaml", 1024, MNIST, SHORT, dtype="bfloat16"),
+        Case("cnn-64-bfloat16", "configs/cifar.yaml", 64, CIFAR, {**SHORT, (OURS, LAST): LEAST}, dtype="bfloat16"),
+        Case("resnet20-128-bfloat16", "configs/cifar_resnet.yaml", 128, AUGMENTED,
+             {**SHORT, (OURS, LAST): LEAST}, dtype="bfloat16"),
     )
 }  # fmt: skip
 
@@ -105,6 +113,7 @@ CASES = {
 def settings(case: Case) -> configuration.Config:
     """Return the case's configuration for one rank; constant rate, without an end of its own."""
     changes = [f"data={case.data}", f"train.batch_size={case.batch}", "train.schedule=constant"]
+    changes += [f"dtype={case.dtype}", "device=cpu"]
     if "resnet" not in case.name and "shallow" not in case.name:
         changes.append("train.micro_batches=1")  # there is no pipeline to fill
     return modes.baseline(configuration.load(str(ROOT / case.config), changes), ["rows"])
@@ -133,6 +142,7 @@ def turns(
     steps = max(10, math.ceil(seconds * fast / case.batch))
     alone = written("one", modes.timed(one.config, steps + WARM_UP))
     both = written("two", modes.timed(two.config, steps + WARM_UP))
+    wide = written("wide", replace(modes.timed(one.config, steps + WARM_UP), dtype="float32"))
     plain = written("numpy", replace(modes.timed(one.config, steps + WARM_UP), kernels="numpy"))
     if case.stages is not None:
         stages = configuration.from_plain(to_plain(shared) | case.stages)
@@ -143,6 +153,7 @@ def turns(
         OURS_2: partial(ours, 2, both),
         STAGES: partial(ours, 2, folder / "stages.yaml"),
         NUMPY: partial(ours, 1, plain),
+        WIDE: partial(ours, 1, wide),
         PRODUCTS: partial(_told, program),
     }
     for side, options in PEERS.items():

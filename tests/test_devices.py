@@ -223,6 +223,6 @@ def test_a_plan_for_gpus_needs_none(tmp_path: Path, mpirun: Mpirun) -> None:
 
 
 def test_a_type_that_needs_a_gpu(tmp_path: Path, mpirun: Mpirun) -> None:
-    told = train(mpirun, 1, tmp_path, {"CUDA_VISIBLE_DEVICES": ""}, "--set", "device=auto", "--set", "dtype=bfloat16")
-    assert "--set dtype=bfloat16" in told
-    assert "bfloat16 needs a GPU, and there is none here" in told
+    told = train(mpirun, 1, tmp_path, {"CUDA_VISIBLE_DEVICES": ""}, "--set", "device=auto", "--set", "dtype=tf32")
+    assert "--set dtype=tf32" in told
+    assert "tf32 needs a GPU, and there is none here" in told

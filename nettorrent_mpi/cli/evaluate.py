@@ -14,7 +14,7 @@ from nettorrent_mpi.cli.arguments import parse
 from nettorrent_mpi.cli.confusion import Confusion
 from nettorrent_mpi.cli.ranks import Ranks
 from nettorrent_mpi.comm.world import World
-from nettorrent_mpi.config.sections import ON_GPU, Config
+from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.data.storage import check_folder
 from nettorrent_mpi.engine.answers import Answers
 from nettorrent_mpi.engine.checkpoint import network_of
@@ -42,7 +42,7 @@ def evaluate(arguments: Sequence[str], chosen: str) -> int:
             world.once(lambda: check_folder(Path(args.output or file.parent)))
         config = world.once(lambda: _any_ranks(load_config(file, *args.changes), args.changes))
         device = choose_device(world, config.device).kind
-        if device == "cpu" and config.dtype in ON_GPU:  # the weights are float32
+        if device == "cpu" and config.dtype in ("tf32", "bfloat16"):  # the weights are float32
             config = replace(config, dtype="float32")
         with world.agreement():
             try:

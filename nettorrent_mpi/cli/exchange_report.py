@@ -181,7 +181,7 @@ def _sends(setup: Setup, gossip: Gossip, pairing: Pairing) -> str:
     """Describe what the rank with the most parameters sends in a round."""
     parts = _parts(setup, gossip)
     elements = span(_vector(setup, states="optimizer" in gossip.average), parts, 0).size
-    whole, compress = elements * setup.options.itemsize, gossip.compress
+    whole, compress = elements * setup.options.wide, gossip.compress
     size, smaller = whole, ""
     if not isinstance(compress, Whole):
         size = MessageFormat(compress).bytes(elements)
@@ -219,7 +219,7 @@ def _parameters(setup: Setup, stage: int) -> int:
 
 
 def _itemsize(setup: Setup) -> int:
-    return setup.options.itemsize
+    return setup.options.wide
 
 
 def _asked(spec: Spec) -> str:

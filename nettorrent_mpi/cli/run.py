@@ -158,7 +158,7 @@ class Run:
             self._reporter.message(f"learning rate: {setup.rates_line}")
             if self.device:
                 self._reporter.message(f"device: {self.device}")
-            hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels).missing)
+            hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels))
             if hint:
                 self._reporter.message(hint)
             if world.size > 1 and not survivable():

@@ -13,9 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from nettorrent_mpi.comm import nccl
 from nettorrent_mpi.comm.group import Group, trade
-from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.arrays import Array, is_bfloat16
 from nettorrent_mpi.device.ops import Ops
 
 TAG = 32000  # of the messages of channels; no others in their groups have it
@@ -130,22 +132,46 @@ def launch(messages: Sequence[Message]) -> None:
 
 class MpiChannel(Channel):
     """An MpiChannel carries arrays in the host's memory: MPI works on them in place, and has completed when an
-    operation returns."""
+    operation returns. bfloat16, which MPI has not got, is summed in float32 and rounded once."""
 
     equal_parts = False
+
+    def __init__(self, device: Carrier, group: Group):
+        super().__init__(device, group)
+        self._memory: dict[str, Array] = {}
 
     @classmethod
     def carry(cls, messages: Sequence[Message]) -> None:
         trade([(m.channel.group, m.array, m.peer, m.sending) for m in messages], TAG)
 
     def _all_reduce(self, values: Array) -> None:
-        self.group.all_reduce(values)
+        summable = self._summable(values, "sum")
+        self.group.all_reduce(summable)
+        if summable is not values:
+            np.copyto(values, summable, casting="unsafe")
 
     def _reduce_scatter(self, values: Array, part: Array, counts: Sequence[int]) -> None:
-        self.group.reduce_scatter(values, part, counts)
+        summed = self._summable(part, "part")
+        self.group.reduce_scatter(self._summable(values, "values"), summed, counts)
+        if summed is not part:
+            np.copyto(part, summed, casting="unsafe")
 
     def _all_gather(self, part: Array, whole: Array, counts: Sequence[int]) -> None:
+        if is_bfloat16(whole):
+            counts = [count * whole.itemsize for count in counts]
+            part, whole = (array.reshape(-1).view(np.uint8) for array in (part, whole))
         self.group.all_gather(part, whole, counts)
+
+    def _summable(self, values: Array, name: str) -> Array:
+        """Return the array, or a copy in float32 where it is of a type that MPI cannot add up."""
+        if not is_bfloat16(values):
+            return values
+        memory = self._memory.get(name)
+        if memory is None or memory.size < values.size:
+            memory = self._memory[name] = np.empty(values.size, np.float32)
+        wide = memory[: values.size].reshape(values.shape)
+        np.copyto(wide, values)
+        return wide
 
     def _broadcast(self, values: Array, source: int) -> None:
         self.group.broadcast(values, source)

@@ -14,7 +14,7 @@ import numpy as np
 from nettorrent_mpi.comm.group import Group, chunks
 from nettorrent_mpi.comm.library import MPI
 from nettorrent_mpi.comm.requests import Requests
-from nettorrent_mpi.device.arrays import Array
+from nettorrent_mpi.device.arrays import Array, is_bfloat16
 from nettorrent_mpi.plan.blocks import Span
 
 
@@ -36,16 +36,24 @@ class Transfer:
         self.array = array
         self.ranks = tuple(sorted({group.ranks[part.peer] for part in parts}))  # it waits for them
         self._sending = sending
-        self._staged: list[tuple[Array, Array, bool]] = []
+        self._copied: list[tuple[Array, Array]] = []
+        self._added: list[tuple[Array, Array]] = []
+        # Where bfloat16 numbers are added: their sum, which is rounded once.
+        adds = is_bfloat16(array) and any(part.add for part in parts)
+        self._total: Array | None = np.empty(array.shape, np.float32) if adds else None
         requests: list[MPI.Prequest] = []
         make = group.comm.Send_init if sending else group.comm.Recv_init
         for part in parts:
-            view = array[slice(*part.rows), ..., slice(*part.features)]
+            place = (slice(*part.rows), ..., slice(*part.features))
+            view = array[place]
             if view.size == 0:
                 continue
             if part.add or not view.flags.c_contiguous:
                 staging = np.empty(view.shape, view.dtype)
-                self._staged.append((view, staging, part.add))
+                if part.add:
+                    self._added.append((view if self._total is None else self._total[place], staging))
+                else:
+                    self._copied.append((view, staging))
                 view = staging
             requests += [make(chunk, part.peer, tag) for chunk in chunks(view)]
         self._requests = Requests(requests)
@@ -56,7 +64,7 @@ class Transfer:
         assert not self._active, "a transfer is started again before it finished"
         self._active = True
         if self._sending:
-            for view, staging, _ in self._staged:
+            for view, staging in self._copied:
                 np.copyto(staging, view)
         self._requests.start()
 
@@ -67,11 +75,14 @@ class Transfer:
         self._active = False
         self._requests.wait()
         if not self._sending:
-            for view, staging, add in self._staged:
-                if add:
-                    np.add(view, staging, out=view)
-                else:
-                    np.copyto(view, staging)
+            for view, staging in self._copied:
+                np.copyto(view, staging)
+            if self._total is not None:
+                np.copyto(self._total, self.array)
+            for view, staging in self._added:
+                np.add(view, staging, out=view)
+            if self._total is not None:
+                np.copyto(self.array, self._total, casting="unsafe")
 
     def abandon(self) -> None:
         """Give up the requests; their group was revoked."""

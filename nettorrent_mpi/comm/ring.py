@@ -145,9 +145,9 @@ class Ring:
             add,
             group.ranks[before],
         )
-        self.gather = Lap(
-            [comm.Send_init(shard(params, step), behind, 2 * tag + 1) for step in steps],
-            [comm.Recv_init(shard(params, step + 1), before, 2 * tag + 1) for step in steps],
+        self.gather = Lap(  # of bytes: MPI does not know every type
+            [comm.Send_init(shard(params, step).view(np.uint8), behind, 2 * tag + 1) for step in steps],
+            [comm.Recv_init(shard(params, step + 1).view(np.uint8), before, 2 * tag + 1) for step in steps],
             len(steps),
             lambda step: None,
             group.ranks[before],

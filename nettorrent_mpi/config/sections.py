@@ -99,7 +99,6 @@ def _unexpanded(path: str | None, option: str) -> Iterator[Mistake]:
         yield Mistake(f"{path}: variables are not replaced in a configuration; write the path itself", option)
 
 
-ON_GPU = ("tf32", "bfloat16")  # types that CPU cores do not compute with
 MOST_LAYERS = 1_000
 Count = Annotated[int, Bounds(ge=1, le=MOST)]
 
@@ -291,8 +290,8 @@ class Config(Section):
     """Config holds a whole configuration."""
 
     seed: Annotated[int, Bounds(ge=0)] = 1  # of everything random: weights, order of the rows, dropout, augmentation
-    # The type of the numbers. GPUs alone have tf32 (arrays of float32, whose products may be rounded to TF32) and
-    # bfloat16 (2 bytes).
+    # The type of the numbers. bfloat16 (2 bytes): layers compute in it, weights and their updates are float32. tf32:
+    # arrays of float32, whose products may be rounded to TF32, on GPUs alone.
     dtype: Literal["float32", "float64", "tf32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where every rank has one
     # The code that computes on CPU cores. fastest: what trials find fastest of NumPy, Numba and oneDNN; auto: the same,
@@ -324,8 +323,8 @@ class Config(Section):
 
     def _mistakes(self) -> Iterator[Mistake]:
         yield from _unexpanded(self.output, "output")
-        if self.device == "cpu" and self.dtype in ON_GPU:
-            yield Mistake(f"{self.dtype} needs device: gpu; on CPU cores there are float32 and float64", "dtype")
+        if self.device == "cpu" and self.dtype == "tf32":
+            yield Mistake("tf32 needs device: gpu; on CPU cores there are float32, float64 and bfloat16", "dtype")
         if isinstance(self.exchange, choices.Elite) and self.data.validation == 0:
             yield Mistake(
                 "exchange elite needs it: the best replica is chosen on validation rows, never on the test set; "

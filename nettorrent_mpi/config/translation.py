@@ -78,7 +78,7 @@ _DTYPES = _table(
     ("tensorfloat32 tensorfloat", "tf32"),
     (
         "half float16 fp16 f16 amp mixed",
-        "write bfloat16, on a GPU: with the range of float32 it needs no loss scaling",
+        "write bfloat16: with the range of float32 it needs no loss scaling",
     ),
     ("double fp64 f64", "float64"),
     ("single float fp32 f32", "float32"),

@@ -14,7 +14,7 @@ import numpy as np
 
 from nettorrent_mpi.data.augment import Augment
 from nettorrent_mpi.data.scaling import Scaling
-from nettorrent_mpi.device.arrays import Array, DType, Shape
+from nettorrent_mpi.device.arrays import Array, DType, Shape, is_bfloat16
 from nettorrent_mpi.plan.errors import DataError
 from nettorrent_mpi.plan.records import dataclass
 
@@ -67,6 +67,7 @@ class Inputs:
         self._take, self._scaling = take, scaling
         self._row_bytes = int(np.prod(shape)) * dtype.itemsize
         self._raw = self._augmented = np.empty((0, self._row_bytes), np.uint8)
+        self._scaled = np.empty((0, 0), np.float32)
 
     def batch(self, indices: Array, out: Array, augment: Augment | None = None, key: int = 0) -> None:
         """Gather a mini-batch: out[i] <- row indices[i], scaled, in out's dtype; with `augment`, augmented first.
@@ -92,9 +93,15 @@ class Inputs:
                 self._augmented = np.empty((count, self._row_bytes), np.uint8)
             augment.apply(indices, key, raw_bR, self._augmented[:count])
             raw_bR = self._augmented[:count]
-        out_bR = out.reshape(count, -1)
-        np.copyto(out_bR, raw_bR.view(self.dtype), casting="unsafe")
-        self._scaling.apply(out_bR)
+        out_bR = scaled_bR = out.reshape(count, -1)
+        if is_bfloat16(out):  # scaled in float32, and rounded once
+            if len(self._scaled) < count:
+                self._scaled = np.empty((count, out_bR.shape[1]), np.float32)
+            scaled_bR = self._scaled[:count]
+        np.copyto(scaled_bR, raw_bR.view(self.dtype), casting="unsafe")
+        self._scaling.apply(scaled_bR)
+        if scaled_bR is not out_bR:
+            np.copyto(out_bR, scaled_bR, casting="unsafe")
 
     @property
     def native(self) -> np.dtype[Any]:

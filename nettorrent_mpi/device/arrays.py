@@ -119,6 +119,11 @@ def as_dtype(dtype: DType) -> Any:
     return np.dtype(dtype)
 
 
+def is_bfloat16(x: Array) -> bool:
+    """Whether the elements are bfloat16, which neither NumPy's arithmetic nor MPI knows."""
+    return x.dtype.kind == "V" and x.dtype.name == "bfloat16"
+
+
 def unwritten(shape: Shape, dtype: DType) -> Array:
     """Return zeros that nobody is to write: of these the system keeps one page, however many they are."""
     return np.zeros(shape, as_dtype(dtype))

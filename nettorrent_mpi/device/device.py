@@ -82,6 +82,10 @@ class Device(Protocol):
         """The names of the optional libraries that would compute faster if they were installed."""
 
     @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether it has products of bfloat16 that are faster than those of float32."""
+
+    @property
     def working_bytes(self) -> int:
         """The bytes of memory that the operations use for intermediate results."""
 
@@ -162,17 +166,23 @@ class StreamDevice(Device, Protocol):
 
 
 def make_device(
-    kind: Literal["cpu", "gpu"] = "cpu", kernels: Kernels = "fastest", *, index: int = 0, tf32: bool = False
+    kind: Literal["cpu", "gpu"] = "cpu",
+    kernels: Kernels = "fastest",
+    *,
+    index: int = 0,
+    tf32: bool = False,
+    bfloat16: bool = False,
 ) -> Device:
-    """Make a device of this kind: a CPU with these kernels, or the GPU of this number among those that the process
-    sees, whose float32 products may be rounded to TF32 with `tf32`. Its libraries load when first needed."""
+    """Make a device of this kind: a CPU with these kernels, which takes arrays of `bfloat16` only where that is told;
+    or the GPU of this number among those that the process sees, whose float32 products may be rounded to TF32 with
+    `tf32`. Its libraries load when first needed."""
     if kind == "gpu":
         from nettorrent_mpi.device import gpu
 
         return gpu.Gpu(gpu.open_runtime(index), tf32)
     from nettorrent_mpi.device.cpu import Cpu
 
-    return Cpu(kernels)
+    return Cpu(kernels, bfloat16=bfloat16)
 
 
 def planned_gpu(tf32: bool = False) -> StreamDevice:

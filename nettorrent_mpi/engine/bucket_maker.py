@@ -64,6 +64,7 @@ class BucketMaker:
     ):
         self._wiring, self._device, self._optimizer = wiring, device, optimizer
         self._dtype, self._weights_dtype, self._versions = as_dtype(plan.options.dtype), plan.weights_dtype, versions
+        self._gradients_dtype = plan.gradients_dtype
         self._rows = rows_shared(plan.topology, plan.options.batch_size, plan.exact)
         self._number = {key: i for i, key in enumerate(parameters)}
 
@@ -93,8 +94,9 @@ class BucketMaker:
         own = sum(self._sizes(group, {key: size for key, size in sizes.items() if key not in shapes}))
         size, copies = whole + own, 1 + self._versions
         operands = sum(round_up(self._rows * length) for shape in shapes.values() for length in shape)
-        alone = (copies + 1) * size * self._dtype.itemsize
-        return Ask(group, own, copies * size + operands, self._dtype, alone)
+        wide = self._gradients_dtype.itemsize // self._dtype.itemsize
+        alone = (copies + wide) * size * self._dtype.itemsize
+        return Ask(group, wide * own, copies * size + operands, self._dtype, alone)
 
     def _buckets(
         self, group: Group, blocks: Mapping[str, Parameter], memory: SharedMemory | None, *, whole: bool
@@ -112,7 +114,7 @@ class BucketMaker:
         if memory is not None or group.size == 1:
             return made
         if self._device.kind == "cpu" and all(
-            can_carry(bucket.counts, self._dtype.itemsize, LEAST_SHARD) for bucket in made
+            can_carry(bucket.counts, self._gradients_dtype.itemsize, LEAST_SHARD) for bucket in made
         ):
             apart = self._wiring.channel(group)
             for i, bucket in enumerate(made):
@@ -122,8 +124,8 @@ class BucketMaker:
 
     def _cut(self, group: Group, sizes: Mapping[str, int]) -> list[list[str]]:
         """Return the buckets that these blocks are cut into where they are not one."""
-        least = LEAST_SHARD * group.size // self._dtype.itemsize
-        return cut(sizes, max(FULL // self._dtype.itemsize, least), least)
+        least = LEAST_SHARD * group.size // self._gradients_dtype.itemsize
+        return cut(sizes, max(FULL // self._gradients_dtype.itemsize, least), least)
 
     def _sizes(self, group: Group, sizes: Mapping[str, int]) -> list[int]:
         """Return the elements of these buckets; one of all blocks has at most as many as they have together."""
@@ -144,6 +146,7 @@ class BucketMaker:
             self._optimizer,
             self._dtype,
             weights_dtype=self._weights_dtype,
+            gradients_dtype=self._gradients_dtype,
             first=min(self._number[key] for key in keys),
             versions=self._versions,
             memory=memory,

@@ -147,6 +147,7 @@ class Bucket(Flat):
         dtype: Any,
         *,
         weights_dtype: Any,
+        gradients_dtype: Any,
         first: int,
         versions: int,
         memory: SharedMemory | None = None,
@@ -160,14 +161,14 @@ class Bucket(Flat):
         self.reducer: Reducer = Reducer()
         size, copies = self.size, 1 + versions  # of params
         if memory is not None:
-            assert not self.rounded
             self.params, *self.versions = (memory.take_common(size) for _ in range(copies))
-            self.weights = self.params[self.shard]
-            all_grads = memory.take_own(0 if operands else size)
-            self.grads = all_grads[group.index]
             device.ops.fill(self.params[self.shard], 0)
+            self.weights = self._weights(weights_dtype)
+            taken = memory.take_own(0 if operands else size * gradients_dtype.itemsize // self.dtype.itemsize)
+            all_grads = [each.view(gradients_dtype) for each in taken]
+            self.grads = all_grads[group.index]
             device.ops.fill(self.grads, 0)
-            self.reduced = device.zeros((self.counts[group.index],), dtype)  # the gaps between the blocks, too
+            self.reduced = device.zeros((self.counts[group.index],), gradients_dtype)  # gaps between blocks, too
             if operands:
                 self.reducer = PartsReducer(list(operands.values()))
                 for key, each in operands.items():
@@ -176,13 +177,19 @@ class Bucket(Flat):
                 self.reducer = SharedReducer(device, [grads[self.shard] for grads in all_grads], self.reduced)
             return
         self.params, *self.versions = (device.zeros((size,), dtype) for _ in range(copies))
-        self.weights = self.params[self.shard]
-        if self.rounded:
-            self.weights = device.zeros((self.counts[group.index],), weights_dtype)
-        self.grads = device.zeros((size,), dtype)
-        self.reduced = device.zeros((self.counts[group.index],), dtype) if group.size > 1 else self.grads
+        self.weights = self._weights(weights_dtype)
+        self.grads = device.zeros((size,), gradients_dtype)
+        self.reduced = self.grads
+        if group.size > 1:
+            self.reduced = device.zeros((self.counts[group.index],), gradients_dtype)
         if group.size > 1:
             self.reducer = ChannelReducer(channel, self.params, self.grads, self.reduced)
+
+    def _weights(self, dtype: Any) -> Array:
+        """Return what the optimizer changes: a part of `params`, or an array of its own that these are rounded from."""
+        if self.rounded:
+            return self.device.zeros((self.counts[self.group.index],), dtype)
+        return self.params[self.shard]
 
     def _own(self, key: str, operands: SharedOperands) -> None:
         """Let the operands write this rank's part of their block's gradient into `reduced`."""

@@ -58,7 +58,7 @@ def owned_bytes(setup: Setup, stage: int) -> int:
     topology, options = setup.topology, setup.options
     here = topology.stages[stage]
     parameters = parameters_of(setup.network.facts[here.first : here.stop], here.cols)
-    wide = max(options.itemsize, 4)  # of the weights that are updated
+    wide = options.wide
     pieces, stages = options.micro_batches, len(topology.stages)
     late = versions(stages, pieces, stage) - 1 if setup.config.pipeline.kind in STREAMS else 0
     each = wide * (1 + len(make_optimizer(options.optimizer).states)) + late * options.itemsize

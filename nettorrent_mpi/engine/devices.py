@@ -52,7 +52,7 @@ def choose_device(world: World, wanted: Wanted) -> ChosenDevice:
 def open_device(world: World, options: Options) -> Device:
     """Open what this rank computes on; on GPUs, all ranks of the world call. Raises DeviceError on all of them."""
     if options.device == "cpu":
-        return make_device("cpu", options.kernels)
+        return make_device("cpu", options.kernels, bfloat16=options.bfloat16)
     return make_device("gpu", index=choose_device(world, "gpu").gpu, tf32=options.tf32)
 
 

@@ -327,6 +327,7 @@ class Engine:
         dtype, on_host = self.state.weights_dtype, self.device.on_host
         arrays = {key: np.empty(shape, dtype) for key, shape in self.shapes().items()} if here else {}
         wanted = {Holding(f"{PARAMETERS}/{key}", whole(array.shape)): array for key, array in arrays.items()}
-        held = self.state.blocks() if self.place.replica == 0 else {}
+        # Where replicas are equal, rounded weights are divided among all of them.
+        held = self.state.blocks() if self.plan.exact or self.place.replica == 0 else {}
         move(self.wiring.everyone, {holding: on_host(array) for holding, array in held.items()}, wanted)
         return arrays

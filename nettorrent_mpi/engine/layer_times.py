@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nettorrent_mpi.comm.group import Group
-from nettorrent_mpi.device.arrays import Array, as_dtype, quiet
+from nettorrent_mpi.device.arrays import Array, DType, as_dtype, quiet
 from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.metrics import SUMS
 from nettorrent_mpi.engine.run_plan import Options
@@ -82,16 +82,23 @@ class LayerTrial:
 
     def __init__(self, network: Network, options: Options, rows: int, cols: int):
         self.rows, self.cols = rows, cols
-        device = make_device("cpu", options.kernels)
+        device = make_device("cpu", options.kernels, bfloat16=options.bfloat16)
         dtype, draw = as_dtype(options.dtype), np.random.default_rng(0)
 
-        def some(shape: Sequence[int]) -> Array:
+        def some(shape: Sequence[int], dtype: DType = dtype) -> Array:
             return (0.1 * draw.standard_normal(shape)).astype(dtype)
+
+        kept_as = "float32" if options.bfloat16 else dtype  # of the gradients of weights
 
         self._stages = [network.stage(i, i + 1, cols, 0) for i in range(network.weight_layers)]
         self._loss = make_loss(options.loss)
-        self._params = [{key: some(p.local) for key, p in stage.parameters} for stage in self._stages]
-        self._grads = [{key: some(p.local) for key, p in stage.parameters if p.trainable} for stage in self._stages]
+        self._params = [
+            {key: some(p.local, dtype if p.trainable else kept_as) for key, p in stage.parameters}
+            for stage in self._stages
+        ]
+        self._grads = [
+            {key: some(p.local, kept_as) for key, p in stage.parameters if p.trainable} for stage in self._stages
+        ]
         self._x = [some((rows, *stage.inputs.local)) for stage in self._stages]
         self._y = some((rows, *network.output_shape))
         targets = np.zeros((rows,), np.int64)
@@ -181,17 +188,20 @@ def measure_layers(
 def measure_update(network: Network, options: Options, company: Company) -> tuple[float, float]:
     """Return the seconds in which the optimizer updates a parameter of this network, and the bytes per second at which
     two ranks of a node add up their gradients, each a half (the `reduction` of the cost model)."""
-    device, optimizer = make_device("cpu", options.kernels), make_optimizer(options.optimizer)
+    device = make_device("cpu", options.kernels, bfloat16=options.bfloat16)
+    optimizer, dtype = make_optimizer(options.optimizer), as_dtype("float32" if options.bfloat16 else options.dtype)
     size = max(sum(facts.parameters for facts in network.facts), 1)
     draw = np.random.default_rng(0)
-    params, grads = ((0.1 * draw.standard_normal(size)).astype(as_dtype(options.dtype)) for _ in range(2))
+    params, grads = ((0.1 * draw.standard_normal(size)).astype(dtype) for _ in range(2))
     states, step = optimizer.init(device, size, params.dtype), optimizer.numbers(1e-4, 2)
     numbers, half = device.numbers(len(step)), slice(size // 2 or 1)
     numbers.set(step)
-    scale = None
+    scale, copy = None, params.astype(as_dtype(options.dtype)) if options.bfloat16 else None
 
     def update() -> None:
         optimizer.update(device.ops, params, grads, states, numbers.array, scale)
+        if copy is not None:
+            device.ops.copy(copy, params)
 
     def add() -> None:
         device.ops.add(params[half], grads[half], sums)

@@ -54,7 +54,7 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
     Runs the layers of every stage on a few rows (nn/footprint.py), so it belongs in a dry run or at the end of a run.
     """
     config, topology, facts, options = setup.config, setup.topology, setup.network.facts, setup.options
-    itemsize, states, on_gpu = options.itemsize, len(make_optimizer(options.optimizer).states), options.device == "gpu"
+    states, on_gpu = len(make_optimizer(options.optimizer).states), options.device == "gpu"
     rows = most_rows(options.batch_size, options.micro_batches, topology.replicas)
     found = [Memory() for _ in topology.stages] if on_gpu else _computing(setup, rows, states)
     kernels, kept = CUDA if on_gpu else _kernels(options), copies_of(setup)
@@ -62,7 +62,7 @@ def estimate(setup: Setup, libraries: Libraries) -> list[Memory]:
     result = []
     for s, (stage, part) in enumerate(zip(topology.stages, found, strict=True)):
         parameters = round(parameters_of(facts[stage.first : stage.stop], stage.cols))
-        own, sharers = parameters * itemsize, sharers_of(topology, stage, config.exact)
+        own, sharers = parameters * options.wide, sharers_of(topology, stage, config.exact)
         arrays, letters = exchange_bytes(setup.plan, -(-parameters // stage.rows), states)
         result.append(
             replace(
@@ -119,6 +119,7 @@ def _computing(setup: Setup, rows: int, states: int) -> list[Memory]:
         _layers(setup, rows),
         states=states,
         itemsize=options.itemsize,
+        wide=options.wide,
         exact=config.exact,
         paces=setup.plan.paces,
     )
@@ -126,7 +127,7 @@ def _computing(setup: Setup, rows: int, states: int) -> list[Memory]:
     for s, stage in enumerate(topology.stages):
         parameters = round(parameters_of(facts[stage.first : stage.stop], stage.cols))
         sharers = sharers_of(topology, stage, config.exact)
-        update = update_footprint(optimizer, parameters // sharers, options.dtype)
+        update = update_footprint(optimizer, parameters // sharers, setup.plan.weights_dtype)
         found[s] = replace(found[s], layers=found[s].layers + update + _mixing(setup, -(-parameters // stage.rows)))
     return found
 
@@ -134,7 +135,7 @@ def _computing(setup: Setup, rows: int, states: int) -> list[Memory]:
 def _kernels(options: Options) -> int:
     """Return the bytes of the optional kernel libraries, which are loaded with the first step."""
     names = make_device("cpu", options.kernels).names
-    return NUMBA * ("numba" in names) + ONEDNN * ("onednn" in names and str(options.dtype) == "float32")
+    return NUMBA * ("numba" in names) + ONEDNN * ("onednn" in names and options.itemsize <= 4)
 
 
 def _layers(setup: Setup, rows: int) -> list[Footprint]:
@@ -189,7 +190,7 @@ def _rows(setup: Setup, stage: int, here: int) -> int:
 
 def _gathered(setup: Setup) -> int:
     """Return the bytes that rank 0 gathers for model.h5: the network's parameters."""
-    return sum(layer.parameters for layer in setup.network.facts) * setup.options.itemsize
+    return sum(layer.parameters for layer in setup.network.facts) * setup.options.wide
 
 
 def _copied(setup: Setup, stage: int, size: int, states: int) -> int:
@@ -201,7 +202,7 @@ def _copied(setup: Setup, stage: int, size: int, states: int) -> int:
         common += 2 * (gossip.slow_momentum > 0)
         own += withholding(gossip, replicas, _parts(gossip)) > 0
         if isinstance(gossip.mix, PushSumMix):  # float64, made for the copy
-            own += 2 * 8 / setup.options.itemsize
+            own += 2 * 8 / setup.options.wide
         if not isinstance(gossip.compress, Whole):
             own += 1 + len(_partners(make_pairing(gossip.pairing, replicas, setup.options.seed), 0))
         elif gossip.overlap and gossip.every > 1:  # what was sent, made for the copy
@@ -216,7 +217,7 @@ def _arrived(setup: Setup, elements: int, states: int) -> int:
     gossip = setup.config.exchange
     if setup.config.exact or not isinstance(gossip, Gossip) or not gossip.overlap:
         return 0
-    return 2 * _letter(max(setup.options.itemsize, 4), gossip, elements, _parts(gossip), states)
+    return 2 * _letter(setup.options.wide, gossip, elements, _parts(gossip), states)
 
 
 def exchange_bytes(plan: Plan, elements: int, states: int) -> tuple[int, int]:
@@ -225,7 +226,7 @@ def exchange_bytes(plan: Plan, elements: int, states: int) -> tuple[int, int]:
     gossip, replicas = plan.options.exchange, plan.topology.replicas
     if plan.exact:
         return 0, 0
-    itemsize = max(plan.options.itemsize, 4)  # of the weights that are updated
+    itemsize = plan.options.wide
     array = elements * itemsize
     if not isinstance(gossip, Gossip):
         return array, 0  # a copy of its own parameters, while another replica's or the average is evaluated
@@ -259,7 +260,7 @@ def _letter(itemsize: int, gossip: Gossip, elements: int, parts: int, states: in
 def _mixing(setup: Setup, elements: int) -> int:
     """Return the bytes of the device's scratch memory that gossip uses on a rank that owns `elements` of a replica's
     parameters: measured with a part of them, as the update's."""
-    gossip, dtype = setup.config.exchange, setup.config.dtype
+    gossip, dtype = setup.config.exchange, setup.plan.weights_dtype
     if setup.config.exact or setup.topology.replicas == 1 or not isinstance(gossip, Gossip):
         return 0
 

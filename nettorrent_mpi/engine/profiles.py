@@ -45,7 +45,7 @@ class Profiles:
 
     def machine(self, config: Config, network: Network) -> Machine:
         """Return what this network's times are to be predicted by: its profile, if there is one, else constants."""
-        itemsize = 8 if config.dtype == "float64" else 4
+        itemsize = {"float64": 8, "bfloat16": 2}.get(config.dtype, 4)
         found = self.machines.get(key_of(config, network), Machine()) if self.machines else Machine()
         alone = found.alone and replace(found.alone, itemsize=itemsize)
         return replace(found, itemsize=itemsize, alone=alone).placed(self.node, self.link)

@@ -46,9 +46,19 @@ class Options:
     kernels: Literal["fastest", "numpy"] = "fastest"
 
     @property
+    def bfloat16(self) -> bool:
+        """Whether the arrays are bfloat16."""
+        return str(self.dtype) == "bfloat16"
+
+    @property
     def itemsize(self) -> int:
         """Return the bytes of an element of the arrays. NumPy knows bfloat16 only where ml_dtypes is loaded."""
-        return 2 if str(self.dtype) == "bfloat16" else int(np.dtype(self.dtype).itemsize)
+        return 2 if self.bfloat16 else int(np.dtype(self.dtype).itemsize)
+
+    @property
+    def wide(self) -> int:
+        """Return the bytes of an element of the weights that are updated."""
+        return max(self.itemsize, 4)
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,12 @@ class Plan:
         `options.dtype`: with bfloat16, in copies of float32 weights that are rounded once per step."""
         dtype = as_dtype(self.options.dtype)
         return as_dtype("float32") if dtype.name == "bfloat16" else dtype
+
+    @property
+    def gradients_dtype(self) -> DType:
+        """Return the type of the weights' gradients. On CPU cores it is that of the weights: MPI adds up no bfloat16,
+        and products are added to float32 as fast."""
+        return as_dtype(self.options.dtype) if self.options.device == "gpu" else self.weights_dtype
 
     @property
     def statistics_rows(self) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import field, replace
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 
-from nettorrent_mpi.config.sections import ON_GPU, Config
+from nettorrent_mpi.config.sections import Config
 from nettorrent_mpi.data.dataset import DataOptions, open_dataset
 from nettorrent_mpi.data.rows import Dataset
 from nettorrent_mpi.data.sampler import Sampler
@@ -140,8 +141,11 @@ def set_up(
     Raises every kind of UserError."""
     known = known or Profiles()
     device = device or planned_device(config.device)
-    if device == "cpu" and config.dtype in ON_GPU:
-        raise ConfigError(f"{config.dtype} needs a GPU, and there is none here: write float32, or use one", key="dtype")
+    if device == "cpu" and config.dtype == "tf32":
+        raise ConfigError("tf32 needs a GPU, and there is none here: write float32, or use one", key="dtype")
+    if device == "cpu" and config.dtype == "bfloat16" and find_spec("ml_dtypes") is None:
+        text = "bfloat16 needs ml_dtypes, which is not installed: pip install 'nettorrent_mpi[fast]'"
+        raise ConfigError(text, key="dtype")
     if dataset is None:
         dataset = _open_data(config, planning)
     doubt = channels_first(config, dataset.shape)

@@ -89,15 +89,16 @@ class State:
         """Set every block to its part of the initial values, which are those of the serial run."""
         self.fence()
         for flat in self.flats:
-            if not isinstance(flat, Bucket) or flat.memory is None or flat.group.index == 0:
-                for key in flat.places:
-                    parameter = self.parameters[key]
-                    value = initial_value(parameter, seed, key.rpartition("/")[0])
+            writes = not isinstance(flat, Bucket) or flat.memory is None or flat.group.index == 0
+            rounded = isinstance(flat, Bucket) and flat.rounded
+            for key in flat.places if writes or rounded else ():
+                parameter = self.parameters[key]
+                value = initial_value(parameter, seed, key.rpartition("/")[0])
+                if writes:
                     self._device.upload(self.params[key], value[parameter.index])
-                    if isinstance(flat, Bucket) and flat.rounded:
-                        for name, box, view in flat.shard_boxes(flat.weights):
-                            if name == key:
-                                self._device.upload(view, value[tuple(slice(*part) for part in box)])
+                for name, box, view in flat.shard_boxes(flat.weights) if rounded else ():
+                    if name == key:
+                        self._device.upload(view, value[tuple(slice(*part) for part in box)])
         self.fence()
 
     # -- collective over the holders --------------------------------------------------------------------------------
@@ -123,10 +124,12 @@ class State:
         for bucket in self.buckets:
             bucket.reducer.multiply(rows)
 
-    def gather(self) -> None:
-        """All-gather the trainable parameters; no gradients are read afterwards."""
+    def gather(self, *, rounded: bool = False) -> None:
+        """All-gather the trainable parameters, unless they are `rounded` from the weights after these; no gradients are
+        read afterwards."""
         for bucket in self.buckets:
-            bucket.round()
+            if not rounded:
+                bucket.round()
             bucket.reducer.gather()
         self.fence()
 
@@ -242,7 +245,7 @@ class State:
                 if i == flat.group.index:
                     part = flat.weights if isinstance(flat, Bucket) else values[flat.shard]
                 elif rank in silent and first == flat.group.index:
-                    part = values[flat.shard_of(i)]
+                    part = values[flat.shard_of(i)].astype(self.weights_dtype, copy=False)  # rounded, maybe
                 else:
                     continue
                 found |= {Holding(f"{PARAMETERS}/{key}", box): view for key, box, view in flat.shard_boxes(part, i)}

@@ -121,6 +121,7 @@ class Update:
             numbers, scale = self._numbers.array, self._scale
             self._optimizer.update(self._ops, bucket.weights, bucket.reduced, bucket.optimizer, numbers, scale)
             if not self._exchange.changes_after_update:
+                bucket.round()
                 bucket.reducer.begin_gather()  # under the next bucket's update
 
     def after(self, rate: float, step: int) -> None:
@@ -129,7 +130,7 @@ class Update:
 
     def gather(self) -> None:
         """All-gather the shards."""
-        self._state.gather()
+        self._state.gather(rounded=not self._exchange.changes_after_update)
         self.whole = self._step
 
     def close(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 # isort: split
 from pathlib import Path, PurePosixPath
 
 from nettorrent_mpi.comm.activity import FIRST_STEP, START
+from nettorrent_mpi.device.device import Device
 from nettorrent_mpi.engine.run_plan import Options
 from nettorrent_mpi.nn.model import Network
 from nettorrent_mpi.plan.specs import Conv2d, flat
@@ -76,9 +77,17 @@ class Clock:
         return round(rows / seconds, 1) if seconds > 0 else 0.0
 
 
-def faster(network: Network, options: Options, missing: Sequence[str]) -> str:
-    """Return one line about what the `missing` libraries would bring this network; empty if nothing, or if that was
-    never measured."""
+def faster(network: Network, options: Options, device: Device) -> str:
+    """Return one line about what the libraries that the device misses would bring this network, or another type of
+    numbers; empty if nothing, or if that was never measured."""
+    missing = device.missing
+    if options.device == "cpu" and options.bfloat16 and not device.multiplies_bfloat16:
+        remedy = "this processor has no products of bfloat16 (AVX512-BF16, AMX): write dtype: float32"
+        if options.kernels == "numpy":
+            remedy = "only oneDNN has faster ones: write kernels: fastest, or dtype: float32"
+        elif "oneDNN" in missing:
+            remedy = "only oneDNN has faster ones: pip install 'nettorrent_mpi[fast]'"
+        return f"bfloat16 is multiplied as float32 copies, which takes longer than dtype: float32; {remedy}"
     if not missing or options.device != "cpu" or str(options.dtype) != "float32":
         return ""
     times = FASTER_CONVOLUTIONS if any(isinstance(layer, Conv2d) for layer in flat(network.layers)) else FASTER

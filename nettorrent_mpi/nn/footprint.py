@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from nettorrent_mpi.device.arrays import Array, DType, Workspace, quiet, unwritten
+from nettorrent_mpi.device.arrays import Array, DType, Workspace, as_dtype, quiet, unwritten
 from nettorrent_mpi.device.device import StreamDevice, make_device
 from nettorrent_mpi.device.ops import Ops
 from nettorrent_mpi.nn.layer import Context, Grads, Operands, Parameter, Params
@@ -82,19 +82,20 @@ def footprint(
     there are outputs. The layers do not compute the gradients of the weights `elsewhere` (see `Operands`). Where
     backward passes are `split`, gradients are kept for their second half.
     """
-    device = make_device("cpu", "numpy")
-    params = {key: unwritten(parameter.local, dtype) for key, parameter in layers.parameters}
+    short = as_dtype(dtype).name == "bfloat16"
+    device, kept_as = make_device("cpu", "numpy", bfloat16=short), "float32" if short else dtype
+    params = {key: unwritten(p.local, dtype if p.trainable else kept_as) for key, p in layers.parameters}
     sizes = {key: params[key].nbytes for key, each in layers.parameters if each.product and key not in elsewhere}
     large = {key: size for key, size in sizes.items() if size > LARGE}
     grads = {
-        key: _Elsewhere() if key in elsewhere or key in large else device.zeros(parameter.local, dtype)
+        key: _Elsewhere() if key in elsewhere or key in large else device.zeros(parameter.local, kept_as)
         for key, parameter in layers.parameters
         if parameter.trainable
     }
 
     def trial(count: int) -> Footprint:
         # With NumPy alone: nothing is tuned, and the other libraries need no more (a block of a megabyte or two).
-        device = make_device("cpu", "numpy")
+        device = make_device("cpu", "numpy", bfloat16=short)
         shared = device.workspace(dtype)
         shared.keeps_gradients = split
         own = device.workspace(dtype, shared)

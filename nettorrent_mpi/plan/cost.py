@@ -178,7 +178,7 @@ def _steps(
             step = replace(step, arrives=step.arrives + wait, leaves=step.leaves + wait)
         if not near:
             step = replace(step, sum=around_nodes(step, stage, held, sharers, each, topology.size, machine))
-            size = parameters_of(held, stage.cols) * machine.itemsize
+            size = parameters_of(held, stage.cols) * machine.wide
             carried = max(carried, 2 * (sharers - 1) / sharers * size / machine.link.bandwidth)
         if peering is not None and topology.replicas > 1:
             step = gossiping(step, stage, held, micro_batches, topology, peering, machine)

@@ -49,6 +49,7 @@ def memory(
     *,
     states: int = 0,
     itemsize: int = 4,
+    wide: int | None = None,
     exact: bool = True,
     paces: Paces = (),
 ) -> list[Memory]:
@@ -58,9 +59,12 @@ def memory(
     Parameters are those of the rank's neurons, in all versions, its gradients, and where several ranks hold the same
     neurons the same size again: its part of each one's gradients, which it reads, and of their sum; for matrices whose
     gradients are computed in parts the operands, and its part of the sum. Of the optimizer's `states` arrays each of
-    these ranks has its part. With `exact=False` replicas hold nothing in common. `paces` are those by which the lists
-    of some pipelines are written.
+    these ranks has its part. An element of what layers compute with takes `itemsize` bytes; where weights, their
+    gradients and what the optimizer keeps take more (`wide`), each of these ranks also has its part of the weights.
+    With `exact=False` replicas hold nothing in common. `paces` are those by which the lists of some pipelines are
+    written.
     """
+    wide = wide or itemsize
     rows = most_rows(batch_size, micro_batches, topology.replicas)
     lists = passes(pipeline, len(topology.stages), micro_batches, paces)
     have = [buffers_for(s, actions) for s, actions in enumerate(lists)]
@@ -71,7 +75,7 @@ def memory(
         held, here = facts[stage.first : stage.stop], -(-rows // stage.rows)
         parameters, sharers = parameters_of(held, stage.cols), sharers_of(topology, stage, exact)
         kinds = versions(len(have), micro_batches, s) if pipeline in STREAMS else 1
-        copies = kinds + (1 if sharers == 1 else 2)
+        gradients = 1 if sharers == 1 else 2
         # Inputs of all slots, and of one more that is arriving; gradients arrive and leave in two buffers each (where
         # passes are split, they arrive in one for each slot). Parts of rows, and partial gradients, go through staging
         # buffers.
@@ -81,14 +85,14 @@ def memory(
         links: float = (have[s].slots + 1) * inputs * (2 if before > 1 else 1)
         links += 2 * inputs * (2 if before > 1 else 1) * (s > 0) + have[s].dy * outputs * after * (s < last)
         own, shared = layers[s]
-        elements = copies * parameters
+        size = parameters * (kinds * itemsize + gradients * wide + (wide / sharers if wide > itemsize else 0))
         for ins, units in ((layer.matrix[0], layer.matrix[1] * part_of(layer.units, stage.cols)) for layer in held):
             if in_parts(batch_rows, sharers, ins, units):  # operands in the place of gradients
-                elements += batch_rows * (ins + units) - ins * units * (2 - 1 / sharers)
+                size += batch_rows * (ins + units) * itemsize - ins * units * (2 - 1 / sharers) * wide
         found.append(
             Memory(
-                parameters=round(elements * itemsize),
-                optimizer=round(states * parameters / sharers * itemsize),
+                parameters=round(size),
+                optimizer=round(states * parameters / sharers * wide),
                 layers=have[s].slots * own + shared,
                 links=round(here * links * itemsize),
             )

@@ -66,7 +66,7 @@ class Machine:
     latency: float = 5e-6  # seconds per message
     overhead: float = 2e-5  # overhead in seconds of one layer's forward or backward call
     update: float = 1.5e-9  # seconds for the optimizer to update one parameter
-    itemsize: int = 4  # bytes of an element
+    itemsize: int = 4  # bytes of an element of what layers compute with
     layers: Mapping[str, LayerTimes] = field(default_factory=dict)  # measured, by the layers' names
     call: float = 0.0  # seconds of a stage's forward or backward pass besides those of its layers
     row: float = 0.0  # seconds for a row of the mini-batch besides those of layers: to fetch it, and to score it
@@ -115,6 +115,11 @@ class Machine:
     def placed(self, node: int | None, link: Link | None = None) -> Machine:
         """Return the same machine with so many ranks on each node, joined by `link` (None: by its own)."""
         return replace(self, node=node, link=link or self.link)
+
+    @property
+    def wide(self) -> int:
+        """The bytes of an element of weights and their gradients."""
+        return max(self.itemsize, 4)
 
     @property
     def between_cols(self) -> float:

@@ -117,7 +117,7 @@ def _moved(elements: float, messages: int, machine: Machine) -> float:
 
 def reduced(parameters: float, sharers: int, machine: Machine) -> float:
     """Return the seconds per step to reduce gradients of `parameters` over `sharers` ranks of a node."""
-    moved = 2 * (sharers - 1) / sharers * parameters * machine.itemsize / machine.reduction
+    moved = 2 * (sharers - 1) / sharers * parameters * machine.wide / machine.reduction
     return moved + 2 * (sharers - 1).bit_length() * machine.between_holders
 
 
@@ -147,10 +147,10 @@ def around_nodes(
     a ring, as much as possible under the last backward pass and the update; short ones by MPI's own algorithms, which
     nobody hides."""
     assert machine.node is not None
-    size = parameters_of(held, stage.cols) * machine.itemsize
+    size = parameters_of(held, stage.cols) * machine.wide
     # Rings that go through one node's link: one for each part of the weights that its ranks hold.
     if each <= machine.node:
-        weights = float(sum(layer.parameters for layer in held) * machine.itemsize)
+        weights = float(sum(layer.parameters for layer in held) * machine.wide)
     else:
         weights = size * min(stage.cols, machine.node)
     part = (sharers - 1) / sharers

@@ -142,7 +142,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 def _notes(config: Config, shared: Config, setup: Setup, asked: str | None, on_gpu: bool) -> list[str]:
     """Return the report's remarks on the setup of the comparison."""
-    hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels).missing)
+    hint = faster(setup.network, setup.options, make_device("cpu", setup.options.kernels))
     notes = []
     if hint:
         tell(hint)

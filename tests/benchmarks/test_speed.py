@@ -33,7 +33,16 @@ def test_every_case_is_a_training_of_one_rank_and_of_two(speed: Any) -> None:
         two = speed.modes.plan("rows", config, config, setup.network.facts, 2)
         assert two.impossible is None, case.name
         assert setup.options.micro_batches == two.micro_batches
-        known = {speed.OURS, speed.OURS_2, speed.STAGES, speed.PRODUCTS, *speed.PEERS, speed.SHALLOW, speed.SHALLOW_2}
+        known = {
+            speed.OURS,
+            speed.WIDE,
+            speed.OURS_2,
+            speed.STAGES,
+            speed.PRODUCTS,
+            *speed.PEERS,
+            speed.SHALLOW,
+            speed.SHALLOW_2,
+        }
         assert set(case.sides) <= known
 
 

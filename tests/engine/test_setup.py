@@ -371,3 +371,9 @@ def test_kernels_of_cpu_cores_are_told_of_on_a_gpu() -> None:
     told = ("kernels: numpy is for CPU cores: a GPU has kernels of its own",)
     assert set_up(load(*SMALL, "kernels=numpy"), 1, device="gpu").warnings == told
     assert set_up(load(*SMALL, "kernels=numpy"), 1, device="cpu").warnings == ()
+
+
+def test_bfloat16_on_cores_needs_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nettorrent_mpi.engine.setup.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"ml_dtypes, which is not installed: pip install 'nettorrent_mpi\[fast\]'"):
+        set_up(load("dtype=bfloat16", "device=cpu"), 1)

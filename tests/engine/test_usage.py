@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from nettorrent_mpi.config import reading as configuration
+from nettorrent_mpi.device.cpu import Cpu
+from nettorrent_mpi.device.device import make_device
 from nettorrent_mpi.engine.setup import set_up
 from nettorrent_mpi.engine.usage import WARM_UP, Clock, faster, free_memory
 
@@ -144,11 +146,18 @@ DEEP = "model.layers=[{residual: {layers: [{conv2d: {filters: 1, kernel: 3, padd
         (["Numba"], [BLOCK], "up to 1.3 times as fast with Numba"),
         ([], [], ""),
         (["Numba"], ["dtype=float64"], ""),  # never measured
+        ([], ["dtype=bfloat16", "device=cpu", "kernels=numpy"], "takes longer than dtype: float32; only oneDNN has"),
+        (["oneDNN"], ["dtype=bfloat16", "device=cpu", "kernels=fastest"], "pip install 'nettorrent_mpi[fast]'"),
+        ([], ["dtype=bfloat16", "device=cpu", "kernels=fastest"], "this processor has no products of bfloat16"),
     ],
 )
-def test_what_missing_libraries_would_bring(missing: list[str], changes: list[str], wanted: str) -> None:
+def test_what_missing_libraries_would_bring(
+    missing: list[str], changes: list[str], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup = set_up(configuration.load(None, changes), 1)
-    found = faster(setup.network, setup.options, missing)
+    device = make_device("cpu", "numpy")
+    monkeypatch.setattr(Cpu, "missing", missing)
+    found = faster(setup.network, setup.options, device)
     assert wanted in found
     assert bool(wanted) == bool(found)
     assert "\n" not in found

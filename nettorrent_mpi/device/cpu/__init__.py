@@ -12,33 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from nettorrent_mpi.device.arrays import Array, DType, Shape, Workspace, aligned
-from nettorrent_mpi.device.cpu.codecs import CodecOperations
-from nettorrent_mpi.device.cpu.convolution import ConvolutionOperations
-from nettorrent_mpi.device.cpu.criteria import CriterionOperations
-from nettorrent_mpi.device.cpu.elementwise import ElementwiseOperations
 from nettorrent_mpi.device.cpu.envelope import HostEnvelope
-from nettorrent_mpi.device.cpu.flat import FlatOperations
-from nettorrent_mpi.device.cpu.masks import MaskOperations
-from nettorrent_mpi.device.cpu.norms import NormOperations
-from nettorrent_mpi.device.cpu.pools import PoolOperations
-from nettorrent_mpi.device.cpu.products import ProductOperations
+from nettorrent_mpi.device.cpu.operations import CpuOperations
 from nettorrent_mpi.device.cpu.tuning import Tuning
-from nettorrent_mpi.device.cpu.updates import UpdateOperations
-
-
-class CpuOperations(
-    FlatOperations,
-    CodecOperations,
-    ProductOperations,
-    ConvolutionOperations,
-    ElementwiseOperations,
-    MaskOperations,
-    NormOperations,
-    PoolOperations,
-    CriterionOperations,
-    UpdateOperations,
-):
-    """All operations (device.ops.Ops) of the CPU; each is in the module of its subject."""
 
 
 class HostNumbers:
@@ -53,14 +29,18 @@ class HostNumbers:
 
 class Cpu:
     """A device (device.device.Device) that computes with the fastest of the installed libraries, or with NumPy
-    alone."""
+    alone. Only with `bfloat16` it takes arrays of that type."""
 
     kind: Literal["cpu", "gpu"] = "cpu"
     filter_axes: tuple[int, ...] = (0, 1, 2, 3)
 
-    def __init__(self, kernels: Literal["fastest", "numpy"] = "fastest"):
+    def __init__(self, kernels: Literal["fastest", "numpy"] = "fastest", *, bfloat16: bool = False):
         self.tuning = Tuning(kernels)
         self.ops = CpuOperations(self.tuning)
+        if bfloat16:
+            from nettorrent_mpi.device.cpu.bfloat16 import BfloatOperations  # loads ml_dtypes
+
+            self.ops = BfloatOperations(self.tuning)
 
     @property
     def names(self) -> list[str]:
@@ -69,6 +49,11 @@ class Cpu:
     @property
     def missing(self) -> list[str]:
         return self.tuning.missing
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        library = self.tuning.onednn()
+        return library is not None and library.multiplies_bfloat16
 
     @property
     def working_bytes(self) -> int:

@@ -36,7 +36,8 @@ class OneDnn(Algorithm):
         self._library = library
         self._made: dict[tuple[Any, ...], Any] = {}
 
-    def _operation(self, kind: Callable[..., Any], images: int, **more: Any) -> Any:
+    def operation(self, kind: Callable[..., Any], images: int, **more: Any) -> Any:
+        """Return one of onednn's operations for so many images."""
         key = (kind, images, *more.values())
         operation = self._made.get(key)
         if operation is None:
@@ -46,16 +47,16 @@ class OneDnn(Algorithm):
         return operation
 
     def forward(self, x: Array, weight: Array, bias: Array | None, y: Array, workspace: Workspace) -> None:
-        self._operation(onednn.Forward, len(x), bias=bias is not None)(x, weight, bias, y)
+        self.operation(onednn.Forward, len(x), bias=bias is not None)(x, weight, bias, y)
 
     def input_gradient(self, weight: Array, dy: Array, dx: Array, workspace: Workspace) -> None:
-        self._operation(onednn.InputGradient, len(dy))(weight, dy, dx)
+        self.operation(onednn.InputGradient, len(dy))(weight, dy, dx)
 
     def weight_gradient(self, x: Array, dy: Array, dw: Array, accumulate: bool, workspace: Workspace) -> None:
         geometry = self.geometry
         if geometry.kernel == (1, 1) and geometry.stride != (1, 1) and geometry.image[2] < WRONG_BELOW:
             raise onednn.OneDnnError("its AVX2 code reads out of bounds")
-        self._operation(onednn.WeightGradient, len(x))(x, dy, dw, accumulate)
+        self.operation(onednn.WeightGradient, len(x))(x, dy, dw, accumulate)
 
 
 class ConvolutionOperations(Operations):

@@ -9,7 +9,19 @@ times a Python float would be computed in float64).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
+
+
+class Inlined:
+    """An Inlined function of scalars is called by loops of its module; Numba compiles it into them."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
 
 
 class Loop:
@@ -41,9 +53,21 @@ class Loop:
         from numba import njit  # takes 0.3 s and 60 MB: loaded only where needed
 
         try:
-            self._compiled = njit(cache=keep, error_model="numpy", nogil=True)(self._function)
+            self._compiled = njit(cache=keep, error_model="numpy", nogil=True)(_with_inlined(self._function, njit))
             self._kept = keep
         except (RuntimeError, OSError):  # no cache folder that can be written
             if not keep:
                 raise
             self._compile(keep=False)
+
+
+def _with_inlined(function: Callable[..., Any], njit: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function in which those that it calls are compiled, too."""
+    own = cast("FunctionType", function)
+    called = {name: own.__globals__.get(name) for name in own.__code__.co_names}
+    compiled = {name: njit(each.function) for name, each in called.items() if isinstance(each, Inlined)}
+    if not compiled:
+        return function
+    made = FunctionType(own.__code__, own.__globals__ | compiled, own.__name__, own.__defaults__, own.__closure__)
+    made.__module__, made.__qualname__ = own.__module__, own.__qualname__
+    return made

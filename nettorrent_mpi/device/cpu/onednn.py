@@ -2,9 +2,9 @@
 
     pip install 'nettorrent_mpi[fast]'
 
-Covers only products of float32 matrices and convolutions of float32 images. Arrays are NumPy's, in NumPy's memory
-order: images (b, height, width, channels), weights (height, width, inputs, outputs). oneDNN reorders weights for its
-code in each call; they are small.
+Covers only products of float32 matrices (of bfloat16 ones: onednn_products.py), and convolutions of float32 or
+bfloat16 images. Arrays are NumPy's, in NumPy's memory order: images (b, height, width, channels), weights (height,
+width, inputs, outputs). oneDNN reorders weights for its code in each call; they are small.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from nettorrent_mpi.device.cpu.blas import Gemm, address
 
 _VERSION = 3  # version of the interface
 # Numbers of dnnl_types.h.
-_CPU, _IN_ORDER, _FLOAT32 = 1, 1, 3
+_CPU, _IN_ORDER = 1, 1
+BFLOAT16, FLOAT32 = 2, 3
 _ANY, _VECTOR, _NHWC, _HWIO = 1, 2, 22, 28  # layouts; the library counts dimensions of weights as (o, i, h, w)
 _TRAINING, _DIRECT = 64, 1
 _ASK_WEIGHTS, _ASK_WEIGHT_GRADIENT = 131, 132
-_SRC, _DST, _WEIGHTS, _BIAS = 1, 17, 33, 41
+SRC, DST, WEIGHTS, BIAS = 1, 17, 33, 41
 _GRADIENT = 128  # plus one of these
+_BFLOAT16_ISA = 0x80  # the bit of instruction sets with products of bfloat16: AVX512-BF16 and what includes it, as AMX
 
-_Handle = ctypes.c_void_p
-_Dimensions = ctypes.c_int64 * 12
+Handle = ctypes.c_void_p
+Dimensions = ctypes.c_int64 * 12
 
 
 class _Argument(ctypes.Structure):
-    _fields_ = [("number", ctypes.c_int), ("memory", _Handle)]
+    _fields_ = [("number", ctypes.c_int), ("memory", Handle)]
 
 
 class OneDnnError(RuntimeError):
@@ -45,16 +47,18 @@ class OneDnnError(RuntimeError):
 
 
 class Library:
-    """The loaded library with an engine and a stream; `gemm` multiplies float32 matrices."""
+    """The loaded library with an engine and a stream; `gemm` multiplies float32 matrices. `multiplies_bfloat16` says
+    whether the processor has instructions for products of bfloat16; others take longer over these than over float32."""
 
     def __init__(self, path: str):
         self._calls = ctypes.CDLL(path)
-        self._calls.dnnl_primitive_desc_query_md.restype = _Handle
+        self._calls.dnnl_primitive_desc_query_md.restype = Handle
         self._calls.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
         letter = ctypes.c_char
         self.gemm = Gemm(self._calls.dnnl_sgemm, [letter, letter], ctypes.c_int64, ctypes.c_float, _letters)
         self.engine = self.make("engine_create", _CPU, ctypes.c_size_t(0))
         self._stream = self.make("stream_create", self.engine, _IN_ORDER)
+        self.multiplies_bfloat16 = bool(self._calls.dnnl_get_effective_cpu_isa() & _BFLOAT16_ISA)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function; raises OneDnnError unless it succeeds."""
@@ -62,22 +66,22 @@ class Library:
         if status:
             raise OneDnnError(f"dnnl_{name} failed with status {status}")
 
-    def make(self, name: str, *arguments: Any) -> _Handle:
+    def make(self, name: str, *arguments: Any) -> Handle:
         """Call a function that creates an object; return the handle, its first argument."""
-        made = _Handle()
+        made = Handle()
         self.call(name, ctypes.byref(made), *arguments)
         return made
 
-    def layout(self, shape: Sequence[int], tag: int) -> _Handle:
-        """Return the memory layout of an array of float32 numbers."""
-        return self.make("memory_desc_create_with_tag", len(shape), _Dimensions(*shape), _FLOAT32, tag)
+    def layout(self, shape: Sequence[int], tag: int, data_type: int = FLOAT32) -> Handle:
+        """Return the memory layout of an array of numbers of this type."""
+        return self.make("memory_desc_create_with_tag", len(shape), Dimensions(*shape), data_type, tag)
 
-    def wanted(self, description: _Handle, which: int) -> tuple[_Handle, int]:
-        """Return (the layout that an operation chose, the number of elements that it needs)."""
-        layout = _Handle(self._calls.dnnl_primitive_desc_query_md(description, which, 0))
+    def wanted(self, description: Handle, which: int) -> tuple[Handle, int]:
+        """Return (the layout that an operation chose, the memory that it needs, in elements of float32)."""
+        layout = Handle(self._calls.dnnl_primitive_desc_query_md(description, which, 0))
         return layout, -(-self._calls.dnnl_memory_desc_get_size(layout) // 4)
 
-    def execute(self, operation: _Handle, count: int, arguments: Any) -> None:
+    def execute(self, operation: Handle, count: int, arguments: Any) -> None:
         status = self._calls.dnnl_primitive_execute(operation, self._stream, count, arguments)
         if status:
             raise OneDnnError(f"dnnl_primitive_execute failed with status {status}")
@@ -108,24 +112,24 @@ def library() -> Library | None:
     return None
 
 
-class _Memory:
+class ArrayMemory:
     """An array as oneDNN's memory object; its address may change from call to call."""
 
-    def __init__(self, library: Library, layout: _Handle, array: Array | None = None):
+    def __init__(self, library: Library, layout: Handle, array: Array | None = None):
         self._set = library._calls.dnnl_memory_set_data_handle
-        self.handle = library.make("memory_create", layout, library.engine, _Handle())
+        self.handle = library.make("memory_create", layout, library.engine, Handle())
         self._array = array
         if array is not None:
             self.at(array)
 
     def at(self, array: Array) -> None:
-        self._set(self.handle, _Handle(address(array)))
+        self._set(self.handle, Handle(address(array)))
 
 
-class _Operation:
+class Operation:
     """A primitive of the library that can be executed on memory."""
 
-    def __init__(self, library: Library, description: _Handle, memory: dict[int, _Memory]):
+    def __init__(self, library: Library, description: Handle, memory: dict[int, ArrayMemory]):
         self._library, self._memory = library, memory  # has to live as long
         self._operation = library.make("primitive_create", description)
         self._count = len(memory)
@@ -135,19 +139,24 @@ class _Operation:
         self._library.execute(self._operation, self._count, self._arguments)
 
 
-def _reorder(
-    library: Library, source: _Handle, target: _Handle, memory: tuple[_Memory, _Memory], add: bool = False
-) -> _Operation:
+def adding(library: Library, *, add: bool) -> Handle | None:
+    """Return the attributes of an operation whose result is added to what is there."""
+    if not add:
+        return None
+    attributes, sums = library.make("primitive_attr_create"), library.make("post_ops_create")
+    library.call("post_ops_append_sum", sums, ctypes.c_float(1.0), 0, 0)
+    library.call("primitive_attr_set_post_ops", attributes, sums)
+    return attributes
+
+
+def reorder(
+    library: Library, source: Handle, target: Handle, memory: tuple[ArrayMemory, ArrayMemory], add: bool = False
+) -> Operation:
     """Compute target <- (or, with `add`, +=) source, in the target's layout."""
-    attributes = None
-    if add:
-        attributes, sums = library.make("primitive_attr_create"), library.make("post_ops_create")
-        library.call("post_ops_append_sum", sums, ctypes.c_float(1.0), 0, 0)
-        library.call("primitive_attr_set_post_ops", attributes, sums)
     description = library.make(
-        "reorder_primitive_desc_create", source, library.engine, target, library.engine, attributes
+        "reorder_primitive_desc_create", source, library.engine, target, library.engine, adding(library, add=add)
     )
-    return _Operation(library, description, {_SRC: memory[0], _DST: memory[1]})
+    return Operation(library, description, {SRC: memory[0], DST: memory[1]})
 
 
 class Primitive:
@@ -164,47 +173,49 @@ class Primitive:
         stride: tuple[int, int],
         vertical: tuple[int, int],
         horizontal: tuple[int, int],
+        *,
+        data_type: int = FLOAT32,
     ):
         self._library = library
-        weight = (output[2], image[2], *kernel)
-        self._x_layout = library.layout((rows, image[2], *image[:2]), _NHWC)
-        self._y_layout = library.layout((rows, output[2], *output[:2]), _NHWC)
-        self._bias_layout = library.layout((output[2],), _VECTOR)
-        self._weight_layout = library.layout(weight, _HWIO)
-        self._free = library.layout(weight, _ANY)
+        weight = self._sizes = (output[2], image[2], *kernel)
+        self._x_layout = library.layout((rows, image[2], *image[:2]), _NHWC, data_type)
+        self._y_layout = library.layout((rows, output[2], *output[:2]), _NHWC, data_type)
+        self._bias_layout = library.layout((output[2],), _VECTOR, data_type)
+        self._weight_layout = library.layout(weight, _HWIO, data_type)
+        self._free = library.layout(weight, _ANY, data_type)
         self._geometry = (
-            _Dimensions(*stride),
-            _Dimensions(0, 0),  # no holes between taps
-            _Dimensions(vertical[0], horizontal[0]),
-            _Dimensions(vertical[1], horizontal[1]),
+            Dimensions(*stride),
+            Dimensions(0, 0),  # no holes between taps
+            Dimensions(vertical[0], horizontal[0]),
+            Dimensions(vertical[1], horizontal[1]),
         )
-        self._x, self._y = _Memory(library, self._x_layout), _Memory(library, self._y_layout)
-        self._bias, self._weight = _Memory(library, self._bias_layout), _Memory(library, self._weight_layout)
+        self._x, self._y = ArrayMemory(library, self._x_layout), ArrayMemory(library, self._y_layout)
+        self._bias, self._weight = ArrayMemory(library, self._bias_layout), ArrayMemory(library, self._weight_layout)
         # The descriptions of both backward passes are made from the forward one.
         self._forward = self._describe_forward(self._bias_layout)
 
-    def _describe_forward(self, bias: _Handle | None) -> _Handle:
+    def _describe_forward(self, bias: Handle | None) -> Handle:
         return self._library.make(
             "convolution_forward_primitive_desc_create", self._library.engine, _TRAINING, _DIRECT,
             self._x_layout, self._free, bias, self._y_layout, *self._geometry, None,
         )  # fmt: skip
 
-    def _own(self, description: _Handle, which: int) -> tuple[_Handle, _Memory]:
+    def _own(self, description: Handle, which: int) -> tuple[Handle, ArrayMemory]:
         """Allocate memory for the weights, or their gradient, in the operation's layout."""
         layout, size = self._library.wanted(description, which)
-        return layout, _Memory(self._library, layout, aligned(size, np.float32))
+        return layout, ArrayMemory(self._library, layout, aligned(size, np.float32))
 
 
 class Forward(Primitive):
     """Computes y <- the convolution of x with the weights, plus the bias."""
 
-    def __init__(self, library: Library, *shape: Any, bias: bool):
-        super().__init__(library, *shape)
+    def __init__(self, library: Library, *shape: Any, bias: bool, data_type: int = FLOAT32):
+        super().__init__(library, *shape, data_type=data_type)
         description = self._describe_forward(self._bias_layout if bias else None)
         layout, own = self._own(description, _ASK_WEIGHTS)
-        self._lay_out = _reorder(library, self._weight_layout, layout, (self._weight, own))
-        memory = {_SRC: self._x, _WEIGHTS: own, _DST: self._y} | ({_BIAS: self._bias} if bias else {})
-        self._convolve = _Operation(library, description, memory)
+        self._lay_out = reorder(library, self._weight_layout, layout, (self._weight, own))
+        memory = {SRC: self._x, WEIGHTS: own, DST: self._y} | ({BIAS: self._bias} if bias else {})
+        self._convolve = Operation(library, description, memory)
 
     def __call__(self, x: Array, weight: Array, bias: Array | None, y: Array) -> None:
         self._x.at(x)
@@ -219,16 +230,16 @@ class Forward(Primitive):
 class InputGradient(Primitive):
     """Computes dx <- the gradient with respect to the input."""
 
-    def __init__(self, library: Library, *shape: Any):
-        super().__init__(library, *shape)
+    def __init__(self, library: Library, *shape: Any, data_type: int = FLOAT32):
+        super().__init__(library, *shape, data_type=data_type)
         description = library.make(
             "convolution_backward_data_primitive_desc_create", library.engine, _DIRECT,
             self._x_layout, self._free, self._y_layout, *self._geometry, self._forward, None,
         )  # fmt: skip
         layout, own = self._own(description, _ASK_WEIGHTS)
-        self._lay_out = _reorder(library, self._weight_layout, layout, (self._weight, own))
-        memory = {_GRADIENT + _SRC: self._x, _WEIGHTS: own, _GRADIENT + _DST: self._y}
-        self._convolve = _Operation(library, description, memory)
+        self._lay_out = reorder(library, self._weight_layout, layout, (self._weight, own))
+        memory = {_GRADIENT + SRC: self._x, WEIGHTS: own, _GRADIENT + DST: self._y}
+        self._convolve = Operation(library, description, memory)
 
     def __call__(self, weight: Array, dy: Array, dx: Array) -> None:
         self._weight.at(weight)
@@ -239,19 +250,22 @@ class InputGradient(Primitive):
 
 
 class WeightGradient(Primitive):
-    """Computes dw <- (or +=) the gradient with respect to the weights."""
+    """Computes dw <- (or +=) the gradient with respect to the weights, always float32."""
 
-    def __init__(self, library: Library, *shape: Any):
-        super().__init__(library, *shape)
+    def __init__(self, library: Library, *shape: Any, data_type: int = FLOAT32):
+        super().__init__(library, *shape, data_type=data_type)
+        self._free = library.layout(self._sizes, _ANY)
+        self._weight_layout = library.layout(self._sizes, _HWIO)
+        self._weight = ArrayMemory(library, self._weight_layout)
         description = library.make(
             "convolution_backward_weights_primitive_desc_create", library.engine, _DIRECT,
             self._x_layout, self._free, None, self._y_layout, *self._geometry, self._forward, None,
         )  # fmt: skip
         layout, own = self._own(description, _ASK_WEIGHT_GRADIENT)
-        memory = {_SRC: self._x, _GRADIENT + _DST: self._y, _GRADIENT + _WEIGHTS: own}
-        self._convolve = _Operation(library, description, memory)
+        memory = {SRC: self._x, _GRADIENT + DST: self._y, _GRADIENT + WEIGHTS: own}
+        self._convolve = Operation(library, description, memory)
         self._store, self._add = (
-            _reorder(library, layout, self._weight_layout, (own, self._weight), add) for add in (False, True)
+            reorder(library, layout, self._weight_layout, (own, self._weight), add) for add in (False, True)
         )
 
     def __call__(self, x: Array, dy: Array, dw: Array, accumulate: bool) -> None:

@@ -26,7 +26,7 @@ from nettorrent_mpi.device.cpu import blas, onednn
 REPEATS = 5  # timed calls of each algorithm, after one that is not counted; the fastest counts
 SECONDS = 0.1  # seconds for all calls of an algorithm, but for the first two
 # Relative to the largest number, by bytes per element: far more than rounding, also Winograd's.
-TOLERANCE = {4: 1e-3, 8: 1e-9}
+TOLERANCE = {2: 2e-2, 4: 1e-3, 8: 1e-9}
 SAMPLE = 1 << 20  # approximate count of compared numbers
 
 
@@ -98,10 +98,12 @@ def _try(algorithms: Mapping[str, Callable[[], object]], out: Array) -> str:
 
 
 def _alike(found: Array, right: Array) -> bool:
+    tolerance = TOLERANCE[right.dtype.itemsize]
+    found, right = (x.astype(np.float32) if x.itemsize == 2 else x for x in (found, right))
     scale = float(np.abs(right).max())
     if not np.isfinite(scale):  # as the rows or weights are not: that tells nothing
         return True
-    return bool(np.abs(found - right).max() <= TOLERANCE[right.dtype.itemsize] * scale)
+    return bool(np.abs(found - right).max() <= tolerance * scale)
 
 
 def _time(algorithm: Callable[[], object]) -> float:

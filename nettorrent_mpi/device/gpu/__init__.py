@@ -81,6 +81,10 @@ class Gpu:
         return []
 
     @property
+    def multiplies_bfloat16(self) -> bool:
+        return True
+
+    @property
     def working_bytes(self) -> int:
         return self.ops.working_bytes
 
