@@ -24,8 +24,8 @@ _YIELD = ("OMPI_MCA_mpi_yield_when_idle", "MPIR_CVAR_ENABLE_HEAVY_YIELD")  # of 
 _ONE_NODE = {"OMPI_MCA_btl": "^ofi"}
 # Between nodes Open MPI asks a receiver, over TCP, whether it is ready for a message of more than 64 KB, and on a busy
 # link the answer waits behind what is under way. Pieces of gradients, of up to half a megabyte (comm/reducers.py), are
-# received in any case. Measured on 4 hosts with links of 200 Mbit/s: a step of configs/mnist_wide.yaml takes 787 ms
-# instead of 821 ms (PyTorch's DistributedDataParallel beside them: 813 ms).
+# received in any case. Measured on 4 hosts with links of 200 Mbit/s: a step of configs/mnist_wide.yaml takes 804 ms
+# instead of 826 ms (means of four runs; PyTorch's DistributedDataParallel beside them: 807 ms).
 _SEVERAL_NODES = {"OMPI_MCA_btl_tcp_eager_limit": str(520 << 10)}
 _RANK = re.compile(r"RANK(_?ID)?$")  # OMPI_COMM_WORLD_RANK, PMI_RANK, PMIX_RANK, PALS_RANKID, ...
 # What an earlier call chose, as NAME=VALUE words, so that child processes do not mistake it for the user's setting.
