@@ -27,7 +27,7 @@ class NormOperations(Operations):
 
     def moments(self, x: Array, part: Array) -> None:
         if self._tuning.compiled:
-            moments(rows_of(x), part)
+            moments(_wide(x), part)
             return
         memory, channels, rows = self.memory(x.dtype), x.shape[-1], rows_of(x).shape[0]
         total, square_sum = part[1 : 1 + channels], part[1 + channels :]
@@ -79,7 +79,7 @@ class NormOperations(Operations):
 
     def normalize(self, x: Array, mean: Array, scale: Array, weight: Array, bias: Array, y: Array) -> None:
         if self._tuning.compiled:
-            normalize(rows_of(x), mean, scale, weight, bias, rows_of(y))
+            normalize(_wide(x), mean, scale, weight, bias, _wide(y))
             return
         memory = self.memory(x.dtype)
         repeats = row_repeats(x.shape[1:])
@@ -94,7 +94,7 @@ class NormOperations(Operations):
 
     def norm_sums(self, x: Array, dy: Array, mean: Array, scale: Array, sums: Array) -> None:
         if self._tuning.compiled:
-            norm_sums(rows_of(x), rows_of(dy), mean, scale, sums)
+            norm_sums(_wide(x), _wide(dy), mean, scale, sums)
             return
         memory = self.memory(x.dtype)
         repeats = row_repeats(x.shape[1:])
@@ -115,7 +115,7 @@ class NormOperations(Operations):
     def norm_grad(self, x: Array, dy: Array, mean: Array, scale: Array, weight: Array, sums: Array, count: int) -> None:
         part = -1 / count if count else 0.0  # with 0 the statistics were constants
         if self._tuning.compiled:
-            norm_grad(rows_of(x), rows_of(dy), mean, scale, weight, sums, part)
+            norm_grad(_wide(x), _wide(dy), mean, scale, weight, sums, part)
             return
         memory = self.memory(x.dtype)
         sums *= part
@@ -183,6 +183,11 @@ class NormOperations(Operations):
             np.multiply(dy_nc[block], scale_n[block, None], out=dy_nc[block])
 
 
+def _wide(x: Array) -> Array:
+    """x with several positions in a row: loops over few channels would mostly begin and end."""
+    return wide_rows(x, row_repeats(x.shape[1:]))
+
+
 def _factor(weight: Array, scale: Array, memory: Workspace) -> Array:
     """weight * scale in float64."""
     factor = memory.scratch("factor", scale.shape, np.float64)
@@ -199,33 +204,54 @@ def _hat(x_nc: Array, mean_n: Array, scale_n: Array, memory: Workspace) -> Array
 
 
 @Loop
-def moments(x_nc: Array, part: Array) -> None:
+def moments(x_nw: Array, part: Array) -> None:
     """Compute part (float64) <- the number of rows, their sum, and the sum of squared deviations from their mean;
-    rounding differs from NumPy's."""
-    rows, channels = x_nc.shape
+    rounding differs from NumPy's.
+
+    A block of rows is read twice, while it is in the cache: for a mean, and for deviations from it, whose sum corrects
+    it. Blocks are merged as by Chan, Golub, LeVeque (1983), equation 2.1.
+    """
+    wide, channels = x_nw.shape[1], part.size // 2
     total_c, squares_c = part[1 : 1 + channels], part[1 + channels :]
-    mean_c, part_c = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
+    part_w, rest_w, mean_w = np.empty(wide, x_nw.dtype), np.empty(wide, x_nw.dtype), np.empty(wide, x_nw.dtype)
+    sum_c, rest_c = np.empty(channels), np.empty(channels)
     part[:] = 0
-    part[0] = rows
-    for first in range(0, rows, ROWS):
-        part_c[:] = 0
-        for n in range(first, min(first + ROWS, rows)):
-            x_c = x_nc[n]
-            for c in range(x_c.size):
-                part_c[c] += x_c[c]
+    for first in range(0, x_nw.shape[0], ROWS):
+        last = min(first + ROWS, x_nw.shape[0])
+        before, here = part[0], np.float64((last - first) * (wide // channels))
+        part_w[:] = 0
+        for n in range(first, last):
+            x_w = x_nw[n]
+            for k in range(wide):
+                part_w[k] += x_w[k]
+        sum_c[:] = 0
+        rest_c[:] = 0
+        for position in range(0, wide, channels):
+            for c in range(channels):
+                sum_c[c] += part_w[position + c]
+        for position in range(0, wide, channels):
+            for c in range(channels):
+                mean_w[position + c] = sum_c[c] / here
+        part_w[:] = 0
+        rest_w[:] = 0
+        for n in range(first, last):
+            x_w = x_nw[n]
+            for k in range(wide):
+                centred = x_w[k] - mean_w[k]
+                part_w[k] += centred * centred
+                rest_w[k] += centred
+        for position in range(0, wide, channels):
+            for c in range(channels):
+                squares_c[c] += part_w[position + c]
+                rest_c[c] += rest_w[position + c]
         for c in range(channels):
-            total_c[c] += part_c[c]
-    for c in range(channels):
-        mean_c[c] = total_c[c] / max(rows, 1)
-    for first in range(0, rows, ROWS):
-        part_c[:] = 0
-        for n in range(first, min(first + ROWS, rows)):
-            x_c = x_nc[n]
-            for c in range(x_c.size):
-                centred = x_c[c] - mean_c[c]
-                part_c[c] += centred * centred
-        for c in range(channels):
-            squares_c[c] += part_c[c]
+            squares_c[c] -= rest_c[c] * rest_c[c] / here
+            total = mean_w[c] * here + rest_c[c]
+            if before > 0:
+                move = total_c[c] / before - total / here
+                squares_c[c] += move * move * (before * here / (before + here))
+            total_c[c] += total
+        part[0] = before + here
 
 
 @Loop
@@ -258,55 +284,57 @@ def merge_moments(
 
 
 @Loop
-def normalize(x_nc: Array, mean_c: Array, scale_c: Array, weight_c: Array, bias_c: Array, y_nc: Array) -> None:
+def normalize(x_nw: Array, mean_c: Array, scale_c: Array, weight_c: Array, bias_c: Array, y_nw: Array) -> None:
     """y <- (x - mean) * weight * scale + bias."""
-    channels = x_nc.shape[1]
-    mean, factor = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
-    for c in range(channels):
-        mean[c], factor[c] = mean_c[c], weight_c[c] * scale_c[c]
-    for n in range(x_nc.shape[0]):
-        x_c, y_c = x_nc[n], y_nc[n]
-        for c in range(x_c.size):
-            y_c[c] = (x_c[c] - mean[c]) * factor[c] + bias_c[c]
+    wide, channels = x_nw.shape[1], mean_c.size
+    mean, factor, bias = np.empty(wide, x_nw.dtype), np.empty(wide, x_nw.dtype), np.empty(wide, x_nw.dtype)
+    for k in range(wide):
+        c = k % channels
+        mean[k], factor[k], bias[k] = mean_c[c], weight_c[c] * scale_c[c], bias_c[c]
+    for n in range(x_nw.shape[0]):
+        x_w, y_w = x_nw[n], y_nw[n]
+        for k in range(wide):
+            y_w[k] = (x_w[k] - mean[k]) * factor[k] + bias[k]
 
 
 @Loop
-def norm_sums(x_nc: Array, dy_nc: Array, mean_c: Array, scale_c: Array, sums: Array) -> None:
+def norm_sums(x_nw: Array, dy_nw: Array, mean_c: Array, scale_c: Array, sums: Array) -> None:
     """Compute sums (2, c), float64 <- the sums over n of (x - mean) * dy, times scale, and of dy; rounding differs from
     NumPy's."""
-    rows, channels = x_nc.shape
-    mean, product_c = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
-    part_c = np.empty(channels, x_nc.dtype)
-    for c in range(channels):
-        mean[c] = mean_c[c]
+    wide, channels = x_nw.shape[1], mean_c.size
+    mean, product_w, part_w = np.empty(wide, x_nw.dtype), np.empty(wide, x_nw.dtype), np.empty(wide, x_nw.dtype)
+    for k in range(wide):
+        mean[k] = mean_c[k % channels]
     sums[:] = 0
-    for first in range(0, rows, ROWS):
-        product_c[:] = 0
-        part_c[:] = 0
-        for n in range(first, min(first + ROWS, rows)):
-            x_c, dy_c = x_nc[n], dy_nc[n]
-            for c in range(x_c.size):
-                product_c[c] += (x_c[c] - mean[c]) * dy_c[c]
-                part_c[c] += dy_c[c]
-        for c in range(channels):
-            sums[0, c] += product_c[c]
-            sums[1, c] += part_c[c]
+    for first in range(0, x_nw.shape[0], ROWS):
+        product_w[:] = 0
+        part_w[:] = 0
+        for n in range(first, min(first + ROWS, x_nw.shape[0])):
+            x_w, dy_w = x_nw[n], dy_nw[n]
+            for k in range(wide):
+                product_w[k] += (x_w[k] - mean[k]) * dy_w[k]
+                part_w[k] += dy_w[k]
+        for position in range(0, wide, channels):
+            for c in range(channels):
+                sums[0, c] += product_w[position + c]
+                sums[1, c] += part_w[position + c]
     for c in range(channels):
         sums[0, c] *= scale_c[c]
 
 
 @Loop
 def norm_grad(
-    x_nc: Array, dy_nc: Array, mean_c: Array, scale_c: Array, weight_c: Array, sums: Array, part: float
+    x_nw: Array, dy_nw: Array, mean_c: Array, scale_c: Array, weight_c: Array, sums: Array, part: float
 ) -> None:
     """dy <- (dy + (x - mean) * slope + shift) * factor, where slope and shift are `part` of the sums."""
-    channels = x_nc.shape[1]
-    mean, slope = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
-    shift, factor = np.empty(channels, x_nc.dtype), np.empty(channels, x_nc.dtype)
-    for c in range(channels):
-        mean[c], factor[c] = mean_c[c], weight_c[c] * scale_c[c]
-        slope[c], shift[c] = sums[0, c] * part * scale_c[c], sums[1, c] * part
-    for n in range(x_nc.shape[0]):
-        x_c, dy_c = x_nc[n], dy_nc[n]
-        for c in range(x_c.size):
-            dy_c[c] = (dy_c[c] + ((x_c[c] - mean[c]) * slope[c] + shift[c])) * factor[c]
+    wide, channels = x_nw.shape[1], mean_c.size
+    mean, slope = np.empty(wide, x_nw.dtype), np.empty(wide, x_nw.dtype)
+    shift, factor = np.empty(wide, x_nw.dtype), np.empty(wide, x_nw.dtype)
+    for k in range(wide):
+        c = k % channels
+        mean[k], factor[k] = mean_c[c], weight_c[c] * scale_c[c]
+        slope[k], shift[k] = sums[0, c] * part * scale_c[c], sums[1, c] * part
+    for n in range(x_nw.shape[0]):
+        x_w, dy_w = x_nw[n], dy_nw[n]
+        for k in range(wide):
+            dy_w[k] = (dy_w[k] + ((x_w[k] - mean[k]) * slope[k] + shift[k])) * factor[k]
