@@ -22,8 +22,9 @@ class AllReducer:
     """An AllReducer adds up `array` over a group. This class is the interface of all, and suffices where a rank is
     alone.
 
-    Each time all members call `begin` when their numbers are complete, and then `finish`, which waits, with the same
-    factor on the sum. Nobody touches the array in between.
+    Each time all members call `begin` when their numbers are complete, then `turn`, with the same factor on the sum,
+    and then `finish`; both wait. Nobody touches the array in between. Of several arrays each is turned before the first
+    one is finished: results of one travel while numbers of another are still added up, so that links do not idle.
     """
 
     def __init__(self, array: Array):
@@ -32,10 +33,13 @@ class AllReducer:
     def begin(self) -> None:
         """Start to send, where numbers travel in messages."""
 
-    def finish(self, factor: float) -> None:
-        """Compute array <- factor * the sum of everyone's array."""
+    def turn(self, factor: float) -> None:
+        """Compute this rank's part of factor * the sum of everyone's array, and start to send it."""
         if factor != 1:
             np.multiply(self.array, factor, out=self.array)
+
+    def finish(self) -> None:
+        """Wait until `array` has the whole."""
 
     def close(self) -> None:
         """Free what belongs to this rank. Nothing is in flight."""
@@ -48,9 +52,9 @@ class MpiAllReducer(AllReducer):
         super().__init__(array)
         self._group = group
 
-    def finish(self, factor: float) -> None:
+    def turn(self, factor: float) -> None:
         self._group.all_reduce(self.array)
-        super().finish(factor)
+        super().turn(factor)
 
 
 class RingAllReducer(AllReducer):
@@ -73,7 +77,7 @@ class RingAllReducer(AllReducer):
         for ring in self._around:
             ring.reduce.begin()
 
-    def finish(self, factor: float) -> None:
+    def turn(self, factor: float) -> None:
         for ring in self._around:
             self._rings.finish(ring.reduce)
         for ring in self._around:
@@ -82,6 +86,8 @@ class RingAllReducer(AllReducer):
             np.multiply(self._own, factor, out=self._own)
         for ring in self._around:
             ring.gather.begin()
+
+    def finish(self) -> None:
         for ring in self._around:
             self._rings.finish(ring.gather)
         for ring in self._around:
@@ -105,7 +111,7 @@ class SharedAllReducer(AllReducer):
             [array[start : min(start + CHUNK, mine.stop)] for array in arrays] for start in starts
         ]  # views, so that a step makes none
 
-    def finish(self, factor: float) -> None:
+    def turn(self, factor: float) -> None:
         self._memory.fence()
         for first, *others in self._chunks:
             for other in others:

@@ -84,12 +84,18 @@ class Mail:
 
     def letter(self) -> Letter:
         """Return a buffer to fill, whose sends have all finished."""
-        self._poll()
+        return self._take_free() or self._find_free() or self._make()
+
+    def _find_free(self) -> Letter | None:
+        self._poll()  # sends may have finished
+        return self._take_free()
+
+    def _take_free(self) -> Letter | None:
         for i, letter in enumerate(self._free):
             if not letter.under_way:
                 letter.sealed = False
                 return self._free.pop(i)
-        return self._make()
+        return None
 
     def put_back(self, letter: Letter) -> None:
         """Return an own letter; its buffer is reused once its sends are finished."""

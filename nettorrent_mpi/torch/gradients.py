@@ -244,7 +244,9 @@ class GradientAverage:
         factor = 1 / int(self._tally[-3])
         with NOW.during(AVERAGING):
             for bucket in self._buckets:
-                bucket.reducer.finish(factor)
+                bucket.reducer.turn(factor)
+            for bucket in self._buckets:
+                bucket.reducer.finish()
                 bucket.missing, bucket.begun = len(bucket.numbers), False
         self._came = [False] * len(self._came)
         self._done_since_step += 1
