@@ -173,11 +173,11 @@ def installed(mpi: str) -> tuple[list[str], dict[str, str]]:
 
 
 def kill_session(session: int) -> None:
-    """Kill what is left of a session: launchers put each rank into a process group of its own."""
-    for _ in range(50):
-        left = [pid for pid in processes() if session_of(pid) == session]
-        if not left:
-            return
+    """Kill what is left of a session, and wait until it is gone: launchers put each rank into a process group of its
+    own, and on a busy machine a killed process takes a while to end."""
+    end = time.monotonic() + 30
+    while left := [pid for pid in processes() if session_of(pid) == session]:
+        assert time.monotonic() < end, f"processes {left} do not end"
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -31,7 +31,7 @@ def predicted(config: Config, network: Network, topology: Topology, machine: Mac
 
 
 def _predicted(
-    config: Config, network: Network, topology: Topology, pieces: int, machine: Machine | None
+    config: Config, network: Network, topology: Topology, pieces: int, machine: Machine | None, *, quick: bool = False
 ) -> Prediction:
     return predict(
         topology,
@@ -44,6 +44,7 @@ def _predicted(
         peering=peering_of(config, topology.replicas),
         stored=stored(config),
         meets=config.train.clip_norm is not None,
+        quick=quick,
     )
 
 
@@ -176,7 +177,7 @@ def _fastest_pieces(config: Config, network: Network, topology: Topology, machin
     nearly the fastest. More shorten the bubble, and each costs calls and messages."""
     stages, most = len(topology.stages), max(config.train.batch_size // topology.replicas, 1)
     counts = sorted({min(times * stages, most) for times in (1, 2, 3, 4)})
-    seconds = [_predicted(config, network, topology, count, machine).seconds for count in counts]
+    seconds = [_predicted(config, network, topology, count, machine, quick=True).seconds for count in counts]
     return next(count for count, each in zip(counts, seconds, strict=True) if each <= AS_FAST * min(seconds))
 
 

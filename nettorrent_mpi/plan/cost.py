@@ -48,10 +48,11 @@ def predict(
     peering: Peering | None = None,
     stored: int | None = None,
     meets: bool = False,
+    quick: bool = False,
 ) -> Prediction:
     """Predict one training step; where the pipeline does not flush, one more among many. `stored` is the limit of
     micro-batches where paces decide (plan/zero_bubble.py); `meets` says that all stages wait for each other at the end
-    of a step.
+    of a step. Where many steps are compared, `quick` leaves out the search for lists by paces.
 
     A stage's work on a micro-batch is its compute, the copying of what it receives and sends (both ranks pay: messages
     progress only inside MPI calls), and the all-gathers over cols between its own layers. These times go through the
@@ -67,7 +68,7 @@ def predict(
     if pipeline in STREAMS:
         seconds = steady_seconds(stages, count, forward, backward, transfers, finish)
     else:
-        line = _flushed(steps, transfers, count, pipeline, stored)
+        line = _flushed(steps, transfers, count, pipeline, stored, quick=quick)
         seconds = line.period if pipeline in PACED and not meets else line.makespan
     seconds = max(seconds + machine.step, carried)
     if peering is not None and topology.replicas > 1:
@@ -131,10 +132,17 @@ def _for(pipeline: str, steps: Sequence[StageStep], machine: Machine) -> list[St
 
 
 def _flushed(
-    steps: Sequence[StageStep], transfers: Sequence[Wire], count: int, pipeline: str, stored: int | None
+    steps: Sequence[StageStep],
+    transfers: Sequence[Wire],
+    count: int,
+    pipeline: str,
+    stored: int | None,
+    *,
+    quick: bool = False,
 ) -> Timeline:
     forward, backward, finish = _costs(steps)
-    found = passes(pipeline, len(steps), count, _paces(steps, transfers, stored) if pipeline in PACED else ())
+    at = _paces(steps, transfers, stored) if pipeline in PACED else ()
+    found = passes(pipeline, len(steps), count, at, quick=quick)
     lists = [[*a, Action(s, "R")] for s, a in enumerate(found)]
     return simulate(lists, forward, backward, transfers, finish, [t.weights for t in steps])
 

@@ -224,7 +224,8 @@ def layout_of_survivors(
         many, alike = pieces(len(groups), replicas), replicas if exact else 1
         stages = divided(facts, groups, each, most_rows(batch_size, many, replicas), many, alike, machine)
         topology = Topology(replicas, tuple(stage for _, stage in stages))
-        found.append((predict(topology, facts, batch_size, many, pipeline, machine, exact=exact).seconds, topology))
+        step = predict(topology, facts, batch_size, many, pipeline, machine, exact=exact, quick=True)
+        found.append((step.seconds, topology))
     limit = AS_NEAR * min(seconds for seconds, _ in found)
     return max((topology for seconds, topology in found if seconds <= limit), key=lambda each: each.replicas)
 

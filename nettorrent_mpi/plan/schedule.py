@@ -48,11 +48,11 @@ STREAMS = frozenset({"async"})
 PACED = frozenset({"zero_bubble"})  # those whose lists follow from the stages' paces
 
 
-def passes(pipeline: str, stages: int, micro_batches: int, paces: Paces = ()) -> list[Actions]:
+def passes(pipeline: str, stages: int, micro_batches: int, paces: Paces = (), *, quick: bool = False) -> list[Actions]:
     """Write the compute of each stage, from one drain to the next; of PACED at these `paces`, by default those of equal
-    stages."""
+    stages, and without a search where it has to be `quick`."""
     if pipeline in PACED and paces:
-        return zero_bubble(paces, micro_batches)
+        return zero_bubble(paces, micro_batches, quick=quick)
     return PIPELINES[pipeline](stages, micro_batches)
 
 

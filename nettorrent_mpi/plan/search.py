@@ -81,10 +81,11 @@ def fast_layouts(
     topologies += [one_team(len(facts), ranks, cols) for cols in range(1, most + 1) if ranks % cols == 0]
     if peering is not None and ranks > 1:  # one replica would have nobody to exchange with
         topologies = [t for t in topologies if t.replicas > 1] or [Topology(ranks, one_team(len(facts), 1, 1).stages)]
-    predictions = {
-        t: predict(t, facts, batch_size, pieces(len(t.stages)), pipeline, machine, exact=exact, peering=peering).seconds
-        for t in topologies
-    }
+    predictions: dict[Topology, float] = {}
+    for each in topologies:
+        count = pieces(len(each.stages))
+        step = predict(each, facts, batch_size, count, pipeline, machine, exact=exact, peering=peering, quick=True)
+        predictions[each] = step.seconds
     return sorted(predictions, key=lambda t: (predictions[t], t.replicas, len(t.stages)))
 
 

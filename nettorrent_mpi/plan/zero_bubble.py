@@ -9,6 +9,7 @@ take (`Pace`), by simulation, and shortened by a search (plan/list_search.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from nettorrent_mpi.plan.actions import Action, Actions, Kind
@@ -49,16 +50,22 @@ def paces_of(
     return tuple(Pace(f, i, w, t, stored) for f, i, w, t in zip(*whole, moved, strict=True))
 
 
-def zero_bubble(paces: Paces, micro_batches: int) -> list[Actions]:
-    """Write the compute of each stage: lists whose steps follow each other as fast as a short search can find.
+def zero_bubble(paces: Paces, micro_batches: int, *, quick: bool = False) -> list[Actions]:
+    """Write the compute of each stage: lists whose steps follow each other as fast as a short search can find; `quick`
+    leaves the search out.
 
     A stage holds at most as many micro-batches as there are stages, which is what the first stage of 1f1b has (ZB-H1),
     unless its pace says otherwise: with 2 * stages - 1 equal stages never wait (ZB-H2). With one stage the lists are
     those of 1f1b.
     """
-    stages = len(paces)
-    if stages == 1:
+    if len(paces) == 1:
         return [[Action(0, kind, m) for m in range(micro_batches) for kind in ("F", "B")]]
+    return [_actions(s, word) for s, word in enumerate(_words(tuple(paces), micro_batches, quick))]
+
+
+@lru_cache(maxsize=256)  # a plan asks for the same lists several times
+def _words(paces: Paces, micro_batches: int, quick: bool) -> list[Word]:
+    stages = len(paces)
     most = [min(pace.stored or stages, micro_batches) for pace in paces]
     written = [
         [_by_hand(s, stages, micro_batches, most[s], delay=s) for s in range(stages)],
@@ -67,9 +74,9 @@ def zero_bubble(paces: Paces, micro_batches: int) -> list[Actions]:
     ]
     times = [pace[:4] for pace in paces]
     best = min(([list(map(_letter, actions)) for actions in lists] for lists in written), key=lambda w: _rank(w, times))
-    if len({pace[:3] for pace in paces}) > 1:  # those of equal stages are as short as they can be
-        best = shortened(best, times, most, least_period(paces, micro_batches))
-    return [_actions(s, word) for s, word in enumerate(best)]
+    if quick or len({pace[:3] for pace in paces}) == 1:  # lists of equal stages are as short as they can be
+        return best
+    return shortened(best, times, most, least_period(paces, micro_batches))
 
 
 def least_period(paces: Paces, micro_batches: int) -> int:

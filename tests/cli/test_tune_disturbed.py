@@ -25,6 +25,8 @@ Run = subprocess.CompletedProcess[str]
 Mpirun = Callable[..., Run]
 slow, long = pytest.mark.slow, pytest.mark.long
 
+PATIENCE = 300  # seconds that a job may take on a busy machine; alone it takes a tenth
+
 # Trials of about a second, with a checkpoint after every epoch.
 SEARCH = """\
 base:
@@ -67,7 +69,7 @@ def trials(study: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(study.glob("trial-*/trial.json"))]
 
 
-def until(condition: Callable[[], bool], seconds: float = 90) -> None:
+def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "in vain"
@@ -75,10 +77,10 @@ def until(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 def training(study: Path) -> bool:
-    """Whether a trial that runs has evaluated its network, and so is in the middle of its training."""
+    """Whether a trial that runs has evaluated its network a few times of twelve, and so will train on for a while."""
     running = [study / f"trial-{trial['number']:04}" for trial in trials(study) if trial["state"] == "running"]
     files = [folder / "metrics.jsonl" for folder in running if (folder / "metrics.jsonl").exists()]
-    return any(b"validation_accuracy" in file.read_bytes() for file in files)
+    return any(1 <= file.read_bytes().count(b"validation_accuracy") <= 6 for file in files)
 
 
 def ended(study: Path) -> list[dict[str, Any]]:
@@ -111,7 +113,7 @@ def weights(study: Path) -> dict[str, np.ndarray]:
 
 def same_as_undisturbed(study: Path, mpirun: Mpirun, search: Path) -> None:
     whole = search.with_name("undisturbed")
-    done = mpirun(1, ["-m", "nettorrent_mpi", "tune", search, "--output", whole], timeout=120)
+    done = mpirun(1, ["-m", "nettorrent_mpi", "tune", search, "--output", whole], timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     ours, theirs = weights(study), weights(whole)
     assert len(ours) == 20
@@ -133,7 +135,7 @@ def test_a_study_that_is_killed_goes_on_and_repeats_nothing(mpirun: Mpirun, sear
     before = {trial["number"]: trial for trial in ended(study)}
     left = [trial["number"] for trial in trials(study) if trial["state"] == "running"]
     assert left
-    done = mpirun(2, ["-m", "nettorrent_mpi", "tune", search, "--output", study, "--groups", "2"], timeout=120)
+    done = mpirun(2, ["-m", "nettorrent_mpi", "tune", search, "--output", study, "--groups", "2"], timeout=PATIENCE)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "waiting for a sign of life" not in done.stderr
     assert f"{len(before)} of 10 trials done" in done.stdout
@@ -150,7 +152,7 @@ def test_a_study_that_is_killed_goes_on_and_repeats_nothing(mpirun: Mpirun, sear
 def test_two_jobs_share_a_study(mpirun: Mpirun, search: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
     with started(2, search, study, "--groups", "2") as one, started(2, search, study, "--groups", "1") as other:
-        told = [process.communicate(timeout=120) for process in (one, other)]
+        told = [process.communicate(timeout=PATIENCE) for process in (one, other)]
         assert [one.returncode, other.returncode] == [0, 0], told
     found = trials(study)
     assert [trial["number"] for trial in found] == list(range(10))
@@ -169,15 +171,16 @@ def test_two_jobs_share_a_study(mpirun: Mpirun, search: Path, tmp_path: Path) ->
 def test_a_signal_stops_a_study_with_checkpoints(mpirun: Mpirun, search: Path, tmp_path: Path, mpi: str) -> None:
     study = tmp_path / "study"
     with started(2, search, study, "--groups", "2", mpi=mpi) as process:
-        until(lambda: len(ended(study)) >= 1 and len(trials(study)) > len(ended(study)))
+        until(lambda: len(ended(study)) >= 1 and training(study))
         process.send_signal(signal.SIGUSR1)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, f"{out}\n{err}"
     assert "stopped by a signal; the same command goes on" in out
     stopped = [trial for trial in trials(study) if trial["state"] == "running"]
     assert stopped
     assert not list(study.glob("**/lock.json*"))
-    done = mpirun(2, ["-m", "nettorrent_mpi", "tune", search, "--output", study, "--groups", "2"], mpi=mpi, timeout=120)
+    words = ["-m", "nettorrent_mpi", "tune", search, "--output", study, "--groups", "2"]
+    done = mpirun(2, words, mpi=mpi, timeout=PATIENCE)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     same_as_undisturbed(study, mpirun, search)
 
@@ -189,10 +192,10 @@ def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(mpirun: Mpirun, 
         until(lambda: len(ended(study)) >= 1)
         os.kill(processes_of(process.pid)[-1], signal.SIGKILL)
         died = time.monotonic()
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
-    assert time.monotonic() - died < 15
-    done = mpirun(2, ["-m", "nettorrent_mpi", "tune", search, "--output", study], timeout=120)
+    assert time.monotonic() - died < 60
+    done = mpirun(2, ["-m", "nettorrent_mpi", "tune", search, "--output", study], timeout=PATIENCE)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     same_as_undisturbed(study, mpirun, search)
 
@@ -207,7 +210,7 @@ def test_the_others_finish_the_study_without_a_rank_that_dies(
     with started(3, search, study, "--groups", groups, mpi="ulfm") as process:
         until(lambda: len(ended(study)) >= 1 and training(study))
         os.kill(processes_of(process.pid)[-1], signal.SIGKILL)
-        out, err = process.communicate(timeout=150)
+        out, err = process.communicate(timeout=PATIENCE)
     assert {trial["state"] for trial in trials(study)} == {"complete"}, f"{out}\n{err}"
     assert json.loads((study / "study.json").read_text())["complete"]
     same_as_undisturbed(study, mpirun, search)

@@ -109,7 +109,7 @@ def test_unequal_stages_gain_by_their_own_lists() -> None:
 MEASURED = [Pace(16, 11, 12, 3), Pace(17, 21, 10, 3), Pace(17, 21, 10, 3), Pace(14, 18, 10)]
 
 
-@pytest.mark.parametrize(("stored", "part"), [(None, 0.85), (5, 0.81), (6, 0.77), (7, 0.75)])
+@pytest.mark.parametrize(("stored", "part"), [(None, 0.85), (5, 0.83), (6, 0.77), (7, 0.75)])
 def test_measured_paces_against_1f1b(stored: int | None, part: float) -> None:
     """The first stage must wait for 57 + 78 of 447 units where it holds four: a search comes within 4 % of that."""
     forward, transfer = [float(p.forward) for p in MEASURED], [float(p.transfer) for p in MEASURED[:-1]]
