@@ -78,11 +78,12 @@ def stream_block(setup: Setup) -> str | None:
 
 
 def _allreduce(setup: Setup) -> list[str]:
-    replicas = setup.topology.replicas
+    replicas, options = setup.topology.replicas, setup.options
+    each = options.itemsize + (options.itemsize if options.device == "gpu" else options.wide)  # a weight, a gradient
     most = 0.0
     for index, stage in enumerate(setup.topology.stages):
         sharers = stage.rows * replicas
-        most = max(most, 2 * (sharers - 1) / sharers * _parameters(setup, index) * _itemsize(setup))
+        most = max(most, (sharers - 1) / sharers * _parameters(setup, index) * each)
     return [
         f"allreduce gradients are reduced over the {replicas} replicas, which stay equal",
         f"sends     a rank sends at most {_bytes(most)} a step",
@@ -94,7 +95,7 @@ def _elite(setup: Setup, elite: Elite) -> list[str]:
     steps = -(-elite.every_samples // setup.config.train.batch_size)
     what = elite.metric.replace("_", " ")
     who = "all take the best one's weights" if elite.mode == "best" else "the worse of each pair takes the better one's"
-    moved = _bytes(_vector(setup, states=True) * _itemsize(setup))
+    moved = _bytes(_vector(setup, states=True) * setup.options.wide)
     often = f"about every {steps:,} steps" if steps > 1 else "every step"
     return [
         *wrapped("elite     ", f"{setup.topology.replicas} replicas are compared by {what}: {who} ({elite.mode})"),
@@ -216,10 +217,6 @@ def _parameters(setup: Setup, stage: int) -> int:
     """Return the most parameters that one col of a stage holds."""
     it = setup.topology.stages[stage]
     return round(parameters_of(setup.network.facts[it.first : it.stop], it.cols))
-
-
-def _itemsize(setup: Setup) -> int:
-    return setup.options.wide
 
 
 def _asked(spec: Spec) -> str:

@@ -22,12 +22,15 @@ FACTS = [LayerFacts(f"linear{i + 1}", 1e6, parameters, 10, 8, 8) for i, paramete
 
 def setup(topology: Topology, *changes: str, micro_batches: int = 4) -> Any:
     found = config.load(None, ["train.batch_size=128", *changes])
+    itemsize = {"float64": 8, "float32": 4, "bfloat16": 2}[found.dtype]
     return SimpleNamespace(
         config=found,
         sampler=SimpleNamespace(validation_rows=range(143)),
         network=SimpleNamespace(facts=FACTS),
         topology=topology,
-        options=SimpleNamespace(micro_batches=micro_batches, itemsize=8 if found.dtype == "float64" else 4),
+        options=SimpleNamespace(
+            micro_batches=micro_batches, itemsize=itemsize, wide=max(itemsize, 4), device=found.device
+        ),
     )
 
 
@@ -53,6 +56,8 @@ def test_allreduce_none_and_rows() -> None:
     text = told(4)
     assert "allreduce gradients are reduced over the 4 replicas, which stay equal" in text
     assert "sends a rank sends at most 24 kB a step" in text  # stage 0: 4000 parameters x 4 bytes x 2 x 3/4
+    assert "at most 18 kB a step" in told(4, "dtype=bfloat16")  # gradients of float32 and weights of bfloat16
+    assert "at most 12 kB a step" in told(4, "dtype=bfloat16", "device=gpu")
     assert "all replicas train on all of the training rows" in text
     text = told(4, "exchange=none", "data.partition=disjoint")
     assert "the 4 replicas train apart: nothing is sent" in text

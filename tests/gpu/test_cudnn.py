@@ -45,4 +45,7 @@ def test_the_convolutions_of_a_network() -> None:
     assert {geometry.output[2] for _, geometry, *_ in halves} == {8, 16, 32}
     network = plan(load_config(ROOT / "configs" / "cifar.yaml")).network
     found = convolutions(network.stage(0, network.weight_layers, 1, 0))
-    assert all(relu == (kind == "forward") == bias for kind, _, bias, relu in found)
+    # A convolution computes the ReLU that follows it, but for those before max pooling, which computes theirs.
+    assert all(bias == (kind == "forward") for kind, _, bias, _ in found)
+    relus = {geometry.output: relu for kind, geometry, _, relu in found if kind == "forward"}
+    assert relus == {(32, 32, 32): True, (30, 30, 32): False, (15, 15, 64): True, (13, 13, 64): False}
