@@ -15,7 +15,7 @@ from nettorrent_mpi.comm.requests import Requests
 from nettorrent_mpi.device.arrays import Array
 
 T = TypeVar("T")
-DOZE = 0.005  # seconds from look to look at most: they grow from a fiftieth of it
+DOZE = 0.002  # seconds from look to look
 
 
 class Group:
@@ -121,10 +121,9 @@ class Group:
     def doze(self) -> None:
         """Wait for all members without keeping a core busy: for those that others have to leave alone for long."""
         if self.size > 1:
-            request, pause = self.comm.Ibarrier(), DOZE / 50
+            request = self.comm.Ibarrier()
             while not request.Test():
-                time.sleep(pause)
-                pause = min(2 * pause, DOZE)
+                time.sleep(DOZE)
 
     def all_reduce(self, values: Array) -> None:
         """All-reduce a contiguous array to its sum, in place; every member gets bitwise the same sums."""

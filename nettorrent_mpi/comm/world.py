@@ -200,7 +200,6 @@ class World(Group):
         if problem is not None and lost(problem, self):
             raise problem  # nobody waits for this rank: all are woken
         ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
-        self._await_slow()
         if not self._any(ours is not None):
             return
         found = self.gather_objects(ours)
@@ -211,12 +210,6 @@ class World(Group):
                 alike = all(str(other) == str(each) for other in found)
                 own = ours if alike and ours is not None else each  # which has its traceback
                 raise self._agreed(own, "" if alike else f" (on rank {rank})") from None
-
-    def _await_slow(self) -> None:
-        """Wait for all ranks, asleep, where they outnumber cores: MPI's waiting yields, but looks again at once, and so
-        takes the core of a rank that has something to do before the others go on."""
-        if env.outnumber_cores(os.environ):
-            self.doze()
 
     def once(self, make: Callable[[], T]) -> T:
         """Return rank 0's result of `make` on all ranks (pickled: at start-up only). Its NetTorrentError is raised on
@@ -230,7 +223,6 @@ class World(Group):
                 problem = in_one_line(error) or error
         ours = problem if problem is None or isinstance(problem, NetTorrentError) else _foreign(problem)
         told = ours
-        self._await_slow()
         if self.size > 1:
             made, told = self.comm.bcast((made, ours))
         if problem is not None and not isinstance(problem, NetTorrentError):

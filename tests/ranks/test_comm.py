@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -278,43 +277,3 @@ def test_what_one_makes_all_have(ours: World) -> None:
     with pytest.raises(ConfigError, match="a mistake") as caught:
         ours.once(fail)
     assert (caught.value.exit_code, "on rank" in str(caught.value)) == (2, False)
-
-
-@pytest.mark.ranks(2, 3)
-@pytest.mark.parametrize("waiting", ["once", "agreement"])
-def test_ranks_that_outnumber_cores_sleep_until_all_have_come(
-    ours: World, monkeypatch: pytest.MonkeyPatch, shared_path: Path, waiting: str
-) -> None:
-    """Rank 0 comes when the last rank has slept, and not before."""
-    monkeypatch.setenv("OMPI_MCA_mpi_yield_when_idle", "1")
-    slept, sleep = shared_path / "slept", time.sleep
-
-    def sleeping(seconds: float) -> None:
-        if RANK == SIZE - 1:
-            slept.touch()
-        sleep(seconds)
-
-    def work() -> bool:
-        until = time.monotonic() + 30
-        while not slept.exists() and time.monotonic() < until:
-            sleep(0.01)
-        return slept.exists()
-
-    monkeypatch.setattr(time, "sleep", sleeping)
-    if waiting == "once":
-        assert ours.once(work)
-        return
-    with ours.agreement():
-        assert RANK or work()
-
-
-@pytest.mark.ranks(2)
-def test_ranks_that_have_cores_do_not_sleep(ours: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMPI_MCA_mpi_yield_when_idle", "MPIR_CVAR_ENABLE_HEAVY_YIELD"):
-        monkeypatch.setenv(name, "0")
-    sleep, naps = time.sleep, list[float]()
-    monkeypatch.setattr(time, "sleep", naps.append)
-    assert ours.once(lambda: sleep(0.1) or True)
-    with ours.agreement():
-        pass
-    assert not naps
