@@ -75,7 +75,8 @@ def held(engine: Engine) -> dict[str, int]:
         parameters += sum(array.nbytes for array in arrays)
         parameters += sum(each._x.nbytes + each._dy.nbytes for each in bucket.operands.values())
     buffers = [*wiring._x, *wiring._dx, *wiring._dy]
-    staged = [staging for transfer in wiring._transfers.values() for _, staging, _ in transfer._staged]
+    transfers = wiring._transfers.values()
+    staged = [staging for transfer in transfers for _, staging in (*transfer._copied, *transfer._added)]
     spaces = pipeline._workspaces
     redundancy = Redundancy(engine, 1)
     redundancy.close()
