@@ -22,7 +22,7 @@ from nettorrent_mpi.plan.errors import INTERRUPTED, SIGNALLED, LaunchError
 STARTING, ENDING = 600.0, 60.0
 # A rank that waits for others while Open MPI starts looks every tenth of a millisecond. Where ranks outnumber cores it
 # takes the cores from those that it waits for, unless it sleeps longer, by so many seconds: 64 ranks on 2 cores had
-# started MPI after 2.2 s instead of 2.8 s, and in a training, to which ranks come less evenly, 1.6 s instead of 4.1 s
+# started MPI after 2.2 s instead of 2.8 s, and in a training, to which ranks come less evenly, 2.2 s instead of 2.7 s
 # (5.0.11).
 LATE = 0.005
 WITHOUT_LOST = 5  # seconds that its end may take where it may wait for lost ranks, for ever (seen, 5.0.11)
