@@ -75,7 +75,7 @@ sys.exit(entry.main(["train", "--output", sys.argv[1], "--set", "train.steps=2"]
 
 @pytest.fixture(scope="module")
 def starts(mpirun: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: Any) -> list[dict[str, Any]]:
-    """What each of four ranks has loaded and made when its first step is done."""
+    """Return what each of four ranks has loaded and made when its first step is done."""
     folder = tmp_path_factory.mktemp("start")
     done = mpirun(4, ["-c", PROGRAM, str(folder / "run")])
     assert done.returncode == 0, done.stderr

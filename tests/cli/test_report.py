@@ -156,7 +156,7 @@ def test_a_split_pipeline_shows_its_halves_and_what_clipping_costs() -> None:
     ],
 )
 def test_a_split_pipeline_says_what_more_memory_would_gain(changes: list[str]) -> None:
-    """What it says is what both plans predict."""
+    """The line gives the seconds and bytes that both plans predict."""
     plain = planned(4, "pipeline=zero_bubble", *changes)
     found = re.search(
         r"\nstored    at most 4 micro-batches in a stage\. With (\d) \(--set pipeline='\{zero_bubble: \1\}'\) a step "

@@ -192,7 +192,7 @@ def test_an_array_that_is_given_twice() -> None:
 
 
 def test_what_is_not_a_number_stays_seen() -> None:
-    """Where a training diverges a ReLU hides nothing."""
+    """ReLUs keep NaN, so that a training that diverges is seen."""
     for kernels in ("numpy", "fastest"):
         ops, x, images = make_device("cpu", kernels, bfloat16=True).ops, finite(70, 33), finite(2, 7, 5, 3)
         x[3, 4] = images[1, 2, 2, 1] = np.nan

@@ -28,8 +28,8 @@ OPTIONS: dict[str, Any] = {"optimizer": specs.Sgd(momentum=0.9), "rate": 0.005}
 
 
 def distance(some: Trained, others: Trained) -> tuple[float, float]:
-    """How far apart two trainings are: by the norm of all weights' differences, relative to that of the weights, and by
-    their losses."""
+    """Return the distance of two trainings: the norm of all weights' differences, relative to that of the weights, and
+    the root mean square of their losses' differences."""
     change = np.concatenate([(some.arrays[key] - x).ravel() for key, x in others.arrays.items()])
     whole = np.concatenate([x.ravel() for x in others.arrays.values()])
     losses = np.array(some.losses) - np.array(others.losses)

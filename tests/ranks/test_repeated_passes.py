@@ -32,7 +32,7 @@ CASES = [
 def test_they_give_the_bits_of_executed_ones(
     network: str, topology: Topology, split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, batch norm's sums over rows, cols, gradients in parts, and an epoch's smaller mini-batch."""
+    """The networks have dropout, batch norm's sums over rows, cols, gradients in parts, a smaller last mini-batch."""
     if split and len(topology.stages) == 1:
         pytest.skip("there is no pipeline")
     monkeypatch.setattr(bucket_maker, "in_parts", lambda rows, sharers, *_: sharers > 1)

@@ -63,7 +63,8 @@ EXCHANGES: dict[str, Any] = {
 
 
 def apart(world: World, made: Plan) -> tuple[dict[Any, Array], list[Any]]:
-    """What this rank holds after 12 steps with a rest wherever the exchange wants one, and what was judged there."""
+    """Return what this rank holds after 12 steps, with a rest wherever the exchange wants one, and what it
+    judged there."""
     engine = Engine(world, made)
     rows = open_dataset("synthetic", None, options=DataOptions(rows=80, test_rows=13, shape=SHAPE, classes=CLASSES))
     engine.open_data(rows, Sampler(rows.train.rows, 7, 0.1, BATCH, replicas=2, partition="disjoint"))

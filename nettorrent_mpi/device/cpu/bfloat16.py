@@ -6,6 +6,7 @@ import numpy as np
 
 from nettorrent_mpi.device.arrays import Array
 from nettorrent_mpi.device.cpu import bfloat16_loops as loops
+from nettorrent_mpi.device.cpu import pools
 from nettorrent_mpi.device.cpu.bfloat16_convolution import BfloatConvolutions
 from nettorrent_mpi.device.cpu.blocking import row_repeats, rows_of, wide_rows
 from nettorrent_mpi.device.geometry import Pooling
@@ -94,7 +95,8 @@ class BfloatOperations(BfloatConvolutions):
         if pooling.apart and self._loops(dy, dx):
             if not pooling.tiles:
                 dx.fill(0)
-            loops.max_pool_grad(_bits(dy), winner, _bits(dx), *pooling.size, *pooling.stride)
+            # It moves numbers, or puts zeros, which is the same for their bits.
+            pools.max_pool_grad(_bits(dy), winner, _bits(dx), *pooling.size, *pooling.stride, False)
         else:
             super().max_pool_grad(dy, winner, dx, pooling)
 

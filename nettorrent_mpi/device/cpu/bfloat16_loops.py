@@ -27,6 +27,23 @@ def short(x: float) -> int:
     return np.uint16((kept if is_nan else rounded) >> np.uint32(16))  # type: ignore[return-value]
 
 
+@Inlined
+def positive(bits: int) -> bool:
+    """Whether these are the bits of a number above 0."""
+    return (bits > np.uint16(0)) & (bits <= np.uint16(0x7F80))  # type: ignore[return-value]
+
+
+@Inlined
+def put_sums(sum_w: Array, total_c: Array, accumulate: bool) -> None:
+    """total_c <- (or +=) the sums of several positions, which lie one after another, added up in the first's place."""
+    channels = total_c.size
+    for position in range(channels, sum_w.size, channels):
+        for c in range(channels):
+            sum_w[c] += sum_w[position + c]
+    for c in range(channels):
+        total_c[c] = total_c[c] + sum_w[c] if accumulate else sum_w[c]
+
+
 @Loop
 def narrow(x: Array, y: Array) -> None:
     """y <- x (float32, flat)."""
@@ -59,37 +76,31 @@ def relu(y: Array) -> None:
 def relu_grad(y: Array, dy: Array) -> None:
     """dy <- dy where y > 0, elsewhere 0 (flat)."""
     for i in range(dy.size):
-        dy[i] = dy[i] if (y[i] > np.uint16(0)) & (y[i] <= np.uint16(0x7F80)) else np.uint16(0)
+        dy[i] = dy[i] if positive(y[i]) else np.uint16(0)
 
 
 @Loop
 def relu_grad_sum(y_nw: Array, dy_nw: Array, total_c: Array, accumulate: bool) -> None:
     """dy <- dy where y > 0, elsewhere 0; total_c (float32) <- (or +=) the sum of that, as `sum_rows` has it."""
     rows, width = dy_nw.shape
-    channels = total_c.size
     part_w, sum_w = np.empty(width, np.float32), np.zeros(width, np.float32)
     for first in range(0, rows, ROWS):
         part_w[:] = 0
         for n in range(first, min(first + ROWS, rows)):
             y_w, dy_w = y_nw[n], dy_nw[n]
             for k in range(width):
-                kept = dy_w[k] if (y_w[k] > np.uint16(0)) & (y_w[k] <= np.uint16(0x7F80)) else np.uint16(0)
+                kept = dy_w[k] if positive(y_w[k]) else np.uint16(0)
                 dy_w[k] = kept
                 part_w[k] += wide(kept)
         for k in range(width):
             sum_w[k] += part_w[k]
-    for position in range(channels, width, channels):
-        for c in range(channels):
-            sum_w[c] += sum_w[position + c]
-    for c in range(channels):
-        total_c[c] = total_c[c] + sum_w[c] if accumulate else sum_w[c]
+    put_sums(sum_w, total_c, accumulate)
 
 
 @Loop
 def sum_rows(x_nw: Array, total_c: Array, accumulate: bool) -> None:
     """total_c (float32) <- (or +=) the sum over n and over the positions in a row."""
     rows, width = x_nw.shape
-    channels = total_c.size
     part_w, sum_w = np.empty(width, np.float32), np.zeros(width, np.float32)
     for first in range(0, rows, ROWS):
         part_w[:] = 0
@@ -99,11 +110,7 @@ def sum_rows(x_nw: Array, total_c: Array, accumulate: bool) -> None:
                 part_w[k] += wide(x_w[k])
         for k in range(width):
             sum_w[k] += part_w[k]
-    for position in range(channels, width, channels):
-        for c in range(channels):
-            sum_w[c] += sum_w[position + c]
-    for c in range(channels):
-        total_c[c] = total_c[c] + sum_w[c] if accumulate else sum_w[c]
+    put_sums(sum_w, total_c, accumulate)
 
 
 @Loop
@@ -220,20 +227,3 @@ def max_pool(
                             for c in range(best.size):
                                 winner[c] = first
                                 best[c] = seen[c]
-
-
-@Loop
-def max_pool_grad(
-    dy_bhwc: Array, winner_bhwc: Array, dx_bhwc: Array, high: int, across_: int, down: int, across: int
-) -> None:
-    """Compute dx <- dy at the tap that won, 0 at the others of the window: windows do not overlap."""
-    for b in range(dy_bhwc.shape[0]):
-        for h in range(dy_bhwc.shape[1]):
-            for p in range(high):
-                for w in range(dy_bhwc.shape[2]):
-                    dy, winner = dy_bhwc[b, h, w], winner_bhwc[b, h, w]
-                    for q in range(across_):
-                        dx = dx_bhwc[b, h * down + p, w * across + q]
-                        tap = np.int32(p * across_ + q)
-                        for c in range(dy.size):
-                            dx[c] = dy[c] if np.int32(winner[c]) == tap else np.uint16(0)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 
 class Inlined:
-    """An Inlined function of scalars is called by loops of its module; Numba compiles it into them."""
+    """An Inlined function is called by loops of its module; Numba compiles it into them."""
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
